@@ -1,0 +1,30 @@
+# make venv | demo | test | lint | bench
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-for-pyproject
+# Same bound as pyproject.toml. Torch comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
+TORCH := torch>=2.9,<2.14
+
+.PHONY: venv demo test lint bench
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: venv
+	$(BIN)/mest-compile demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/mest-compile bench --model resnet32 --width 32 --batch 64 --scheme block --sparsity 0.9 --threads 1 --vs torch

@@ -1,0 +1,1 @@
+"""Tuning records, one file a target, measured on real hardware only."""
