@@ -1,0 +1,29 @@
+"""mest-compile: a compiler for sparse training on devices.
+
+Importing this package loads neither tvm nor torch; the names below are found when first used.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "mest_compile.compiling", "load": "mest_compile.compiling", "to_torch": "mest_compile.compiling",
+    "SGD": "mest_compile.spec", "LayerSpec": "mest_compile.spec",
+    "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
+    "Dense": "mest_compile.sparsity.schemes.dense",
+    "Recipe": "mest_compile.recipe", "Trainer": "mest_compile.training",
+    "Target": "mest_compile.hardware", "MestError": "mest_compile.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'mest_compile' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__():
+    return sorted(__all__)

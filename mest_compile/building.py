@@ -1,0 +1,134 @@
+"""Kernel text to callable code, through a content-addressed cache in memory and on disk.
+
+A kernel's key is the digest of its TVMScript text, its target and the TVM version: everything that can change the code.
+Nothing with the same key is compiled twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from mest_compile.errors import BuildError
+from mest_compile.hardware import Target
+from mest_compile.registry import SCHEDULES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSource:
+    """The text of one kernel and what it is for.
+
+    kernel  "batch_norm.forward"
+    text    TVMScript of one PrimFunc named `kernel`
+    target  the device it is compiled for
+    """
+
+    kernel: str
+    text: str
+    target: Target
+
+    @property
+    def key(self) -> str:
+        """64 hex digits; equal for equal code."""
+        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version()], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    @property
+    def symbol(self) -> str:
+        """The function's name in its library."""
+        return "mest_" + self.key[:24]
+
+
+def kernel_source(kernel: str, problem: Any, target: Target, **knobs) -> KernelSource:
+    """The text that `target`'s schedule gives for `problem`. Raises UnknownName when that kind of device has no such kernel."""
+    schedule = SCHEDULES.find(f"{target.device}/{kernel}")
+    return KernelSource(kernel, schedule(problem, target, **knobs), target)
+
+
+@dataclass(slots=True)
+class Builder:
+    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next.
+
+    compiled, loaded  how many kernels were compiled, and how many came from disk
+    seconds           spent compiling
+    """
+
+    folder: Path = field(default_factory=lambda: platformdirs.user_cache_path("mest-compile") / "kernels")
+    compiled: int = 0
+    loaded: int = 0
+    seconds: float = 0.0
+    _ready: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, sources: Iterable[KernelSource]) -> dict[str, Any]:
+        """key -> callable, for every source."""
+        return {source.key: self.function(source) for source in sources}
+
+    def function(self, source: KernelSource) -> Any:
+        """The callable of one kernel. Raises BuildError."""
+        key = source.key
+        if key not in self._ready:
+            self._ready[key] = self._from_disk(source) or self._compile(source)
+        return self._ready[key]
+
+    def _path(self, source: KernelSource) -> Path:
+        return self.folder / source.key[:2] / f"{source.key}.so"
+
+    def _from_disk(self, source: KernelSource) -> Any:
+        path = self._path(source)
+        seal = path.with_suffix(".sha256")
+        if not (path.is_file() and seal.is_file()):
+            return None
+        if hashlib.sha256(path.read_bytes()).hexdigest() != seal.read_text():
+            log.warning("cached kernel %s is damaged; compiling it again", path.name)
+            return None
+        import tvm
+
+        self.loaded += 1
+        return tvm.runtime.load_module(str(path))[source.symbol]
+
+    def _compile(self, source: KernelSource) -> Any:
+        import tvm
+        from tvm.script import tirx
+
+        start = time.perf_counter()
+        try:
+            function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
+            library = tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
+        except Exception as problem:  # TVM raises many types; the text is what a reader needs
+            raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {problem}\n{source.text}") from problem
+        self.compiled += 1
+        self.seconds += time.perf_counter() - start
+        self._keep(source, library)
+        return library[source.symbol]
+
+    def _keep(self, source: KernelSource, library: Any) -> None:
+        """Writes the library and its checksum, each to a temporary name first; a folder that cannot be written costs only the cache."""
+        path = self._path(source)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                made = Path(scratch) / "kernel.so"
+                library.export_library(str(made))
+                seal = Path(scratch) / "seal"
+                seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+                os.replace(made, path)
+                os.replace(seal, path.with_suffix(".sha256"))
+        except OSError as problem:
+            log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+
+
+def _tvm_version() -> str:
+    return metadata.version("apache-tvm")

@@ -1,0 +1,107 @@
+"""Devices: one TOML file each in targets/, read into a Target; "local" is completed from the machine at hand."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from mest_compile.errors import TargetError, UnknownName
+
+# LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide instead.
+_CPU_BY_FLAGS = (({"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "x86-64-v4", 16), ({"avx2", "fma", "bmi2"}, "x86-64-v3", 8),
+                 ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device that kernels are compiled for.
+
+    name    of its TOML file
+    device  kind of device, which picks the schedules: "cpu"
+    llvm    TVM target fields (kind, mcpu, mtriple, ...), as sorted pairs
+    vector  float32 elements of a vector register
+    registers  vector registers
+    l1_bytes, l2_bytes  data cache of one core
+    cores   processor cores
+    """
+
+    name: str
+    device: str
+    llvm: tuple[tuple[str, str], ...]
+    vector: int
+    registers: int
+    l1_bytes: int
+    l2_bytes: int
+    cores: int
+
+    def __post_init__(self):
+        if self.vector < 1 or self.vector & (self.vector - 1):
+            raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
+
+    @property
+    def tvm_fields(self) -> dict[str, str]:
+        """What tvm.target.Target takes."""
+        return dict(self.llvm)
+
+
+def target_names() -> list[str]:
+    """Names of the targets that are shipped."""
+    return sorted(entry.name.removesuffix(".toml") for entry in resources.files("mest_compile.targets").iterdir()
+                  if entry.name.endswith(".toml"))
+
+
+def find_target(target: str | Path | Target) -> Target:
+    """A Target from its name, a TOML file's path, or itself. Raises UnknownName, TargetError."""
+    if isinstance(target, Target):
+        return target
+    path = Path(target)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise TargetError(f"no target file {path}; give a TOML file or one of: {', '.join(target_names())}")
+        return _read(path.stem, path.read_text())
+    if str(target) not in target_names():
+        raise UnknownName(f"no target {str(target)!r}; there are: {', '.join(target_names())}, or a path to a TOML file")
+    return _read(str(target), (resources.files("mest_compile.targets") / f"{target}.toml").read_text())
+
+
+def _read(name: str, text: str) -> Target:
+    try:
+        fields = tomllib.loads(text)
+        found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
+                       registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"])
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
+        raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
+    return _complete_from_host(found) if fields.get("detect", False) else found
+
+
+def _complete_from_host(target: Target) -> Target:
+    """`target` with the CPU, vector width, caches and cores of this machine."""
+    cpu, vector = host_cpu()
+    llvm = dict(target.llvm) | {"mcpu": cpu}
+    return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if vector != 8 else 16,
+                   l1_bytes=_cache_bytes(1) or target.l1_bytes, l2_bytes=_cache_bytes(2) or target.l2_bytes,
+                   cores=len(os.sched_getaffinity(0)))
+
+
+def host_cpu() -> tuple[str, int]:
+    """(LLVM's CPU name, floats of a vector register) that every instruction of this machine's flags allows."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            flags = set(line.split(":", 1)[1].split())
+            break
+    for needed, cpu, vector in _CPU_BY_FLAGS:
+        if needed <= flags:
+            return cpu, vector
+    raise TargetError(f"this CPU has none of AVX2, SSE4.2 or NEON (flags: {len(flags)} found); write a TOML target and pass its path")
+
+
+def _cache_bytes(level: int) -> int | None:
+    """Data cache of one core in bytes, as the kernel tells it; None where it does not."""
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (index / "level").read_text().strip() == str(level) and (index / "type").read_text().strip() != "Instruction":
+            return int((index / "size").read_text().strip().removesuffix("K")) * 1024
+    return None

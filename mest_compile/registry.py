@@ -1,0 +1,85 @@
+"""Plug-ins are files: a registry finds them in their folder the first time a name is asked for."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+from mest_compile.errors import DuplicateName, UnknownName
+
+
+class Registry(dict[str, Any]):
+    """Names to plug-ins. `package` is the package whose modules register themselves when imported."""
+
+    def __init__(self, kind: str, package: str):
+        super().__init__()
+        self.kind = kind
+        self.package = package
+        self._loaded = False
+
+    def load(self) -> "Registry":
+        """Imports every module of the package once; returns self."""
+        if not self._loaded:
+            self._loaded = True
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+        return self
+
+    def add(self, name: str, item: Any) -> None:
+        if name in self:
+            raise DuplicateName(f"{self.kind} {name!r} is registered twice; is its file imported twice?")
+        self[name] = item
+
+    def find(self, name: str) -> Any:
+        """The plug-in of that name. Raises UnknownName with the names there are."""
+        return self.load()[name]
+
+    def names(self) -> list[str]:
+        return sorted(self.load())
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownName(f"no {self.kind} {name!r}; there are: {', '.join(sorted(self)) or 'none'}")
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+SCHEMES = Registry("scheme", "mest_compile.sparsity.schemes")
+OPERATORS = Registry("operator", "mest_compile.operators")
+SCHEDULES = Registry("schedule", "mest_compile.schedules")
+
+
+def scheme(name: str):
+    """Class decorator: registers a sparsity scheme."""
+
+    def register(cls):
+        SCHEMES.add(name, cls)
+        return cls
+
+    return register
+
+
+def operator(name: str):
+    """Class decorator: registers a training operator (one instance serves all layers)."""
+
+    def register(cls):
+        OPERATORS.add(name, cls())
+        return cls
+
+    return register
+
+
+def schedule(kernel: str, device: str, knobs: dict[str, tuple] | None = None):
+    """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
+
+    The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
+    `knobs` lists the values each knob may take; the first is the default.
+    """
+
+    def register(function):
+        function.kernel, function.device, function.knobs = kernel, device, dict(knobs or {})
+        SCHEDULES.add(f"{device}/{kernel}", function)
+        return function
+
+    return register
