@@ -1,0 +1,56 @@
+"""`mest-compile ...`: results on stdout, progress on stderr, errors as one line; exit codes 0 done, 1 failed, 2 misused.
+
+Nothing here or in the modules imported below loads torch or tvm: that happens inside the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mest_compile import __version__
+from mest_compile.cli import bench, demo, doctor, later, listing, train
+from mest_compile.errors import MestError
+
+LONGEST_LINE = 600  # a failed build carries its whole kernel text; the beginning tells what happened
+
+app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+for command in (train.train, bench.bench, demo.demo, listing.models, listing.schemes, listing.targets, doctor.doctor):
+    app.command()(command)
+later.add_commands(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mest-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False
+           ) -> None:
+    """A compiler for sparse training on devices: training steps that compute at the live weights only."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits. Whatever the caller can mend is one line on stderr; other exceptions are faults of ours."""
+    try:
+        code = app(arguments, prog_name="mest-compile", standalone_mode=False)
+    except MestError as error:
+        code = _complain(error, error.exit_code)
+    except typer.TyperException as error:
+        code = _complain(error.format_message(), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _complain("interrupted", 130)
+    sys.exit(code or 0)
+
+
+def _complain(problem: object, exit_code: int) -> int:
+    line = " ".join(str(problem).split())
+    if line:  # empty when typer has just printed the help
+        print("error:", line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ...", file=sys.stderr)
+    return exit_code

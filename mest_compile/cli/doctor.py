@@ -1,0 +1,139 @@
+"""`mest-compile doctor`: is everything here that compiling and training need?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table
+from mest_compile.errors import MestError
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; status is "ok", "warn" (works, but slower or less) or "fail"."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: packages, compiler, target, threads, cache. Exit code 1 when something needed is missing."""
+    checks = list(_checks())
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        print_table(["check", "status", "detail"], [[check.name, check.status, check.detail] for check in checks])
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def _checks() -> Iterator[Check]:
+    yield Check("python", "ok", platform.python_version())
+    yield from _packages()
+    yield _tvm_runs()
+    yield _torch_build()
+    yield _c_compiler()
+    yield _host_target()
+    yield _threads()
+    yield _huge_pages()
+    yield _cache_folder()
+
+
+def _packages() -> Iterator[Check]:
+    """Every requirement of the installed distribution; those that are satisfied and not central share a line."""
+    from packaging.requirements import Requirement
+
+    central = {"apache-tvm", "apache-tvm-ffi", "torch"}
+    fine = []
+    for requirement in map(Requirement, metadata.requires("mest-compile") or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Check(requirement.name, "fail", f"not installed; run: pip install '{requirement}'")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield Check(requirement.name, "fail", f"{version} is installed; run: pip install '{requirement}'")
+        elif requirement.name in central:
+            yield Check(requirement.name, "ok", version)
+        else:
+            fine.append(requirement.name)
+    yield Check("other packages", "ok", ", ".join(fine))
+
+
+def _tvm_runs() -> Check:
+    try:
+        import tvm
+    except (ImportError, OSError) as problem:
+        return Check("tvm", "fail", f"cannot be imported: {problem}")
+    if not tvm.runtime.enabled("llvm"):
+        return Check("tvm", "fail", "this build has no LLVM; install the apache-tvm wheel")
+    return Check("tvm", "ok", "imports, has LLVM")
+
+
+def _torch_build() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as problem:
+        return Check("torch build", "fail", f"cannot be imported: {problem}")
+    if torch.version.cuda:
+        return Check("torch build", "warn", f"CUDA {torch.version.cuda}; only the CPU is used, the CPU build is smaller")
+    return Check("torch build", "ok", "CPU")
+
+
+def _c_compiler() -> Check:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found:
+        return Check("C compiler", "ok", found)
+    return Check("C compiler", "warn", "no cc, gcc or clang: compiled kernels cannot be linked into shared libraries")
+
+
+def _host_target() -> Check:
+    from mest_compile.hardware import find_target
+
+    try:
+        target = find_target("local")
+    except MestError as problem:
+        return Check("target local", "fail", str(problem))
+    return Check("target local", "ok", f"{target.tvm_fields.get('mcpu')}, {target.vector} floats a vector, "
+                 f"L1 {target.l1_bytes // 1024} KiB, L2 {target.l2_bytes // 1024} KiB")
+
+
+def _threads() -> Check:
+    usable = len(os.sched_getaffinity(0))
+    limits = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "TVM_NUM_THREADS") if name in os.environ]
+    return Check("threads", "ok", ", ".join([f"{usable} of {os.cpu_count()} cores usable", *limits]))
+
+
+def _huge_pages() -> Check:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        return Check("huge pages", "warn", "this kernel has no transparent huge pages: more TLB misses in large activations")
+    chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    if chosen == "never":
+        return Check("huge pages", "warn", f"transparent huge pages are off: echo madvise > {setting} avoids TLB misses")
+    return Check("huge pages", "ok", chosen)
+
+
+def _cache_folder() -> Check:
+    from platformdirs import user_cache_path
+
+    folder = user_cache_path("mest-compile")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        return Check("cache folder", "warn", f"{folder} cannot be written ({problem.strerror}): every start compiles again")
+    return Check("cache folder", "ok", str(folder))

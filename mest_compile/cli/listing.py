@@ -1,0 +1,43 @@
+"""`mest-compile models|schemes|targets`: what there is to choose from."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+
+from mest_compile.cli.output import Json, print_json, print_table
+
+
+def models(as_json: Json = False) -> None:
+    """List the built-in models."""
+    from mest_compile.models import model_names
+
+    _show("model", [{"model": name} for name in model_names()], as_json)
+
+
+def schemes(as_json: Json = False) -> None:
+    """List the sparsity schemes."""
+    from mest_compile.registry import SCHEMES
+
+    found = [(name, inspect.getdoc(SCHEMES.find(name)) or "") for name in SCHEMES.names()]
+    _show("scheme", [{"scheme": name, "what is kept or dropped": doc.split("\n\n")[0].replace("\n", " ")} for name, doc in found], as_json)
+
+
+def targets(as_json: Json = False) -> None:
+    """List the devices that kernels can be compiled for."""
+    from mest_compile.hardware import find_target, target_names
+
+    found = [find_target(name) for name in target_names()]
+    if as_json:
+        print_json([asdict(target) | {"llvm": target.tvm_fields} for target in found])
+        return
+    print_table(["target", "device", "cpu", "vector floats", "L1 KiB", "L2 KiB", "cores"],
+                [[target.name, target.device, target.tvm_fields.get("mcpu", ""), target.vector, target.l1_bytes // 1024,
+                  target.l2_bytes // 1024, target.cores] for target in found])
+
+
+def _show(kind: str, rows: list[dict[str, str]], as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(list(rows[0]), [list(row.values()) for row in rows])

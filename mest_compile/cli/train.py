@@ -1,0 +1,160 @@
+"""`mest-compile train`: a built-in model or .onnx file, a data set and a scheme to a run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.cli.progress import TrainingProgress
+from mest_compile.errors import StateError, UsageError
+
+if TYPE_CHECKING:
+    from mest_compile.data import Split
+    from mest_compile.recipe import Recipe
+    from mest_compile.training import Run
+
+SOURCE_FILE = "source.json"  # in the run folder: where the data came from, which resuming needs
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to train; the fields are the options of the same names."""
+
+    model: str
+    data: str
+    scheme: str
+    sparsity: float
+    recipe: Recipe
+    width: int | None = None
+    data_folder: Path | None = None
+    distribution: str = "uniform"
+    batch: int = 64
+    threads: int | None = None
+    target: str = "local"
+    out: Path | None = None
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")] = "resnet20",
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")] = None,
+    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder.")] = "digits",
+    data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
+    scheme: Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, unstructured, dense ...")] = "block",
+    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")] = "uniform",
+    method: Annotated[str, typer.Option(help="em, em_s or static (the mask never changes).")] = "em",
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
+    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
+    threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
+    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; --method, --epochs, --lr and --seed override it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse model; its mask mutates as it learns."""
+    from mest_compile.recipe import Recipe
+    from mest_compile.sparsity import parse_scheme
+
+    given = {name for name in context.params if _is_given(context, name)}
+    if resume is not None:
+        if others := sorted(given - {"resume", "as_json"}):
+            raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
+        _show(continue_run(resume), as_json)
+        return
+    if parse_scheme(scheme).name == "dense":
+        if "sparsity" in given and sparsity:
+            raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
+        sparsity, method = 0.0, method if "method" in given else "static"
+    settings: dict[str, Any] = {"epochs": epochs, "method": method, "lr": lr, "seed": seed}
+    if recipe is None:
+        chosen = Recipe(**settings)
+    else:
+        chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
+    _show(start_run(Request(model, data, scheme, sparsity, chosen, width, data_folder, distribution, batch, threads, target, out)), as_json)
+
+
+def start_run(request: Request) -> Run:
+    """Compiles and trains. What can be checked is checked before anything is compiled or written."""
+    from mest_compile.data import load
+    from mest_compile.hardware import find_target
+    from mest_compile.runfolder import RunFolder
+    from mest_compile.training import Trainer
+
+    console = stderr_console()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{Path(request.model).stem}-{request.scheme.replace(':', '')}-{stamp}"
+    folder = RunFolder(request.out or Path("runs") / name)
+    folder.require_free()
+    find_target(request.target)
+    split = load(request.data, request.data_folder)
+    with console.status(f"compiling {request.model} for {request.target}"):
+        step = _compile(request, split)
+    with TrainingProgress(console, step.batch) as progress:
+        trainer = Trainer(step, request.recipe, folder.path, progress)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        source = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        (folder.path / SOURCE_FILE).write_text(json.dumps(source))
+        return trainer.fit(split.train, split.test)
+
+
+def continue_run(folder: Path) -> Run:
+    """Resumes the run in `folder` on its own data."""
+    from mest_compile.data import load
+    from mest_compile.training import Trainer
+
+    path = folder / SOURCE_FILE
+    try:
+        source = json.loads(path.read_text())
+        split = load(source["data"], source["data_folder"])
+    except FileNotFoundError as problem:
+        raise StateError(f"{folder} holds no run to resume ({SOURCE_FILE} is missing); give the folder of an earlier train") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise StateError(f"{path} is damaged ({problem!r}); it holds the keys data and data_folder") from problem
+    console = stderr_console()
+    with console.status(f"compiling the run in {folder}"):
+        trainer = Trainer.resume(folder)
+    with TrainingProgress(console, trainer.step.batch) as progress:
+        trainer.progress = progress
+        return trainer.fit(split.train, split.test)
+
+
+def _compile(request: Request, split: Split) -> Any:
+    import mest_compile as mest
+    from mest_compile.models import build_model
+    from mest_compile.sparsity import parse_scheme
+
+    shape = (request.batch, *split.train.images.shape[1:])
+    if request.model.endswith(".onnx"):
+        if request.width is not None:
+            raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
+        model = request.model
+    else:
+        model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
+    return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
+                        optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _show(run: Run, as_json: bool) -> None:
+    if as_json:
+        print_json({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "best": run.best, "recipe": run.recipe.to_dict(),
+                    "epochs": run.history})
+        return
+    last = run.history[-1]
+    print_table(["epochs", "loss", "train accuracy", "test accuracy", "images/s", "run folder"],
+                [[last["epoch"], f"{last['loss']:.4f}", f"{last['train_accuracy']:.2%}", f"{last['test_accuracy']:.2%}",
+                  f"{last['images_per_second']:.0f}", run.folder]])
