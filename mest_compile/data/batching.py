@@ -1,0 +1,57 @@
+"""Batches: shuffled, augmented, normalised, and prepared one ahead of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mest_compile.data.dataset import Dataset
+from mest_compile.errors import DataError
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def pad_crop_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4, flip: bool = True) -> np.ndarray:
+    """Each image shifted by up to `pad` pixels in y and x, zeros shifted in, and mirrored with probability 1/2 if `flip`.
+
+    images (n, channels, height, width), left unchanged; the result has the same shape and dtype.
+    """
+    count, _, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    top, left = rng.integers(0, 2 * pad + 1, size=(2, count))
+    cropped = windows[np.arange(count), :, top, left]
+    if flip:
+        mirrored = rng.random(count) < 0.5
+        cropped[mirrored] = cropped[mirrored][..., ::-1]
+    return cropped
+
+
+def batches(dataset: Dataset, batch: int, rng: np.random.Generator, augment: bool) -> Iterator[Batch]:
+    """One epoch of (images (batch, C, H, W) float32 normalised, labels (batch,) int64, indices (batch,) int64 of the examples).
+
+    The order is drawn anew from `rng`, and the examples that do not fill a last batch are left out: others each epoch.
+    A worker thread prepares the next batch while the caller uses this one; it alone uses `rng` until the iterator is closed.
+    Raises DataError when the data set is smaller than one batch.
+    """
+    if len(dataset) < batch:
+        raise DataError(f"{dataset.name}: {len(dataset)} examples do not fill one batch of {batch}; use a smaller batch")
+    order = rng.permutation(len(dataset))[:len(dataset) // batch * batch]
+    return _prefetched(dataset, order.reshape(-1, batch), rng, augment)
+
+
+def _prefetched(dataset: Dataset, orders: np.ndarray, rng: np.random.Generator, augment: bool) -> Iterator[Batch]:
+    def prepare(indices: np.ndarray) -> Batch:
+        images = dataset.images[indices]
+        if augment:
+            images = pad_crop_flip(images, rng, dataset.pad, dataset.flip)
+        return dataset.normalise(images), dataset.labels[indices], indices
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mest-batches") as worker:
+        pending = worker.submit(prepare, orders[0])
+        for following in orders[1:]:
+            ready, pending = pending.result(), worker.submit(prepare, following)
+            yield ready
+        yield pending.result()

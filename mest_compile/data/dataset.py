@@ -1,0 +1,180 @@
+"""What a data set is, and how other people's data sets become one."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import DataError
+from mest_compile.registry import Registry
+
+SOURCES = Registry("data set", "mest_compile.data.sources")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """Labelled images in memory.
+
+    images     (n, channels, height, width) uint8 or float32
+    labels     (n,) int64, in [0, classes)
+    mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
+    flip       whether a mirrored image keeps its label: a digit's does not
+    Raises DataError when these contradict each other.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: int
+    mean: np.ndarray
+    std: np.ndarray
+    name: str
+    flip: bool = True
+
+    def __post_init__(self):
+        if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
+            raise DataError(f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
+                            f"not {self.images.shape} {self.images.dtype}")
+        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+            raise DataError(f"{self.name}: {len(self.images)} images need as many int64 labels, "
+                            f"not {self.labels.shape} {self.labels.dtype}")
+        if not len(self.images):
+            raise DataError(f"{self.name}: there are no examples")
+        if self.labels.min() < 0 or self.labels.max() >= self.classes:
+            raise DataError(f"{self.name}: labels must be in 0..{self.classes - 1}, "
+                            f"found {self.labels.min()}..{self.labels.max()}")
+        if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
+            raise DataError(f"{self.name}: images hold NaN or infinity")
+
+    @classmethod
+    def of(cls, images: np.ndarray, labels: np.ndarray, name: str, *, classes: int | None = None,
+           like: Dataset | None = None, flip: bool = True) -> Dataset:
+        """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are taken as they are.
+
+        classes  None: the largest label + 1
+        like     a training set whose classes, mean, std and flip are used instead: what a test set needs
+        """
+        if like is not None:
+            if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
+                raise DataError(f"{name}: images are {images.shape[1:]} {images.dtype}, "
+                                f"those of {like.name} {like.images.shape[1:]} {like.images.dtype}")
+            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
+        if not len(labels):
+            raise DataError(f"{name}: there are no examples")
+        return cls(images, labels, int(labels.max()) + 1 if classes is None else classes, *_statistics(images), name, flip)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pad(self) -> int:
+        """Pixels that augmentation shifts an image by at most: an eighth of its side, the 4 of 32 that CIFAR recipes use."""
+        return min(self.images.shape[2:]) // 8
+
+    def normalise(self, images: np.ndarray) -> np.ndarray:
+        """(images - mean) / std as contiguous float32; images (k, channels, height, width) in the units of this data set."""
+        result = np.subtract(images, self.mean[:, None, None], dtype=np.float32)
+        result /= self.std[:, None, None]
+        return np.ascontiguousarray(result)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able facts; `crc32` tells whether another data set holds the same examples in the same order."""
+        crc = zlib.crc32(np.ascontiguousarray(self.labels).data, zlib.crc32(np.ascontiguousarray(self.images).data))
+        return {"name": self.name, "examples": len(self), "shape": list(self.images.shape[1:]), "classes": self.classes,
+                "mean": self.mean.tolist(), "std": self.std.tolist(), "crc32": f"{crc:08x}"}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A training set and a test set, normalised alike."""
+
+    train: Dataset
+    test: Dataset
+
+
+def source(name: str):
+    """Function decorator: registers a data source, a function (folder: Path | None) -> Split."""
+
+    def register(function: Callable[[Path | None], Split]):
+        SOURCES.add(name, function)
+        return function
+
+    return register
+
+
+def load(name: str, folder: str | os.PathLike | None = None) -> Split:
+    """The data set of that name, read from `folder` where it has files.
+
+    Raises UnknownName, and DataError when files are missing or damaged.
+    """
+    return SOURCES.find(name)(None if folder is None else Path(folder))
+
+
+def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = None, name: str = "arrays") -> Dataset:
+    """A Dataset of anything that holds labelled images.
+
+    data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i] -> (image, int).
+          Images are (C, H, W) each; (H, W) is taken as one channel, (features,) as 1x1 images. float64 becomes float32.
+    classes, like  as in Dataset.of
+    A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and hasattr(data[0], "shape"):
+        images, labels = np.asarray(data[0]), np.asarray(data[1])
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        images, labels = _gather(data, name)
+    else:
+        raise DataError(f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{name}: labels must be integers, not {labels.dtype}")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}")
+    if images.ndim not in (2, 3, 4):
+        raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
+    images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
+    return Dataset.of(images, labels.astype(np.int64, copy=False), name, classes=classes, like=like)
+
+
+def _gather(data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    images: np.ndarray | None = None
+    labels = np.empty(len(data), np.int64)
+    for i in range(len(data)):
+        try:
+            image, label = data[i]
+        except (TypeError, ValueError) as problem:
+            raise DataError(f"{name}: example {i} must be a pair (image, label)") from problem
+        # A PIL image, what torchvision gives without a transform, has its channels last.
+        array = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) if hasattr(image, "getbands") else np.asarray(image)
+        if images is None:
+            images = np.empty((len(data), *array.shape), array.dtype)
+        if array.shape != images.shape[1:]:
+            raise DataError(f"{name}: example {i} is {array.shape}, example 0 is {images.shape[1:]}; all must be alike")
+        images[i] = array
+        if int(label) != label:
+            raise DataError(f"{name}: the label of example {i} must be an integer, not {label!r}")
+        labels[i] = int(label)
+    if images is None:
+        raise DataError(f"{name}: there are no examples")
+    return images, labels
+
+
+def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel, (channels,) float32; 0 and 1 for float images and for a constant channel's deviation."""
+    channels = images.shape[1]
+    if images.dtype != np.uint8:
+        return np.zeros(channels, np.float32), np.ones(channels, np.float32)
+    counts = np.zeros((channels, 256))
+    for start in range(0, len(images), 4096):  # in pieces: bincount widens its input to 8 bytes a pixel
+        for channel in range(channels):
+            counts[channel] += np.bincount(images[start:start + 4096, channel].ravel(), minlength=256)
+    share, levels = counts / counts.sum(1, keepdims=True), np.arange(256)
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)

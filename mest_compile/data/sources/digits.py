@@ -1,0 +1,27 @@
+"""scikit-learn's 1797 handwritten digits: embedded, so that a first run needs no download."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mest_compile.data.dataset import Dataset, Split, source
+from mest_compile.errors import DataError
+
+TEST_EVERY = 5  # every fifth example of each class is a test example: 80/20, stratified, and no generator whose stream could change
+
+
+@source("digits")
+def digits(folder: Path | None) -> Split:
+    """(1, 8, 8) uint8 images with values 0..16, 10 classes."""
+    if folder is not None:
+        raise DataError("digits is embedded in scikit-learn and takes no folder; leave --data-folder out")
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = pixels.astype(np.uint8).reshape(-1, 1, 8, 8)
+    labels = labels.astype(np.int64)
+    test = np.zeros(len(labels), bool)
+    for label in range(10):
+        test[np.flatnonzero(labels == label)[TEST_EVERY - 1::TEST_EVERY]] = True
+    train = Dataset.of(images[~test], labels[~test], "digits", classes=10, flip=False)
+    return Split(train, Dataset.of(images[test], labels[test], "digits test", like=train))

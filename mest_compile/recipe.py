@@ -1,0 +1,234 @@
+"""How to train: epochs, learning rate, mutation schedule. The scheme, sparsity and optimizer belong to the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mest_compile.errors import NotYet, SparsityError, UnknownName, UsageError
+from mest_compile.mutation import Phase
+
+# The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
+PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES = 160, 5, (90, 120)
+
+
+def _em(sparsity: float) -> list[tuple[float, float]]:
+    """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for any target."""
+    return [(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)]
+
+
+def _em_s(sparsity: float) -> list[tuple[float, float]]:
+    """Grow 0.05, 0.025, 0 of all units beyond the target: the paper's table, the same at 90% and 95%."""
+    return [(sparsity, max(0.0, sparsity - excess)) for excess in (0.05, 0.025, 0.0)]
+
+
+# method -> (prune_to, grow_to) of its three phases at a target sparsity; None: the mask never changes
+METHODS: dict[str, Callable[[float], list[tuple[float, float]]] | None] = {"static": None, "em": _em, "em_s": _em_s}
+LATER_METHODS = ("set", "rigl")
+
+# name -> share of the way from lr_final to lr, given the share of training done
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+    "constant": lambda done: 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A training run's settings; checked when made.
+
+    epochs             whole passes over the training set
+    method             "static" (the mask never changes), "em" or "em_s"
+    lr                 learning rate at its highest
+    lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs; "constant".
+                       It moves with every iteration, not only between epochs.
+    lr_final           where the schedule ends; "step" and "constant" do not go below it
+    warmup_epochs      the learning rate first rises linearly over this many epochs; the schedule covers the rest
+    mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
+    phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion to `epochs`
+    importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
+    augment            shift, and mirror where the data set allows it
+    seed               of shuffling, augmentation and mutation
+    eval_every         epochs between evaluations; the last epoch is always evaluated
+    """
+
+    epochs: int
+    method: str = "em"
+    lr: float = 0.1
+    lr_schedule: str = "cosine"
+    lr_final: float = 4e-8
+    warmup_epochs: int = 0
+    mutate_every: int | None = None
+    phases: tuple[Phase, ...] = ()
+    importance_lambda: float = 0.0
+    augment: bool = True
+    seed: int = 0
+    eval_every: int = 1
+
+    def __post_init__(self):
+        _check_whole("epochs", self.epochs, 1)
+        _check_whole("warmup_epochs", self.warmup_epochs, 0)
+        _check_whole("seed", self.seed, 0)
+        _check_whole("eval_every", self.eval_every, 1)
+        if self.mutate_every is not None:
+            _check_whole("mutate_every", self.mutate_every, 1)
+        _check_number("lr", self.lr)
+        _check_number("lr_final", self.lr_final)
+        _check_number("importance_lambda", self.importance_lambda)
+        if not isinstance(self.augment, bool):
+            raise UsageError(f"augment must be true or false, not {self.augment!r}")
+        if self.lr <= 0 or self.lr_final > self.lr:
+            raise UsageError(f"lr must be above 0 and at least lr_final, not lr {self.lr}, lr_final {self.lr_final}")
+        if self.warmup_epochs >= self.epochs:
+            raise UsageError(f"warmup_epochs must be below epochs ({self.epochs}), not {self.warmup_epochs}")
+        if self.method in LATER_METHODS:
+            raise NotYet(f"the method {self.method!r} is not in this version; there are: {', '.join(METHODS)}")
+        if self.method not in METHODS:
+            raise UnknownName(f"no method {self.method!r}; there are: {', '.join(METHODS)}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise UnknownName(f"no lr_schedule {self.lr_schedule!r}; there are: {', '.join(LR_SCHEDULES)}")
+        self._check_phases()
+
+    def _check_phases(self):
+        if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise UsageError("phases must be a tuple of Phase(until_epoch, prune_to, grow_to)")
+        if not self.phases:
+            return
+        if METHODS[self.method] is None:
+            raise UsageError(f"the method {self.method!r} never mutates and takes no phases; use method 'em' or leave phases out")
+        ends = [phase.until_epoch for phase in self.phases]
+        if ends != sorted(set(ends)) or ends[-1] != self.epochs:
+            raise UsageError(f"the phases' until_epoch must rise and end at epochs ({self.epochs}), not {ends}")
+        for before, after in pairwise(self.phases):
+            if after.prune_to < before.grow_to:
+                raise SparsityError(f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
+                                    f"by then: {before.grow_to}; raise its prune_to")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Recipe:
+        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has unknown keys."""
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+            raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
+        return cls.from_dict(data, where=str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one."""
+        for key in data:
+            if key.startswith("sieve"):
+                raise NotYet(f"{where}: the data sieve ({key}) is not in this version; leave it out")
+        _check_keys(cls, data, where)
+        phases = data.get("phases", ())
+        if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
+            raise UsageError(f"{where}: phases must be a list of tables with until_epoch, prune_to and grow_to")
+        for phase in phases:
+            _check_keys(Phase, phase, f"{where}, phases")
+            _check_whole("until_epoch", phase["until_epoch"], 1)
+            _check_number("prune_to", phase["prune_to"])
+            _check_number("grow_to", phase["grow_to"])
+        return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives an equal recipe back."""
+        return {**dataclasses.asdict(self), "phases": [dataclasses.asdict(phase) for phase in self.phases]}
+
+    def resolved(self, sparsity: float | Mapping[str, float]) -> Recipe:
+        """This recipe with mutate_every and phases filled in for a model that starts at `sparsity`.
+
+        sparsity  one number, or {layer name: sparsity}, for which phases must be given
+        Raises SparsityError when the method needs a sparse model, or the first phase cannot be pruned to.
+        """
+        pairs = METHODS[self.method]
+        interval = self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
+        if pairs is None:
+            return dataclasses.replace(self, mutate_every=interval)
+        if isinstance(sparsity, Mapping):
+            if not self.phases:
+                raise SparsityError(f"the method {self.method!r} has no schedule for a sparsity per layer; give phases in the recipe")
+            return dataclasses.replace(self, mutate_every=interval)
+        if not 0 < sparsity < 1:
+            raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")
+        phases = self.phases or _scaled(pairs(sparsity), self.epochs)
+        if phases[0].prune_to < sparsity:
+            raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
+                                f"raise its prune_to")
+        return dataclasses.replace(self, mutate_every=interval, phases=phases)
+
+    def mutation_at(self, epoch: int) -> Phase | None:
+        """The mutation that a resolved recipe makes before `epoch` (counted from 0), if any.
+
+        There is one every `mutate_every` epochs and where a phase begins, so that the last phase always makes the model exact.
+        Never before epoch 0: untrained weights say nothing about importance.
+        """
+        if not self.phases or epoch == 0:
+            return None
+        begins = epoch in [phase.until_epoch for phase in self.phases]
+        return self._phase(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
+
+    def meets_target(self, epoch: int) -> bool:
+        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no result."""
+        last = next((phase for earlier in range(epoch, 0, -1) if (phase := self.mutation_at(earlier))), None)
+        return last is None or last.grow_to >= self.phases[-1].grow_to
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the model is evaluated after `epoch` (counted from 0)."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
+
+    def lr_at(self, epoch: int, iteration: int, iterations: int) -> float:
+        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0)."""
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + (iteration + 1) / iterations) / self.warmup_epochs
+        done = (epoch + iteration / iterations - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        if self.lr_schedule == "cosine":
+            return self.lr_final + (self.lr - self.lr_final) * LR_SCHEDULES[self.lr_schedule](done)
+        return max(self.lr_final, self.lr * LR_SCHEDULES[self.lr_schedule](done))
+
+    def _phase(self, epoch: int) -> Phase:
+        return next(phase for phase in self.phases if epoch < phase.until_epoch)
+
+
+def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe:
+    """The paper's recipe for a method at a target sparsity, its 160-epoch schedule scaled to `epochs`."""
+    return Recipe(epochs=epochs, method=method, **settings).resolved(sparsity)
+
+
+def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
+    """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last epoch."""
+    ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
+    starts = [0, *ends[:-1]]
+    # Six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder.
+    return tuple(Phase(end, round(prune_to, 6), round(grow_to, 6))
+                 for (prune_to, grow_to), start, end in zip(pairs, starts, ends, strict=True) if start < end)
+
+
+def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            raise UsageError(f"{where}: unknown key {key!r}; did you mean {get_close_matches(key, fields, 1, 0)[0]!r}?")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in data:
+            raise UsageError(f"{where}: the key {name!r} is missing")
+
+
+def _check_whole(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UsageError(f"{name} must be a whole number of at least {low}, not {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise UsageError(f"{name} must be a number of at least 0, not {value!r}")

@@ -1,0 +1,203 @@
+"""The epoch loop: mutate, train, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from mest_compile import __version__
+from mest_compile.data import Dataset, as_dataset, batches
+from mest_compile.errors import InputError, MestError, StateError
+from mest_compile.recipe import Recipe
+from mest_compile.runfolder import RunFolder, machine
+
+# Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
+SHUFFLE, MUTATION = 0, 1
+
+
+class Progress(Protocol):
+    """What a caller that wants to watch implements; epochs and batches are counted from 1."""
+
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float) -> None: ...
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """Watches nothing."""
+
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float) -> None:
+        pass
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Run:
+    """What training gave.
+
+    history  one dict an epoch, the lines of metrics.jsonl
+    best     {"epoch", "test_accuracy"} of the best model that met its target sparsity, or None before the first evaluation
+    folder   where the run's files are, or None
+    """
+
+    recipe: Recipe
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    folder: Path | None = None
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set."""
+        return self.history[-1]["test_accuracy"] if self.history else None
+
+
+class Trainer:
+    """Trains a compiled step by a recipe.
+
+    out       folder for the run's files (RunFolder names them), or None to write nothing
+    progress  told about every batch and epoch
+    """
+
+    def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None):
+        self.step = step
+        self.recipe = recipe.resolved(step.describe()["sparsity"])
+        self.folder = None if out is None else RunFolder(out)
+        self.progress = progress or Silent()
+        self._resumed: dict[str, Any] | None = None
+
+    @classmethod
+    def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None) -> Trainer:
+        """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
+
+        step  compiled as the run's was; None: rebuilt from the checkpoint
+        Raises StateError when `out` holds no run, or its recipe was edited.
+        """
+        folder = RunFolder(out)
+        recipe = folder.read_recipe()
+        if step is None:
+            from mest_compile.compiling import load
+
+            step = load(folder.checkpoint)
+        extra, _ = step.restore(folder.checkpoint)
+        if extra.get("recipe") != recipe:
+            raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
+        trainer = cls(step, Recipe.from_dict(recipe, where=str(folder.recipe)), out, progress)
+        trainer._resumed = extra
+        return trainer
+
+    def fit(self, train_set: Any, test_set: Any) -> Run:
+        """Trains to the recipe's last epoch and returns the run.
+
+        train_set, test_set  a Dataset, (images, labels) arrays or a torch Dataset (see data.as_dataset)
+        Raises InputError when the data do not fit the step, UsageError when the folder holds a run, MestError when the loss
+        is no longer finite. However training ends, the checkpoint of the last whole epoch stays.
+        """
+        train = as_dataset(train_set, classes=self.step.classes, name="training set")
+        test = as_dataset(test_set, like=train, name="test set")
+        self._check_data(train)
+        self._check_data(test)
+        run, data = self._begin(train, test)
+        for epoch in range(len(run.history), self.recipe.epochs):
+            mutation = self._mutate(epoch)
+            trained = self._train(epoch, train)
+            evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
+            metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation,
+                       "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
+            self._keep(run, metrics, data)
+            self.progress.on_epoch(metrics)
+        return run
+
+    def _begin(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
+        """A run with the epochs that are done, and the JSON-able facts about its data."""
+        data = {"train": train.describe(), "test": test.describe()}
+        run = Run(self.recipe, folder=self.folder.path if self.folder else None)
+        if self._resumed is not None:
+            if self._resumed["data"] != data:
+                raise StateError(f"the run was trained on {self._resumed['data']['train']['name']}; this is other data: "
+                                 f"{train.name}, {len(train)} examples. A run resumes on its own data")
+            run.history, run.best = list(self._resumed["history"]), self._resumed["best"]
+            assert self.folder is not None
+            self.folder.rewrite_metrics(run.history)
+        elif self.folder:
+            self.folder.begin(self.recipe.to_dict(), {"seed": self.recipe.seed, "data": data, "step": self.step.describe(),
+                                                      "machine": machine(),
+                                                      "versions": {"mest-compile": __version__, "numpy": np.__version__}})
+            self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
+        return run, data
+
+    def _mutate(self, epoch: int) -> dict[str, Any] | None:
+        phase = self.recipe.mutation_at(epoch)
+        if phase is None:
+            return None
+        report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, importance_lambda=self.recipe.importance_lambda,
+                                  rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]))
+        return {"prune_to": phase.prune_to, "grow_to": phase.grow_to, "layers": dict(Counter(report.layers.values())),
+                "seconds": report.seconds}
+
+    def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
+        step, count, rng = self.step, len(train) // self.step.batch, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
+        loss, correct, step_seconds, kernel_seconds, lr = 0.0, 0, 0.0, None, 0.0
+        began = perf_counter()
+        with closing(batches(train, step.batch, rng, self.recipe.augment)) as prepared:  # type: ignore[type-var]
+            for index, (images, labels, _) in enumerate(prepared):
+                lr = self.recipe.lr_at(epoch, index, count)
+                called = perf_counter()
+                result = step(images.reshape(step.input_shape), labels, lr=lr)
+                step_seconds += perf_counter() - called
+                if not math.isfinite(result.loss):
+                    raise MestError(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}; "
+                                    f"lower lr or add warmup_epochs. The last whole epoch's checkpoint is intact")
+                loss += float(result.loss)
+                correct += int(np.count_nonzero(result.correct))
+                if (kernels := getattr(result, "kernel_seconds", None)) is not None:
+                    kernel_seconds = (kernel_seconds or 0.0) + kernels
+                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss)
+        seconds, examples = perf_counter() - began, count * step.batch
+        return {"loss": loss / count, "train_accuracy": correct / examples, "lr": lr, "examples": examples,
+                "images_per_second": examples / seconds, "train_seconds": seconds, "step_seconds": step_seconds / count,
+                "kernel_seconds": None if kernel_seconds is None else kernel_seconds / count}
+
+    def _evaluate(self, test: Dataset) -> dict[str, Any]:
+        batch, correct, began = self.step.batch, 0, perf_counter()
+        for start in range(0, len(test), batch):
+            images = test.normalise(test.images[start:start + batch])
+            logits = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
+            correct += int(np.count_nonzero(logits.argmax(1) == test.labels[start:start + batch]))
+        return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
+
+    def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
+        """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
+        run.history.append(metrics)
+        accuracy, best = metrics["test_accuracy"], run.best
+        improved = (accuracy is not None and self.recipe.meets_target(metrics["epoch"] - 1)
+                    and (best is None or accuracy > best["test_accuracy"]))
+        if improved:
+            run.best = {"epoch": metrics["epoch"], "test_accuracy": accuracy}
+        if self.folder:
+            self.folder.append_metrics(metrics)
+            if improved:
+                self._save(self.folder.best, run, data)
+            self._save(self.folder.checkpoint, run, data)
+
+    def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
+        self.step.save(path, {"epoch": len(run.history), "recipe": self.recipe.to_dict(), "data": data,
+                              "best": run.best, "history": run.history})
+
+    def _check_data(self, data: Dataset) -> None:
+        wanted, found = tuple(self.step.input_shape[1:]), data.images.shape[1:]
+        if wanted != found and wanted != (math.prod(found),):
+            raise InputError(f"the step takes images of shape {wanted}, {data.name} has {found}; "
+                             f"compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})")
+        if data.classes > self.step.classes:
+            raise InputError(f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
+                             f"give the model as many outputs")
