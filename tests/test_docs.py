@@ -1,0 +1,70 @@
+"""Every command in the README and docs/ exists and runs; every file they link to is there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+COVERED_ELSEWHERE = {
+    'pip install "torch>=2.9,<2.14"': "tests/test_packaging.py compares the bound with pyproject.toml",
+    "pip install -e .": "make venv",
+}
+SHORTENED = {  # put behind the text's own options, which they override
+    "train": ["--model", "mlp", "--data", "digits", "--epochs", "1"],
+    "bench": ["--model", "resnet20", "--width", "8", "--batch", "8", "--repeats", "1"],
+}
+
+
+def commands() -> list[str]:
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+            found += [line for line in block.splitlines() if line and not line.startswith("#")]
+    return sorted(set(found) - set(COVERED_ELSEWHERE))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, tmp_path):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        done = run(["make", "--dry-run", *arguments], REPOSITORY)
+        assert done.returncode == 0, done.stderr
+    elif program == "python":
+        done = run([sys.executable, *arguments], REPOSITORY)
+        assert done.returncode == 0, done.stderr
+    elif "--resume" in arguments:
+        assert run_cli(["train", *SHORTENED["train"], "--out", *arguments[-1:]], tmp_path).returncode == 0
+        done = run_cli(arguments, tmp_path)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert program == "mest-compile", f"no way to check {command!r}"
+        done = run_cli([*arguments, *SHORTENED.get(arguments[0], [])], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "--json" not in arguments or json.loads(done.stdout)
+
+
+def test_the_docs_have_commands_and_the_uncovered_list_is_current():
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    assert len(commands()) >= 8 and all(command in text for command in COVERED_ELSEWHERE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        assert link.startswith("https://") or (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run_cli(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-c", "from mest_compile.cli import main; main()", *arguments], folder)
