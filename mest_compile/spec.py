@@ -48,6 +48,22 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SGD:
+    """torch.optim.SGD's rule: lr, momentum, weight_decay (L2, on every parameter), nesterov."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+
+    def __post_init__(self):
+        if not (self.lr >= 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):
+            raise SpecError(f"SGD needs lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, got {self}")
+        if self.nesterov and self.momentum == 0:
+            raise SpecError("nesterov needs a momentum above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """One operator of the forward graph.
 

@@ -1,0 +1,178 @@
+"""mest.compile: model, scheme and target in, a training step out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile.building import Builder, kernel_source
+from mest_compile.errors import NotYet, StateError, UsageError
+from mest_compile.graph.emitting import emit
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower_prediction, lower_training
+from mest_compile.graph.program import Buffer
+from mest_compile.hardware import Target, find_target
+from mest_compile.planning import plan_layers
+from mest_compile.runtime import checkpoint
+from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.scheme import Scheme
+from mest_compile.spec import SGD, ForwardGraph, Node
+
+if TYPE_CHECKING:
+    import torch
+
+    from mest_compile.runtime.step import Compiled, TrainStep
+
+# With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
+            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
+            target: str | Path | Target = "local", device: Any = None, threads: int | None = None, seed: int = 0,
+            builder: Builder | None = None) -> TrainStep:
+    """A training step that computes `model`'s convolutions and linear layers at the live weights only.
+
+    model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
+    input_shape    (N, C, H, W) or (N, features); N is the batch of every step
+    scheme         name, "name:arguments" or a scheme object
+    sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other layers dense
+    distribution   "uniform" or "erk"
+    dense_layers   names that stay dense; None: the first layer, 1x1 convolutions on images, the classifier
+    threads        None: all cores
+    builder        where kernels are compiled and cached; None: the user's cache folder
+    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BuildError.
+    """
+    from mest_compile.frontend import import_model
+
+    scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
+    if device is not None:
+        raise NotYet("device: running a step on another device over RPC is not in this version; leave device=None")
+    input_shape = _check_shape(input_shape)
+    threads = _check_threads(threads, target)
+    graph, state = import_model(model, input_shape)
+    layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
+    return _make(graph, state, layers, optimizer, target, threads, seed, builder)
+
+
+def load(path: str | Path, threads: int | None = None, builder: Builder | None = None) -> TrainStep:
+    """The step that `step.save` wrote, with all its state. Raises StateError, BuildError."""
+    arrays, facts = checkpoint.read(path)
+    try:
+        graph = _graph_from(facts["graph"])
+        target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"])})
+        layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"], *entry["sections"])
+                  for entry in facts["layers"]}
+        optimizer = SGD(**facts["optimizer"])
+    except (KeyError, TypeError) as problem:
+        raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
+    step = _make(graph, zeros, layers, optimizer, target, threads or facts["threads"], facts["seed"], builder)
+    step._restore(arrays, facts, path)
+    return step
+
+
+def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
+    """Writes the step's parameters and statistics into the torch module that it was compiled from. Raises StateError."""
+    import torch
+
+    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    if there != {name: tuple(value.shape) for name, value in trained.items()}:
+        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
+        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
+    model.load_state_dict(trained, strict=False)
+
+
+def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], optimizer: SGD, target: Target,
+          threads: int, seed: int, builder: Builder | None) -> TrainStep:
+    from mest_compile.runtime.step import TrainStep
+
+    return TrainStep(_compile(graph, layers, optimizer, target, threads, seed, builder or Builder()), state)
+
+
+def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], optimizer: SGD, target: Target, threads: int, seed: int,
+             builder: Builder) -> Compiled:
+    from mest_compile.runtime.step import Compiled
+
+    fused = fuse(graph)
+    held: dict[str, Buffer] = {}
+    train = lower_training(fused, layers, target.vector, held)
+    predict = lower_prediction(fused, layers, target.vector, held, train.slots)
+    kernels = {program.name: {call.name: builder.function(kernel_source(call.kernel, call.problem, target)) for call in program.calls}
+               for program in (train, predict)}
+
+    def link(prefix: str) -> Any:
+        import tvm
+
+        module = emit({"train": (train, ("forward", "backward", "update")), "gradients": (train, ("forward", "backward")),
+                       "predict": (predict, ("forward",))}, prefix)
+        return tvm.compile(module, target=tvm.target.Target(target.tvm_fields))
+
+    facts = {
+        "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
+        "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
+        "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
+                    "sections": [layer.section_channels, layer.transposed_section_channels]} for layer in layers.values()],
+        "describe": {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": seed,
+                     "input_shape": list(graph.input_shape),
+                     "schemes": {name: str(layer.scheme) for name, layer in layers.items()},
+                     "sparsity": {name: layer.sparsity for name, layer in layers.items()},
+                     "optimizer": asdict(optimizer),
+                     "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
+    }
+    return Compiled(graph, layers, train, predict, kernels, link, optimizer, threads, seed, facts)
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        found = tuple(int(size) for size in shape)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) not in (2, 4) or min(found) < 1:
+        raise UsageError(f"input_shape is {shape!r}; wanted (N, C, H, W) or (N, features), whole numbers of 1 or more")
+    return found
+
+
+def _check_threads(threads: int | None, target: Target) -> int:
+    if threads is None:
+        return target.cores
+    if not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"threads is {threads!r}; wanted a whole number of 1 or more, or None for all cores")
+    return threads
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _graph_facts(graph: ForwardGraph) -> dict[str, Any]:
+    return {"input_shape": list(graph.input_shape), "state_shapes": _plain(dict(graph.state_shapes)),
+            "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
+                       "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _graph_from(facts: Mapping[str, Any]) -> ForwardGraph:
+    nodes = tuple(Node(node["op"], node["name"], tuple(node["inputs"]), tuple(node["shape"]), node["params"],
+                       {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["nodes"])
+    return ForwardGraph(nodes, tuple(facts["input_shape"]), {name: tuple(shape) for name, shape in facts["state_shapes"].items()})
+
+
+def _spec_from(facts: Mapping[str, Any]):
+    from mest_compile.spec import LayerSpec
+
+    return LayerSpec(**{key: _tuples(value) for key, value in facts.items()})

@@ -1,0 +1,50 @@
+"""Programs to a Relax module: one function a program, its arena as storages, its kernels called by name.
+
+Kernels are looked up by name when a virtual machine is made, so one of them is exchanged without building the module again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mest_compile.graph.program import Buffer, Program, Stage
+
+
+def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str) -> Any:
+    """An IRModule with a function for each name: the program's calls of the given stages, kernels named `prefix` + program + call.
+
+    A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns ().
+    """
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    for name, (program, stages) in functions.items():
+        held = program.held()
+        variables = {buffer: relax.Var(f"b{i}", relax.TensorType(ndim=1, dtype=buffer.dtype)) for i, buffer in enumerate(held)}
+        with builder.function(name, list(variables.values()), pure=False):
+            known: dict[Buffer, Any] = dict(variables)
+            storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in program.slots]
+            for call in program.calls:
+                if call.stage not in stages:
+                    continue
+                _place(call.buffers, known, storages, program, builder)
+                builder.emit(relax.Call(relax.ExternFunc(kernel_name(prefix, program, call.name)), [known[b] for b in call.buffers],
+                                        ty_args=[relax.TupleType([])]))
+            builder.emit_func_output(relax.Tuple([]))
+    return builder.finalize()
+
+
+def _place(buffers: Iterable[Buffer], known: dict[Buffer, Any], storages: list, program: Program, builder: Any) -> None:
+    """Emits the view of each temporary buffer into its slot, when it is first used."""
+    from tvm import relax
+
+    for buffer in buffers:
+        if buffer not in known:
+            known[buffer] = builder.emit(relax.op.memory.alloc_tensor(storages[program.slot_of[buffer]], 0, relax.ShapeExpr([buffer.elems]),
+                                                                      buffer.dtype))
+
+
+def kernel_name(prefix: str, program: Program, call_name: str) -> str:
+    """The global name under which a call finds its kernel."""
+    return f"{prefix}.{program.name}.{call_name}"

@@ -1,0 +1,122 @@
+"""A program: the kernel calls of one step in order, the buffers they use, and where the temporary ones lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mest_compile.spec import Image
+
+Stage = Literal["forward", "backward", "update"]
+ITEM_BYTES = {"float32": 4, "int32": 4}
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """A flat array on the device.
+
+    elems       None when it depends on the mask: such buffers are always held by the step
+    kind        what its bytes are counted as: "batch", "values", "indices", "gradients", "optimizer", "arena"
+    image       how an activation lies in it, None for anything else
+    parts       torch names of the dense parameters or statistics in it, one after another
+    """
+
+    name: str
+    elems: int | None
+    dtype: str = "float32"
+    kind: str = "arena"
+    image: Image | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> bool:
+        """Held by the step from one call to the next; the others share the arena."""
+        return self.kind != "arena"
+
+    @property
+    def size_bytes(self) -> int:
+        assert self.elems is not None, f"{self.name} has no size before a mask is known"
+        return self.elems * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel."""
+
+    name: str
+    kernel: str
+    problem: Any
+    buffers: tuple[Buffer, ...]
+    stage: Stage
+
+
+@dataclass(slots=True)
+class Program:
+    """Calls in order. `slots` are the arena's storages in bytes; `slot_of` says which one holds a temporary buffer."""
+
+    name: str
+    calls: list[Call]
+    slots: list[int] = field(default_factory=list)
+    slot_of: dict[Buffer, int] = field(default_factory=dict)
+
+    def buffers(self) -> list[Buffer]:
+        """Every buffer once, in order of first use."""
+        return list(dict.fromkeys(buffer for call in self.calls for buffer in call.buffers))
+
+    def held(self) -> list[Buffer]:
+        return [buffer for buffer in self.buffers() if buffer.held]
+
+    def saved_bytes(self) -> int:
+        """Arena bytes that the forward pass leaves for the backward pass."""
+        born, dies = _lifetimes(self.calls)
+        turn = next((place for place, call in enumerate(self.calls) if call.stage == "backward"), len(self.calls))
+        return sum(buffer.size_bytes for buffer in born if born[buffer] < turn <= dies[buffer])
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(self.slots)
+
+
+def _lifetimes(calls: Sequence[Call]) -> tuple[dict[Buffer, int], dict[Buffer, int]]:
+    """(first, last) call of every temporary buffer."""
+    born: dict[Buffer, int] = {}
+    dies: dict[Buffer, int] = {}
+    for place, call in enumerate(calls):
+        for buffer in call.buffers:
+            if not buffer.held:
+                born.setdefault(buffer, place)
+                dies[buffer] = place
+    return born, dies
+
+
+def plan_memory(program: Program, slots: Iterable[int] = ()) -> None:
+    """Gives every temporary buffer a slot, such that no two that live at the same time share one.
+
+    `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
+    Buffers are placed in order of birth, each into the smallest free slot that holds it; when none does, the largest free slot
+    that would have to grow by less than a half is widened, else a new one is made.
+    """
+    born, dies = _lifetimes(program.calls)
+    sizes = list(slots)
+    fixed = len(sizes)
+    free_from = [-1] * len(sizes)
+    for buffer in sorted(born, key=lambda b: (born[b], -b.size_bytes)):
+        need, start = buffer.size_bytes, born[buffer]
+        free = [slot for slot in range(len(sizes)) if free_from[slot] < start]
+        fits = [slot for slot in free if sizes[slot] >= need]
+        grows = [slot for slot in free if slot >= fixed and sizes[slot] * 1.5 > need]
+        if fits and (sizes[min(fits, key=sizes.__getitem__)] <= 4 * need or need < 65536):
+            slot = min(fits, key=sizes.__getitem__)
+        elif grows and not fits:
+            slot = max(grows, key=sizes.__getitem__)
+            sizes[slot] = need
+        elif fits:
+            slot = min(fits, key=sizes.__getitem__)
+        else:
+            slot = len(sizes)
+            sizes.append(need)
+            free_from.append(-1)
+        program.slot_of[buffer] = slot
+        free_from[slot] = dies[buffer]
+    program.slots = sizes

@@ -1,0 +1,100 @@
+"""Convolution and linear layers: three gathers over the live units, and how they stand in the training graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.operators.bias import BiasGradient
+from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.optimizer import Sgd, SgdUnits
+from mest_compile.registry import operator
+from mest_compile.sparsity.packing import LayerIndex, forward_index, gradient_halo, parity_passes, source_halo, with_transposed
+from mest_compile.spec import Image, Node
+
+if TYPE_CHECKING:
+    from mest_compile.graph.lowering import Lowering
+    from mest_compile.graph.program import Program
+    from mest_compile.sparsity.layer import Layer
+
+
+def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, statistics: bool) -> GatherConv:
+    rows, sources = layer.scheme.block(layer.spec)
+    return GatherConv(source, result, rows, sources, layer.spec.stride, (Pass((result.height, result.width)),),
+                      layer.section_channels, bias=bias, statistics=statistics)
+
+
+def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
+    """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
+    rows, sources = layer.scheme.block(layer.spec)
+    return GatherConv(delta, result, sources, rows, (1, 1), parity_passes(layer.spec), layer.transposed_section_channels, accumulate=accumulate)
+
+
+@operator("conv2d")
+class Conv2d:
+    """Forward, input gradient and weight gradient at the live units. Saves its input, which the layer before keeps anyway."""
+
+    def source_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+        return source_halo(low.layer(node).spec)
+
+    def gradient_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+        return gradient_halo(low.layer(node).spec) if low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
+
+    def forward(self, node: Node, low: Lowering) -> None:
+        weight = node.params["weight"]
+        source, result = low.value(node.inputs[0]), low.output(node)
+        assert source.image and result.image
+        bias = [low.parameter(node, "bias")] if "bias" in node.params else []
+        # Statistics in the epilogue spare batch_norm a pass over memory; lanes without an example would count in them.
+        statistics = []
+        if low.training and not bias and result.image.batch == result.image.lanes and any(n.op == "batch_norm" for n in low.consumers(node.name)):
+            statistics = [low.temporary(f"{node.name}.statistics", result.image.height * 2 * result.image.channels * result.image.vector)]
+        problem = forward_problem(low.layer(node), source.image, result.image, bool(bias), bool(statistics))
+        low.call("gather.conv", problem, *self._index(weight, low), self._values(weight, low), *bias, source, result, *statistics,
+                 name=f"{node.name}.forward")
+
+    def backward(self, node: Node, low: Lowering) -> None:
+        weight, layer = node.params["weight"], low.layer(node)
+        source, delta = low.value(node.inputs[0]), low.gradient(node)
+        assert source.image and delta.image
+        values, gradients = self._values(weight, low), low.hold(f"{weight}:gradient", None, "gradients")
+        momentum, hyper = low.hold(f"{weight}:momentum", None, "optimizer"), low.hold("hyper", 4, "batch")
+        rows, sources = layer.scheme.block(layer.spec)
+        grad = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
+        low.call("gather.grad", grad, *self._index(weight, low), source, delta, gradients, name=f"{node.name}.grad_weight")
+        if "bias" in node.params:
+            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), name=f"{node.name}.grad_bias")
+        if not low.needs_gradient(node.inputs[0]):
+            low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, hyper, name=f"{weight}.update")
+            return
+        transposed = [low.hold(f"{weight}:{part}", None, kind, dtype) for part, kind, dtype in
+                      (("transposed_pointers", "indices", "int32"), ("transposed_offsets", "indices", "int32"), ("transposed", "values", "float32"))]
+        target, accumulate = low.contribute(node.inputs[0])
+        assert target.image
+        low.call("gather.conv", gradient_problem(layer, delta.image, target.image, accumulate), *transposed, delta, target,
+                 name=f"{node.name}.grad_input")
+        low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), values, gradients, momentum, hyper,
+                        low.hold(f"{weight}:permutation", None, "indices", "int32"), transposed[2], name=f"{weight}.update")
+
+    @staticmethod
+    def _index(weight: str, low: Lowering):
+        return [low.hold(f"{weight}:{part}", None, "indices", "int32") for part in ("pointers", "offsets")]
+
+    @staticmethod
+    def _values(weight: str, low: Lowering):
+        return low.hold(weight, None, "values")
+
+
+@operator("linear")
+class Linear(Conv2d):
+    """A 1x1 convolution of a 1x1 image."""
+
+
+def index_layer(layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
+    """Index arrays of the layer's three kernels in `program` under the unit mask `keep`."""
+    weight = layer.spec.name
+    problems = [call.problem for call in program.calls
+                if call.kernel == "gather.conv" and call.buffers[0].name in (f"{weight}:pointers", f"{weight}:transposed_pointers")]
+    index = forward_index(layer.spec, keep, problems[0])
+    return with_transposed(index, layer.spec, keep, problems[1]) if len(problems) > 1 else index

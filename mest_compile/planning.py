@@ -1,0 +1,75 @@
+"""Which layers are sparse, by how much, in which scheme, and how their index is cut: decided before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mest_compile.errors import SparsityError, UnknownName, UsageError
+from mest_compile.sparsity.layer import Layer
+from mest_compile.hardware import Target
+from mest_compile.registry import SCHEDULES
+from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.packing import gradient_halo, image_of, source_halo
+from mest_compile.sparsity.scheme import Scheme
+from mest_compile.sparsity.schemes.dense import Dense
+from mest_compile.spec import ForwardGraph, LayerSpec
+
+
+def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
+    """Every convolution and linear layer, in order; linear layers as 1x1 convolutions."""
+    shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
+    specs = []
+    for node in graph.nodes:
+        if node.op in ("conv2d", "linear"):
+            weight, source = graph.state_shapes[node.params["weight"]], shapes[node.inputs[0]]
+            pad = (1,) * (4 - len(weight))
+            specs.append(LayerSpec(node.params["weight"], (*weight, *pad), (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
+                                   tuple(node.attrs.get("stride", (1, 1))), tuple(node.attrs.get("padding", (0, 0)))))
+    return specs
+
+
+def default_dense_layers(specs: Sequence[LayerSpec]) -> list[str]:
+    """What MEST leaves dense: the first layer, 1x1 convolutions on images (downsampling), the classifier."""
+    small = [spec.name for spec in specs if spec.weight_shape[2:] == (1, 1) and spec.input_shape[2:] != (1, 1)]
+    return list(dict.fromkeys([specs[0].name, *small, specs[-1].name]))
+
+
+def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
+                dense_layers: Sequence[str] | None, target: Target) -> dict[str, Layer]:
+    """{weight name: Layer}. Raises SparsityError, UnknownName, UsageError."""
+    specs = layer_specs(graph)
+    names = [spec.name for spec in specs]
+    if isinstance(scheme, Dense) and isinstance(sparsity, float | int) and sparsity != 0:
+        raise SparsityError(f"scheme dense has sparsity 0, not {sparsity}; pass sparsity=0, or choose another scheme")
+    dense = default_dense_layers(specs) if dense_layers is None else [_weight_name(name, names, "dense_layers") for name in dense_layers]
+    sparse = [spec for spec in specs if spec.name not in dense]
+    if isinstance(sparsity, Mapping):
+        share = {_weight_name(name, names, "sparsity"): float(value) for name, value in sparsity.items()}
+    elif isinstance(sparsity, int | float):
+        share = distribute(distribution, sparse, float(sparsity))
+    else:
+        raise UsageError(f"sparsity is a number or {{layer: number}}, not {type(sparsity).__name__}")
+    layers = {}
+    for spec in specs:
+        chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
+        chosen.check(spec)
+        chosen.live_units(spec, share.get(spec.name, 0.0))
+        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), *_sections(spec, chosen, target))
+    return layers
+
+
+def _sections(spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:
+    """Source channels of a section, forward and transposed, as the device's schedule wants them."""
+    rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+    rows, sources = scheme.block(spec)
+    source = image_of(spec, source_halo(spec), target.vector, output=False)
+    delta = image_of(spec, gradient_halo(spec), target.vector, output=True)
+    return rule(source, spec.stride, spec.weight_shape[2:], sources, target), rule(delta, (1, 1), spec.weight_shape[2:], rows, target)
+
+
+def _weight_name(name: str, names: Sequence[str], where: str) -> str:
+    """The weight that `name` means: "layer1.0.conv1" or "layer1.0.conv1.weight"."""
+    for candidate in (name, f"{name}.weight"):
+        if candidate in names:
+            return candidate
+    raise UnknownName(f"{where} names {name!r}, which is no layer of the model; layers: {', '.join(names)}")

@@ -1,0 +1,56 @@
+"""Checkpoints: one safetensors file with every array and a JSON document in its header, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import StateError
+
+FORMAT = "mest-compile checkpoint 1"
+
+
+def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Writes to a temporary file beside `path`, then renames. Raises StateError when the folder cannot be written or is full."""
+    from safetensors.numpy import save
+
+    path = Path(path)
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()},
+                   {"format": FORMAT, "facts": json.dumps(facts)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as problem:
+        raise StateError(f"checkpoint {path} cannot be written: {problem.strerror}; an earlier one there is untouched") from problem
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts). Raises StateError for a file that is missing, cut short or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise StateError(f"no checkpoint {path}; give the path of a file that step.save or a training run wrote")
+    try:
+        with safe_open(str(path), framework="np") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise StateError(f"{path} is a safetensors file, but not a {FORMAT!r}; it says {header.get('format')!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["facts"])
+    except (SafetensorError, OSError, ValueError, KeyError) as problem:
+        raise StateError(f"checkpoint {path} is damaged or cut short ({problem}); take an older one") from problem

@@ -1,0 +1,415 @@
+"""A compiled training step: its state on the device, and everything a caller does with it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import InputError, StateError, UsageError
+from mest_compile.graph.emitting import kernel_name
+from mest_compile.sparsity.layer import Layer
+from mest_compile.graph.program import Buffer, Program
+from mest_compile.mutation import importance
+from mest_compile.operators.conv2d import index_layer
+from mest_compile.runtime import checkpoint
+from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, scatter_units
+from mest_compile.sparsity.schemes.dense import Dense
+from mest_compile.spec import SGD, ForwardGraph
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler hands to a step.
+
+    graph     as imported, before fusing
+    layers    weight name -> Layer
+    train, predict   the two programs
+    kernels   program name -> call name -> callable
+    link      prefix of kernel names -> virtual machine executable
+    facts     JSON document from which the same step is compiled again
+    """
+
+    graph: ForwardGraph
+    layers: Mapping[str, Layer]
+    train: Program
+    predict: Program
+    kernels: Mapping[str, Mapping[str, Any]]
+    link: Any
+    optimizer: SGD
+    threads: int
+    seed: int
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """loss: mean cross-entropy of the batch; correct: (N,) bool, whether the largest logit is the label's."""
+
+    loss: float
+    correct: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class MutationReport:
+    """layers: {weight name: "unchanged" | "re-indexed" | "recompiled"}; seconds: of the whole mutation."""
+
+    layers: dict[str, str]
+    seconds: float
+
+
+class TrainStep:
+    """One SGD step of a sparse model, compiled. Made by `mest.compile` and `mest.load`."""
+
+    def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray]):
+        """state: {torch name: array} to start from; masks are taken by magnitude."""
+        import tvm
+
+        self._tvm = tvm
+        self._compiled = compiled
+        self._device = tvm.cpu(0)
+        self._tensors: dict[str, Any] = {}
+        self._keep: dict[str, np.ndarray] = {}
+        self._index: dict[str, LayerIndex] = {}
+        self._arguments: dict[str, list] = {}
+        self._rng = np.random.default_rng(compiled.seed)
+        self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
+        self._dense = [buffer for buffer in self._held.values() if buffer.parts]
+        self._machine = self._link()
+        for buffer in self._held.values():
+            if buffer.elems is not None:
+                self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
+        self._check_state(state)
+        for name, layer in compiled.layers.items():
+            weight = _as_conv(state[name])
+            whole = np.ones(layer.scheme.grid(layer.spec), bool)
+            live = layer.scheme.live_units(layer.spec, layer.sparsity)
+            self._install(name, layer.scheme.prune(layer.spec, whole, layer.scheme.scores(layer.spec, np.abs(weight)), live))
+        self._fill(state)
+
+    # Facts.
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) or (N, features)."""
+        return tuple(self._compiled.graph.input_shape)
+
+    @property
+    def batch(self) -> int:
+        return self.input_shape[0]
+
+    @property
+    def classes(self) -> int:
+        return self._compiled.graph.nodes[-1].shape[1]
+
+    @property
+    def optimizer(self) -> SGD:
+        return self._compiled.optimizer
+
+    def describe(self) -> dict[str, Any]:
+        """Target, threads, seed, schemes and versions, ready for JSON."""
+        return dict(self._compiled.facts["describe"])
+
+    def sparsity(self) -> dict[str, float]:
+        """{weight name: share of weights that are zero now}, sparse layers only."""
+        return {name: 1.0 - float(self._keep[name].mean()) for name in self._sparse_layers()}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
+        found = {kind: 0 for kind in ("values", "indices", "gradients", "optimizer", "batch")}
+        for name, buffer in self._held.items():
+            found[buffer.kind] += int(np.prod(self._tensors[name].shape)) * 4
+        train = self._compiled.train
+        found["activations"] = min(train.saved_bytes(), train.arena_bytes)
+        found["workspace"] = max(train.arena_bytes, self._compiled.predict.arena_bytes) - found["activations"]
+        return found | {"total": sum(found.values())}
+
+    # Running.
+
+    def __call__(self, images, labels, lr: float | None = None) -> StepResult:
+        """Forward, backward and update on one batch.
+
+        images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
+        Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then.
+        """
+        self._load_batch(images, labels)
+        rule = self._compiled.optimizer
+        rate = rule.lr if lr is None else float(lr)
+        if not (np.isfinite(rate) and rate >= 0):
+            raise InputError(f"lr is {lr}; wanted a finite number of 0 or more")
+        self._put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
+        self._run("train")
+        return self._result()
+
+    def _result(self) -> StepResult:
+        return StepResult(float(self._get("loss")[0]), self._get("correct")[: self.batch].astype(bool))
+
+    def predict(self, images) -> np.ndarray:
+        """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
+        images = _numpy(images, np.float32, "images")
+        if images.shape[1:] != self.input_shape[1:] or len(images) == 0:
+            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}) with n of 1 or more")
+        _check_finite(images)
+        logits = np.empty((len(images), self.classes), np.float32)
+        for start in range(0, len(images), self.batch):
+            part = images[start:start + self.batch]
+            whole = np.zeros(self.input_shape, np.float32)
+            whole[: len(part)] = part
+            self._put("images", whole.ravel())
+            self._run("predict")
+            logits[start:start + len(part)] = self._get("logits").reshape(self.batch, -1)[: len(part)]
+        return logits
+
+    def gradients(self, images, labels) -> dict[str, np.ndarray]:
+        """{torch name: gradient in torch's shape}, 0 at dead weights; nothing is updated."""
+        self._load_batch(images, labels)
+        self._run("gradients")
+        return self._collect(":gradient")
+
+    # Parameters.
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """{torch name: array in torch's shape}, zeros at dead weights, BatchNorm statistics included."""
+        found = self._collect("")
+        return {name: found[name] for name in self._compiled.graph.state_shapes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets every parameter and statistic; momentum is kept. Raises StateError on names or shapes that do not fit, or non-zero dead weights."""
+        state = {name: _numpy(array, np.float32, name) for name, array in state.items() if not name.endswith("num_batches_tracked")}
+        self._check_state(state)
+        for name, layer in self._compiled.layers.items():
+            wrong = np.count_nonzero(_as_conv(state[name])[~layer.scheme.expand(layer.spec, self._keep[name])])
+            if wrong:
+                raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
+        self._fill(state)
+
+    # Masks.
+
+    def masks(self) -> dict[str, np.ndarray]:
+        """{torch weight name: bool array in torch's shape, True where the weight lives}, sparse layers only."""
+        layers = self._compiled.layers
+        return {name: layers[name].scheme.expand(layers[name].spec, self._keep[name]).reshape(self._compiled.graph.state_shapes[name])
+                for name in self._sparse_layers()}
+
+    def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
+        """Installs masks; units that stay keep weight and momentum, new ones start at 0. Raises StateError; nothing is changed then."""
+        start = time.perf_counter()
+        sparse = self._sparse_layers()
+        keeps = {}
+        for name, mask in masks.items():
+            if name not in sparse:
+                raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
+            layer = self._compiled.layers[name]
+            keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
+            if not keeps[name].any():
+                raise StateError(f"{name}: the mask has no live weight; a layer needs at least one")
+        return self._exchange(keeps, start)
+
+    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None) -> MutationReport:
+        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow at random until `grow_to`.
+
+        prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
+        importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
+        Source: MEST, arXiv:2110.14032. Raises UsageError, SparsityError.
+        """
+        start = time.perf_counter()
+        if not 0 <= grow_to <= prune_to < 1:
+            raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
+        rng = self._rng if rng is None else rng
+        keeps = {}
+        for name in self._sparse_layers():
+            layer, keep = self._compiled.layers[name], self._keep[name]
+            score = importance(self._get(name), self._get(f"{name}:gradient"), importance_lambda)
+            order = self._index[name].order
+            scores = np.zeros(keep.size)
+            scores[order] = np.sqrt(np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1))
+            fewest, most = (layer.scheme.live_units(layer.spec, self._share(layer, overall)) for overall in (prune_to, grow_to))
+            kept = layer.scheme.prune(layer.spec, keep, scores.reshape(keep.shape), min(fewest, len(order)))
+            keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng)
+        return self._exchange(keeps, start)
+
+    def _share(self, layer: Layer, overall: float) -> float:
+        """The layer's sparsity when all sparse layers together have `overall`: every layer's density scales alike."""
+        specs = [self._compiled.layers[name] for name in self._sparse_layers()]
+        live = sum((1 - other.sparsity) * other.spec.weight_elems for other in specs)
+        target = (1 - overall) * sum(other.spec.weight_elems for other in specs)
+        return max(0.0, 1.0 - (1.0 - layer.sparsity) * target / live)
+
+    # Files.
+
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, and the caller's `extra` and `arrays`."""
+        held = {f"held/{name}": self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")
+                and not name.endswith(":transposed")}
+        orders = {f"order/{name}": index.order for name, index in self._index.items()}
+        others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
+        facts = dict(self._compiled.facts) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
+        checkpoint.write(path, held | orders | others, facts)
+
+    def restore(self, path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays). Raises StateError."""
+        arrays, facts = checkpoint.read(path)
+        return self._restore(arrays, facts, path)
+
+    def _restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict]:
+        mine, theirs = self._compiled.facts, facts
+        for fact, what in (("graph", "model"), ("layers", "sparsity scheme or dense layers")):
+            if mine[fact] != theirs.get(fact):
+                raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as it was compiled then")
+        for name, layer in self._compiled.layers.items():
+            order = arrays[f"order/{name}"]
+            keep = np.zeros(layer.scheme.grid(layer.spec), bool)
+            keep.ravel()[order] = True
+            self._install(name, keep)
+            assert np.array_equal(order, self._index[name].order), f"{name}: units are ordered otherwise than when {path} was written"
+        for name, array in arrays.items():
+            if name.startswith("held/"):
+                self._put(name.removeprefix("held/"), array)
+        for name in self._compiled.layers:
+            self._transpose(name)
+        self._rng.bit_generator.state = facts["rng"]
+        return dict(facts["extra"]), {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
+
+    # Internal.
+
+    def _link(self) -> Any:
+        """Registers the kernels under this step's own names and makes the virtual machine, which looks them up once."""
+        compiled, prefix = self._compiled, f"mest.step{next(_numbers)}"
+        for program in (compiled.train, compiled.predict):
+            for call in program.calls:
+                self._tvm.register_global_func(kernel_name(prefix, program, call.name), compiled.kernels[program.name][call.name], override=True)
+        from tvm import relax
+
+        return relax.VirtualMachine(compiled.link(prefix), self._device)
+
+    def _run(self, function: str) -> None:
+        self._tvm.get_global_func("runtime.config_threadpool")(1, self._compiled.threads)
+        if function not in self._arguments:
+            program = self._compiled.predict if function == "predict" else self._compiled.train
+            self._arguments[function] = [self._tensors[buffer.name] for buffer in program.held()]
+        self._machine[function](*self._arguments[function])
+
+    def _put(self, name: str, array: np.ndarray) -> None:
+        """Copies a flat array to the device, into the tensor of that name when the size is the same."""
+        there = self._tensors.get(name)
+        if there is not None and there.shape[0] == array.size:
+            there.copyfrom(array)
+            return
+        self._tensors[name] = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
+        self._arguments.clear()
+
+    def _get(self, name: str) -> np.ndarray:
+        return self._tensors[name].numpy()
+
+    def _sparse_layers(self) -> list[str]:
+        return [name for name, layer in self._compiled.layers.items() if not isinstance(layer.scheme, Dense)]
+
+    def _load_batch(self, images, labels) -> None:
+        images, labels = _numpy(images, np.float32, "images"), _numpy(labels, np.int64, "labels")
+        if images.shape != self.input_shape:
+            raise InputError(f"images have shape {images.shape}; this step was compiled for {self.input_shape}")
+        if labels.shape != (self.batch,):
+            raise InputError(f"labels have shape {labels.shape}; wanted ({self.batch},)")
+        if labels.min() < 0 or labels.max() >= self.classes:
+            raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
+        _check_finite(images)
+        self._put("images", images.ravel())
+        self._put("labels", labels.astype(np.int32))
+
+    def _check_state(self, state: Mapping[str, np.ndarray]) -> None:
+        shapes = self._compiled.graph.state_shapes
+        missing, foreign = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+        if missing or foreign:
+            raise StateError(f"the state does not fit the model: missing {missing[:3] or 'none'}, unknown {foreign[:3] or 'none'}")
+        for name, shape in shapes.items():
+            if tuple(state[name].shape) != tuple(shape):
+                raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
+
+    def _fill(self, state: Mapping[str, np.ndarray]) -> None:
+        for buffer in self._dense:
+            self._put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
+        for name, layer in self._compiled.layers.items():
+            self._put(name, gather_units(_as_conv(state[name]), self._index[name].order, layer.scheme.grid(layer.spec)))
+            self._transpose(name)
+
+    def _collect(self, suffix: str) -> dict[str, np.ndarray]:
+        """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape."""
+        shapes, found = self._compiled.graph.state_shapes, {}
+        for buffer in self._dense:
+            if buffer.name + suffix in self._tensors:
+                flat, start = self._get(buffer.name + suffix), 0
+                for part in buffer.parts:
+                    size = int(np.prod(shapes[part]))
+                    found[part] = flat[start:start + size].reshape(shapes[part]).copy()
+                    start += size
+        for name, layer in self._compiled.layers.items():
+            grid = layer.scheme.grid(layer.spec)
+            found[name] = scatter_units(self._get(name + suffix), self._index[name].order, grid, layer.spec.weight_shape).reshape(shapes[name])
+        return found
+
+    def _install(self, name: str, keep: np.ndarray) -> None:
+        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay."""
+        layer = self._compiled.layers[name]
+        old = self._index.get(name)
+        index = index_layer(layer, keep, self._compiled.train)
+        elems = layer.scheme.unit_elems(layer.spec)
+        for suffix in ("", ":gradient", ":momentum"):
+            if old is None:
+                moved = np.zeros((len(index.order), elems), np.float32)
+            else:
+                moved = carry_over(self._get(name + suffix).reshape(-1, elems), old.order, index.order, keep.size)
+            self._put(name + suffix, moved)
+        for part in ("pointers", "offsets", "transposed_pointers", "transposed_offsets", "permutation"):
+            if (array := getattr(index, part)) is not None:
+                self._put(f"{name}:{part}", array)
+        self._keep[name], self._index[name] = keep, index
+        self._transpose(name)
+
+    def _transpose(self, name: str) -> None:
+        """Brings the copy of the values that the input gradient reads up to date."""
+        permutation = self._index[name].permutation
+        if permutation is not None:
+            layer = self._compiled.layers[name]
+            rows, sources = layer.scheme.block(layer.spec)
+            values = self._get(name).reshape(-1, sources, rows)
+            turned = np.empty((len(values), rows, sources), np.float32)
+            turned[permutation] = values.transpose(0, 2, 1)
+            self._put(f"{name}:transposed", turned)
+
+    def _exchange(self, keeps: Mapping[str, np.ndarray], start: float) -> MutationReport:
+        fates = dict.fromkeys(self._sparse_layers(), "unchanged")
+        for name, keep in keeps.items():
+            if not np.array_equal(keep, self._keep[name]):
+                self._install(name, keep)
+                fates[name] = "re-indexed"
+        return MutationReport(fates, time.perf_counter() - start)
+
+
+def _as_conv(weight: np.ndarray) -> np.ndarray:
+    """A linear weight (out, in) as (out, in, 1, 1)."""
+    return weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
+
+
+def _numpy(array: Any, dtype: type, what: str) -> np.ndarray:
+    """A C-ordered numpy array of a numpy array, torch tensor or nested list. Raises InputError."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().numpy()
+    try:
+        found = np.asarray(array)
+        if dtype is np.int64 and found.dtype.kind not in "iu":
+            raise InputError(f"{what} have type {found.dtype}; wanted whole numbers")
+        return np.ascontiguousarray(found, dtype)
+    except (TypeError, ValueError) as problem:
+        raise InputError(f"{what} are no array of numbers ({problem})") from problem
+
+
+def _check_finite(images: np.ndarray) -> None:
+    if not np.isfinite(images).all():
+        raise InputError(f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first")

@@ -1,0 +1,21 @@
+"""Sparsity schemes, distributions of sparsity over layers, and packing of masks into index arrays."""
+
+from __future__ import annotations
+
+from mest_compile.errors import UsageError
+from mest_compile.registry import SCHEMES
+from mest_compile.sparsity.scheme import Scheme
+
+
+def parse_scheme(scheme: str | Scheme) -> Scheme:
+    """A Scheme from itself or from "name" or "name:arguments" ("block", "block:4x1"). Raises UnknownName, UsageError."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if not isinstance(scheme, str):
+        raise UsageError(f"a scheme is a name or a mest.Scheme, not {type(scheme).__name__}; names: {', '.join(SCHEMES.names())}")
+    name, _, arguments = scheme.partition(":")
+    return SCHEMES.find(name).parse(arguments)
+
+
+def scheme_names() -> list[str]:
+    return SCHEMES.names()

@@ -1,0 +1,45 @@
+"""How much sparsity each layer gets, so that all sparse layers together have the sparsity asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mest_compile.errors import SparsityError, UnknownName
+from mest_compile.spec import LayerSpec
+
+
+def uniform(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
+    """The same sparsity in every layer. Source: MEST."""
+    return {layer.name: sparsity for layer in layers}
+
+
+def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: density in proportion to (out + in + kh + kw) / (out * in * kh * kw); layers that would pass 1 stay dense.
+
+    Source: Evci et al., RigL, arXiv:1911.11134, section 3.
+    """
+    raw = {layer.name: sum(layer.weight_shape) / layer.weight_elems for layer in layers}
+    elems = {layer.name: layer.weight_elems for layer in layers}
+    live = (1.0 - sparsity) * sum(elems.values())
+    full: set[str] = set()
+    while True:
+        rest = [name for name in raw if name not in full]
+        if not rest:
+            return {name: 0.0 for name in raw}
+        scale = (live - sum(elems[name] for name in full)) / sum(raw[name] * elems[name] for name in rest)
+        over = {name for name in rest if scale * raw[name] > 1.0}
+        if not over:
+            return {name: 0.0 if name in full else 1.0 - scale * raw[name] for name in raw}
+        full |= over
+
+
+_DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
+
+
+def distribute(name: str, layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
+    """{weight name: sparsity}. Raises UnknownName, SparsityError (sparsity outside [0, 1))."""
+    if not 0.0 <= sparsity < 1.0:
+        raise SparsityError(f"sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)")
+    if name not in _DISTRIBUTIONS:
+        raise UnknownName(f"no distribution {name!r}; there are: {', '.join(sorted(_DISTRIBUTIONS))}")
+    return _DISTRIBUTIONS[name](layers, sparsity)

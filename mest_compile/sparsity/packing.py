@@ -1,0 +1,136 @@
+"""Masks to index arrays and back: where each live unit's weights stand in the value array, forward and transposed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mest_compile.operators.gather import GatherConv, Pass
+from mest_compile.spec import Image, LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerIndex:
+    """Index arrays of one layer under one mask.
+
+    order        (units,) int64: flat position in the unit grid of each unit, in the order of the value array
+    pointers, offsets             of the forward pass and the weight gradient, int32
+    transposed_pointers, transposed_offsets  of the input gradient, int32; None where none is computed
+    permutation  (units,) int32: place of each unit in the transposed order; None likewise
+    """
+
+    order: np.ndarray
+    pointers: np.ndarray
+    offsets: np.ndarray
+    transposed_pointers: np.ndarray | None = None
+    transposed_offsets: np.ndarray | None = None
+    permutation: np.ndarray | None = None
+
+
+def parity_passes(layer: LayerSpec) -> tuple[Pass, ...]:
+    """The input gradient of a strided convolution, cut by the input pixel's remainder: in each pass every tap is a plain shift."""
+    height, width = layer.input_shape[2:]
+    passes = [Pass((-(-(height - y) // layer.stride[0]), -(-(width - x) // layer.stride[1])), (y, x), layer.stride)
+              for y in range(min(layer.stride[0], height)) for x in range(min(layer.stride[1], width))]
+    return tuple(passes)
+
+
+def _shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in range(taps)."""
+    distance = start + padding - np.arange(taps)
+    return distance % stride == 0, distance // stride
+
+
+def source_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) zero pixels around the input that the forward pass reads."""
+    last = [(out - 1) * step + taps - pad - size for out, step, taps, pad, size in
+            zip(layer.output_size, layer.stride, layer.weight_shape[2:], layer.padding, layer.input_shape[2:])]
+    return layer.padding[0], layer.padding[1], max(0, last[0]), max(0, last[1])
+
+
+def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) zero pixels around the output gradient that the input gradient reads."""
+    halo = [0, 0, 0, 0]
+    for grid_pass in parity_passes(layer):
+        for axis in (0, 1):
+            reached, shift = _shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
+            if reached.any():
+                last = grid_pass.grid[axis] - 1 + shift[reached].max()
+                halo[axis] = max(halo[axis], int(-shift[reached].min()))
+                halo[axis + 2] = max(halo[axis + 2], int(last - layer.output_size[axis] + 1))
+    return tuple(halo)  # type: ignore[return-value]
+
+
+def forward_index(layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> LayerIndex:
+    """Index of the forward pass. keep (groups, sources, kh, kw) bool; problem.source's halo holds at least the padding."""
+    image = problem.source
+    order = np.flatnonzero(keep)
+    group, source, y, x = np.unravel_index(order, keep.shape)
+    offsets = (source * problem.source_block * image.channel_elems + (y - layer.padding[0] + image.halo[0]) * image.row_elems
+               + (x - layer.padding[1] + image.halo[1]) * image.lanes)
+    cell = source * problem.source_block // problem.section_channels * problem.groups + group
+    sort = np.lexsort((offsets, cell))
+    return LayerIndex(order[sort], _pointers(cell, problem.sections * problem.groups), offsets[sort].astype(np.int32))
+
+
+def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> LayerIndex:
+    """`index` with the input gradient's arrays; problem.source is the output gradient, problem.passes are `parity_passes(layer)`."""
+    image = problem.source
+    channel, row, y, x = np.unravel_index(index.order, keep.shape)  # roles swap: output channels are the source now
+    number = np.full(len(index.order), len(problem.passes))  # stays for taps that only ever see padding: behind the last pointer
+    shift_y, shift_x = np.zeros_like(number), np.zeros_like(number)
+    for i, grid_pass in enumerate(problem.passes):
+        reached_y, by_y = _shift(grid_pass.start[0], layer.stride[0], layer.padding[0], keep.shape[2])
+        reached_x, by_x = _shift(grid_pass.start[1], layer.stride[1], layer.padding[1], keep.shape[3])
+        here = reached_y[y] & reached_x[x]
+        number[here], shift_y[here], shift_x[here] = i, by_y[y[here]], by_x[x[here]]
+    offsets = (channel * problem.source_block * image.channel_elems + (shift_y + image.halo[0]) * image.row_elems
+               + (shift_x + image.halo[1]) * image.lanes)
+    section = channel * problem.source_block // problem.section_channels
+    cells = len(problem.passes) * problem.sections * problem.groups
+    cell = np.minimum((number * problem.sections + section) * problem.groups + row, cells)
+    offsets[cell == cells] = 0
+    sort = np.lexsort((offsets, cell))
+    permutation = np.empty(len(sort), np.int32)
+    permutation[sort] = np.arange(len(sort), dtype=np.int32)
+    return LayerIndex(index.order, index.pointers, index.offsets,
+                      _pointers(cell, cells), offsets[sort].astype(np.int32), permutation)
+
+
+def _pointers(cell: np.ndarray, cells: int) -> np.ndarray:
+    """(cells + 1,) int32 running count of units per cell."""
+    return np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells)[:cells])]).astype(np.int32)
+
+
+def gather_units(dense: np.ndarray, order: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Weights (out, in, kh, kw) of the units in `order` as the value array (units, source_block, row_block), float32."""
+    rows, sources = dense.shape[0] // grid[0], dense.shape[1] // grid[1]
+    cut = dense.reshape(grid[0], rows, grid[1], sources, *grid[2:]).transpose(0, 2, 4, 5, 3, 1)
+    return np.ascontiguousarray(cut.reshape(-1, sources, rows)[order], np.float32)
+
+
+def scatter_units(values: np.ndarray, order: np.ndarray, grid: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse: a dense array of `shape`, 0 at dead units."""
+    rows, sources = shape[0] // grid[0], shape[1] // grid[1]
+    cut = np.zeros((int(np.prod(grid)), sources, rows), values.dtype)
+    cut[order] = values.reshape(-1, sources, rows)
+    return np.ascontiguousarray(cut.reshape(*grid, sources, rows).transpose(0, 5, 1, 4, 2, 3).reshape(shape))
+
+
+def carry_over(array: np.ndarray, old_order: np.ndarray, new_order: np.ndarray, grid_units: int) -> np.ndarray:
+    """`array` (old units, ...) in the new order: units in both keep their entries, new ones start at 0."""
+    place = np.full(grid_units, -1, np.int64)
+    place[old_order] = np.arange(len(old_order))
+    found = place[new_order]
+    moved = np.zeros((len(new_order), *array.shape[1:]), array.dtype)
+    moved[found >= 0] = array[found[found >= 0]]
+    return moved
+
+
+def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool) -> Image:
+    """The layer's input or output as it lies in memory."""
+    batch, channels, height, width = layer.input_shape
+    if output:
+        channels, (height, width) = layer.weight_shape[0], layer.output_size
+    return Image(channels, height, width, batch, halo, vector)

@@ -1,0 +1,40 @@
+"""Blocks of consecutive output and input channels that live or die together at one tap."""
+
+import re
+from dataclasses import dataclass
+
+from mest_compile.errors import UsageError
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme
+
+
+@scheme("block")
+@dataclass(frozen=True, slots=True)
+class Block(Scheme):
+    """A unit is `rows` consecutive output channels times `columns` consecutive input channels at one kernel position.
+
+    4x1 is MEST's block; its score is the L2 norm of the four, all blocks of a layer ranked together.
+    """
+
+    rows: int = 4
+    columns: int = 1
+    name = "block"
+
+    def __post_init__(self):
+        if self.rows < 1 or self.columns < 1 or self.rows * self.columns > 16:
+            raise UsageError(f"a block of {self.rows}x{self.columns} weights; wanted 1x1 to 16 weights, such as 4x1")
+
+    @classmethod
+    def parse(cls, arguments):
+        if not arguments:
+            return cls()
+        found = re.fullmatch(r"(\d+)x(\d+)", arguments)
+        if not found:
+            raise UsageError(f"block arguments are ROWSxCOLUMNS as in block:4x1, got {arguments!r}")
+        return cls(int(found[1]), int(found[2]))
+
+    def block(self, layer):
+        return self.rows, self.columns
+
+    def __str__(self):
+        return f"block:{self.rows}x{self.columns}"

@@ -1,0 +1,27 @@
+"""Every weight lives: the layers that stay dense, and the dense baseline on our own kernels."""
+
+from dataclasses import dataclass
+
+from mest_compile.errors import SparsityError
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme
+
+
+@scheme("dense")
+@dataclass(frozen=True, slots=True)
+class Dense(Scheme):
+    """Units of 4x1 weights (2x1, 1x1 where channels are odd), so that four output channels share the loads; all of them live."""
+
+    name = "dense"
+
+    def block(self, layer):
+        return next(rows for rows in (4, 2, 1) if layer.weight_shape[0] % rows == 0), 1
+
+    def live_units(self, layer, sparsity):
+        if sparsity != 0.0:
+            raise SparsityError(f"{layer.name}: scheme dense has sparsity 0, not {sparsity}; choose another scheme for a sparse layer")
+        groups, sources, height, width = self.grid(layer)
+        return groups * sources * height * width
+
+    def __str__(self):
+        return self.name

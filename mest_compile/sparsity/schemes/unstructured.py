@@ -1,0 +1,20 @@
+"""Any single weight may live or die."""
+
+from dataclasses import dataclass
+
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme
+
+
+@scheme("unstructured")
+@dataclass(frozen=True, slots=True)
+class Unstructured(Scheme):
+    """A unit is one weight."""
+
+    name = "unstructured"
+
+    def block(self, layer):
+        return 1, 1
+
+    def __str__(self):
+        return self.name

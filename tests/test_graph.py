@@ -1,0 +1,60 @@
+"""Fusing and the memory plan."""
+
+import itertools
+
+import numpy as np
+
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.program import Buffer, Call, Program, plan_memory
+from mest_compile.spec import ForwardGraph, Node
+
+SHAPE = (2, 4, 5, 5)
+
+
+def norm(name, source):
+    return Node("batch_norm", name, (source,), SHAPE, {"weight": f"{name}.weight"}, {"eps": 1e-5, "momentum": 0.1})
+
+
+def fused(*nodes):
+    return {node.name: node for node in fuse(ForwardGraph(nodes, SHAPE, {})).nodes}
+
+
+def test_batch_norm_takes_in_the_addition_and_relu_behind_it():
+    found = fused(norm("bn", "input"), norm("down", "input"), Node("add", "sum", ("bn", "down"), SHAPE), Node("relu", "out", ("sum",), SHAPE),
+                  Node("relu", "last", ("out",), SHAPE))
+    assert list(found) == ["bn", "down", "last"]
+    assert found["down"].inputs == ("input", "bn") and found["down"].attrs["relu"] is True
+    assert found["bn"].attrs["relu"] is False and found["last"].inputs == ("down",)
+
+
+def test_batch_norm_whose_value_is_used_elsewhere_stays_alone():
+    found = fused(norm("bn", "input"), Node("relu", "a", ("bn",), SHAPE), Node("add", "sum", ("a", "bn"), SHAPE))
+    assert list(found) == ["bn", "a", "sum"] and found["bn"].attrs["relu"] is False
+
+
+def test_a_joined_node_stands_behind_everything_that_it_reads():
+    found = fused(norm("bn", "input"), Node("relu", "side", ("input",), SHAPE), Node("add", "sum", ("bn", "side"), SHAPE))
+    assert list(found) == ["side", "bn"] and found["bn"].inputs == ("input", "side")
+
+
+def test_no_two_buffers_that_live_together_share_a_slot_and_memory_is_reused():
+    rng = np.random.default_rng(5)
+    buffers = [Buffer(f"b{i}", int(rng.integers(1, 2000))) for i in range(60)]
+    spans = [tuple(sorted(rng.integers(0, 80, 2))) for _ in buffers]
+    calls = [Call(f"c{t}", "k", None, tuple(b for b, (first, last) in zip(buffers, spans) if t in (first, last)), "forward") for t in range(80)]
+    program = Program("p", calls)
+    plan_memory(program)
+    for (a, span_a), (b, span_b) in itertools.combinations(zip(buffers, spans), 2):
+        if program.slot_of[a] == program.slot_of[b]:
+            assert span_a[1] < span_b[0] or span_b[1] < span_a[0], (a.name, b.name)
+    assert all(program.slots[program.slot_of[b]] >= b.size_bytes for b in buffers)
+    assert program.arena_bytes < sum(b.size_bytes for b in buffers)
+    live = max(sum(b.size_bytes for b, (first, last) in zip(buffers, spans) if first <= t <= last) for t in range(80))
+    assert program.arena_bytes < 1.6 * live
+
+
+def test_a_second_program_runs_in_the_memory_of_the_first():
+    first, second = Buffer("a", 1000), Buffer("b", 900)
+    program = Program("q", [Call("c", "k", None, (second,), "forward")])
+    plan_memory(program, [first.size_bytes])
+    assert program.slots == [first.size_bytes] and program.slot_of[second] == 0

@@ -1,0 +1,81 @@
+"""Index arrays: with the float64 reference kernels they compute what torch's convolution and its gradients compute."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mest_compile.sparsity.layer import Layer
+from mest_compile.operators.conv2d import forward_problem, gradient_problem
+from mest_compile.operators.gather import GatherGrad, gather_conv_reference, gather_grad_reference
+from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.packing import (
+    carry_over, forward_index, gather_units, gradient_halo, image_of, scatter_units, source_halo, with_transposed,
+)
+from mest_compile.spec import LayerSpec
+
+CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forward, transposed)
+    ("unstructured", (6, 5, 3, 3), (7, 9), (1, 1), (1, 1), (2, 4)),
+    ("block:4x1", (8, 6, 3, 3), (8, 8), (2, 2), (1, 1), (3, 4)),
+    ("block:2x3", (4, 6, 5, 3), (9, 6), (2, 1), (2, 1), (3, 2)),
+    ("unstructured", (3, 4, 1, 1), (7, 5), (2, 2), (0, 0), (4, 3)),
+    ("unstructured", (3, 2, 3, 3), (1, 5), (2, 3), (1, 1), (2, 3)),
+    ("block:1x4", (3, 8, 2, 2), (6, 5), (3, 2), (0, 1), (4, 1)),
+    ("unstructured", (5, 7, 1, 1), (1, 1), (1, 1), (0, 0), (7, 5)),
+]
+
+
+def pad_image(dense, image):
+    array = np.zeros(image.shape)
+    array[image.interior] = dense.transpose(1, 2, 3, 0)
+    return array
+
+
+@pytest.mark.parametrize("scheme, weight_shape, size, stride, padding, sections", CASES)
+def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight_shape, size, stride, padding, sections):
+    rng = np.random.default_rng(7)
+    spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
+    layer = Layer(spec, parse_scheme(scheme), 0.6, *sections)
+    keep = rng.random(layer.scheme.grid(spec)) < 0.4
+    keep[0, 0, 0, 0] = True
+    mask = layer.scheme.expand(spec, keep)
+    weight = torch.tensor(rng.standard_normal(weight_shape) * mask, requires_grad=True)
+    x = torch.tensor(rng.standard_normal(spec.input_shape), requires_grad=True)
+    y = F.conv2d(x, weight, None, stride, padding)
+    dy = torch.tensor(rng.standard_normal(y.shape))
+    y.backward(dy)
+
+    source, result = image_of(spec, source_halo(spec), 4, False), image_of(spec, gradient_halo(spec), 4, True)
+    forward = forward_problem(layer, source, result, False, False)
+    backward = gradient_problem(layer, result, source, False)
+    index = with_transposed(forward_index(spec, keep, forward), spec, keep, backward)
+    values = gather_units(weight.detach().numpy(), index.order, layer.scheme.grid(spec)).astype(np.float64)
+    got = gather_conv_reference(forward, index.pointers, index.offsets, values, pad_image(x.detach().numpy(), source))
+    np.testing.assert_allclose(got[result.interior].transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+    delta = pad_image(dy.numpy(), result)
+    turned = np.empty((len(values), values.shape[2], values.shape[1]))
+    turned[index.permutation] = values.transpose(0, 2, 1)
+    got = gather_conv_reference(backward, index.transposed_pointers, index.transposed_offsets, turned, delta)
+    np.testing.assert_allclose(got[source.interior].transpose(3, 0, 1, 2), x.grad.numpy(), rtol=1e-5, atol=1e-5)
+
+    rows, sources = layer.scheme.block(spec)
+    grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.pointers, index.offsets,
+                                 pad_image(x.detach().numpy(), source), delta)
+    dense = scatter_units(grad, index.order, layer.scheme.grid(spec), weight_shape)
+    np.testing.assert_allclose(dense, weight.grad.numpy() * mask, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme, weight_shape, size, stride, padding, sections", CASES)
+def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_shape, size, stride, padding, sections):
+    spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
+    chosen = parse_scheme(scheme)
+    keep = np.random.default_rng(3).random(chosen.grid(spec)) < 0.5
+    dense = np.arange(1, spec.weight_elems + 1, dtype=np.float32).reshape(weight_shape) * chosen.expand(spec, keep)
+    order = np.flatnonzero(keep)[::-1]
+    np.testing.assert_array_equal(scatter_units(gather_units(dense, order, keep.shape), order, keep.shape, weight_shape), dense)
+
+
+def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), np.array([9, 4, 7]), np.array([4, 2, 9]), 10)
+    np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])
