@@ -1,0 +1,235 @@
+"""The sparse convolution kernels against their float64 references, over sizes nobody would choose."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from mest_compile.building import Builder, kernel_source
+from mest_compile.hardware import find_target
+from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
+from mest_compile.registry import SCHEDULES
+from mest_compile.spec import Image
+
+EPS = np.finfo(np.float32).eps
+TARGET = find_target("local")
+VECTOR = TARGET.vector
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray, scale: np.ndarray, terms: int) -> None:
+    """Every element within terms * eps of the sum of its terms' magnitudes (`scale`)."""
+    assert got.shape == wanted.shape
+    assert np.isfinite(got).all()
+    wrong = np.abs(got - wanted) > (terms + 2) * EPS * scale + np.finfo(np.float32).tiny
+    assert not wrong.any(), f"{wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}"
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    return Builder(folder=tmp_path_factory.mktemp("kernels"))
+
+
+def call(builder: Builder, kernel: str, problem, *arrays: np.ndarray, **knobs) -> list[np.ndarray]:
+    """Runs a kernel; every array as it is afterwards."""
+    import tvm
+
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(array).ravel()) for array in arrays]
+    builder.function(kernel_source(kernel, problem, TARGET, **knobs))(*tensors)
+    return [tensor.numpy().reshape(array.shape) for tensor, array in zip(tensors, arrays, strict=True)]
+
+
+@dataclass
+class Index:
+    pointers: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def most_terms(self) -> int:
+        return int(np.diff(self.pointers).max(initial=0))
+
+
+def random_index(rng: np.random.Generator, source: Image, source_step, source_block: int, groups: int, sections: tuple[int, int],
+                 grids: list[tuple[int, int]], kernel: tuple[int, int], live: float) -> Index:
+    """Units anywhere a grid can read; about one group in four has none.
+
+    sections  (how many, source channels of one)
+    """
+    pointers, offsets = [0], []
+    for grid in grids:
+        reach = [size - (max(extent, 1) - 1) * step
+                 for size, extent, step in zip((source.rows, source.columns), grid, source_step, strict=True)]
+        taps = [(y, x) for y in range(min(kernel[0], reach[0])) for x in range(min(kernel[1], reach[1]))]
+        dead = rng.random(groups) < (0.25 if live < 1 else 0)
+        for section in range(sections[0]):
+            channels = range(section * sections[1], min((section + 1) * sections[1], source.channels), source_block)
+            for group in range(groups):
+                offsets += [channel * source.channel_elems + y * source.row_elems + x * source.lanes for channel in channels
+                            for y, x in taps if rng.random() < live and not dead[group]]
+                pointers.append(len(offsets))
+    return Index(np.array(pointers, np.int32), np.array(offsets, np.int32))
+
+
+def activation(rng: np.random.Generator, image: Image, gradient: bool = False) -> np.ndarray:
+    """Random pixels, zero halo; lanes without example are 0 in a gradient and something else in a forward value."""
+    array = np.zeros(image.shape, np.float32)
+    inside = image.interior[:3]
+    array[inside] = rng.standard_normal(array[inside].shape)
+    if gradient:
+        array[..., image.batch:] = 0
+    return array
+
+
+def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
+    """(values, source, result before, bias)"""
+    values = rng.standard_normal((len(index.offsets), problem.source_block, problem.row_block)).astype(np.float32)
+    bias = rng.standard_normal(problem.result.channels).astype(np.float32) if problem.bias else None
+    return values, activation(rng, problem.source), rng.standard_normal(problem.result.shape).astype(np.float32), bias
+
+
+def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.random.Generator, **knobs) -> None:
+    values, source, before, bias = conv_case(problem, index, rng)
+    wanted = gather_conv_reference(problem, index.pointers, index.offsets, values, source, before, bias)
+    scale = gather_conv_reference(problem, index.pointers, index.offsets, np.abs(values), np.abs(source), np.abs(before),
+                                  None if bias is None else np.abs(bias))
+    arrays = [index.pointers, index.offsets, values, *([bias] if problem.bias else []), source, before]
+    if problem.statistics:
+        rows = problem.passes[0].grid[0]
+        arrays.append(np.full((rows, 2, problem.result.channels, problem.result.vector), 7, np.float32))
+    after = call(builder, "gather.conv", problem, *arrays, **knobs)
+    got = after[-2] if problem.statistics else after[-1]
+    terms = index.most_terms * problem.source_block * problem.sections + 1
+    assert_close(got, wanted, scale, terms)
+    if problem.statistics:
+        inside = got[problem.result.interior[:3]].astype(np.float64)
+        lanes = inside.reshape(*inside.shape[:3], -1, problem.result.vector)
+        columns = inside.shape[2] * lanes.shape[3]
+        moments = [(lanes**power).sum((2, 3)).transpose(1, 0, 2) for power in (1, 2)]
+        sizes = [(np.abs(lanes)**power).sum((2, 3)).transpose(1, 0, 2) for power in (1, 2)]
+        for power in (0, 1):
+            assert_close(after[-1][:, power], moments[power], sizes[power], columns + 1)
+
+
+def grad_case(problem: GatherGrad, index: Index, rng: np.random.Generator):
+    return activation(rng, problem.source), activation(rng, problem.delta, gradient=True)
+
+
+def check_grad(builder: Builder, problem: GatherGrad, index: Index, rng: np.random.Generator, **knobs) -> None:
+    source, delta = grad_case(problem, index, rng)
+    wanted = gather_grad_reference(problem, index.pointers, index.offsets, source, delta)
+    scale = gather_grad_reference(problem, index.pointers, index.offsets, np.abs(source), np.abs(delta))
+    gradients = np.full(wanted.shape, 7, np.float32)
+    got = call(builder, "gather.grad", problem, index.pointers, index.offsets, source, delta, gradients, **knobs)[-1]
+    assert_close(got, wanted, scale, problem.delta.height * problem.delta.width * problem.delta.lanes)
+
+
+def random_problem(seed: int):
+    """(GatherConv, GatherGrad, Index): a convolution of random sizes."""
+    rng = np.random.default_rng(seed)
+    pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+    row_block, source_block = pick(1, 1, 2, 4, 8), pick(1, 1, 2, 4)
+    stride, kernel = pick(1, 1, 2), pick((1, 1), (3, 3), (3, 3), (5, 2))
+    halo = pick((0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 2, 1))
+    batch = pick(1, 7, 8, 16, 20, 24)
+    source = Image(source_block * int(rng.integers(1, 7)), int(rng.integers(5, 19)), pick(5, 8, 16, 17), batch, halo, VECTOR)
+    height, width = ((size - extent) // stride + 1 for size, extent in zip((source.rows, source.columns), kernel, strict=True))
+    result = Image(row_block * int(rng.integers(1, 7)), height, width, batch, pick((0, 0, 0, 0), (1, 1, 1, 1), (0, 2, 1, 0)), VECTOR)
+    section = source_block * int(rng.integers(1, source.channels // source_block + 1))
+    accumulate = bool(rng.integers(2))
+    statistics = not accumulate and batch % VECTOR == 0 and bool(rng.integers(2))
+    conv = GatherConv(source, result, row_block, source_block, (stride, stride), (Pass((height, width)),), section, accumulate=accumulate,
+                      bias=not accumulate and bool(rng.integers(2)), statistics=statistics)
+    index = random_index(rng, source, (stride, stride), source_block, conv.groups, (conv.sections, section), [(height, width)], kernel,
+                         pick(0.1, 0.3, 1.0))
+    return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section), index
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_convolutions_of_random_sizes(builder, seed):
+    conv, grad, index = random_problem(seed)
+    print("seed", seed, conv)
+    check_conv(builder, conv, index, np.random.default_rng(seed))
+    check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("live", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize(("row_block", "source_block"), [(1, 1), (4, 1), (1, 4), (3, 2), (16, 1)])
+def test_dead_rows_and_full_rows(builder, row_block, source_block, live):
+    rng = np.random.default_rng(0)
+    source, result = Image(24, 8, 8, 16, (1, 1, 1, 1), VECTOR), Image(48, 8, 8, 16, (1, 1, 1, 1), VECTOR)
+    conv = GatherConv(source, result, row_block, source_block, (1, 1), (Pass((8, 8)),), 16, statistics=True)
+    index = random_index(rng, source, (1, 1), source_block, conv.groups, (2, 16), [(8, 8)], (3, 3), live)
+    assert live > 0 or len(index.offsets) == 0
+    check_conv(builder, conv, index, rng)
+    check_grad(builder, GatherGrad(source, result, row_block, source_block, (1, 1), 16), index, rng)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("size", "row_block", "source_block"), [((8, 8), 1, 4), ((17, 5), 4, 1)])
+def test_passes_over_parity_classes(builder, size, row_block, source_block, accumulate):
+    """What the input gradient of a stride 2 convolution asks for."""
+    rng = np.random.default_rng(3)
+    result = Image(8, *size, 7, (1, 1, 1, 1), VECTOR)
+    source = Image(12, -(-size[0] // 2), -(-size[1] // 2), 7, (1, 1, 1, 1), VECTOR)
+    passes = tuple(Pass(((size[0] - y + 1) // 2, (size[1] - x + 1) // 2), (y, x), (2, 2)) for y in (0, 1) for x in (0, 1))
+    conv = GatherConv(source, result, row_block, source_block, (1, 1), passes, 8, accumulate=accumulate)
+    index = random_index(rng, source, (1, 1), source_block, conv.groups, (2, 8), [each.grid for each in passes], (2, 2), 0.4)
+    check_conv(builder, conv, index, rng)
+
+
+def test_a_pass_without_pixels_and_pixels_without_a_pass(builder):
+    rng = np.random.default_rng(4)
+    source = result = Image(4, 1, 6, 8, (0, 0, 0, 0), VECTOR)
+    passes = (Pass((1, 3), (0, 0), (2, 2)), Pass((0, 3), (1, 0), (2, 2)))
+    conv = GatherConv(source, result, 2, 1, (1, 1), passes, 4, bias=True)
+    index = random_index(rng, source, (1, 1), 1, 2, (1, 4), [(1, 3), (0, 3)], (1, 3), 0.5)
+    check_conv(builder, conv, index, rng)  # the reference keeps what no pass covers
+
+
+def test_answers_do_not_depend_on_threads(builder):
+    import tvm
+
+    conv, grad, index = random_problem(5)
+    conv = replace(conv, accumulate=False)
+    rng = np.random.default_rng(5)
+    values, source, before, bias = conv_case(conv, index, rng)
+    _, delta = grad_case(grad, index, rng)
+    threads = tvm.get_global_func("runtime.config_threadpool")
+    answers = []
+    try:
+        for count in (1, 2, 3, 2):
+            threads(1, count)
+            arrays = [index.pointers, index.offsets, values, *([bias] if conv.bias else []), source, before]
+            if conv.statistics:
+                arrays.append(np.zeros((conv.passes[0].grid[0], 2, conv.result.channels, VECTOR), np.float32))
+            gradients = call(builder, "gather.grad", grad, index.pointers, index.offsets, source, delta, np.zeros(values.shape, np.float32))
+            answers.append(call(builder, "gather.conv", conv, *arrays)[len(arrays) - conv.statistics - 1:] + gradients[-1:])
+    finally:
+        threads(1, 1)
+    for answer in answers[1:]:
+        for got, wanted in zip(answer, answers[0], strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_sections_fit_the_first_level_cache():
+    section_channels = SCHEDULES.find("cpu/gather.conv").section_channels
+    for size, channels in ((32, 32), (16, 64), (8, 128), (8, 12)):
+        image = Image(channels, size, size, 64, (1, 1, 1, 1), VECTOR)
+        count = section_channels(image, (1, 1), (3, 3), 4, TARGET)
+        assert count % 4 == 0
+        assert 4 <= count <= channels
+    assert section_channels(image, (1, 1), (31, 31), 4, TARGET) == 4  # at least one unit
+
+
+@pytest.mark.parametrize("change", ["one element", "shape", "nan"])
+def test_assert_close_notices(change):
+    wanted = np.ones((3, 4))
+    got = np.ones((3, 4), np.float32)
+    assert_close(got, wanted, wanted, terms=6)
+    if change == "one element":
+        got[2, 3] = 1 + 9 * EPS
+    elif change == "nan":
+        got[0, 1] = np.nan
+    else:
+        got = got[:2]
+    with pytest.raises(AssertionError):
+        assert_close(got, wanted, wanted, terms=6)
