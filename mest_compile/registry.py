@@ -70,15 +70,17 @@ def operator(name: str):
     return register
 
 
-def schedule(kernel: str, device: str, knobs: dict[str, tuple] | None = None):
+def schedule(kernel: str, device: str, knobs: dict[str, tuple] | None = None, section_channels=None):
     """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
 
     The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
     `knobs` lists the values each knob may take; the first is the default.
+    `section_channels` is for "gather.conv": the rule that says how many source channels a section of the index has.
     """
 
     def register(function):
         function.kernel, function.device, function.knobs = kernel, device, dict(knobs or {})
+        function.section_channels = section_channels
         SCHEDULES.add(f"{device}/{kernel}", function)
         return function
 

@@ -297,12 +297,12 @@ class TrainStep:
         self._machine[function](*self._arguments[function])
 
     def _put(self, name: str, array: np.ndarray) -> None:
-        """Copies a flat array to the device, into the tensor of that name when the size is the same."""
-        there = self._tensors.get(name)
-        if there is not None and there.shape[0] == array.size:
-            there.copyfrom(array)
+        """Copies an array to the device, flat, into the tensor of that name when the size is the same."""
+        flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
+        if there is not None and there.shape[0] == flat.size:
+            there.copyfrom(flat)
             return
-        self._tensors[name] = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
+        self._tensors[name] = self._tvm.runtime.tensor(flat, self._device)
         self._arguments.clear()
 
     def _get(self, name: str) -> np.ndarray:
