@@ -1,0 +1,181 @@
+"""Batch normalisation with an addition and a ReLU that may follow it: one operator, one pass forward, two backward.
+
+y = relu(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the ReLU are optional. Nothing but z (and y
+where both follow) is kept for the backward pass: the normalised value and the ReLU's mask are computed again.
+
+`moments` is (3, channels) float32: mean, 1 / sqrt(biased variance + eps), unbiased variance.
+`affine` is (2, channels) float32: bias and weight, in this order; `sums` their gradients, likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mest_compile.errors import SpecError
+from mest_compile.operators.image import ImageCopy
+from mest_compile.registry import operator
+from mest_compile.spec import Image, Node
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormMoments:
+    """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), moments.
+
+    chunks  where not 0, z is not read: statistics holds, per chunk and lane, the sum of z and the sum of its squares
+    """
+
+    z: Image
+    eps: float
+    chunks: int = 0
+
+    def __post_init__(self):
+        if self.count < 2:
+            raise SpecError(f"batch_norm needs more than 1 value per channel when training, got batch {self.z.batch} of "
+                            f"{self.z.height}x{self.z.width} pixels; use a larger batch")
+
+    @property
+    def count(self) -> int:
+        """Values of a channel."""
+        return self.z.batch * self.z.height * self.z.width
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormRunning:
+    """Kernel "batch_norm.running": moments, running_mean (channels,), running_var (channels,); the last two in place.
+
+    momentum  share of the new statistics, as torch has it
+    """
+
+    channels: int
+    momentum: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormFrozen:
+    """Kernel "batch_norm.frozen": running_mean (channels,), running_var (channels,), moments: what evaluation normalises with."""
+
+    channels: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormForward:
+    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y."""
+
+    z: Image
+    y: Image
+    relu: bool = False
+    residual: Image | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormReduce:
+    """Kernel "batch_norm.backward_reduce": dy, z, moments, affine, y only if `y`, sums.
+
+    relu  a ReLU follows: dy counts where y > 0
+    y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
+          Without it, y is computed again from z.
+    """
+
+    dy: Image
+    z: Image
+    relu: bool = False
+    y: Image | None = None
+
+    def __post_init__(self):
+        assert self.relu or self.y is None, "y is only read for the ReLU's mask"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormBackward:
+    """Kernel "batch_norm.backward": dy, z, moments, affine, sums, dz.
+
+    relu  dy is not masked yet: mask it by y computed again from z
+    accumulate  dz += the gradient
+    """
+
+    dy: Image
+    z: Image
+    dz: Image
+    relu: bool = False
+    accumulate: bool = False
+
+
+def _by_channel(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float64)[:, None, None, None]
+
+
+def moments_reference(z: np.ndarray, eps: float) -> np.ndarray:
+    """moments (3, C) in float64 of z (C, H, W, N)."""
+    flat = z.astype(np.float64).reshape(len(z), -1)
+    return np.stack([flat.mean(1), 1 / np.sqrt(flat.var(1) + eps), flat.var(1, ddof=1)])
+
+
+def running_reference(moments, running_mean, running_var, momentum: float) -> tuple[np.ndarray, np.ndarray]:
+    """New (running_mean, running_var) in float64."""
+    return tuple((1 - momentum) * np.asarray(old, np.float64) + momentum * moments[row]
+                 for old, row in ((running_mean, 0), (running_var, 2)))  # type: ignore
+
+
+def frozen_reference(running_mean, running_var, eps: float) -> np.ndarray:
+    """moments (3, C) in float64."""
+    mean, variance = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
+    return np.stack([mean, 1 / np.sqrt(variance + eps), variance])
+
+
+def forward_reference(z, moments, weight, bias, residual=None, relu: bool = False) -> np.ndarray:
+    """y (C, H, W, N) in float64."""
+    y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(bias)
+    if residual is not None:
+        y = y + residual
+    return np.maximum(y, 0) if relu else y
+
+
+def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(masked dy, sums (2, C), dz) in float64; `y` (C, H, W, N) where a ReLU gave it, else None."""
+    masked = dy.astype(np.float64) * (1 if y is None else y > 0)
+    normal = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1])
+    sums = np.stack([masked.sum((1, 2, 3)), (masked * normal).sum((1, 2, 3))])
+    mean_dy, mean_dyz = (_by_channel(row / normal[0].size) for row in sums)
+    return masked, sums, _by_channel(weight) * _by_channel(moments[1]) * (masked - mean_dy - normal * mean_dyz)
+
+
+@operator("batch_norm")
+class BatchNorm:
+    """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, relu."""
+
+    def forward(self, node: Node, low) -> None:
+        z, y = low.value(node.inputs[0]), low.output(node)
+        residual = low.value(node.inputs[1]) if len(node.inputs) == 2 else None
+        channels, eps = z.image.channels, node.attrs["eps"]
+        moments = low.temporary(f"{node.name}.moments", 3 * channels)
+        running = low.parameter(node, "running_mean"), low.parameter(node, "running_var")
+        if low.training:
+            statistics = low.statistics(node.inputs[0])
+            chunks = statistics.elems // (2 * channels * z.image.vector) if statistics else 0
+            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks), statistics or z, moments)
+            low.call_update("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
+        else:
+            low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
+        problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None)
+        low.call("batch_norm.forward", problem, z, moments, low.parameter(node, "bias", "weight"),
+                 *([residual] if residual else []), y)
+
+    def backward(self, node: Node, low) -> None:
+        dy, z = low.gradient(node), low.value(node.inputs[0])
+        relu, added = node.attrs.get("relu", False), len(node.inputs) == 2
+        y = low.value(node.name) if relu and added else None
+        facts = z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.parameter(node, "bias", "weight")
+        sums = low.parameter_gradient(node, "bias", "weight")
+        low.call("batch_norm.backward_reduce", BatchNormReduce(dy.image, z.image, relu, y.image if y else None),
+                 dy, *facts, *([y] if y else []), sums)
+        if low.needs_gradient(node.inputs[0]):
+            dz, accumulate = low.contribute(node.inputs[0])
+            low.call("batch_norm.backward", BatchNormBackward(dy.image, z.image, dz.image, relu and not added, accumulate),
+                     dy, *facts, sums, dz)
+        # After dz, because from here on later contributions may be added to dy in place.
+        if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
+            result, accumulate = low.contribute(node.inputs[1])
+            low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)

@@ -1,0 +1,53 @@
+"""Stochastic gradient descent with momentum, on dense parameters and on live units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """Kernel "optimizer.sgd": values (n,), gradients (n,), momentum (n,), hyper (4,): lr, momentum, weight_decay, nesterov 0 or 1.
+
+    values and momentum change in place, as torch.optim.SGD does it; n is symbolic. A first step starts from momentum 0.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class SgdUnits:
+    """Kernel "optimizer.sgd_units": as "optimizer.sgd" with n = units * source_block * row_block, then permutation (units,) int32
+    and transposed (n,): the new values in the order that the input gradient reads.
+
+    transposed[permutation[u], j, k] = values[u, k, j] for k < source_block, j < row_block.
+    """
+
+    source_block: int
+    row_block: int
+
+
+def sgd_reference(values, gradients, momentum, hyper) -> tuple[np.ndarray, np.ndarray]:
+    """New (values, momentum) in float64."""
+    lr, share, decay, nesterov = (float(value) for value in hyper)
+    gradient = gradients.astype(np.float64) + decay * values.astype(np.float64)
+    moved = share * momentum.astype(np.float64) + gradient
+    return values - lr * (gradient + share * moved if nesterov else moved), moved
+
+
+def transposed_reference(problem: SgdUnits, values: np.ndarray, permutation: np.ndarray) -> np.ndarray:
+    """(n,): what `transposed` holds after the update to `values`."""
+    units = values.reshape(-1, problem.source_block, problem.row_block)
+    out = np.empty((len(units), problem.row_block, problem.source_block), values.dtype)
+    out[permutation] = units.transpose(0, 2, 1)
+    return out.ravel()
+
+
+def lower_sgd(low, values, gradients, momentum, hyper) -> None:
+    """Records the update of one dense parameter; all buffers of one length, hyper as in Sgd."""
+    low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, hyper)
+
+
+def lower_sgd_units(low, problem: SgdUnits, values, gradients, momentum, hyper, permutation, transposed) -> None:
+    """Records the update of a sparse layer's live units and of their transposed copy."""
+    low.call_update("optimizer.sgd_units", problem, values, gradients, momentum, hyper, permutation, transposed)

@@ -1,0 +1,52 @@
+"""Rectified linear unit, where no batch_norm before it could take it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mest_compile.registry import operator
+from mest_compile.spec import Image, Node
+
+
+@dataclass(frozen=True, slots=True)
+class ReluForward:
+    """Kernel "relu.forward": x (x.elems,), y (y.elems,)."""
+
+    x: Image
+    y: Image
+
+
+@dataclass(frozen=True, slots=True)
+class ReluBackward:
+    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = dy where y > 0, else 0.
+
+    accumulate  dx += instead
+    """
+
+    dy: Image
+    y: Image
+    dx: Image
+    accumulate: bool = False
+
+
+def forward_reference(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x.astype(np.float64), 0)
+
+
+def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return dy.astype(np.float64) * (y > 0)
+
+
+@operator("relu")
+class Relu:
+    def forward(self, node: Node, low) -> None:
+        x, y = low.value(node.inputs[0]), low.output(node)
+        low.call("relu.forward", ReluForward(x.image, y.image), x, y)
+
+    def backward(self, node: Node, low) -> None:
+        if low.needs_gradient(node.inputs[0]):
+            dy, y = low.gradient(node), low.value(node.name)
+            dx, accumulate = low.contribute(node.inputs[0])
+            low.call("relu.backward", ReluBackward(dy.image, y.image, dx.image, accumulate), dy, y, dx)

@@ -1,0 +1,210 @@
+"""Batch normalisation on a CPU: every kernel is bound by memory, so each reads and writes its arrays once."""
+
+from __future__ import annotations
+
+from mest_compile.hardware import Target
+from mest_compile.operators.batch_norm import (
+    BatchNormBackward,
+    BatchNormForward,
+    BatchNormFrozen,
+    BatchNormMoments,
+    BatchNormReduce,
+    BatchNormRunning,
+)
+from mest_compile.registry import schedule
+from mest_compile.schedules.cpu_rows import UNROLL, Chunks, Text, buffer, channel_sums, each_row, loop, number, walk_row
+
+
+@schedule("batch_norm.moments", device="cpu")
+def batch_norm_moments(problem: BatchNormMoments, target: Target) -> str:
+    return _moments_of_sums(problem) if problem.chunks else _moments_of_values(problem)
+
+
+def _store_moments(text: Text, problem: BatchNormMoments, mean: str, squares: str) -> None:
+    """From float64 expressions: the mean, and the sum of squared distances from it."""
+    channels, count = problem.z.channels, problem.count
+    text(f'moments[c] = T.cast({mean}, "float32")',
+         f"moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt({squares} * {number(1 / count, 'float64')} + "
+         f'{number(problem.eps, "float64")}), "float32")',
+         f'moments[{2 * channels} + c] = T.cast({squares} * {number(1 / (count - 1), "float64")}, "float32")')
+
+
+def _moments_of_values(problem: BatchNormMoments) -> str:
+    """Sums of distances from a nearby value, in one pass; chunks are joined in float64.
+
+    The nearby value is the mean of the chunk's first row. That is at most sqrt(rows) standard deviations from the chunk's mean,
+    so the subtraction of squares loses little whatever the data.
+    """
+    image, vector = problem.z, problem.z.vector
+    chunks = Chunks(image)
+    text = Text(buffer("z", image.elems), buffer("moments", 3 * image.channels))
+    text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count * 2},), "float64")')
+
+    def live_value(value: str, live: str | None) -> str:
+        return f"T.Select({live}, {value}, T.float32(0))" if live else value
+
+    with chunks.each(text):
+        text.local("near", 1)
+        text.local("sample", UNROLL * vector)
+        with text.nest(f"for i in T.vectorized({UNROLL * vector})"):
+            text("sample[i] = T.float32(0)")
+        text(f"sample_row: T.let = c * {image.channel_elems} + first * {image.row_elems} + {image.origin}")
+        walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(f'z[sample_row + {at}]', live)}"])
+        text("near[0] = T.float32(0)")
+        with text.nest(f"for i in T.serial({UNROLL * vector})"):
+            text("near[0] = near[0] + sample[i]")
+        text(f"near[0] = near[0] * {number(1 / (image.width * image.batch))}")
+
+        def body(at: str, slot: str, live: str | None) -> list[str]:
+            distance = live_value(f"(z[z_row + {at}] - near[0])", live)
+            square = f"partial[{UNROLL * vector} + {slot}]"
+            return [f"partial[{slot}] = partial[{slot}] + {distance}", f"{square} = {square} + {distance} * {distance}"]
+
+        channel_sums(text, chunks, {"z": image}, 2, body)
+        text(f'values: T.let = T.cast(rows * {image.width * image.batch}, "float64")',
+             "chunk_sums[n * 2 + 1] = chunk_sums[n * 2 + 1] - chunk_sums[n * 2] * chunk_sums[n * 2] / values",
+             'chunk_sums[n * 2] = T.cast(near[0], "float64") + chunk_sums[n * 2] / values')
+    with text.nest(f"for c in T.serial({image.channels})"):
+        text.local("mean", 1, "float64")
+        text.local("squares", 1, "float64")
+        text("mean[0] = T.float64(0)", "squares[0] = T.float64(0)")
+        share = f'T.cast(T.min({chunks.rows}, {image.height} - k * {chunks.rows}) * {image.width * image.batch}, "float64")'
+        at = f"(c * {chunks.count} + k) * 2"
+        with text.nest(f"for k in T.serial({chunks.count})"):
+            text(f"mean[0] = mean[0] + chunk_sums[{at}] * {share} * {number(1 / problem.count, 'float64')}")
+        with text.nest(f"for k in T.serial({chunks.count})"):
+            text(f"squares[0] = squares[0] + T.max(chunk_sums[{at} + 1], T.float64(0)) + "
+                 f"{share} * (chunk_sums[{at}] - mean[0]) * (chunk_sums[{at}] - mean[0])")
+        _store_moments(text, problem, "mean[0]", "squares[0]")
+    return str(text)
+
+
+def _moments_of_sums(problem: BatchNormMoments) -> str:
+    """Joins the sums that a convolution left in its epilogue."""
+    channels, vector = problem.z.channels, problem.z.vector
+    elems = problem.chunks * 2 * channels * vector
+    text = Text(buffer("statistics", elems), buffer("moments", 3 * channels))
+    with text.nest(f"for c in {loop(channels, elems)}"):
+        text.local("total", 2 * vector, "float64")
+        text.local("sums", 2, "float64")
+        with text.nest("for s in T.unroll(2)"):
+            with text.nest(f"for i in T.vectorized({vector})"):
+                text(f"total[s * {vector} + i] = T.float64(0)")
+        with text.nest(f"for k in T.serial({problem.chunks})", "for s in T.unroll(2)", f"for i in T.vectorized({vector})"):
+            text(f'total[s * {vector} + i] = total[s * {vector} + i] + '
+                 f'T.cast(statistics[((k * 2 + s) * {channels} + c) * {vector} + i], "float64")')
+        with text.nest("for s in T.unroll(2)"):
+            text("sums[s] = T.float64(0)")
+            with text.nest(f"for i in T.serial({vector})"):
+                text(f"sums[s] = sums[s] + total[s * {vector} + i]")
+        text(f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}",
+             f"sums[1] = T.max(sums[1] - sums[0] * sums[0] * {number(problem.count, 'float64')}, T.float64(0))")
+        _store_moments(text, problem, "sums[0]", "sums[1]")
+    return str(text)
+
+
+@schedule("batch_norm.running", device="cpu")
+def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
+    channels = problem.channels
+    text = Text(buffer("moments", 3 * channels), buffer("running_mean", channels), buffer("running_var", channels))
+    with text.nest(f"for c in T.serial({channels})"):
+        for name, row in ("running_mean", 0), ("running_var", 2):
+            text(f"{name}[c] = {name}[c] * {number(1 - problem.momentum)} + moments[{row * channels} + c] * {number(problem.momentum)}")
+    return str(text)
+
+
+@schedule("batch_norm.frozen", device="cpu")
+def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
+    channels = problem.channels
+    text = Text(buffer("running_mean", channels), buffer("running_var", channels), buffer("moments", 3 * channels))
+    with text.nest(f"for c in T.serial({channels})"):
+        text("moments[c] = running_mean[c]",
+             f'moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt(T.cast(running_var[c], "float64") + '
+             f'{number(problem.eps, "float64")}), "float32")',
+             f"moments[{2 * channels} + c] = running_var[c]")
+    return str(text)
+
+
+def _facts(channels: int) -> list[str]:
+    return [buffer("moments", 3 * channels), buffer("affine", 2 * channels)]
+
+
+def _set_facts(text: Text, channels: int) -> None:
+    text("mean: T.let = moments[c]", f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]", "shift: T.let = affine[c]")
+
+
+def _normalised(at: str) -> str:
+    """Before residual and ReLU; forward and backward use this one form, so that they agree on where it is positive."""
+    return f"((z[z_row + {at}] - mean) * scale + shift)"
+
+
+@schedule("batch_norm.forward", device="cpu")
+def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
+    images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
+    arguments = {name: buffer(name, image.elems) for name, image in images.items()}
+    text = Text(arguments.pop("z"), *_facts(problem.z.channels), *arguments.values())
+
+    def body(at: str, slot: str, live: str | None) -> list[str]:
+        value = _normalised(at) + (f" + residual[residual_row + {at}]" if problem.residual else "")
+        return [f"y[y_row + {at}] = " + (f"T.max({value}, T.float32(0))" if problem.relu else value)]
+
+    with each_row(text, images):
+        _set_facts(text, problem.z.channels)
+        walk_row(text, problem.y, body)
+    return str(text)
+
+
+@schedule("batch_norm.backward_reduce", device="cpu")
+def batch_norm_backward_reduce(problem: BatchNormReduce, target: Target) -> str:
+    """Per row in float32 vectors, over rows and chunks in float64."""
+    image, channels = problem.dy, problem.dy.channels
+    chunks, width = Chunks(image), UNROLL * image.vector
+    images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
+    text = Text(buffer("dy", image.elems), buffer("z", problem.z.elems), *_facts(channels),
+                *([buffer("y", problem.y.elems)] if problem.y else []), buffer("sums", 2 * channels))
+    text(f'chunk_sums = T.alloc_buffer(({channels * chunks.count * 2},), "float64")')
+
+    def body(at: str, slot: str, live: str | None) -> list[str]:
+        gradient, lines = f"dy[dy_row + {at}]", []
+        if problem.y:
+            lines = [f"{gradient} = T.Select(y[y_row + {at}] > T.float32(0), {gradient}, T.float32(0))"]
+        elif problem.relu:
+            gradient = f"T.Select({_normalised(at)} > T.float32(0), {gradient}, T.float32(0))"
+        return [*lines, f"partial[{slot}] = partial[{slot}] + {gradient}",
+                f"partial[{width} + {slot}] = partial[{width} + {slot}] + {gradient} * (z[z_row + {at}] - mean)"]
+
+    with chunks.each(text):
+        _set_facts(text, channels)
+        channel_sums(text, chunks, images, 2, body)
+    with text.nest(f"for c in T.serial({channels})"):
+        text.local("joined", 2, "float64")
+        text("joined[0] = T.float64(0)", "joined[1] = T.float64(0)")
+        with text.nest(f"for k in T.serial({chunks.count})", "for s in T.unroll(2)"):
+            text(f"joined[s] = joined[s] + chunk_sums[(c * {chunks.count} + k) * 2 + s]")
+        text('sums[c] = T.cast(joined[0], "float32")',
+             f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")')
+    return str(text)
+
+
+@schedule("batch_norm.backward", device="cpu")
+def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
+    images = {"dy": problem.dy, "z": problem.z, "dz": problem.dz}
+    channels = problem.dy.channels
+    share = number(1 / (problem.dy.batch * problem.dy.height * problem.dy.width))
+    text = Text(buffer("dy", problem.dy.elems), buffer("z", problem.z.elems), *_facts(channels), buffer("sums", 2 * channels),
+                buffer("dz", problem.dz.elems))
+
+    def body(at: str, slot: str, live: str | None) -> list[str]:
+        gradient = f"dy[dy_row + {at}]"
+        if problem.relu:
+            gradient = f"T.Select({_normalised(at)} > T.float32(0), {gradient}, T.float32(0))"
+        value = f"scale * ({gradient} - mean_dy - (z[z_row + {at}] - mean) * slope)"
+        if problem.accumulate:
+            value = f"dz[dz_row + {at}] + {value}"
+        return [f"dz[dz_row + {at}] = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
+
+    with each_row(text, images):
+        _set_facts(text, channels)
+        text(f"mean_dy: T.let = sums[c] * {share}", f"slope: T.let = sums[{channels} + c] * {share} * moments[{channels} + c]")
+        walk_row(text, problem.dz, body)
+    return str(text)

@@ -1,0 +1,43 @@
+"""Softmax cross-entropy on a CPU."""
+
+from __future__ import annotations
+
+from mest_compile.hardware import Target
+from mest_compile.operators.loss import CrossEntropy
+from mest_compile.registry import schedule
+from mest_compile.schedules.cpu_rows import Text, buffer, loop, number
+
+
+@schedule("loss.cross_entropy", device="cpu")
+def cross_entropy(problem: CrossEntropy, target: Target) -> str:
+    """Example by example; the logits of a batch fit into the cache."""
+    logits, dlogits = problem.logits, problem.dlogits
+    batch, classes = logits.batch, logits.channels
+    text = Text(buffer("logits", logits.elems), buffer("labels", batch, "int32"), buffer("loss", 1), buffer("correct", batch, "int32"),
+                buffer("dlogits", dlogits.elems))
+    text(f'losses = T.alloc_buffer(({batch},), "float32")')
+    logit = f"logits[k * {logits.channel_elems} + {logits.origin} + n]"
+    gradient = f"dlogits[k * {dlogits.channel_elems} + {dlogits.origin} + n]"
+    with text.nest(f"for n in {loop(batch, batch * classes)}"):
+        text.local("best", 1)
+        text.local("winner", 1, "int32")
+        text.local("total", 1)
+        text.local("chosen", 1)
+        text(f"best[0] = logits[{logits.origin} + n]", "winner[0] = 0", "total[0] = T.float32(0)", "chosen[0] = T.float32(0)")
+        with text.nest(f"for k in T.serial({classes})", f"if {logit} > best[0]"):
+            text(f"best[0] = {logit}", "winner[0] = k")
+        with text.nest(f"for k in T.serial({classes})"):
+            text(f"{gradient} = T.exp({logit} - best[0])", f"total[0] = total[0] + {gradient}",
+                 f"chosen[0] = T.Select(k == labels[n], {logit} - best[0], chosen[0])")
+        text("losses[n] = T.log(total[0]) - chosen[0]", "correct[n] = T.Select(winner[0] == labels[n], 1, 0)")
+        with text.nest(f"for k in T.serial({classes})"):
+            text(f"{gradient} = ({gradient} / total[0] - T.Select(k == labels[n], T.float32(1), T.float32(0))) * {number(1 / batch)}")
+    if batch < dlogits.lanes:
+        with text.nest(f"for k in T.serial({classes})", f"for i in T.serial({dlogits.lanes - batch})"):
+            text(f"dlogits[k * {dlogits.channel_elems} + {dlogits.origin + batch} + i] = T.float32(0)")
+    text.local("joined", 1, "float64")
+    text("joined[0] = T.float64(0)")
+    with text.nest(f"for n in T.serial({batch})"):
+        text('joined[0] = joined[0] + T.cast(losses[n], "float64")')
+    text(f'loss[0] = T.cast(joined[0] * {number(1 / batch, "float64")}, "float32")')
+    return str(text)

@@ -1,0 +1,66 @@
+"""Elementwise kernels, flatten and the gradient of a bias, on a CPU."""
+
+from __future__ import annotations
+
+from mest_compile.hardware import Target
+from mest_compile.operators.add import AddForward
+from mest_compile.operators.bias import BiasGradient
+from mest_compile.operators.flatten import Flatten
+from mest_compile.operators.relu import ReluBackward, ReluForward
+from mest_compile.registry import schedule
+from mest_compile.schedules.cpu_rows import Chunks, Text, buffer, channel_sums, each_row, pointwise
+
+
+@schedule("relu.forward", device="cpu")
+def relu_forward(problem: ReluForward, target: Target) -> str:
+    return pointwise({"x": problem.x, "y": problem.y}, "y", "T.max({x}, T.float32(0))")
+
+
+@schedule("relu.backward", device="cpu")
+def relu_backward(problem: ReluBackward, target: Target) -> str:
+    images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
+    return pointwise(images, "dx", "T.Select({y} > T.float32(0), {dy}, T.float32(0))", problem.accumulate)
+
+
+@schedule("add.forward", device="cpu")
+def add_forward(problem: AddForward, target: Target) -> str:
+    return pointwise({"a": problem.a, "b": problem.b, "y": problem.y}, "y", "{a} + {b}")
+
+
+def _flatten(problem: Flatten, names: tuple[str, str], statement: str) -> str:
+    """`statement` for every vector: {x} and {y} are its elements in the image and in the flat one."""
+    x, y = problem.x, problem.y
+    elems = {"x": x.elems, "y": y.elems}
+    text = Text(*(buffer(name, elems[name]) for name in names))
+    with each_row(text, {"x": x}):
+        pixel = f"(n * {x.width} + w) * {y.channel_elems} + {y.origin}"
+        with text.nest(f"for w in T.serial({x.width})", f"for b in T.serial({x.lanes // x.vector})", f"for i in T.vectorized({x.vector})"):
+            text(statement.format(x=f"x[x_row + w * {x.lanes} + b * {x.vector} + i]", y=f"y[{pixel} + b * {x.vector} + i]"))
+    return str(text)
+
+
+@schedule("flatten.forward", device="cpu")
+def flatten_forward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("x", "y"), "{y} = {x}")
+
+
+@schedule("flatten.backward", device="cpu")
+def flatten_backward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("y", "x"), "{x} = {x} + {y}" if problem.accumulate else "{x} = {y}")
+
+
+@schedule("bias.gradient", device="cpu")
+def bias_gradient(problem: BiasGradient, target: Target) -> str:
+    image, chunks = problem.dy, Chunks(problem.dy)
+    text = Text(buffer("dy", image.elems), buffer("dbias", image.channels))
+    text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count},), "float64")')
+    with chunks.each(text):
+        channel_sums(text, chunks, {"dy": image}, 1,
+                     lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + dy[dy_row + {at}]"])
+    with text.nest(f"for c in T.serial({image.channels})"):
+        text.local("joined", 1, "float64")
+        text("joined[0] = T.float64(0)")
+        with text.nest(f"for k in T.serial({chunks.count})"):
+            text(f"joined[0] = joined[0] + chunk_sums[c * {chunks.count} + k]")
+        text('dbias[c] = T.cast(joined[0], "float32")')
+    return str(text)

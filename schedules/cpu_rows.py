@@ -1,0 +1,177 @@
+"""Text of CPU kernels that walk over the rows of images: what the memory-bound schedules share.
+
+A row (width x lanes floats) is contiguous in every image, and its length is the same whatever the halo, so one offset within
+the row serves all images of a kernel; only the row's start differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mest_compile.spec import Image
+
+PARALLEL_ELEMS = 16384  # below 64 KiB, waking the other threads costs as much as the work
+UNROLL = 4              # vectors in flight: enough independent sums to hide an addition's latency, few enough for 16 registers
+
+
+def buffer(name: str, elems: int, dtype: str = "float32") -> str:
+    """An argument of the kernel: a flat buffer."""
+    return f'{name}: T.Buffer(({elems},), "{dtype}")'
+
+
+def number(value: float, dtype: str = "float32") -> str:
+    return f"T.{dtype}({float(value)!r})"
+
+
+def loop(extent: int, elems: int) -> str:
+    """The outermost loop's range: threads share it when the kernel touches enough elements."""
+    return f"T.parallel({extent})" if elems >= PARALLEL_ELEMS and extent > 1 else f"T.serial({extent})"
+
+
+class Text:
+    """The lines of one kernel. Call it with statements; `nest` opens a loop or a condition."""
+
+    def __init__(self, *arguments: str):
+        self._lines = ["@T.prim_func", f"def kernel({', '.join(arguments)}):"]
+        self._depth = 1
+        self('T.func_attr({"tirx.noalias": True})')
+
+    def __call__(self, *statements: str) -> None:
+        self._lines += ["    " * self._depth + statement for statement in statements]
+
+    @contextmanager
+    def nest(self, *headers: str) -> Iterator[None]:
+        """Opens one block inside the other; each header lacks its colon."""
+        for header in headers:
+            self(header + ":")
+            self._depth += 1
+        yield
+        self._depth -= len(headers)
+
+    def local(self, name: str, elems: int, dtype: str = "float32") -> None:
+        self(f'{name} = T.alloc_buffer(({elems},), "{dtype}", scope="local")')
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+Body = Callable[[str, str, str | None], list[str]]
+
+
+def walk_row(text: Text, image: Image, body: Body) -> None:
+    """Statements for every vector of a row: body(offset in the row, slot, live).
+
+    `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples, otherwise the
+    condition under which the lane does.
+    """
+    if image.batch == image.lanes:
+        _walk_vectors(text, image.width * image.lanes, image.vector, "", body)
+        return
+    with text.nest(f"for p in T.serial({image.width})"):
+        _walk_vectors(text, image.lanes - image.vector, image.vector, f"p * {image.lanes} + ", body)
+        with text.nest(f"for i in T.vectorized({image.vector})"):
+            text(*body(f"p * {image.lanes} + {image.lanes - image.vector} + i", "i", f"i < {image.batch % image.vector}"))
+
+
+def _walk_vectors(text: Text, elems: int, vector: int, start: str, body: Body) -> None:
+    main, rest = divmod(elems // vector, UNROLL)
+    if main:
+        with text.nest(f"for t in T.serial({main})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
+            text(*body(f"{start}t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", None))
+    if rest:
+        with text.nest(f"for j in T.unroll({rest})", f"for i in T.vectorized({vector})"):
+            text(*body(f"{start}{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", None))
+
+
+@contextmanager
+def each_row(text: Text, images: dict[str, Image]) -> Iterator[None]:
+    """A loop over the rows of images of one size: sets `c` (channel), `h` (row) and `<name>_row`, the element where its row starts."""
+    image = next(iter(images.values()))
+    with text.nest(f"for n in {loop(image.channels * image.height, image.channels * image.height * image.width * image.lanes)}"):
+        text(f"c: T.let = n // {image.height}", f"h: T.let = n % {image.height}")
+        set_rows(text, images)
+        yield
+
+
+def set_rows(text: Text, images: dict[str, Image]) -> None:
+    """Sets `<name>_row` of every image for channel `c` and row `h`."""
+    text(*(f"{name}_row: T.let = c * {image.channel_elems} + h * {image.row_elems} + {image.origin}" for name, image in images.items()))
+
+
+def pointwise(images: dict[str, Image], result: str, value: str, accumulate: bool = False) -> str:
+    """A kernel `result = value` on every element, arguments in the order of `images`.
+
+    `value` is an expression with `{x}` for the element of image x; `accumulate` adds it to the result.
+    """
+    text = Text(*(buffer(name, image.elems) for name, image in images.items()))
+
+    def body(at: str, slot: str, live: str | None) -> list[str]:
+        elements = {name: f"{name}[{name}_row + {at}]" for name in images}
+        made = value.format(**elements)
+        if accumulate:
+            made = f"{elements[result]} + {made}"
+        return [f"{elements[result]} = {made}"]
+
+    with each_row(text, images):
+        walk_row(text, images[result], body)
+    return str(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How a sum over the pixels and examples of each channel is cut, so that few channels still occupy all threads.
+
+    The cut follows from the image alone, never from the number of threads: sums are then the same on any number of them.
+    """
+
+    image: Image
+
+    @property
+    def rows(self) -> int:
+        """Rows of a chunk; the last one of a channel may have fewer."""
+        return -(-self.image.height // min(self.image.height, -(-16 // self.image.channels)))
+
+    @property
+    def count(self) -> int:
+        """Chunks of a channel."""
+        return -(-self.image.height // self.rows)
+
+    @contextmanager
+    def each(self, text: Text) -> Iterator[None]:
+        """A loop over all chunks: sets `n` (chunk), `c` (channel), `first` (row) and `rows`."""
+        image = self.image
+        with text.nest(f"for n in {loop(image.channels * self.count, image.channels * image.height * image.width * image.lanes)}"):
+            text(f"c: T.let = n // {self.count}", f"first: T.let = n % {self.count} * {self.rows}",
+                 f"rows: T.let = T.min({self.rows}, {image.height} - first)")
+            yield
+
+
+def zero(text: Text, name: str, elems: int, vector: int, dtype: str = "float32") -> None:
+    with text.nest(f"for j in T.unroll({elems // vector})", f"for i in T.vectorized({vector})"):
+        text(f"{name}[j * {vector} + i] = T.{dtype}(0)")
+
+
+def fold(text: Text, sums: int, vector: int) -> None:
+    """Adds the float32 `partial` (sums, UNROLL, vector) to the float64 `total` (sums, vector), which holds all rows so far."""
+    with text.nest(f"for s in T.unroll({sums})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
+        text(f'total[s * {vector} + i] = total[s * {vector} + i] + T.cast(partial[s * {UNROLL * vector} + j * {vector} + i], "float64")')
+
+
+def channel_sums(text: Text, chunks: Chunks, images: dict[str, Image], sums: int, body: Body) -> None:
+    """Fills the float64 `chunk_sums` (channels * chunks, sums): `body` adds to `partial` (sums, UNROLL, vector) along each row."""
+    image, vector = chunks.image, chunks.image.vector
+    text.local("partial", sums * UNROLL * vector)
+    text.local("total", sums * vector, "float64")
+    zero(text, "total", sums * vector, vector, "float64")
+    with text.nest("for r in T.serial(rows)"):
+        text("h: T.let = first + r")
+        set_rows(text, images)
+        zero(text, "partial", sums * UNROLL * vector, vector)
+        walk_row(text, image, body)
+        fold(text, sums, vector)
+    with text.nest(f"for s in T.unroll({sums})"):
+        text(f"chunk_sums[n * {sums} + s] = T.float64(0)")
+        with text.nest(f"for i in T.serial({vector})"):
+            text(f"chunk_sums[n * {sums} + s] = chunk_sums[n * {sums} + s] + total[s * {vector} + i]")

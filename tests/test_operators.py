@@ -1,0 +1,467 @@
+"""Kernels of the operators that are not convolutions: each gives what its float64 reference gives, whatever the layout."""
+
+import os
+
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mest_compile.building import Builder, kernel_source
+from mest_compile.errors import SpecError
+from mest_compile.hardware import find_target
+from mest_compile.operators import add, batch_norm, bias, flatten, image, loss, optimizer, pool, relu
+from mest_compile.spec import Image
+
+TARGET = find_target("local")
+EPS = np.finfo(np.float32).eps
+HALO = 123.0  # nonsense in every halo: kernels neither read nor write it
+
+
+def make(channels, height, width, batch, halo=(0, 0, 0, 0)) -> Image:
+    return Image(channels, height, width, batch, halo, TARGET.vector)
+
+
+SHAPES = [make(13, 17, 17, 7, (1, 1, 1, 1)), make(20, 5, 6, 16), make(2, 9, 8, 12, (2, 0, 1, 3)), make(33, 1, 1, 13),
+          make(16, 8, 8, 64, (0, 1, 0, 1))]
+NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}" for shape in SHAPES]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+
+
+def other_halo(shape: Image) -> Image:
+    return dataclasses.replace(shape, halo=(shape.halo[3], shape.halo[0] + 1, shape.halo[1], shape.halo[2]))
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    return Builder(folder=tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+@pytest.fixture
+def run(builder):
+    """Runs a kernel on flat copies of the arrays; returns them as they are afterwards."""
+
+    def call(kernel, problem, *arrays):
+        import tvm
+
+        function = builder.function(kernel_source(kernel, problem, TARGET))
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(array).reshape(-1)) for array in arrays]
+        function(*tensors)
+        return [tensor.numpy() for tensor in tensors]
+
+    return call
+
+
+def pack(layout: Image, values: np.ndarray, dead: float = 7.5) -> np.ndarray:
+    """The flat array of values (C, H, W, N): `dead` in lanes without an example, HALO around it."""
+    out = np.full(layout.shape, HALO, np.float32)
+    rows, columns = layout.interior[1:3]
+    out[:, rows, columns] = dead
+    out[layout.interior] = values
+    return out.ravel()
+
+
+def unpack(layout: Image, flat: np.ndarray, gradient: bool = False) -> np.ndarray:
+    """(C, H, W, N) float32, after a look at what a kernel must leave alone."""
+    array = flat.reshape(layout.shape).copy()
+    values = array[layout.interior].copy()
+    rows, columns = layout.interior[1:3]
+    dead = array[:, rows, columns, layout.batch:].copy()
+    assert np.isfinite(dead).all()
+    if gradient:
+        assert not dead.any(), "a gradient is not 0 in a lane without an example"
+    array[:, rows, columns] = HALO
+    assert (array == HALO).all(), "the halo was written"
+    return values
+
+
+def draw(rng, layout: Image, mean: float = 0.0) -> np.ndarray:
+    return (rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch)) + mean).astype(np.float32)
+
+
+def assert_close(got, wanted, terms: int = 4, scale=None):
+    """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`."""
+    assert got.shape == wanted.shape
+    limit = terms * EPS * (np.abs(wanted).max() if scale is None else scale)
+    worst = np.abs(got - wanted).max()
+    assert worst <= limit, f"off by {worst}, allowed {limit}"  # not true of NaN
+
+
+def test_assert_close_notices_one_wrong_element_and_nan():
+    wanted = np.ones((3, 4))
+    for wrong in (1.00001, np.nan):
+        got = np.ones((3, 4), np.float32)
+        got[2, 3] = wrong
+        with pytest.raises(AssertionError):
+            assert_close(got, wanted)
+
+
+# Images
+
+
+@shapes
+def test_import_gives_the_batch_innermost(run, rng, shape):
+    images = rng.standard_normal((shape.batch, shape.channels, shape.height, shape.width)).astype(np.float32)
+    got = run("image.import", image.ImageImport(shape), images, np.full(shape.elems, HALO, np.float32))[1]
+    assert np.array_equal(unpack(shape, got, gradient=True), image.import_reference(images))
+
+
+@pytest.mark.parametrize("shape", [make(10, 1, 1, 7), make(4, 1, 1, 16, (1, 1, 1, 1))], ids=str)
+def test_export_gives_the_batch_outermost(run, rng, shape):
+    values = draw(rng, shape)
+    got = run("image.export", image.ImageExport(shape), pack(shape, values), np.zeros((shape.batch, shape.channels), np.float32))[1]
+    assert np.array_equal(got.reshape(shape.batch, -1), image.export_reference(values))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+def test_zero_halo_clears_the_halo_and_only_that(run, rng, shape):
+    before = pack(shape, draw(rng, shape))
+    got = run("image.zero_halo", image.ZeroHalo(shape), before)[0]
+    assert np.array_equal(got, np.where(before == HALO, 0, before))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@shapes
+def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
+    source, result, start = other_halo(shape), shape, draw(rng, shape)
+    values = draw(rng, shape)
+    got = run("image.copy", image.ImageCopy(source, result, accumulate), pack(source, values, 0), pack(result, start, 0))[1]
+    assert np.array_equal(unpack(result, got, gradient=True), values + start if accumulate else values)
+
+
+# Batch normalisation
+
+
+def norm_case(rng, shape, mean=0.5):
+    z, residual, dy = draw(rng, shape, mean), draw(rng, shape), draw(rng, shape)
+    weight, offset = (rng.standard_normal((2, shape.channels)) + [[1], [0]]).astype(np.float32)
+    return z, residual, dy, weight, offset
+
+
+@pytest.mark.parametrize("mean", [0.5, 3000.0])
+@shapes
+def test_moments_are_the_batch_statistics(run, rng, shape, mean):
+    z = draw(rng, shape, mean)
+    got = run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), pack(shape, z), np.zeros(3 * shape.channels, np.float32))[1]
+    for row, wanted in zip(got.reshape(3, -1), batch_norm.moments_reference(z, 1e-5), strict=True):
+        assert_close(row, wanted, terms=40)
+
+
+def test_moments_of_one_value_a_channel_are_refused():
+    with pytest.raises(SpecError, match="more than 1 value"):
+        batch_norm.BatchNormMoments(make(4, 1, 1, 1), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [make(20, 5, 6, 16), make(16, 8, 8, 64)], ids=str)
+def test_moments_come_from_the_sums_that_a_convolution_left(run, rng, shape):
+    z = draw(rng, shape, 0.5)
+    lanes = z.reshape(shape.channels, shape.height, -1, shape.vector)
+    statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 0, 1, 3)
+    problem = batch_norm.BatchNormMoments(shape, 1e-5, chunks=shape.height)
+    got = run("batch_norm.moments", problem, statistics, np.zeros(3 * shape.channels, np.float32))[1]
+    for row, wanted in zip(got.reshape(3, -1), batch_norm.moments_reference(z, 1e-5), strict=True):
+        assert_close(row, wanted, terms=40)
+
+
+def test_running_statistics_move_as_torch_moves_them(run, rng):
+    import torch
+
+    shape = SHAPES[1]
+    z = draw(rng, shape)
+    module = torch.nn.BatchNorm2d(shape.channels, momentum=0.3)
+    module(torch.from_numpy(z).permute(3, 0, 1, 2))
+    moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
+    start = np.zeros(shape.channels, np.float32), np.ones(shape.channels, np.float32)
+    got = run("batch_norm.running", batch_norm.BatchNormRunning(shape.channels, 0.3), moments, *start)[1:]
+    wanted_both = batch_norm.running_reference(moments, *start, 0.3)
+    for have, wanted, told in zip(got, wanted_both, (module.running_mean, module.running_var), strict=True):
+        assert_close(have, wanted)
+        assert_close(told.numpy(), wanted, terms=40)
+
+
+def test_frozen_moments_are_the_running_statistics(run, rng):
+    mean, variance = rng.standard_normal(13).astype(np.float32), rng.random(13).astype(np.float32)
+    got = run("batch_norm.frozen", batch_norm.BatchNormFrozen(13, 1e-3), mean, variance, np.zeros(39, np.float32))[2]
+    for row, wanted in zip(got.reshape(3, 13), batch_norm.frozen_reference(mean, variance, 1e-3), strict=True):
+        assert_close(row, wanted)
+
+
+@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@shapes
+def test_batch_norm_forward(run, rng, shape, added, rectify):
+    z, residual, _, weight, offset = norm_case(rng, shape)
+    moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
+    y_image, r_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added else None
+    arguments = [pack(shape, z), moments, np.stack([offset, weight]), *([pack(r_image, residual)] if added else []), pack(y_image, z)]
+    got = run("batch_norm.forward", batch_norm.BatchNormForward(shape, y_image, rectify, r_image), *arguments)[-1]
+    wanted = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, rectify)
+    assert_close(unpack(y_image, got), wanted, terms=8)
+
+
+@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@shapes
+def test_batch_norm_backward(run, rng, shape, added, rectify):
+    z, residual, dy, weight, offset = norm_case(rng, shape)
+    moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
+    y = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, rectify).astype(np.float32)
+    dy_image, y_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added and rectify else None
+    masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, y if rectify else None)
+
+    arguments = [pack(dy_image, dy, 0), pack(shape, z), moments, np.stack([offset, weight])]
+    problem = batch_norm.BatchNormReduce(dy_image, shape, rectify, y_image)
+    got_dy, *_, got_sums = run("batch_norm.backward_reduce", problem, *arguments, *([pack(y_image, y)] if y_image else []),
+                               np.zeros(2 * shape.channels, np.float32))
+    pixels = shape.batch * shape.height * shape.width
+    assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
+    assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
+
+    for accumulate in (False, True) if shape is SHAPES[0] else (False,):
+        problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, rectify and not y_image, accumulate)
+        got = run("batch_norm.backward", problem, got_dy, *arguments[1:], got_sums, pack(problem.dz, z, 0))[-1]
+        assert_close(unpack(problem.dz, got, gradient=True), dz + z if accumulate else dz, terms=20)
+
+
+@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+def test_batch_norm_references_agree_with_torch(rng, added, rectify):
+    import torch
+
+    shape = SHAPES[2]
+    z, residual, dy, weight, offset = (torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in norm_case(rng, shape))
+    y = torch.nn.functional.batch_norm(z.permute(3, 0, 1, 2), None, None, weight, offset, True, 0.1, 1e-5).permute(1, 2, 3, 0)
+    y = y + residual if added else y
+    y = torch.relu(y) if rectify else y
+    y.backward(dy.detach())
+    z_, residual_, dy_, weight_, offset_ = (tensor.detach().numpy() for tensor in (z, residual, dy, weight, offset))
+    moments = batch_norm.moments_reference(z_, 1e-5)
+    got = batch_norm.forward_reference(z_, moments, weight_, offset_, residual_ if added else None, rectify)
+    masked, sums, dz = batch_norm.backward_reference(dy_, z_, moments, weight_, got if rectify else None)
+    pairs = [(got, y.detach()), (sums[0], offset.grad), (sums[1], weight.grad), (dz, z.grad), *([(masked, residual.grad)] if added else [])]
+    for have, wanted in pairs:
+        np.testing.assert_allclose(have, wanted.numpy(), rtol=1e-9, atol=1e-9)
+
+
+# ReLU, addition, flatten, bias
+
+
+@shapes
+def test_relu(run, rng, shape):
+    x, dy, start, other = draw(rng, shape), draw(rng, shape), draw(rng, shape), other_halo(shape)
+    y = run("relu.forward", relu.ReluForward(other, shape), pack(other, x, -1), pack(shape, x))[1]
+    assert np.array_equal(unpack(shape, y), relu.forward_reference(x))
+    for accumulate in (False, True):
+        got = run("relu.backward", relu.ReluBackward(shape, shape, other, accumulate), pack(shape, dy, 0), y, pack(other, start, 0))[2]
+        assert_close(unpack(other, got, gradient=True), relu.backward_reference(dy, x) + (start if accumulate else 0), terms=1)
+
+
+@shapes
+def test_add(run, rng, shape):
+    a, b, other = draw(rng, shape), draw(rng, shape), other_halo(shape)
+    got = run("add.forward", add.AddForward(shape, other, shape), pack(shape, a), pack(other, b), pack(shape, a))[2]
+    assert_close(unpack(shape, got), add.forward_reference(a, b), terms=1)
+
+
+@shapes
+def test_flatten_and_back(run, rng, shape):
+    flat_image = make(shape.channels * shape.height * shape.width, 1, 1, shape.batch)
+    x, start = draw(rng, shape), draw(rng, shape)
+    y = run("flatten.forward", flatten.Flatten(shape, flat_image), pack(shape, x, 0), np.full(flat_image.elems, 3, np.float32))[1]
+    assert np.array_equal(unpack(flat_image, y), flatten.forward_reference(x))
+    for accumulate in (False, True):
+        got = run("flatten.backward", flatten.Flatten(shape, flat_image, accumulate), y, pack(shape, start, 0))[1]
+        assert np.array_equal(unpack(shape, got, gradient=True), x + start if accumulate else x)
+
+
+@shapes
+def test_bias_gradient(run, rng, shape):
+    dy = draw(rng, shape)
+    got = run("bias.gradient", bias.BiasGradient(shape), pack(shape, dy, 0), np.zeros(shape.channels, np.float32))[1]
+    assert_close(got, bias.gradient_reference(dy), terms=20, scale=np.sqrt(dy[0].size))
+
+
+# Pools
+
+POOLS = {"2x2": ((2, 2), (2, 2), (0, 0)), "overlap": ((3, 3), (2, 2), (1, 1)), "gaps": ((2, 1), (3, 2), (1, 0)),
+         "dense": ((3, 2), (1, 1), (0, 1))}
+pools = pytest.mark.parametrize("window", list(POOLS.values()), ids=list(POOLS))
+pool_shapes = pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=[NAMES[0], NAMES[4]])
+
+
+def pool_case(shape, window, count_include_pad=True):
+    height, width = ((size + 2 * pad - kernel) // step + 1
+                     for size, kernel, step, pad in zip((shape.height, shape.width), *window, strict=True))
+    result = dataclasses.replace(other_halo(shape), height=height, width=width)
+    return pool.Pool(shape, result, *window, count_include_pad)
+
+
+@pools
+@pool_shapes
+def test_max_pool(run, rng, shape, window):
+    problem = pool_case(shape, window)
+    x = draw(rng, shape).round(0)  # many ties
+    dy, start, dx_image = draw(rng, problem.y), draw(rng, shape), other_halo(shape)
+    y = run("max_pool2d.forward", problem, pack(shape, x), pack(problem.y, dy))[1]
+    assert np.array_equal(unpack(problem.y, y), pool.max_forward_reference(problem, x))
+    for accumulate in (False, True):
+        backward = pool.MaxPoolBackward(problem, problem.y, dx_image, accumulate)
+        got = run("max_pool2d.backward", backward, pack(problem.y, dy, 0), pack(shape, x), pack(dx_image, start, 0))[2]
+        wanted = pool.max_backward_reference(problem, dy, x) + (start if accumulate else 0)
+        assert_close(unpack(dx_image, got, gradient=True), wanted, terms=9)
+
+
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pools
+@pool_shapes
+def test_avg_pool(run, rng, shape, window, count_include_pad):
+    problem = pool_case(shape, window, count_include_pad)
+    x, dy, start, dx_image = draw(rng, shape), draw(rng, problem.y), draw(rng, shape), other_halo(shape)
+    y = run("avg_pool2d.forward", problem, pack(shape, x), pack(problem.y, dy))[1]
+    assert_close(unpack(problem.y, y), pool.avg_forward_reference(problem, x), terms=9)
+    for accumulate in (False, True):
+        backward = pool.AvgPoolBackward(problem, problem.y, dx_image, accumulate)
+        got = run("avg_pool2d.backward", backward, pack(problem.y, dy, 0), pack(dx_image, start, 0))[1]
+        assert_close(unpack(dx_image, got, gradient=True), pool.avg_backward_reference(problem, dy) + (start if accumulate else 0), terms=9)
+
+
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pools
+def test_pool_references_agree_with_torch(rng, window, count_include_pad):
+    import torch
+    from torch.nn import functional
+
+    shape = SHAPES[0]
+    problem = pool_case(shape, window, count_include_pad)
+    x, dy = draw(rng, shape).round(0), draw(rng, problem.y)
+    for kind in ("max", "avg"):
+        source = torch.from_numpy(x.astype(np.float64)).requires_grad_()
+        nchw, kernel, step, pad = source.permute(3, 0, 1, 2), *window
+        y = functional.max_pool2d(nchw, kernel, step, pad) if kind == "max" else \
+            functional.avg_pool2d(nchw, kernel, step, pad, count_include_pad=count_include_pad)
+        y.permute(1, 2, 3, 0).backward(torch.from_numpy(dy.astype(np.float64)))
+        forward = pool.max_forward_reference(problem, x) if kind == "max" else pool.avg_forward_reference(problem, x)
+        backward = pool.max_backward_reference(problem, dy, x) if kind == "max" else pool.avg_backward_reference(problem, dy)
+        np.testing.assert_allclose(forward, y.detach().permute(1, 2, 3, 0).numpy(), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(backward, source.grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_pool_of_a_wrong_size_is_refused():
+    with pytest.raises(SpecError, match="gives 4x4, not 5x4"):
+        pool.Pool(make(3, 8, 8, 8), make(3, 5, 4, 8), (2, 2), (2, 2))
+    with pytest.raises(SpecError, match="more than half"):
+        pool.Pool(make(3, 8, 8, 8), make(3, 6, 6, 8), (2, 2), (2, 2), (2, 2))
+
+
+@shapes
+def test_global_avg_pool(run, rng, shape):
+    y_image = make(shape.channels, 1, 1, shape.batch)
+    x, start, dy = draw(rng, shape), draw(rng, shape), draw(rng, y_image)
+    y = run("global_avg_pool.forward", pool.GlobalPool(shape, y_image), pack(shape, x), pack(y_image, dy))[1]
+    assert_close(unpack(y_image, y), pool.global_forward_reference(x), terms=20)
+    for accumulate in (False, True):
+        problem = pool.GlobalPool(shape, y_image, accumulate)
+        got = run("global_avg_pool.backward", problem, pack(y_image, dy, 0), pack(shape, start, 0))[1]
+        wanted = pool.global_backward_reference(problem, dy) + (start if accumulate else 0)
+        assert_close(unpack(shape, got, gradient=True), wanted)
+
+
+# Loss
+
+
+@pytest.mark.parametrize("classes, batch, spread", [(10, 7, 1.0), (13, 64, 50.0), (300, 64, 1.0)])
+def test_cross_entropy(run, rng, classes, batch, spread):
+    import torch
+
+    logits_image, dlogits_image = make(classes, 1, 1, batch), make(classes, 1, 1, batch, (1, 0, 0, 1))
+    logits, labels = draw(rng, logits_image) * np.float32(spread), rng.integers(0, classes, batch)
+    logits[:, 0, 0, 1] = 80.0  # all tie: the first is taken
+    labels[:2] = logits[:, 0, 0, 0].argmax(), 1
+    results = run("loss.cross_entropy", loss.CrossEntropy(logits_image, dlogits_image), pack(logits_image, logits), labels.astype(np.int32),
+                  np.zeros(1, np.float32), np.zeros(batch, np.int32), pack(dlogits_image, logits))
+    wanted_loss, correct, dlogits = loss.cross_entropy_reference(logits, labels)
+    assert_close(results[2], np.array([wanted_loss]), terms=20)
+    assert np.array_equal(results[3], correct) and correct[0] and not correct[1]
+    assert_close(unpack(dlogits_image, results[4], gradient=True), dlogits, terms=40)
+
+    source = torch.from_numpy(logits[:, 0, 0].T.astype(np.float64)).requires_grad_()
+    torch.nn.functional.cross_entropy(source, torch.from_numpy(labels)).backward()
+    np.testing.assert_allclose(dlogits[:, 0, 0].T, source.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_cross_entropy_of_large_logits_is_finite(run):
+    shape = make(3, 1, 1, 8)
+    logits = np.full((3, 1, 1, 8), 3e38, np.float32)
+    logits[1] = -3e38
+    got = run("loss.cross_entropy", loss.CrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32), np.zeros(1, np.float32),
+              np.zeros(8, np.int32), pack(shape, logits))
+    assert_close(got[2], np.array([np.log(2)]))
+    assert np.isfinite(got[4]).all()
+
+
+# Optimizer
+
+
+@pytest.mark.parametrize("count", [1, 9000])
+@pytest.mark.parametrize("hyper", [(0.1, 0.9, 1e-2, 0), (0.1, 0.9, 1e-2, 1), (0.05, 0, 0, 0)], ids=["momentum", "nesterov", "plain"])
+def test_sgd_is_torchs(run, rng, hyper, count):
+    import torch
+
+    values = rng.standard_normal(count).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.from_numpy(values.copy()))
+    lr, share, decay, nesterov = hyper
+    rival = torch.optim.SGD([parameter], lr=lr, momentum=share, weight_decay=decay, nesterov=bool(nesterov))
+    momentum, exact, exact_momentum = np.zeros_like(values), values.astype(np.float64), np.zeros(count)
+    for _ in range(3):
+        gradients = rng.standard_normal(count).astype(np.float32)
+        exact, exact_momentum = optimizer.sgd_reference(exact, gradients, exact_momentum, hyper)
+        values, _, momentum, _ = run("optimizer.sgd", optimizer.Sgd(), values, gradients, momentum, np.array(hyper, np.float32))
+        parameter.grad = torch.from_numpy(gradients)
+        rival.step()
+    assert_close(values, exact, terms=12)
+    assert_close(momentum, exact_momentum, terms=12)
+    assert_close(parameter.detach().numpy(), exact, terms=12)
+
+
+@pytest.mark.parametrize("source_block, row_block", [(1, 1), (1, 4), (2, 3), (4, 4)])
+@pytest.mark.parametrize("units", [1, 5000])
+def test_sgd_of_units_writes_the_transposed_copy(run, rng, units, source_block, row_block):
+    problem = optimizer.SgdUnits(source_block, row_block)
+    values, gradients, momentum = rng.standard_normal((3, units * source_block * row_block)).astype(np.float32)
+    hyper, permutation = np.array([0.1, 0.9, 1e-2, 1], np.float32), rng.permutation(units).astype(np.int32)
+    got = run("optimizer.sgd_units", problem, values, gradients, momentum, hyper, permutation, np.zeros_like(values))
+    wanted = optimizer.sgd_reference(values, gradients, momentum, hyper)
+    assert_close(got[0], wanted[0])
+    assert_close(got[2], wanted[1])
+    assert np.array_equal(got[5], optimizer.transposed_reference(problem, got[0], permutation))
+
+
+# Threads
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(run, rng):
+    import tvm
+
+    shape = make(3, 33, 32, 32)
+    z, dy = pack(shape, draw(rng, shape)), pack(shape, draw(rng, shape))
+    facts = rng.standard_normal((5, shape.channels)).astype(np.float32)
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    results = []
+    try:
+        for threads in (1, 2):
+            configure(1, threads)
+            results.append((run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), z, facts[:3])[1],
+                            run("batch_norm.backward_reduce", batch_norm.BatchNormReduce(shape, shape, True), dy, z, facts[:3], *facts[3:5],
+                                np.zeros(2 * shape.channels, np.float32))[5],
+                            run("bias.gradient", bias.BiasGradient(shape), dy, facts[0])[1]))
+    finally:
+        configure(1, 1)
+    for one, two in zip(*results, strict=True):
+        assert np.array_equal(one, two)
