@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import asdict
+from typing import Any
 
 from mest_compile.cli.output import Json, print_json, print_table
 
 
 def models(as_json: Json = False) -> None:
     """List the built-in models."""
-    from mest_compile.models import model_names
+    from mest_compile.models import MODELS
 
-    _show("model", [{"model": name} for name in model_names()], as_json)
+    _show([{"model": name, "width": model.width, "about": model.summary} for name, model in sorted(MODELS.items())], as_json)
 
 
 def schemes(as_json: Json = False) -> None:
@@ -20,7 +21,7 @@ def schemes(as_json: Json = False) -> None:
     from mest_compile.registry import SCHEMES
 
     found = [(name, inspect.getdoc(SCHEMES.find(name)) or "") for name in SCHEMES.names()]
-    _show("scheme", [{"scheme": name, "what is kept or dropped": doc.split("\n\n")[0].replace("\n", " ")} for name, doc in found], as_json)
+    _show([{"scheme": name, "about": doc.split("\n\n")[0].replace("\n", " ")} for name, doc in found], as_json)
 
 
 def targets(as_json: Json = False) -> None:
@@ -36,7 +37,7 @@ def targets(as_json: Json = False) -> None:
                   target.l2_bytes // 1024, target.cores] for target in found])
 
 
-def _show(kind: str, rows: list[dict[str, str]], as_json: bool) -> None:
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(rows)
     else:
