@@ -1,0 +1,382 @@
+"""Data sources on tiny files of each format, damaged files, augmentation and batches."""
+
+import gzip
+import pickle
+import struct
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mest_compile.data import Dataset, as_dataset, batches, load, pad_crop_flip
+from mest_compile.data.sources.idx import DEBIAN_FOLDER
+from mest_compile.errors import DataError, UnknownName
+
+RNG = np.random.default_rng(0)
+
+
+def bytes_of(*shape, high=256):
+    return RNG.integers(0, high, shape, dtype=np.uint8)
+
+
+def write_idx(path, array):
+    content = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_fashion(folder, suffix=".gz", train=7, test=3):
+    arrays = {}
+    for part, count in (("train", train), ("t10k", test)):
+        arrays[part] = bytes_of(count, 28, 28), bytes_of(count, high=10)
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", arrays[part][0])
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", arrays[part][1])
+    return arrays
+
+
+def python2_pickle(images, labels, label_key):
+    """What the CIFAR authors' Python 2 wrote with protocol 2: byte strings for keys and pixels."""
+    def short(text):
+        return b"U" + bytes((len(text),)) + text
+
+    def whole(value):
+        return b"J" + struct.pack("<i", value)
+
+    pixels = images.tobytes()
+    array = (b"cnumpy.core.multiarray\n_reconstruct\n" b"cnumpy\nndarray\n" + whole(0) + b"\x85" + short(b"b") + b"\x87R"
+             b"(" + whole(1) + whole(images.shape[0]) + whole(images.shape[1]) + b"\x86"
+             b"cnumpy\ndtype\n" + short(b"u1") + whole(0) + whole(1) + b"\x87R"
+             b"(" + whole(3) + short(b"|") + b"NNN" + whole(-1) + whole(-1) + whole(0) + b"tb"
+             b"I00\n" b"T" + struct.pack("<i", len(pixels)) + pixels + b"tb")
+    return b"\x80\x02}(" + short(b"data") + array + short(label_key) + b"](" + b"".join(map(whole, labels)) + b"eu."
+
+
+def write_cifar10(folder, version, rows=3):
+    images, labels = bytes_of(6 * rows, 3072), bytes_of(6 * rows, high=10)
+    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+        part = slice(i * rows, (i + 1) * rows)
+        if version == "binary":
+            (folder / f"{name}.bin").write_bytes(np.hstack([labels[part, None], images[part]]).tobytes())
+        elif version == "python 2":
+            (folder / name).write_bytes(python2_pickle(images[part], labels[part].tolist(), b"labels"))
+        else:
+            (folder / name).write_bytes(pickle.dumps({"data": images[part], "labels": labels[part].tolist()}, protocol=4))
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+def test_digits_are_embedded_stratified_and_the_same_every_time():
+    split, again = load("digits"), load("digits")
+    assert split.train.images.shape == (1442, 1, 8, 8) and split.test.images.shape == (355, 1, 8, 8)
+    assert not split.train.flip
+    assert split.train.describe() == again.train.describe() and split.test.describe() == again.test.describe()
+    shares = np.bincount(split.test.labels) / (np.bincount(split.train.labels) + np.bincount(split.test.labels))
+    assert (abs(shares - 0.2) < 0.01).all()
+    normal = split.train.normalise(split.train.images)
+    assert abs(normal.mean()) < 1e-4 and abs(normal.std() - 1) < 1e-4
+    with pytest.raises(DataError, match="takes no folder"):
+        load("digits", "somewhere")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_fashion_mnist_reads_idx_files(tmp_path, suffix):
+    arrays = write_fashion(tmp_path, suffix)
+    split = load("fashion-mnist", tmp_path)
+    for data, part in ((split.train, "train"), (split.test, "t10k")):
+        assert (data.images == arrays[part][0][:, None]).all() and (data.labels == arrays[part][1]).all()
+    assert split.test.mean is split.train.mean and split.train.classes == 10 and split.train.images.dtype == np.uint8
+
+
+@pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian_is_whole():
+    split = load("fashion-mnist")
+    assert len(split.train) == 60_000 and np.bincount(split.test.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: gzip.compress(b"\0\0\x08\x03" + bytes(20)),
+                                    lambda data: gzip.compress(gzip.decompress(data)[:-1]), lambda data: b"no gzip",
+                                    lambda data: data[:30]])
+def test_damaged_idx_files_are_named(tmp_path, damage):
+    write_fashion(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz .*get it again"):
+        load("fashion-mnist", tmp_path)
+
+
+def test_missing_fashion_mnist_says_where_to_get_it(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="--data-folder or apt-get install dataset-fashion-mnist"):
+        load("fashion-mnist", tmp_path)
+    monkeypatch.setattr("mest_compile.data.sources.idx.DEBIAN_FOLDER", tmp_path / "none")
+    with pytest.raises(DataError, match="--data-folder or apt-get install dataset-fashion-mnist"):
+        load("fashion-mnist")
+
+
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
+    write_fashion(tmp_path)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", bytes_of(6, high=10))
+    with pytest.raises(DataError, match="7 images need as many"):
+        load("fashion-mnist", tmp_path)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.full(7, 10, np.uint8))
+    with pytest.raises(DataError, match=r"labels must be in 0\.\.9"):
+        load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("version", ["binary", "python 2", "python 3"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_cifar10_reads_every_version(tmp_path, version, nested):
+    folder = tmp_path / ("cifar-10-batches-bin" if version == "binary" else "cifar-10-batches-py") if nested else tmp_path
+    folder.mkdir(exist_ok=True)
+    images, labels = write_cifar10(folder, version)
+    split = load("cifar10", tmp_path)
+    assert (split.train.images == images[:15]).all() and (split.train.labels == labels[:15]).all()
+    assert (split.test.images == images[15:]).all() and (split.test.labels == labels[15:]).all()
+    assert split.train.pad == 4 and split.train.flip
+
+
+@pytest.mark.parametrize("version", ["binary", "python 2"])
+def test_cifar100_reads_the_fine_labels(tmp_path, version):
+    images, fine = bytes_of(4, 3072), bytes_of(4, high=100)
+    for name in ("train", "test"):
+        if version == "binary":
+            (tmp_path / f"{name}.bin").write_bytes(np.hstack([fine[:, None] // 5, fine[:, None], images]).tobytes())
+        else:
+            (tmp_path / name).write_bytes(python2_pickle(images, fine.tolist(), b"fine_labels"))
+    split = load("cifar100", tmp_path)
+    assert (split.train.labels == fine).all() and split.test.classes == 100
+    assert (split.test.images == images.reshape(-1, 3, 32, 32)).all()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_calls_something_is_refused_before_it_runs(tmp_path):
+    write_cifar10(tmp_path, "python 3")
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"data": Payload(str(tmp_path / "written"))}))
+    with pytest.raises(DataError, match="asks for io.open"):
+        load("cifar10", tmp_path)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (pickle.dumps([1, 2]), "holds a list"), (pickle.dumps({"data": 3, "labels": [1]}), "no uint8 'data'"),
+    (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]}), "no list of whole numbers"),
+    (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [1]})[:100], "cannot be read"), (b"", "cannot be read"),
+    (RNG.bytes(500), "cannot be read")])
+def test_damaged_cifar_pickles_are_named(tmp_path, content, message):
+    write_cifar10(tmp_path, "python 3")
+    (tmp_path / "data_batch_3").write_bytes(content)
+    with pytest.raises(DataError, match=f"data_batch_3 .*{message}"):
+        load("cifar10", tmp_path)
+
+
+def test_damaged_and_missing_cifar_binaries_are_named(tmp_path):
+    with pytest.raises(DataError, match="give --data-folder"):
+        load("cifar10")
+    with pytest.raises(DataError, match=r"neither test_batch\.bin nor test_batch"):
+        load("cifar10", tmp_path)
+    write_cifar10(tmp_path, "binary")
+    path = tmp_path / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"data_batch_2\.bin holds 9218 bytes, not whole rows of 3073"):
+        load("cifar10", tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"data_batch_2\.bin cannot be read"):
+        load("cifar10", tmp_path)
+
+
+def write_images(root, mode="RGB", size=(6, 5), classes=("ant", "bee")):
+    pixels = {}
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(2):
+                array = bytes_of(size[1], size[0], 3) if mode == "RGB" else bytes_of(size[1], size[0])
+                Image.fromarray(array).save(root / part / name / f"{i}.png")
+                pixels[part, name, i] = array
+    return pixels
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_image_folders_are_read_in_the_order_of_their_names(tmp_path, mode):
+    pixels = write_images(tmp_path, mode)
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    split = load("folder", tmp_path)
+    assert split.train.images.shape == (4, len(mode), 5, 6) and split.train.labels.tolist() == [0, 0, 1, 1]
+    assert (split.test.images[3] == np.atleast_3d(pixels["test", "bee", 1]).transpose(2, 0, 1)).all()
+
+
+def test_one_colour_image_makes_the_folder_colour(tmp_path):
+    pixels = write_images(tmp_path, "L")
+    Image.fromarray(bytes_of(5, 6, 3)).save(tmp_path / "train" / "bee" / "1.png")
+    split = load("folder", tmp_path)
+    assert split.train.images.shape == (4, 3, 5, 6) and (split.train.images[0] == pixels["train", "ant", 0]).all()
+
+
+def test_bad_image_folders_are_errors(tmp_path):
+    with pytest.raises(DataError, match="give --data-folder"):
+        load("folder")
+    with pytest.raises(DataError, match="needs train/<class>"):
+        load("folder", tmp_path)
+    write_images(tmp_path)
+    path = tmp_path / "train" / "bee" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])
+    with pytest.raises(DataError, match=r"bee/1\.png"):
+        load("folder", tmp_path)
+    path.write_text("text")
+    with pytest.raises(DataError, match="not a readable image"):
+        load("folder", tmp_path)
+    Image.fromarray(bytes_of(4, 4, 3)).save(path)
+    with pytest.raises(DataError, match="is 4x4, .* is 6x5; make all images one size"):
+        load("folder", tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "test" / "wasp").mkdir()
+    with pytest.raises(DataError, match="the class 'wasp'"):
+        load("folder", tmp_path)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "ant").mkdir(parents=True)
+    with pytest.raises(DataError, match="train holds no .png"):
+        load("folder", tmp_path)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UnknownName, match="cifar10, cifar100, digits, fashion-mnist, folder"):
+        load("imagenet")
+
+
+class Pairs:
+    """Like a torch Dataset."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_torch_tensors_and_datasets_are_accepted():
+    torch = pytest.importorskip("torch")
+    images, labels = torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    for data in ((images, labels), torch.utils.data.TensorDataset(images, labels)):
+        dataset = as_dataset(data)
+        assert dataset.images.dtype == np.float32 and dataset.classes == 3
+        assert (dataset.images == images.numpy().astype(np.float32)).all() and dataset.labels.tolist() == labels.tolist()
+        assert (dataset.normalise(dataset.images) == dataset.images).all()  # float images are taken as they are
+    assert as_dataset(dataset) is dataset
+
+
+def test_pil_images_grey_images_and_features_become_channels():
+    coloured = bytes_of(5, 6, 3)
+    assert (as_dataset(Pairs([(Image.fromarray(coloured), 0)] * 2)).images[1] == coloured.transpose(2, 0, 1)).all()
+    assert as_dataset((bytes_of(4, 5, 6), np.zeros(4, int))).images.shape == (4, 1, 5, 6)
+    features = as_dataset((RNG.random((4, 9)), np.arange(4)))
+    assert features.images.shape == (4, 9, 1, 1) and features.pad == 0
+
+
+def test_a_test_set_is_normalised_like_its_training_set():
+    train = as_dataset((bytes_of(9, 3, 8, 8), np.arange(9)))
+    test = as_dataset((bytes_of(2, 3, 8, 8), np.zeros(2, int)), like=train)
+    assert test.mean is train.mean and test.classes == 9
+    with pytest.raises(DataError, match="images are"):
+        as_dataset((bytes_of(2, 1, 8, 8), np.zeros(2, int)), like=train)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ((np.zeros((2, 1, 4, 4)), np.zeros(2)), "labels must be integers"),
+    ((np.zeros((2, 1, 4, 4)), np.zeros(3, int)), "2 images need as many"),
+    ((np.full((2, 1, 4, 4), np.nan), np.zeros(2, int)), "NaN"),
+    ((np.zeros((2, 1, 4, 4), np.int32), np.zeros(2, int)), "uint8 or floating point"),
+    ((np.zeros((2, 1, 1, 4, 4)), np.zeros(2, int)), r"must be \(n, C, H, W\)"),
+    ((np.zeros((2, 1, 4, 4)), np.array([0, -1])), "labels must be in"),
+    ((np.zeros((0, 1, 4, 4)), np.zeros(0, int)), "no examples"),
+    (Pairs([]), "no examples"), (Pairs([3]), "must be a pair"), (Pairs([(np.zeros((1, 2, 2)), 0.5)]), "must be an integer"),
+    (Pairs([(np.zeros((1, 2, 2)), 0), (np.zeros((1, 3, 3)), 0)]), "example 1 is"), (7, "not int")])
+def test_data_that_is_no_data_set_is_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        as_dataset(data)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_pad_crop_flip_gives_what_a_loop_gives(flip):
+    images = bytes_of(50, 3, 8, 6)
+    before = images.copy()
+    result = pad_crop_flip(images, np.random.default_rng(5), pad=2, flip=flip)
+    rng = np.random.default_rng(5)
+    top, left = rng.integers(0, 5, size=(2, 50))
+    mirrored = rng.random(50) < 0.5 if flip else np.zeros(50, bool)
+    for i in range(50):
+        wanted = np.zeros((3, 12, 10), np.uint8)
+        wanted[:, 2:10, 2:8] = images[i]
+        wanted = wanted[:, top[i]:top[i] + 8, left[i]:left[i] + 6]
+        assert (result[i] == (wanted[..., ::-1] if mirrored[i] else wanted)).all()
+    assert (images == before).all() and result.dtype == np.uint8
+    assert set(top) == set(range(5)) and (not flip or 0 < mirrored.sum() < 50)
+
+
+def numbered(count=23):
+    """Images that hold their own index."""
+    images = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, 2, 8, 8)).copy()
+    return Dataset.of(images, np.arange(count), "numbered")
+
+
+def test_an_epoch_shows_every_example_at_most_once_in_whole_batches():
+    data, rng = numbered(), np.random.default_rng(1)
+    epochs = [list(batches(data, 5, rng, augment=False)) for _ in range(2)]
+    for epoch in epochs:
+        shown = np.concatenate([indices for _, _, indices in epoch])
+        assert len(epoch) == 4 and len(set(shown.tolist())) == 20
+        for images, labels, indices in epoch:
+            assert images.shape == (5, 2, 8, 8) and images.dtype == np.float32 and images.flags.c_contiguous
+            assert (images[:, 0, 0, 0] == indices).all() and (labels == indices).all()
+    orders = [np.concatenate([indices for _, _, indices in epoch]) for epoch in epochs]
+    assert (orders[0] != orders[1]).any()
+    left_out = [set(range(23)) - set(order.tolist()) for order in orders]
+    assert left_out[0] != left_out[1]
+
+
+def test_batches_are_a_function_of_their_generator():
+    data = Dataset.of(bytes_of(40, 3, 32, 32), RNG.integers(0, 4, 40), "random")
+    first, again = ([x for x in batches(data, 8, np.random.default_rng(7), augment=True)] for _ in range(2))
+    plain = list(batches(data, 8, np.random.default_rng(7), augment=False))
+    for one, two, unaugmented in zip(first, again, plain, strict=True):
+        assert all((a == b).all() for a, b in zip(one, two, strict=True))
+        assert (one[2] == unaugmented[2]).all() and (one[0] != unaugmented[0]).any()
+
+
+def test_a_data_set_smaller_than_a_batch_is_an_error_at_once():
+    with pytest.raises(DataError, match="23 examples do not fill one batch of 24"):
+        batches(numbered(), 24, np.random.default_rng(0), augment=False)
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mest-batches")]
+
+
+def test_the_worker_ends_when_iteration_stops_early_and_its_errors_arrive():
+    iterator = batches(numbered(), 5, np.random.default_rng(0), augment=False)
+    next(iterator)
+    assert len(workers()) == 1
+    iterator.close()
+    assert not workers()
+
+    class Broken:
+        def permutation(self, count):
+            return np.arange(count)
+
+        def integers(self, *_, **__):
+            raise RuntimeError("no random numbers")
+
+    with pytest.raises(RuntimeError, match="no random numbers"):
+        list(batches(numbered(), 5, Broken(), augment=True))
+    assert not workers()

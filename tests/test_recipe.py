@@ -1,0 +1,135 @@
+"""Recipes: the paper's schedule, learning rates, files, and what is refused."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from mest_compile.errors import NotYet, SparsityError, UnknownName, UsageError
+from mest_compile.mutation import Phase
+from mest_compile.recipe import METHODS, Recipe, preset
+
+
+@pytest.mark.parametrize(("method", "sparsity", "table"), [
+    ("em", 0.90, [(0.92, 0.90), (0.91, 0.90), (0.90, 0.90)]),
+    ("em", 0.95, [(0.96, 0.95), (0.955, 0.95), (0.95, 0.95)]),
+    ("em_s", 0.90, [(0.90, 0.85), (0.90, 0.875), (0.90, 0.90)]),
+    ("em_s", 0.95, [(0.95, 0.90), (0.95, 0.925), (0.95, 0.95)])])
+def test_preset_gives_the_papers_table(method, sparsity, table):
+    recipe = preset(method, sparsity, 160)
+    assert recipe.mutate_every == 5
+    assert [(phase.prune_to, phase.grow_to) for phase in recipe.phases] == table
+    assert [phase.until_epoch for phase in recipe.phases] == [90, 120, 160]
+
+
+@pytest.mark.parametrize("method", ["em", "em_s"])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 7, 10, 32, 200])
+def test_preset_of_any_length_ends_at_its_target(method, epochs):
+    recipe = preset(method, 0.9, epochs)
+    last = [phase for epoch in range(epochs) if (phase := recipe.mutation_at(epoch))][-1:]
+    assert recipe.phases[-1] == Phase(epochs, 0.9, 0.9)
+    assert last in ([], [recipe.phases[-1]])
+    assert last or epochs == 1
+    assert recipe.meets_target(epochs - 1)
+
+
+def test_mutations_come_at_their_interval_and_where_a_phase_begins():
+    recipe = Recipe(10, "em", mutate_every=3, phases=(Phase(5, 0.92, 0.9), Phase(10, 0.9, 0.9))).resolved(0.9)
+    assert [epoch for epoch in range(10) if recipe.mutation_at(epoch)] == [3, 5, 6, 9]
+    assert recipe.mutation_at(3) == recipe.phases[0] and recipe.mutation_at(5) == recipe.phases[1]
+    assert [preset("static", 0.9, 10).mutation_at(epoch) for epoch in range(10)] == [None] * 10
+
+
+def test_a_model_denser_than_its_target_does_not_meet_it():
+    recipe = Recipe(6, "em_s", mutate_every=2, phases=(Phase(4, 0.9, 0.85), Phase(6, 0.9, 0.9))).resolved(0.9)
+    assert [recipe.meets_target(epoch) for epoch in range(6)] == [True, True, False, False, True, True]
+    assert all(preset("em", 0.9, 20).meets_target(epoch) for epoch in range(20))
+
+
+def test_cosine_runs_from_lr_to_lr_final_by_iteration():
+    recipe = Recipe(10, "static", lr=0.2, lr_final=0.002)
+    assert recipe.lr_at(0, 0, 50) == 0.2
+    assert recipe.lr_at(5, 0, 50) == pytest.approx(0.101)
+    rates = [recipe.lr_at(epoch, iteration, 50) for epoch in range(10) for iteration in range(50)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 500
+    assert rates[-1] == pytest.approx(0.002 + 0.198 * 0.5 * (1 + math.cos(math.pi * 499 / 500)))
+
+
+def test_warm_up_rises_to_lr_and_the_schedule_covers_the_rest():
+    recipe = Recipe(10, "static", lr=0.1, warmup_epochs=2)
+    assert recipe.lr_at(0, 0, 4) == pytest.approx(0.1 / 8)
+    assert recipe.lr_at(1, 3, 4) == pytest.approx(0.1)
+    assert recipe.lr_at(2, 0, 4) == pytest.approx(0.1)
+    assert recipe.lr_at(6, 0, 4) == pytest.approx(0.05, rel=1e-5)
+
+
+def test_step_and_constant_rates():
+    step = Recipe(8, "static", lr=1.0, lr_schedule="step")
+    assert [step.lr_at(epoch, 0, 1) for epoch in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    constant = Recipe(8, "static", lr=0.3, lr_schedule="constant")
+    assert {constant.lr_at(epoch, 0, 1) for epoch in range(8)} == {0.3}
+
+
+def test_a_recipe_survives_its_dict_and_a_toml_file(tmp_path):
+    recipe = preset("em_s", 0.9, 20, lr=0.05, seed=3)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    path = tmp_path / "recipe.toml"
+    path.write_text('epochs = 4\nmethod = "em"\nlr = 1\n[[phases]]\nuntil_epoch = 2\nprune_to = 0.92\ngrow_to = 0.9\n'
+                    "[[phases]]\nuntil_epoch = 4\nprune_to = 0.9\ngrow_to = 0.9\n")
+    assert Recipe.from_file(path) == Recipe(4, "em", lr=1, phases=(Phase(2, 0.92, 0.9), Phase(4, 0.9, 0.9)))
+
+
+@pytest.mark.parametrize(("text", "error", "message"), [
+    ("epochs = 4\nmethdo = 'em'", UsageError, "did you mean 'method'"),
+    ("epochs = 4\nzzz = 1", UsageError, "unknown key 'zzz'; did you mean"),
+    ("method = 'em'", UsageError, "'epochs' is missing"),
+    ("epochs = '4'", UsageError, "epochs must be a whole number"),
+    ("epochs = 4\nlr = 'high'", UsageError, "lr must be a number"),
+    ("epochs = 4\nphases = 3", UsageError, "phases must be a list"),
+    ("epochs = 4\n[[phases]]\nuntil = 4", UsageError, "did you mean 'until_epoch'"),
+    ("epochs = 4\n[[phases]]\nuntil_epoch = 4\nprune_to = '0.9'\ngrow_to = 0.9", UsageError, "prune_to must be a number"),
+    ("epochs = 4\nsieve_epochs = 2", NotYet, "data sieve"),
+    ("epochs = ", UsageError, "is not TOML")])
+def test_bad_recipe_files_say_what_is_wrong(tmp_path, text, error, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(error, match=message):
+        Recipe.from_file(path)
+
+
+def test_a_missing_recipe_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match="none.toml cannot be read"):
+        Recipe.from_file(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("change", "error"), [
+    ({"epochs": 0}, UsageError), ({"epochs": True}, UsageError), ({"lr": 0}, UsageError), ({"lr": math.nan}, UsageError),
+    ({"lr": 0.1, "lr_final": 0.2}, UsageError), ({"warmup_epochs": 10}, UsageError), ({"mutate_every": 0}, UsageError),
+    ({"seed": -1}, UsageError), ({"eval_every": 0}, UsageError), ({"augment": 1}, UsageError), ({"importance_lambda": -1}, UsageError),
+    ({"method": "snip"}, UnknownName), ({"method": "set"}, NotYet), ({"method": "rigl"}, NotYet), ({"lr_schedule": "linear"}, UnknownName),
+    ({"phases": (Phase(9, 0.9, 0.9),)}, UsageError), ({"phases": (Phase(10, 0.9, 0.8), Phase(10, 0.9, 0.9))}, UsageError),
+    ({"phases": (Phase(5, 0.9, 0.9), Phase(10, 0.8, 0.8))}, SparsityError), ({"phases": ((10, 0.9, 0.9),)}, UsageError),
+    ({"method": "static", "phases": (Phase(10, 0.9, 0.9),)}, UsageError)])
+def test_settings_that_cannot_be_are_refused(change, error):
+    with pytest.raises(error):
+        replace(Recipe(10, "em"), **change)
+
+
+def test_mutating_methods_need_a_sparse_step():
+    with pytest.raises(SparsityError, match="use method 'static'"):
+        preset("em", 0.0, 10)
+    with pytest.raises(SparsityError, match="starts sparser"):
+        Recipe(10, "em", phases=(Phase(10, 0.8, 0.8),)).resolved(0.9)
+    with pytest.raises(SparsityError, match="give phases"):
+        Recipe(10, "em").resolved({"conv1.weight": 0.9, "conv2.weight": 0.5})
+    assert preset("static", 0.0, 10).phases == ()
+
+
+def test_evaluation_always_includes_the_last_epoch():
+    recipe = Recipe(7, "static", eval_every=3)
+    assert [epoch for epoch in range(7) if recipe.evaluates(epoch)] == [2, 5, 6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_preset_that_checks_itself(method):
+    assert Recipe.from_dict(preset(method, 0.5, 12).to_dict()).method == method

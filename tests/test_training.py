@@ -1,0 +1,351 @@
+"""The epoch loop and its run folder, on a small numpy step that has the interface of a compiled one."""
+
+import json
+import math
+import os
+import signal
+import sys
+import types
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mest_compile import mutation
+from mest_compile.errors import InputError, MestError, SparsityError, StateError, UsageError
+from mest_compile.mutation import Phase
+from mest_compile.recipe import Recipe
+from mest_compile.runfolder import RunFolder
+from mest_compile.training import Trainer
+
+CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
+
+
+@dataclass
+class Result:
+    loss: float
+    correct: np.ndarray
+
+
+@dataclass
+class Report:
+    layers: dict
+    seconds: float
+
+
+class SoftmaxStep:
+    """Masked softmax regression with momentum on (batch, channels, height, width) images."""
+
+    def __init__(self, shape=(16, 1, 8, 8), classes=10, sparsity=0.9, seed=0):
+        self.input_shape, self.batch, self.classes, self.target_sparsity = shape, shape[0], classes, sparsity
+        units = math.prod(shape[1:]) * classes
+        weight = np.random.default_rng(seed).standard_normal(units).astype(np.float32) * 0.01
+        keep = mutation.prune(np.ones(units, bool), abs(weight), self._live(sparsity))
+        self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
+        self.rates, self.mutations = [], []
+
+    def _live(self, sparsity):
+        return round(math.prod(self.input_shape[1:]) * self.classes * (1 - sparsity))
+
+    def predict(self, images):
+        return images.reshape(len(images), -1) @ self.state["weight"].reshape(-1, self.classes)
+
+    def __call__(self, images, labels, lr=0.1):
+        assert images.shape == self.input_shape and images.dtype == np.float32
+        self.rates.append(lr)
+        logits = self.predict(images)
+        share = np.exp(logits - logits.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        rows = np.arange(self.batch)
+        loss, correct = -np.log(share[rows, labels]).mean(), logits.argmax(1) == labels
+        share[rows, labels] -= 1
+        gradient = (images.reshape(self.batch, -1).T @ share / self.batch).ravel() * self.state["keep"]
+        self.state["momentum"] = (0.9 * self.state["momentum"] + gradient).astype(np.float32)
+        self.state["weight"] = (self.state["weight"] - lr * self.state["momentum"]).astype(np.float32)
+        return Result(float(loss), correct)
+
+    def mutate(self, prune_to=0.9, grow_to=0.85, importance_lambda=0.0, rng=None):
+        self.mutations.append((prune_to, grow_to))
+        scores = mutation.importance(self.state["weight"], self.state["momentum"], importance_lambda)
+        pruned = mutation.prune(self.state["keep"], scores, self._live(prune_to))
+        keep = mutation.grow(pruned, self._live(grow_to), rng)
+        fate = "unchanged" if (keep == self.state["keep"]).all() else "re-indexed"
+        self.state = {"weight": self.state["weight"] * pruned, "momentum": self.state["momentum"] * pruned, "keep": keep}
+        return Report({"weight": fate}, 0.25)
+
+    def sparsity(self):
+        return {"weight": 1 - float(self.state["keep"].mean())}
+
+    def memory(self):
+        return {"values": int(self.state["keep"].sum()) * 4, "total": 4096}
+
+    def describe(self):
+        return {"target": "local", "threads": 1, "seed": 0, "scheme": "unstructured", "sparsity": self.target_sparsity, "versions": {}}
+
+    def save(self, path, extra, arrays=None):
+        part = path.with_suffix(".part")
+        save_file({**self.state, **(arrays or {})}, part, metadata={"extra": json.dumps(extra)})
+        os.replace(part, path)
+
+    def restore(self, path):
+        with safe_open(path, "numpy") as file:
+            self.state = {name: file.get_tensor(name) for name in self.state}
+            return json.loads(file.metadata()["extra"]), {}
+
+
+def sample(count, seed=0):
+    """Ten noisy prototypes, (count, 1, 8, 8) uint8."""
+    prototypes = np.random.default_rng(99).integers(0, 200, (10, 1, 8, 8))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    return (prototypes[labels] + rng.integers(0, 56, (count, 1, 8, 8))).astype(np.uint8), labels
+
+
+TRAIN, TEST = sample(200), sample(50, seed=1)
+RECIPE = Recipe(6, "em_s", lr=0.05, mutate_every=1, phases=(Phase(4, 0.9, 0.8), Phase(6, 0.9, 0.9)))
+LEARNABLE = replace(RECIPE, augment=False)  # a linear model cannot tell shifted and mirrored noise apart
+
+CHANCE = 0.1 + 5 * math.sqrt(0.1 * 0.9 / 50)  # what guessing 50 labels of 10 classes does not pass: five standard deviations
+
+
+class Interrupter:
+    """Stops training at one batch, as Ctrl-C does."""
+
+    def __init__(self, epoch, batch, action):
+        self.at, self.action = (epoch, batch), action
+
+    def on_batch(self, epoch, epochs, batch, batches, loss):
+        if (epoch, batch) == self.at:
+            self.action()
+
+    def on_epoch(self, metrics):
+        pass
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def without_clock(history):
+    return [{key: value for key, value in metrics.items() if key not in CLOCKED} for metrics in history]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def extra_of(path):
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["extra"])
+
+
+def test_training_learns_and_reports(tmp_path):
+    step = SoftmaxStep()
+    run = Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
+    assert [metrics["epoch"] for metrics in run.history] == [1, 2, 3, 4, 5, 6]
+    assert run.history[-1]["loss"] < 0.5 * run.history[0]["loss"]
+    assert run.test_accuracy == run.history[-1]["test_accuracy"] > CHANCE
+    last = run.history[-1]
+    assert last["examples"] == 192 and last["images_per_second"] == pytest.approx(192 / last["train_seconds"])
+    assert 0 < last["step_seconds"] * 12 <= last["train_seconds"] and last["kernel_seconds"] is None
+    assert last["memory_bytes"] == {"values": 256, "total": 4096}
+    assert last["sparsity"] == {"weight": pytest.approx(0.9, abs=1e-6)}
+    assert run.history[0]["mutation"] is None
+    assert run.history[1]["mutation"] == {"prune_to": 0.9, "grow_to": 0.8, "layers": {"re-indexed": 1}, "seconds": 0.25}
+    assert run.history[5]["mutation"]["layers"] == {"unchanged": 1}
+
+
+def test_the_step_gets_the_recipes_rates_and_mutations():
+    step = SoftmaxStep()
+    recipe = replace(RECIPE, warmup_epochs=1)
+    Trainer(step, recipe).fit(TRAIN, TEST)
+    assert step.rates == [recipe.lr_at(epoch, index, 12) for epoch in range(6) for index in range(12)]
+    assert step.mutations == [(0.9, 0.8)] * 3 + [(0.9, 0.9)] * 2
+
+
+def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    run = Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST)
+    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.safetensors", "metrics.jsonl", "recipe.json",
+                                                              "run.json"]
+    assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["seed"] == 0 and facts["step"]["target"] == "local" and set(facts["versions"]) == {"mest-compile", "numpy"}
+    assert facts["data"]["train"]["examples"] == 200 and facts["machine"]["machine"]
+    assert lines(folder) == run.history
+    assert extra_of(folder / "checkpoint.safetensors")["epoch"] == 6
+
+
+def test_best_is_never_a_model_denser_than_its_target(tmp_path):
+    recipe = Recipe(4, "em_s", lr=0.05, mutate_every=1, phases=(Phase(3, 0.9, 0.5), Phase(4, 0.9, 0.9)))
+    step = SoftmaxStep()
+    accuracies = iter([0.5, 0.9, 1.0, 0.7])
+    trainer = Trainer(step, recipe, tmp_path / "run")
+    trainer._evaluate = lambda test: {"test_accuracy": next(accuracies), "evaluation_seconds": 0.0}
+    run = trainer.fit(TRAIN, TEST)
+    assert run.best == {"epoch": 4, "test_accuracy": 0.7}
+    assert extra_of(tmp_path / "run" / "best.safetensors")["epoch"] == 4
+
+
+def test_evaluation_counts_every_test_example_and_can_be_rarer():
+    step = SoftmaxStep()
+    run = Trainer(step, replace(RECIPE, eval_every=4)).fit(TRAIN, TEST)
+    assert [metrics["test_accuracy"] is None for metrics in run.history] == [True, True, True, False, True, False]
+    images = (TEST[0] - TRAIN[0].mean()) / TRAIN[0].std()
+    assert run.test_accuracy == (step.predict(images).argmax(1) == TEST[1]).mean()
+
+
+@pytest.mark.parametrize("stop", [(1, 1), (3, 5), (4, 12), (6, 12)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop):
+    whole = SoftmaxStep()
+    wanted = Trainer(whole, RECIPE, tmp_path / "whole").fit(TRAIN, TEST)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(*stop, interrupt)).fit(TRAIN, TEST)
+    assert extra_of(tmp_path / "run" / "checkpoint.safetensors")["epoch"] == stop[0] - 1
+    step = SoftmaxStep(seed=5)
+    run = Trainer.resume(tmp_path / "run", step).fit(TRAIN, TEST)
+    assert without_clock(run.history) == without_clock(wanted.history) and run.best == wanted.best
+    assert lines(tmp_path / "run") == run.history
+    for name, array in whole.state.items():
+        assert (step.state[name] == array).all(), name
+    best = [SoftmaxStep(), SoftmaxStep()]
+    for one, folder in zip(best, ("whole", "run"), strict=True):
+        one.restore(tmp_path / folder / "best.safetensors")
+    assert all((best[0].state[name] == best[1].state[name]).all() for name in whole.state)
+
+
+def test_a_real_signal_leaves_the_last_whole_epoch(tmp_path):
+    stop = Interrupter(2, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", stop).fit(TRAIN, TEST)
+    assert extra_of(tmp_path / "run" / "checkpoint.safetensors")["epoch"] == 1
+
+
+def test_lines_after_the_checkpoint_go_when_a_run_resumes(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(3, 1, interrupt)).fit(TRAIN, TEST)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "loss": 1.0}\n{"epo')
+    run = Trainer.resume(tmp_path / "run", SoftmaxStep()).fit(TRAIN, TEST)
+    assert lines(tmp_path / "run") == run.history
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    wanted = Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    step = SoftmaxStep()
+    run = Trainer.resume(tmp_path / "run", step).fit(TRAIN, TEST)
+    assert run.history == wanted.history and not step.rates
+
+
+def test_a_step_is_rebuilt_from_the_checkpoint_when_none_is_given(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(2, 1, interrupt)).fit(TRAIN, TEST)
+    compiling = types.ModuleType("mest_compile.compiling")
+    compiling.load = lambda path: SoftmaxStep(seed=path.stat().st_size)
+    monkeypatch.setitem(sys.modules, "mest_compile.compiling", compiling)
+    assert len(Trainer.resume(tmp_path / "run").fit(TRAIN, TEST).history) == 6
+
+
+def test_a_folder_with_a_run_is_never_overwritten(tmp_path):
+    Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    step = SoftmaxStep()
+    with pytest.raises(UsageError, match="pass --resume or another --out"):
+        Trainer(step, RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} and not step.rates
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write the run"):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "file" / "run").fit(TRAIN, TEST)
+
+
+def test_what_cannot_be_resumed_says_why(tmp_path):
+    with pytest.raises(StateError, match="holds no run to resume"):
+        Trainer.resume(tmp_path, SoftmaxStep())
+    Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    with pytest.raises(StateError, match="this is other data"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep()).fit(sample(200, seed=8), TEST)
+    path = tmp_path / "run" / "recipe.json"
+    text = path.read_text()
+    path.write_text(text.replace('"lr": 0.05', '"lr": 0.06'))
+    with pytest.raises(StateError, match="undo the edit"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep())
+    path.write_text(text[:40])
+    with pytest.raises(StateError, match="is damaged"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep())
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path, loss):
+    class Diverging(SoftmaxStep):
+        def __call__(self, images, labels, lr=0.1):
+            result = super().__call__(images, labels, lr)
+            return replace(result, loss=loss) if len(self.rates) == 17 else result
+
+    with pytest.raises(MestError, match=r"at epoch 2, batch 5, learning rate .*; lower lr"):
+        Trainer(Diverging(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    assert extra_of(tmp_path / "run" / "checkpoint.safetensors")["epoch"] == 1
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_data_that_do_not_fit_the_step_are_refused_before_anything_is_written(tmp_path):
+    trainer = Trainer(SoftmaxStep(shape=(16, 1, 9, 9)), RECIPE, tmp_path / "run")
+    with pytest.raises(InputError, match=r"shape \(1, 9, 9\), training set has \(1, 8, 8\); compile with input_shape=\(16, 1, 8, 8\)"):
+        trainer.fit(TRAIN, TEST)
+    from mest_compile.data import as_dataset
+
+    with pytest.raises(InputError, match="tells 4 classes apart, training set has 10"):
+        Trainer(SoftmaxStep(classes=4), RECIPE, tmp_path / "run").fit(as_dataset(TRAIN, name="training set"), TEST)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_on_features_gets_flat_images():
+    run = Trainer(SoftmaxStep(shape=(16, 64)), LEARNABLE).fit(TRAIN, TEST)
+    assert run.test_accuracy > CHANCE and run.folder is None
+
+
+def test_a_dense_step_needs_the_static_method():
+    with pytest.raises(SparsityError, match="use method 'static'"):
+        Trainer(SoftmaxStep(sparsity=0.0), Recipe(2))
+    run = Trainer(SoftmaxStep(sparsity=0.0), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
+    assert all(metrics["mutation"] is None for metrics in run.history)
+
+
+def test_progress_hears_of_every_batch_and_epoch():
+    class Listener:
+        def __init__(self):
+            self.batches, self.epochs = [], []
+
+        def on_batch(self, *facts):
+            self.batches.append(facts[:4])
+
+        def on_epoch(self, metrics):
+            self.epochs.append(metrics["epoch"])
+
+    listener = Listener()
+    Trainer(SoftmaxStep(), RECIPE, progress=listener).fit(TRAIN, TEST)
+    assert listener.batches == [(epoch, 6, batch, 12) for epoch in range(1, 7) for batch in range(1, 13)]
+    assert listener.epochs == [1, 2, 3, 4, 5, 6]
+
+
+def test_seeds_change_a_run_and_nothing_else_does():
+    losses = [[metrics["loss"] for metrics in Trainer(SoftmaxStep(), replace(RECIPE, seed=seed)).fit(TRAIN, TEST).history]
+              for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.rewrite_metrics([{"epoch": 1}])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.rewrite_metrics([{"epoch": 1}, {"epoch": 2}])
+    assert lines(tmp_path) == [{"epoch": 1}]
