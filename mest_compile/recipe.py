@@ -145,19 +145,14 @@ class Recipe:
         """JSON-able; `from_dict` gives an equal recipe back."""
         return {**dataclasses.asdict(self), "phases": [dataclasses.asdict(phase) for phase in self.phases]}
 
-    def resolved(self, sparsity: float | Mapping[str, float]) -> Recipe:
-        """This recipe with mutate_every and phases filled in for a model that starts at `sparsity`.
+    def resolved(self, sparsity: float) -> Recipe:
+        """This recipe with mutate_every and phases filled in for a model whose sparse layers together start at `sparsity`.
 
-        sparsity  one number, or {layer name: sparsity}, for which phases must be given
         Raises SparsityError when the method needs a sparse model, or the first phase cannot be pruned to.
         """
         pairs = METHODS[self.method]
         interval = self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
         if pairs is None:
-            return dataclasses.replace(self, mutate_every=interval)
-        if isinstance(sparsity, Mapping):
-            if not self.phases:
-                raise SparsityError(f"the method {self.method!r} has no schedule for a sparsity per layer; give phases in the recipe")
             return dataclasses.replace(self, mutate_every=interval)
         if not 0 < sparsity < 1:
             raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")

@@ -61,6 +61,13 @@ class Run:
         return self.history[-1]["test_accuracy"] if self.history else None
 
 
+def target_sparsity(step: Any) -> float:
+    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has none."""
+    targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
+    zeros = sum(targets[name] * count for name, count in elems.items())
+    return round(zeros / max(1, sum(elems.values())), 6)  # six digits: a sum of 0.9 * count is to read 0.9 again
+
+
 class Trainer:
     """Trains a compiled step by a recipe.
 
@@ -70,7 +77,7 @@ class Trainer:
 
     def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None):
         self.step = step
-        self.recipe = recipe.resolved(step.describe()["sparsity"])
+        self.recipe = recipe.resolved(target_sparsity(step))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
         self._resumed: dict[str, Any] | None = None

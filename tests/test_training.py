@@ -18,7 +18,7 @@ from mest_compile.errors import InputError, MestError, SparsityError, StateError
 from mest_compile.mutation import Phase
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
-from mest_compile.training import Trainer
+from mest_compile.training import Trainer, target_sparsity
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
 
@@ -82,7 +82,11 @@ class SoftmaxStep:
         return {"values": int(self.state["keep"].sum()) * 4, "total": 4096}
 
     def describe(self):
-        return {"target": "local", "threads": 1, "seed": 0, "scheme": "unstructured", "sparsity": self.target_sparsity, "versions": {}}
+        return {"target": "local", "threads": 1, "seed": 0, "schemes": {"weight": "unstructured"},
+                "sparsity": {"weight": self.target_sparsity}, "versions": {}}
+
+    def masks(self):
+        return {"weight": self.state["keep"]}
 
     def save(self, path, extra, arrays=None):
         part = path.with_suffix(".part")
@@ -313,6 +317,13 @@ def test_a_dense_step_needs_the_static_method():
         Trainer(SoftmaxStep(sparsity=0.0), Recipe(2))
     run = Trainer(SoftmaxStep(sparsity=0.0), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
     assert all(metrics["mutation"] is None for metrics in run.history)
+
+
+def test_the_target_of_uneven_layers_is_that_of_all_their_weights():
+    step = types.SimpleNamespace(describe=lambda: {"sparsity": {"a": 0.95, "b": 0.5, "dense": 0.0}},
+                                 masks=lambda: {"a": np.ones((8, 100)), "b": np.ones((2, 100))})
+    assert target_sparsity(step) == 0.86
+    assert target_sparsity(types.SimpleNamespace(describe=lambda: {"sparsity": {"dense": 0.0}}, masks=dict)) == 0.0
 
 
 def test_progress_hears_of_every_batch_and_epoch():
