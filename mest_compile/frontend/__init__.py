@@ -1,0 +1,71 @@
+"""Models from outside become a ForwardGraph and their state. torch, tvm and onnx are imported when a model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile.errors import SpecError
+from mest_compile.spec import ForwardGraph
+
+if TYPE_CHECKING:
+    import torch
+
+
+def import_model(model: torch.nn.Module | str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+    """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
+
+    model        torch.nn.Module, a path that ends in .onnx, or the name of a built-in model
+    input_shape  (N, C, H, W) or (N, features)
+    Raises UnknownName, UnsupportedOperator, SpecError, DataError.
+    """
+    if isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
+        return from_onnx(model, input_shape)
+    if isinstance(model, str):
+        from mest_compile.models import build_model
+
+        return from_torch(build_model(model, _checked(input_shape)), input_shape)
+    return from_torch(model, input_shape)
+
+
+def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+    """As `import_model`, from a torch module, which is left as it was."""
+    import torch
+
+    from mest_compile.frontend.torch_import import read_module
+
+    if not isinstance(module, torch.nn.Module):
+        raise SpecError("a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
+                        f"got {type(module).__name__}")
+    return read_module(module, _checked(input_shape))
+
+
+def from_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+    """As `import_model`, from an .onnx file. Initializer names are the torch names that torch.onnx.export kept."""
+    from mest_compile.frontend.onnx_import import read_onnx
+
+    return read_onnx(path, _checked(input_shape))
+
+
+def default_dense_layers(graph: ForwardGraph) -> list[str]:
+    """Names of the weights that stay dense unless asked otherwise: first convolution, 1x1 convolutions, classifier.
+
+    Source: the recipe of MEST, arXiv:2110.14032, which keeps the 1x1 downsample convolutions dense.
+    """
+    layers = [node for node in graph.nodes if node.op in ("conv2d", "linear")]
+    convs = [node.params["weight"] for node in layers if node.op == "conv2d"]
+    linears = [node.params["weight"] for node in layers if node.op == "linear"]
+    dense = {*convs[:1], *linears[-1:], *(name for name in convs if graph.state_shapes[name][2:] == (1, 1))}
+    return [node.params["weight"] for node in layers if node.params["weight"] in dense]
+
+
+def _checked(input_shape: Any) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in input_shape)
+    except (TypeError, ValueError):
+        shape = ()
+    if len(shape) not in (2, 4) or min(shape) < 1:
+        raise SpecError(f"input_shape is (N, C, H, W) or (N, features), every size 1 or more; got {input_shape!r}")
+    return shape

@@ -1,0 +1,349 @@
+"""The imported graph, run by plain torch functions, is the model; what cannot be trained is refused by name."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mest_compile.errors import DataError, SpecError, UnknownName, UnsupportedOperator
+from mest_compile.frontend import default_dense_layers, from_onnx, from_torch, import_model
+from mest_compile.models import build_model, model_names
+
+
+def run_node(node, state, x, other):
+    held = {role: torch.from_numpy(state[name]) for role, name in node.params.items()}
+    a = node.attrs
+    return {
+        "conv2d": lambda: F.conv2d(x, held["weight"], held.get("bias"), a["stride"], a["padding"]),
+        "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
+        "batch_norm": lambda: F.batch_norm(x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]),
+        "relu": lambda: F.relu(x),
+        "add": lambda: x + other,
+        "max_pool2d": lambda: F.max_pool2d(x, a["kernel"], a["stride"], a["padding"]),
+        "avg_pool2d": lambda: F.avg_pool2d(x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]),
+        "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
+        "flatten": lambda: x.flatten(1),
+    }[node.op]()
+
+
+def run_graph(graph, state, images):
+    """The graph in evaluation mode, node by node. Output shapes are checked on the way."""
+    values = {"input": images}
+    for node in graph.nodes:
+        y = run_node(node, state, values[node.inputs[0]], values[node.inputs[-1]])
+        assert tuple(y.shape) == node.shape, node
+        values[node.name] = y
+    return y
+
+
+def randomised(module):
+    """The module with BatchNorm statistics and scales that are not 0 and 1, so that a mix-up shows."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
+                tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
+    return module
+
+
+def assert_same(module, graph, state, input_shape):
+    images = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = module.eval()(images), run_graph(graph, state, images)
+    scale = want.abs().max().item()
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-5 * max(scale, 1))
+    assert list(state) == [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
+    assert {name: array.shape for name, array in state.items()} == dict(graph.state_shapes)
+    assert graph.input_shape == input_shape
+    assert len({node.name for node in graph.nodes}) == len(graph.nodes)
+
+
+class Odd(nn.Module):
+    """Odd sizes, a residual with downsample, every pool, functional calls and an operator that the logits do not need."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(13, 20, (5, 3), (2, 1), (2, 1))
+        self.bn = nn.BatchNorm2d(20, eps=1e-3, momentum=0.03)
+        self.down = nn.Conv2d(13, 20, 1, (2, 1), bias=False)
+        self.max = nn.MaxPool2d(3, 2, 1)
+        self.avg = nn.AvgPool2d((2, 3), (1, 2), (1, 1), count_include_pad=False)
+        self.conv2 = nn.Conv2d(20, 6, 2)
+        self.drop = nn.Dropout(0.0)
+        self.fc = nn.Linear(6, 11)
+        self.norm = nn.BatchNorm1d(11)
+        self.head = nn.Linear(11, 5, bias=False)
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(x)) + self.down(x), inplace=True)
+        y = F.relu(self.conv2(self.avg(self.max(y))))
+        F.gelu(y) + self.fc.bias.mean()                              # not needed, so not refused
+        y = F.adaptive_avg_pool2d(y, 1).view(y.shape[0], -1) + y.mean((2, 3))
+        return self.head(self.norm(F.relu(F.linear(self.drop(y), self.fc.weight, self.fc.bias))))
+
+
+ODD_SHAPE = (7, 13, 17, 17)
+
+
+class Pools(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3, bias=False), nn.Identity(), nn.ReLU(True), nn.AdaptiveAvgPool2d((2, 3)), nn.AvgPool2d(2, 1),
+                         nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_built_in_model_imports_to_the_same_function(name):
+    shape = (3, 28, 28) if name == "mlp" else (3, 16, 16)
+    width = 5 if name != "mlp" else 33
+    module = randomised(build_model(name, (2, *shape), width=width))
+    graph, state = from_torch(module, (2, *shape))
+    assert_same(module, graph, state, (2, *shape))
+
+
+@pytest.mark.parametrize(("module", "input_shape"), [(Odd, ODD_SHAPE), (Pools, (2, 3, 8, 8))])
+def test_custom_module_imports_to_the_same_function(module, input_shape):
+    torch.manual_seed(0)
+    module = randomised(module())
+    assert_same(module, *from_torch(module, input_shape), input_shape)
+
+
+def test_nodes_carry_torch_names_and_attributes():
+    graph, _ = from_torch(Odd(), ODD_SHAPE)
+    nodes = {node.name: node for node in graph.nodes}
+    assert nodes["conv"].attrs == {"stride": (2, 1), "padding": (2, 1)}
+    assert nodes["conv"].params == {"weight": "conv.weight", "bias": "conv.bias"}
+    assert nodes["bn"].attrs == {"eps": 1e-3, "momentum": 0.03}
+    assert nodes["bn"].params["running_var"] == "bn.running_var"
+    assert nodes["head"].params == {"weight": "head.weight"}
+    assert graph.nodes[-1].name == "head"
+    ops = [node.op for node in graph.nodes]
+    assert {op: ops.count(op) for op in ops} == {"conv2d": 3, "batch_norm": 2, "add": 2, "relu": 3, "max_pool2d": 1, "avg_pool2d": 1,
+                                                 "global_avg_pool": 2, "flatten": 1, "linear": 2}
+
+
+def test_import_leaves_the_module_alone():
+    module = Odd().train()
+    module.bn.eval()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    _, state = from_torch(module, ODD_SHAPE)
+    assert module.training and module.conv.training and not module.bn.training
+    state["conv.weight"][:] = 0
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def export(module, input_shape, path, **options):
+    torch.onnx.export(module, (torch.randn(input_shape),), path, dynamo=False, **options)
+    return path
+
+
+KEEP = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [False, True])
+def test_onnx_gives_the_graph_and_names_that_torch_gives(tmp_path, training):
+    module = randomised(build_model("resnet20", (2, 3, 16, 16), width=4)).train(training)
+    path = export(module, (2, 3, 16, 16), tmp_path / "net.onnx", **KEEP)
+    graph, state = import_model(path, (2, 3, 16, 16))
+    want, want_state = import_model(module, (2, 3, 16, 16))
+    assert graph == want
+    assert list(state) == list(want_state)
+    for name in state:
+        np.testing.assert_array_equal(state[name], want_state[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_odd_module_is_the_same_function_at_another_batch(tmp_path):
+    class Flat(Odd):                                        # a view() would fix the batch in the file
+        def forward(self, x):
+            y = self.conv2(self.avg(self.max(F.relu(self.bn(self.conv(x)) + self.down(x)))))
+            return self.head(F.relu(self.fc(self.drop(F.adaptive_avg_pool2d(y, 1).flatten(1)))))
+
+    torch.manual_seed(0)
+    module = randomised(Flat()).eval()
+    path = export(module, (1, *ODD_SHAPE[1:]), tmp_path / "odd.onnx", **KEEP)
+    graph, state = from_onnx(str(path), ODD_SHAPE)
+    images = torch.randn(ODD_SHAPE)
+    with torch.no_grad():
+        np.testing.assert_allclose(run_graph(graph, state, images), module(images), rtol=0, atol=1e-5)
+    want, _ = from_torch(module, ODD_SHAPE)
+    assert graph.nodes == want.nodes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_with_folded_batch_norm_is_biased_convolutions(tmp_path):
+    torch.manual_seed(0)
+    module = randomised(Odd()).eval()
+    graph, state = from_onnx(export(module, ODD_SHAPE, tmp_path / "folded.onnx"), ODD_SHAPE)
+    ops = [node.op for node in graph.nodes]
+    assert ops.count("conv2d") == 3 and all("bias" in node.params for node in graph.nodes[:1])
+    assert {name: array.shape for name, array in state.items()} == dict(graph.state_shapes)
+    assert all(array.flags.c_contiguous for array in state.values())
+    images = torch.randn(ODD_SHAPE)
+    with torch.no_grad():
+        np.testing.assert_allclose(run_graph(graph, state, images), module(images), rtol=0, atol=1e-5)
+
+
+class Calls(nn.Module):
+    """A convolution, a function of its output, a classifier."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.function = function
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.function(self, self.conv(x)).mean((2, 3)))
+
+
+def part(module):
+    return Calls(lambda self, y: self.part(y), part=module)
+
+
+REFUSED = {
+    "gelu": (part(nn.GELU()), ["gelu", "'part' (GELU)", "supported: conv2d"]),
+    "hardswish": (part(nn.Hardswish()), ["add of a constant", "'part' (Hardswish)"]),
+    "sigmoid": (Calls(lambda self, y: torch.sigmoid(y)), ["sigmoid", "forward (Calls)"]),
+    "depthwise": (part(nn.Conv2d(4, 4, 3, groups=4)), ["grouped or depthwise", "groups=4", "part.weight"]),
+    "dilated": (part(nn.Conv2d(4, 4, 3, dilation=2)), ["dilated", "(2, 2)", "part.weight"]),
+    "even kernel, padding same": (part(nn.Conv2d(4, 4, 2, padding="same")), ["'part' (Conv2d)"]),
+    "dropout": (part(nn.Dropout(0.3)), ["dropout with p=0.3", "'part'", "set p to 0 or remove it"]),
+    "dropout2d": (part(nn.Dropout2d(0.3)), ["dropout with p=0.3", "'part'"]),
+    "alpha": (Calls(lambda self, y: torch.add(y, y, alpha=2)), ["alpha=2"]),
+    "divisor": (part(nn.AvgPool2d(2, divisor_override=3)), ["divisor_override=3", "'part'"]),
+    "ceil mode": (part(nn.MaxPool2d(3, 2, ceil_mode=True)), ["max_pool2d with ceil_mode", "'part'"]),
+    "multiply": (Calls(lambda self, y: y * 2), ["multiply"]),
+    "add constant": (Calls(lambda self, y: y + 1), ["constant"]),
+    "broadcast": (Calls(lambda self, y: y + y.mean((2, 3), keepdim=True)), ["add of different shapes"]),
+    "no affine": (part(nn.BatchNorm2d(4, affine=False)), ["batch_norm", "'part'"]),
+    "no statistics": (part(nn.BatchNorm2d(4, track_running_stats=False)), ["'part' (BatchNorm2d)"]),
+    "cumulative": (part(nn.BatchNorm2d(4, momentum=None)), ["momentum=None", "'part'"]),
+    "called twice": (Calls(lambda self, y: self.part(self.part(y)), part=nn.Conv2d(4, 4, 1)), ["part.weight", "two operators", "shared"]),
+    "data dependent": (Calls(lambda self, y: y if y.sum() > 0 else -y), ["torch.export"]),
+    "uneven pool": (part(nn.AdaptiveAvgPool2d(3)), ["'part' (AdaptiveAvgPool2d)"]),
+    "slice": (Calls(lambda self, y: y[:, :, 1:]), ["slice"]),
+    "parameter": (Calls(lambda self, y: y + self.part.weight.mean(), part=nn.Conv2d(4, 4, 1)), ["supported"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name_and_place(case):
+    module, words = REFUSED[case]
+    with pytest.raises(UnsupportedOperator) as caught:
+        from_torch(module, (2, 3, 8, 8))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_refused():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    module[3].weight = module[1].weight
+    with pytest.raises(UnsupportedOperator, match="1.weight and 3.weight are one parameter"):
+        from_torch(module, (2, 6))
+
+
+@pytest.mark.parametrize(("module", "input_shape", "words"), [
+    (nn.Conv2d(3, 4, 3), (2, 1, 8, 8), "does not take input_shape .*expected input.* 3 channels"),
+    (nn.Linear(5, 4), (2, 6), "does not take input_shape"),
+    (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), r"\(2, classes\) are wanted, the model gives \(2, 4, 6, 6\)"),
+    (nn.Identity(), (2, 3), "nothing to train"),
+    (nn.Linear(5, 4).double(), (2, 5), "weight is float64: call model.float"),
+    (nn.Linear(5, 4), (2, 0), "every size 1 or more"),
+    (nn.Linear(5, 4), (2, 3, 5), r"\(N, C, H, W\) or \(N, features\)"),
+    (nn.Linear(5, 4), None, "input_shape is"),
+    (42, (2, 5), "a torch.nn.Module, a path .* got int"),
+])
+def test_facts_that_contradict_each_other_are_named(module, input_shape, words):
+    with pytest.raises(SpecError, match=words) as caught:
+        import_model(module, input_shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_not_inputs_or_state_are_refused():
+    """A non-persistent buffer has no place in the state_dict, so nothing could train or save it."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kernel", torch.ones(4, 3, 3, 3), persistent=False)
+
+        def forward(self, x):
+            return F.conv2d(x, self.kernel).mean((2, 3))
+
+    with pytest.raises(UnsupportedOperator, match="conv2d with a computed weight"):
+        from_torch(Hidden(), (2, 3, 8, 8))
+
+
+def test_unused_parameters_keep_their_place_in_the_state():
+    module = Calls(lambda self, y: y, part=nn.Conv2d(4, 4, 1))
+    graph, state = from_torch(module, (2, 3, 8, 8))
+    assert list(state) == list(graph.state_shapes) == list(module.state_dict())
+    assert [node.name for node in graph.nodes] == ["conv", "global_avg_pool_1", "fc"]
+
+
+def test_bias_that_is_added_beside_another_use_of_the_layer_is_refused():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 4, bias=False)
+            self.bias = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            y = self.fc(x)
+            return y + (y + self.bias)
+
+    with pytest.raises(UnsupportedOperator, match="fc.weight is used by two operators"):
+        from_torch(Both(), (2, 5))
+
+
+def test_two_outputs_are_refused():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x.relu(), x
+
+    with pytest.raises(SpecError, match="returns 2 values"):
+        from_torch(Two(), (2, 3))
+
+
+def test_unknown_names_and_files_are_named(tmp_path):
+    with pytest.raises(UnknownName, match="no model 'resnet21'; there are: mlp, "):
+        import_model("resnet21", (2, 3, 8, 8))
+    with pytest.raises(DataError, match="missing.onnx"):
+        import_model(str(tmp_path / "missing.onnx"), (2, 3, 8, 8))
+    (tmp_path / "cut.onnx").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="cut.onnx"):
+        import_model(tmp_path / "cut.onnx", (2, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
+    path = export(part(nn.Hardtanh(0, 6)).eval(), (2, 3, 8, 8), tmp_path / "clip.onnx", **KEEP)
+    with pytest.raises(UnsupportedOperator, match="after layer 'conv'.*supported: conv2d"):
+        from_onnx(path, (2, 3, 8, 8))
+    with pytest.raises(SpecError, match=r"takes an input of shape \(2, 3, 8, 8\), input_shape is \(2, 1, 8, 8\)"):
+        from_onnx(path, (2, 1, 8, 8))
+    path = export(part(nn.Dropout(0.25)).train(), (2, 3, 8, 8), tmp_path / "dropout.onnx", **KEEP)
+    with pytest.raises(UnsupportedOperator, match="dropout with p=0.25"):
+        from_onnx(path, (2, 3, 8, 8))
+
+
+def test_first_convolution_downsamples_and_classifier_stay_dense():
+    graph, _ = import_model("resnet20", (2, 3, 8, 8))
+    assert default_dense_layers(graph) == ["conv1.weight", "layer2.0.downsample.0.weight", "layer3.0.downsample.0.weight", "fc.weight"]
+    graph, _ = import_model("mlp", (2, 20))
+    assert default_dense_layers(graph) == ["fc3.weight"]
+
+
+def test_importing_the_frontend_loads_neither_torch_nor_tvm():
+    code = ("import sys, mest_compile.frontend, mest_compile.models as models\n"
+            "models.model_names(); print({'torch', 'tvm', 'onnx'} & set(sys.modules))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -1,0 +1,87 @@
+"""Built-in models: torchvision's names, the sizes that the papers state, weights that follow from the seed alone."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mest_compile.errors import SpecError, UnknownName
+from mest_compile.models import build_model, model_names
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "width", "millions"), [
+    ("resnet20", 16, 0.27), ("resnet32", 16, 0.47), ("resnet32", 32, 1.86),      # MEST states 1.86 M for its wide ResNet-32
+    ("resnet18", 64, 11.17), ("vgg11", 64, 9.23), ("vgg19", 64, 20.04),
+])
+def test_parameter_counts_are_the_published_ones(name, width, millions):
+    assert count(build_model(name, (1, 3, 32, 32), width=width)) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 8, 8)])
+def test_every_model_takes_small_images(name, shape):
+    module = build_model(name, (4, *shape), classes=7, width=4).eval()
+    assert module(torch.randn(3, *shape)).shape == (3, 7)
+
+
+def test_resnet_halves_an_8x8_image_twice():
+    module = build_model("resnet20", (1, 1, 8, 8)).eval()
+    sizes = []
+    module.layer3.register_forward_hook(lambda part, inputs, output: sizes.append(tuple(output.shape)))
+    module(torch.randn(1, 1, 8, 8))
+    assert sizes == [(1, 64, 2, 2)]
+
+
+def test_names_are_torchvisions():
+    names = set(build_model("resnet20", (1, 3, 32, 32)).state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer1.0.bn2.bias", "layer2.0.downsample.0.weight",
+            "layer2.0.downsample.1.running_var", "layer3.2.conv2.weight", "fc.weight", "fc.bias"} <= names
+    assert "layer1.0.downsample.0.weight" not in names
+    assert not [name for name in names if "conv" in name and name.endswith("bias")]
+    assert build_model("resnet18", (1, 3, 32, 32), width=4).layer4[1].conv1.weight.shape == (32, 32, 3, 3)
+
+
+def test_mlp_takes_features_or_images_and_any_width():
+    assert build_model("mlp", (2, 30), classes=3, width=8)(torch.randn(2, 30)).shape == (2, 3)
+    module = build_model("mlp", (2, 1, 28, 28))
+    assert [tuple(layer.weight.shape) for layer in (module.fc1, module.fc2, module.fc3)] == [(1024, 784), (1024, 1024), (10, 1024)]
+
+
+def test_convolutions_start_kaiming_normal_fan_out():
+    weight = build_model("resnet20", (1, 3, 32, 32), width=64).layer2[0].conv1.weight      # 64 -> 128 channels
+    want = math.sqrt(2 / (128 * 9))
+    # the sample deviation of n values is off by 1 / sqrt(2 n) of itself; 5 of these is beyond chance, fan-in is off by 41%
+    assert weight.std().item() == pytest.approx(want, rel=5 / math.sqrt(2 * weight.numel()))
+
+
+def test_weights_follow_from_the_seed_and_torch_random_state_stays():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, again, other = (build_model("resnet20", (1, 3, 8, 8), width=4, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+def test_every_parameter_gets_a_gradient():
+    for name in model_names():
+        module = build_model(name, (4, 3, 16, 16), width=4).train()
+        nn.functional.cross_entropy(module(torch.randn(4, 3, 16, 16)), torch.tensor([0, 1, 2, 3])).backward()
+        assert not [key for key, parameter in module.named_parameters() if parameter.grad is None], name
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(UnknownName, match="no model 'lenet'; there are: mlp, resnet18, resnet20, resnet32, vgg11, vgg19"):
+        build_model("lenet", (1, 3, 8, 8))
+    with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):
+        build_model("resnet20", (2, 30))
+    with pytest.raises(SpecError, match="got width 0"):
+        build_model("vgg11", (1, 3, 8, 8), width=0)
+    with pytest.raises(SpecError, match="1 classes"):
+        build_model("vgg11", (1, 3, 8, 8), classes=1)
