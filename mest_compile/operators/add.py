@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,12 @@ def forward_reference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Add:
     """Its gradient goes to both inputs as it is."""
 
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         a, b = (low.value(name) for name in node.inputs)
         y = low.output(node)
         low.call("add.forward", AddForward(a.image, b.image, y.image), a, b, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         dy = low.gradient(node)
         names = [name for name in node.inputs if low.needs_gradient(name)]
         # The last one may adopt dy, because later contributions may then be added to dy in place.

@@ -10,6 +10,7 @@ where both follow) is kept for the backward pass: the normalised value and the R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.n
 class BatchNorm:
     """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, relu."""
 
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         z, y = low.value(node.inputs[0]), low.output(node)
         residual = low.value(node.inputs[1]) if len(node.inputs) == 2 else None
         channels, eps = z.image.channels, node.attrs["eps"]
@@ -163,7 +164,7 @@ class BatchNorm:
         low.call("batch_norm.forward", problem, z, moments, low.parameter(node, "bias", "weight"),
                  *([residual] if residual else []), y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
         relu, added = node.attrs.get("relu", False), len(node.inputs) == 2
         y = low.value(node.name) if relu and added else None

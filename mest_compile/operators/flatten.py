@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def forward_reference(x: np.ndarray) -> np.ndarray:
 
 @operator("flatten")
 class FlattenOperator:
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         x = low.value(node.inputs[0])
         if x.image.height == x.image.width == 1:
             low.alias(node, node.inputs[0])
@@ -37,7 +38,7 @@ class FlattenOperator:
         y = low.output(node)
         low.call("flatten.forward", Flatten(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         x = low.value(node.inputs[0])
         if x.image.height == x.image.width == 1 or not low.needs_gradient(node.inputs[0]):
             return

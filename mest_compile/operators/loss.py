@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def cross_entropy_reference(logits: np.ndarray, labels: np.ndarray) -> tuple[flo
     return float(loss), scores.argmax(0) == labels, gradient[:, None, None]
 
 
-def lower_loss(low, logits_name: str, labels, loss, correct) -> None:
+def lower_loss(low: Any, logits_name: str, labels: Any, loss: Any, correct: Any) -> None:
     """Records the loss of node `logits_name` and starts the backward pass. labels, loss, correct: buffers as in CrossEntropy."""
     logits = low.value(logits_name)
     dlogits, accumulate = low.contribute(logits_name)

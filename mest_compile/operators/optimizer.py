@@ -41,13 +41,3 @@ def transposed_reference(problem: SgdUnits, values: np.ndarray, permutation: np.
     out = np.empty((len(units), problem.row_block, problem.source_block), values.dtype)
     out[permutation] = units.transpose(0, 2, 1)
     return out.ravel()
-
-
-def lower_sgd(low, values, gradients, momentum, hyper) -> None:
-    """Records the update of one dense parameter; all buffers of one length, hyper as in Sgd."""
-    low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, hyper)
-
-
-def lower_sgd_units(low, problem: SgdUnits, values, gradients, momentum, hyper, permutation, transposed) -> None:
-    """Records the update of a sparse layer's live units and of their transposed copy."""
-    low.call_update("optimizer.sgd_units", problem, values, gradients, momentum, hyper, permutation, transposed)

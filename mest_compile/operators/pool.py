@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -138,11 +139,11 @@ def _pool(node: Node, x: Image, y: Image) -> Pool:
 
 @operator("max_pool2d")
 class MaxPool:
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("max_pool2d.forward", _pool(node, x.image, y.image), x, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy, x = low.gradient(node), low.value(node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
@@ -151,11 +152,11 @@ class MaxPool:
 
 @operator("avg_pool2d")
 class AvgPool:
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("avg_pool2d.forward", _pool(node, x.image, y.image), x, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])
@@ -164,11 +165,11 @@ class AvgPool:
 
 @operator("global_avg_pool")
 class GlobalAvgPool:
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("global_avg_pool.forward", GlobalPool(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])

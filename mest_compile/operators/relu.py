@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,11 +42,11 @@ def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @operator("relu")
 class Relu:
-    def forward(self, node: Node, low) -> None:
+    def forward(self, node: Node, low: Any) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("relu.forward", ReluForward(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low) -> None:
+    def backward(self, node: Node, low: Any) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy, y = low.gradient(node), low.value(node.name)
             dx, accumulate = low.contribute(node.inputs[0])
