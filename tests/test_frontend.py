@@ -145,9 +145,8 @@ KEEP = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESER
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("training", [False, True])
-def test_onnx_gives_the_graph_and_names_that_torch_gives(tmp_path, training):
-    module = randomised(build_model("resnet20", (2, 3, 16, 16), width=4)).train(training)
+def test_onnx_gives_the_graph_and_names_that_torch_gives(tmp_path):
+    module = randomised(build_model("resnet20", (2, 3, 16, 16), width=4)).train()      # the odd module below is exported in eval mode
     path = export(module, (2, 3, 16, 16), tmp_path / "net.onnx", **KEEP)
     graph, state = import_model(path, (2, 3, 16, 16))
     want, want_state = import_model(module, (2, 3, 16, 16))
@@ -234,6 +233,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name_and_place(case):
     module, words = REFUSED[case]
