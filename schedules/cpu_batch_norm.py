@@ -167,7 +167,8 @@ def batch_norm_backward_reduce(problem: BatchNormReduce, target: Target) -> str:
     def body(at: str, slot: str, live: str | None) -> list[str]:
         gradient, lines = f"dy[dy_row + {at}]", []
         if problem.y:
-            lines = [f"{gradient} = T.Select(y[y_row + {at}] > T.float32(0), {gradient}, T.float32(0))"]
+            # A factor: LLVM turns a Select that keeps or clears what it overwrites into masked stores, which took the kernel from 0.13 to 0.30 ms.
+            lines = [f"{gradient} = {gradient} * T.Select(y[y_row + {at}] > T.float32(0), T.float32(1), T.float32(0))"]
         elif problem.relu:
             gradient = f"T.Select({_normalised(at)} > T.float32(0), {gradient}, T.float32(0))"
         return [*lines, f"partial[{slot}] = partial[{slot}] + {gradient}",
