@@ -167,7 +167,7 @@ def batch_norm_backward_reduce(problem: BatchNormReduce, target: Target) -> str:
     def body(at: str, slot: str, live: str | None) -> list[str]:
         gradient, lines = f"dy[dy_row + {at}]", []
         if problem.y:
-            # A factor: LLVM turns a Select that keeps or clears what it overwrites into masked stores, which took the kernel from 0.13 to 0.30 ms.
+            # A factor: a Select that keeps or clears what it overwrites becomes masked stores, 0.30 ms instead of 0.13 for 128x8x8x64.
             lines = [f"{gradient} = {gradient} * T.Select(y[y_row + {at}] > T.float32(0), T.float32(1), T.float32(0))"]
         elif problem.relu:
             gradient = f"T.Select({_normalised(at)} > T.float32(0), {gradient}, T.float32(0))"
