@@ -75,15 +75,13 @@ def relative(got, wanted):
     return np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-12)
 
 
-@pytest.mark.parametrize("case", MODELS)
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("case, nesterov", [(case, False) for case in MODELS] + [("odd-unstructured", True), ("mlp-block", True)])
 def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
     make, shape, scheme, dense_layers = MODELS[case]
-    if nesterov and case not in ("odd-unstructured", "mlp-block"):
-        pytest.skip("nesterov differs in the update only; two models with every kind of parameter are enough")
     torch.manual_seed(0)
     model = make()
-    optimizer = mest.SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, nesterov=nesterov)
+    # A larger rate makes the comparison chaotic: a ReLU that flips by rounding moves torch float32 away from torch float64 as far as us.
+    optimizer = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3, nesterov=nesterov)
     step = mest.compile(model, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else 0.9, dense_layers=dense_layers,
                         optimizer=optimizer, threads=2)
     masks = step.masks()
@@ -95,10 +93,11 @@ def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
     for name, value in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(untouched[name], value.numpy() * masks.get(name, True))
-    got = [step(*batch, lr=0.02).loss for batch in batches]
-    wanted, gradients = masked_steps(model, masks, batches, 0.02, optimizer)
+    got = [step(*batch, lr=0.002).loss for batch in batches]
+    wanted, gradients = masked_steps(model, masks, batches, 0.002, optimizer)
     for name, gradient in gradients.items():
-        scale = max(np.abs(gradient).max(), 1e-5 * max(np.abs(g).max() for g in gradients.values()))
+        # A bias before batch_norm has gradient 0; what rounding leaves of it is measured by its layer's weight.
+        scale = max(np.abs(gradient).max(), np.abs(gradients[name.replace(".bias", ".weight")]).max())
         assert np.abs(got_gradients[name] - gradient).max() <= 1e-4 * scale, name
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     state = step.state_dict()
@@ -109,6 +108,16 @@ def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
     images = make_batches((shape[0] * 2 + 3, *shape[1:]), 2, 1, seed=9)[0][0]
     with torch.no_grad():
         assert relative(step.predict(images), model(torch.from_numpy(images)).numpy()) < 1e-3
+
+
+def test_a_unit_that_dies_and_is_drawn_again_starts_at_zero():
+    step = small_step(sparsity=0.5)
+    step(*make_batches((8, 3, 8, 8), 10, 1)[0])
+    alive = {name: np.count_nonzero(value) for name, value in step.state_dict().items() if name in step.masks()}
+    step.mutate(prune_to=0.9, grow_to=0.1)  # most of those that die are drawn again
+    for name, value in step.state_dict().items():
+        if name in alive:
+            assert np.count_nonzero(value) == pytest.approx(alive[name] * 0.2, rel=0.05), name
 
 
 def small_step(**options):
@@ -140,8 +149,11 @@ def test_mutation_keeps_survivors_and_their_momentum_and_starts_new_units_at_zer
     new_masks, new_state, new_momentum = step.masks(), step.state_dict(), step._collect(":momentum")
     for name, mask in masks.items():
         assert new_masks[name].sum() == mask.sum()
-        stayed, grown = mask & new_masks[name], new_masks[name] & ~mask
-        assert 0 < grown.sum()
+        norms = np.linalg.norm(state[name].reshape(-1, 4, *mask.shape[1:]), axis=1)
+        fewest = round(0.15 * norms.size)
+        stayed = np.repeat(norms >= np.sort(norms.ravel())[-fewest], 4, axis=0)
+        grown = new_masks[name] & ~stayed
+        assert stayed.sum() == 4 * fewest and not (stayed & ~new_masks[name]).any() and grown.any()
         np.testing.assert_array_equal(new_state[name][stayed], state[name][stayed])
         np.testing.assert_array_equal(new_momentum[name][stayed], momentum[name][stayed])
         assert not new_state[name][grown].any() and not new_momentum[name][grown].any()
@@ -204,7 +216,7 @@ def test_memory_counts_every_kind():
 BAD = {
     "shape": (lambda s, x, y: s(x[:4], y), "compiled for"),
     "nan": (lambda s, x, y: s(np.where(x > 2, np.nan, x), y), "NaN or infinite"),
-    "label": (lambda s, x, y: s(x, y + 5), "classes 0 to 9"),
+    "label": (lambda s, x, y: s(x, y + 9), "classes 0 to 9"),
     "label count": (lambda s, x, y: s(x, y[:3]), "labels have shape"),
     "float labels": (lambda s, x, y: s(x, y.astype(float)), "whole numbers"),
     "lr": (lambda s, x, y: s(x, y, lr=-1), "lr is"),

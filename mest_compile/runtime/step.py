@@ -223,7 +223,7 @@ class TrainStep:
         if not 0 <= grow_to <= prune_to < 1:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
-        keeps = {}
+        keeps, survivors = {}, {}
         for name in self._sparse_layers():
             layer, keep = self._compiled.layers[name], self._keep[name]
             score = importance(self._get(name), self._get(f"{name}:gradient"), importance_lambda)
@@ -233,7 +233,8 @@ class TrainStep:
             fewest, most = (layer.scheme.live_units(layer.spec, self._share(layer, overall)) for overall in (prune_to, grow_to))
             kept = layer.scheme.prune(layer.spec, keep, scores.reshape(keep.shape), min(fewest, len(order)))
             keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng)
-        return self._exchange(keeps, start)
+            survivors[name] = kept
+        return self._exchange(keeps, start, survivors)
 
     def _share(self, layer: Layer, overall: float) -> float:
         """The layer's sparsity when all sparse layers together have `overall`: every layer's density scales alike."""
@@ -354,8 +355,11 @@ class TrainStep:
             found[name] = scatter_units(self._get(name + suffix), self._index[name].order, grid, layer.spec.weight_shape).reshape(shapes[name])
         return found
 
-    def _install(self, name: str, keep: np.ndarray) -> None:
-        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay."""
+    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> None:
+        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay.
+
+        survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
+        """
         layer = self._compiled.layers[name]
         old = self._index.get(name)
         index = index_layer(layer, keep, self._compiled.train)
@@ -365,6 +369,8 @@ class TrainStep:
                 moved = np.zeros((len(index.order), elems), np.float32)
             else:
                 moved = carry_over(self._get(name + suffix).reshape(-1, elems), old.order, index.order, keep.size)
+                if survivors is not None:
+                    moved[~survivors.ravel()[index.order]] = 0
             self._put(name + suffix, moved)
         for part in ("pointers", "offsets", "transposed_pointers", "transposed_offsets", "permutation"):
             if (array := getattr(index, part)) is not None:
@@ -383,11 +389,12 @@ class TrainStep:
             turned[permutation] = values.transpose(0, 2, 1)
             self._put(f"{name}:transposed", turned)
 
-    def _exchange(self, keeps: Mapping[str, np.ndarray], start: float) -> MutationReport:
+    def _exchange(self, keeps: Mapping[str, np.ndarray], start: float, survivors: Mapping[str, np.ndarray] | None = None) -> MutationReport:
         fates = dict.fromkeys(self._sparse_layers(), "unchanged")
         for name, keep in keeps.items():
-            if not np.array_equal(keep, self._keep[name]):
-                self._install(name, keep)
+            kept = (survivors or {}).get(name)
+            if not np.array_equal(keep, self._keep[name]) or (kept is not None and (keep & ~kept).any()):
+                self._install(name, keep, kept)
                 fates[name] = "re-indexed"
         return MutationReport(fates, time.perf_counter() - start)
 
