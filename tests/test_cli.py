@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -103,3 +104,93 @@ def test_json_is_the_only_thing_on_stdout():
     done = subprocess.run([sys.executable, "-c", "from mest_compile.cli import main; main(['targets', '--json'])"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout) and done.stderr == ""
+
+
+TINY = ("--model", "mlp", "--width", 32, "--batch", 32)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs: (folder, what --json printed)."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    done = subprocess.run([sys.executable, "-c", "from mest_compile.cli import main; main()", "train", *map(str, TINY), "--epochs", "2",
+                           "--seed", "3", "--out", str(folder), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    return folder, json.loads(done.stdout)
+
+
+def test_train_prints_the_run_and_writes_its_folder(trained):
+    folder, document = trained
+    assert document["folder"] == str(folder) and document["recipe"]["seed"] == 3 and document["recipe"]["method"] == "em"
+    assert [epoch["epoch"] for epoch in document["epochs"]] == [1, 2]
+    assert document["epochs"][1]["loss"] < document["epochs"][0]["loss"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == document["epochs"]
+    assert json.loads((folder / "source.json").read_text()) == {"data": "digits", "data_folder": None}
+
+
+def test_resuming_a_finished_run_gives_the_same_result(trained, mest_compile_command):
+    folder, document = trained
+    assert mest_compile_command("train", "--resume", folder, "--json").document == document
+
+
+def test_a_folder_with_a_run_is_not_overwritten(trained, mest_compile_command):
+    folder, _ = trained
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    ran = mest_compile_command("train", *TINY, "--out", folder)
+    assert ran.code == 2 and "already holds a run" in ran.err and ran.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_cut_in_half_is_one_line(trained, mest_compile_command, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(trained[0], folder)
+    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:checkpoint.stat().st_size // 2])
+    ran = mest_compile_command("train", "--resume", folder)
+    assert ran.code == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1
+
+
+def test_options_override_the_recipe_file_and_dense_needs_no_method(mest_compile_command, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('epochs = 9\nmethod = "static"\nlr = 0.05\n')
+    ran = mest_compile_command("train", *TINY, "--scheme", "dense", "--recipe", recipe, "--epochs", 1, "--out", tmp_path / "run", "--json")
+    assert ran.code == 0, ran.err
+    chosen = ran.document["recipe"]
+    assert (chosen["epochs"], chosen["method"], chosen["lr"]) == (1, "static", 0.05)
+
+
+@pytest.mark.parametrize(("options", "code", "said"), [
+    (["--sparsity", 1.2], 2, "1.2"),
+    (["--sparsity", 0.0], 2, "static"),
+    (["--scheme", "dense", "--sparsity", 0.5], 2, "dense"),
+    (["--scheme", "plaid"], 2, "plaid"),
+    (["--scheme", "block:4by1"], 2, "ROWSxCOLUMNS"),
+    (["--width", 30], 2, "multiples of 4"),
+    (["--model", "abacus"], 2, "abacus"),
+    (["--model", "absent.onnx"], 1, "absent.onnx"),
+    (["--model", "absent.onnx", "--width", 8], 2, "--width"),
+    (["--target", "abacus"], 2, "abacus"),
+    (["--data", "abacus"], 2, "abacus"),
+    (["--data", "cifar10"], 1, "--data-folder"),
+    (["--method", "rigl"], 1, "rigl"),
+    (["--distribution", "bell"], 2, "bell"),
+    (["--recipe", "absent.toml"], 2, "absent.toml"),
+    (["--resume", "absent"], 1, "absent"),
+    (["--resume", "absent", "--lr", 0.1], 2, "--lr"),
+])
+def test_what_train_cannot_mean_is_one_line_and_writes_nothing(mest_compile_command, tmp_path, monkeypatch, options, code, said):
+    monkeypatch.chdir(tmp_path)
+    given = options if {"--resume", "--model"} & set(options) else ["--model", "mlp", "--width", 32, *options]
+    ran = mest_compile_command("train", *given)
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and said in ran.err, ran.err
+    assert ran.code == code and ran.out == "" and not list(tmp_path.iterdir())
+
+
+def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = mest_compile_command("demo", "--quick", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["comparison"]["ratio"] > 0 and 0 < ran.document["test_accuracy"] <= 1
+    assert (tmp_path / ran.document["folder"] / "metrics.jsonl").exists()

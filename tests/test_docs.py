@@ -31,7 +31,7 @@ def commands() -> list[str]:
     return sorted(set(found) - set(COVERED_ELSEWHERE))
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[:60])
 def test_command_runs(command, tmp_path):
     program, *arguments = shlex.split(command)
     if program == "make":

@@ -15,9 +15,11 @@ from mest_compile.cli.progress import TrainingProgress
 from mest_compile.errors import StateError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mest_compile.data import Split
     from mest_compile.recipe import Recipe
-    from mest_compile.training import Run
+    from mest_compile.training import Run, Trainer
 
 SOURCE_FILE = "source.json"  # in the run folder: where the data came from, which resuming needs
 
@@ -104,7 +106,7 @@ def start_run(request: Request) -> Run:
         folder.path.mkdir(parents=True, exist_ok=True)
         source = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
         (folder.path / SOURCE_FILE).write_text(json.dumps(source))
-        return trainer.fit(split.train, split.test)
+        return _fit(trainer, split, console)
 
 
 def continue_run(folder: Path) -> Run:
@@ -125,7 +127,16 @@ def continue_run(folder: Path) -> Run:
         trainer = Trainer.resume(folder)
     with TrainingProgress(console, trainer.step.batch) as progress:
         trainer.progress = progress
+        return _fit(trainer, split, console)
+
+
+def _fit(trainer: Trainer, split: Split, console: Console) -> Run:
+    try:
         return trainer.fit(split.train, split.test)
+    except KeyboardInterrupt:
+        assert trainer.folder is not None
+        console.print(f"stopped; continue with: mest-compile train --resume {trainer.folder.path}", markup=False, soft_wrap=True)
+        raise
 
 
 def _compile(request: Request, split: Split) -> Any:
