@@ -82,7 +82,8 @@ class TrainStep:
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
-        self._machine = self._link()
+        self._executable = self._link()
+        self._machine = self._new_machine()
         for buffer in self._held.values():
             if buffer.elems is not None:
                 self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -172,6 +173,38 @@ class TrainStep:
         self._load_batch(images, labels)
         self._run("gradients")
         return self._collect(":gradient")
+
+    def profile(self, images, labels, repeats: int = 5) -> dict[str, float]:
+        """{kernel call: seconds}, the median of `repeats` passes of forward and backward and of the rest of the step; nothing is updated.
+
+        "rest" is what a pass takes beside its kernels: the machine that calls them.
+        """
+        self._load_batch(images, labels)
+        self._put("hyper", np.array([0, 1, 0, 0], np.float32))
+        begun: dict[str, float] = {}
+        passes: list[dict[str, float]] = []
+
+        def watch(function, name, before, result, *arguments):
+            name = name.partition(".train.")[2]
+            if name and before:
+                begun[name] = time.perf_counter()
+            elif name:
+                passes[-1][name] = time.perf_counter() - begun[name]
+            return 0  # go on
+
+        usual, self._machine = self._machine, self._new_machine()
+        self._run("gradients")
+        self._machine.set_instrument(watch)
+        try:
+            for _ in range(repeats):
+                passes.append({})
+                start = time.perf_counter()
+                self._run("gradients")
+                whole = time.perf_counter() - start
+                passes[-1]["rest"] = whole - sum(passes[-1].values())
+        finally:
+            self._machine = usual
+        return {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
 
     # Parameters.
 
@@ -281,14 +314,18 @@ class TrainStep:
     # Internal.
 
     def _link(self) -> Any:
-        """Registers the kernels under this step's own names and makes the virtual machine, which looks them up once."""
+        """Registers the kernels under this step's own names, and gives the executable that calls them by those names."""
         compiled, prefix = self._compiled, f"mest.step{next(_numbers)}"
         for program in (compiled.train, compiled.predict):
             for call in program.calls:
                 self._tvm.register_global_func(kernel_name(prefix, program, call.name), compiled.kernels[program.name][call.name], override=True)
+        return compiled.link(prefix)
+
+    def _new_machine(self) -> Any:
+        """A virtual machine looks every kernel up by its name once, when it is made."""
         from tvm import relax
 
-        return relax.VirtualMachine(compiled.link(prefix), self._device)
+        return relax.VirtualMachine(self._executable, self._device)
 
     def _run(self, function: str) -> None:
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._compiled.threads)
