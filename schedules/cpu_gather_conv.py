@@ -115,7 +115,7 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     def each(body: str) -> list[str]:
         return nest([("j", rows), ("a", high), ("c", wide), ("v", deep)], vector, body)
 
-    inner = [f"sums = T.alloc_buffer(({rows * high * wide * deep * vector},), 'float32', scope='local')"]
+    inner = [f"sums = T.alloc_buffer(({rows * high * wide * deep * vector},), 'float32')"]
     if problem.accumulate:
         inner += each(f"{total} = {write}")
     else:

@@ -40,7 +40,7 @@ def gather_grad(problem: GatherGrad, target: Target) -> str:
                    f" + z * {vector} + i]")
         loops = [("u", units), ("k", problem.source_block), ("j", rows)]
         lanes = " + ".join(f"sums[{total} * {vector} + {lane}]" for lane in range(vector))
-        return [f"sums = T.alloc_buffer(({units * problem.source_block * rows * vector},), 'float32', scope='local')",
+        return [f"sums = T.alloc_buffer(({units * problem.source_block * rows * vector},), 'float32')",
                 *nest(loops, vector, f"sums[{total} * {vector} + i] = T.float32(0)"),
                 f"for y in T.serial({delta.height}):",
                 f"    for x in T.serial({delta.width}):",
