@@ -20,7 +20,7 @@ demo: venv
 	$(BIN)/mest-compile demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ def demo(
     from mest_compile.recipe import Recipe
 
     console = stderr_console()
-    console.print("ResNet-20 on scikit-learn's digits, 90% of the weights zero in 4x1 blocks, the mask mutating (EM)", highlight=False)
+    console.print("ResNet-20 on scikit-learn's digits, 90% of the weights zero in 4x1 blocks, the mask mutating (EM)", highlight=False,
+                  soft_wrap=True)
     recipe = Recipe(epochs=1 if quick else EPOCHS, method="em")
     run = start_run(Request("resnet20", "digits", "block:4x1", 0.9, recipe, width=8 if quick else None))
     case = Case("resnet20", (8, 3, 32, 32), 8, scheme="block:4x1") if quick else Case("resnet32", (64, 3, 32, 32), 32, scheme="block:4x1")
