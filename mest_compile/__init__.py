@@ -11,7 +11,8 @@ _HOME = {
     "compile": "mest_compile.compiling", "load": "mest_compile.compiling", "to_torch": "mest_compile.compiling",
     "SGD": "mest_compile.spec", "LayerSpec": "mest_compile.spec",
     "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
-    "Dense": "mest_compile.sparsity.schemes.dense",
+    "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",
+    "Channel": "mest_compile.sparsity.schemes.channel", "Dense": "mest_compile.sparsity.schemes.dense",
     "Recipe": "mest_compile.recipe", "Trainer": "mest_compile.training",
     "Target": "mest_compile.hardware", "MestError": "mest_compile.errors",
 }

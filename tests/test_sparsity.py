@@ -2,38 +2,162 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mest_compile.errors import SparsityError, StateError, UnknownName, UsageError
 from mest_compile.sparsity import parse_scheme, scheme_names
 from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.schemes.pattern import PATTERNS
 from mest_compile.spec import LayerSpec
 
 CONV = LayerSpec("conv", (8, 12, 3, 3), (2, 12, 6, 6), (1, 1), (1, 1))
+SPARSE = ["unstructured", "block:4x1", "block:1x4", "block:4x4", "block:8x1", "block:2x2", "pattern", "filter", "channel"]
 
 
-@pytest.mark.parametrize("name", scheme_names())
-def test_masks_survive_the_way_to_units_and_back(name):
-    scheme = parse_scheme(name)
-    keep = np.random.default_rng(0).random(scheme.grid(CONV)) < 0.3
-    np.testing.assert_array_equal(scheme.collapse(CONV, scheme.expand(CONV, keep)), keep)
+def spec(out, inputs, kernel):
+    return LayerSpec("layer", (out, inputs, kernel, kernel), (2, inputs, 6, 6), (1, 1), (kernel // 2, kernel // 2))
 
 
-@pytest.mark.parametrize("name", [name for name in scheme_names() if name != "dense"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.95])
-def test_pruning_leaves_exactly_the_units_asked_for(name, sparsity):
-    scheme = parse_scheme(name)
-    weight = np.random.default_rng(1).standard_normal(CONV.weight_shape)
-    live = scheme.live_units(CONV, sparsity)
-    keep = scheme.prune(CONV, np.ones(scheme.grid(CONV), bool), scheme.scores(CONV, np.abs(weight)), live)
-    assert keep.sum() == live
-    assert abs(scheme.expand(CONV, keep).mean() - (1 - sparsity)) <= scheme.unit_elems(CONV) / CONV.weight_elems
+def unit_sums(name, array):
+    """Sums of a weight-shaped array over the scheme's units, (sets that are ranked apart, units): written without the schemes."""
+    if name == "pattern":
+        return array.sum((2, 3))
+    if name == "filter":
+        return array.sum((1, 2, 3))[None]
+    if name == "channel":
+        return array.sum((0, 2, 3))[None]
+    rows, columns = map(int, name.partition(":")[2].split("x")) if ":" in name else (1, 1)
+    out, inputs, *kernel = array.shape
+    return array.reshape(out // rows, rows, inputs // columns, columns, *kernel).sum((1, 3)).reshape(1, -1)
+
+
+def live_unit_elems(name, layer):
+    """Live weights of one unit."""
+    return 4 if name == "pattern" else int(unit_sums(name, np.ones(layer.weight_shape))[0, 0])
+
+
+def test_every_scheme_but_dense_is_tested_below():
+    assert {name.partition(":")[0] for name in SPARSE} == set(scheme_names()) - {"dense"}
+
+
+@pytest.mark.parametrize("name", [*SPARSE, "dense"])
+def test_a_scheme_is_what_its_text_says(name):
+    assert str(parse_scheme(name)) == name and parse_scheme(str(parse_scheme(name))) == parse_scheme(name)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(SPARSE), out=st.sampled_from([8, 16, 24]), inputs=st.sampled_from([4, 8, 12]), kernel=st.sampled_from([1, 3]),
+       sparsities=st.lists(st.floats(0.0, 0.99), min_size=2, max_size=2), seed=st.integers(0, 1000))
+def test_mutations_keep_whole_units_the_best_of_them_and_exactly_as_many_as_asked_for(name, out, inputs, kernel, sparsities, seed):
+    if name == "pattern":
+        kernel, sparsities = 3, [max(sparsity, 5 / 9) for sparsity in sparsities]
+    scheme, layer, rng = parse_scheme(name), spec(out, inputs, kernel), np.random.default_rng(seed)
+    scheme.check(layer)
+    grow_live, prune_live = sorted((scheme.live_units(layer, sparsity) for sparsity in sparsities), reverse=True)
+    assert scheme.unit_cells(layer) * scheme.cell_elems(layer) == live_unit_elems(name, layer)
+    assert scheme.live_cells(layer, max(sparsities)) == scheme.unit_cells(layer) * prune_live
+
+    def check(keep, live):
+        mask = scheme.expand(layer, keep)
+        elems = unit_sums(name, mask)
+        assert scheme.count(layer, keep) == np.count_nonzero(elems) == live
+        assert set(np.unique(elems)) <= {0, live_unit_elems(name, layer)}
+        assert len(set(np.count_nonzero(elems, axis=1))) == 1  # sets are balanced
+        np.testing.assert_array_equal(scheme.collapse(layer, mask), keep)
+        return mask
+
+    def check_best(before, after, importance):
+        """No unit that died had more energy than one of its set that stayed."""
+        energy = unit_sums(name, np.where(before, importance**2, 0.0))
+        alive, stayed = unit_sums(name, before) > 0, unit_sums(name, after) > 0
+        worst = np.where(stayed, energy, np.inf).min(1)
+        assert (np.where(alive & ~stayed, energy, -np.inf).max(1) <= worst * (1 + 1e-12)).all()
+
+    weight = rng.standard_normal(layer.weight_shape)
+    keep = scheme.start(layer, scheme.energy(layer, weight), grow_live)
+    mask = check(keep, grow_live)
+    if name != "pattern":
+        check_best(np.ones(layer.weight_shape, bool), mask, weight)
+    for _ in range(2):
+        weight = rng.standard_normal(layer.weight_shape)
+        pruned = scheme.prune(layer, keep, scheme.energy(layer, weight), prune_live)
+        smaller = check(pruned, prune_live)
+        assert not (smaller & ~mask).any()
+        check_best(mask, smaller, weight)
+        keep = scheme.grow(layer, pruned, grow_live, rng)
+        mask = check(keep, grow_live)
+        grown = unit_sums(name, mask & ~smaller)  # only whole units are new: a live kernel keeps its pattern
+        assert not (smaller & ~mask).any() and set(np.unique(grown)) <= {0, live_unit_elems(name, layer)}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("sparsity", [0.6, 0.8, 0.9, 0.95])
+def test_a_sparsity_is_converted_to_units_exactly_once(name, sparsity):
+    layer, scheme = spec(64, 128, 3), parse_scheme(name)
+    share = scheme.live_units(layer, sparsity) * live_unit_elems(name, layer) / layer.weight_elems
+    step = live_unit_elems(name, layer) / layer.weight_elems * (64 if name == "pattern" else 1)
+    assert abs(share - (1 - sparsity)) <= step / 2 + 1e-12
+    assert scheme.live_units(spec(8, 8, 3), 0.9999) == (8 if name == "pattern" else 1)
 
 
 def test_a_block_scores_the_norm_of_its_four_weights():
     importance = np.zeros(CONV.weight_shape)
     importance[4:8, 2, 1, 0] = [1, 2, 2, 4]
-    scores = parse_scheme("block:4x1").scores(CONV, importance)
-    assert scores[1, 2, 1, 0] == 5 and np.count_nonzero(scores) == 1
+    energy = parse_scheme("block:4x1").energy(CONV, importance)
+    assert energy[1, 2, 1, 0] == 5**2 and np.count_nonzero(energy) == 1
+
+
+def test_the_eight_patterns_have_four_cells_with_the_centre_and_stay_a_set_when_turned():
+    codes = {tuple(pattern.ravel()) for pattern in PATTERNS}
+    assert len(codes) == 8 and PATTERNS.shape == (8, 3, 3)
+    assert (PATTERNS.sum((1, 2)) == 4).all() and PATTERNS[:, 1, 1].all()
+    for turned in (np.rot90(PATTERNS, axes=(1, 2)), PATTERNS[:, ::-1], PATTERNS[:, :, ::-1]):
+        assert {tuple(pattern.ravel()) for pattern in turned} == codes
+
+
+def test_a_kernel_starts_with_the_pattern_that_keeps_most_and_a_filter_with_its_largest_kernels():
+    scheme, weight = parse_scheme("pattern"), np.random.default_rng(0).standard_normal(CONV.weight_shape)
+    live = scheme.live_units(CONV, 0.8)
+    keep = scheme.start(CONV, scheme.energy(CONV, weight), live)
+    kept = np.array([[[np.sum(weight[o, i][pattern]**2) for pattern in PATTERNS] for i in range(12)] for o in range(8)])
+    for o in range(8):
+        alive = keep[o].any((1, 2))
+        assert set(np.flatnonzero(alive)) == set(np.argsort(-kept[o].max(1))[: live // 8])
+        for i in np.flatnonzero(alive):
+            np.testing.assert_array_equal(keep[o, i], PATTERNS[kept[o, i].argmax()])
+
+
+def test_grown_kernels_are_drawn_evenly_and_so_are_their_patterns():
+    scheme, layer, rng = parse_scheme("pattern"), spec(400, 5, 3), np.random.default_rng(5)
+    keep = np.zeros(scheme.grid(layer), bool)
+    keep[:, 0] = PATTERNS[3]
+    grown = scheme.grow(layer, keep, 800, rng)
+    assert np.array_equal(grown[:, 0], keep[:, 0])
+    places = grown[:, 1:].any((2, 3)).sum(0)
+    patterns = np.array([(grown[:, 1:] == pattern).all((2, 3)).sum() for pattern in PATTERNS])
+    for counts in (places, patterns):  # binomial: five standard deviations
+        share = 1 / len(counts)
+        assert counts.sum() == 400 and (abs(counts - 400 * share) < 5 * np.sqrt(400 * share * (1 - share))).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.55])
+def test_pattern_refuses_a_sparsity_that_would_leave_more_than_four_of_nine(sparsity):
+    with pytest.raises(SparsityError, match="starts at 1 - 4/9 = 0.556"):
+        parse_scheme("pattern").live_units(CONV, sparsity)
+    assert parse_scheme("pattern").live_units(CONV, 5 / 9) == 8 * 12
+
+
+def test_pattern_refuses_a_layer_that_is_not_3x3_by_name():
+    with pytest.raises(SparsityError, match="layer: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense_layers"):
+        parse_scheme("pattern").check(spec(8, 8, 1))
+
+
+def test_pattern_refuses_a_number_of_kernels_that_filters_cannot_share():
+    scheme = parse_scheme("pattern")
+    keep = scheme.start(CONV, scheme.energy(CONV, np.ones(CONV.weight_shape)), 16)
+    with pytest.raises(SparsityError, match="17 kernels cannot be shared evenly by 8 filters"):
+        scheme.grow(CONV, keep, 17, np.random.default_rng(0))
 
 
 def test_a_block_that_does_not_divide_the_layer_is_refused():
@@ -41,14 +165,37 @@ def test_a_block_that_does_not_divide_the_layer_is_refused():
         parse_scheme("block").check(LayerSpec("fc", (10, 12, 1, 1), (2, 12, 1, 1)))
 
 
-def test_a_mask_that_cuts_a_block_is_refused():
+def change(where, value):
+    def changed(mask):
+        mask[where] = value
+        return mask
+    return changed
+
+
+@pytest.mark.parametrize("name, spoil, message", [
+    ("block", change((1, 0, 0, 0), False), "whole units of scheme block:4x1"),
+    ("filter", change((1, 0, 0, 0), False), "whole units of scheme filter"),
+    ("filter", change((slice(None), 4), False), "whole units of scheme filter"),
+    ("channel", change((0, 1, 2, 2), False), "whole units of scheme channel"),
+    ("channel", change(slice(0, 4), False), "whole units of scheme channel"),
+    ("pattern", change((2, 3, 0, 0), False), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
+    ("pattern", change((2, 3), True), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
+    ("pattern", change((2, 3), False), "filters keep 11 to 12 kernels"),
+    *[(name, change(..., False), "no live weight") for name in SPARSE],
+    *[(name, lambda mask: mask[:4], "the mask has shape") for name in SPARSE],
+])
+def test_a_mask_that_a_scheme_cannot_have_is_refused(name, spoil, message):
     mask = np.ones(CONV.weight_shape, bool)
-    mask[1, 0, 0, 0] = False
-    with pytest.raises(StateError, match="whole units"):
-        parse_scheme("block").collapse(CONV, mask)
+    if name == "pattern":
+        mask[:] = PATTERNS[0]
+    parse_scheme(name).collapse(CONV, mask)
+    with pytest.raises(StateError, match=message) as caught:
+        parse_scheme(name).collapse(CONV, spoil(mask))
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, error", [("blok", UnknownName), ("block:4", UsageError), ("block:0x1", UsageError), ("unstructured:3", UsageError)])
+@pytest.mark.parametrize("text, error", [
+    ("blok", UnknownName), ("block:4", UsageError), ("block:0x1", UsageError), ("unstructured:3", UsageError), ("pattern:4", UsageError)])
 def test_a_scheme_that_does_not_exist_is_refused(text, error):
     with pytest.raises(error):
         parse_scheme(text)

@@ -89,10 +89,8 @@ class TrainStep:
                 self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
         self._check_state(state)
         for name, layer in compiled.layers.items():
-            weight = _as_conv(state[name])
-            whole = np.ones(layer.scheme.grid(layer.spec), bool)
-            live = layer.scheme.live_units(layer.spec, layer.sparsity)
-            self._install(name, layer.scheme.prune(layer.spec, whole, layer.scheme.scores(layer.spec, np.abs(weight)), live))
+            energy = layer.scheme.energy(layer.spec, _as_conv(state[name]))
+            self._install(name, layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity)))
         self._fill(state)
 
     # Facts.
@@ -241,8 +239,6 @@ class TrainStep:
                 raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
             layer = self._compiled.layers[name]
             keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
-            if not keeps[name].any():
-                raise StateError(f"{name}: the mask has no live weight; a layer needs at least one")
         return self._exchange(keeps, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None) -> MutationReport:
@@ -261,10 +257,11 @@ class TrainStep:
             layer, keep = self._compiled.layers[name], self._keep[name]
             score = importance(self._get(name), self._get(f"{name}:gradient"), importance_lambda)
             order = self._index[name].order
-            scores = np.zeros(keep.size)
-            scores[order] = np.sqrt(np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1))
+            energy = np.zeros(keep.size)
+            energy[order] = np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1)
             fewest, most = (layer.scheme.live_units(layer.spec, self._share(layer, overall)) for overall in (prune_to, grow_to))
-            kept = layer.scheme.prune(layer.spec, keep, scores.reshape(keep.shape), min(fewest, len(order)))
+            fewest = min(fewest, layer.scheme.count(layer.spec, keep))
+            kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
             keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng)
             survivors[name] = kept
         return self._exchange(keeps, start, survivors)
@@ -400,7 +397,7 @@ class TrainStep:
         layer = self._compiled.layers[name]
         old = self._index.get(name)
         index = index_layer(layer, keep, self._compiled.train)
-        elems = layer.scheme.unit_elems(layer.spec)
+        elems = layer.scheme.cell_elems(layer.spec)
         for suffix in ("", ":gradient", ":momentum"):
             if old is None:
                 moved = np.zeros((len(index.order), elems), np.float32)

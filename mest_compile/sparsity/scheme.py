@@ -1,8 +1,13 @@
-"""What a sparsity scheme is: which units a layer's weight falls into, and which sets of live units are legal."""
+"""What a sparsity scheme is: which units a layer's weight falls into, and which sets of live units are legal.
+
+A layer's mask is `keep`, a bool grid (groups, sources, kh, kw) of *cells*: the blocks of weights that the kernels load together. A scheme's
+*unit*, what it keeps or drops whole, is one cell or several. *Energy* is the squared importance of a cell's weights, summed.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -13,9 +18,13 @@ from mest_compile.spec import LayerSpec
 
 
 class Scheme(ABC):
-    """Base of all schemes. A scheme is a frozen value; units of a layer form a grid (groups, sources, kh, kw) of bools `keep`."""
+    """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the grid.
+
+    spans  axes of the grid that a unit covers from end to end; () when a unit is one cell
+    """
 
     name: ClassVar[str]
+    spans: ClassVar[tuple[int, ...]] = ()
 
     @classmethod
     def parse(cls, arguments: str) -> Scheme:
@@ -24,9 +33,13 @@ class Scheme(ABC):
             raise UsageError(f"scheme {cls.name!r} takes no arguments, got {arguments!r}")
         return cls()
 
+    def __str__(self) -> str:
+        """What `parse_scheme` takes."""
+        return self.name
+
     @abstractmethod
     def block(self, layer: LayerSpec) -> tuple[int, int]:
-        """(output channels, input channels) that one unit spans."""
+        """(output channels, input channels) of one cell."""
 
     def check(self, layer: LayerSpec) -> None:
         """Raises SparsityError when the layer cannot be cut into this scheme's units."""
@@ -37,47 +50,89 @@ class Scheme(ABC):
                                 f"has {out} and {inputs}; choose another block, or list the layer in dense_layers")
 
     def grid(self, layer: LayerSpec) -> tuple[int, int, int, int]:
-        """Shape of the layer's unit grid."""
+        """Shape of the layer's grid of cells."""
         rows, sources = self.block(layer)
         out, inputs, height, width = layer.weight_shape
         return out // rows, inputs // sources, height, width
 
-    def unit_elems(self, layer: LayerSpec) -> int:
-        """Weights of one unit."""
+    def cell_elems(self, layer: LayerSpec) -> int:
+        """Weights of one cell."""
         rows, sources = self.block(layer)
         return rows * sources
 
-    def live_units(self, layer: LayerSpec, sparsity: float) -> int:
-        """Units that live at `sparsity`, rounded to the nearest; 0 <= sparsity < 1. Raises SparsityError."""
-        if not 0.0 <= sparsity < 1.0:
-            raise SparsityError(f"{layer.name}: sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)")
-        return max(1, round(int(np.prod(self.grid(layer))) * (1.0 - sparsity)))
+    def unit_cells(self, layer: LayerSpec) -> int:
+        """Live cells of one unit that lives."""
+        return prod(self.grid(layer)[axis] for axis in self.spans)
 
-    def scores(self, layer: LayerSpec, importance: np.ndarray) -> np.ndarray:
-        """Score of every unit: the L2 norm of its weights' importance. (out, in, kh, kw) -> grid. Source: MEST, section 3."""
+    def energy(self, layer: LayerSpec, importance: np.ndarray) -> np.ndarray:
+        """Squared importance of every cell in float64. (out, in, kh, kw) -> grid. Its root over a unit is the L2 norm MEST ranks by."""
         rows, sources = self.block(layer)
         groups, blocks, height, width = self.grid(layer)
-        return np.sqrt(np.square(importance, dtype=np.float64).reshape(groups, rows, blocks, sources, height, width).sum((1, 3)))
+        return np.square(importance, dtype=np.float64).reshape(groups, rows, blocks, sources, height, width).sum((1, 3))
 
-    def prune(self, layer: LayerSpec, keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
-        """The `live` best-scored units of those in `keep`; grid in, grid out."""
-        return prune(keep.ravel(), scores.ravel(), live).reshape(keep.shape)
+    # Decisions, in the scheme's own units.
+
+    def live_units(self, layer: LayerSpec, sparsity: float) -> int:
+        """Units that live at `sparsity`: the nearest number, 1 or more. Raises SparsityError."""
+        check_sparsity(layer, sparsity)
+        return max(1, round(prod(self.grid(layer)) // self.unit_cells(layer) * (1.0 - sparsity)))
+
+    def live_cells(self, layer: LayerSpec, sparsity: float) -> int:
+        """Live cells of the units that live at `sparsity`. Raises SparsityError."""
+        return self.live_units(layer, sparsity) * self.unit_cells(layer)
+
+    def count(self, layer: LayerSpec, keep: np.ndarray) -> int:
+        """Live units of a legal `keep`."""
+        return int(keep.any(self.spans).sum())
+
+    def start(self, layer: LayerSpec, energy: np.ndarray, live: int) -> np.ndarray:
+        """The first mask: the `live` units of most energy."""
+        return self.prune(layer, np.ones(self.grid(layer), bool), energy, live)
+
+    def prune(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
+        """The `live` units of most energy among those in `keep`. Raises SparsityError, InputError (NaN)."""
+        alive = self._units(keep)
+        return self._cells(prune(alive.ravel(), energy.sum(self.spans).ravel(), live).reshape(alive.shape), keep.shape)
 
     def grow(self, layer: LayerSpec, keep: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
-        """`keep` with units drawn evenly from the dead ones added until `live` live."""
-        return grow(keep.ravel(), live, rng).reshape(keep.shape)
+        """`keep` with units drawn evenly from the dead ones added until `live` live. Raises SparsityError, CapacityError."""
+        alive = self._units(keep)
+        return self._cells(grow(alive.ravel(), live, rng).reshape(alive.shape), keep.shape)
+
+    # Masks of weights.
 
     def expand(self, layer: LayerSpec, keep: np.ndarray) -> np.ndarray:
-        """Weight mask (out, in, kh, kw) bool of a unit grid."""
+        """Weight mask (out, in, kh, kw) bool of a grid."""
         rows, sources = self.block(layer)
         return np.repeat(np.repeat(keep, rows, axis=0), sources, axis=1)
 
     def collapse(self, layer: LayerSpec, mask: np.ndarray) -> np.ndarray:
-        """Unit grid of a weight mask. Raises StateError when the mask cuts a unit in two."""
+        """Grid of a weight mask. Raises StateError when this scheme cannot have that mask: units cut in two, or none alive."""
         if mask.shape != layer.weight_shape:
             raise StateError(f"{layer.name}: the mask has shape {mask.shape}, the weight {layer.weight_shape}")
         rows, sources = self.block(layer)
         keep = mask[::rows, ::sources].astype(bool)
-        if not np.array_equal(self.expand(layer, keep), mask.astype(bool)):
+        if not np.array_equal(self.expand(layer, self._cells(self._units(keep), keep.shape)), mask.astype(bool)):
             raise StateError(f"{layer.name}: the mask is not made of whole units of scheme {self}; build it with the scheme's own mutation")
+        if not keep.any():
+            raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
         return keep
+
+    def _units(self, keep: np.ndarray) -> np.ndarray:
+        """Which units live; the axes that they span have length 1."""
+        return np.any(keep, self.spans, keepdims=True)
+
+    @staticmethod
+    def _cells(units: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+        return np.broadcast_to(units, grid).copy()
+
+
+def check_sparsity(layer: LayerSpec, sparsity: float) -> None:
+    """Raises SparsityError."""
+    if not 0.0 <= sparsity < 1.0:
+        raise SparsityError(f"{layer.name}: sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)")
+
+
+def loads_shared(channels: int) -> int:
+    """The most channels of a cell, up to 4, that divide `channels`: its rows share their loads in forward, its sources in grad_input."""
+    return next(size for size in (4, 2, 1) if channels % size == 0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mest_compile.errors import SparsityError
 from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme
+from mest_compile.sparsity.scheme import Scheme, loads_shared
 
 
 @scheme("dense")
@@ -15,13 +15,10 @@ class Dense(Scheme):
     name = "dense"
 
     def block(self, layer):
-        return next(rows for rows in (4, 2, 1) if layer.weight_shape[0] % rows == 0), 1
+        return loads_shared(layer.weight_shape[0]), 1
 
     def live_units(self, layer, sparsity):
         if sparsity != 0.0:
             raise SparsityError(f"{layer.name}: scheme dense has sparsity 0, not {sparsity}; choose another scheme for a sparse layer")
         groups, sources, height, width = self.grid(layer)
         return groups * sources * height * width
-
-    def __str__(self):
-        return self.name

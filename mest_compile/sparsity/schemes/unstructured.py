@@ -15,6 +15,3 @@ class Unstructured(Scheme):
 
     def block(self, layer):
         return 1, 1
-
-    def __str__(self):
-        return self.name

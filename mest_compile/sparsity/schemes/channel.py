@@ -1,0 +1,18 @@
+"""Whole input channels of a layer live or die."""
+
+from dataclasses import dataclass
+
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme, loads_shared
+
+
+@scheme("channel")
+@dataclass(frozen=True, slots=True)
+class Channel(Scheme):
+    """A unit is all weights on one input channel of the layer, of any kernel size; its score is their L2 norm."""
+
+    name = "channel"
+    spans = (0, 2, 3)
+
+    def block(self, layer):
+        return loads_shared(layer.weight_shape[0]), 1

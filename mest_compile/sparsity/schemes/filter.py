@@ -1,0 +1,18 @@
+"""Whole output filters live or die."""
+
+from dataclasses import dataclass
+
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme, loads_shared
+
+
+@scheme("filter")
+@dataclass(frozen=True, slots=True)
+class Filter(Scheme):
+    """A unit is all weights of one output channel, of any kernel size; its score is their L2 norm."""
+
+    name = "filter"
+    spans = (1, 2, 3)
+
+    def block(self, layer):
+        return 1, loads_shared(layer.weight_shape[1])

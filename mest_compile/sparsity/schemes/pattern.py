@@ -1,0 +1,96 @@
+"""3x3 kernels that keep four cells in one of eight fixed patterns; whole kernels live or die, the same number in every filter."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mest_compile.errors import SparsityError, StateError
+from mest_compile.mutation import grow, prune
+from mest_compile.registry import scheme
+from mest_compile.sparsity.scheme import Scheme, check_sparsity
+
+# Compact patterns of four cells around the centre: the four 2x2 squares that hold it, and the centre with three of its four neighbours.
+# PatDNN (arXiv:2001.00138) draws its patterns, centre and three others, from those that are most frequent in trained networks; this set
+# of eight, closed under turning and mirroring, is ours. (8, 3, 3) bool.
+PATTERNS = np.array([[[cell == "x" for cell in row] for row in rows.split()] for rows in (
+    "xx. xx. ...", ".xx .xx ...", "... xx. xx.", "... .xx .xx",
+    ".x. xxx ...", ".x. .xx .x.", "... xxx .x.", ".x. xx. .x.")])
+_LIVE_CELLS, _CELLS = 4, 9
+
+
+@scheme("pattern")
+@dataclass(frozen=True, slots=True)
+class Pattern(Scheme):
+    """A unit is a 3x3 kernel (output channel, input channel) with four live weights; every output filter keeps the same number of kernels.
+
+    Sparsity counts weights: at 0.9 a share of 0.1 * 9/4 of the kernels lives. A live kernel keeps its pattern until it dies.
+    """
+
+    name = "pattern"
+
+    def block(self, layer):
+        return 1, 1
+
+    def check(self, layer):
+        if layer.weight_shape[2:] != (3, 3):
+            high, wide = layer.weight_shape[2:]
+            raise SparsityError(f"{layer.name}: scheme pattern is for 3x3 kernels, the layer's are {high}x{wide}; list it in dense_layers")
+
+    def unit_cells(self, layer):
+        return _LIVE_CELLS
+
+    def live_units(self, layer, sparsity):
+        check_sparsity(layer, sparsity)
+        out, inputs = layer.weight_shape[:2]
+        share = (1.0 - sparsity) * _CELLS / _LIVE_CELLS
+        if share > 1.0 + 1e-9:
+            raise SparsityError(f"{layer.name}: sparsity is {sparsity:.4g}; scheme pattern starts at 1 - 4/9 = 0.556, where all kernels "
+                                f"live with four of nine weights; ask for more, choose another scheme, or list the layer in dense_layers")
+        return out * max(1, min(inputs, round(inputs * share)))
+
+    def count(self, layer, keep):
+        return int(_kernels(keep).sum())
+
+    def start(self, layer, energy, live):
+        """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
+        kept = np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
+        return self.prune(layer, PATTERNS[kept.argmax(2)], energy, live)
+
+    def prune(self, layer, keep, energy, live):
+        scores = np.where(keep, energy, 0.0).sum((2, 3))
+        stay = np.stack([prune(alive, score, _each(layer, live)) for alive, score in zip(_kernels(keep), scores)])
+        return keep & stay[:, :, None, None]
+
+    def grow(self, layer, keep, live, rng):
+        """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight."""
+        alive = _kernels(keep)
+        new = np.stack([grow(row, _each(layer, live), rng) for row in alive]) & ~alive
+        grown = keep.copy()
+        grown[new] = PATTERNS[rng.integers(len(PATTERNS), size=int(new.sum()))]
+        return grown
+
+    def collapse(self, layer, mask):
+        keep = Scheme.collapse(self, layer, mask)
+        legal = ~_kernels(keep) | (keep[:, :, None] == PATTERNS).all((3, 4)).any(2)
+        if not legal.all():
+            out, source = np.argwhere(~legal)[0]
+            raise StateError(f"{layer.name}: kernel ({out}, {source}) of the mask has none of the eight patterns; "
+                             f"build the mask with the scheme's own mutation")
+        alive = _kernels(keep).sum(1)
+        if alive.min() != alive.max():
+            raise StateError(f"{layer.name}: the mask's filters keep {alive.min()} to {alive.max()} kernels; "
+                             f"scheme pattern wants the same number in every filter")
+        return keep
+
+
+def _kernels(keep: np.ndarray) -> np.ndarray:
+    """(out, in) bool: which kernels live."""
+    return np.any(keep, (2, 3))
+
+
+def _each(layer, live: int) -> int:
+    """Live kernels of a filter."""
+    out = layer.weight_shape[0]
+    if live % out:
+        raise SparsityError(f"{layer.name}: {live} kernels cannot be shared evenly by {out} filters; live_units gives numbers that can")
+    return live // out
