@@ -130,6 +130,20 @@ def test_train_prints_the_run_and_writes_its_folder(trained):
     assert json.loads((folder / "source.json").read_text()) == {"data": "digits", "data_folder": None}
 
 
+def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_compile_command, tmp_path):
+    import torch
+
+    from mest_compile.models import build_model
+
+    images = torch.randn(32, 1, 8, 8)
+    torch.onnx.export(build_model("mlp", tuple(images.shape), 10, 32, seed=3), (images,), tmp_path / "net.onnx", dynamo=False,
+                      do_constant_folding=False, training=torch.onnx.TrainingMode.TRAINING)
+    ran = mest_compile_command("train", "--model", tmp_path / "net.onnx", "--batch", 32, "--epochs", 2, "--seed", 3, "--out",
+                               tmp_path / "run", "--json")
+    assert ran.code == 0, ran.err
+    assert [epoch["loss"] for epoch in ran.document["epochs"]] == [epoch["loss"] for epoch in trained[1]["epochs"]]
+
+
 def test_resuming_a_finished_run_gives_the_same_result(trained, mest_compile_command):
     folder, document = trained
     assert mest_compile_command("train", "--resume", folder, "--json").document == document
