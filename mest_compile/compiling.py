@@ -15,10 +15,9 @@ from mest_compile.building import Builder, kernel_source
 from mest_compile.errors import NotYet, StateError, UsageError
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower_prediction, lower_training
-from mest_compile.graph.program import Buffer
+from mest_compile.graph.lowering import lower
 from mest_compile.hardware import Target, find_target
-from mest_compile.planning import plan_layers
+from mest_compile.planning import meet_budget, plan_layers
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
@@ -37,7 +36,7 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
             target: str | Path | Target = "local", device: Any = None, threads: int | None = None, seed: int = 0,
-            builder: Builder | None = None) -> TrainStep:
+            memory_budget: int | None = None, lower_density: bool = False, builder: Builder | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
@@ -47,8 +46,11 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first layer, 1x1 convolutions on images, the classifier
     threads        None: all cores
+    memory_budget  bytes that the whole step may need (`step.memory()["total"]`). To meet it, activations are computed again in the
+                   backward pass instead of kept: first those that cost one pass over memory, then those of sparse convolutions
+    lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
     builder        where kernels are compiled and cached; None: the user's cache folder
-    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BuildError.
+    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BudgetError, BuildError.
     """
     from mest_compile.frontend import import_model
 
@@ -59,7 +61,12 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
     layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
-    return _make(graph, state, layers, optimizer, target, threads, seed, builder)
+    recomputed: frozenset[str] = frozenset()
+    if memory_budget is not None:
+        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density)
+        if raised is not None:
+            layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
+    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, builder)
 
 
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None) -> TrainStep:
@@ -74,7 +81,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
-    step = _make(graph, zeros, layers, optimizer, target, threads or facts["threads"], facts["seed"], builder)
+    step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"], builder)
     step._restore(arrays, facts, path)
     return step
 
@@ -91,21 +98,18 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], optimizer: SGD, target: Target,
-          threads: int, seed: int, builder: Builder | None) -> TrainStep:
+def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], recomputed: frozenset[str],
+          optimizer: SGD, target: Target, threads: int, seed: int, builder: Builder | None) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
-    return TrainStep(_compile(graph, layers, optimizer, target, threads, seed, builder or Builder()), state)
+    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, builder or Builder()), state)
 
 
-def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], optimizer: SGD, target: Target, threads: int, seed: int,
-             builder: Builder) -> Compiled:
+def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: frozenset[str], optimizer: SGD, target: Target, threads: int,
+             seed: int, builder: Builder) -> Compiled:
     from mest_compile.runtime.step import Compiled
 
-    fused = fuse(graph)
-    held: dict[str, Buffer] = {}
-    train = lower_training(fused, layers, target.vector, held)
-    predict = lower_prediction(fused, layers, target.vector, held, train.slots)
+    train, predict = lower(fuse(graph), layers, target, recomputed)
     kernels = {program.name: {call.name: builder.function(kernel_source(call.kernel, call.problem, target)) for call in program.calls}
                for program in (train, predict)}
 
@@ -118,11 +122,12 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], optimizer: SGD, t
 
     facts = {
         "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
+        "recomputed": sorted(recomputed),
         "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
         "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
                     "sections": [layer.section_channels, layer.transposed_section_channels]} for layer in layers.values()],
         "describe": {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": seed,
-                     "input_shape": list(graph.input_shape),
+                     "input_shape": list(graph.input_shape), "recomputed": sorted(recomputed),
                      "schemes": {name: str(layer.scheme) for name, layer in layers.items()},
                      "sparsity": {name: layer.sparsity for name, layer in layers.items()},
                      "optimizer": asdict(optimizer),

@@ -33,6 +33,10 @@ class SparsityError(UsageError):
     """A sparsity, scheme or distribution that the layer cannot have."""
 
 
+class BudgetError(UsageError):
+    """A memory budget that the step cannot meet."""
+
+
 class CapacityError(MestError):
     """More units are asked for than a layer has room for."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
-from mest_compile.errors import SparsityError, UnknownName, UsageError
+from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageError
 from mest_compile.sparsity.layer import Layer
+from mest_compile.graph.footprint import footprint
+from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.hardware import Target
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity.distributions import distribute
@@ -13,6 +16,8 @@ from mest_compile.sparsity.packing import gradient_halo, image_of, source_halo
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import ForwardGraph, LayerSpec
+
+log = logging.getLogger(__name__)
 
 
 def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
@@ -56,6 +61,35 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
         chosen.live_units(spec, share.get(spec.name, 0.0))
         layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), *_sections(spec, chosen, target))
     return layers
+
+
+def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int,
+                lower_density: bool) -> tuple[frozenset[str], float | None]:
+    """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused graph's step
+    needs at most `budget_bytes`. Raises BudgetError, UsageError.
+    """
+    if not isinstance(budget_bytes, int) or budget_bytes < 1:
+        raise UsageError(f"memory_budget is {budget_bytes!r}; wanted a whole number of bytes of 1 or more, or None")
+
+    def need(recomputed: frozenset[str], sparsity: float | None) -> int:
+        units = {name: layer.scheme.live_cells(layer.spec, layer.sparsity if sparsity is None or layer.sparsity == 0 else sparsity)
+                 for name, layer in layers.items()}
+        return footprint(*programs[recomputed], layers, units)["total"]
+
+    choices = [frozenset[str](), *recomputable(graph)]
+    programs = {recomputed: lower(graph, layers, target, recomputed) for recomputed in choices}
+    for recomputed in choices:
+        if need(recomputed, None) <= budget_bytes:
+            return recomputed, None
+    leanest = min(choices, key=lambda choice: need(choice, None))
+    sparse = [layer.sparsity for layer in layers.values() if layer.sparsity > 0]
+    if lower_density and sparse:
+        for percent in range(int(max(sparse) * 100) + 1, 100):
+            if need(leanest, percent / 100) <= budget_bytes:
+                log.warning("memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, max(sparse), percent / 100)
+                return leanest, percent / 100
+    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step needs at least {need(leanest, 0.99 if lower_density and sparse else None)}, "
+                      "most of it activations: use a smaller batch or model, or a larger budget")
 
 
 def _sections(spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:

@@ -261,3 +261,25 @@ def test_bad_options_are_refused_before_anything_is_compiled(options, message):
     with pytest.raises(mest.MestError, match=message) as caught:
         small_step(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_memory_budget_is_met_by_computing_again_with_the_same_bits():
+    plain = small_step(threads=1)
+    needs = plain.memory()["total"]
+    steps = [plain]
+    for share in (0.8, 0.68):
+        steps.append(small_step(threads=1, memory_budget=int(share * needs)))
+        assert steps[-1].memory()["total"] <= share * needs
+        assert len(steps[-1].describe()["recomputed"]) > len(steps[-2].describe()["recomputed"])
+    for batch in make_batches((8, 3, 8, 8), 10, 3):
+        assert len({step(*batch).loss for step in steps}) == 1
+    for name, value in plain.state_dict().items():
+        for step in steps[1:]:
+            np.testing.assert_array_equal(step.state_dict()[name], value)
+
+
+def test_a_budget_that_cannot_be_met_is_refused_or_lowers_the_density():
+    with pytest.raises(mest.MestError, match="memory_budget is 100000 bytes; the step needs at least"):
+        small_step(memory_budget=100_000, lower_density=True)
+    lean = small_step(memory_budget=10**9)
+    assert lean.describe()["recomputed"] == []

@@ -12,6 +12,7 @@ import numpy as np
 
 from mest_compile.errors import SpecError
 from mest_compile.graph.program import Buffer, Call, Program, Stage, plan_memory
+from mest_compile.hardware import Target
 from mest_compile.operators.image import ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.loss import lower_loss
 from mest_compile.operators.optimizer import Sgd
@@ -23,7 +24,8 @@ from mest_compile.spec import ForwardGraph, Image, Node
 class Lowering:
     """Collects the calls of one program. Operators use it; its buffers are shared between the programs of a step."""
 
-    def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool):
+    def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool,
+                 recomputed: frozenset[str] = frozenset()):
         self.graph = graph
         self.layers = layers
         self.vector = vector
@@ -32,6 +34,7 @@ class Lowering:
         self.calls: list[Call] = []
         self.stage: Stage = "forward"
         self._nodes = {node.name: node for node in graph.nodes}
+        self._recomputed = set(recomputed)
         self._values: dict[str, Buffer] = {}
         self._gradients: dict[str, Buffer] = {}
         self._temporaries: dict[str, Buffer] = {}
@@ -56,8 +59,12 @@ class Lowering:
     # Buffers.
 
     def value(self, name: str) -> Buffer:
-        """Forward value of a node."""
-        return self._values[self._root(name)]
+        """Forward value of a node. In the backward pass one that was not kept is computed again, once."""
+        name = self._root(name)
+        if self.stage == "backward" and name in self._recomputed:
+            self._recomputed.remove(name)
+            OPERATORS.find(self._nodes[name].op).recompute(self._nodes[name], self)
+        return self._values[name]
 
     def output(self, node: Node) -> Buffer:
         """A new buffer for the node's value, with the halo that its consumers read."""
@@ -190,9 +197,20 @@ def _start(low: Lowering) -> Buffer:
     return low.value(graph.nodes[-1].name)
 
 
-def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer]) -> Program:
-    """The training step: forward, loss, backward, update."""
-    low = Lowering(graph, layers, vector, held, training=True)
+def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], frozenset[str]]:
+    """Nodes whose values the backward pass may compute again: cheap ones (batch_norm without an addition), then also those of
+    convolutions whose batch_norm takes in an addition. With both, one activation is kept per convolution.
+    """
+    consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
+    cheap = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
+    added = frozenset(node.name for node in graph.nodes if node.op == "conv2d" and [(c.op, len(c.inputs)) for c in consumers[node.name]] == [("batch_norm", 2)])
+    return cheap, cheap | added
+
+
+def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
+                   recomputed: frozenset[str] = frozenset()) -> Program:
+    """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
+    low = Lowering(graph, layers, vector, held, True, recomputed)
     _start(low)
     low.stage = "backward"
     batch = graph.input_shape[0]
@@ -218,3 +236,10 @@ def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: i
     program = Program("predict", low.calls)
     plan_memory(program, slots)
     return program
+
+
+def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset()) -> tuple[Program, Program]:
+    """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena."""
+    held: dict[str, Buffer] = {}
+    train = lower_training(graph, layers, target.vector, held, recomputed)
+    return train, lower_prediction(graph, layers, target.vector, held, train.slots)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,33 +90,24 @@ def _lifetimes(calls: Sequence[Call]) -> tuple[dict[Buffer, int], dict[Buffer, i
     return born, dies
 
 
-def plan_memory(program: Program, slots: Iterable[int] = ()) -> None:
+def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
     """Gives every temporary buffer a slot, such that no two that live at the same time share one.
 
     `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
-    Buffers are placed in order of birth, each into the smallest free slot that holds it; when none does, the largest free slot
-    that would have to grow by less than a half is widened, else a new one is made.
+    Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is none.
+    So small ones fill the gaps in the lives of large ones. Source: "greedy by size for shared objects", Pisarchyk and Lee, arXiv:2001.03288.
     """
     born, dies = _lifetimes(program.calls)
     sizes = list(slots)
-    fixed = len(sizes)
-    free_from = [-1] * len(sizes)
-    for buffer in sorted(born, key=lambda b: (born[b], -b.size_bytes)):
-        need, start = buffer.size_bytes, born[buffer]
-        free = [slot for slot in range(len(sizes)) if free_from[slot] < start]
-        fits = [slot for slot in free if sizes[slot] >= need]
-        grows = [slot for slot in free if slot >= fixed and sizes[slot] * 1.5 > need]
-        if fits and (sizes[min(fits, key=sizes.__getitem__)] <= 4 * need or need < 65536):
-            slot = min(fits, key=sizes.__getitem__)
-        elif grows and not fits:
-            slot = max(grows, key=sizes.__getitem__)
-            sizes[slot] = need
-        elif fits:
-            slot = min(fits, key=sizes.__getitem__)
-        else:
-            slot = len(sizes)
-            sizes.append(need)
-            free_from.append(-1)
+    taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    for buffer in sorted(born, key=lambda b: (-b.size_bytes, born[b])):
+        first, last = born[buffer], dies[buffer]
+        free = [slot for slot, size in enumerate(sizes) if size >= buffer.size_bytes
+                and all(last < other_first or other_last < first for other_first, other_last in taken[slot])]
+        slot = min(free, key=sizes.__getitem__, default=len(sizes))
+        if slot == len(sizes):
+            sizes.append(buffer.size_bytes)
+            taken.append([])
         program.slot_of[buffer] = slot
-        free_from[slot] = dies[buffer]
+        taken[slot].append((first, last))
     program.slots = sizes

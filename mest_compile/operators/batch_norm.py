@@ -160,9 +160,17 @@ class BatchNorm:
             low.call_update("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
+        self._normalise(node, low, z, moments, residual, y)
+
+    def recompute(self, node: Node, low) -> None:
+        """y once more from z and the moments, which are kept."""
+        z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
+        self._normalise(node, low, z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), residual, low.output(node))
+
+    @staticmethod
+    def _normalise(node: Node, low, z, moments, residual, y) -> None:
         problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None)
-        low.call("batch_norm.forward", problem, z, moments, low.parameter(node, "bias", "weight"),
-                 *([residual] if residual else []), y)
+        low.call("batch_norm.forward", problem, z, moments, low.parameter(node, "bias", "weight"), *([residual] if residual else []), y)
 
     def backward(self, node: Node, low: Any) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])

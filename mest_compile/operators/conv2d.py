@@ -15,7 +15,7 @@ from mest_compile.spec import Image, Node
 
 if TYPE_CHECKING:
     from mest_compile.graph.lowering import Lowering
-    from mest_compile.graph.program import Program
+    from mest_compile.graph.program import Buffer, Program
     from mest_compile.sparsity.layer import Layer
 
 
@@ -51,8 +51,18 @@ class Conv2d:
         if low.training and not bias and result.image.batch == result.image.lanes and any(n.op == "batch_norm" for n in low.consumers(node.name)):
             statistics = [low.temporary(f"{node.name}.statistics", result.image.height * 2 * result.image.channels * result.image.vector)]
         problem = forward_problem(low.layer(node), source.image, result.image, bool(bias), bool(statistics))
-        low.call("gather.conv", problem, *self._index(weight, low), self._values(weight, low), *bias, source, result, *statistics,
+        low.call("gather.conv", problem, *self._index(weight, problem, low), self._values(weight, low), *bias, source, result, *statistics,
                  name=f"{node.name}.forward")
+
+    def recompute(self, node: Node, low: Lowering) -> None:
+        """The forward pass once more, for a value that was not kept."""
+        weight = node.params["weight"]
+        source, result = low.value(node.inputs[0]), low.output(node)
+        assert source.image and result.image
+        bias = [low.parameter(node, "bias")] if "bias" in node.params else []
+        problem = forward_problem(low.layer(node), source.image, result.image, bool(bias), False)
+        low.call("gather.conv", problem, *self._index(weight, problem, low), self._values(weight, low), *bias, source, result,
+                 name=f"{node.name}.recompute")
 
     def backward(self, node: Node, low: Lowering) -> None:
         weight, layer = node.params["weight"], low.layer(node)
@@ -62,27 +72,28 @@ class Conv2d:
         momentum, hyper = low.hold(f"{weight}:momentum", None, "optimizer"), low.hold("hyper", 4, "batch")
         rows, sources = layer.scheme.block(layer.spec)
         grad = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
-        low.call("gather.grad", grad, *self._index(weight, low), source, delta, gradients, name=f"{node.name}.grad_weight")
+        low.call("gather.grad", grad, *self._index(weight, grad, low), source, delta, gradients, name=f"{node.name}.grad_weight")
         if "bias" in node.params:
             low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), name=f"{node.name}.grad_bias")
         if not low.needs_gradient(node.inputs[0]):
             low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, hyper, name=f"{weight}.update")
             return
-        transposed = [low.hold(f"{weight}:{part}", None, kind, dtype) for part, kind, dtype in
-                      (("transposed_pointers", "indices", "int32"), ("transposed_offsets", "indices", "int32"), ("transposed", "values", "float32"))]
         target, accumulate = low.contribute(node.inputs[0])
         assert target.image
-        low.call("gather.conv", gradient_problem(layer, delta.image, target.image, accumulate), *transposed, delta, target,
+        problem = gradient_problem(layer, delta.image, target.image, accumulate)
+        transposed = low.hold(f"{weight}:transposed", None, "values")
+        low.call("gather.conv", problem, *self._index(weight, problem, low, "transposed_"), transposed, delta, target,
                  name=f"{node.name}.grad_input")
         low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), values, gradients, momentum, hyper,
-                        low.hold(f"{weight}:permutation", None, "indices", "int32"), transposed[2], name=f"{weight}.update")
+                        low.hold(f"{weight}:permutation", None, "indices", "int32"), transposed, name=f"{weight}.update")
 
     @staticmethod
-    def _index(weight: str, low: Lowering):
-        return [low.hold(f"{weight}:{part}", None, "indices", "int32") for part in ("pointers", "offsets")]
+    def _index(weight: str, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+        return (low.hold(f"{weight}:{prefix}pointers", problem.cells + 1, "indices", "int32"),
+                low.hold(f"{weight}:{prefix}offsets", None, "indices", "int32"))
 
     @staticmethod
-    def _values(weight: str, low: Lowering):
+    def _values(weight: str, low: Lowering) -> Buffer:
         return low.hold(weight, None, "values")
 
 
@@ -93,8 +104,11 @@ class Linear(Conv2d):
 
 def index_layer(layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
     """Index arrays of the layer's three kernels in `program` under the unit mask `keep`."""
-    weight = layer.spec.name
-    problems = [call.problem for call in program.calls
-                if call.kernel == "gather.conv" and call.buffers[0].name in (f"{weight}:pointers", f"{weight}:transposed_pointers")]
-    index = forward_index(layer.spec, keep, problems[0])
-    return with_transposed(index, layer.spec, keep, problems[1]) if len(problems) > 1 else index
+    def problem(part: str) -> GatherConv | None:
+        name = f"{layer.spec.name}:{part}"
+        return next((call.problem for call in program.calls if call.kernel == "gather.conv" and call.buffers[0].name == name), None)
+
+    forward, backward = problem("pointers"), problem("transposed_pointers")
+    assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
+    index = forward_index(layer.spec, keep, forward)
+    return with_transposed(index, layer.spec, keep, backward) if backward is not None else index

@@ -65,6 +65,11 @@ class GatherConv:
     def sections(self) -> int:
         return -(-self.source.channels // self.section_channels)
 
+    @property
+    def cells(self) -> int:
+        """(pass, section, group) triples, each with its own run of units."""
+        return len(self.passes) * self.sections * self.groups
+
 
 @dataclass(frozen=True, slots=True)
 class GatherGrad:
@@ -89,6 +94,11 @@ class GatherGrad:
     @property
     def sections(self) -> int:
         return -(-self.source.channels // self.section_channels)
+
+    @property
+    def cells(self) -> int:
+        """(section, group) pairs, each with its own run of units."""
+        return self.sections * self.groups
 
 
 def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], step: tuple[int, int]) -> np.ndarray:

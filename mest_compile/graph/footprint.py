@@ -1,0 +1,42 @@
+"""Bytes that a step needs, by kind, known before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mest_compile.graph.program import ITEM_BYTES, Buffer, Program
+from mest_compile.sparsity.layer import Layer
+
+KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
+
+
+def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
+    """{kind: bytes, "total": bytes}.
+
+    live_units   weight name -> units in the layer's value array
+    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena
+    """
+    found = dict.fromkeys(KINDS, 0)
+    for buffer in _held((train, predict)):
+        elems = buffer.elems if buffer.elems is not None else _masked_elems(buffer, layers, live_units)
+        found[buffer.kind] += elems * ITEM_BYTES[buffer.dtype]
+    arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
+    found["activations"] = min(train.saved_bytes(), train.arena_bytes)
+    found["workspace"] = arena_bytes - found["activations"]
+    return found | {"total": sum(found.values())}
+
+
+def _held(programs: Iterable[Program]) -> list[Buffer]:
+    return list(dict.fromkeys(buffer for program in programs for buffer in program.held()))
+
+
+def _padded(program: Program, other: Program) -> list[int]:
+    return program.slots + [0] * (len(other.slots) - len(program.slots))
+
+
+def _masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
+    """Elements of a buffer whose size follows from its layer's mask: index arrays have one a unit, the others one a weight."""
+    name = buffer.name.partition(":")[0]
+    layer = layers[name]
+    rows, sources = layer.scheme.block(layer.spec)
+    return live_units[name] * (1 if buffer.kind == "indices" else rows * sources)
