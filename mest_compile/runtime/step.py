@@ -13,6 +13,7 @@ import numpy as np
 
 from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.graph.emitting import kernel_name
+from mest_compile.graph.footprint import footprint
 from mest_compile.sparsity.layer import Layer
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
@@ -122,13 +123,8 @@ class TrainStep:
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
-        found = {kind: 0 for kind in ("values", "indices", "gradients", "optimizer", "batch")}
-        for name, buffer in self._held.items():
-            found[buffer.kind] += int(np.prod(self._tensors[name].shape)) * 4
-        train = self._compiled.train
-        found["activations"] = min(train.saved_bytes(), train.arena_bytes)
-        found["workspace"] = max(train.arena_bytes, self._compiled.predict.arena_bytes) - found["activations"]
-        return found | {"total": sum(found.values())}
+        units = {name: len(index.order) for name, index in self._index.items()}
+        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units)
 
     # Running.
 
