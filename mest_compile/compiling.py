@@ -75,13 +75,14 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     try:
         graph = _graph_from(facts["graph"])
         target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"])})
-        layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"], *entry["sections"])
-                  for entry in facts["layers"]}
+        layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"],
+                                               *entry["sections"]) for entry in facts["layers"]}
         optimizer = SGD(**facts["optimizer"])
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
-    step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"], builder)
+    step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"],
+                 builder)
     step._restore(arrays, facts, path)
     return step
 

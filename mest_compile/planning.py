@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageError
-from mest_compile.sparsity.layer import Layer
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.hardware import Target
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import gradient_halo, image_of, source_halo
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
@@ -74,7 +74,8 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
         units = {name: layer.scheme.live_cells(layer.spec, layer.sparsity if sparsity is None or layer.sparsity == 0 else sparsity)
                  for name, layer in layers.items()}
-        return footprint(*programs[recomputed], layers, units)["total"]
+        train, predict = programs[recomputed]
+        return footprint(train, predict, layers, units)["total"]
 
     choices = [frozenset[str](), *recomputable(graph)]
     programs = {recomputed: lower(graph, layers, target, recomputed) for recomputed in choices}
@@ -88,8 +89,9 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
             if need(leanest, percent / 100) <= budget_bytes:
                 log.warning("memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, max(sparse), percent / 100)
                 return leanest, percent / 100
-    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step needs at least {need(leanest, 0.99 if lower_density and sparse else None)}, "
-                      "most of it activations: use a smaller batch or model, or a larger budget")
+    least = need(leanest, 0.99 if lower_density and sparse else None)
+    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step needs at least {least}, most of it activations: use a smaller "
+                      "batch or model, or a larger budget")
 
 
 def _sections(spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:

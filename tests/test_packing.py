@@ -5,12 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mest_compile.sparsity.layer import Layer
 from mest_compile.operators.conv2d import forward_problem, gradient_problem
 from mest_compile.operators.gather import GatherGrad, gather_conv_reference, gather_grad_reference
 from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import (
-    carry_over, forward_index, gather_units, gradient_halo, image_of, scatter_units, source_halo, with_transposed,
+    carry_over,
+    forward_index,
+    gather_units,
+    gradient_halo,
+    image_of,
+    scatter_units,
+    source_halo,
+    with_transposed,
 )
 from mest_compile.spec import LayerSpec
 

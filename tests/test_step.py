@@ -51,7 +51,8 @@ def masked_steps(model, masks, batches, lr, optimizer):
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name] *= torch.from_numpy(mask)
-    rule = torch.optim.SGD(model.parameters(), lr=lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov)
+    rule = torch.optim.SGD(model.parameters(), lr=lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
+                           nesterov=optimizer.nesterov)
     model.train()
     losses, first = [], None
     for images, labels in batches:

@@ -24,7 +24,8 @@ def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str
         variables = {buffer: relax.Var(f"b{i}", relax.TensorType(ndim=1, dtype=buffer.dtype)) for i, buffer in enumerate(held)}
         with builder.function(name, list(variables.values()), pure=False):
             known: dict[Buffer, Any] = dict(variables)
-            storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in program.slots]
+            storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8"))
+                        for size in program.slots]
             for call in program.calls:
                 if call.stage not in stages:
                     continue

@@ -145,7 +145,8 @@ class Lowering:
             if buffer not in self._touched:
                 self._touched.add(buffer)
                 if buffer.image and any(buffer.image.halo):
-                    self.calls.append(Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", ZeroHalo(buffer.image), (buffer,), self.stage))
+                    zero = ZeroHalo(buffer.image)
+                    self.calls.append(Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", zero, (buffer,), self.stage))
         self.calls.append(Call(name or f"{len(self.calls)}.{kernel}", kernel, problem, tuple(buffers), stage))
 
     # Internal.
@@ -191,6 +192,7 @@ def _start(low: Lowering) -> Buffer:
     entry = Node("input", "input", (), graph.input_shape)
     images = low.hold("images", int(np.prod(graph.input_shape)), "batch")
     target = low.output(entry)
+    assert target.image
     low.call("image.import", ImageImport(target.image), images, target)
     for node in graph.nodes:
         OPERATORS.find(node.op).forward(node, low)
@@ -203,7 +205,8 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], frozenset[str]]:
     """
     consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
     cheap = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
-    added = frozenset(node.name for node in graph.nodes if node.op == "conv2d" and [(c.op, len(c.inputs)) for c in consumers[node.name]] == [("batch_norm", 2)])
+    added = frozenset(node.name for node in graph.nodes
+                      if node.op == "conv2d" and [(c.op, len(c.inputs)) for c in consumers[node.name]] == [("batch_norm", 2)])
     return cheap, cheap | added
 
 
@@ -227,18 +230,21 @@ def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int
     return program
 
 
-def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], slots: Sequence[int]) -> Program:
+def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
+                     slots: Sequence[int]) -> Program:
     """The forward pass with running statistics, in the training program's memory."""
     low = Lowering(graph, layers, vector, held, training=False)
     logits = _start(low)
     batch, classes = graph.nodes[-1].shape
+    assert logits.image
     low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", batch * classes, "batch"))
     program = Program("predict", low.calls)
     plan_memory(program, slots)
     return program
 
 
-def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset()) -> tuple[Program, Program]:
+def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target,
+          recomputed: frozenset[str] = frozenset()) -> tuple[Program, Program]:
     """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena."""
     held: dict[str, Buffer] = {}
     train = lower_training(graph, layers, target.vector, held, recomputed)

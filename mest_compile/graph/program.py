@@ -95,7 +95,7 @@ def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
 
     `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
     Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is none.
-    So small ones fill the gaps in the lives of large ones. Source: "greedy by size for shared objects", Pisarchyk and Lee, arXiv:2001.03288.
+    So small ones fill the gaps in the lives of large ones. Source: "greedy by size" of Pisarchyk and Lee, arXiv:2001.03288.
     """
     born, dies = _lifetimes(program.calls)
     sizes = list(slots)

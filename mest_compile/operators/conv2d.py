@@ -28,7 +28,8 @@ def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, stat
 def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
     """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
     rows, sources = layer.scheme.block(layer.spec)
-    return GatherConv(delta, result, sources, rows, (1, 1), parity_passes(layer.spec), layer.transposed_section_channels, accumulate=accumulate)
+    return GatherConv(delta, result, sources, rows, (1, 1), parity_passes(layer.spec), layer.transposed_section_channels,
+                      accumulate=accumulate)
 
 
 @operator("conv2d")
@@ -48,8 +49,9 @@ class Conv2d:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         # Statistics in the epilogue spare batch_norm a pass over memory; lanes without an example would count in them.
         statistics = []
-        if low.training and not bias and result.image.batch == result.image.lanes and any(n.op == "batch_norm" for n in low.consumers(node.name)):
-            statistics = [low.temporary(f"{node.name}.statistics", result.image.height * 2 * result.image.channels * result.image.vector)]
+        normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
+        if low.training and normed and not bias and image.batch == image.lanes:
+            statistics = [low.temporary(f"{node.name}.statistics", image.height * 2 * image.channels * image.vector)]
         problem = forward_problem(low.layer(node), source.image, result.image, bool(bias), bool(statistics))
         low.call("gather.conv", problem, *self._index(weight, problem, low), self._values(weight, low), *bias, source, result, *statistics,
                  name=f"{node.name}.forward")

@@ -73,7 +73,8 @@ class GatherConv:
 
 @dataclass(frozen=True, slots=True)
 class GatherGrad:
-    """gradient[u, k, j] = sum over pixels q and examples of delta[row_block * group(u) + j, q] * source[offset(u) + k * channel + q * step].
+    """gradient[u, k, j] = sum over pixels q and examples of delta[row, q] * source[offset(u) + k * channel + q * step], where
+    row = row_block * group(u) + j.
 
     Kernel "gather.grad", arguments in order, all flat: pointers (sections * groups + 1,) int32, offsets (units,) int32,
     source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel, result channel].

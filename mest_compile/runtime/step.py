@@ -14,11 +14,11 @@ import numpy as np
 from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.graph.emitting import kernel_name
 from mest_compile.graph.footprint import footprint
-from mest_compile.sparsity.layer import Layer
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
 from mest_compile.operators.conv2d import index_layer
 from mest_compile.runtime import checkpoint
+from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph
@@ -150,7 +150,7 @@ class TrainStep:
         """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
         images = _numpy(images, np.float32, "images")
         if images.shape[1:] != self.input_shape[1:] or len(images) == 0:
-            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}) with n of 1 or more")
+            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}), n 1 or more")
         _check_finite(images)
         logits = np.empty((len(images), self.classes), np.float32)
         for start in range(0, len(images), self.batch):
@@ -208,7 +208,10 @@ class TrainStep:
         return {name: found[name] for name in self._compiled.graph.state_shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets every parameter and statistic; momentum is kept. Raises StateError on names or shapes that do not fit, or non-zero dead weights."""
+        """Sets every parameter and statistic; momentum is kept.
+
+        Raises StateError on names or shapes that do not fit, and on weights that are not 0 where the mask is dead.
+        """
         state = {name: _numpy(array, np.float32, name) for name, array in state.items() if not name.endswith("num_batches_tracked")}
         self._check_state(state)
         for name, layer in self._compiled.layers.items():
@@ -237,7 +240,8 @@ class TrainStep:
             keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
         return self._exchange(keeps, start)
 
-    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None) -> MutationReport:
+    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0,
+               rng: np.random.Generator | None = None) -> MutationReport:
         """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow at random until `grow_to`.
 
         prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
@@ -272,9 +276,9 @@ class TrainStep:
     # Files.
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, and the caller's `extra` and `arrays`."""
-        held = {f"held/{name}": self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")
-                and not name.endswith(":transposed")}
+        """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
+        held = {f"held/{name}": self._get(name) for name, buffer in self._held.items()
+                if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")}
         orders = {f"order/{name}": index.order for name, index in self._index.items()}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
         facts = dict(self._compiled.facts) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
@@ -289,7 +293,7 @@ class TrainStep:
         mine, theirs = self._compiled.facts, facts
         for fact, what in (("graph", "model"), ("layers", "sparsity scheme or dense layers")):
             if mine[fact] != theirs.get(fact):
-                raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as it was compiled then")
+                raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
         for name, layer in self._compiled.layers.items():
             order = arrays[f"order/{name}"]
             keep = np.zeros(layer.scheme.grid(layer.spec), bool)
@@ -311,7 +315,8 @@ class TrainStep:
         compiled, prefix = self._compiled, f"mest.step{next(_numbers)}"
         for program in (compiled.train, compiled.predict):
             for call in program.calls:
-                self._tvm.register_global_func(kernel_name(prefix, program, call.name), compiled.kernels[program.name][call.name], override=True)
+                kernel = compiled.kernels[program.name][call.name]
+                self._tvm.register_global_func(kernel_name(prefix, program, call.name), kernel, override=True)
         return compiled.link(prefix)
 
     def _new_machine(self) -> Any:
@@ -382,7 +387,8 @@ class TrainStep:
                     start += size
         for name, layer in self._compiled.layers.items():
             grid = layer.scheme.grid(layer.spec)
-            found[name] = scatter_units(self._get(name + suffix), self._index[name].order, grid, layer.spec.weight_shape).reshape(shapes[name])
+            dense = scatter_units(self._get(name + suffix), self._index[name].order, grid, layer.spec.weight_shape)
+            found[name] = dense.reshape(shapes[name])
         return found
 
     def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> None:
