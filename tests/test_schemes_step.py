@@ -1,0 +1,150 @@
+"""Whole steps of every scheme, a mutation between them, against masked dense torch; then a checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_step import make_batches, relative
+from torch import nn
+
+import mest_compile as mest
+from mest_compile.models import build_model
+
+RATE = 0.002  # small, as in test_step: ReLUs that flip by rounding would make the comparison chaotic
+
+
+class Small(nn.Module):
+    """A residual net in little: a block, a block with a stride and a 1x1 shortcut, the classifier.
+
+    No biases before batch_norm: a dead filter's variance is 0, and what rounding leaves of its bias's gradient is multiplied by
+    1 / sqrt(eps), so that torch in float32 and in float64 part ways as well.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 2 * width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(2 * width)
+        self.conv4, self.bn4 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width)
+        self.shortcut, self.bn5 = nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width)
+        self.fc = nn.Linear(2 * width, 10)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = (self.bn2(self.conv2(x)) + x).relu()
+        y = self.bn3(self.conv3(x)).relu()
+        x = (self.bn4(self.conv4(y)) + self.bn5(self.shortcut(x))).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def small(width):
+    return lambda: Small(width)
+
+
+def linear():
+    return build_model("mlp", (16, 1, 6, 6), width=30)
+
+
+CASES = {  # scheme, model, input_shape, dense_layers
+    "pattern": ("pattern", small(12), (8, 3, 8, 8), None),
+    "filter": ("filter", small(12), (8, 3, 8, 8), ["conv1", "fc"]),
+    "channel": ("channel", small(12), (8, 3, 8, 8), ["conv1", "fc"]),
+    "block:1x4": ("block:1x4", small(12), (8, 3, 8, 8), ["conv1", "fc"]),
+    "block:2x2": ("block:2x2", small(8), (8, 3, 8, 8), ["conv1", "fc"]),
+    "block:4x4": ("block:4x4", small(16), (8, 3, 8, 8), ["conv1", "fc"]),
+    "block:8x1": ("block:8x1", small(16), (8, 3, 8, 8), ["conv1", "fc"]),
+    "filter-linear": ("filter", linear, (16, 1, 6, 6), ["fc3"]),
+    "channel-linear": ("channel", linear, (16, 1, 6, 6), ["fc3"]),
+}
+
+
+class MaskedTorch:
+    """Dense torch, weights, gradients and momentum masked."""
+
+    def __init__(self, model, masks, optimizer):
+        self.model, self.parameters = model.train(), dict(model.named_parameters())
+        self.rule = torch.optim.SGD(model.parameters(), lr=RATE, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+        self.exchange(masks, masks)
+
+    def exchange(self, masks, survivors):
+        """`masks` count from now on; weights and momentum outside `survivors` become 0."""
+        self.masks = {name: torch.from_numpy(mask) for name, mask in masks.items()}
+        for name, mask in survivors.items():
+            with torch.no_grad():
+                self.parameters[name] *= torch.from_numpy(mask)
+                if "momentum_buffer" in self.rule.state[self.parameters[name]]:
+                    self.rule.state[self.parameters[name]]["momentum_buffer"] *= torch.from_numpy(mask)
+
+    def step(self, images, labels):
+        self.rule.zero_grad()
+        loss = F.cross_entropy(self.model(torch.from_numpy(images)), torch.from_numpy(labels))
+        loss.backward()
+        for name, mask in self.masks.items():
+            self.parameters[name].grad *= mask
+        self.rule.step()
+        return loss.item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint(case, tmp_path):
+    scheme, make, shape, dense_layers = CASES[case]
+    torch.manual_seed(3)
+    model = make()
+    step = mest.compile(model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers,
+                        optimizer=mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3), threads=1)
+    before, batches = step.masks(), make_batches(shape, 10, 8)
+    twin = MaskedTorch(model, before, step.optimizer)
+    np.testing.assert_allclose([step(*batch).loss for batch in batches[:4]], [twin.step(*batch) for batch in batches[:4]], rtol=1e-4)
+
+    report = step.mutate(prune_to=0.85, grow_to=0.65, rng=np.random.default_rng(1))
+    assert set(report.layers.values()) == {"re-indexed"}
+    after, state = step.masks(), step.state_dict()
+    survivors = {name: state[name] != 0 for name in after}
+    for name, mask in after.items():
+        assert mask.mean() > before[name].mean() > survivors[name].mean() > 0, name
+        assert not (survivors[name] & ~before[name]).any(), name
+        layer = step._compiled.layers[name]  # legal still: the scheme reads its own mask
+        layer.scheme.collapse(layer.spec, mask.reshape(layer.spec.weight_shape))
+    twin.exchange(after, survivors)
+    np.testing.assert_allclose([step(*batch).loss for batch in batches[4:6]], [twin.step(*batch) for batch in batches[4:6]], rtol=1e-4)
+
+    state = step.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert relative(state[name], value.numpy()) < 1e-3, name
+    model.eval()
+    with torch.no_grad():
+        assert relative(step.predict(batches[6][0]), model(torch.from_numpy(batches[6][0])).numpy()) < 1e-3
+
+    step.save(tmp_path / "a.safetensors")
+    loaded = mest.load(tmp_path / "a.safetensors")
+    for one in (step, loaded):
+        one.mutate(prune_to=0.8, grow_to=0.75)
+    assert [step(*batch).loss for batch in batches[6:]] == [loaded(*batch).loss for batch in batches[6:]]
+    for name, mask in step.masks().items():
+        np.testing.assert_array_equal(loaded.masks()[name], mask)
+    for name, value in step.state_dict().items():
+        np.testing.assert_array_equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"dense_layers": ["conv1", "fc"]}, "shortcut.weight: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense"),
+    ({"sparsity": 0.5}, "starts at 1 - 4/9"),
+])
+def test_pattern_names_the_layer_that_it_cannot_prune(options, message):
+    with pytest.raises(mest.MestError, match=message) as caught:
+        mest.compile(Small(8), (8, 3, 8, 8), **{"scheme": "pattern", "sparsity": 0.8, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mutation_that_pattern_cannot_follow_changes_nothing():
+    step = mest.compile(Small(12), (8, 3, 8, 8), scheme=mest.Pattern(), sparsity=0.8)
+    before = step.masks()
+    with pytest.raises(mest.MestError, match="starts at 1 - 4/9"):
+        step.mutate(prune_to=0.8, grow_to=0.5)
+    unbalanced = {name: mask.copy() for name, mask in before.items()}
+    unbalanced["conv4.weight"][2] = False
+    with pytest.raises(mest.MestError, match="the same number in every filter"):
+        step.set_masks(unbalanced)
+    for name, mask in step.masks().items():
+        np.testing.assert_array_equal(mask, before[name])
