@@ -111,7 +111,10 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
     from mest_compile.runtime.step import Compiled
 
     train, predict = lower(fuse(graph), layers, target, recomputed)
-    kernels = {program.name: {call.name: builder.function(kernel_source(call.kernel, call.problem, target)) for call in program.calls}
+    kinds = {(call.kernel, call.problem) for program in (train, predict) for call in program.calls}
+    sources = {kind: kernel_source(*kind, target) for kind in sorted(kinds, key=repr)}
+    built = builder.build(sources.values())
+    kernels = {program.name: {call.name: built[sources[call.kernel, call.problem].key] for call in program.calls}
                for program in (train, predict)}
 
     def link(prefix: str) -> Any:

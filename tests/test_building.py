@@ -1,0 +1,66 @@
+"""The kernel cache."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mest_compile.building import Builder, KernelSource, kernel_source
+from mest_compile.errors import BuildError, UnknownName
+from mest_compile.hardware import find_target
+from mest_compile.operators.image import ImageImport
+from mest_compile.spec import Image
+
+TARGET = find_target("local")
+SOURCE = kernel_source("image.import", ImageImport(Image(2, 3, 3, 5)), TARGET)
+
+
+def imports(function) -> bool:
+    import tvm
+
+    images = np.arange(5 * 2 * 9, dtype=np.float32)
+    result = tvm.runtime.tensor(np.full(Image(2, 3, 3, 5).elems, 9, np.float32))
+    function(tvm.runtime.tensor(images), result)
+    return np.array_equal(result.numpy().reshape(2, 3, 3, 8)[..., :5], images.reshape(5, 2, 3, 3).transpose(1, 2, 3, 0))
+
+
+def test_a_kernel_is_compiled_once_and_comes_from_disk_next_time(tmp_path):
+    first, second = Builder(tmp_path), Builder(tmp_path)
+    assert len(first.build([SOURCE, SOURCE])) == 1
+    first.function(SOURCE)
+    assert imports(second.function(SOURCE))
+    assert (first.compiled, first.loaded, second.compiled, second.loaded) == (1, 0, 0, 1)
+
+
+def test_a_damaged_entry_is_compiled_again_and_said_so(tmp_path, caplog):
+    Builder(tmp_path).function(SOURCE)
+    library = next(tmp_path.rglob("*.so"))
+    library.write_bytes(library.read_bytes()[:1000])
+    again = Builder(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert imports(again.function(SOURCE))
+    assert again.compiled == 1 and "damaged" in caplog.text
+
+
+def test_the_key_changes_with_the_text_and_with_the_target():
+    keys = {SOURCE.key, KernelSource(SOURCE.kernel, SOURCE.text + "\n", TARGET).key, kernel_source("image.import", ImageImport(Image(2, 3, 3, 5)),
+            find_target("avx2")).key, kernel_source("image.import", ImageImport(Image(2, 3, 3, 6)), TARGET).key}
+    assert len(keys) == (3 if TARGET.tvm_fields == find_target("avx2").tvm_fields else 4)
+
+
+def test_text_that_does_not_compile_is_a_build_error(tmp_path):
+    with pytest.raises(BuildError, match="image.import"):
+        Builder(tmp_path).function(KernelSource("image.import", "def kernel(): nonsense", TARGET))
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    builder = Builder(tmp_path / "file")
+    with caplog.at_level(logging.WARNING):
+        assert imports(builder.function(SOURCE))
+    assert "cannot be written" in caplog.text
+
+
+def test_a_kernel_that_no_schedule_makes_is_named():
+    with pytest.raises(UnknownName, match="cpu/image.nothing"):
+        kernel_source("image.nothing", None, TARGET)
