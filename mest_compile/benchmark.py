@@ -1,12 +1,13 @@
 """Side-by-side timing of whole training steps: two processes take turns on one machine, so that its moods hit both.
 
-Each contestant is a function in `CONTESTANTS` that builds a step from a `Case`; it runs in a process of its own,
-`python -m mest_compile.benchmark NAME`, and talks JSON lines: first the case comes in, then turns of a number of steps,
-then the end. A further rival is one more function.
+Each contestant (`contestants.py`) runs in a process of its own, `python -m mest_compile.benchmark NAME`, and talks JSON lines: first the
+case comes in, then turns of a number of steps, then the end.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -16,135 +17,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mest_compile.errors import MestError, UnknownName, UsageError
+from mest_compile.contestants import Built, Case, find_contestant, find_interpreter, run_miniature
+from mest_compile.errors import MestError, UsageError
 
 TURN_SECONDS = 0.25    # a turn lasts about this long; a shorter one would mostly time the caches refilling after the other's turn
 SETTLE_SECONDS = 0.02  # thread pools spin for some milliseconds after their last task and would steal the other's core
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """What both sides compute: an SGD-momentum step of a built-in model on random images.
-
-    input_shape  (N, C, H, W), elements
-    width        channels of the first stage; None is the model's own
-    sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
-    threads      for both sides
-    """
-
-    model: str
-    input_shape: tuple[int, ...] = (64, 3, 32, 32)
-    width: int | None = None
-    classes: int = 10
-    scheme: str = "block"
-    sparsity: float = 0.9
-    distribution: str = "uniform"
-    target: str = "local"
-    threads: int = 1
-    seed: int = 0
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """(images (N, C, H, W) float32, labels (N,) int64), the same in every process."""
-        rng = np.random.default_rng(self.seed)
-        images = rng.standard_normal(self.input_shape, dtype=np.float32)
-        return images, rng.integers(0, self.classes, self.input_shape[0])
-
-
-Step = Callable[[], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    """`load` imports all that is needed, so that memory can be counted above it; `build` returns one training step."""
-
-    load: Callable[[], None]
-    build: Callable[[Case], Step]
-    packages: tuple[str, ...]
-
-
-def _load_mest() -> None:
-    import torch.export  # noqa: F401
-    import tvm  # noqa: F401
-
-    import mest_compile
-
-    mest_compile.compile  # noqa: B018
-
-
-def _build_mest(case: Case) -> Step:
-    import mest_compile as mest
-    from mest_compile.models import build_model
-    from mest_compile.sparsity import parse_scheme
-
-    model = build_model(case.model, case.input_shape, case.classes, case.width, case.seed)
-    step = mest.compile(
-        model, case.input_shape, scheme=parse_scheme(case.scheme), sparsity=case.sparsity, distribution=case.distribution,
-        optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-        target=case.target, threads=case.threads, seed=case.seed)
-    images, labels = case.batch()
-    return lambda: step(images, labels, lr=case.lr).loss
-
-
-def _load_torch() -> None:
-    import torch  # noqa: F401
-
-
-def _build_torch(case: Case) -> Step:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from mest_compile.models import build_model
-
-    torch.set_num_threads(case.threads)
-    model = build_model(case.model, case.input_shape, case.classes, case.width, case.seed).train()
-    numpy_images, numpy_labels = case.batch()
-    images, labels = torch.from_numpy(numpy_images), torch.from_numpy(numpy_labels)
-    if images.dim() == 4:
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-CONTESTANTS = {
-    "mest": Contestant(_load_mest, _build_mest, ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")),
-    "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy")),
-}
-
-
-def find_contestant(name: str) -> Contestant:
-    """Raises UnknownName with the names there are."""
-    if name not in CONTESTANTS:
-        raise UnknownName(f"no rival {name!r} to measure against; there are: {', '.join(sorted(CONTESTANTS))}")
-    return CONTESTANTS[name]
-
-
-@dataclass(frozen=True, slots=True)
 class Side:
     """One contestant's figures. `round_seconds` holds its median step time of every round.
 
+    setup_seconds       to build the step, kernels that the cache keeps excluded
     import_bytes        resident once everything was imported
-    setup_peak_bytes    highest resident set while the step was built and compiled, above import_bytes
-    training_peak_bytes highest resident set while steps ran, above import_bytes
+    warm_bytes          resident once a miniature net has run a step: imports and the code that libraries load on first use
+    setup_peak_bytes    highest resident set while the step was built and compiled, above warm_bytes
+    ready_bytes         resident when the step was built and freed memory given back to the system, above warm_bytes
+    training_peak_bytes highest resident set while steps ran, above warm_bytes
+    planned_bytes       what the step itself says it needs while it trains; None where it does not say
     """
 
     name: str
@@ -152,8 +49,12 @@ class Side:
     setup_seconds: float
     last_loss: float
     import_bytes: int
+    warm_bytes: int
     setup_peak_bytes: int
+    ready_bytes: int
     training_peak_bytes: int
+    planned_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def median_seconds(self) -> float:
@@ -180,6 +81,11 @@ class Comparison:
     def ratio(self) -> float:
         return statistics.median(self.ratios)
 
+    @property
+    def ratio_interval(self) -> tuple[float, float, float]:
+        """(low, high, confidence) of the median ratio."""
+        return median_interval(self.ratios)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
         def side(figures: Side) -> dict[str, Any]:
@@ -187,21 +93,38 @@ class Comparison:
                     "min_seconds": min(figures.round_seconds), "max_seconds": max(figures.round_seconds)}
 
         return {"case": asdict(self.case), "ours": side(self.ours), "rival": side(self.rival), "ratio": self.ratio,
-                "ratio_min": min(self.ratios), "ratio_max": max(self.ratios), "ratios": self.ratios,
+                "ratio_interval": self.ratio_interval, "ratio_min": min(self.ratios), "ratio_max": max(self.ratios), "ratios": self.ratios,
                 "machine": self.machine, "versions": self.versions, "measured_at": self.measured_at}
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """(low, high, confidence) of the median, from order statistics: no assumption about how the values are spread.
+
+    The narrowest symmetric pair of ordered values whose confidence is at least the wanted one; the extremes where none is (fewer than six
+    values), then with the lower confidence that they have. Source: the sign test; k-th smallest and k-th largest of n values enclose the
+    median with probability 1 - 2 P(Binomial(n, 1/2) < k).
+    """
+    ordered, count = sorted(values), len(values)
+    low, found, below = 0, 1 - 2.0 ** (1 - count), 2.0 ** -count
+    for place in range(1, (count + 1) // 2):
+        below += math.comb(count, place) * 2.0 ** -count
+        if 1 - 2 * below < confidence:
+            break
+        low, found = place, 1 - 2 * below
+    return ordered[low], ordered[count - 1 - low], found
+
+
 def compare(case: Case, rival: str = "torch", ours: str = "mest", repeats: int = 7, warmup: int = 3,
-            progress: Callable[[str, int, int], None] | None = None) -> Comparison:
+            progress: Callable[[str, int, int], None] | None = None, rival_python: str | Path | None = None) -> Comparison:
     """Times both contestants in alternation, each in its own process.
 
-    repeats   rounds; in each, both sides have a turn of at least one step, and who goes first changes
-    warmup    steps of each side before anything counts, at least 1
-    progress  called with (what happens now, rounds done, rounds in all)
-    Raises UnknownName, UsageError, and MestError when a process fails.
+    repeats       rounds; in each, both sides have a turn of at least one step, and who goes first changes
+    warmup        steps of each side before anything counts, at least 1
+    progress      called with (what happens now, rounds done, rounds in all)
+    rival_python  interpreter of a rival that needs its own environment; None: the one that benchmarks/environments.sh makes
+    Raises UnknownName, UsageError, NotInstalled, and MestError when a process fails.
     """
-    for name in (ours, rival):
-        find_contestant(name)
+    interpreters = {name: find_interpreter(name, sys.executable, rival_python) for name in (ours, rival)}
     if repeats < 1 or warmup < 1:
         raise UsageError(f"repeats and warmup must be at least 1; got {repeats} and {warmup}")
     say = progress or (lambda what, done, total: None)
@@ -210,8 +133,11 @@ def compare(case: Case, rival: str = "torch", ours: str = "mest", repeats: int =
     try:
         for name in (ours, rival):
             say(f"building {name}", 0, repeats)
-            runners.append(_Runner(name, case))
-            runners[-1].setup()
+            runners.append(_Runner(name, case, interpreters[name]))
+            if runners[-1].setup():
+                runners.pop().close()
+                runners.append(_Runner(name, case, interpreters[name]))
+                runners[-1].setup()
         for runner in runners:
             say(f"warming up {runner.name}", 0, repeats)
             runner.turn(warmup)
@@ -250,7 +176,7 @@ def machine() -> dict[str, Any]:
 class _Runner:
     """The parent's end of one contestant's process."""
 
-    def __init__(self, name: str, case: Case):
+    def __init__(self, name: str, case: Case, python: str = sys.executable):
         self.name, self.case, self.steps_per_turn = name, case, 1
         self.versions: dict[str, str] = {}
         self._setup: dict[str, Any] = {}
@@ -259,7 +185,12 @@ class _Runner:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TVM_NUM_THREADS": threads,
                        "TVM_BIND_THREADS": "0"}
         self._messages = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block a talkative process
-        self._process = subprocess.Popen([sys.executable, "-m", "mest_compile.benchmark", name], text=True, bufsize=1,
+        # A rival's own environment needs our package, and nothing of what is installed beside it.
+        self._path = tempfile.TemporaryDirectory()
+        if python != sys.executable:
+            Path(self._path.name, "mest_compile").symlink_to(Path(__file__).resolve().parent, target_is_directory=True)
+            environment["PYTHONPATH"] = self._path.name
+        self._process = subprocess.Popen([python, "-m", "mest_compile.benchmark", name], text=True, bufsize=1,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, env=environment)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -279,9 +210,11 @@ class _Runner:
             raise MestError(f"the {self.name} side of the benchmark failed: {reply['error']}")
         return reply
 
-    def setup(self) -> None:
+    def setup(self) -> bool:
+        """Builds the step; True when that compiled something, so that a process started now has less behind it."""
         self._setup = self._ask({"case": asdict(self.case)})
         self.versions = self._setup["versions"]
+        return self._setup["cold"]
 
     def turn(self, steps: int) -> list[float]:
         """Seconds of each of `steps` steps, run now."""
@@ -293,15 +226,16 @@ class _Runner:
 
     def finish(self, round_seconds: tuple[float, ...]) -> Side:
         peak = self._ask({"finish": True})["peak_bytes"]
-        imported = self._setup["import_bytes"]
-        return Side(self.name, round_seconds, self._setup["setup_seconds"], self._loss, imported,
-                    self._setup["peak_bytes"] - imported, peak - imported)
+        setup, warm = self._setup, self._setup["warm_bytes"]
+        return Side(self.name, round_seconds, setup["setup_seconds"], self._loss, setup["import_bytes"], warm, setup["peak_bytes"] - warm,
+                    setup["ready_bytes"] - warm, peak - warm, setup["planned_bytes"], tuple(setup["notes"]))
 
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
         self._process.communicate()
         self._messages.close()
+        self._path.cleanup()
 
 
 def _memory_bytes(field: str) -> int:
@@ -316,32 +250,52 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to set VmHWM back to VmRSS
 
 
+def _settle_memory() -> int:
+    """Gives freed memory back to the system, as far as the C library can; returns the resident bytes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries have none
+    if trim is not None:
+        trim(0)
+    return _memory_bytes("VmRSS")
+
+
+def _set_up(name: str, case: Case) -> tuple[Built, dict[str, Any]]:
+    """The built step, and the answer to the request for it."""
+    contestant = find_contestant(name)
+    contestant.load()
+    imported = _memory_bytes("VmRSS")
+    cold = run_miniature(contestant, case.threads)
+    warm = _settle_memory()
+    _forget_peak()
+    started = time.perf_counter()
+    built = contestant.build(case)
+    seconds, peak = time.perf_counter() - started, _memory_bytes("VmHWM")
+    answer = {"setup_seconds": seconds, "import_bytes": imported, "warm_bytes": warm, "peak_bytes": peak, "ready_bytes": _settle_memory(),
+              "planned_bytes": built.planned_bytes, "cold": cold or built.cold, "notes": built.notes,
+              "versions": {package: metadata.version(package) for package in contestant.packages}}
+    _forget_peak()
+    return built, answer
+
+
 def _serve(name: str) -> None:
     """The contestant's process: answers requests on stdin until told to finish."""
-    contestant = find_contestant(name)
+    find_contestant(name)
     # Libraries that print must not disturb the protocol: it keeps the real stdout, everybody else gets stderr.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    step: Step | None = None
+    built: Built | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "case" in request:
-                contestant.load()
-                imported = _memory_bytes("VmRSS")
-                started = time.perf_counter()
                 fields = request["case"]
-                step = contestant.build(Case(**{**fields, "input_shape": tuple(fields["input_shape"])}))
-                reply = {"setup_seconds": time.perf_counter() - started, "import_bytes": imported,
-                         "peak_bytes": _memory_bytes("VmHWM"),
-                         "versions": {package: metadata.version(package) for package in contestant.packages}}
-                _forget_peak()
+                built, reply = _set_up(name, Case(**{**fields, "input_shape": tuple(fields["input_shape"])}))
             elif "steps" in request:
-                assert step is not None
+                assert built is not None
                 seconds, loss = [], math.nan
                 for _ in range(request["steps"]):
                     started = time.perf_counter()
-                    loss = step()
+                    loss = built.step()
                     seconds.append(time.perf_counter() - started)
                 reply = {"seconds": seconds, "loss": loss}
             else:

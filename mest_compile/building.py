@@ -117,7 +117,9 @@ class Builder:
             function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
             library = tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
         except Exception as problem:  # TVM raises many types; the text is what a reader needs
-            raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {problem}\n{source.text}") from problem
+            log.debug("text of kernel %s, which does not compile:\n%s", source.kernel, source.text)
+            raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}; "
+                             "its text is in the log at level DEBUG") from problem
         with self._lock:
             self.compiled += 1
             self.seconds += time.perf_counter() - start
@@ -138,6 +140,14 @@ class Builder:
                 os.replace(seal, path.with_suffix(".sha256"))
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+
+
+def _cause(problem: Exception) -> str:
+    """What went wrong in one line. TVM writes a stack before it, or the piece of source it points at behind it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    said = next((line for line in lines if "error: " in line.lower()), lines[-1] if lines else "no message").removeprefix("error: ")
+    kind = type(problem).__name__
+    return said if said.startswith(kind) else f"{kind}: {said}"
 
 
 def _tvm_version() -> str:

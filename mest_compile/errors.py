@@ -61,5 +61,9 @@ class TargetError(UsageError):
     """A target that this machine cannot compile for or run."""
 
 
+class NotInstalled(MestError):
+    """Another program that a comparison needs and this machine does not have."""
+
+
 class NotYet(MestError, NotImplementedError):
     """A feature of the design that this version does not have."""

@@ -2,19 +2,22 @@
 
 import json
 import math
+import sys
 import time
 
 import pytest
 
 from mest_compile import benchmark
-from mest_compile.benchmark import Case, Comparison, Side, compare
-from mest_compile.errors import MestError, UnknownName, UsageError
+from mest_compile.benchmark import Case, Comparison, Side, compare, median_interval
+from mest_compile.contestants import CONTESTANTS, find_interpreter, torch_model, unstructured_masks
+from mest_compile.errors import MestError, NotInstalled, UnknownName, UsageError
 
 SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
 
 
 def side(name: str, *seconds: float) -> Side:
-    return Side(name, seconds, setup_seconds=1.0, last_loss=2.3, import_bytes=100, setup_peak_bytes=20, training_peak_bytes=10)
+    return Side(name, seconds, setup_seconds=1.0, last_loss=2.3, import_bytes=100, warm_bytes=200, setup_peak_bytes=20,
+                ready_bytes=5, training_peak_bytes=10)
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
@@ -31,7 +34,7 @@ def test_both_sides_take_turns_and_are_measured():
     comparison = compare(SMALL, ours="torch", rival="torch", repeats=2, warmup=1, progress=lambda *now: seen.append(now))
     for figures in (comparison.ours, comparison.rival):
         assert len(figures.round_seconds) == 2 and 0 < min(figures.round_seconds) and max(figures.round_seconds) < 10
-        assert math.isfinite(figures.last_loss) and figures.import_bytes > 50 * 2**20
+        assert math.isfinite(figures.last_loss) and 50 * 2**20 < figures.import_bytes < figures.warm_bytes
         # At the least the weights, gradients and momentum of a first layer with 3 * 32 * 32 inputs.
         assert figures.training_peak_bytes > 3 * 4 * 3 * 32 * 32 * 64
     assert 0.1 < comparison.ratio < 10                         # the same program on both sides
@@ -76,3 +79,66 @@ def test_batches_are_the_same_in_every_process():
 def test_the_command_refuses_an_unknown_rival_in_one_line(mest_compile_command):
     ran = mest_compile_command("bench", "--vs", "abacus", "--json")
     assert ran.code == 2 and ran.out == "" and ran.err.count("\n") == 1 and "torch" in ran.err
+
+
+@pytest.mark.parametrize(("count", "places", "confidence"), [
+    (1, (0, 0), 0.0), (5, (0, 4), 1 - 2 / 32), (7, (0, 6), 1 - 2 / 128), (9, (1, 7), 1 - 2 * 10 / 512), (20, (5, 14), None)])
+def test_interval_of_the_median_from_order_statistics(count, places, confidence):
+    low, high, found = median_interval(list(range(count))[::-1])
+    assert (low, high) == places                               # 20 values: the 6th and 15th, as in tables of the sign test
+    assert found == pytest.approx(confidence) if confidence is not None else 0.95 <= found < 0.96
+
+
+def test_interval_of_the_median_covers_it_as_often_as_it_says():
+    import numpy as np
+
+    rng, trials, hits, said = np.random.default_rng(0), 2000, 0, 0.0
+    for _ in range(trials):
+        low, high, said = median_interval(rng.exponential(size=9))
+        hits += low <= math.log(2) <= high
+    assert abs(hits / trials - said) < 4 * math.sqrt(said * (1 - said) / trials)
+
+
+def test_a_rival_without_its_environment_says_how_to_install_it(tmp_path, mest_compile_command):
+    with pytest.raises(NotInstalled, match="benchmarks/environments.sh sparseprop"):
+        compare(SMALL, rival="sparseprop", rival_python=tmp_path / "python")
+    ran = mest_compile_command("bench", "--vs", "onnxruntime-training", "--rival-python", tmp_path / "python")
+    assert ran.code == 1 and ran.out == "" and "environments.sh onnxruntime-training" in ran.err and ran.err.count("\n") == 1
+
+
+def test_only_rivals_with_an_environment_run_under_another_python(tmp_path):
+    assert find_interpreter("torch", "here", tmp_path / "elsewhere") == "here"
+    assert find_interpreter("sparseprop", "here", sys.executable) == sys.executable
+
+
+def test_another_environment_sees_our_package_and_nothing_beside_it(tmp_path):
+    """The rival's Python finds mest_compile without being able to import what is installed next to it."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho \"$PYTHONPATH\" > {tmp_path}/path\nls -a \"$PYTHONPATH\" > {tmp_path}/listing\n")
+    python.chmod(0o755)
+    runner = benchmark._Runner("sparseprop", SMALL, str(python))
+    with pytest.raises(MestError, match="died"):
+        runner.setup()
+    runner.close()
+    assert (tmp_path / "listing").read_text().split() == [".", "..", "mest_compile"]
+
+
+def test_environments_script_makes_what_contestants_ask_for(repository):
+    script = (repository / "benchmarks" / "environments.sh").read_text()
+    wanted = {contestant.environment for contestant in CONTESTANTS.values()} - {None}
+    assert wanted and all(f"$folder/{name}/bin/python" in script for name in wanted)
+    import tomllib
+
+    (torch,) = [name for name in tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
+                if name.startswith("torch")]
+    assert f'torch="{torch}"' in script
+
+
+def test_rivals_get_the_masks_that_our_step_starts_with():
+    import mest_compile as mest
+
+    case = Case("resnet20", (8, 3, 16, 16), width=8, scheme="unstructured", distribution="erk", sparsity=0.85)
+    model = torch_model(case)
+    ours = mest.compile(model, case.input_shape, scheme="unstructured", sparsity=0.85, distribution="erk", threads=1).masks()
+    theirs = unstructured_masks(model, case)
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)

@@ -49,9 +49,11 @@ def test_the_key_changes_with_the_text_and_with_the_target():
     assert len({source.key for source in sources}) == 4
 
 
-def test_text_that_does_not_compile_is_a_build_error(tmp_path):
-    with pytest.raises(BuildError, match="image.import"):
-        Builder(tmp_path).function(KernelSource("image.import", "def kernel(): nonsense", TARGET))
+def test_text_that_does_not_compile_is_a_build_error_that_starts_with_the_cause(tmp_path, caplog):
+    text = SOURCE.text.replace("T.", "Abacus.", 1)
+    with caplog.at_level(logging.DEBUG), pytest.raises(BuildError, match=r"^DiagnosticError: .*Abacus.*: kernel image.import ") as error:
+        Builder(tmp_path).function(KernelSource("image.import", text, TARGET))
+    assert "\n" not in str(error.value) and text not in str(error.value) and text in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, caplog):

@@ -14,7 +14,7 @@ from mest_compile import __version__
 from mest_compile.cli import bench, demo, doctor, later, listing, train
 from mest_compile.errors import MestError
 
-LONGEST_LINE = 600  # a failed build carries its whole kernel text; the beginning tells what happened
+LONGEST_LINE = 600  # what TVM says can be long; the beginning tells what happened
 
 app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})

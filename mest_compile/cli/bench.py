@@ -1,7 +1,8 @@
-"""`mest-compile bench`: our step against a rival's, side by side on this machine."""
+"""`mest-compile bench`: our step against a rival's, side by side on this machine, or our step by itself, operator by operator."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,21 +19,33 @@ def bench(
     distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
-    vs: Annotated[str, typer.Option(help="Rival to measure against.")] = "torch",
+    vs: Annotated[str, typer.Option(help="Rival: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
+    rival_python: Annotated[Path | None, typer.Option(help="Python of the rival's own environment, if not the one that "
+                                                           "benchmarks/environments.sh makes.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
+    profile: Annotated[bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
 ) -> None:
-    """Time whole training steps in alternation with a rival.
+    """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.
 
-    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rival torch is dense, channels_last.
+    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense, channels_last.
     """
-    from mest_compile.benchmark import Case, Side, compare
+    from mest_compile.contestants import Case
 
     case = Case(model=model, input_shape=(batch, 3, 32, 32), width=width, scheme=scheme, sparsity=sparsity, distribution=distribution,
                 target=target, threads=threads, seed=seed)
+    if profile:
+        _profile(case, repeats, as_json)
+    else:
+        _compare(case, vs, rival_python, repeats, as_json)
+
+
+def _compare(case, vs: str, rival_python: Path | None, repeats: int, as_json: bool) -> None:
+    from mest_compile.benchmark import Side, compare
+
     with stderr_console().status("starting") as status:
-        comparison = compare(case, rival=vs, repeats=repeats,
+        comparison = compare(case, rival=vs, repeats=repeats, rival_python=rival_python,
                              progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rounds done"))
     if as_json:
         print_json(comparison.to_dict())
@@ -40,9 +53,40 @@ def bench(
 
     def row(side: Side) -> list[object]:
         return [side.name, *(f"{seconds * 1e3:.2f}" for seconds in (side.median_seconds, min(side.round_seconds), max(side.round_seconds))),
-                f"{batch / side.median_seconds:.0f}", f"{side.setup_seconds:.1f}", f"{side.training_peak_bytes / 2**20:.0f}"]
+                f"{case.input_shape[0] / side.median_seconds:.0f}", f"{side.setup_seconds:.1f}", f"{side.training_peak_bytes / 2**20:.0f}"]
 
-    print_table(["", "median ms", "min ms", "max ms", "images/s", "setup s", "peak MiB above import"],
+    print_table(["", "median ms", "min ms", "max ms", "images/s", "setup s", "training peak MiB"],
                 [row(comparison.ours), row(comparison.rival)])
-    print(f"\n{vs} / {comparison.ours.name}: {comparison.ratio:.2f} "
-          f"(rounds: {min(comparison.ratios):.2f} to {max(comparison.ratios):.2f}); {threads} thread(s), {comparison.machine['cpu']}")
+    low, high, confidence = comparison.ratio_interval
+    print(f"\n{vs} / {comparison.ours.name}: {comparison.ratio:.2f} ({confidence:.0%} interval of {repeats} rounds: {low:.2f} to "
+          f"{high:.2f}); {case.threads} thread(s), {comparison.machine['cpu']}")
+    for side in (comparison.ours, comparison.rival):
+        for note in side.notes:
+            print(f"{side.name}: {note}")
+
+
+def _profile(case, repeats: int, as_json: bool) -> None:
+    import mest_compile as mest
+    from mest_compile.models import build_model
+    from mest_compile.profiling import PHASES, LayerTime, profile
+
+    with stderr_console().status("compiling"):
+        step = mest.compile(build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape,
+                            scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution, target=case.target,
+                            threads=case.threads, seed=case.seed)
+        found = profile(step, *case.batch(), repeats)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print(f"one step: {found.step_seconds * 1e3:.2f} ms\n")
+    print_table(["operator", "phase", "calls", "ms", "share %"],
+                [[row.kernel, row.phase, row.calls, round(row.seconds * 1e3, 3), round(row.share * 100, 1)] for row in found.operators])
+    phases = [phase for phase in PHASES if phase != "grad_bias" and any(phase in row.seconds for row in found.layers)]
+    print()
+
+    def cells(row: LayerTime, phase: str) -> list[str]:
+        return [f"{row.seconds[phase] * 1e3:.3f}", f"{row.gflops(phase):.1f}"] if phase in row.seconds else ["", ""]
+
+    print_table(["layer", "weight", "output", "live", *(column for phase in phases for column in (f"{phase} ms", "GFLOP/s"))],
+                [[row.layer.removesuffix(".weight"), "x".join(map(str, row.weight_shape)), "x".join(map(str, row.output_size)),
+                  row.live_weights, *(cell for phase in phases for cell in cells(row, phase))] for row in found.layers])

@@ -113,6 +113,20 @@ class TrainStep:
     def optimizer(self) -> SGD:
         return self._compiled.optimizer
 
+    @property
+    def program(self) -> Program:
+        """The training step's kernel calls, in order."""
+        return self._compiled.train
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """{weight name: Layer}, every convolution and linear layer."""
+        return self._compiled.layers
+
+    def live_weights(self) -> dict[str, int]:
+        """{weight name: weights that are computed with now}, every convolution and linear layer."""
+        return {name: len(self._index[name].order) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
+
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
         return dict(self._compiled.facts["describe"])
@@ -169,12 +183,13 @@ class TrainStep:
         return self._collect(":gradient")
 
     def profile(self, images, labels, repeats: int = 5) -> dict[str, float]:
-        """{kernel call: seconds}, the median of `repeats` passes of forward and backward and of the rest of the step; nothing is updated.
+        """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it was.
 
-        "rest" is what a pass takes beside its kernels: the machine that calls them.
+        "rest" is what a step that nobody watches takes beside its kernels: the machine that calls them.
         """
         self._load_batch(images, labels)
-        self._put("hyper", np.array([0, 1, 0, 0], np.float32))
+        state = {name: self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")}
+        self._put("hyper", np.array([0, 0, 0, 0], np.float32))
         begun: dict[str, float] = {}
         passes: list[dict[str, float]] = []
 
@@ -186,19 +201,26 @@ class TrainStep:
                 passes[-1][name] = time.perf_counter() - begun[name]
             return 0  # go on
 
-        usual, self._machine = self._machine, self._new_machine()
-        self._run("gradients")
-        self._machine.set_instrument(watch)
+        watched, usual = self._new_machine(), self._machine
+        whole = []
         try:
+            self._machine = watched
+            self._run("train")
+            watched.set_instrument(watch)
             for _ in range(repeats):
                 passes.append({})
+                self._machine = watched
+                self._run("train")
+                self._machine = usual
                 start = time.perf_counter()
-                self._run("gradients")
-                whole = time.perf_counter() - start
-                passes[-1]["rest"] = whole - sum(passes[-1].values())
+                self._run("train")
+                whole.append(time.perf_counter() - start)
         finally:
             self._machine = usual
-        return {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
+            for name, array in state.items():
+                self._put(name, array)
+        seconds = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
+        return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
     # Parameters.
 
