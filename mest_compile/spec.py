@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mest_compile.errors import SpecError
 
 FLOAT_BYTES = 4
@@ -99,9 +101,9 @@ class ForwardGraph:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """How an activation lies in memory: (channels, top + height + bottom, left + width + right, lanes), C order, float32.
+    """How an activation lies in memory: (slices, channels, top + height + bottom, left + width + right, vector), C order, float32.
 
-    batch   examples; `lanes` is batch rounded up to whole vectors of `vector` floats
+    batch   examples; a slice holds `vector` of them, so that neighbouring pixels of a channel stand side by side
     halo    (top, left, bottom, right) pixels around every channel, always zero, so that padding needs no copy
     Lanes from `batch` on hold no example: their content is arbitrary but finite in forward values and must be 0 in gradients.
     """
@@ -114,8 +116,13 @@ class Image:
     vector: int = 8
 
     @property
+    def slices(self) -> int:
+        return -(-self.batch // self.vector)
+
+    @property
     def lanes(self) -> int:
-        return -(-self.batch // self.vector) * self.vector
+        """Examples there is room for: batch rounded up to whole vectors."""
+        return self.slices * self.vector
 
     @property
     def rows(self) -> int:
@@ -129,28 +136,45 @@ class Image:
 
     @property
     def row_elems(self) -> int:
-        return self.columns * self.lanes
+        return self.columns * self.vector
 
     @property
     def channel_elems(self) -> int:
         return self.rows * self.row_elems
 
     @property
-    def elems(self) -> int:
+    def slice_elems(self) -> int:
         return self.channels * self.channel_elems
+
+    @property
+    def elems(self) -> int:
+        return self.slices * self.slice_elems
 
     @property
     def origin(self) -> int:
         """Elements from the start of a channel to its first real pixel."""
-        return self.halo[0] * self.row_elems + self.halo[1] * self.lanes
+        return self.halo[0] * self.row_elems + self.halo[1] * self.vector
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """The array's shape, halo and lanes included."""
-        return self.channels, self.rows, self.columns, self.lanes
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """The array's shape, halo and empty lanes included."""
+        return self.slices, self.channels, self.rows, self.columns, self.vector
 
     @property
     def interior(self) -> tuple[slice, ...]:
-        """Index of the real pixels and examples in an array of `shape`."""
-        return (slice(None), slice(self.halo[0], self.halo[0] + self.height),
-                slice(self.halo[1], self.halo[1] + self.width), slice(0, self.batch))
+        """Index of the real pixels, all lanes, in an array of `shape`."""
+        return (slice(None), slice(None), slice(self.halo[0], self.halo[0] + self.height), slice(self.halo[1], self.halo[1] + self.width))
+
+    def pack(self, values: np.ndarray, empty: float = 0.0, halo: float = 0.0) -> np.ndarray:
+        """An array of `shape` that holds values (channels, height, width, batch); `empty` fills lanes without an example."""
+        array = np.full(self.shape, halo, values.dtype)
+        lanes = np.full((*values.shape[:3], self.lanes), empty, values.dtype)
+        lanes[..., :self.batch] = values
+        array[self.interior] = np.moveaxis(lanes.reshape(*values.shape[:3], self.slices, self.vector), 3, 0)
+        return array
+
+    def unpack(self, array: np.ndarray, empty_lanes: bool = False) -> np.ndarray:
+        """(channels, height, width, batch) of a flat array or one of `shape`; `empty_lanes`: those without an example too."""
+        inside = np.moveaxis(array.reshape(self.shape)[self.interior], 0, 3)
+        lanes = inside.reshape(*inside.shape[:3], self.lanes)
+        return lanes if empty_lanes else lanes[..., :self.batch]

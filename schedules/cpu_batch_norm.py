@@ -48,12 +48,13 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
         text.local("sample", UNROLL * vector)
         with text.nest(f"for i in T.vectorized({UNROLL * vector})"):
             text("sample[i] = T.float32(0)")
-        text(f"sample_row: T.let = c * {image.channel_elems} + first * {image.row_elems} + {image.origin}")
-        walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(f'z[sample_row + {at}]', live)}"])
+        with text.nest("for r in T.serial(1)"):
+            chunks.set_row(text, "first", {"sample": image})
+            walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(f'z[sample_row + {at}]', live)}"])
         text("near[0] = T.float32(0)")
         with text.nest(f"for i in T.serial({UNROLL * vector})"):
             text("near[0] = near[0] + sample[i]")
-        text(f"near[0] = near[0] * {number(1 / (image.width * image.batch))}")
+        text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")')
 
         def body(at: str, slot: str, live: str | None) -> list[str]:
             distance = live_value(f"(z[z_row + {at}] - near[0])", live)
@@ -61,14 +62,15 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
             return [f"partial[{slot}] = partial[{slot}] + {distance}", f"{square} = {square} + {distance} * {distance}"]
 
         channel_sums(text, chunks, {"z": image}, 2, body)
-        text(f'values: T.let = T.cast(rows * {image.width * image.batch}, "float64")',
+        text(f'values: T.let = T.cast({chunks.values("first", "rows")}, "float64")',
              "chunk_sums[n * 2 + 1] = chunk_sums[n * 2 + 1] - chunk_sums[n * 2] * chunk_sums[n * 2] / values",
              'chunk_sums[n * 2] = T.cast(near[0], "float64") + chunk_sums[n * 2] / values')
     with text.nest(f"for c in T.serial({image.channels})"):
         text.local("mean", 1, "float64")
         text.local("squares", 1, "float64")
         text("mean[0] = T.float64(0)", "squares[0] = T.float64(0)")
-        share = f'T.cast(T.min({chunks.rows}, {image.height} - k * {chunks.rows}) * {image.width * image.batch}, "float64")'
+        first = f"k * {chunks.rows}"
+        share = f'T.cast({chunks.values(first, f"T.min({chunks.rows}, {chunks.all_rows} - {first})")}, "float64")'
         at = f"(c * {chunks.count} + k) * 2"
         with text.nest(f"for k in T.serial({chunks.count})"):
             text(f"mean[0] = mean[0] + chunk_sums[{at}] * {share} * {number(1 / problem.count, 'float64')}")

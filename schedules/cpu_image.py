@@ -15,32 +15,22 @@ def image_import(problem: ImageImport, target: Target) -> str:
     example = image.channels * image.height * image.width
     text = Text(buffer("images", image.batch * example), buffer("result", image.elems))
 
-    def tile(block: str, examples: int) -> None:
-        """Examples from `block * vector`, of which `examples` exist."""
-        source = f"({block} * {vector} + {{}}) * {example} + n * {image.width}"
-        result = f"result_row + {block} * {vector} + i"
-        if image.width >= vector:
-            with text.nest(f"for t in T.serial({image.width // vector})"):
-                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
-                    loaded = f"images[{source.format(f'T.min(j, {examples - 1})')} + t * {vector} + i]"
-                    if examples < vector:
-                        loaded = f"T.Select(j < {examples}, {loaded}, T.float32(0))"
-                    text(f"tile[j * {vector} + i] = {loaded}")
-                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
-                    text(f"result[{result} + (t * {vector} + j) * {image.lanes}] = tile[i * {vector} + j]")
-        with text.nest(f"for w in T.serial({image.width % vector})", f"for i in T.vectorized({vector})"):
-            at = f"({image.width // vector * vector} + w)"
-            loaded = f"images[{source.format(f'T.min(i, {examples - 1})')} + {at}]"
-            text(f"result[{result} + {at} * {image.lanes}] = T.Select(i < {examples}, {loaded}, T.float32(0))")
+    def load(lane: str, pixel: str) -> str:
+        number = lane if image.batch == image.lanes else f"T.min({lane}, examples - 1)"
+        value = f"images[(plane // {image.channels} * {vector} + {number}) * {example} + (c * {image.height} + h) * {image.width} + {pixel}]"
+        return value if image.batch == image.lanes else f"T.Select({lane} < examples, {value}, T.float32(0))"
 
     with each_row(text, {"result": image}):
         text.local("tile", vector * vector)
-        full, rest = divmod(image.batch, vector)
-        if full:
-            with text.nest(f"for b in T.serial({full})"):
-                tile("b", vector)
-        if rest:
-            tile(str(full), rest)
+        if image.width >= vector:
+            with text.nest(f"for t in T.serial({image.width // vector})"):
+                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
+                    text(f"tile[j * {vector} + i] = {load('j', f't * {vector} + i')}")
+                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
+                    text(f"result[result_row + (t * {vector} + j) * {vector} + i] = tile[i * {vector} + j]")
+        with text.nest(f"for w in T.serial({image.width % vector})", f"for i in T.vectorized({vector})"):
+            at = f"({image.width // vector * vector} + w)"
+            text(f"result[result_row + {at} * {vector} + i] = {load('i', at)}")
     return str(text)
 
 
@@ -50,16 +40,17 @@ def image_export(problem: ImageExport, target: Target) -> str:
     image = problem.source
     text = Text(buffer("source", image.elems), buffer("result", image.batch * image.channels))
     with text.nest(f"for n, c in T.grid({image.batch}, {image.channels})"):
-        text(f"result[n * {image.channels} + c] = source[c * {image.channel_elems} + {image.origin} + n]")
+        text(f"result[n * {image.channels} + c] = source[n // {image.vector} * {image.slice_elems} + c * {image.channel_elems} + "
+             f"{image.origin} + n % {image.vector}]")
     return str(text)
 
 
 @schedule("image.zero_halo", device="cpu")
 def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
-    """Four strips a channel; strips of no size have no code."""
+    """Four strips a channel of a slice; strips of no size have no code."""
     image = problem.image
     top, left, bottom, right = (size * unit for size, unit in
-                                zip(image.halo, (image.row_elems, image.lanes, image.row_elems, image.lanes), strict=True))
+                                zip(image.halo, (image.row_elems, image.vector, image.row_elems, image.vector), strict=True))
     text = Text(buffer("image", image.elems))
 
     def strip(start: str, elems: int) -> None:
@@ -67,7 +58,7 @@ def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
             with text.nest(f"for t in T.serial({elems // image.vector})", f"for i in T.vectorized({image.vector})"):
                 text(f"image[{start} + t * {image.vector} + i] = T.float32(0)")
 
-    with text.nest(f"for c in {loop(image.channels, image.elems)}"):
+    with text.nest(f"for c in {loop(image.slices * image.channels, image.elems)}"):
         strip(f"c * {image.channel_elems}", top)
         strip(f"(c + 1) * {image.channel_elems - bottom} + c * {bottom}", bottom)
         if left or right:

@@ -16,14 +16,15 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     text = Text(buffer("logits", logits.elems), buffer("labels", batch, "int32"), buffer("loss", 1), buffer("correct", batch, "int32"),
                 buffer("dlogits", dlogits.elems))
     text(f'losses = T.alloc_buffer(({batch},), "float32")')
-    logit = f"logits[k * {logits.channel_elems} + {logits.origin} + n]"
-    gradient = f"dlogits[k * {dlogits.channel_elems} + {dlogits.origin} + n]"
+    logit, gradient = (f"{name}[n // {image.vector} * {image.slice_elems} + {{}} * {image.channel_elems} + {image.origin} + n % {image.vector}]"
+                       for name, image in (("logits", logits), ("dlogits", dlogits)))
+    first, logit, gradient = logit.format(0), logit.format("k"), gradient.format("k")
     with text.nest(f"for n in {loop(batch, batch * classes)}"):
         text.local("best", 1)
         text.local("winner", 1, "int32")
         text.local("total", 1)
         text.local("chosen", 1)
-        text(f"best[0] = logits[{logits.origin} + n]", "winner[0] = 0", "total[0] = T.float32(0)", "chosen[0] = T.float32(0)")
+        text(f"best[0] = {first}", "winner[0] = 0", "total[0] = T.float32(0)", "chosen[0] = T.float32(0)")
         with text.nest(f"for k in T.serial({classes})", f"if {logit} > best[0]"):
             text(f"best[0] = {logit}", "winner[0] = k")
         with text.nest(f"for k in T.serial({classes})"):
@@ -34,7 +35,8 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
             text(f"{gradient} = ({gradient} / total[0] - T.Select(k == labels[n], T.float32(1), T.float32(0))) * {number(1 / batch)}")
     if batch < dlogits.lanes:
         with text.nest(f"for k in T.serial({classes})", f"for i in T.serial({dlogits.lanes - batch})"):
-            text(f"dlogits[k * {dlogits.channel_elems} + {dlogits.origin + batch} + i] = T.float32(0)")
+            last = (dlogits.slices - 1) * dlogits.slice_elems + dlogits.origin + batch % dlogits.vector
+            text(f"dlogits[k * {dlogits.channel_elems} + {last} + i] = T.float32(0)")
     text.local("joined", 1, "float64")
     text("joined[0] = T.float64(0)")
     with text.nest(f"for n in T.serial({batch})"):

@@ -34,8 +34,8 @@ def _flatten(problem: Flatten, names: tuple[str, str], statement: str) -> str:
     text = Text(*(buffer(name, elems[name]) for name in names))
     with each_row(text, {"x": x}):
         pixel = f"(n * {x.width} + w) * {y.channel_elems} + {y.origin}"
-        with text.nest(f"for w in T.serial({x.width})", f"for b in T.serial({x.lanes // x.vector})", f"for i in T.vectorized({x.vector})"):
-            text(statement.format(x=f"x[x_row + w * {x.lanes} + b * {x.vector} + i]", y=f"y[{pixel} + b * {x.vector} + i]"))
+        with text.nest(f"for w in T.serial({x.width})", f"for i in T.vectorized({x.vector})"):
+            text(statement.format(x=f"x[x_row + w * {x.vector} + i]", y=f"y[{pixel} + i]"))
     return str(text)
 
 

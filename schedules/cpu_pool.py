@@ -32,19 +32,13 @@ def _each_tap(text: Text, problem: Pool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _each_vector(text: Text, image: Image) -> Iterator[None]:
-    with text.nest(f"for b in T.serial({image.lanes // image.vector})"):
-        yield
-
-
 def _tap(name: str, image: Image) -> str:
-    return (f"{name}[c * {image.channel_elems} + {image.origin} + (top + ky) * {image.row_elems} + "
-            f"(left + kx) * {image.lanes} + b * {image.vector} + i]")
+    return (f"{name}[plane * {image.channel_elems} + {image.origin} + (top + ky) * {image.row_elems} + "
+            f"(left + kx) * {image.vector} + i]")
 
 
 def _pixel(name: str, image: Image) -> str:
-    return f"{name}[c * {image.channel_elems} + {image.origin} + h * {image.row_elems} + w * {image.lanes} + b * {image.vector} + i]"
+    return f"{name}[plane * {image.channel_elems} + {image.origin} + h * {image.row_elems} + w * {image.vector} + i]"
 
 
 def _share(problem: Pool) -> str:
@@ -62,14 +56,13 @@ def _forward(problem: Pool, start: str, step: str, last: str) -> str:
     with each_row(text, {"y": y}):
         with text.nest(f"for w in T.serial({y.width})"):
             _set_window(text, problem)
-            with _each_vector(text, x):
-                text.local("value", x.vector)
-                with text.nest(vector):
-                    text(f"value[i] = {start}")
-                with _each_tap(text, problem), text.nest(vector):
-                    text(f"value[i] = {step.format(_tap('x', x))}")
-                with text.nest(vector):
-                    text(f"{_pixel('y', y)} = {last}")
+            text.local("value", x.vector)
+            with text.nest(vector):
+                text(f"value[i] = {start}")
+            with _each_tap(text, problem), text.nest(vector):
+                text(f"value[i] = {step.format(_tap('x', x))}")
+            with text.nest(vector):
+                text(f"{_pixel('y', y)} = {last}")
     return str(text)
 
 
@@ -91,17 +84,16 @@ def _written_once(problem: Pool) -> bool:
 
 @contextmanager
 def _each_window_of_gradient(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> Iterator[None]:
-    """Loops over channels, result pixels and vectors of the batch; clears dx first where sums are to gather in it."""
+    """Loops over channels of slices and result pixels; clears dx first where sums are to gather in it."""
     forward, dx = problem.forward, problem.dx
-    with text.nest(f"for c in {loop(dx.channels, dx.elems)}"):
+    with text.nest(f"for plane in {loop(dx.slices * dx.channels, dx.elems)}"):
         if not (problem.accumulate or _written_once(forward)):
-            with text.nest(f"for h, w, b in T.grid({dx.height}, {dx.width}, {dx.lanes // dx.vector})",
+            with text.nest(f"for h, w in T.grid({dx.height}, {dx.width})",
                            f"for i in T.vectorized({dx.vector})"):
                 text(f"{_pixel('dx', dx)} = T.float32(0)")
         with text.nest(f"for h, w in T.grid({forward.y.height}, {forward.y.width})"):
             _set_window(text, forward)
-            with _each_vector(text, dx):
-                yield
+            yield
 
 
 def _target(problem: MaxPoolBackward | AvgPoolBackward) -> str:
@@ -147,7 +139,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
     x, y = problem.x, problem.y
     vector = f"for i in T.vectorized({x.vector})"
     text = Text(buffer("x", x.elems), buffer("y", y.elems))
-    with text.nest(f"for c in {loop(x.channels, x.elems)}"), _each_vector(text, x):
+    with text.nest(f"for plane in {loop(x.slices * x.channels, x.elems)}"):
         text.local("total", x.vector)
         text.local("line", x.vector)
         with text.nest(vector):
@@ -160,7 +152,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
             with text.nest(vector):
                 text("total[i] = total[i] + line[i]")
         with text.nest(vector):
-            text(f"y[c * {y.channel_elems} + {y.origin} + b * {y.vector} + i] = total[i] * {number(1 / (x.height * x.width))}")
+            text(f"y[plane * {y.channel_elems} + {y.origin} + i] = total[i] * {number(1 / (x.height * x.width))}")
     return str(text)
 
 
@@ -168,8 +160,8 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
 def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy = problem.x, problem.y
     text = Text(buffer("dy", dy.elems), buffer("dx", dx.elems))
-    with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"), _each_vector(text, dx):
+    with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"):
         with text.nest(f"for i in T.vectorized({dx.vector})"):
-            value = f"dy[c * {dy.channel_elems} + {dy.origin} + b * {dy.vector} + i] * {number(1 / (dx.height * dx.width))}"
+            value = f"dy[plane * {dy.channel_elems} + {dy.origin} + i] * {number(1 / (dx.height * dx.width))}"
             text(f"{_pixel('dx', dx)} = " + (f"{_pixel('dx', dx)} + " if problem.accumulate else "") + value)
     return str(text)

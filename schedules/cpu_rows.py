@@ -1,6 +1,6 @@
 """Text of CPU kernels that walk over the rows of images: what the memory-bound schedules share.
 
-A row (width x lanes floats) is contiguous in every image, and its length is the same whatever the halo, so one offset within
+A row (width x vector floats) is contiguous in every image, and its length is the same whatever the halo, so one offset within
 the row serves all images of a kernel; only the row's start differs.
 """
 
@@ -51,7 +51,7 @@ class Text:
         self._depth -= len(headers)
 
     def local(self, name: str, elems: int, dtype: str = "float32") -> None:
-        self(f'{name} = T.alloc_buffer(({elems},), "{dtype}", scope="local")')
+        self(f'{name} = T.alloc_buffer(({elems},), "{dtype}")')  # on the stack; scope "local" would be heap workspace
 
     def __str__(self) -> str:
         return "\n".join(self._lines) + "\n"
@@ -66,38 +66,36 @@ def walk_row(text: Text, image: Image, body: Body) -> None:
     `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples, otherwise the
     condition under which the lane does.
     """
-    if image.batch == image.lanes:
-        _walk_vectors(text, image.width * image.lanes, image.vector, "", body)
-        return
-    with text.nest(f"for p in T.serial({image.width})"):
-        _walk_vectors(text, image.lanes - image.vector, image.vector, f"p * {image.lanes} + ", body)
-        with text.nest(f"for i in T.vectorized({image.vector})"):
-            text(*body(f"p * {image.lanes} + {image.lanes - image.vector} + i", "i", f"i < {image.batch % image.vector}"))
-
-
-def _walk_vectors(text: Text, elems: int, vector: int, start: str, body: Body) -> None:
-    main, rest = divmod(elems // vector, UNROLL)
+    main, rest = divmod(image.width, UNROLL)
+    vector, live = image.vector, None if image.batch == image.lanes else "i < examples"
     if main:
         with text.nest(f"for t in T.serial({main})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
-            text(*body(f"{start}t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", None))
+            text(*body(f"t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
     if rest:
         with text.nest(f"for j in T.unroll({rest})", f"for i in T.vectorized({vector})"):
-            text(*body(f"{start}{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", None))
+            text(*body(f"{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
 
 
 @contextmanager
 def each_row(text: Text, images: dict[str, Image]) -> Iterator[None]:
-    """A loop over the rows of images of one size: sets `c` (channel), `h` (row) and `<name>_row`, the element where its row starts."""
+    """A loop over the rows of images of one size: sets `plane` (channel of a slice), `c` (channel), `h` (row) and what `set_rows` sets."""
     image = next(iter(images.values()))
-    with text.nest(f"for n in {loop(image.channels * image.height, image.channels * image.height * image.width * image.lanes)}"):
-        text(f"c: T.let = n // {image.height}", f"h: T.let = n % {image.height}")
+    with text.nest(f"for n in {loop(image.slices * image.channels * image.height, image.elems)}"):
+        text(f"plane: T.let = n // {image.height}", f"c: T.let = plane % {image.channels}", f"h: T.let = n % {image.height}")
         set_rows(text, images)
         yield
 
 
 def set_rows(text: Text, images: dict[str, Image]) -> None:
-    """Sets `<name>_row` of every image for channel `c` and row `h`."""
-    text(*(f"{name}_row: T.let = c * {image.channel_elems} + h * {image.row_elems} + {image.origin}" for name, image in images.items()))
+    """Sets `<name>_row`, the element where row `h` of `plane` starts, for every image, and `examples` of the slice where not all are full."""
+    text(*(f"{name}_row: T.let = plane * {image.channel_elems} + h * {image.row_elems} + {image.origin}" for name, image in images.items()))
+    set_examples(text, next(iter(images.values())))
+
+
+def set_examples(text: Text, image: Image) -> None:
+    """Sets `examples`, those in the slice of `plane`, where not all slices are full."""
+    if image.batch < image.lanes:
+        text(f"examples: T.let = {image.batch} - plane // {image.channels} * {image.vector}")
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, accumulate: bool = False) -> str:
@@ -123,28 +121,47 @@ def pointwise(images: dict[str, Image], result: str, value: str, accumulate: boo
 class Chunks:
     """How a sum over the pixels and examples of each channel is cut, so that few channels still occupy all threads.
 
-    The cut follows from the image alone, never from the number of threads: sums are then the same on any number of them.
+    The rows of a channel are counted through all slices. The cut follows from the image alone, never from the number of threads:
+    sums are then the same on any number of them.
     """
 
     image: Image
 
     @property
+    def all_rows(self) -> int:
+        """Rows of a channel."""
+        return self.image.slices * self.image.height
+
+    @property
     def rows(self) -> int:
         """Rows of a chunk; the last one of a channel may have fewer."""
-        return -(-self.image.height // min(self.image.height, -(-16 // self.image.channels)))
+        return -(-self.all_rows // min(self.all_rows, -(-16 // self.image.channels)))
 
     @property
     def count(self) -> int:
         """Chunks of a channel."""
-        return -(-self.image.height // self.rows)
+        return -(-self.all_rows // self.rows)
+
+    def values(self, first: str, rows: str) -> str:
+        """Expression: how many values `rows` rows from row `first` hold."""
+        image = self.image
+        if image.batch == image.lanes:
+            return f"({rows} * {image.width * image.vector})"
+        full = f"T.max(0, T.min({rows}, {(image.slices - 1) * image.height} - {first}))"
+        return f"(({rows}) * {image.width * (image.batch % image.vector)} + {full} * {image.width * (image.lanes - image.batch)})"
+
+    def set_row(self, text: Text, row: str, images: dict[str, Image]) -> None:
+        """Sets `plane`, `h` and what `set_rows` sets for row `row` of channel `c`."""
+        text(f"plane: T.let = ({row}) // {self.image.height} * {self.image.channels} + c", f"h: T.let = ({row}) % {self.image.height}")
+        set_rows(text, images)
 
     @contextmanager
     def each(self, text: Text) -> Iterator[None]:
         """A loop over all chunks: sets `n` (chunk), `c` (channel), `first` (row) and `rows`."""
         image = self.image
-        with text.nest(f"for n in {loop(image.channels * self.count, image.channels * image.height * image.width * image.lanes)}"):
+        with text.nest(f"for n in {loop(image.channels * self.count, image.elems)}"):
             text(f"c: T.let = n // {self.count}", f"first: T.let = n % {self.count} * {self.rows}",
-                 f"rows: T.let = T.min({self.rows}, {image.height} - first)")
+                 f"rows: T.let = T.min({self.rows}, {self.all_rows} - first)")
             yield
 
 
@@ -166,8 +183,7 @@ def channel_sums(text: Text, chunks: Chunks, images: dict[str, Image], sums: int
     text.local("total", sums * vector, "float64")
     zero(text, "total", sums * vector, vector, "float64")
     with text.nest("for r in T.serial(rows)"):
-        text("h: T.let = first + r")
-        set_rows(text, images)
+        chunks.set_row(text, "first + r", images)
         zero(text, "partial", sums * UNROLL * vector, vector)
         walk_row(text, image, body)
         fold(text, sums, vector)

@@ -63,7 +63,7 @@ def random_index(rng: np.random.Generator, source: Image, source_step, source_bl
         for section in range(sections[0]):
             channels = range(section * sections[1], min((section + 1) * sections[1], source.channels), source_block)
             for group in range(groups):
-                offsets += [channel * source.channel_elems + y * source.row_elems + x * source.lanes for channel in channels
+                offsets += [channel * source.channel_elems + y * source.row_elems + x * source.vector for channel in channels
                             for y, x in taps if rng.random() < live and not dead[group]]
                 pointers.append(len(offsets))
     return Index(np.array(pointers, np.int32), np.array(offsets, np.int32))
@@ -71,12 +71,8 @@ def random_index(rng: np.random.Generator, source: Image, source_step, source_bl
 
 def activation(rng: np.random.Generator, image: Image, gradient: bool = False) -> np.ndarray:
     """Random pixels, zero halo; lanes without example are 0 in a gradient and something else in a forward value."""
-    array = np.zeros(image.shape, np.float32)
-    inside = image.interior[:3]
-    array[inside] = rng.standard_normal(array[inside].shape)
-    if gradient:
-        array[..., image.batch:] = 0
-    return array
+    values = rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(np.float32)
+    return image.pack(values, empty=0.0 if gradient else 3.5)
 
 
 def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
@@ -94,19 +90,18 @@ def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.rand
     arrays = [index.pointers, index.offsets, values, *([bias] if problem.bias else []), source, before]
     if problem.statistics:
         rows = problem.passes[0].grid[0]
-        arrays.append(np.full((rows, 2, problem.result.channels, problem.result.vector), 7, np.float32))
+        arrays.append(np.full((problem.result.slices * rows, 2, problem.result.channels, problem.result.vector), 7, np.float32))
     after = call(builder, "gather.conv", problem, *arrays, **knobs)
     got = after[-2] if problem.statistics else after[-1]
     terms = index.most_terms * problem.source_block * problem.sections + 1
     assert_close(got, wanted, scale, terms)
     if problem.statistics:
-        inside = got[problem.result.interior[:3]].astype(np.float64)
-        lanes = inside.reshape(*inside.shape[:3], -1, problem.result.vector)
-        columns = inside.shape[2] * lanes.shape[3]
-        moments = [(lanes**power).sum((2, 3)).transpose(1, 0, 2) for power in (1, 2)]
-        sizes = [(np.abs(lanes)**power).sum((2, 3)).transpose(1, 0, 2) for power in (1, 2)]
+        inside = got[problem.result.interior].astype(np.float64)
+        moments = [(inside**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)]
+        sizes = [(np.abs(inside)**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)]
         for power in (0, 1):
-            assert_close(after[-1][:, power], moments[power], sizes[power], columns + 1)
+            rows_of = after[-1][:, power].reshape(moments[power].shape)
+            assert_close(rows_of, moments[power], sizes[power], inside.shape[3] + 1)
 
 
 def grad_case(problem: GatherGrad, index: Index, rng: np.random.Generator):
@@ -200,7 +195,7 @@ def test_answers_do_not_depend_on_threads(builder):
             threads(1, count)
             arrays = [index.pointers, index.offsets, values, *([bias] if conv.bias else []), source, before]
             if conv.statistics:
-                arrays.append(np.zeros((conv.passes[0].grid[0], 2, conv.result.channels, VECTOR), np.float32))
+                arrays.append(np.zeros((conv.result.slices * conv.passes[0].grid[0], 2, conv.result.channels, VECTOR), np.float32))
             gradients = call(builder, "gather.grad", grad, index.pointers, index.offsets, source, delta, np.zeros(values.shape, np.float32))
             answers.append(call(builder, "gather.conv", conv, *arrays)[len(arrays) - conv.statistics - 1:] + gradients[-1:])
     finally:

@@ -62,23 +62,17 @@ def run(builder):
 
 def pack(layout: Image, values: np.ndarray, dead: float = 7.5) -> np.ndarray:
     """The flat array of values (C, H, W, N): `dead` in lanes without an example, HALO around it."""
-    out = np.full(layout.shape, HALO, np.float32)
-    rows, columns = layout.interior[1:3]
-    out[:, rows, columns] = dead
-    out[layout.interior] = values
-    return out.ravel()
+    return layout.pack(values.astype(np.float32), dead, HALO).ravel()
 
 
 def unpack(layout: Image, flat: np.ndarray, gradient: bool = False) -> np.ndarray:
     """(C, H, W, N) float32, after a look at what a kernel must leave alone."""
     array = flat.reshape(layout.shape).copy()
-    values = array[layout.interior].copy()
-    rows, columns = layout.interior[1:3]
-    dead = array[:, rows, columns, layout.batch:].copy()
+    values, dead = layout.unpack(array).copy(), layout.unpack(array, empty_lanes=True)[..., layout.batch:].copy()
     assert np.isfinite(dead).all()
     if gradient:
         assert not dead.any(), "a gradient is not 0 in a lane without an example"
-    array[:, rows, columns] = HALO
+    array[layout.interior] = HALO
     assert (array == HALO).all(), "the halo was written"
     return values
 
@@ -163,9 +157,9 @@ def test_moments_of_one_value_a_channel_are_refused():
 @pytest.mark.parametrize("shape", [make(20, 5, 6, 16), make(16, 8, 8, 64)], ids=str)
 def test_moments_come_from_the_sums_that_a_convolution_left(run, rng, shape):
     z = draw(rng, shape, 0.5)
-    lanes = z.reshape(shape.channels, shape.height, -1, shape.vector)
-    statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 0, 1, 3)
-    problem = batch_norm.BatchNormMoments(shape, 1e-5, chunks=shape.height)
+    lanes = z.reshape(shape.channels, -1, shape.width, shape.slices, shape.vector)  # the sums' order of rows and slices is all one
+    statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 3, 0, 1, 4)
+    problem = batch_norm.BatchNormMoments(shape, 1e-5, chunks=shape.height * shape.slices)
     got = run("batch_norm.moments", problem, statistics, np.zeros(3 * shape.channels, np.float32))[1]
     for row, wanted in zip(got.reshape(3, -1), batch_norm.moments_reference(z, 1e-5), strict=True):
         assert_close(row, wanted, terms=40)

@@ -33,9 +33,7 @@ CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forwa
 
 
 def pad_image(dense, image):
-    array = np.zeros(image.shape)
-    array[image.interior] = dense.transpose(1, 2, 3, 0)
-    return array
+    return image.pack(dense.transpose(1, 2, 3, 0))
 
 
 @pytest.mark.parametrize("scheme, weight_shape, size, stride, padding, sections", CASES)
@@ -58,13 +56,13 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     index = with_transposed(forward_index(spec, keep, forward), spec, keep, backward)
     values = gather_units(weight.detach().numpy(), index.order, layer.scheme.grid(spec)).astype(np.float64)
     got = gather_conv_reference(forward, index.pointers, index.offsets, values, pad_image(x.detach().numpy(), source))
-    np.testing.assert_allclose(got[result.interior].transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
 
     delta = pad_image(dy.numpy(), result)
     turned = np.empty((len(values), values.shape[2], values.shape[1]))
     turned[index.permutation] = values.transpose(0, 2, 1)
     got = gather_conv_reference(backward, index.transposed_pointers, index.transposed_offsets, turned, delta)
-    np.testing.assert_allclose(got[source.interior].transpose(3, 0, 1, 2), x.grad.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(source.unpack(got).transpose(3, 0, 1, 2), x.grad.numpy(), rtol=1e-5, atol=1e-5)
 
     rows, sources = layer.scheme.block(spec)
     grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.pointers, index.offsets,

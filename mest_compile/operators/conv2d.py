@@ -51,7 +51,7 @@ class Conv2d:
         statistics = []
         normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
         if low.training and normed and not bias and image.batch == image.lanes:
-            statistics = [low.temporary(f"{node.name}.statistics", image.height * 2 * image.channels * image.vector)]
+            statistics = [low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector)]
         problem = forward_problem(low.layer(node), source.image, result.image, bool(bias), bool(statistics))
         low.call("gather.conv", problem, *self._index(weight, problem, low), self._values(weight, low), *bias, source, result, *statistics,
                  name=f"{node.name}.forward")

@@ -35,13 +35,13 @@ class GatherConv:
 
     Kernel "gather.conv", arguments in order, all flat:
       pointers   (passes * sections * groups + 1,) int32: units of (pass, section, group) are pointers[i] .. pointers[i + 1]
-      offsets    (units,) int32
+      offsets    (units,) int32, in the first slice
       values     (units * source_block * row_block,) float32, [unit, source channel, result channel]
       bias       (result.channels,) float32, only if `bias`
       source     (source.elems,) float32
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
-      statistics (grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass, no accumulate,
-                 and batch is a multiple of vector): per grid row and vector lane the sum and the sum of squares of the row's results
+      statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass, no accumulate,
+                 and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the row's results
     `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of source_block.
     Groups without units, and sections without units, are legal: their results are the start value.
     """
@@ -103,10 +103,10 @@ class GatherGrad:
 
 
 def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
-    """View (grid rows, grid columns, lanes) of `flat` from element `start`, a grid pixel `step` pixels from the next."""
+    """View (slices, grid rows, grid columns, vector) of `flat` from element `start`, a grid pixel `step` pixels from the next."""
     unit = flat.itemsize
-    strides = (step[0] * image.row_elems * unit, step[1] * image.lanes * unit, unit)
-    return np.lib.stride_tricks.as_strided(flat[start:], (*grid, image.lanes), strides)
+    strides = (image.slice_elems * unit, step[0] * image.row_elems * unit, step[1] * image.vector * unit, unit)
+    return np.lib.stride_tricks.as_strided(flat[start:], (image.slices, *grid, image.vector), strides)
 
 
 def _units_of(problem: GatherConv | GatherGrad, pointers: np.ndarray):
@@ -128,14 +128,14 @@ def gather_conv_reference(problem: GatherConv, pointers, offsets, values, source
     if not problem.accumulate:
         for grid_pass in problem.passes:
             start = np.zeros(problem.result.channels) if bias is None else bias.astype(np.float64)
-            out[(slice(None), *pixels(grid_pass))] = start[:, None, None, None]
+            out[(slice(None), slice(None), *pixels(grid_pass))] = start[:, None, None, None]
     values = values.astype(np.float64).reshape(-1, problem.source_block, problem.row_block)
     for index, group, unit in _units_of(problem, pointers):
         grid_pass = problem.passes[index]
         for k in range(problem.source_block):
             window = _pixels(flat, problem.source, offsets[unit] + k * problem.source.channel_elems, grid_pass.grid, problem.source_step)
             for j in range(problem.row_block):
-                out[(group * problem.row_block + j, *pixels(grid_pass))] += values[unit, k, j] * window
+                out[(slice(None), group * problem.row_block + j, *pixels(grid_pass))] += values[unit, k, j] * window
     return out
 
 
@@ -143,12 +143,12 @@ def gather_grad_reference(problem: GatherGrad, pointers, offsets, source, delta)
     """Gradients (units, source_block, row_block) in float64."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta
-    inner = delta.astype(np.float64).reshape(image.shape)[:, image.interior[1], image.interior[2]]
+    inner = delta.astype(np.float64).reshape(image.shape)[image.interior]
     out = np.zeros((len(offsets), problem.source_block, problem.row_block))
     for _, group, unit in _units_of(problem, pointers):
         for k in range(problem.source_block):
             window = _pixels(flat, problem.source, offsets[unit] + k * problem.source.channel_elems,
                              (image.height, image.width), problem.source_step)
             for j in range(problem.row_block):
-                out[unit, k, j] = np.vdot(inner[group * problem.row_block + j], window)
+                out[unit, k, j] = np.vdot(inner[:, group * problem.row_block + j], window)
     return out

@@ -68,7 +68,7 @@ def forward_index(layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> La
     order = np.flatnonzero(keep)
     group, source, y, x = np.unravel_index(order, keep.shape)
     offsets = (source * problem.source_block * image.channel_elems + (y - layer.padding[0] + image.halo[0]) * image.row_elems
-               + (x - layer.padding[1] + image.halo[1]) * image.lanes)
+               + (x - layer.padding[1] + image.halo[1]) * image.vector)
     cell = source * problem.source_block // problem.section_channels * problem.groups + group
     sort = np.lexsort((offsets, cell))
     return LayerIndex(order[sort], _pointers(cell, problem.sections * problem.groups), offsets[sort].astype(np.int32))
@@ -86,7 +86,7 @@ def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, probl
         here = reached_y[y] & reached_x[x]
         number[here], shift_y[here], shift_x[here] = i, by_y[y[here]], by_x[x[here]]
     offsets = (channel * problem.source_block * image.channel_elems + (shift_y + image.halo[0]) * image.row_elems
-               + (shift_x + image.halo[1]) * image.lanes)
+               + (shift_x + image.halo[1]) * image.vector)
     section = channel * problem.source_block // problem.section_channels
     cells = len(problem.passes) * problem.sections * problem.groups
     cell = np.minimum((number * problem.sections + section) * problem.groups + row, cells)
