@@ -5,7 +5,7 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_gather_conv import divisors, indent, largest_divisor, nest
+from mest_compile.schedules.cpu_gather_conv import TAPS, divisors, indent, largest_divisor, nest, prefetch
 from mest_compile.spec import FLOAT_BYTES
 
 UNROLLED_COLUMNS = 8
@@ -84,16 +84,28 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     weights = f"for weight in T.serial({count} * {block}):"
     here = f"(pointers[{cell}] * {block} + weight)"
     lanes = " + ".join(f"scratch[{here} * {vector} + {lane}]" for lane in range(vector))
+    pieces = delta.slices * problem.sections * down * across
+    steps = {"z": (problem.sections * down * across, delta.slices), "section": (down * across, problem.sections), "y": (across, down), "x": (1, across)}
+    where = [f"{name}: T.let = piece // {size} % {count_of}" for name, (size, count_of) in steps.items()]
+    then = [f"next_{name}: T.let = (piece + 1) // {size} % {count_of}" for name, (size, count_of) in steps.items()]
+    tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
+    starts = [
+        f"source_ahead: T.let = next_z * {source.slice_elems} + next_section * {problem.section_channels * source.channel_elems}"
+        f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
+        f"delta_ahead: T.let = next_z * {delta.slice_elems} + chunk * {share * problem.row_block * delta.channel_elems} + {delta.origin}"
+        f" + next_y * {high * delta.row_elems} + next_x * {wide * vector}"]
+    channels = min(problem.section_channels, source.channels)
+    ahead = [*prefetch("source", source, channels, "source_ahead", (tall + TAPS - 1, 1), broad, "group", share),
+             *prefetch("delta", delta, share * problem.row_block, "delta_ahead", (high, 1), wide, "group", share)]
     lines = [
         f"for chunk in T.parallel({chunks}):",
-        f"    for section in T.serial({problem.sections}):",
-        *indent(2, [
-            f"for group in T.serial({groups}):", f"    {weights}", f"        for i in T.vectorized({vector}):",
+        *indent(1, [
+            f"for section, group in T.grid({problem.sections}, {groups}):", f"    {weights}", f"        for i in T.vectorized({vector}):",
             f"            scratch[{here} * {vector} + i] = T.float32(0)",
-            f"for z, y, x in T.grid({delta.slices}, {down}, {across}):",
-            f"    for group in T.serial({groups}):",
-            f"        for layer, part in T.grid({layers}, {parts}):", *indent(3, strips),
-            f"for group in T.serial({groups}):", f"    {weights}", f"        gradients[{here}] = {lanes}"])]
+            f"for piece in T.serial({pieces}):", *indent(1, [
+                *where, *then, *starts, f"for group in T.serial({groups}):", *indent(1, ahead),
+                f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)]),
+            f"for section, group in T.grid({problem.sections}, {groups}):", f"    {weights}", f"        gradients[{here}] = {lanes}"])]
     return "\n".join([
         "@T.prim_func",
         f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
