@@ -25,7 +25,7 @@ def largest_divisor(number: int, most: int) -> int:
 def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[int, int, int]:
     """(grid rows, grid columns, slices) of a register tile, each a divisor; the product is at most `accumulators`.
 
-    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when the source is not in cache).
+    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are not in cache).
     """
     fits = [(high, wide, deep) for high in divisors(grid[0]) for wide in divisors(grid[1]) for deep in divisors(slices)
             if high * wide * deep <= accumulators]
@@ -125,11 +125,13 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     strip = high * problem.source_step[0], wide * problem.source_step[1]
     window = high * grid_pass.step[0], wide * grid_pass.step[1]
     inner = [*prefetch("source", source, source.channels, "source_ahead", (strip[0], 1), strip[1], *visits),
-             *prefetch("result", result, result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits, write=True), *inner]
+             *prefetch("result", result, result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits, write=True),
+             *inner]
     ahead = [f"next_z: T.let = (piece + 1) // {down}", f"next_y: T.let = (piece + 1) % {down}",
              f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})"]
     starts = [f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + x * {strip[1] * vector}",
-              f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems} + (x + 1) * {window[1] * vector}"]
+              f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
+              f" + (x + 1) * {window[1] * vector}"]
     clear = []
     if problem.statistics:
         moment = f"statistics[(({chunk} * 2 + %d) * {result.channels} + {channel}) * {vector} + i]"

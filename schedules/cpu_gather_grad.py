@@ -66,7 +66,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector} + i]"
         weight = f"(({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
         read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {source.channel_elems} + z * {source.slice_elems}"
-                f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems} + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
+                f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
+                f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
         against = (f"delta[((chunk * {share} + group) * {problem.row_block} + part * {rows} + j) * {delta.channel_elems} + {delta.origin}"
                    f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
         loops = [("u", units), ("k", depth), ("j", rows)]
@@ -85,7 +86,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     here = f"(pointers[{cell}] * {block} + weight)"
     lanes = " + ".join(f"scratch[{here} * {vector} + {lane}]" for lane in range(vector))
     pieces = delta.slices * problem.sections * down * across
-    steps = {"z": (problem.sections * down * across, delta.slices), "section": (down * across, problem.sections), "y": (across, down), "x": (1, across)}
+    steps = {"z": (problem.sections * down * across, delta.slices), "section": (down * across, problem.sections),
+             "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = piece // {size} % {count_of}" for name, (size, count_of) in steps.items()]
     then = [f"next_{name}: T.let = (piece + 1) // {size} % {count_of}" for name, (size, count_of) in steps.items()]
     tall, broad = high * problem.source_step[0], wide * problem.source_step[1]

@@ -16,8 +16,8 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     text = Text(buffer("logits", logits.elems), buffer("labels", batch, "int32"), buffer("loss", 1), buffer("correct", batch, "int32"),
                 buffer("dlogits", dlogits.elems))
     text(f'losses = T.alloc_buffer(({batch},), "float32")')
-    logit, gradient = (f"{name}[n // {image.vector} * {image.slice_elems} + {{}} * {image.channel_elems} + {image.origin} + n % {image.vector}]"
-                       for name, image in (("logits", logits), ("dlogits", dlogits)))
+    logit, gradient = (f"{name}[n // {image.vector} * {image.slice_elems} + {{}} * {image.channel_elems} + {image.origin}"
+                       f" + n % {image.vector}]" for name, image in (("logits", logits), ("dlogits", dlogits)))
     first, logit, gradient = logit.format(0), logit.format("k"), gradient.format("k")
     with text.nest(f"for n in {loop(batch, batch * classes)}"):
         text.local("best", 1)

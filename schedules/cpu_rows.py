@@ -87,7 +87,7 @@ def each_row(text: Text, images: dict[str, Image]) -> Iterator[None]:
 
 
 def set_rows(text: Text, images: dict[str, Image]) -> None:
-    """Sets `<name>_row`, the element where row `h` of `plane` starts, for every image, and `examples` of the slice where not all are full."""
+    """Sets `<name>_row`, the element where row `h` of `plane` starts, for every image, and what `set_examples` sets."""
     text(*(f"{name}_row: T.let = plane * {image.channel_elems} + h * {image.row_elems} + {image.origin}" for name, image in images.items()))
     set_examples(text, next(iter(images.values())))
 
