@@ -212,17 +212,16 @@ def test_batch_norm_backward(run, rng, shape, added, rectify):
     masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, y if rectify else None)
 
     arguments = [pack(dy_image, dy, 0), pack(shape, z), moments, np.stack([offset, weight])]
-    problem = batch_norm.BatchNormReduce(dy_image, shape, rectify, y_image)
-    got_dy, *_, got_sums = run("batch_norm.backward_reduce", problem, *arguments, *([pack(y_image, y)] if y_image else []),
-                               np.zeros(2 * shape.channels, np.float32))
+    facts = [*arguments, *([pack(y_image, y)] if y_image else []), np.zeros(2 * shape.channels, np.float32)]
     pixels = shape.batch * shape.height * shape.width
-    assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
-    assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
-
     for accumulate in (False, True) if shape is SHAPES[2] else (False,):
-        problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, rectify and not y_image, accumulate)
-        got = run("batch_norm.backward", problem, got_dy, *arguments[1:], got_sums, pack(problem.dz, z, 0))[-1]
+        problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, rectify, y_image, accumulate)
+        got_dy, *_, got_sums, got = run("batch_norm.backward", problem, *facts, pack(problem.dz, z, 0))
+        assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
+        assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
         assert_close(unpack(problem.dz, got, gradient=True), dz + z if accumulate else dz, terms=20)
+    only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, y_image), *facts)[-1]
+    assert np.array_equal(only_sums, got_sums)
 
 
 @pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
@@ -453,7 +452,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(run, rng):
         for threads in (1, 2):
             configure(1, threads)
             results.append((run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), z, facts[:3])[1],
-                            run("batch_norm.backward_reduce", batch_norm.BatchNormReduce(shape, shape, True), dy, z, facts[:3], facts[3:5],
+                            run("batch_norm.backward", batch_norm.BatchNormBackward(shape, shape, None, True), dy, z, facts[:3], facts[3:5],
                                 np.zeros(2 * shape.channels, np.float32))[4],
                             run("bias.gradient", bias.BiasGradient(shape), dy, facts[0])[1]))
     finally:

@@ -1,4 +1,4 @@
-"""Batch normalisation with an addition and a ReLU that may follow it: one operator, one pass forward, two backward.
+"""Batch normalisation with an addition and a ReLU that may follow it: one operator, one kernel each way.
 
 y = relu(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the ReLU are optional. Nothing but z (and y
 where both follow) is kept for the backward pass: the normalised value and the ReLU's mask are computed again.
@@ -72,36 +72,25 @@ class BatchNormForward:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNormReduce:
-    """Kernel "batch_norm.backward_reduce": dy, z, moments, affine, y only if `y`, sums.
+class BatchNormBackward:
+    """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`.
 
     relu  a ReLU follows: dy counts where y > 0
     y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
           Without it, y is computed again from z.
-    """
-
-    dy: Image
-    z: Image
-    relu: bool = False
-    y: Image | None = None
-
-    def __post_init__(self):
-        assert self.relu or self.y is None, "y is only read for the ReLU's mask"
-
-
-@dataclass(frozen=True, slots=True)
-class BatchNormBackward:
-    """Kernel "batch_norm.backward": dy, z, moments, affine, sums, dz.
-
-    relu  dy is not masked yet: mask it by y computed again from z
+    dz    None where nothing before the operator needs a gradient
     accumulate  dz += the gradient
     """
 
     dy: Image
     z: Image
-    dz: Image
+    dz: Image | None = None
     relu: bool = False
+    y: Image | None = None
     accumulate: bool = False
+
+    def __post_init__(self):
+        assert self.relu or self.y is None, "y is only read for the ReLU's mask"
 
 
 def _by_channel(values: np.ndarray) -> np.ndarray:
@@ -178,12 +167,9 @@ class BatchNorm:
         y = low.value(node.name) if relu and added else None
         facts = z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.parameter(node, "bias", "weight")
         sums = low.parameter_gradient(node, "bias", "weight")
-        low.call("batch_norm.backward_reduce", BatchNormReduce(dy.image, z.image, relu, y.image if y else None),
-                 dy, *facts, *([y] if y else []), sums)
-        if low.needs_gradient(node.inputs[0]):
-            dz, accumulate = low.contribute(node.inputs[0])
-            low.call("batch_norm.backward", BatchNormBackward(dy.image, z.image, dz.image, relu and not added, accumulate),
-                     dy, *facts, sums, dz)
+        dz, accumulate = low.contribute(node.inputs[0]) if low.needs_gradient(node.inputs[0]) else (None, False)
+        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate)
+        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []))
         # After dz, because from here on later contributions may be added to dy in place.
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])
