@@ -157,7 +157,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
 
 @schedule("batch_norm.backward", device="cpu")
 def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
-    """A channel's sums, then its gradient, while the channel is still in cache. Sums per row in float32 vectors, over rows in float64."""
+    """A channel's sums, then its gradient, while the channel is still in cache. Sums per slice in float32 vectors, over slices in float64."""
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
     rows, width = Chunks(image), UNROLL * problem.dy.vector
     share = number(1 / (image.batch * image.height * image.width))
@@ -190,10 +190,11 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
         text.local("total", 2 * vector, "float64")
         text.local("joined", 2, "float64")
         zero(text, "total", 2 * vector, vector, "float64")
-        with text.nest(f"for r in T.serial({rows.all_rows})"):
-            rows.set_row(text, "r", images)
+        with text.nest(f"for s in T.serial({image.slices})"):
             zero(text, "partial", 2 * width, vector)
-            walk_row(text, image, add)
+            with text.nest(f"for r in T.serial({image.height})"):
+                rows.set_row(text, f"s * {image.height} + r", images)
+                walk_row(text, image, add)
             fold(text, 2, vector)
         with text.nest("for s in T.unroll(2)"):
             text("joined[s] = T.float64(0)")
