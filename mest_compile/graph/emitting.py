@@ -14,6 +14,7 @@ from mest_compile.graph.program import Buffer, Program, Stage
 def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str) -> Any:
     """An IRModule with a function for each name: the program's calls of the given stages, kernels named `prefix` + program + call.
 
+    Beside them stands "arena", which shows all storages to the function `prefix` + ".arena": the allocator hands the same ones out again.
     A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns ().
     """
     from tvm import relax
@@ -33,6 +34,13 @@ def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str
                 builder.emit(relax.Call(relax.ExternFunc(kernel_name(prefix, program, call.name)), [known[b] for b in call.buffers],
                                         ty_args=[relax.TupleType([])]))
             builder.emit_func_output(relax.Tuple([]))
+    with builder.function("arena", [], pure=False):
+        slots = max((program.slots for program, _ in functions.values()), key=len)
+        storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in slots]
+        views = [builder.emit(relax.op.memory.alloc_tensor(storage, 0, relax.ShapeExpr([size]), "uint8"))
+                 for storage, size in zip(storages, slots)]
+        builder.emit(relax.Call(relax.ExternFunc(f"{prefix}.arena"), views, ty_args=[relax.TupleType([])]))
+        builder.emit_func_output(relax.Tuple([]))
     return builder.finalize()
 
 

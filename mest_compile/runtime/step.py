@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,7 @@ class TrainStep:
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
         self._executable = self._link()
         self._machine = self._new_machine()
+        self._machine["arena"]()
         for buffer in self._held.values():
             if buffer.elems is not None:
                 self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -339,6 +342,7 @@ class TrainStep:
             for call in program.calls:
                 kernel = compiled.kernels[program.name][call.name]
                 self._tvm.register_global_func(kernel_name(prefix, program, call.name), kernel, override=True)
+        self._tvm.register_global_func(f"{prefix}.arena", lambda *storages: _ask_for_huge_pages(storages), override=True)
         return compiled.link(prefix)
 
     def _new_machine(self) -> Any:
@@ -455,6 +459,21 @@ class TrainStep:
                 self._install(name, keep, kept)
                 fates[name] = "re-indexed"
         return MutationReport(fates, time.perf_counter() - start)
+
+
+def _ask_for_huge_pages(storages: Iterable[Any]) -> None:
+    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages address
+    translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice nothing is done.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    advise = ctypes.CDLL(None).madvise
+    for storage in storages:
+        view = np.from_dlpack(storage)
+        start = -(-view.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = view.ctypes.data + view.nbytes - start
+        if size >= 2**21:
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _as_conv(weight: np.ndarray) -> np.ndarray:
