@@ -11,7 +11,20 @@ from mest_compile.operators.batch_norm import (
     BatchNormRunning,
 )
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import UNROLL, Chunks, Text, buffer, channel_sums, each_row, fold, loop, number, walk_row, zero
+from mest_compile.schedules.cpu_rows import (
+    UNROLL,
+    Chunks,
+    Text,
+    buffer,
+    channel_sums,
+    each_row,
+    fold,
+    frame_row,
+    loop,
+    number,
+    walk_row,
+    zero,
+)
 
 
 @schedule("batch_norm.moments", device="cpu")
@@ -152,12 +165,16 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     with each_row(text, images):
         _set_facts(text, problem.z.channels)
         walk_row(text, problem.y, body)
+        frame_row(text, "y", problem.y)
     return str(text)
 
 
 @schedule("batch_norm.backward", device="cpu")
 def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
-    """A channel's sums, then its gradient, while the channel is still in cache. Sums per slice in float32 vectors, over slices in float64."""
+    """A channel's sums, then its gradient, while the channel is still in cache.
+
+    Sums are float32 vectors within a slice, float64 over slices.
+    """
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
     rows, width = Chunks(image), UNROLL * problem.dy.vector
     share = number(1 / (image.batch * image.height * image.width))
@@ -209,4 +226,6 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
             with text.nest(f"for r in T.serial({rows.all_rows})"):
                 rows.set_row(text, "r", {"dy": image, "z": problem.z, "dz": problem.dz})
                 walk_row(text, problem.dz, spread)
+                if not problem.accumulate:
+                    frame_row(text, "dz", problem.dz)
     return str(text)

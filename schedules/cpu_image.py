@@ -5,7 +5,7 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.image import ImageCopy, ImageExport, ImageImport, ZeroHalo
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Text, buffer, each_row, loop, pointwise
+from mest_compile.schedules.cpu_rows import Text, buffer, each_row, frame_row, pointwise
 
 
 @schedule("image.import", device="cpu")
@@ -48,25 +48,9 @@ def image_export(problem: ImageExport, target: Target) -> str:
 
 @schedule("image.zero_halo", device="cpu")
 def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
-    """Four strips a channel of a slice; strips of no size have no code."""
-    image = problem.image
-    top, left, bottom, right = (size * unit for size, unit in
-                                zip(image.halo, (image.row_elems, image.vector, image.row_elems, image.vector), strict=True))
-    text = Text(buffer("image", image.elems))
-
-    def strip(start: str, elems: int) -> None:
-        if elems:
-            with text.nest(f"for t in T.serial({elems // image.vector})", f"for i in T.vectorized({image.vector})"):
-                text(f"image[{start} + t * {image.vector} + i] = T.float32(0)")
-
-    with text.nest(f"for c in {loop(image.slices * image.channels, image.elems)}"):
-        strip(f"c * {image.channel_elems}", top)
-        strip(f"(c + 1) * {image.channel_elems - bottom} + c * {bottom}", bottom)
-        if left or right:
-            with text.nest(f"for h in T.serial({image.height})"):
-                start = f"c * {image.channel_elems} + {top} + h * {image.row_elems}"
-                strip(start, left)
-                strip(f"{start} + {image.row_elems - right}", right)
+    text = Text(buffer("image", problem.image.elems))
+    with each_row(text, {"image": problem.image}):
+        frame_row(text, "image", problem.image)
     return str(text)
 
 

@@ -98,6 +98,27 @@ def set_examples(text: Text, image: Image) -> None:
         text(f"examples: T.let = {image.batch} - plane // {image.channels} * {image.vector}")
 
 
+def frame_row(text: Text, name: str, image: Image) -> None:
+    """Zeroes the halo that borders row `h` of `plane`: both its sides, all above the first row and all below the last."""
+    top, left, bottom, right = (size * unit for size, unit in
+                                zip(image.halo, (image.row_elems, image.vector, image.row_elems, image.vector), strict=True))
+
+    def strip(start: str, elems: int) -> None:
+        if elems:
+            with text.nest(f"for t in T.serial({elems // image.vector})", f"for i in T.vectorized({image.vector})"):
+                text(f"{name}[{start} + t * {image.vector} + i] = T.float32(0)")
+
+    row = f"plane * {image.channel_elems} + {top} + h * {image.row_elems}"
+    strip(row, left)
+    strip(f"{row} + {image.row_elems - right}", right)
+    if top:
+        with text.nest("if h == 0"):
+            strip(f"plane * {image.channel_elems}", top)
+    if bottom:
+        with text.nest(f"if h == {image.height - 1}"):
+            strip(f"plane * {image.channel_elems} + {image.channel_elems - bottom}", bottom)
+
+
 def pointwise(images: dict[str, Image], result: str, value: str, accumulate: bool = False) -> str:
     """A kernel `result = value` on every element, arguments in the order of `images`.
 

@@ -132,8 +132,10 @@ class Lowering:
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None) -> None:
-        """Records a kernel call in the present stage."""
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+        if fills:
+            self._touched.add(fills)
         self._record(kernel, problem, buffers, name, self.stage)
 
     def call_update(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None) -> None:

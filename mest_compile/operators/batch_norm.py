@@ -63,7 +63,7 @@ class BatchNormFrozen:
 
 @dataclass(frozen=True, slots=True)
 class BatchNormForward:
-    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y."""
+    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y. The halo of y becomes 0."""
 
     z: Image
     y: Image
@@ -79,7 +79,7 @@ class BatchNormBackward:
     y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
           Without it, y is computed again from z.
     dz    None where nothing before the operator needs a gradient
-    accumulate  dz += the gradient
+    accumulate  dz += the gradient; else the halo of dz becomes 0
     """
 
     dy: Image
@@ -159,7 +159,8 @@ class BatchNorm:
     @staticmethod
     def _normalise(node: Node, low, z, moments, residual, y) -> None:
         problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None)
-        low.call("batch_norm.forward", problem, z, moments, low.parameter(node, "bias", "weight"), *([residual] if residual else []), y)
+        affine = low.parameter(node, "bias", "weight")
+        low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y, fills=y)
 
     def backward(self, node: Node, low: Any) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
@@ -169,7 +170,7 @@ class BatchNorm:
         sums = low.parameter_gradient(node, "bias", "weight")
         dz, accumulate = low.contribute(node.inputs[0]) if low.needs_gradient(node.inputs[0]) else (None, False)
         problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate)
-        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []))
+        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []), fills=dz)
         # After dz, because from here on later contributions may be added to dy in place.
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])
