@@ -27,4 +27,4 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/mest-compile bench --model resnet32 --width 32 --batch 64 --scheme block --sparsity 0.9 --threads 1 --vs torch
+	$(BIN)/python benchmarks/run.py

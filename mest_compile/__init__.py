@@ -14,7 +14,7 @@ _HOME = {
     "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",
     "Channel": "mest_compile.sparsity.schemes.channel", "Dense": "mest_compile.sparsity.schemes.dense",
     "Recipe": "mest_compile.recipe", "Trainer": "mest_compile.training",
-    "Target": "mest_compile.hardware", "MestError": "mest_compile.errors",
+    "speed_table": "mest_compile.speedtable", "Target": "mest_compile.hardware", "MestError": "mest_compile.errors",
 }
 
 __all__ = ["__version__", *_HOME]

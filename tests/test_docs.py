@@ -16,9 +16,12 @@ DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REP
 COVERED_ELSEWHERE = {
     'pip install "torch>=2.9,<2.14"': "tests/test_packaging.py compares the bound with pyproject.toml",
     "pip install -e .": "make venv",
+    "benchmarks/environments.sh": "gigabytes of environments; tests/test_benchmark.py compares its names and bounds",
+    "python benchmarks/readme_table.py": "writes the README; tests/test_speedtable.py compares what it would write",
 }
 SHORTENED = {  # put behind the text's own options, which they override
     "train": ["--model", "mlp", "--data", "digits", "--epochs", "1"],
+    "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],
     "bench": ["--model", "resnet20", "--width", "8", "--batch", "8", "--repeats", "1"],
 }
 

@@ -74,7 +74,8 @@ def _profile(case, repeats: int, as_json: bool) -> None:
         step = mest.compile(build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape,
                             scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution, target=case.target,
                             threads=case.threads, seed=case.seed)
-        found = profile(step, *case.batch(), repeats)
+        images, labels = case.batch()
+        found = profile(step, images, labels, repeats)
     if as_json:
         print_json(found.to_dict())
         return

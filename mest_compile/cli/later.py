@@ -9,7 +9,6 @@ from mest_compile.errors import NotYet
 
 _COMMANDS = {
     "tune": "Search the fastest kernels for a device.",
-    "table": "Table of training speed, scheme by sparsity.",
     "build": "Build an artifact that runs on a device without the compiler.",
     "report": "Plots and HTML from a run folder.",
     "tracker": "Keep a list of devices that serve.",

@@ -1,0 +1,62 @@
+"""`mest-compile table`: training speed by scheme and sparsity, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.errors import NotYet, UsageError
+
+
+def table(
+    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    target: Annotated[str, typer.Option(help="local: this machine.")] = "local",
+    schemes: Annotated[str, typer.Option(help="Names, separated by commas.")] = "unstructured,block,pattern",
+    sparsities: Annotated[str, typer.Option(help="Shares of zero weights, separated by commas.")] = "0.8,0.9,0.95",
+    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
+    vs: Annotated[str, typer.Option(help="Baseline: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
+    repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
+    seed: Annotated[int, typer.Option()] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write this HTML page.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw this picture: .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a table of training speed and memory, scheme by sparsity, against dense torch.
+
+    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. Every row is a pair of processes that take turns.
+    """
+    if target != "local":
+        raise NotYet(f"mest-compile table is not in this version yet for targets other than local, such as {target}")
+    wanted = _numbers(sparsities)
+    for path in (csv, html, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+
+    from mest_compile.speedtable import COLUMNS, speed_table
+
+    with stderr_console().status("starting") as status:
+        found = speed_table(model, (batch, 3, 32, 32), [name.strip() for name in schemes.split(",") if name.strip()], wanted, target, vs,
+                            threads, repeats, width, distribution=distribution, seed=seed,
+                            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"))
+    for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):
+        if path is not None:
+            write(path)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_table(COLUMNS, found.cells())
+        print(f"\n{found.caption()}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as problem:
+        raise UsageError(f"--sparsities is {text!r}; wanted numbers separated by commas, such as 0.8,0.9") from problem
