@@ -15,7 +15,7 @@ from mest_compile.speedtable import Row, SpeedTable
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results" / "full.json", ROOT / "README.md"
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
-HEADLINE = {"model": "resnet32", "width": 32, "threads": 1}  # the net, width and threads of the table
+HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
 
 

@@ -34,6 +34,7 @@ class Case:
     width        channels of the first stage; None is the model's own
     sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
     threads      for both sides
+    memory_budget  of our step in bytes, None for no bound
     """
 
     model: str
@@ -49,6 +50,7 @@ class Case:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    memory_budget: int | None = None
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images of input_shape float32, labels (N,) int64), the same in every process."""
@@ -133,7 +135,8 @@ def _build_mest(case: Case) -> Built:
         step = mest.compile(
             build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape, scheme=case.scheme,
             sparsity=case.sparsity, distribution=case.distribution, target=case.target, threads=case.threads, seed=case.seed,
-            optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay), builder=builder)
+            optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
+            memory_budget=case.memory_budget, builder=builder)
     images, labels = case.batch()
     return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0)
 

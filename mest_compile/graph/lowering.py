@@ -201,15 +201,18 @@ def _start(low: Lowering) -> Buffer:
     return low.value(graph.nodes[-1].name)
 
 
-def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], frozenset[str]]:
-    """Nodes whose values the backward pass may compute again: cheap ones (batch_norm without an addition), then also those of
-    convolutions whose batch_norm takes in an addition. With both, one activation is kept per convolution.
+def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
+    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time than the one before:
+
+    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is kept per
+    convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input only.
     """
     consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
-    cheap = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
-    added = frozenset(node.name for node in graph.nodes
-                      if node.op == "conv2d" and [(c.op, len(c.inputs)) for c in consumers[node.name]] == [("batch_norm", 2)])
-    return cheap, cheap | added
+    norms = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
+    normed = {node.name: consumers[node.name][0] for node in graph.nodes
+              if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]}
+    added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
+    return norms, norms | added, norms | normed.keys()
 
 
 def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
