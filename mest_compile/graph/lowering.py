@@ -212,7 +212,7 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
     normed = {node.name: consumers[node.name][0] for node in graph.nodes
               if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]}
     added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
-    return norms, norms | added, norms | normed.keys()
+    return norms, norms | added, norms.union(normed)
 
 
 def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
