@@ -34,9 +34,10 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
 
 
 def default_dense_layers(specs: Sequence[LayerSpec]) -> list[str]:
-    """What MEST leaves dense: the first layer, 1x1 convolutions on images (downsampling), the classifier."""
-    small = [spec.name for spec in specs if spec.weight_shape[2:] == (1, 1) and spec.input_shape[2:] != (1, 1)]
-    return list(dict.fromkeys([specs[0].name, *small, specs[-1].name]))
+    """What MEST (arXiv:2110.14032) leaves dense: the first convolution, 1x1 convolutions on images (downsampling), the classifier."""
+    images = [spec for spec in specs if spec.input_shape[2:] != (1, 1)]
+    small = [spec for spec in images if spec.weight_shape[2:] == (1, 1)]
+    return list(dict.fromkeys(spec.name for spec in [*images[:1], *small, specs[-1]]))
 
 
 def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,

@@ -49,18 +49,6 @@ def from_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     return read_onnx(path, _checked(input_shape))
 
 
-def default_dense_layers(graph: ForwardGraph) -> list[str]:
-    """Names of the weights that stay dense unless asked otherwise: first convolution, 1x1 convolutions, classifier.
-
-    Source: the recipe of MEST, arXiv:2110.14032, which keeps the 1x1 downsample convolutions dense.
-    """
-    layers = [node for node in graph.nodes if node.op in ("conv2d", "linear")]
-    convs = [node.params["weight"] for node in layers if node.op == "conv2d"]
-    linears = [node.params["weight"] for node in layers if node.op == "linear"]
-    dense = {*convs[:1], *linears[-1:], *(name for name in convs if graph.state_shapes[name][2:] == (1, 1))}
-    return [node.params["weight"] for node in layers if node.params["weight"] in dense]
-
-
 def _checked(input_shape: Any) -> tuple[int, ...]:
     try:
         shape = tuple(int(size) for size in input_shape)
