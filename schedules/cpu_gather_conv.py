@@ -9,6 +9,7 @@ from mest_compile.spec import FLOAT_BYTES, Image
 
 LINE_BYTES = 64       # a cache line of every CPU we know
 ACCUMULATORS = 0.5    # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
+PIXELS = 8            # of a row: what sections are cut for
 TAPS = 3              # kernel height and width that tiles are chosen for
 
 
@@ -120,29 +121,49 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     inner += [f"for unit in T.serial(pointers[{cell} + 1] - pointers[{cell}]):", f"    for k in T.unroll({problem.source_block}):",
               *indent(2, each(f"{total} = {total} + {value} * {read}"))]
     inner += each(f"{write} = {total}")
-    chunk = f"((z * {deep} + v) * {grid_pass.grid[0]} + y * {high} + a)"
-    visits = f"(section * {problem.groups * parts} + part)", problem.sections * problem.groups * parts
-    strip = high * problem.source_step[0], wide * problem.source_step[1]
-    window = high * grid_pass.step[0], wide * grid_pass.step[1]
-    inner = [*prefetch("source", source, source.channels, "source_ahead", (strip[0], 1), strip[1], *visits),
-             *prefetch("result", result, result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits, write=True),
-             *inner]
+    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:
+    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
+    near = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES <= target.l2_bytes
+    run = largest_divisor(across, max(PIXELS // wide, 1)) if near else 1
+    visits = f"((section * {problem.groups * parts} + part) * {run} + tile)", problem.sections * problem.groups * parts * run
+    strip = high * problem.source_step[0], run * wide * problem.source_step[1]
+    window = high * grid_pass.step[0], run * wide * grid_pass.step[1]
     ahead = [f"next_z: T.let = (piece + 1) // {down}", f"next_y: T.let = (piece + 1) % {down}",
              f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})"]
-    starts = [f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + x * {strip[1] * vector}",
+    starts = [f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + stretch * {strip[1] * vector}",
               f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
-              f" + (x + 1) * {window[1] * vector}"]
-    clear = []
-    if problem.statistics:
-        moment = f"statistics[(({chunk} * 2 + %d) * {result.channels} + {channel}) * {vector} + i]"
-        inner += [f"if section == {problem.sections - 1}:", *indent(1, each(f"{moment % 0} = {moment % 0} + {total}")),
-                  *indent(1, each(f"{moment % 1} = {moment % 1} + {total} * {total}"))]
-        clear = [f"for v, a, s in T.grid({deep}, {high}, {2 * result.channels}):", f"    for i in T.vectorized({vector}):",
-                 f"        statistics[({chunk} * {2 * result.channels} + s) * {vector} + i] = T.float32(0)"]
+              f" + (stretch + 1) * {window[1] * vector}"]
+    visit = [f"for tile in T.serial({run}):", *indent(1, [
+        f"x: T.let = stretch * {run} + tile",
+        *prefetch("source", source, source.channels, "source_ahead", (strip[0], 1), strip[1], *visits),
+        *prefetch("result", result, result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits, write=True),
+        *inner])]
+    statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
     return [f"for piece in T.parallel({layers * down}):",
-            *indent(1, [f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *clear, *ahead,
-                        f"for x in T.serial({across}):", *indent(1, starts), f"    for section in T.serial({problem.sections}):",
-                        f"        for part in T.serial({problem.groups * parts}):", *indent(3, inner)])]
+            *indent(1, [f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *ahead,
+                        f"for stretch in T.serial({across // run}):", *indent(1, starts),
+                        f"    for section in T.serial({problem.sections}):",
+                        f"        for part in T.serial({problem.groups * parts}):", *indent(3, visit), *statistics])]
+
+
+def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
+    """Sums of a piece's rows, which are still in cache. Within a tile's own loop they cost twice as much."""
+    result, vector = problem.result, problem.result.vector
+    lanes = next(size for size in (4, 2, 1) if result.width % size == 0)  # independent sums hide an addition's latency
+    element = (f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
+               f" + (y * {high} + a) * {result.row_elems} + (c * {lanes} + lane) * {vector} + i]")
+    part, square = f"moments[lane * {vector} + i]", f"moments[({lanes} + lane) * {vector} + i]"
+    chunk = f"((z * {deep} + v) * {result.height} + y * {high} + a)"
+    lines = [f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')",
+             *nest([("lane", 2 * lanes)], vector, f"{part} = T.float32(0)"),
+             f"for c in T.serial({result.width // lanes}):", f"    for lane in T.unroll({lanes}):",
+             f"        for i in T.vectorized({vector}):",
+             f"            {part} = {part} + {element}", f"            {square} = {square} + {element} * {element}"]
+    for moment in range(2):
+        total = " + ".join(f"moments[{(moment * lanes + lane) * vector} + i]" for lane in range(lanes))
+        lines += [f"for i in T.vectorized({vector}):",
+                  f"    statistics[(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i] = {total}"]
+    return [f"for v, a, channel in T.grid({deep}, {high}, {result.channels}):", *indent(1, lines)]
 
 
 def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int, int], columns: int, visit: str, visits: int,
@@ -160,6 +181,13 @@ def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int
                f" + {at} % {lines} * {line}")
     return [f"for ahead in T.unroll({share}):",
             f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), {int(write)}, 2, 1))"]
+
+
+def prefetch_run(name: str, start: str, elems: int) -> list[str]:
+    """Asks for `elems` elements from element `start` on."""
+    line = LINE_BYTES // FLOAT_BYTES
+    return [f"for line in T.unroll({-(-elems // line)}):",
+            f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * {line}]), 0, 2, 1))"]
 
 
 gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists

@@ -5,10 +5,12 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_gather_conv import TAPS, divisors, indent, largest_divisor, nest, prefetch
+from mest_compile.schedules.cpu_gather_conv import TAPS, indent, largest_divisor, nest, prefetch_run
 from mest_compile.spec import FLOAT_BYTES
 
 UNROLLED_COLUMNS = 8
+SMALL_PIXELS = 64
+BURST = 3  # runs of a row that are prefetched at once without holding up the loads behind them
 
 
 def _batches(most: int) -> list[int]:
@@ -19,28 +21,32 @@ def _batches(most: int) -> list[int]:
     return sizes
 
 
-def pick_strip(problem: GatherGrad, accumulators: int, target: Target) -> tuple[int, int]:
+def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
     """(rows, columns) of result pixels that pass over all units before the next strip.
 
-    What a section's channels have under a strip is to stay in the first-level cache while all groups read it; where several rows of
-    a unit share what they read, it may be that many times as large.
+    Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than the second-level
+    cache holds with what is prefetched. Where they do not, what a unit reads should be in the first-level cache: 2 x 8, unless the
+    images come from memory, which wants long strips.
+
+    shared  whether a unit has several rows or channels
     """
-    wide = largest_divisor(problem.delta.width, UNROLLED_COLUMNS)
-    channels = min(problem.section_channels, problem.source.channels)
-
-    def strip_bytes(high: int) -> int:
-        rows, columns = ((size - 1) * step + 3 for size, step in zip((high, wide), problem.source_step, strict=True))
-        return channels * rows * columns * problem.source.vector * FLOAT_BYTES
-
-    fits = [high for high in divisors(problem.delta.height) if strip_bytes(high) <= target.l1_bytes * 4 // 3 * accumulators]
-    return max(fits, default=1), wide
+    delta, source = problem.delta, problem.source
+    wide = largest_divisor(delta.width, UNROLLED_COLUMNS)
+    section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES
+    if shared and delta.height * delta.width <= SMALL_PIXELS:
+        most = delta.height
+    else:
+        most = 4 if shared or section_bytes > target.l2_bytes else 2
+    return largest_divisor(delta.height, most), wide
 
 
 @schedule("gather.grad", device="cpu", knobs={"strip": (None,)})
 def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None) -> str:
-    """Several units of a group at a time, so that they share what they read of delta; a thread owns whole groups.
+    """Several units of a group at a time, so that they share what they read of delta.
 
-    Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end.
+    Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A thread owns strips,
+    and sums of its own: were it groups, each thread would read all of source. What a thread owns follows from the target's cores, so
+    results are the same on any number of threads.
 
     strip  (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
     """
@@ -50,64 +56,79 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     depth = largest_divisor(problem.source_block, most // rows)
     parts, layers = problem.row_block // rows, problem.source_block // depth
     each = rows * depth
-    sizes = _batches(most // each if each > 1 else max(target.registers // 2, 1))
+    most_units = most // each if each > 1 else max(target.registers // 2, 1)
+    sizes = _batches(most_units)
     block = problem.source_block * problem.row_block
-    high, wide = strip or pick_strip(problem, rows, target)
+    high, wide = strip or pick_strip(problem, each > 1, target)
     down, across = delta.height // high, delta.width // wide
-    chunks = min(target.cores, problem.groups)
-    share = -(-problem.groups // chunks)
+    strips_each = delta.slices * down * across  # of a section
+    chunks = min(target.cores, strips_each)
+    share = -(-strips_each // chunks)
 
-    cell = f"(section * {problem.groups} + chunk * {share} + group)"
-    groups = f"T.min({share}, {problem.groups} - chunk * {share})"
+    cell = f"(section * {problem.groups} + group)"
     count = f"(pointers[{cell} + 1] - pointers[{cell}])"
 
     def together(units: int, first: str) -> list[str]:
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector} + i]"
-        weight = f"(({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
+        weight = f"((chunk * units + {first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
         read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {source.channel_elems} + z * {source.slice_elems}"
                 f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
-        against = (f"delta[((chunk * {share} + group) * {problem.row_block} + part * {rows} + j) * {delta.channel_elems} + {delta.origin}"
+        against = (f"delta[(group * {problem.row_block} + part * {rows} + j) * {delta.channel_elems} + {delta.origin}"
                    f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
-        loops = [("u", units), ("k", depth), ("j", rows)]
+        loops = [("k", depth), ("j", rows), ("u", units)]  # what a row reads of delta is used by all units at once
         return [f"sums = T.alloc_buffer(({units * each * vector},), 'float32')",
                 *nest(loops, vector, f"{total} = scratch[{weight} * {vector} + i]"),
                 f"for a in T.serial({high}):",
                 *indent(1, nest([("c", wide), *loops], vector, f"{total} = {total} + {against} * {read}")),
                 *nest(loops, vector, f"scratch[{weight} * {vector} + i] = {total}")]
 
+    source_rows = min(problem.section_channels, source.channels), high * problem.source_step[0] + TAPS - 1
+    runs = {"source": (*source_rows, wide * problem.source_step[1], source), "delta": (delta.channels, high, wide, delta)}
+
+    def fetch(name: str, first: str, many: str) -> list[str]:
+        """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
+        channels, rows_each, columns, image = runs[name]
+        run = f"({first} + ahead)"
+        start = f"{name}_ahead + {run} // {rows_each} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
+        return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, start, columns * image.vector))]
+
     strips, left = [], count
+    per_group = {name: -(-channels * rows_each // problem.groups) for name, (channels, rows_each, _, _) in runs.items()}
+    at_once = [line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))]
+    spread = {name: many for name, many in per_group.items() if many > BURST}
     for units in sizes:
-        strips += [f"for several in T.serial({left} // {units}):",
-                   *indent(1, together(units, f"(pointers[{cell} + 1] - {left} + several * {units})"))]
+        body = together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
+        if units == most_units and spread:
+            strips.append(f"times: T.let = T.max({left} // {units}, 1)")
+            for name, many in spread.items():
+                strips.append(f"{name}_runs: T.let = ({many} + times - 1) // times")
+                body = fetch(name, f"(group * {many} + several * {name}_runs)", f"{name}_runs") + body
+        strips += [f"for several in T.serial({left} // {units}):", *indent(1, body)]
         left = f"({left} % {units})"
-    weights = f"for weight in T.serial({count} * {block}):"
-    here = f"(pointers[{cell}] * {block} + weight)"
-    lanes = " + ".join(f"scratch[{here} * {vector} + {lane}]" for lane in range(vector))
-    pieces = delta.slices * problem.sections * down * across
-    steps = {"z": (problem.sections * down * across, delta.slices), "section": (down * across, problem.sections),
-             "y": (across, down), "x": (1, across)}
-    where = [f"{name}: T.let = piece // {size} % {count_of}" for name, (size, count_of) in steps.items()]
-    then = [f"next_{name}: T.let = (piece + 1) // {size} % {count_of}" for name, (size, count_of) in steps.items()]
+    place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
+    where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
+    then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
     tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
     starts = [
-        f"source_ahead: T.let = next_z * {source.slice_elems} + next_section * {problem.section_channels * source.channel_elems}"
+        f"source_ahead: T.let = next_z * {source.slice_elems} + section * {problem.section_channels * source.channel_elems}"
         f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
-        f"delta_ahead: T.let = next_z * {delta.slice_elems} + chunk * {share * problem.row_block * delta.channel_elems} + {delta.origin}"
-        f" + next_y * {high * delta.row_elems} + next_x * {wide * vector}"]
-    channels = min(problem.section_channels, source.channels)
-    ahead = [*prefetch("source", source, channels, "source_ahead", (tall + TAPS - 1, 1), broad, "group", share),
-             *prefetch("delta", delta, share * problem.row_block, "delta_ahead", (high, 1), wide, "group", share)]
+        f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
+        f" + next_x * {wide * vector}"]
+    mine = f"T.min({share}, {strips_each} - chunk * {share})"
+    lanes = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + {lane}]"
+                       for owner in range(chunks) for lane in range(vector))
     lines = [
         f"for chunk in T.parallel({chunks}):",
         *indent(1, [
-            f"for section, group in T.grid({problem.sections}, {groups}):", f"    {weights}", f"        for i in T.vectorized({vector}):",
-            f"            scratch[{here} * {vector} + i] = T.float32(0)",
-            f"for piece in T.serial({pieces}):", *indent(1, [
-                *where, *then, *starts, f"for group in T.serial({groups}):", *indent(1, ahead),
-                f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)]),
-            f"for section, group in T.grid({problem.sections}, {groups}):", f"    {weights}", f"        gradients[{here}] = {lanes}"])]
+            f"for weight in T.serial(units * {block}):", f"    for i in T.vectorized({vector}):",
+            f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
+            f"for section, turn in T.grid({problem.sections}, {mine}):", *indent(1, [
+                f"strip: T.let = chunk * {share} + turn", *where, *then, *starts,
+                f"for group in T.serial({problem.groups}):", *indent(1, at_once),
+                f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
+        f"for weight in T.serial(units * {block}):", f"    gradients[weight] = {lanes}"]
     return "\n".join([
         "@T.prim_func",
         f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
@@ -117,4 +138,4 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
             "units = T.int32()",
             "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
             f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')",
-            f"scratch = T.alloc_buffer((units * {block * vector},), 'float32')", *lines])])
+            f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])])
