@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 
+from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import Buffer, Call, Program, plan_memory
-from mest_compile.spec import ForwardGraph, Node
+from mest_compile.sparsity.packing import reaching_passes
+from mest_compile.spec import ForwardGraph, LayerSpec, Node
 
 SHAPE = (2, 4, 5, 5)
 
@@ -58,3 +60,17 @@ def test_a_second_program_runs_in_the_memory_of_the_first():
     program = Program("q", [Call("c", "k", None, (second,), "forward")])
     plan_memory(program, [first.size_bytes])
     assert program.slots == [first.size_bytes] and program.slot_of[second] == 0
+
+
+def test_strided_1x1_convolutions_are_the_last_to_add_to_the_gradient_of_what_they_read():
+    graph = fuse(import_model("resnet20", (4, 3, 32, 32))[0])
+    names = [node.name for node in graph.nodes]
+    for block in ("layer2.0", "layer3.0"):
+        assert names.index(f"{block}.downsample.0") < names.index(f"{block}.conv1")
+    place = {name: index for index, name in enumerate(names)}
+    assert all(place.get(source, -1) < place[node.name] for node in graph.nodes for source in node.inputs)
+
+
+def test_a_gradient_that_is_added_leaves_out_pixels_that_no_tap_reaches():
+    spec = LayerSpec("ds", (8, 4, 1, 1), (2, 4, 6, 6), (2, 2))
+    assert [grid_pass.grid for grid_pass in reaching_passes(spec)] == [(3, 3), (0, 0), (0, 0), (0, 0)]

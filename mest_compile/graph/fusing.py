@@ -1,6 +1,8 @@
-"""Joins batch_norm with the addition and the ReLU that follow it, before anything is differentiated.
+"""Makes the forward graph cheap to differentiate: joins batch_norm with the addition and the ReLU that follow it, and puts strided
+1x1 convolutions first among the consumers of a value.
 
-The joined operator has one backward pass over memory instead of three, and saves nothing for the ReLU.
+The joined operator has one backward pass over memory instead of three, and saves nothing for the ReLU. A convolution that reads only
+some pixels has an input gradient only there: when it is the last to contribute, as the first consumer is, it need not write the others.
 """
 
 from __future__ import annotations
@@ -48,4 +50,16 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
         renamed[node.name] = joined.name
         uses[joined.name] = uses[node.name]
         order[joined.name] = order[node.name]
-    return replace(graph, nodes=tuple(placed.values()))
+    return _partial_readers_first(replace(graph, nodes=tuple(placed.values())))
+
+
+def _partial_readers_first(graph: ForwardGraph) -> ForwardGraph:
+    """`graph` with every convolution whose stride exceeds its kernel directly behind the node that it reads."""
+    def partial(node: Node) -> bool:
+        return node.op == "conv2d" and any(step > taps for step, taps in
+                                           zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True))
+
+    nodes = [node for node in graph.nodes if not partial(node)]
+    for node in filter(partial, graph.nodes):
+        nodes.insert(next((place + 1 for place, other in enumerate(nodes) if other.name == node.inputs[0]), 0), node)
+    return replace(graph, nodes=tuple(nodes))

@@ -10,7 +10,15 @@ from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.optimizer import Sgd, SgdUnits
 from mest_compile.registry import operator
-from mest_compile.sparsity.packing import LayerIndex, forward_index, gradient_halo, parity_passes, source_halo, with_transposed
+from mest_compile.sparsity.packing import (
+    LayerIndex,
+    forward_index,
+    gradient_halo,
+    parity_passes,
+    reaching_passes,
+    source_halo,
+    with_transposed,
+)
 from mest_compile.spec import Image, Node
 
 if TYPE_CHECKING:
@@ -28,8 +36,8 @@ def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, stat
 def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
     """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
     rows, sources = layer.scheme.block(layer.spec)
-    return GatherConv(delta, result, sources, rows, (1, 1), parity_passes(layer.spec), layer.transposed_section_channels,
-                      accumulate=accumulate)
+    passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
+    return GatherConv(delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate)
 
 
 @operator("conv2d")

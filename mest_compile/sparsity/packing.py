@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,15 @@ def _shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray
     """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in range(taps)."""
     distance = start + padding - np.arange(taps)
     return distance % stride == 0, distance // stride
+
+
+def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
+    """`parity_passes` with an empty grid for those that no tap reaches: what is added there is 0."""
+    def reached(grid_pass: Pass) -> bool:
+        return all(_shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
+                   for axis in (0, 1))
+
+    return tuple(grid_pass if reached(grid_pass) else replace(grid_pass, grid=(0, 0)) for grid_pass in parity_passes(layer))
 
 
 def source_halo(layer: LayerSpec) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ class Dense(Scheme):
     name = "dense"
 
     def block(self, layer):
-        return loads_shared(layer.weight_shape[0]), 1
+        return loads_shared(layer.weight_shape[0]), loads_shared(layer.weight_shape[1])
 
     def live_units(self, layer, sparsity):
         if sparsity != 0.0:
