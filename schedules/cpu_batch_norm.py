@@ -179,6 +179,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     rows, width = Chunks(image), UNROLL * problem.dy.vector
     share = number(1 / (image.batch * image.height * image.width))
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
+    target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)
     text = Text(buffer("dy", image.elems), buffer("z", problem.z.elems), *_facts(channels),
                 *([buffer("y", problem.y.elems)] if problem.y else []), buffer("sums", 2 * channels),
                 *([buffer("dz", problem.dz.elems)] if problem.dz else []))
@@ -197,9 +198,10 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
         value = f"scale * ({gradient(at)} - mean_dy[0] - (z[z_row + {at}] - mean) * slope[0])"
+        element = f"{target_name}[{target_name}_row + {at}]"
         if problem.accumulate:
-            value = f"dz[dz_row + {at}] + {value}"
-        return [f"dz[dz_row + {at}] = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
+            value = f"{element} + {value}"
+        return [f"{element} = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
 
     with text.nest(f"for c in {loop(channels, image.elems)}"):
         _set_facts(text, channels)
@@ -219,13 +221,13 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
                 text(f"joined[s] = joined[s] + total[s * {vector} + i]")
         text('sums[c] = T.cast(joined[0], "float32")',
              f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")')
-        if problem.dz:
+        if target_image:
             text.local("mean_dy", 1)
             text.local("slope", 1)
             text(f"mean_dy[0] = sums[c] * {share}", f"slope[0] = sums[{channels} + c] * {share} * moments[{channels} + c]")
             with text.nest(f"for r in T.serial({rows.all_rows})"):
-                rows.set_row(text, "r", {"dy": image, "z": problem.z, "dz": problem.dz})
-                walk_row(text, problem.dz, spread)
-                if not problem.accumulate:
+                rows.set_row(text, "r", {"dy": image, "z": problem.z, target_name: target_image})
+                walk_row(text, target_image, spread)
+                if problem.dz and not problem.accumulate:
                     frame_row(text, "dz", problem.dz)
     return str(text)

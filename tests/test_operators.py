@@ -221,6 +221,10 @@ def test_batch_norm_backward(run, rng, shape, added, rectify):
         assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
         halo = HALO if accumulate else 0
         assert_close(unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20)
+    if not y_image:
+        got, *_, got_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, in_place=True), *facts)
+        assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
+        assert_close(unpack(dy_image, got, gradient=True), dz, terms=20)
     only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, y_image), *facts)[-1]
     assert np.array_equal(only_sums, got_sums)
 

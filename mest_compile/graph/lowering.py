@@ -79,6 +79,12 @@ class Lowering:
         """Gradient of the loss with respect to the node's value; complete when its backward is called."""
         return self._gradients[self._root(node.name)]
 
+    def gradient_halo(self, name: str) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) zero pixels that the operator of `name` reads around the gradient of its value."""
+        node = self._nodes[name]
+        operator = OPERATORS.find(node.op)
+        return operator.gradient_halo(node, self) if hasattr(operator, "gradient_halo") else (0, 0, 0, 0)
+
     def has_gradient(self, node: Node) -> bool:
         """Whether the loss depends on the node's value through a trainable path."""
         return self._root(node.name) in self._gradients
@@ -88,13 +94,13 @@ class Lowering:
         name = self._root(name)
         if name in self._gradients:
             return self._gradients[name], True
-        self._gradients[name] = self._image_buffer(f"{name}.gradient", self._gradient_halo(name))
+        self._gradients[name] = self._image_buffer(f"{name}.gradient", self.gradient_halo(name))
         return self._gradients[name], False
 
     def adopt(self, name: str, buffer: Buffer) -> bool:
         """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
         name = self._root(name)
-        wanted = self._image(name, self._gradient_halo(name))
+        wanted = self._image(name, self.gradient_halo(name))
         if name in self._gradients or buffer.image != wanted:
             return False
         self._gradients[name] = buffer
@@ -179,11 +185,6 @@ class Lowering:
         halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)
                  if hasattr(OPERATORS.find(node.op), "source_halo")]
         return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
-
-    def _gradient_halo(self, name: str) -> tuple[int, int, int, int]:
-        node = self._nodes[name]
-        operator = OPERATORS.find(node.op)
-        return operator.gradient_halo(node, self) if hasattr(operator, "gradient_halo") else (0, 0, 0, 0)
 
 
 def _start(low: Lowering) -> Buffer:

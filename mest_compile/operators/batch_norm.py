@@ -80,6 +80,7 @@ class BatchNormBackward:
           Without it, y is computed again from z.
     dz    None where nothing before the operator needs a gradient
     accumulate  dz += the gradient; else the halo of dz becomes 0
+    in_place    dy becomes dz, which is no argument then: half of the memory is written without being fetched first
     """
 
     dy: Image
@@ -88,9 +89,11 @@ class BatchNormBackward:
     relu: bool = False
     y: Image | None = None
     accumulate: bool = False
+    in_place: bool = False
 
     def __post_init__(self):
         assert self.relu or self.y is None, "y is only read for the ReLU's mask"
+        assert not (self.in_place and (self.dz or self.y)), "in place there is no dz, and dy is not needed for a residual"
 
 
 def _by_channel(values: np.ndarray) -> np.ndarray:
@@ -136,6 +139,11 @@ def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.n
 class BatchNorm:
     """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, relu."""
 
+    def gradient_halo(self, node: Node, low: Any) -> tuple[int, int, int, int]:
+        """That of its input's gradient where it can take its place: convolutions write it, nobody else needs it."""
+        alone = len(node.inputs) == 1 and all(consumer.op == "conv2d" for consumer in low.consumers(node.name))
+        return low.gradient_halo(node.inputs[0]) if alone and low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
+
     def forward(self, node: Node, low: Any) -> None:
         z, y = low.value(node.inputs[0]), low.output(node)
         residual = low.value(node.inputs[1]) if len(node.inputs) == 2 else None
@@ -168,8 +176,10 @@ class BatchNorm:
         y = low.value(node.name) if relu and added else None
         facts = z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.parameter(node, "bias", "weight")
         sums = low.parameter_gradient(node, "bias", "weight")
-        dz, accumulate = low.contribute(node.inputs[0]) if low.needs_gradient(node.inputs[0]) else (None, False)
-        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate)
+        wanted = low.needs_gradient(node.inputs[0])
+        in_place = wanted and not added and low.adopt(node.inputs[0], dy)
+        dz, accumulate = low.contribute(node.inputs[0]) if wanted and not in_place else (None, False)
+        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate, in_place)
         low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []), fills=dz)
         # After dz, because from here on later contributions may be added to dy in place.
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
