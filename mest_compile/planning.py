@@ -9,10 +9,9 @@ from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageEr
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.hardware import Target
-from mest_compile.registry import SCHEDULES
+from mest_compile.operators.family import family_of
 from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import gradient_halo, image_of, source_halo
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import ForwardGraph, LayerSpec
@@ -60,7 +59,7 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
         chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
-        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), *_sections(spec, chosen, target))
+        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), *family_of(chosen, spec).sections(spec, chosen, target))
     return layers
 
 
@@ -93,15 +92,6 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
     least = need(leanest, 0.99 if lower_density and sparse else None)
     raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step needs at least {least}, most of it activations: use a smaller "
                       "batch or model, or a larger budget")
-
-
-def _sections(spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:
-    """Source channels of a section, forward and transposed, as the device's schedule wants them."""
-    rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
-    rows, sources = scheme.block(spec)
-    source = image_of(spec, source_halo(spec), target.vector, output=False)
-    delta = image_of(spec, gradient_halo(spec), target.vector, output=True)
-    return rule(source, spec.stride, spec.weight_shape[2:], sources, target), rule(delta, (1, 1), spec.weight_shape[2:], rows, target)
 
 
 def _weight_name(name: str, names: Sequence[str], where: str) -> str:

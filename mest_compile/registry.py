@@ -48,6 +48,7 @@ class Registry(dict[str, Any]):
 SCHEMES = Registry("scheme", "mest_compile.sparsity.schemes")
 OPERATORS = Registry("operator", "mest_compile.operators")
 SCHEDULES = Registry("schedule", "mest_compile.schedules")
+FAMILIES = Registry("kernel family", "mest_compile.operators")
 
 
 def scheme(name: str):
@@ -65,6 +66,16 @@ def operator(name: str):
 
     def register(cls):
         OPERATORS.add(name, cls())
+        return cls
+
+    return register
+
+
+def family(name: str):
+    """Class decorator: registers a family of kernels (one instance serves all layers)."""
+
+    def register(cls):
+        FAMILIES.add(name, cls())
         return cls
 
     return register

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mest_compile.operators.conv2d import forward_problem, gradient_problem
 from mest_compile.operators.gather import GatherGrad, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.gather_layer import forward_problem, gradient_problem
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import (
@@ -55,18 +55,18 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     backward = gradient_problem(layer, result, source, False)
     index = with_transposed(forward_index(spec, keep, forward), spec, keep, backward)
     values = gather_units(weight.detach().numpy(), index.order, layer.scheme.grid(spec)).astype(np.float64)
-    got = gather_conv_reference(forward, index.pointers, index.offsets, values, pad_image(x.detach().numpy(), source))
+    got = gather_conv_reference(forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source))
     np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
 
     delta = pad_image(dy.numpy(), result)
     turned = np.empty((len(values), values.shape[2], values.shape[1]))
-    turned[index.permutation] = values.transpose(0, 2, 1)
-    got = gather_conv_reference(backward, index.transposed_pointers, index.transposed_offsets, turned, delta)
+    turned[index.arrays["permutation"]] = values.transpose(0, 2, 1)
+    got = gather_conv_reference(backward, index.arrays["transposed_pointers"], index.arrays["transposed_offsets"], turned, delta)
     np.testing.assert_allclose(source.unpack(got).transpose(3, 0, 1, 2), x.grad.numpy(), rtol=1e-5, atol=1e-5)
 
     rows, sources = layer.scheme.block(spec)
-    grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.pointers, index.offsets,
-                                 pad_image(x.detach().numpy(), source), delta)
+    grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.arrays["pointers"],
+                                 index.arrays["offsets"], pad_image(x.detach().numpy(), source), delta)
     dense = scatter_units(grad, index.order, layer.scheme.grid(spec), weight_shape)
     np.testing.assert_allclose(dense, weight.grad.numpy() * mask, rtol=1e-9, atol=1e-9)
 

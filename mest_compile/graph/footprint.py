@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mest_compile.graph.program import ITEM_BYTES, Buffer, Program
+from mest_compile.operators.family import family_of
 from mest_compile.sparsity.layer import Layer
 
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
@@ -35,8 +36,9 @@ def _padded(program: Program, other: Program) -> list[int]:
 
 
 def _masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
-    """Elements of a buffer whose size follows from its layer's mask: index arrays have one a unit, the others one a weight."""
-    name = buffer.name.partition(":")[0]
-    layer = layers[name]
-    rows, sources = layer.scheme.block(layer.spec)
-    return live_units[name] * (1 if buffer.kind == "indices" else rows * sources)
+    """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
+    name, _, part = buffer.name.partition(":")
+    layer, cells = layers[name], live_units[name]
+    if buffer.kind == "indices":
+        return family_of(layer.scheme, layer.spec).index_elems(layer, part, cells)
+    return cells * layer.scheme.cell_elems(layer.spec)

@@ -18,7 +18,7 @@ from mest_compile.graph.emitting import kernel_name
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
-from mest_compile.operators.conv2d import index_layer
+from mest_compile.operators.family import family_of
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, scatter_units
@@ -424,7 +424,7 @@ class TrainStep:
         """
         layer = self._compiled.layers[name]
         old = self._index.get(name)
-        index = index_layer(layer, keep, self._compiled.train)
+        index = family_of(layer.scheme, layer.spec).index(layer, keep, self._compiled.train)
         elems = layer.scheme.cell_elems(layer.spec)
         for suffix in ("", ":gradient", ":momentum"):
             if old is None:
@@ -434,15 +434,14 @@ class TrainStep:
                 if survivors is not None:
                     moved[~survivors.ravel()[index.order]] = 0
             self._put(name + suffix, moved)
-        for part in ("pointers", "offsets", "transposed_pointers", "transposed_offsets", "permutation"):
-            if (array := getattr(index, part)) is not None:
-                self._put(f"{name}:{part}", array)
+        for part, array in index.arrays.items():
+            self._put(f"{name}:{part}", array)
         self._keep[name], self._index[name] = keep, index
         self._transpose(name)
 
     def _transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
-        permutation = self._index[name].permutation
+        permutation = self._index[name].arrays.get("permutation")
         if permutation is not None:
             layer = self._compiled.layers[name]
             rows, sources = layer.scheme.block(layer.spec)

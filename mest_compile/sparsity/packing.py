@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,18 +15,14 @@ from mest_compile.spec import Image, LayerSpec
 class LayerIndex:
     """Index arrays of one layer under one mask.
 
-    order        (units,) int64: flat position in the unit grid of each unit, in the order of the value array
-    pointers, offsets             of the forward pass and the weight gradient, int32
-    transposed_pointers, transposed_offsets  of the input gradient, int32; None where none is computed
-    permutation  (units,) int32: place of each unit in the transposed order; None likewise
+    order   (cells,) int64: flat position in the grid of each live cell, in the order of the value array
+    arrays  part of the layer's held index buffer -> int32 array. In the gather family: pointers, offsets of the forward pass and the
+            weight gradient; where there is an input gradient transposed_pointers, transposed_offsets, and permutation (cells,), the
+            place of each cell in the transposed order
     """
 
     order: np.ndarray
-    pointers: np.ndarray
-    offsets: np.ndarray
-    transposed_pointers: np.ndarray | None = None
-    transposed_offsets: np.ndarray | None = None
-    permutation: np.ndarray | None = None
+    arrays: Mapping[str, np.ndarray]
 
 
 def parity_passes(layer: LayerSpec) -> tuple[Pass, ...]:
@@ -80,7 +77,8 @@ def forward_index(layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> La
                + (x - layer.padding[1] + image.halo[1]) * image.vector)
     cell = source * problem.source_block // problem.section_channels * problem.groups + group
     sort = np.lexsort((offsets, cell))
-    return LayerIndex(order[sort], _pointers(cell, problem.sections * problem.groups), offsets[sort].astype(np.int32))
+    return LayerIndex(order[sort], {"pointers": _pointers(cell, problem.sections * problem.groups),
+                                    "offsets": offsets[sort].astype(np.int32)})
 
 
 def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> LayerIndex:
@@ -103,8 +101,8 @@ def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, probl
     sort = np.lexsort((offsets, cell))
     permutation = np.empty(len(sort), np.int32)
     permutation[sort] = np.arange(len(sort), dtype=np.int32)
-    return LayerIndex(index.order, index.pointers, index.offsets,
-                      _pointers(cell, cells), offsets[sort].astype(np.int32), permutation)
+    return LayerIndex(index.order, {**index.arrays, "transposed_pointers": _pointers(cell, cells),
+                                    "transposed_offsets": offsets[sort].astype(np.int32), "permutation": permutation})
 
 
 def _pointers(cell: np.ndarray, cells: int) -> np.ndarray:

@@ -41,6 +41,10 @@ class Scheme(ABC):
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         """(output channels, input channels) of one cell."""
 
+    def kernels(self, layer: LayerSpec) -> str:
+        """Name of the kernel family that the layer runs on."""
+        return "gather"
+
     def check(self, layer: LayerSpec) -> None:
         """Raises SparsityError when the layer cannot be cut into this scheme's units."""
         rows, sources = self.block(layer)

@@ -1,0 +1,110 @@
+"""Kernel families: which kernels a convolution runs on, and how a mask becomes their index. One file each; a scheme names its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.operators.bias import BiasGradient
+from mest_compile.operators.optimizer import Sgd
+from mest_compile.registry import FAMILIES
+from mest_compile.spec import LayerSpec, Node
+
+if TYPE_CHECKING:
+    from mest_compile.graph.lowering import Lowering
+    from mest_compile.graph.program import Buffer, Program
+    from mest_compile.hardware import Target
+    from mest_compile.sparsity.layer import Layer
+    from mest_compile.sparsity.packing import LayerIndex
+    from mest_compile.sparsity.scheme import Scheme
+
+
+class KernelFamily(ABC):
+    """Records the kernel calls of one layer's phases. Stateless; one instance serves all layers.
+
+    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":momentum", and one a `LayerIndex` array.
+    """
+
+    def forward(self, node: Node, low: Lowering) -> None:
+        # Statistics in the epilogue spare batch_norm a pass over memory; lanes without an example would count in them.
+        result = low.output(node)
+        assert result.image
+        statistics = []
+        normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
+        if low.training and normed and "bias" not in node.params and image.batch == image.lanes:
+            statistics = [low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector)]
+        self._convolve(node, low, result, statistics, "forward")
+
+    def recompute(self, node: Node, low: Lowering) -> None:
+        """The forward pass once more, for a value that was not kept."""
+        self._convolve(node, low, low.output(node), [], "recompute")
+
+    def backward(self, node: Node, low: Lowering) -> None:
+        layer, source, delta = low.layer(node), low.value(node.inputs[0]), low.gradient(node)
+        self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, f"{node.name}.grad_weight")
+        if "bias" in node.params:
+            assert delta.image
+            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), name=f"{node.name}.grad_bias")
+        transposed = low.needs_gradient(node.inputs[0])
+        if transposed:
+            target, accumulate = low.contribute(node.inputs[0])
+            self.grad_input(layer, delta, target, accumulate, low, f"{node.name}.grad_input")
+        self.update(layer, transposed, low, f"{layer.spec.name}.update")
+
+    def update(self, layer: Layer, transposed: bool, low: Lowering, name: str) -> None:
+        """Records the optimizer's step. transposed: whether the layer has an input gradient."""
+        low.call_update("optimizer.sgd", Sgd(), *self.state(layer, low), name=name)
+
+    def state(self, layer: Layer, low: Lowering) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+        """(values, gradients, momentum, hyper): what the optimizer works on."""
+        return (self.hold(layer, low, "", "values"), self.hold(layer, low, "gradient", "gradients"),
+                self.hold(layer, low, "momentum", "optimizer"), low.hold("hyper", 4, "batch"))
+
+    @staticmethod
+    def hold(layer: Layer, low: Lowering, part: str, kind: str, elems: int | None = None) -> Buffer:
+        """The layer's held buffer of that part; elems None: its size depends on the mask."""
+        return low.hold(f"{layer.spec.name}:{part}" if part else layer.spec.name, elems, kind, "int32" if kind == "indices" else "float32")
+
+    def _convolve(self, node: Node, low: Lowering, result: Buffer, statistics: list[Buffer], phase: str) -> None:
+        bias = [low.parameter(node, "bias")] if "bias" in node.params else []
+        self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, f"{node.name}.{phase}")
+
+    # What a family says.
+
+    @abstractmethod
+    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Lowering,
+                 name: str) -> None:
+        """Records the forward pass. bias, statistics: one buffer or none; statistics as GatherConv has them."""
+
+    @abstractmethod
+    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Lowering, name: str) -> None:
+        """Records the weight gradient, in the order of the values."""
+
+    @abstractmethod
+    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Lowering, name: str) -> None:
+        """Records the input gradient, added to `target` or in its place."""
+
+    @abstractmethod
+    def index(self, layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
+        """Index arrays of the layer's kernels in `program` under the grid `keep`."""
+
+    @abstractmethod
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
+        """Elements of the held index buffer `part` whose size depends on the mask, with `cells` live cells."""
+
+    @abstractmethod
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:
+        """Source channels of a section of the index, forward and transposed, as the device's schedule wants them."""
+
+
+def family_of(scheme: Scheme, spec: LayerSpec) -> KernelFamily:
+    """The family that runs a layer of that scheme."""
+    return FAMILIES.find(scheme.kernels(spec))
+
+
+def problem_of(program: Program, layer: Layer, kernel: str, part: str):
+    """The problem of the layer's call of `kernel` that reads the index buffer `part` first, or None."""
+    name = f"{layer.spec.name}:{part}"
+    return next((call.problem for call in program.calls if call.kernel == kernel and call.buffers[0].name == name), None)

@@ -1,0 +1,87 @@
+"""The gather family: any cells, one offset each. It serves every scheme and every convolution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mest_compile.operators.family import KernelFamily, problem_of
+from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.optimizer import SgdUnits
+from mest_compile.registry import SCHEDULES, family
+from mest_compile.sparsity.packing import (
+    forward_index,
+    gradient_halo,
+    image_of,
+    parity_passes,
+    reaching_passes,
+    source_halo,
+    with_transposed,
+)
+from mest_compile.spec import Image
+
+if TYPE_CHECKING:
+    from mest_compile.graph.lowering import Lowering
+    from mest_compile.graph.program import Buffer
+    from mest_compile.sparsity.layer import Layer
+
+
+def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, statistics: bool) -> GatherConv:
+    rows, sources = layer.scheme.block(layer.spec)
+    return GatherConv(source, result, rows, sources, layer.spec.stride, (Pass((result.height, result.width)),),
+                      layer.section_channels, bias=bias, statistics=statistics)
+
+
+def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
+    """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
+    rows, sources = layer.scheme.block(layer.spec)
+    passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
+    return GatherConv(delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate)
+
+
+@family("gather")
+class GatherFamily(KernelFamily):
+    """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
+
+    def convolve(self, layer, source, result, bias, statistics, low, name):
+        problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
+        low.call("gather.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
+                 *statistics, name=name)
+
+    def grad_weight(self, layer, source, delta, gradients, low, name):
+        rows, sources = layer.scheme.block(layer.spec)
+        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
+        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+
+    def grad_input(self, layer, delta, target, accumulate, low, name):
+        problem = gradient_problem(layer, delta.image, target.image, accumulate)
+        low.call("gather.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
+                 delta, target, name=name)
+
+    def update(self, layer, transposed, low, name):
+        if not transposed:
+            super().update(layer, transposed, low, name)
+            return
+        rows, sources = layer.scheme.block(layer.spec)
+        low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), *self.state(layer, low),
+                        self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
+
+    def index(self, layer, keep, program):
+        forward = problem_of(program, layer, "gather.conv", "pointers")
+        backward = problem_of(program, layer, "gather.conv", "transposed_pointers")
+        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
+        index = forward_index(layer.spec, keep, forward)
+        return with_transposed(index, layer.spec, keep, backward) if backward is not None else index
+
+    def index_elems(self, layer, part, cells):
+        return cells
+
+    def sections(self, spec, scheme, target):
+        rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+        rows, sources = scheme.block(spec)
+        source = image_of(spec, source_halo(spec), target.vector, output=False)
+        delta = image_of(spec, gradient_halo(spec), target.vector, output=True)
+        return rule(source, spec.stride, spec.weight_shape[2:], sources, target), rule(delta, (1, 1), spec.weight_shape[2:], rows, target)
+
+    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
+                self.hold(layer, low, f"{prefix}offsets", "indices"))
