@@ -84,9 +84,10 @@ def each_row(text: Text, images: dict[str, Image]) -> Iterator[None]:
     that in cache (5% of a step of the wide ResNet-32 where a stage's activations are larger than the last-level cache).
     """
     image = next(iter(images.values()))
-    with text.nest(f"for n in {loop(image.slices * image.channels * image.height, image.elems)}"):
-        text(f"c: T.let = n // {image.height} % {image.channels}", f"h: T.let = n % {image.height}",
-             f"plane: T.let = ({image.slices - 1} - n // {image.channels * image.height}) * {image.channels} + c")
+    rows = image.channels * image.height
+    with text.nest(f"for turn in {loop(image.slices * rows, image.elems)}"):
+        text(f"n: T.let = ({image.slices - 1} - turn // {rows}) * {rows} + turn % {rows}", f"plane: T.let = n // {image.height}",
+             f"c: T.let = plane % {image.channels}", f"h: T.let = n % {image.height}")
         set_rows(text, images)
         yield
 
