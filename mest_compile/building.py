@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import platformdirs
 
 from mest_compile.errors import BuildError
 from mest_compile.hardware import Target
+from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
 from mest_compile.registry import SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class KernelSource:
     @property
     def key(self) -> str:
         """64 hex digits; equal for equal code."""
-        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version()], sort_keys=True)
+        limits = [asdict(self.target.gpu)] if self.target.gpu else []  # a kernel is checked against them when it is made
+        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *limits], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
@@ -92,7 +94,7 @@ class Builder:
         return self._ready[key]
 
     def _path(self, source: KernelSource) -> Path:
-        return self.folder / source.key[:2] / f"{source.key}.so"
+        return self.folder / source.key[:2] / f"{source.key}.{'json' if source.target.device == 'opencl' else 'so'}"
 
     def _from_disk(self, source: KernelSource) -> Any:
         path = self._path(source)
@@ -102,20 +104,20 @@ class Builder:
         if hashlib.sha256(path.read_bytes()).hexdigest() != seal.read_text():
             log.warning("cached kernel %s is damaged; compiling it again", path.name)
             return None
-        import tvm
-
         with self._lock:
             self.loaded += 1
+        if source.target.device == "opencl":
+            return OpenclKernel.from_json(path.read_text())
+        import tvm
+
         return tvm.runtime.load_module(str(path))[source.symbol]
 
     def _compile(self, source: KernelSource) -> Any:
-        import tvm
-        from tvm.script import tirx
-
         start = time.perf_counter()
         try:
-            function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
-            library = tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
+            library = _made(source)
+        except BuildError:
+            raise
         except Exception as problem:  # TVM raises many types; the text is what a reader needs
             log.debug("text of kernel %s, which does not compile:\n%s", source.kernel, source.text)
             raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}; "
@@ -124,7 +126,7 @@ class Builder:
             self.compiled += 1
             self.seconds += time.perf_counter() - start
         self._keep(source, library)
-        return library[source.symbol]
+        return library if isinstance(library, OpenclKernel) else library[source.symbol]
 
     def _keep(self, source: KernelSource, library: Any) -> None:
         """Writes the library and its checksum, each to a temporary name first; a folder that cannot be written costs only the cache."""
@@ -133,13 +135,27 @@ class Builder:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 made = Path(scratch) / "kernel.so"
-                library.export_library(str(made))
+                if isinstance(library, OpenclKernel):
+                    made.write_text(library.to_json())
+                else:
+                    library.export_library(str(made))
                 seal = Path(scratch) / "seal"
                 seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
                 os.replace(made, path)
                 os.replace(seal, path.with_suffix(".sha256"))
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+
+
+def _made(source: KernelSource) -> Any:
+    """The library of one kernel: TVM's, or for an OpenCL device its source and launches."""
+    import tvm
+    from tvm.script import tirx
+
+    if source.target.device == "opencl":
+        return compile_opencl(source.text, source.symbol, source.target)
+    function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
+    return tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
 
 
 def _cause(problem: Exception) -> str:

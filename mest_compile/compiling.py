@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from mest_compile.errors import NotYet, StateError, UsageError
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
-from mest_compile.hardware import Target, find_target
+from mest_compile.hardware import Gpu, Target, find_target
 from mest_compile.planning import meet_budget, plan_layers
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
@@ -74,7 +75,8 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     arrays, facts = checkpoint.read(path)
     try:
         graph = _graph_from(facts["graph"])
-        target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"])})
+        target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
+                           "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
         layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"],
                                                *entry["sections"]) for entry in facts["layers"]}
         optimizer = SGD(**facts["optimizer"])
@@ -124,6 +126,13 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
                        "predict": (predict, ("forward",))}, prefix)
         return tvm.compile(module, target=tvm.target.Target(target.tvm_fields))
 
+    runner = None
+    if target.device == "opencl":
+        from mest_compile.runtime.opencl import OpenclRunner
+
+        whole, without_update = ("forward", "backward", "update"), ("forward", "backward")
+        runner = partial(OpenclRunner, kernels, {"train": (train, whole), "gradients": (train, without_update),
+                                                 "predict": (predict, ("forward",))})
     facts = {
         "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
         "recomputed": sorted(recomputed),
@@ -137,7 +146,7 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
                      "optimizer": asdict(optimizer),
                      "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
     }
-    return Compiled(graph, layers, train, predict, kernels, link, optimizer, threads, seed, facts)
+    return Compiled(graph, layers, train, predict, kernels, link, optimizer, threads, seed, facts, runner)
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -61,8 +61,12 @@ class TargetError(UsageError):
     """A target that this machine cannot compile for or run."""
 
 
+class DeviceError(MestError):
+    """A device that refused or lost its work while a step ran; what the step held there is lost."""
+
+
 class NotInstalled(MestError):
-    """Another program that a comparison needs and this machine does not have."""
+    """Another program that a comparison or target needs and this machine does not have."""
 
 
 class NotYet(MestError, NotImplementedError):

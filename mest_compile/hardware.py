@@ -16,16 +16,42 @@ _CPU_BY_FLAGS = (({"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "x86-64-v4", 
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """What an OpenCL device allows and what it is capable of; for the generic targets the least of a family.
+
+    wave            threads that run in step
+    threads         of a work-group, as kernels prefer them: a power of two
+    most_threads    that a work-group may have
+    local_bytes     local memory of a work-group
+    most_buffer_bytes  of one buffer
+    gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
+    """
+
+    wave: int
+    threads: int
+    most_threads: int
+    local_bytes: int
+    most_buffer_bytes: int
+    gflops: float
+    gigabytes_per_second: float
+
+    def __post_init__(self):
+        if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
+            raise TargetError(f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}")
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A device that kernels are compiled for.
 
     name    of its TOML file
-    device  kind of device, which picks the schedules: "cpu"
+    device  kind of device, which picks the schedules: "cpu" or "opencl"
     llvm    TVM target fields (kind, mcpu, mtriple, ...), as sorted pairs
     vector  float32 elements of a vector register
     registers  vector registers
     l1_bytes, l2_bytes  data cache of one core
     cores   processor cores
+    gpu     limits of an OpenCL device; None on a CPU
     """
 
     name: str
@@ -36,10 +62,13 @@ class Target:
     l1_bytes: int
     l2_bytes: int
     cores: int
+    gpu: Gpu | None = None
 
     def __post_init__(self):
         if self.vector < 1 or self.vector & (self.vector - 1):
             raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
+        if (self.device == "opencl") != (self.gpu is not None):
+            raise TargetError(f"target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to \"opencl\" and only to it")
 
     @property
     def tvm_fields(self) -> dict[str, str]:
@@ -71,7 +100,8 @@ def _read(name: str, text: str) -> Target:
     try:
         fields = tomllib.loads(text)
         found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
-                       registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"])
+                       registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
+                       gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None)
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
     return _complete_from_host(found) if fields.get("detect", False) else found

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import mmap
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Compiled:
     kernels   program name -> call name -> callable
     link      prefix of kernel names -> virtual machine executable
     facts     JSON document from which the same step is compiled again
+    runner    makes what holds the arrays and runs the programs on an OpenCL device (put, get, run, profile); None: TVM does
     """
 
     graph: ForwardGraph
@@ -50,6 +51,7 @@ class Compiled:
     threads: int
     seed: int
     facts: Mapping[str, Any]
+    runner: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,11 @@ class TrainStep:
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
-        self._executable = self._link()
-        self._machine = self._new_machine()
-        self._machine["arena"]()
+        self._runner = compiled.runner() if compiled.runner else None
+        if self._runner is None:
+            self._executable = self._link()
+            self._machine = self._new_machine()
+            self._machine["arena"]()
         for buffer in self._held.values():
             if buffer.elems is not None:
                 self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -193,6 +197,12 @@ class TrainStep:
         self._load_batch(images, labels)
         state = {name: self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")}
         self._put("hyper", np.array([0, 0, 0, 0], np.float32))
+        if self._runner is not None:
+            try:
+                return self._runner.profile("train", repeats) | {"rest": 0.0}
+            finally:
+                for name, array in state.items():
+                    self._put(name, array)
         begun: dict[str, float] = {}
         passes: list[dict[str, float]] = []
 
@@ -352,6 +362,9 @@ class TrainStep:
         return relax.VirtualMachine(self._executable, self._device)
 
     def _run(self, function: str) -> None:
+        if self._runner is not None:
+            self._runner.run(function)
+            return
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._compiled.threads)
         if function not in self._arguments:
             program = self._compiled.predict if function == "predict" else self._compiled.train
@@ -360,6 +373,9 @@ class TrainStep:
 
     def _put(self, name: str, array: np.ndarray) -> None:
         """Copies an array to the device, flat, into the tensor of that name when the size is the same."""
+        if self._runner is not None:
+            self._runner.put(name, array)
+            return
         flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
         if there is not None and there.shape[0] == flat.size:
             there.copyfrom(flat)
@@ -368,7 +384,7 @@ class TrainStep:
         self._arguments.clear()
 
     def _get(self, name: str) -> np.ndarray:
-        return self._tensors[name].numpy()
+        return self._tensors[name].numpy() if self._runner is None else self._runner.get(name)
 
     def _sparse_layers(self) -> list[str]:
         return [name for name, layer in self._compiled.layers.items() if not isinstance(layer.scheme, Dense)]
@@ -405,7 +421,7 @@ class TrainStep:
         """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape."""
         shapes, found = self._compiled.graph.state_shapes, {}
         for buffer in self._dense:
-            if buffer.name + suffix in self._tensors:
+            if buffer.name + suffix in self._held:
                 flat, start = self._get(buffer.name + suffix), 0
                 for part in buffer.parts:
                     size = int(np.prod(shapes[part]))

@@ -1,0 +1,199 @@
+"""Runs a step's programs on an OpenCL device through pyopencl: one in-order queue, uploads without waiting, one wait per step.
+
+The plan, the buffers and the kernels are those of the build; this module only holds memory and launches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import DeviceError, NotInstalled
+from mest_compile.graph.program import Buffer, Call, Program
+from mest_compile.opencl_kernels import Launch, OpenclKernel
+
+FLAGS = "-cl-std=CL1.2"
+
+
+def _pyopencl() -> Any:
+    try:
+        import pyopencl
+    except ImportError as problem:
+        raise NotInstalled(f"an OpenCL target needs pyopencl ({problem}); run: pip install 'mest-compile[opencl]'") from problem
+    return pyopencl
+
+
+def find_device() -> Any:
+    """The machine's OpenCL device: a GPU if there is one, else whatever there is. Raises NotInstalled."""
+    cl = _pyopencl()
+    try:
+        devices = [device for platform in cl.get_platforms() for device in platform.get_devices()]
+    except cl.LogicError:  # the loader says so when it knows no driver
+        devices = []
+    if not devices:
+        raise NotInstalled("no OpenCL driver found; install your GPU's, or PoCL, which computes on the CPU: "
+                           "apt install pocl-opencl-icd ocl-icd-libopencl1")
+    return min(devices, key=lambda device: not device.type & cl.device_type.GPU)
+
+
+class OpenclRunner:
+    """Memory and kernels of one step on one device.
+
+    kernels   program name -> call name -> OpenclKernel
+    programs  what `run` runs, by name: a program and the stages of it
+    """
+
+    def __init__(self, kernels: Mapping[str, Mapping[str, OpenclKernel]], programs: Mapping[str, tuple[Program, tuple[str, ...]]],
+                 device: Any = None):
+        self._cl = cl = _pyopencl()
+        self._device = find_device() if device is None else device
+        self._programs, self._kernels = programs, kernels
+        with self._errors("the device cannot be opened"):
+            self._context = cl.Context([self._device])
+            self._queue = cl.CommandQueue(self._context)
+        self._check_limits()
+        self._code = self._build(self._sources())
+        slots = max((program.slots for program, _ in programs.values()), key=len)
+        with self._errors("the arena cannot be allocated"):
+            self._slots = [self._new(size) for size in slots]
+        self._scratch: dict[str, Any] = {}
+        self._held: dict[str, Any] = {}
+        self._elems: dict[str, tuple[int, np.dtype]] = {}
+        self._ready: dict[str, list[tuple[Any, Launch, str]]] = {}
+
+    # State.
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Copies a flat array to the device under that name, without waiting. A new size makes a new buffer."""
+        flat = np.array(array).ravel()  # a copy: the caller may change the array before it is on the device
+        if self._elems.get(name) != (flat.size, flat.dtype):
+            with self._errors(f"{name} cannot be allocated"):
+                self._held[name] = self._new(flat.nbytes)
+            self._elems[name] = flat.size, flat.dtype
+            self._ready.clear()
+        if flat.size:
+            with self._errors(f"{name} cannot be uploaded"):
+                self._cl.enqueue_copy(self._queue, self._held[name], flat, is_blocking=False)
+
+    def get(self, name: str) -> np.ndarray:
+        """A copy of the array of that name, after all that was asked for before is done."""
+        size, dtype = self._elems[name]
+        array = np.empty(size, dtype)
+        with self._errors(f"{name} cannot be read"):
+            if size:
+                self._cl.enqueue_copy(self._queue, array, self._held[name])
+            else:
+                self._queue.finish()
+        return array
+
+    def run(self, name: str) -> None:
+        """Starts "train", "gradients" or "predict"; `get` waits for it."""
+        if name not in self._ready:
+            self._ready[name] = self._prepare(name)
+        for kernel, launch, call in self._ready[name]:
+            with self._errors(f"{call} ({launch.name}) cannot be launched"):
+                self._launch(kernel, launch)
+        with self._errors(f"{name} cannot be started"):
+            self._queue.flush()
+
+    def profile(self, name: str, repeats: int) -> dict[str, float]:
+        """{call: seconds of its launches, from the device's clock}, the median of `repeats` runs."""
+        cl, usual = self._cl, self._queue
+        self._queue = cl.CommandQueue(self._context, properties=cl.command_queue_properties.PROFILING_ENABLE)
+        passes: list[dict[str, float]] = []
+        try:
+            with self._errors("what was asked for before cannot be finished"):
+                usual.finish()
+            ready = self._prepare(name)
+            for _ in range(repeats):
+                with self._errors(f"{name} cannot be profiled"):
+                    events = [(call, self._launch(kernel, launch)) for kernel, launch, call in ready]
+                    self._queue.finish()
+                    found: dict[str, float] = {}
+                    for call, event in events:
+                        found[call] = found.get(call, 0.0) + (event.profile.end - event.profile.start) * 1e-9
+                    passes.append(found)
+        finally:
+            self._queue = usual
+        return {call: float(np.median([one[call] for one in passes])) for call in passes[0]}
+
+    # Internal.
+
+    def _launch(self, kernel: Any, launch: Launch) -> Any:
+        sizes = [groups * threads for groups, threads in zip(launch.groups, launch.threads, strict=True)]
+        return self._cl.enqueue_nd_range_kernel(self._queue, kernel, sizes, launch.threads)
+
+    def _sources(self) -> Iterator[OpenclKernel]:
+        yield from {kernel.source: kernel for calls in self._kernels.values() for kernel in calls.values()}.values()
+
+    def _check_limits(self) -> None:
+        """The build kept to the target's limits; this device may have tighter ones."""
+        device = self._device
+        for launch in (launch for kernel in self._sources() for launch in kernel.launches):
+            threads = math.prod(launch.threads)
+            if threads > device.max_work_group_size or launch.local_bytes > device.local_mem_size:
+                raise DeviceError(f"{launch.name} needs work-groups of {threads} threads and {launch.local_bytes} bytes of local memory; "
+                                  f"{device.name} has {device.max_work_group_size} and {device.local_mem_size}: write a target file "
+                                  "with these limits and compile for it")
+
+    def _build(self, kernels: Iterable[OpenclKernel]) -> Any:
+        source = "\n".join(kernel.source for kernel in kernels)
+        with self._errors("the driver's compiler refuses the kernels"):
+            return self._cl.Program(self._context, source).build(FLAGS)
+
+    def _new(self, size_bytes: int) -> Any:
+        if size_bytes > self._device.max_mem_alloc_size:
+            raise DeviceError(f"a buffer of {size_bytes} bytes is wanted; {self._device.name} allows {self._device.max_mem_alloc_size}: "
+                              "use a smaller batch")
+        return self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, max(size_bytes, 16))
+
+    def _prepare(self, name: str) -> list[tuple[Any, Launch, str]]:
+        """Kernels with their arguments set, in the order of the program. A kernel does not keep its arguments' memory: we do."""
+        program, stages = self._programs[name]
+        calls = [(call, self._kernels[program.name][call.name]) for call in program.calls if call.stage in stages]
+        self._reserve_scratch(calls)
+        ready = []
+        for call, kernel in calls:
+            arguments = self._arguments(kernel, call, program)
+            for launch in kernel.launches:
+                with self._errors(f"{call.name} cannot be prepared"):
+                    code = self._cl.Kernel(self._code, launch.name)
+                    code.set_args(*(arguments[argument] for argument in launch.arguments))
+                ready.append((code, launch, call.name))
+        return ready
+
+    def _reserve_scratch(self, calls: Iterable[tuple[Call, OpenclKernel]]) -> None:
+        """Memory for every name of scratch; calls run one after another, so all use the same."""
+        wanted: dict[str, int] = {}
+        for call, kernel in calls:
+            for scratch in kernel.scratch:
+                wanted[scratch.name] = max(wanted.get(scratch.name, 0), scratch.size_bytes(self._symbols(kernel, call)))
+        for name, size_bytes in wanted.items():
+            if name not in self._scratch or self._scratch[name].size < size_bytes:
+                with self._errors(f"{name} cannot be allocated"):
+                    self._scratch[name] = self._new(size_bytes)
+                self._ready.clear()
+
+    def _symbols(self, kernel: OpenclKernel, call: Call) -> dict[str, int]:
+        return {name: self._size(call.buffers[position]) for name, position in kernel.symbols.items()}
+
+    def _arguments(self, kernel: OpenclKernel, call: Call, program: Program) -> dict[str, Any]:
+        found: dict[str, Any] = {name: np.int32(value) for name, value in self._symbols(kernel, call).items()}
+        for name, buffer in zip(kernel.parameters, call.buffers, strict=True):
+            found[name] = self._held[buffer.name] if buffer.held else self._slots[program.slot_of[buffer]]
+        return found | {scratch.name: self._scratch[scratch.name] for scratch in kernel.scratch}
+
+    def _size(self, buffer: Buffer) -> int:
+        return buffer.elems if buffer.elems is not None else self._elems[buffer.name][0]
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._cl.Error as problem:
+            raise DeviceError(f"OpenCL device {self._device.name}: {what}: {problem}. What the step held on the device is lost; go on from "
+                              "the last checkpoint") from problem

@@ -1,0 +1,227 @@
+"""Batch normalisation on OpenCL, without float64: sums go through trees, squares are of distances from a value close to the mean."""
+
+from __future__ import annotations
+
+from mest_compile.hardware import Target
+from mest_compile.operators.batch_norm import (
+    BatchNormBackward,
+    BatchNormForward,
+    BatchNormFrozen,
+    BatchNormMoments,
+    BatchNormRunning,
+)
+from mest_compile.registry import schedule
+from mest_compile.schedules.opencl_sums import ChannelSums, fold, tree
+from mest_compile.schedules.opencl_text import (
+    Text,
+    at,
+    full,
+    image,
+    lanes_alive,
+    number,
+    plane_vectors,
+    scalars,
+    vector_type,
+    vectors,
+    whole_groups,
+    zeros,
+)
+from mest_compile.spec import Image
+
+
+@schedule("batch_norm.moments", device="opencl")
+def batch_norm_moments(problem: BatchNormMoments, target: Target) -> str:
+    return _moments_of_sums(problem, target) if problem.chunks else _moments_of_values(problem, target)
+
+
+def _store_moments(text: Text, problem: BatchNormMoments, c: str, mean: str, squares: str) -> None:
+    """From the mean and the sum of squared distances from it."""
+    channels, count = problem.z.channels, problem.count
+    text(f"moments[{c}] = {mean}",
+         f"moments[{channels} + {c}] = T.float32(1) / T.sqrt({squares} * {number(1 / count)} + {number(problem.eps)})",
+         f"moments[{2 * channels} + {c}] = {squares} * {number(1 / (count - 1))}")
+
+
+def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
+    """Two passes over a chunk: its mean, then distances from it; everything relative to the channel's first value, so that no digits
+    are lost where the mean is large. Then a channel's chunks are joined (Chan, Golub and LeVeque, 1979).
+    """
+    layout, vector = problem.z, problem.z.vector
+    cut = ChannelSums(layout, target)
+    text = Text(image("z", layout), scalars("moments", 3 * layout.channels))
+    text.scratch("chunk_facts", layout.channels * cut.count * 4)
+    alive = lanes_alive(layout, f"place // {layout.height * layout.width}")
+    first = f"z[c * {plane_vectors(layout)} + {layout.halo[0] * layout.columns + layout.halo[1]}]"
+
+    def distance(origin: str) -> str:
+        value = f"({at('z', layout)} - {full(origin, vector)})"
+        return f"{value} * {alive}" if alive else value
+
+    with text.groups(cut.size, layout.channels * cut.count):
+        text.private("sums", 2, vector_type(vector))
+        text.private("value", vector)
+        text.private("middle", 1)
+        text.shared(2, cut.size, vector_type(vector))
+        text(f"c: T.let = block // {cut.count}", f"start: T.let = block % {cut.count} * {cut.share}",
+             f"end: T.let = T.min(start + {cut.share}, {cut.vectors})")
+        behind = f"T.max(0, end - T.max(start, {(layout.slices - 1) * layout.height * layout.width}))"
+        count = f'T.cast((end - start) * {vector} - {behind} * {layout.lanes - layout.batch}, "float32")'
+        text.load("value", first, vector)
+        cut.start(text, 2)
+        cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('value[0]')}"])
+        cut.share_out(text, 1)
+        text(f"middle[0] = value[0] + {fold(text, 'lanes_middle', 'shared_0[0]', vector)} / {count}")
+        text.barrier()
+        cut.start(text, 2)
+        cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('middle[0]')}",
+                                f"sums[1] = sums[1] + {distance('middle[0]')} * {distance('middle[0]')}"])
+        cut.share_out(text, 2)
+        with text.nest("if lane == 0"):
+            rest, squares = (fold(text, f"lanes_{s}", f"shared_{s}[0]", vector) for s in range(2))
+            text("chunk_facts[block * 4] = value[0]", f"chunk_facts[block * 4 + 1] = {count}",
+                 f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
+                 f"chunk_facts[block * 4 + 3] = T.max({squares} - {rest} * {rest} / {count}, T.float32(0))")
+    with text.each(layout.channels, target.gpu.threads):
+        text.private("mean", 1)
+        text.private("squares", 1)
+        text("mean[0] = T.float32(0)", "squares[0] = T.float32(0)")
+        fact = f"chunk_facts[(n * {cut.count} + k) * 4 + "
+        with text.nest(f"for k in T.serial({cut.count})"):
+            text(f"mean[0] = mean[0] + {fact}2] * ({fact}1] * {number(1 / problem.count)})")
+        with text.nest(f"for k in T.serial({cut.count})"):
+            text(f"squares[0] = squares[0] + {fact}3] + {fact}1] * ({fact}2] - mean[0]) * ({fact}2] - mean[0])")
+        _store_moments(text, problem, "n", f"chunk_facts[n * {cut.count * 4}] + mean[0]", "squares[0]")
+    return str(text)
+
+
+def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
+    """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances of its own."""
+    layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
+    width, channels = problem.count // (chunks * vector), layout.channels
+    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), scalars("moments", 3 * channels))
+    size = whole_groups(chunks, target.gpu.threads)
+    share = full(number(1 / width), vector)
+
+    def mean_of(chunk: str) -> str:
+        return f"(statistics[({chunk}) * {2 * channels} + block] * {share})"
+
+    with text.groups(size, channels):
+        text.private("value", vector)
+        text.private("mean", 1)
+        text.private("sums", 1, vector_type(vector))
+        text.shared(1, size, vector_type(vector))
+        text.load("value", mean_of("0"), vector)
+
+        def total(term: str, name: str) -> str:
+            """Sum of `term` over all chunks k and lanes."""
+            text(f"sums[0] = {zeros(vector)}")
+            with text.nest(f"for turn in T.serial({-(-chunks // size)})"):
+                text(f"k: T.let = turn * {size} + lane")
+                with text.nest(f"if k < {chunks}"):
+                    text(f"sums[0] = sums[0] + {term}")
+            text("shared_0[lane] = sums[0]")
+            tree(text, 1, size)
+            return fold(text, name, "shared_0[0]", vector)
+
+        away = f"({mean_of('k')} - {full('value[0]', vector)})"
+        text(f"mean[0] = {total(away, 'lanes_mean')} * {number(1 / (chunks * vector))}")
+        text.barrier()
+        row_sum, row_squares = (f"statistics[(k * 2 + {s}) * {channels} + block]" for s in range(2))
+        apart = f"({away} - {full('mean[0]', vector)})"
+        within = f"T.max({row_squares} - {row_sum} * {mean_of('k')}, {zeros(vector)})"
+        squares = total(f"({within} + {apart} * {apart} * {full(number(width), vector)})", "lanes_squares")
+        with text.nest("if lane == 0"):
+            _store_moments(text, problem, "block", "value[0] + mean[0]", squares)
+    return str(text)
+
+
+@schedule("batch_norm.running", device="opencl")
+def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
+    channels = problem.channels
+    text = Text(scalars("moments", 3 * channels), scalars("running_mean", channels), scalars("running_var", channels))
+    with text.each(channels, target.gpu.threads):
+        for name, row in ("running_mean", 0), ("running_var", 2):
+            text(f"{name}[n] = {name}[n] * {number(1 - problem.momentum)} + moments[{row * channels} + n] * {number(problem.momentum)}")
+    return str(text)
+
+
+@schedule("batch_norm.frozen", device="opencl")
+def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
+    channels = problem.channels
+    text = Text(scalars("running_mean", channels), scalars("running_var", channels), scalars("moments", 3 * channels))
+    with text.each(channels, target.gpu.threads):
+        text("moments[n] = running_mean[n]", f"moments[{channels} + n] = T.float32(1) / T.sqrt(running_var[n] + {number(problem.eps)})",
+             f"moments[{2 * channels} + n] = running_var[n]")
+    return str(text)
+
+
+def _facts(channels: int) -> list[str]:
+    return [scalars("moments", 3 * channels), scalars("affine", 2 * channels)]
+
+
+def _set_facts(channels: int) -> tuple[str, ...]:
+    return ("mean: T.let = moments[c]", f"inverse: T.let = moments[{channels} + c]",
+            f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]", "shift: T.let = affine[c]")
+
+
+def _centred(z: Image) -> str:
+    return f"({at('z', z)} - {full('mean', z.vector)})"
+
+
+def _normalised(z: Image) -> str:
+    """Before residual and ReLU; forward and backward use this one form, so that they agree on where it is positive."""
+    return f"({_centred(z)} * {full('scale', z.vector)} + {full('shift', z.vector)})"
+
+
+@schedule("batch_norm.forward", device="opencl")
+def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
+    z, y, vector = problem.z, problem.y, problem.z.vector
+    residual = [image("residual", problem.residual)] if problem.residual else []
+    text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y))
+    value = _normalised(z) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
+    with text.each_framed(y, target.gpu.threads) as real:
+        with text.nest(f"if {real}"):
+            text(*_set_facts(z.channels))
+            text(f"{at('y', y)} = " + (f"T.max({value}, {zeros(vector)})" if problem.relu else value))
+        with text.nest("else"):
+            text(f"{at('y', y)} = {zeros(vector)}")
+    return str(text)
+
+
+@schedule("batch_norm.backward", device="opencl")
+def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
+    """The sums chunk by chunk, joined channel by channel, then the gradient pixel by pixel."""
+    dy, z, channels, vector = problem.dy, problem.z, problem.dy.channels, problem.dy.vector
+    dz, result = (problem.dy, "dy") if problem.in_place else (problem.dz, "dz")
+    cut = ChannelSums(dy, target)
+    share = number(1 / (dy.batch * dy.height * dy.width))
+    text = Text(image("dy", dy), image("z", z), *_facts(channels), *([image("y", problem.y)] if problem.y else []),
+                scalars("sums_out", 2 * channels), *([image("dz", problem.dz)] if problem.dz else []))
+    gradient = at("dy", dy)
+    if problem.relu and not problem.y:
+        gradient = f"T.Select({_normalised(z)} > {zeros(vector)}, {gradient}, {zeros(vector)})"
+
+    def add() -> list[str]:
+        mask = [f"{gradient} = T.Select({at('y', problem.y)} > {zeros(vector)}, {gradient}, {zeros(vector)})"] if problem.y else []
+        return [*mask, f"sums[0] = sums[0] + {gradient}", f"sums[1] = sums[1] + {gradient} * {_centred(z)}"]
+
+    cut.collect(text, 2, add, before=_set_facts(channels))
+    with text.each(channels, target.gpu.threads):
+        cut.join(text, 2, "n")
+        text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
+    if dz:
+        mean_dy, slope = full(f"(sums_out[c] * {share})", vector), full(f"(sums_out[{channels} + c] * {share} * inverse)", vector)
+        value = f"{full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z)} * {slope})"
+        alive = lanes_alive(dz, f"plane // {channels}")
+        if alive:
+            value = f"{alive} * ({value})"
+        if problem.accumulate or problem.in_place:
+            with text.each_pixel(dz, target.gpu.threads):
+                text(*_set_facts(channels), f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value)
+        else:
+            with text.each_framed(dz, target.gpu.threads) as real:
+                with text.nest(f"if {real}"):
+                    text(*_set_facts(channels), f"{at(result, dz)} = {value}")
+                with text.nest("else"):
+                    text(f"{at(result, dz)} = {zeros(vector)}")
+    return str(text)

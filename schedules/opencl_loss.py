@@ -1,0 +1,47 @@
+"""Softmax cross-entropy on OpenCL."""
+
+from __future__ import annotations
+
+from mest_compile.hardware import Target
+from mest_compile.operators.loss import CrossEntropy
+from mest_compile.registry import schedule
+from mest_compile.schedules.opencl_sums import tree
+from mest_compile.schedules.opencl_text import Text, number, scalars, whole_groups
+
+
+@schedule("loss.cross_entropy", device="opencl")
+def cross_entropy(problem: CrossEntropy, target: Target) -> str:
+    """A thread for each lane; then one work-group adds the losses up."""
+    logits, dlogits = problem.logits, problem.dlogits
+    batch, classes = logits.batch, logits.channels
+    text = Text(scalars("logits", logits.elems), scalars("labels", batch, "int32"), scalars("loss", 1), scalars("correct", batch, "int32"),
+                scalars("dlogits", dlogits.elems))
+    text.scratch("losses", batch)
+    logit, gradient = (f"{name}[n // {layout.vector} * {layout.slice_elems} + {{}} * {layout.channel_elems} + {layout.origin}"
+                       f" + n % {layout.vector}]" for name, layout in (("logits", logits), ("dlogits", dlogits)))
+    first, logit, gradient = logit.format(0), logit.format("k"), gradient.format("k")
+    with text.each(dlogits.lanes, target.gpu.threads):
+        with text.nest(f"if n < {batch}"):
+            for name, dtype in (("best", "float32"), ("winner", "int32"), ("total", "float32"), ("chosen", "float32")):
+                text.private(name, 1, dtype)
+            text(f"best[0] = {first}", "winner[0] = 0", "total[0] = T.float32(0)", "chosen[0] = T.float32(0)")
+            with text.nest(f"for k in T.serial({classes})", f"if {logit} > best[0]"):
+                text(f"best[0] = {logit}", "winner[0] = k")
+            with text.nest(f"for k in T.serial({classes})"):
+                text(f"{gradient} = T.exp({logit} - best[0])", f"total[0] = total[0] + {gradient}",
+                     f"chosen[0] = T.Select(k == labels[n], {logit} - best[0], chosen[0])")
+            text("losses[n] = T.log(total[0]) - chosen[0]", "correct[n] = T.Select(winner[0] == labels[n], 1, 0)")
+            with text.nest(f"for k in T.serial({classes})"):
+                text(f"{gradient} = ({gradient} / total[0] - T.Select(k == labels[n], T.float32(1), T.float32(0))) * {number(1 / batch)}")
+        with text.nest("else", f"for k in T.serial({classes})"):
+            text(f"{gradient} = T.float32(0)")
+    size = whole_groups(batch, target.gpu.threads)
+    with text.groups(size, 1):
+        text.shared(1, size, "float32")
+        text("shared_0[lane] = T.float32(0)")
+        with text.nest(f"for turn in T.serial({-(-batch // size)})", f"if turn * {size} + lane < {batch}"):
+            text(f"shared_0[lane] = shared_0[lane] + losses[turn * {size} + lane]")
+        tree(text, 1, size)
+        with text.nest("if lane == 0"):
+            text(f"loss[0] = shared_0[0] * {number(1 / batch)}")
+    return str(text)

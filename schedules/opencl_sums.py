@@ -1,0 +1,106 @@
+"""Sums over the pixels and examples of each channel on OpenCL: chunks in work-groups, then their sums in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mest_compile.hardware import Target
+from mest_compile.schedules.opencl_text import Text, slots, vector_type, whole_groups, zeros
+from mest_compile.spec import Image
+
+ENOUGH_GROUPS = 64  # work-groups that keep every core of a phone's GPU busy: the largest have 24
+
+
+def tree(text: Text, sums: int, size: int) -> None:
+    """Adds up the elements of each of `shared_0`, ..., `sums` in all, into its first. All threads must come here."""
+    stride = size // 2
+    text.barrier()
+    while stride:
+        with text.nest(f"if lane < {stride}"):
+            text(*(f"shared_{s}[lane] = shared_{s}[lane] + shared_{s}[{stride} + lane]" for s in range(sums)))
+        text.barrier()
+        stride //= 2
+
+
+def fold(text: Text, name: str, value: str, vector: int) -> str:
+    """Stores a vector in the private `name` and gives the expression for the sum of its lanes, pairwise."""
+    text.private(name, vector)
+    text(f"{name}[{slots('0', vector)}] = {value}")
+    parts = [f"{name}[{lane}]" for lane in range(vector)]
+    while len(parts) > 1:
+        parts = [f"({' + '.join(parts[i:i + 2])})" for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSums:
+    """How a sum over a channel is cut. `collect` leaves each chunk's sums in scratch memory, `join` adds a channel's up."""
+
+    image: Image
+    target: Target
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of pixels of a channel, all slices."""
+        return self.image.slices * self.image.height * self.image.width
+
+    @property
+    def size(self) -> int:
+        """Threads of a work-group."""
+        return whole_groups(self.vectors, self.target.gpu.threads)
+
+    @property
+    def share(self) -> int:
+        """Vectors of a chunk; the last one of a channel may have fewer."""
+        chunks = min(-(-ENOUGH_GROUPS // self.image.channels), -(-self.vectors // self.size))
+        return -(-self.vectors // chunks)
+
+    @property
+    def count(self) -> int:
+        """Chunks of a channel."""
+        return -(-self.vectors // self.share)
+
+    def walk(self, text: Text, body: Callable[[], list[str]]) -> None:
+        """`body` at every vector of chunk `block`: sets `c`, `plane`, `h`, `w`. Neighbouring threads take neighbouring pixels."""
+        image, pixels = self.image, self.image.height * self.image.width
+        with text.nest(f"for turn in T.serial({-(-self.share // self.size)})"):
+            text(f"inside: T.let = turn * {self.size} + lane", f"place: T.let = block % {self.count} * {self.share} + inside")
+            with text.nest(f"if inside < {self.share} and place < {self.vectors}"):
+                text(f"plane: T.let = place // {pixels} * {image.channels} + block // {self.count}",
+                     f"h: T.let = place % {pixels} // {image.width}", f"w: T.let = place % {image.width}")
+                text(*body())
+
+    def start(self, text: Text, sums: int) -> None:
+        """Sets the private vectors `sums` to 0."""
+        with text.nest(f"for s in T.unroll({sums})"):
+            text(f"sums[s] = {zeros(self.image.vector)}")
+
+    def share_out(self, text: Text, sums: int) -> None:
+        """Brings the group's totals to the first elements of `shared_0`, ..."""
+        text(*(f"shared_{s}[lane] = sums[{s}]" for s in range(sums)))
+        tree(text, sums, self.size)
+
+    def collect(self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = ()) -> None:
+        """A device kernel in which `body` adds to the private vectors `sums`; fills the scratch array `chunk_sums`."""
+        vector = self.image.vector
+        text.scratch("chunk_sums", self.image.channels * self.count * sums)
+        with text.groups(self.size, self.image.channels * self.count):
+            text.private("sums", sums, vector_type(vector))
+            text.shared(sums, self.size, vector_type(vector))
+            text(f"c: T.let = block // {self.count}", *before)
+            self.start(text, sums)
+            self.walk(text, body)
+            self.share_out(text, sums)
+            with text.nest("if lane == 0"):
+                for s in range(sums):
+                    total = fold(text, f"lanes_{s}", f"shared_{s}[0]", vector)
+                    text(f"chunk_sums[block * {sums} + {s}] = {total}")
+
+    def join(self, text: Text, sums: int, channel: str) -> None:
+        """Sets the private `joined` (sums,) to the sums of a channel."""
+        text.private("joined", sums)
+        with text.nest(f"for s in T.unroll({sums})"):
+            text("joined[s] = T.float32(0)")
+        with text.nest(f"for k in T.serial({self.count})", f"for s in T.unroll({sums})"):
+            text(f"joined[s] = joined[s] + chunk_sums[({channel} * {self.count} + k) * {sums} + s]")

@@ -1,0 +1,75 @@
+"""Every operator's OpenCL kernels against float64, on whatever driver there is: the CPU tests' claims, made for the target opencl."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mest_compile import hardware
+from mest_compile.building import Builder, kernel_source
+from mest_compile.graph.program import Buffer, Call, Program
+
+pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+
+TARGET = hardware.find_target("opencl")
+CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache"}  # its threads and caches
+
+
+def on_opencl(name):
+    """The test module of that name, once more, with the target opencl in the place of the local one."""
+    spec = importlib.util.spec_from_file_location(f"{name}_opencl", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    usual = hardware.find_target
+    hardware.find_target = lambda target: TARGET
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        hardware.find_target = usual
+    return module
+
+
+def launch(builder, kernel, problem, *arrays, **knobs):
+    """Runs a kernel on flat copies of the arrays; returns them as they are afterwards."""
+    from mest_compile.runtime.opencl import OpenclRunner
+
+    flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
+    buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat))
+    call = Call("call", kernel, problem, buffers, "forward")
+    program = Program("train", [call])
+    built = builder.function(kernel_source(kernel, problem, TARGET, **knobs))
+    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))})
+    for buffer, array in zip(buffers, flat, strict=True):
+        runner.put(buffer.name, array)
+    runner.run("train")
+    return [runner.get(buffer.name) for buffer in buffers]
+
+
+_operators, _gather = on_opencl("test_operators"), on_opencl("test_gather")
+
+
+def shaped_launch(builder, kernel, problem, *arrays, **knobs):
+    got = launch(builder, kernel, problem, *arrays, **knobs)
+    return [each.reshape(array.shape) for each, array in zip(got, arrays, strict=True)]
+
+
+_gather.call = shaped_launch
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    return Builder(folder=tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+@pytest.fixture
+def run(builder):
+    return lambda kernel, problem, *arrays: launch(builder, kernel, problem, *arrays)
+
+
+for _module in (_operators, _gather):
+    globals().update({name: item for name, item in vars(_module).items() if name.startswith("test_") and name not in CPU_ONLY})
