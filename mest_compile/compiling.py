@@ -78,7 +78,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
         target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
                            "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
         layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"],
-                                               *entry["sections"]) for entry in facts["layers"]}
+                                               entry["kernels"], *entry["sections"]) for entry in facts["layers"]}
         optimizer = SGD(**facts["optimizer"])
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
@@ -138,6 +138,7 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
         "recomputed": sorted(recomputed),
         "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
         "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
+                    "kernels": layer.kernels,
                     "sections": [layer.section_channels, layer.transposed_section_channels]} for layer in layers.values()],
         "describe": {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": seed,
                      "input_shape": list(graph.input_shape), "recomputed": sorted(recomputed),

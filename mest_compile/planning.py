@@ -9,7 +9,8 @@ from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageEr
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.hardware import Target
-from mest_compile.operators.family import family_of
+from mest_compile.operators.family import family_for
+from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.scheme import Scheme
@@ -59,7 +60,9 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
         chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
-        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), *family_of(chosen, spec).sections(spec, chosen, target))
+        kernels = family_for(chosen, spec, target.device)
+        sections = FAMILIES.find(kernels).sections(spec, chosen, target)
+        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), kernels, *sections)
     return layers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mest_compile.hardware import Target
-from mest_compile.operators.gather import GatherConv, Pass
+from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.registry import schedule
 from mest_compile.spec import FLOAT_BYTES, Image
 
@@ -55,6 +55,13 @@ def indent(depth: int, lines: list[str]) -> list[str]:
     return ["    " * depth + line for line in lines]
 
 
+def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
+    """Arguments that list live channels."""
+    rows = [f"channels: T.Buffer(({problem.groups * problem.row_block},), 'int32')", "live_groups: T.Buffer((1,), 'int32')"]
+    return [*(rows if problem.rows_live else []), *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else [])]
+
+
+@schedule("compact.conv", device="cpu", knobs={"tile": (None,)})
 @schedule("gather.conv", device="cpu", knobs={"tile": (None,)})
 def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] | None = None) -> str:
     """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass.
@@ -65,7 +72,7 @@ def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] 
     block = problem.source_block * problem.row_block
     arguments = [
         f"pointers: T.Buffer(({len(problem.passes) * problem.sections * problem.groups + 1},), 'int32')",
-        "offsets_handle: T.handle", "values_handle: T.handle",
+        "offsets_handle: T.handle", "values_handle: T.handle", *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
         f"source: T.Buffer(({source.elems},), 'float32')", f"result: T.Buffer(({result.elems},), 'float32')",
     ]
@@ -93,7 +100,8 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
     cell = f"({index * problem.sections * problem.groups} + section * {problem.groups} + part // {parts})"
-    channel = f"(part * {rows} + j)"
+    channel = f"channels[part * {rows} + j]" if problem.rows_live else f"(part * {rows} + j)"
+    groups = "live_groups[0]" if problem.rows_live else problem.groups
     start = f"bias[{channel}]" if problem.bias else "T.float32(0)"
     value = (f"values[(pointers[{cell}] + unit) * {problem.source_block * problem.row_block} + k * {problem.row_block}"
              f" + part % {parts} * {rows} + j]")
@@ -125,7 +133,8 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
     near = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES <= target.l2_bytes
     run = largest_divisor(across, max(PIXELS // wide, 1)) if near else 1
-    visits = f"((section * {problem.groups * parts} + part) * {run} + tile)", problem.sections * problem.groups * parts * run
+    expected = -(-problem.rows_live // problem.row_block) or problem.groups
+    visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
     strip = high * problem.source_step[0], run * wide * problem.source_step[1]
     window = high * grid_pass.step[0], run * wide * grid_pass.step[1]
     ahead = [f"next_z: T.let = (piece + 1) // {down}", f"next_y: T.let = (piece + 1) % {down}",
@@ -135,15 +144,17 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
               f" + (stretch + 1) * {window[1] * vector}"]
     visit = [f"for tile in T.serial({run}):", *indent(1, [
         f"x: T.let = stretch * {run} + tile",
-        *prefetch("source", source, source.channels, "source_ahead", (strip[0], 1), strip[1], *visits),
-        *prefetch("result", result, result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits, write=True),
+        *prefetch("source", source, problem.sources_live or source.channels, "source_ahead", (strip[0], 1), strip[1], *visits,
+                  planes="sources" if problem.sources_live else None),
+        *prefetch("result", result, problem.rows_live or result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits,
+                  write=True, planes="channels" if problem.rows_live else None),
         *inner])]
     statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
     return [f"for piece in T.parallel({layers * down}):",
             *indent(1, [f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *ahead,
                         f"for stretch in T.serial({across // run}):", *indent(1, starts),
                         f"    for section in T.serial({problem.sections}):",
-                        f"        for part in T.serial({problem.groups * parts}):", *indent(3, visit), *statistics])]
+                        f"        for part in T.serial({groups} * {parts}):", *indent(3, visit), *statistics])]
 
 
 def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
@@ -163,21 +174,28 @@ def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
         total = " + ".join(f"moments[{(moment * lanes + lane) * vector} + i]" for lane in range(lanes))
         lines += [f"for i in T.vectorized({vector}):",
                   f"    statistics[(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i] = {total}"]
+    if problem.rows_live:
+        return [f"for v, a, row in T.grid({deep}, {high}, live_groups[0] * {problem.row_block}):",
+                *indent(1, ["channel: T.let = channels[row]", *lines])]
     return [f"for v, a, channel in T.grid({deep}, {high}, {result.channels}):", *indent(1, lines)]
 
 
 def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int, int], columns: int, visit: str, visits: int,
-             write: bool = False) -> list[str]:
+             write: bool = False, planes: str | None = None) -> list[str]:
     """Asks for `rows` (how many, distance) of `columns` pixels of `channels` channels from element `start` on, some cache lines at each
     of `visits` visits: all at once would hold up the loads behind them. A line too many does no harm, prefetches cannot fault.
 
+    planes  buffer that lists the channels; None: the first ones
     Without this a layer whose activations come from memory waits for them half of its time (32x32x32, batch 64: 21 -> 39 GFLOP/s).
     """
     line = LINE_BYTES // FLOAT_BYTES
     lines = -(-columns * image.vector // line)
     share = -(-channels * rows[0] * lines // visits)
     at = f"({visit} * {share} + ahead)"
-    element = (f"{start} + {at} // {rows[0] * lines} * {image.channel_elems} + {at} // {lines} % {rows[0]} * {rows[1] * image.row_elems}"
+    channel = f"{at} // {rows[0] * lines}"
+    if planes:
+        channel = f"{planes}[T.min({channel}, {image.channels - 1})]"
+    element = (f"{start} + {channel} * {image.channel_elems} + {at} // {lines} % {rows[0]} * {rows[1] * image.row_elems}"
                f" + {at} % {lines} * {line}")
     return [f"for ahead in T.unroll({share}):",
             f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), {int(write)}, 2, 1))"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_gather_conv import TAPS, indent, largest_divisor, nest, prefetch_run
+from mest_compile.schedules.cpu_gather_conv import TAPS, indent, largest_divisor, listed, nest, prefetch_run
 from mest_compile.spec import FLOAT_BYTES
 
 UNROLLED_COLUMNS = 8
@@ -40,6 +40,7 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
     return largest_divisor(delta.height, most), wide
 
 
+@schedule("compact.grad", device="cpu", knobs={"strip": (None,)})
 @schedule("gather.grad", device="cpu", knobs={"strip": (None,)})
 def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None) -> str:
     """Several units of a group at a time, so that they share what they read of delta.
@@ -75,7 +76,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {source.channel_elems} + z * {source.slice_elems}"
                 f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
-        against = (f"delta[(group * {problem.row_block} + part * {rows} + j) * {delta.channel_elems} + {delta.origin}"
+        row = f"(group * {problem.row_block} + part * {rows} + j)"
+        against = (f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
                    f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
         loops = [("k", depth), ("j", rows), ("u", units)]  # what a row reads of delta is used by all units at once
         return [f"sums = T.alloc_buffer(({units * each * vector},), 'float32')",
@@ -84,18 +86,23 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
                 *indent(1, nest([("c", wide), *loops], vector, f"{total} = {total} + {against} * {read}")),
                 *nest(loops, vector, f"scratch[{weight} * {vector} + i] = {total}")]
 
-    source_rows = min(problem.section_channels, source.channels), high * problem.source_step[0] + TAPS - 1
-    runs = {"source": (*source_rows, wide * problem.source_step[1], source), "delta": (delta.channels, high, wide, delta)}
+    read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
+    runs = {"source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
+            "delta": (problem.rows_live or delta.channels, high, wide, delta)}
+    lists = {"source": f"sources[T.min(section * {read} + %s, {source.channels - 1})]" if problem.sources_live else "%s",
+             "delta": f"channels[T.min(%s, {delta.channels - 1})]" if problem.rows_live else "%s"}
+    expected = -(-problem.rows_live // problem.row_block) or problem.groups
 
     def fetch(name: str, first: str, many: str) -> list[str]:
         """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
         channels, rows_each, columns, image = runs[name]
         run = f"({first} + ahead)"
-        start = f"{name}_ahead + {run} // {rows_each} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
+        channel = lists[name].replace("%s", f"{run} // {rows_each}")
+        start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
         return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, start, columns * image.vector))]
 
     strips, left = [], count
-    per_group = {name: -(-channels * rows_each // problem.groups) for name, (channels, rows_each, _, _) in runs.items()}
+    per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
     at_once = [line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))]
     spread = {name: many for name, many in per_group.items() if many > BURST}
     for units in sizes:
@@ -110,9 +117,10 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
     then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
+    section_elems = problem.section_channels * source.channel_elems
     tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
     starts = [
-        f"source_ahead: T.let = next_z * {source.slice_elems} + section * {problem.section_channels * source.channel_elems}"
+        f"source_ahead: T.let = next_z * {source.slice_elems} + section * {0 if problem.sources_live else section_elems}"
         f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
         f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
         f" + next_x * {wide * vector}"]
@@ -126,12 +134,13 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
             f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
             f"for section, turn in T.grid({problem.sections}, {mine}):", *indent(1, [
                 f"strip: T.let = chunk * {share} + turn", *where, *then, *starts,
-                f"for group in T.serial({problem.groups}):", *indent(1, at_once),
+                f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
                 f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
         f"for weight in T.serial(units * {block}):", f"    gradients[weight] = {lanes}"]
     return "\n".join([
         "@T.prim_func",
         f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
+        + "".join(argument + ", " for argument in listed(problem, source)) +
         f"source: T.Buffer(({source.elems},), 'float32'), delta: T.Buffer(({delta.elems},), 'float32'), gradients_handle: T.handle):",
         *indent(1, [
             "T.func_attr({'tirx.noalias': True})",

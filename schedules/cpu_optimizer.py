@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mest_compile.hardware import Target
-from mest_compile.operators.optimizer import Sgd, SgdUnits
+from mest_compile.operators.optimizer import CopyValues, Sgd, SgdUnits
 from mest_compile.registry import schedule
 from mest_compile.schedules.cpu_rows import UNROLL, Text
 
@@ -67,4 +67,14 @@ def sgd_units(problem: SgdUnits, target: Target) -> str:
             text(f"at: T.let = unit * {size} + e")
             _update(text, "at")
         copy("unit")
+    return str(text)
+
+
+@schedule("optimizer.copy", device="cpu")
+def copy_values(problem: CopyValues, target: Target) -> str:
+    text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
+    text("n = T.int32()", "m = T.int32()", 'values = T.match_buffer(values_handle, (n,), "float32")',
+         'places = T.match_buffer(places_handle, (m,), "int32")', 'copies = T.match_buffer(copies_handle, (m,), "float32")')
+    with text.nest("for i in T.serial(m)"):
+        text("copies[i] = values[places[i]]")
     return str(text)

@@ -40,7 +40,7 @@ def pad_image(dense, image):
 def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight_shape, size, stride, padding, sections):
     rng = np.random.default_rng(7)
     spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
-    layer = Layer(spec, parse_scheme(scheme), 0.6, *sections)
+    layer = Layer(spec, parse_scheme(scheme), 0.6, "gather", *sections)
     keep = rng.random(layer.scheme.grid(spec)) < 0.4
     keep[0, 0, 0, 0] = True
     mask = layer.scheme.expand(spec, keep)

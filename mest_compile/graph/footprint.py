@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mest_compile.graph.program import ITEM_BYTES, Buffer, Program
-from mest_compile.operators.family import family_of
+from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.layer import Layer
 
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
@@ -40,5 +40,5 @@ def _masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mappi
     name, _, part = buffer.name.partition(":")
     layer, cells = layers[name], live_units[name]
     if buffer.kind == "indices":
-        return family_of(layer.scheme, layer.spec).index_elems(layer, part, cells)
+        return FAMILIES.find(layer.kernels).index_elems(layer, part, cells)
     return cells * layer.scheme.cell_elems(layer.spec)

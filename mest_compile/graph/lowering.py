@@ -56,6 +56,18 @@ class Lowering:
     def layer(self, node: Node) -> Layer:
         return self.layers[node.params["weight"]]
 
+    def written(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its operator writes; None: all."""
+        node = self._nodes.get(name)
+        operator = OPERATORS.find(node.op) if node else None
+        return operator.written(node, self) if operator and hasattr(operator, "written") else None
+
+    def read(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its consumers read; None: all, or more than one operator does."""
+        consumers = self.consumers(name)
+        operator = OPERATORS.find(consumers[0].op) if len(consumers) == 1 else None
+        return operator.read(consumers[0], self) if operator and hasattr(operator, "read") else None
+
     # Buffers.
 
     def value(self, name: str) -> Buffer:

@@ -25,11 +25,13 @@ class BatchNormMoments:
     """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), moments.
 
     chunks  where not 0, z is not read: statistics holds, per chunk and lane, the sum of z and the sum of its squares
+    alive   a last argument, (channels,) int32: z of a channel that is 0 there was not written and counts as 0
     """
 
     z: Image
     eps: float
     chunks: int = 0
+    alive: bool = False
 
     def __post_init__(self):
         if self.count < 2:
@@ -63,17 +65,25 @@ class BatchNormFrozen:
 
 @dataclass(frozen=True, slots=True)
 class BatchNormForward:
-    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y. The halo of y becomes 0."""
+    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y, alive only if `alive`, read only if `read`.
+
+    The halo of y becomes 0.
+    alive  (channels,) int32: z of a channel that is 0 there was not written and counts as 0
+    read   (channels,) int32: a channel of y that is 0 there is read by nobody and not written
+    """
 
     z: Image
     y: Image
     relu: bool = False
     residual: Image | None = None
+    alive: bool = False
+    read: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNormBackward:
-    """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`.
+    """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`, alive only if `alive`, read only if
+    `read`.
 
     relu  a ReLU follows: dy counts where y > 0
     y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
@@ -81,6 +91,8 @@ class BatchNormBackward:
     dz    None where nothing before the operator needs a gradient
     accumulate  dz += the gradient; else the halo of dz becomes 0
     in_place    dy becomes dz, which is no argument then: half of the memory is written without being fetched first
+    alive       (channels,) int32: z of a channel that is 0 there was not written and counts as 0; its dz is not written
+    read        (channels,) int32: dy of a channel that is 0 there was not written and counts as 0
     """
 
     dy: Image
@@ -90,6 +102,8 @@ class BatchNormBackward:
     y: Image | None = None
     accumulate: bool = False
     in_place: bool = False
+    alive: bool = False
+    read: bool = False
 
     def __post_init__(self):
         assert self.relu or self.y is None, "y is only read for the ReLU's mask"
@@ -153,7 +167,9 @@ class BatchNorm:
         if low.training:
             statistics = low.statistics(node.inputs[0])
             chunks = statistics.elems // (2 * channels * z.image.vector) if statistics else 0
-            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks), statistics or z, moments)
+            alive = low.written(node.inputs[0])
+            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), statistics or z, moments,
+                     *([alive] if alive else []))
             low.call_update("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
@@ -166,9 +182,12 @@ class BatchNorm:
 
     @staticmethod
     def _normalise(node: Node, low, z, moments, residual, y) -> None:
-        problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None)
+        alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
+        problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None, bool(alive),
+                                   bool(read))
         affine = low.parameter(node, "bias", "weight")
-        low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y, fills=y)
+        low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y,
+                 *(flags for flags in (alive, read) if flags), fills=y)
 
     def backward(self, node: Node, low: Any) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
@@ -179,8 +198,11 @@ class BatchNorm:
         wanted = low.needs_gradient(node.inputs[0])
         in_place = wanted and not added and low.adopt(node.inputs[0], dy)
         dz, accumulate = low.contribute(node.inputs[0]) if wanted and not in_place else (None, False)
-        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate, in_place)
-        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []), fills=dz)
+        alive, read = low.written(node.inputs[0]), None if added else low.read(node.name)
+        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate, in_place,
+                                    bool(alive), bool(read))
+        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []),
+                 *(flags for flags in (alive, read) if flags), fills=dz)
         # After dz, because from here on later contributions may be added to dy in place.
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])

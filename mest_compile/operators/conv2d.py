@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mest_compile.operators.family import KernelFamily, family_of
-from mest_compile.registry import operator
+from mest_compile.operators.family import KernelFamily
+from mest_compile.registry import FAMILIES, operator
 from mest_compile.sparsity.packing import gradient_halo, source_halo
 from mest_compile.spec import Node
 
 if TYPE_CHECKING:
     from mest_compile.graph.lowering import Lowering
+    from mest_compile.graph.program import Buffer
 
 
 def _kernels(node: Node, low: Lowering) -> KernelFamily:
-    layer = low.layer(node)
-    return family_of(layer.scheme, layer.spec)
+    return FAMILIES.find(low.layer(node).kernels)
 
 
 @operator("conv2d")
@@ -36,6 +36,14 @@ class Conv2d:
 
     def backward(self, node: Node, low: Lowering) -> None:
         _kernels(node, low).backward(node, low)
+
+    def written(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the channels of its value that are written; None: all are."""
+        return _kernels(node, low).written(node, low)
+
+    def read(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the channels of its input that it reads; None: all."""
+        return _kernels(node, low).read(node, low)
 
 
 @operator("linear")

@@ -9,7 +9,7 @@ import numpy as np
 
 from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.optimizer import Sgd
-from mest_compile.registry import FAMILIES
+from mest_compile.registry import SCHEDULES
 from mest_compile.spec import LayerSpec, Node
 
 if TYPE_CHECKING:
@@ -71,6 +71,14 @@ class KernelFamily(ABC):
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, f"{node.name}.{phase}")
 
+    def written(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the result's channels that are written; None: all are."""
+        return None
+
+    def read(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the source's channels that are read, and whose gradient is not 0; None: all."""
+        return None
+
     # What a family says.
 
     @abstractmethod
@@ -99,9 +107,10 @@ class KernelFamily(ABC):
         """Source channels of a section of the index, forward and transposed, as the device's schedule wants them."""
 
 
-def family_of(scheme: Scheme, spec: LayerSpec) -> KernelFamily:
-    """The family that runs a layer of that scheme."""
-    return FAMILIES.find(scheme.kernels(spec))
+def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:
+    """Name of the family that runs a layer of that scheme: the scheme's own, or "gather" on a device that lacks its kernels."""
+    name = scheme.kernels(spec)
+    return name if f"{device}/{name}.conv" in SCHEDULES.load() else "gather"
 
 
 def problem_of(program: Program, layer: Layer, kernel: str, part: str):

@@ -29,6 +29,11 @@ class Pass:
     step: tuple[int, int] = (1, 1)
 
 
+def _groups(channels: int, row_block: int, rows_live: int) -> int:
+    """Groups of rows; of listed rows there may be one more, when the live and the dead ones both end in a group that is not full."""
+    return -(-channels // row_block) + 1 if rows_live else channels // row_block
+
+
 @dataclass(frozen=True, slots=True)
 class GatherConv:
     """result[r, q] = (bias[r] | result[r, q] if accumulate | 0) + sum over live units of value * source[offset + q * source_step].
@@ -37,11 +42,16 @@ class GatherConv:
       pointers   (passes * sections * groups + 1,) int32: units of (pass, section, group) are pointers[i] .. pointers[i + 1]
       offsets    (units,) int32, in the first slice
       values     (units * source_block * row_block,) float32, [unit, source channel, result channel]
+      channels   (groups * row_block,) int32, live_groups (1,) int32, only if `rows_live`: row j of group g is result channel
+                 channels[g * row_block + j]; groups from live_groups on are left out, their results are not written
+      sources    (source.channels,) int32, only if `sources_live`: the channels that units read; it only says what to prefetch
       bias       (result.channels,) float32, only if `bias`
       source     (source.elems,) float32
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
       statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass, no accumulate,
                  and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the row's results
+    rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with live channels: a
+    row listed twice in a group, with equal values, is written twice alike.
     `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of source_block.
     Groups without units, and sections without units, are legal: their results are the start value.
     """
@@ -56,10 +66,12 @@ class GatherConv:
     accumulate: bool = False
     bias: bool = False
     statistics: bool = False
+    rows_live: int = 0
+    sources_live: int = 0
 
     @property
     def groups(self) -> int:
-        return self.result.channels // self.row_block
+        return _groups(self.result.channels, self.row_block, self.rows_live)
 
     @property
     def sections(self) -> int:
@@ -77,6 +89,7 @@ class GatherGrad:
     row = row_block * group(u) + j.
 
     Kernel "gather.grad", arguments in order, all flat: pointers (sections * groups + 1,) int32, offsets (units,) int32,
+    channels, live_groups and sources where rows or sources are listed, as "gather.conv" has them, then
     source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel, result channel].
     Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch are 0 in it.
     """
@@ -87,10 +100,12 @@ class GatherGrad:
     source_block: int
     source_step: tuple[int, int]
     section_channels: int
+    rows_live: int = 0
+    sources_live: int = 0
 
     @property
     def groups(self) -> int:
-        return self.delta.channels // self.row_block
+        return _groups(self.delta.channels, self.row_block, self.rows_live)
 
     @property
     def sections(self) -> int:

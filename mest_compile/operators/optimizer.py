@@ -27,6 +27,11 @@ class SgdUnits:
     row_block: int
 
 
+@dataclass(frozen=True, slots=True)
+class CopyValues:
+    """Kernel "optimizer.copy": values (n,), places (m,) int32, copies (m,). copies[i] = values[places[i]]; n and m are symbolic."""
+
+
 def sgd_reference(values, gradients, momentum, hyper) -> tuple[np.ndarray, np.ndarray]:
     """New (values, momentum) in float64."""
     lr, share, decay, nesterov = (float(value) for value in hyper)

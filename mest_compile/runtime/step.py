@@ -18,7 +18,7 @@ from mest_compile.graph.emitting import kernel_name
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
-from mest_compile.operators.family import family_of
+from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, scatter_units
@@ -132,7 +132,7 @@ class TrainStep:
 
     def live_weights(self) -> dict[str, int]:
         """{weight name: weights that are computed with now}, every convolution and linear layer."""
-        return {name: len(self._index[name].order) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
+        return {name: int(self._keep[name].sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
 
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
@@ -440,7 +440,7 @@ class TrainStep:
         """
         layer = self._compiled.layers[name]
         old = self._index.get(name)
-        index = family_of(layer.scheme, layer.spec).index(layer, keep, self._compiled.train)
+        index = FAMILIES.find(layer.kernels).index(layer, keep, self._compiled.train)
         elems = layer.scheme.cell_elems(layer.spec)
         for suffix in ("", ":gradient", ":momentum"):
             if old is None:
@@ -457,8 +457,11 @@ class TrainStep:
 
     def _transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
-        permutation = self._index[name].arrays.get("permutation")
-        if permutation is not None:
+        arrays = self._index[name].arrays
+        permutation = arrays.get("permutation")
+        if "transposed_from" in arrays:
+            self._put(f"{name}:transposed", self._get(name)[arrays["transposed_from"]])
+        elif permutation is not None:
             layer = self._compiled.layers[name]
             rows, sources = layer.scheme.block(layer.spec)
             values = self._get(name).reshape(-1, sources, rows)

@@ -12,11 +12,13 @@ from mest_compile.spec import LayerSpec
 class Layer:
     """A weight's layer as it is compiled: its facts, scheme, target sparsity, and how its index is cut.
 
+    kernels           name of the kernel family that it runs on
     section_channels, transposed_section_channels  source channels of a section in the forward pass and in the input gradient
     """
 
     spec: LayerSpec
     scheme: Scheme
     sparsity: float
+    kernels: str
     section_channels: int
     transposed_section_channels: int

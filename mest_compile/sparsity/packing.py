@@ -33,7 +33,7 @@ def parity_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def _shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray, np.ndarray]:
+def shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray, np.ndarray]:
     """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in range(taps)."""
     distance = start + padding - np.arange(taps)
     return distance % stride == 0, distance // stride
@@ -42,7 +42,7 @@ def _shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray
 def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     """`parity_passes` with an empty grid for those that no tap reaches: what is added there is 0."""
     def reached(grid_pass: Pass) -> bool:
-        return all(_shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
+        return all(shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
                    for axis in (0, 1))
 
     return tuple(grid_pass if reached(grid_pass) else replace(grid_pass, grid=(0, 0)) for grid_pass in parity_passes(layer))
@@ -60,52 +60,61 @@ def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     halo = [0, 0, 0, 0]
     for grid_pass in parity_passes(layer):
         for axis in (0, 1):
-            reached, shift = _shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
+            reached, by = shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
             if reached.any():
-                last = grid_pass.grid[axis] - 1 + shift[reached].max()
-                halo[axis] = max(halo[axis], int(-shift[reached].min()))
+                last = grid_pass.grid[axis] - 1 + by[reached].max()
+                halo[axis] = max(halo[axis], int(-by[reached].min()))
                 halo[axis + 2] = max(halo[axis + 2], int(last - layer.output_size[axis] + 1))
     return tuple(halo)  # type: ignore[return-value]
 
 
 def forward_index(layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> LayerIndex:
     """Index of the forward pass. keep (groups, sources, kh, kw) bool; problem.source's halo holds at least the padding."""
-    image = problem.source
     order = np.flatnonzero(keep)
     group, source, y, x = np.unravel_index(order, keep.shape)
-    offsets = (source * problem.source_block * image.channel_elems + (y - layer.padding[0] + image.halo[0]) * image.row_elems
-               + (x - layer.padding[1] + image.halo[1]) * image.vector)
-    cell = source * problem.source_block // problem.section_channels * problem.groups + group
+    cell, offsets = forward_places(layer, problem, group, source * problem.source_block, y, x)
     sort = np.lexsort((offsets, cell))
-    return LayerIndex(order[sort], {"pointers": _pointers(cell, problem.sections * problem.groups),
-                                    "offsets": offsets[sort].astype(np.int32)})
+    return LayerIndex(order[sort], {"pointers": pointers_of(cell, problem.cells), "offsets": offsets[sort].astype(np.int32)})
 
 
 def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> LayerIndex:
     """`index` with the input gradient's arrays; problem.source is the output gradient, problem.passes are `parity_passes(layer)`."""
-    image = problem.source
     channel, row, y, x = np.unravel_index(index.order, keep.shape)  # roles swap: output channels are the source now
-    number = np.full(len(index.order), len(problem.passes))  # stays for taps that only ever see padding: behind the last pointer
-    shift_y, shift_x = np.zeros_like(number), np.zeros_like(number)
-    for i, grid_pass in enumerate(problem.passes):
-        reached_y, by_y = _shift(grid_pass.start[0], layer.stride[0], layer.padding[0], keep.shape[2])
-        reached_x, by_x = _shift(grid_pass.start[1], layer.stride[1], layer.padding[1], keep.shape[3])
-        here = reached_y[y] & reached_x[x]
-        number[here], shift_y[here], shift_x[here] = i, by_y[y[here]], by_x[x[here]]
-    offsets = (channel * problem.source_block * image.channel_elems + (shift_y + image.halo[0]) * image.row_elems
-               + (shift_x + image.halo[1]) * image.vector)
-    section = channel * problem.source_block // problem.section_channels
-    cells = len(problem.passes) * problem.sections * problem.groups
-    cell = np.minimum((number * problem.sections + section) * problem.groups + row, cells)
-    offsets[cell == cells] = 0
+    cell, offsets = transposed_places(layer, problem, row, channel * problem.source_block, y, x)
     sort = np.lexsort((offsets, cell))
     permutation = np.empty(len(sort), np.int32)
     permutation[sort] = np.arange(len(sort), dtype=np.int32)
-    return LayerIndex(index.order, {**index.arrays, "transposed_pointers": _pointers(cell, cells),
+    return LayerIndex(index.order, {**index.arrays, "transposed_pointers": pointers_of(cell, problem.cells),
                                     "transposed_offsets": offsets[sort].astype(np.int32), "permutation": permutation})
 
 
-def _pointers(cell: np.ndarray, cells: int) -> np.ndarray:
+def forward_places(layer: LayerSpec, problem: GatherConv, group: np.ndarray, first: np.ndarray, y: np.ndarray,
+                   x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cell, offset) of units of row group `group` whose first source channel is `first`, at cell (y, x) of the kernel."""
+    image = problem.source
+    offsets = (first * image.channel_elems + (y - layer.padding[0] + image.halo[0]) * image.row_elems
+               + (x - layer.padding[1] + image.halo[1]) * image.vector)
+    return first // problem.section_channels * problem.groups + group, offsets
+
+
+def transposed_places(layer: LayerSpec, problem: GatherConv, group: np.ndarray, first: np.ndarray, y: np.ndarray,
+                      x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same in the input gradient; units whose tap only ever sees padding come behind the last cell."""
+    image = problem.source
+    number = np.full(len(group), len(problem.passes))
+    shift_y, shift_x = np.zeros_like(number), np.zeros_like(number)
+    for i, grid_pass in enumerate(problem.passes):
+        reached_y, by_y = shift(grid_pass.start[0], layer.stride[0], layer.padding[0], layer.weight_shape[2])
+        reached_x, by_x = shift(grid_pass.start[1], layer.stride[1], layer.padding[1], layer.weight_shape[3])
+        here = reached_y[y] & reached_x[x]
+        number[here], shift_y[here], shift_x[here] = i, by_y[y[here]], by_x[x[here]]
+    offsets = first * image.channel_elems + (shift_y + image.halo[0]) * image.row_elems + (shift_x + image.halo[1]) * image.vector
+    cell = np.minimum((number * problem.sections + first // problem.section_channels) * problem.groups + group, problem.cells)
+    offsets[cell == problem.cells] = 0
+    return cell, offsets
+
+
+def pointers_of(cell: np.ndarray, cells: int) -> np.ndarray:
     """(cells + 1,) int32 running count of units per cell."""
     return np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells)[:cells])]).astype(np.int32)
 

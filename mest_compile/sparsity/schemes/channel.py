@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme, loads_shared
+from mest_compile.sparsity.scheme import Scheme
 
 
 @scheme("channel")
@@ -15,4 +15,7 @@ class Channel(Scheme):
     spans = (0, 2, 3)
 
     def block(self, layer):
-        return loads_shared(layer.weight_shape[0]), 1
+        return 1, 1
+
+    def kernels(self, layer):
+        return "compact"
