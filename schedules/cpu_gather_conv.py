@@ -61,6 +61,7 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
     return [*(rows if problem.rows_live else []), *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else [])]
 
 
+@schedule("pattern.conv", device="cpu", knobs={"tile": (None,)})
 @schedule("compact.conv", device="cpu", knobs={"tile": (None,)})
 @schedule("gather.conv", device="cpu", knobs={"tile": (None,)})
 def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] | None = None) -> str:
@@ -69,7 +70,7 @@ def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] 
     tile  (grid rows, grid columns, slices) of a register tile, divisors of the grid and of the slices; None: chosen from the sizes
     """
     source, result = problem.source, problem.result
-    block = problem.source_block * problem.row_block
+    block = problem.unit[0] * problem.row_block
     arguments = [
         f"pointers: T.Buffer(({len(problem.passes) * problem.sections * problem.groups + 1},), 'int32')",
         "offsets_handle: T.handle", "values_handle: T.handle", *listed(problem, source),
@@ -103,7 +104,8 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     channel = f"channels[part * {rows} + j]" if problem.rows_live else f"(part * {rows} + j)"
     groups = "live_groups[0]" if problem.rows_live else problem.groups
     start = f"bias[{channel}]" if problem.bias else "T.float32(0)"
-    value = (f"values[(pointers[{cell}] + unit) * {problem.source_block * problem.row_block} + k * {problem.row_block}"
+    reads, distance = problem.unit
+    value = (f"values[(pointers[{cell}] + unit) * {reads * problem.row_block} + k * {problem.row_block}"
              f" + part % {parts} * {rows} + j]")
     total = f"sums[(((j * {high} + a) * {wide} + c) * {deep} + v) * {vector} + i]"
 
@@ -111,7 +113,7 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         return (f"(z * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
                 f" + (x * {wide} + c) * {step[1] * vector} + i")
 
-    read = f"source[offsets[pointers[{cell}] + unit] + k * {source.channel_elems} + {pixel(source, problem.source_step)}]"
+    read = f"source[offsets[pointers[{cell}] + unit] + k * {distance} + {pixel(source, problem.source_step)}]"
     first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
 
@@ -126,7 +128,7 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         inner += ["if section == 0:", *indent(1, each(f"{total} = {start}"))]
         if problem.sections > 1:
             inner += ["else:", *indent(1, each(f"{total} = {write}"))]
-    inner += [f"for unit in T.serial(pointers[{cell} + 1] - pointers[{cell}]):", f"    for k in T.unroll({problem.source_block}):",
+    inner += [f"for unit in T.serial(pointers[{cell} + 1] - pointers[{cell}]):", f"    for k in T.unroll({reads}):",
               *indent(2, each(f"{total} = {total} + {value} * {read}"))]
     inner += each(f"{write} = {total}")
     # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:

@@ -40,6 +40,7 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
     return largest_divisor(delta.height, most), wide
 
 
+@schedule("pattern.grad", device="cpu", knobs={"strip": (None,)})
 @schedule("compact.grad", device="cpu", knobs={"strip": (None,)})
 @schedule("gather.grad", device="cpu", knobs={"strip": (None,)})
 def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None) -> str:
@@ -54,12 +55,14 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     most = max(target.registers - 4, 1)
     rows = largest_divisor(problem.row_block, most)
-    depth = largest_divisor(problem.source_block, most // rows)
-    parts, layers = problem.row_block // rows, problem.source_block // depth
+    reads, distance = problem.unit
+    depth = largest_divisor(reads, most // rows)
+    parts, layers = problem.row_block // rows, reads // depth
     each = rows * depth
-    most_units = most // each if each > 1 else max(target.registers // 2, 1)
+    # A unit of neighbouring pixels also holds those that its next pixel reads again.
+    most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
     sizes = _batches(most_units)
-    block = problem.source_block * problem.row_block
+    block = reads * problem.row_block
     high, wide = strip or pick_strip(problem, each > 1, target)
     down, across = delta.height // high, delta.width // wide
     strips_each = delta.slices * down * across  # of a section
@@ -73,7 +76,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector} + i]"
         weight = f"((chunk * units + {first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
-        read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {source.channel_elems} + z * {source.slice_elems}"
+        read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
                 f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
         row = f"(group * {problem.row_block} + part * {rows} + j)"

@@ -49,7 +49,7 @@ class Index:
 
 
 def random_index(rng: np.random.Generator, source: Image, source_step, source_block: int, groups: int, sections: tuple[int, int],
-                 grids: list[tuple[int, int]], kernel: tuple[int, int], live: float) -> Index:
+                 grids: list[tuple[int, int]], kernel: tuple[int, int], live: float, taps: int = 1) -> Index:
     """Units anywhere a grid can read; about one group in four has none.
 
     sections  (how many, source channels of one)
@@ -58,13 +58,13 @@ def random_index(rng: np.random.Generator, source: Image, source_step, source_bl
     for grid in grids:
         reach = [size - (max(extent, 1) - 1) * step
                  for size, extent, step in zip((source.rows, source.columns), grid, source_step, strict=True)]
-        taps = [(y, x) for y in range(min(kernel[0], reach[0])) for x in range(min(kernel[1], reach[1]))]
+        places = [(y, x) for y in range(min(kernel[0], reach[0])) for x in range(min(kernel[1], reach[1]) - taps + 1)]
         dead = rng.random(groups) < (0.25 if live < 1 else 0)
         for section in range(sections[0]):
             channels = range(section * sections[1], min((section + 1) * sections[1], source.channels), source_block)
             for group in range(groups):
                 offsets += [channel * source.channel_elems + y * source.row_elems + x * source.vector for channel in channels
-                            for y, x in taps if rng.random() < live and not dead[group]]
+                            for y, x in places if rng.random() < live and not dead[group]]
                 pointers.append(len(offsets))
     return Index(np.array(pointers, np.int32), np.array(offsets, np.int32))
 
@@ -77,7 +77,7 @@ def activation(rng: np.random.Generator, image: Image, gradient: bool = False) -
 
 def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
     """(values, source, result before, bias)"""
-    values = rng.standard_normal((len(index.offsets), problem.source_block, problem.row_block)).astype(np.float32)
+    values = rng.standard_normal((len(index.offsets), problem.unit[0], problem.row_block)).astype(np.float32)
     bias = rng.standard_normal(problem.result.channels).astype(np.float32) if problem.bias else None
     return values, activation(rng, problem.source), rng.standard_normal(problem.result.shape).astype(np.float32), bias
 
@@ -93,7 +93,7 @@ def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.rand
         arrays.append(np.full((problem.result.slices * rows, 2, problem.result.channels, problem.result.vector), 7, np.float32))
     after = call(builder, "gather.conv", problem, *arrays, **knobs)
     got = after[-2] if problem.statistics else after[-1]
-    terms = index.most_terms * problem.source_block * problem.sections + 1
+    terms = index.most_terms * problem.unit[0] * problem.sections + 1
     assert_close(got, wanted, scale, terms)
     if problem.statistics:
         inside = got[problem.result.interior].astype(np.float64)
@@ -117,12 +117,12 @@ def check_grad(builder: Builder, problem: GatherGrad, index: Index, rng: np.rand
     assert_close(got, wanted, scale, problem.delta.height * problem.delta.width * problem.delta.lanes)
 
 
-def random_problem(seed: int):
-    """(GatherConv, GatherGrad, Index): a convolution of random sizes."""
+def random_problem(seed: int, taps: int = 1):
+    """(GatherConv, GatherGrad, Index): a convolution of random sizes whose units have `taps` neighbouring taps."""
     rng = np.random.default_rng(seed)
     pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
-    row_block, source_block = pick(1, 1, 2, 4, 8), pick(1, 1, 2, 4)
-    stride, kernel = pick(1, 1, 2), pick((1, 1), (3, 3), (3, 3), (5, 2))
+    row_block, source_block = pick(1, 1, 2, 4, 8), pick(1, 1, 2, 4) if taps == 1 else 1
+    stride, kernel = pick(1, 1, 2), pick((1, taps), (3, 3), (3, 3), (5, max(2, taps)))
     halo = pick((0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 2, 1))
     batch = pick(1, 7, 8, 16, 20, 24)
     source = Image(source_block * int(rng.integers(1, 7)), int(rng.integers(5, 19)), pick(5, 8, 16, 17), batch, halo, VECTOR)
@@ -132,15 +132,24 @@ def random_problem(seed: int):
     accumulate = bool(rng.integers(2))
     statistics = not accumulate and batch % VECTOR == 0 and bool(rng.integers(2))
     conv = GatherConv(source, result, row_block, source_block, (stride, stride), (Pass((height, width)),), section, accumulate=accumulate,
-                      bias=not accumulate and bool(rng.integers(2)), statistics=statistics)
+                      bias=not accumulate and bool(rng.integers(2)), statistics=statistics, taps=taps)
     index = random_index(rng, source, (stride, stride), source_block, conv.groups, (conv.sections, section), [(height, width)], kernel,
-                         pick(0.1, 0.3, 1.0))
-    return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section), index
+                         pick(0.1, 0.3, 1.0), taps)
+    return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section, taps), index
 
 
 @pytest.mark.parametrize("seed", range(16))
 def test_convolutions_of_random_sizes(builder, seed):
     conv, grad, index = random_problem(seed)
+    print("seed", seed, conv)
+    check_conv(builder, conv, index, np.random.default_rng(seed))
+    check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("taps", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_units_of_neighbouring_taps(builder, seed, taps):
+    conv, grad, index = random_problem(seed, taps)
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))

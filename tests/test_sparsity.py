@@ -108,12 +108,13 @@ def test_a_block_scores_the_norm_of_its_four_weights():
     assert energy[1, 2, 1, 0] == 5**2 and np.count_nonzero(energy) == 1
 
 
-def test_the_eight_patterns_have_four_cells_with_the_centre_and_stay_a_set_when_turned():
+def test_the_eight_patterns_are_two_pairs_in_rows_with_the_centre_and_stay_a_set_when_mirrored():
     codes = {tuple(pattern.ravel()) for pattern in PATTERNS}
     assert len(codes) == 8 and PATTERNS.shape == (8, 3, 3)
     assert (PATTERNS.sum((1, 2)) == 4).all() and PATTERNS[:, 1, 1].all()
-    for turned in (np.rot90(PATTERNS, axes=(1, 2)), PATTERNS[:, ::-1], PATTERNS[:, :, ::-1]):
-        assert {tuple(pattern.ravel()) for pattern in turned} == codes
+    assert {tuple(row) for row in PATTERNS.reshape(-1, 3)} == {(1, 1, 0), (0, 1, 1), (0, 0, 0)}
+    for mirrored in (PATTERNS[:, ::-1], PATTERNS[:, :, ::-1]):
+        assert {tuple(pattern.ravel()) for pattern in mirrored} == codes
 
 
 def test_a_kernel_starts_with_the_pattern_that_keeps_most_and_a_filter_with_its_largest_kernels():

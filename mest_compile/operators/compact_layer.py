@@ -49,7 +49,8 @@ class CompactFamily(KernelFamily):
 
     def grad_weight(self, layer, source, delta, gradients, low, name):
         rows, sources, rows_live, sources_live = _blocks(layer)
-        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, rows_live, sources_live)
+        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, rows_live=rows_live,
+                             sources_live=sources_live)
         low.call("compact.grad", problem, *self._index(layer, problem, low), *self._lists(layer, problem, source, low), source, delta,
                  gradients, name=name)
 

@@ -50,6 +50,8 @@ class GatherConv:
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
       statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass, no accumulate,
                  and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the row's results
+    taps: a unit reads that many pixels of a row, each by its own value, which stands where the source channel's would; 1: it reads
+    source_block channels. More than 1 only where source_block is 1.
     rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with live channels: a
     row listed twice in a group, with equal values, is written twice alike.
     `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of source_block.
@@ -66,12 +68,17 @@ class GatherConv:
     accumulate: bool = False
     bias: bool = False
     statistics: bool = False
+    taps: int = 1
     rows_live: int = 0
     sources_live: int = 0
 
     @property
     def groups(self) -> int:
         return _groups(self.result.channels, self.row_block, self.rows_live)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        return _unit(self)
 
     @property
     def sections(self) -> int:
@@ -100,12 +107,17 @@ class GatherGrad:
     source_block: int
     source_step: tuple[int, int]
     section_channels: int
+    taps: int = 1
     rows_live: int = 0
     sources_live: int = 0
 
     @property
     def groups(self) -> int:
         return _groups(self.delta.channels, self.row_block, self.rows_live)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        return _unit(self)
 
     @property
     def sections(self) -> int:
@@ -115,6 +127,13 @@ class GatherGrad:
     def cells(self) -> int:
         """(section, group) pairs, each with its own run of units."""
         return self.sections * self.groups
+
+
+def _unit(problem: GatherConv | GatherGrad) -> tuple[int, int]:
+    """(source elements that a unit reads for one result, distance of one from the next): neighbouring channels or pixels."""
+    if problem.taps > 1:
+        return problem.taps, problem.source.vector
+    return problem.source_block, problem.source.channel_elems
 
 
 def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
@@ -144,26 +163,27 @@ def gather_conv_reference(problem: GatherConv, pointers, offsets, values, source
         for grid_pass in problem.passes:
             start = np.zeros(problem.result.channels) if bias is None else bias.astype(np.float64)
             out[(slice(None), slice(None), *pixels(grid_pass))] = start[:, None, None, None]
-    values = values.astype(np.float64).reshape(-1, problem.source_block, problem.row_block)
+    depth, distance = problem.unit
+    values = values.astype(np.float64).reshape(-1, depth, problem.row_block)
     for index, group, unit in _units_of(problem, pointers):
         grid_pass = problem.passes[index]
-        for k in range(problem.source_block):
-            window = _pixels(flat, problem.source, offsets[unit] + k * problem.source.channel_elems, grid_pass.grid, problem.source_step)
+        for k in range(depth):
+            window = _pixels(flat, problem.source, offsets[unit] + k * distance, grid_pass.grid, problem.source_step)
             for j in range(problem.row_block):
                 out[(slice(None), group * problem.row_block + j, *pixels(grid_pass))] += values[unit, k, j] * window
     return out
 
 
 def gather_grad_reference(problem: GatherGrad, pointers, offsets, source, delta) -> np.ndarray:
-    """Gradients (units, source_block, row_block) in float64."""
+    """Gradients (units, values of a unit for one row, row_block) in float64."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta
     inner = delta.astype(np.float64).reshape(image.shape)[image.interior]
-    out = np.zeros((len(offsets), problem.source_block, problem.row_block))
+    depth, distance = problem.unit
+    out = np.zeros((len(offsets), depth, problem.row_block))
     for _, group, unit in _units_of(problem, pointers):
-        for k in range(problem.source_block):
-            window = _pixels(flat, problem.source, offsets[unit] + k * problem.source.channel_elems,
-                             (image.height, image.width), problem.source_step)
+        for k in range(depth):
+            window = _pixels(flat, problem.source, offsets[unit] + k * distance, (image.height, image.width), problem.source_step)
             for j in range(problem.row_block):
                 out[unit, k, j] = np.vdot(inner[:, group * problem.row_block + j], window)
     return out

@@ -9,12 +9,13 @@ from mest_compile.mutation import grow, prune
 from mest_compile.registry import scheme
 from mest_compile.sparsity.scheme import Scheme, check_sparsity
 
-# Compact patterns of four cells around the centre: the four 2x2 squares that hold it, and the centre with three of its four neighbours.
-# PatDNN (arXiv:2001.00138) draws its patterns, centre and three others, from those that are most frequent in trained networks; this set
-# of eight, closed under turning and mirroring, is ours. (8, 3, 3) bool.
+# Two pairs of neighbours in a row, one of them with the centre, the other right above or below: the only eight such patterns. Both taps
+# of a pair meet neighbouring pixels, so kernels compute them from one place, and what one tap reads for a pixel is what the other reads
+# for the next. PatDNN (arXiv:2001.00138) draws its patterns, centre and three others, from those that are most frequent in trained
+# networks; this set, closed under mirroring, is ours. (8, 3, 3) bool.
 PATTERNS = np.array([[[cell == "x" for cell in row] for row in rows.split()] for rows in (
-    "xx. xx. ...", ".xx .xx ...", "... xx. xx.", "... .xx .xx",
-    ".x. xxx ...", ".x. .xx .x.", "... xxx .x.", ".x. xx. .x.")])
+    "xx. xx. ...", ".xx xx. ...", "xx. .xx ...", ".xx .xx ...",
+    "... xx. xx.", "... xx. .xx", "... .xx xx.", "... .xx .xx")])
 _LIVE_CELLS, _CELLS = 4, 9
 
 
@@ -35,6 +36,9 @@ class Pattern(Scheme):
         if layer.weight_shape[2:] != (3, 3):
             high, wide = layer.weight_shape[2:]
             raise SparsityError(f"{layer.name}: scheme pattern is for 3x3 kernels, the layer's are {high}x{wide}; list it in dense_layers")
+
+    def kernels(self, layer):
+        return "pattern" if layer.stride == (1, 1) else "gather"
 
     def unit_cells(self, layer):
         return _LIVE_CELLS
