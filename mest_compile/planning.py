@@ -78,7 +78,7 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
         units = {name: layer.scheme.live_cells(layer.spec, layer.sparsity if sparsity is None or layer.sparsity == 0 else sparsity)
                  for name, layer in layers.items()}
         train, predict = programs[recomputed]
-        return footprint(train, predict, layers, units)["total"]
+        return footprint(train, predict, layers, units, target.vector * target.cores)["total"]
 
     choices = [frozenset[str](), *recomputable(graph)]
     programs = {recomputed: lower(graph, layers, target, recomputed) for recomputed in choices}

@@ -11,11 +11,13 @@ from mest_compile.sparsity.layer import Layer
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
 
 
-def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
+def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int],
+              sums: int) -> dict[str, int]:
     """{kind: bytes, "total": bytes}.
 
     live_units   weight name -> units in the layer's value array
-    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena
+    sums         partial sums that weight gradients keep of every live weight: vector lanes times threads' shares
+    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and the sums of the largest layer
     """
     found = dict.fromkeys(KINDS, 0)
     for buffer in _held((train, predict)):
@@ -23,7 +25,8 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
         found[buffer.kind] += elems * ITEM_BYTES[buffer.dtype]
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
-    found["workspace"] = arena_bytes - found["activations"]
+    most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()), default=0)
+    found["workspace"] = arena_bytes - found["activations"] + most_live * sums * ITEM_BYTES["float32"]
     return found | {"total": sum(found.values())}
 
 

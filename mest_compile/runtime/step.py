@@ -145,7 +145,8 @@ class TrainStep:
     def memory(self) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
         units = {name: len(index.order) for name, index in self._index.items()}
-        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units)
+        target = self._compiled.facts["target"]
+        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target["vector"] * target["cores"])
 
     # Running.
 
