@@ -17,12 +17,15 @@ from mest_compile.errors import NotYet, StateError, UsageError
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
+from mest_compile.graph.program import FUNCTIONS
 from mest_compile.hardware import Gpu, Target, find_target
 from mest_compile.planning import meet_budget, plan_layers
+from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.scheme import Scheme
+from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph, Node
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
             target: str | Path | Target = "local", device: Any = None, threads: int | None = None, seed: int = 0,
-            memory_budget: int | None = None, lower_density: bool = False, builder: Builder | None = None) -> TrainStep:
+            label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
+            builder: Builder | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
@@ -47,6 +51,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first layer, 1x1 convolutions on images, the classifier
     threads        None: all cores
+    label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1
     memory_budget  bytes that the whole step may need (`step.memory()["total"]`). To meet it, activations are computed again in the
                    backward pass instead of kept: first those that cost one pass over memory, then those of sparse convolutions
     lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
@@ -56,6 +61,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     from mest_compile.frontend import import_model
 
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"label_smoothing is {label_smoothing}; wanted a share of 0 or more and below 1")
     if device is not None:
         raise NotYet("device: running a step on another device over RPC is not in this version; leave device=None")
     input_shape = _check_shape(input_shape)
@@ -67,7 +74,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density)
         if raised is not None:
             layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
-    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, builder)
+    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder)
 
 
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None) -> TrainStep:
@@ -84,7 +91,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
     step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"],
-                 builder)
+                 facts["label_smoothing"], builder)
     step._restore(arrays, facts, path)
     return step
 
@@ -102,40 +109,47 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
 
 
 def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], recomputed: frozenset[str],
-          optimizer: SGD, target: Target, threads: int, seed: int, builder: Builder | None) -> TrainStep:
+          optimizer: SGD, target: Target, threads: int, seed: int, label_smoothing: float, builder: Builder | None) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
-    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, builder or Builder()), state)
+    builder = builder or Builder()
+
+    def dense() -> TrainStep:
+        """The same step with all weights alive, which has the gradient of every weight."""
+        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), target))
+                 for name, layer in layers.items()}
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
+        return _make(graph, zeros, every, recomputed, optimizer, target, threads, seed, label_smoothing, builder)
+
+    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder), state, dense)
 
 
 def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: frozenset[str], optimizer: SGD, target: Target, threads: int,
-             seed: int, builder: Builder) -> Compiled:
+             seed: int, label_smoothing: float, builder: Builder) -> Compiled:
     from mest_compile.runtime.step import Compiled
 
-    train, predict = lower(fuse(graph), layers, target, recomputed)
+    train, predict = lower(fuse(graph), layers, target, recomputed, label_smoothing)
     kinds = {(call.kernel, call.problem) for program in (train, predict) for call in program.calls}
     sources = {kind: kernel_source(*kind, target) for kind in sorted(kinds, key=repr)}
     built = builder.build(sources.values())
     kernels = {program.name: {call.name: built[sources[call.kernel, call.problem].key] for call in program.calls}
                for program in (train, predict)}
 
+    functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
+
     def link(prefix: str) -> Any:
         import tvm
 
-        module = emit({"train": (train, ("forward", "backward", "update")), "gradients": (train, ("forward", "backward")),
-                       "predict": (predict, ("forward",))}, prefix)
-        return tvm.compile(module, target=tvm.target.Target(target.tvm_fields))
+        return tvm.compile(emit(functions, prefix), target=tvm.target.Target(target.tvm_fields))
 
     runner = None
     if target.device == "opencl":
         from mest_compile.runtime.opencl import OpenclRunner
 
-        whole, without_update = ("forward", "backward", "update"), ("forward", "backward")
-        runner = partial(OpenclRunner, kernels, {"train": (train, whole), "gradients": (train, without_update),
-                                                 "predict": (predict, ("forward",))})
+        runner = partial(OpenclRunner, kernels, functions)
     facts = {
         "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
-        "recomputed": sorted(recomputed),
+        "recomputed": sorted(recomputed), "label_smoothing": label_smoothing,
         "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
         "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
                     "kernels": layer.kernels,
@@ -144,7 +158,7 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
                      "input_shape": list(graph.input_shape), "recomputed": sorted(recomputed),
                      "schemes": {name: str(layer.scheme) for name, layer in layers.items()},
                      "sparsity": {name: layer.sparsity for name, layer in layers.items()},
-                     "optimizer": asdict(optimizer),
+                     "optimizer": asdict(optimizer), "label_smoothing": label_smoothing,
                      "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
     }
     return Compiled(graph, layers, train, predict, kernels, link, optimizer, threads, seed, facts, runner)

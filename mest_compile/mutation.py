@@ -61,10 +61,11 @@ def prune(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
     return kept
 
 
-def grow(keep: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
-    """A copy of `keep` with `live` units alive, the new ones drawn evenly from the dead.
+def grow(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+    """A copy of `keep` with `live` units alive, the new ones drawn evenly from the dead, or those of highest score.
 
-    keep  (units,) bool
+    keep    (units,) bool
+    scores  (units,) float; of equal scores the lower index grows. None: the generator chooses
     Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already.
     """
     alive = int(keep.sum())
@@ -72,8 +73,11 @@ def grow(keep: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
         raise CapacityError(f"cannot grow to {live} live units: there are {keep.size}")
     if live < alive:
         raise SparsityError(f"cannot grow to {live} live units: {alive} of {keep.size} are alive already; prune first")
-    grown = keep.copy()
-    grown[rng.choice(np.flatnonzero(~keep), size=live - alive, replace=False)] = True
+    grown, dead = keep.copy(), np.flatnonzero(~keep)
+    if scores is None:
+        grown[rng.choice(dead, size=live - alive, replace=False)] = True
+    else:
+        grown[dead[np.argsort(-scores[dead], kind="stable")[:live - alive]]] = True
     return grown
 
 

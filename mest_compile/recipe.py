@@ -13,26 +13,53 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mest_compile.errors import NotYet, SparsityError, UnknownName, UsageError
+from mest_compile.errors import SparsityError, UnknownName, UsageError
 from mest_compile.mutation import Phase
+from mest_compile.sieve import SieveRule
 
 # The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
 PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES = 160, 5, (90, 120)
 
 
-def _em(sparsity: float) -> list[tuple[float, float]]:
+# SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three quarters.
+DROP_SHARE, RIGL_END = 0.3, 0.75
+
+
+def _em(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
     """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for any target."""
-    return [(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)]
+    return _scaled([(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)], epochs)
 
 
-def _em_s(sparsity: float) -> list[tuple[float, float]]:
+def _em_s(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
     """Grow 0.05, 0.025, 0 of all units beyond the target: the paper's table, the same at 90% and 95%."""
-    return [(sparsity, max(0.0, sparsity - excess)) for excess in (0.05, 0.025, 0.0)]
+    return _scaled([(sparsity, max(0.0, sparsity - excess)) for excess in (0.05, 0.025, 0.0)], epochs)
 
 
-# method -> (prune_to, grow_to) of its three phases at a target sparsity; None: the mask never changes
-METHODS: dict[str, Callable[[float], list[tuple[float, float]]] | None] = {"static": None, "em": _em, "em_s": _em_s}
-LATER_METHODS = ("set", "rigl")
+def _set(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """The same share of the live units every time. Source: Mocanu et al., arXiv:1707.04780."""
+    return (_phase(epochs, _fewer(sparsity, DROP_SHARE), sparsity),)
+
+
+def _rigl(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """A share that falls by a cosine to 0 at RIGL_END of training, a phase for each mutation. Source: Evci et al., arXiv:1911.11134."""
+    end = RIGL_END * epochs
+    starts = [0, *range(interval, epochs, interval)]
+    shares = [0.5 * DROP_SHARE * (1 + math.cos(math.pi * start / end)) if start < end else 0.0 for start in starts]
+    return tuple(_phase(until, _fewer(sparsity, share), sparsity) for until, share in zip([*starts[1:], epochs], shares, strict=True))
+
+
+def _fewer(sparsity: float, share: float) -> float:
+    """The sparsity when that share of the live units is gone."""
+    return sparsity + share * (1 - sparsity)
+
+
+def _phase(until: int, prune_to: float, grow_to: float) -> Phase:
+    return Phase(until, round(prune_to, 6), round(grow_to, 6))  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
+
+
+# method -> phases of (target sparsity, epochs, epochs between mutations); None: the mask never changes
+METHODS: dict[str, Callable[[float, int, int], tuple[Phase, ...]] | None] = {
+    "static": None, "em": _em, "em_s": _em_s, "set": _set, "rigl": _rigl}
 
 # name -> share of the way from lr_final to lr, given the share of training done
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -47,7 +74,7 @@ class Recipe:
     """A training run's settings; checked when made.
 
     epochs             whole passes over the training set
-    method             "static" (the mask never changes), "em" or "em_s"
+    method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead weights)
     lr                 learning rate at its highest
     lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs; "constant".
                        It moves with every iteration, not only between epochs.
@@ -55,7 +82,10 @@ class Recipe:
     warmup_epochs      the learning rate first rises linearly over this many epochs; the schedule covers the rest
     mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
     phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion to `epochs`
+    label_smoothing    share of every label that is spread over all classes; the step must be compiled with it too
+    clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
     importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
+    sieve              when which examples are dropped; None: all stay
     augment            shift, and mirror where the data set allows it
     seed               of shuffling, augmentation and mutation
     eval_every         epochs between evaluations; the last epoch is always evaluated
@@ -69,7 +99,10 @@ class Recipe:
     warmup_epochs: int = 0
     mutate_every: int | None = None
     phases: tuple[Phase, ...] = ()
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
     importance_lambda: float = 0.0
+    sieve: SieveRule | None = None
     augment: bool = True
     seed: int = 0
     eval_every: int = 1
@@ -84,14 +117,21 @@ class Recipe:
         _check_number("lr", self.lr)
         _check_number("lr_final", self.lr_final)
         _check_number("importance_lambda", self.importance_lambda)
+        _check_number("label_smoothing", self.label_smoothing)
+        if self.label_smoothing >= 1:
+            raise UsageError(f"label_smoothing must be a share below 1, not {self.label_smoothing}")
+        if self.clip_norm is not None:
+            _check_number("clip_norm", self.clip_norm)
+            if self.clip_norm == 0:
+                raise UsageError("clip_norm must be above 0; leave it out for no bound")
+        if self.sieve is not None and not isinstance(self.sieve, SieveRule):
+            raise UsageError(f"sieve must be a SieveRule or None, not {self.sieve!r}")
         if not isinstance(self.augment, bool):
             raise UsageError(f"augment must be true or false, not {self.augment!r}")
         if self.lr <= 0 or self.lr_final > self.lr:
             raise UsageError(f"lr must be above 0 and at least lr_final, not lr {self.lr}, lr_final {self.lr_final}")
         if self.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs must be below epochs ({self.epochs}), not {self.warmup_epochs}")
-        if self.method in LATER_METHODS:
-            raise NotYet(f"the method {self.method!r} is not in this version; there are: {', '.join(METHODS)}")
         if self.method not in METHODS:
             raise UnknownName(f"no method {self.method!r}; there are: {', '.join(METHODS)}")
         if self.lr_schedule not in LR_SCHEDULES:
@@ -127,10 +167,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one."""
-        for key in data:
-            if key.startswith("sieve"):
-                raise NotYet(f"{where}: the data sieve ({key}) is not in this version; leave it out")
         _check_keys(cls, data, where)
+        sieve = data.get("sieve")
+        if sieve is not None:
+            if not isinstance(sieve, Mapping):
+                raise UsageError(f"{where}: sieve must be a table, for example [sieve] with drop = 0.15")
+            _check_keys(SieveRule, sieve, f"{where}, sieve")
+            sieve = SieveRule(**sieve)
         phases = data.get("phases", ())
         if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
             raise UsageError(f"{where}: phases must be a list of tables with until_epoch, prune_to and grow_to")
@@ -139,7 +182,7 @@ class Recipe:
             _check_whole("until_epoch", phase["until_epoch"], 1)
             _check_number("prune_to", phase["prune_to"])
             _check_number("grow_to", phase["grow_to"])
-        return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases)})
+        return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases), "sieve": sieve})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives an equal recipe back."""
@@ -150,13 +193,13 @@ class Recipe:
 
         Raises SparsityError when the method needs a sparse model, or the first phase cannot be pruned to.
         """
-        pairs = METHODS[self.method]
+        phases_of = METHODS[self.method]
         interval = self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
-        if pairs is None:
+        if phases_of is None:
             return dataclasses.replace(self, mutate_every=interval)
         if not 0 < sparsity < 1:
             raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")
-        phases = self.phases or _scaled(pairs(sparsity), self.epochs)
+        phases = self.phases or phases_of(sparsity, self.epochs, interval)
         if phases[0].prune_to < sparsity:
             raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
                                 f"raise its prune_to")
@@ -171,7 +214,7 @@ class Recipe:
         if not self.phases or epoch == 0:
             return None
         begins = epoch in [phase.until_epoch for phase in self.phases]
-        return self._phase(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
+        return self._phase_of(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
 
     def meets_target(self, epoch: int) -> bool:
         """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no result."""
@@ -191,7 +234,7 @@ class Recipe:
             return self.lr_final + (self.lr - self.lr_final) * LR_SCHEDULES[self.lr_schedule](done)
         return max(self.lr_final, self.lr * LR_SCHEDULES[self.lr_schedule](done))
 
-    def _phase(self, epoch: int) -> Phase:
+    def _phase_of(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch < phase.until_epoch)
 
 
@@ -204,9 +247,7 @@ def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
     """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last epoch."""
     ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
     starts = [0, *ends[:-1]]
-    # Six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder.
-    return tuple(Phase(end, round(prune_to, 6), round(grow_to, 6))
-                 for (prune_to, grow_to), start, end in zip(pairs, starts, ends, strict=True) if start < end)
+    return tuple(_phase(end, *pair) for pair, start, end in zip(pairs, starts, ends, strict=True) if start < end)
 
 
 def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:

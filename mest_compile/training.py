@@ -15,12 +15,13 @@ import numpy as np
 
 from mest_compile import __version__
 from mest_compile.data import Dataset, as_dataset, batches
-from mest_compile.errors import InputError, MestError, StateError
+from mest_compile.errors import InputError, MestError, StateError, UsageError
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder, machine
+from mest_compile.sieve import Sieve
 
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
-SHUFFLE, MUTATION = 0, 1
+SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
 
 
 class Progress(Protocol):
@@ -80,7 +81,14 @@ class Trainer:
         self.recipe = recipe.resolved(target_sparsity(step))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
-        self._resumed: dict[str, Any] | None = None
+        smoothing = step.describe().get("label_smoothing", 0.0)
+        if smoothing != recipe.label_smoothing:
+            raise UsageError(f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
+                             f"compile it with label_smoothing={recipe.label_smoothing}")
+        self._sieve: Sieve | None = None
+        self._survivors: dict[str, np.ndarray] = {}
+        self._first_live: dict[str, int] = {}
+        self._resumed: tuple[dict[str, Any], dict[str, np.ndarray]] | None = None
 
     @classmethod
     def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None) -> Trainer:
@@ -95,11 +103,11 @@ class Trainer:
             from mest_compile.compiling import load
 
             step = load(folder.checkpoint)
-        extra, _ = step.restore(folder.checkpoint)
+        extra, arrays = step.restore(folder.checkpoint)
         if extra.get("recipe") != recipe:
             raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
         trainer = cls(step, Recipe.from_dict(recipe, where=str(folder.recipe)), out, progress)
-        trainer._resumed = extra
+        trainer._resumed = extra, arrays
         return trainer
 
     def fit(self, train_set: Any, test_set: Any) -> Run:
@@ -115,11 +123,11 @@ class Trainer:
         self._check_data(test)
         run, data = self._begin(train, test)
         for epoch in range(len(run.history), self.recipe.epochs):
-            mutation = self._mutate(epoch)
+            mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
             trained = self._train(epoch, train)
             evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
-            metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation,
-                       "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
+            metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
+                       "survival": self._survival(), "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
             self._keep(run, metrics, data)
             self.progress.on_epoch(metrics)
         return run
@@ -128,11 +136,20 @@ class Trainer:
         """A run with the epochs that are done, and the JSON-able facts about its data."""
         data = {"train": train.describe(), "test": test.describe()}
         run = Run(self.recipe, folder=self.folder.path if self.folder else None)
+        self._sieve = Sieve(len(train)) if self.recipe.sieve else None
+        self._survivors = {name: mask.ravel() for name, mask in self.step.masks().items()}
+        self._first_live = {name: int(mask.sum()) for name, mask in self._survivors.items()}
         if self._resumed is not None:
-            if self._resumed["data"] != data:
-                raise StateError(f"the run was trained on {self._resumed['data']['train']['name']}; this is other data: "
+            extra, arrays = self._resumed
+            if extra["data"] != data:
+                raise StateError(f"the run was trained on {extra['data']['train']['name']}; this is other data: "
                                  f"{train.name}, {len(train)} examples. A run resumes on its own data")
-            run.history, run.best = list(self._resumed["history"]), self._resumed["best"]
+            run.history, run.best = list(extra["history"]), extra["best"]
+            if self._sieve:
+                self._sieve.restore(arrays)
+            self._first_live = extra["first_live"]
+            self._survivors = {name: np.unpackbits(arrays[f"survivors.{name}"], count=mask.size).astype(bool)
+                               for name, mask in self._survivors.items()}
             assert self.folder is not None
             self.folder.rewrite_metrics(run.history)
         elif self.folder:
@@ -142,37 +159,58 @@ class Trainer:
             self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
         return run, data
 
-    def _mutate(self, epoch: int) -> dict[str, Any] | None:
+    def _mutate(self, epoch: int, train: Dataset) -> dict[str, Any] | None:
         phase = self.recipe.mutation_at(epoch)
         if phase is None:
             return None
+        said: dict[str, Any] = {"prune_to": phase.prune_to, "grow_to": phase.grow_to}
+        gradients = {}
+        if self.recipe.method == "rigl":
+            chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(len(train), self.step.batch, replace=False)
+            images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
+            gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(images, train.labels[chosen])
         report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, importance_lambda=self.recipe.importance_lambda,
-                                  rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]))
-        return {"prune_to": phase.prune_to, "grow_to": phase.grow_to, "layers": dict(Counter(report.layers.values())),
-                "seconds": report.seconds}
+                                  rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]), **gradients)
+        for name, mask in self.step.masks().items():
+            self._survivors[name] = self._survivors[name] & mask.ravel()
+        return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds}
+
+    def _survival(self) -> dict[str, float]:
+        """{layer: share of the weights that lived at the start and have lived ever since}."""
+        return {name: int(mask.sum()) / self._first_live[name] for name, mask in self._survivors.items()}
+
+    def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
+        if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):
+            return None
+        return self._sieve.drop(self.recipe.sieve, np.random.default_rng([self.recipe.seed, epoch, SIEVE]))
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
-        step, count, rng = self.step, len(train) // self.step.batch, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
+        step, rng = self.step, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
+        among = np.flatnonzero(self._sieve.kept) if self._sieve else np.arange(len(train))
+        count, whole = len(among) // step.batch, len(train) // step.batch
         loss, correct, step_seconds, kernel_seconds, lr = 0.0, 0, 0.0, None, 0.0
+        bound = {} if self.recipe.clip_norm is None else {"clip_norm": self.recipe.clip_norm}
         began = perf_counter()
-        with closing(batches(train, step.batch, rng, self.recipe.augment)) as prepared:  # type: ignore[type-var]
-            for index, (images, labels, _) in enumerate(prepared):
+        with closing(batches(train, step.batch, rng, self.recipe.augment, among)) as prepared:  # type: ignore[type-var]
+            for index, (images, labels, examples) in enumerate(prepared):
                 lr = self.recipe.lr_at(epoch, index, count)
                 called = perf_counter()
-                result = step(images.reshape(step.input_shape), labels, lr=lr)
+                result = step(images.reshape(step.input_shape), labels, lr=lr, **bound)
                 step_seconds += perf_counter() - called
                 if not math.isfinite(result.loss):
                     raise MestError(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}; "
                                     f"lower lr or add warmup_epochs. The last whole epoch's checkpoint is intact")
+                if self._sieve:
+                    self._sieve.count(examples, result.correct)
                 loss += float(result.loss)
                 correct += int(np.count_nonzero(result.correct))
                 if (kernels := getattr(result, "kernel_seconds", None)) is not None:
                     kernel_seconds = (kernel_seconds or 0.0) + kernels
                 self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss)
-        seconds, examples = perf_counter() - began, count * step.batch
-        return {"loss": loss / count, "train_accuracy": correct / examples, "lr": lr, "examples": examples,
-                "images_per_second": examples / seconds, "train_seconds": seconds, "step_seconds": step_seconds / count,
-                "kernel_seconds": None if kernel_seconds is None else kernel_seconds / count}
+        seconds, trained = perf_counter() - began, count * step.batch
+        return {"loss": loss / count, "train_accuracy": correct / trained, "lr": lr, "examples": trained, "iterations": count,
+                "iterations_saved": whole - count, "images_per_second": trained / seconds, "train_seconds": seconds,
+                "step_seconds": step_seconds / count, "kernel_seconds": None if kernel_seconds is None else kernel_seconds / count}
 
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
         batch, correct, began = self.step.batch, 0, perf_counter()
@@ -197,8 +235,10 @@ class Trainer:
             self._save(self.folder.checkpoint, run, data)
 
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
-        self.step.save(path, {"epoch": len(run.history), "recipe": self.recipe.to_dict(), "data": data,
-                              "best": run.best, "history": run.history})
+        arrays = {f"survivors.{name}": np.packbits(mask) for name, mask in self._survivors.items()}
+        self.step.save(path, {"epoch": len(run.history), "recipe": self.recipe.to_dict(), "data": data, "best": run.best,
+                              "history": run.history, "first_live": self._first_live},
+                       arrays | (self._sieve.arrays() if self._sieve else {}))
 
     def _check_data(self, data: Dataset) -> None:
         wanted, found = tuple(self.step.input_shape[1:]), data.images.shape[1:]

@@ -20,6 +20,10 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     logit, gradient = (f"{name}[n // {layout.vector} * {layout.slice_elems} + {{}} * {layout.channel_elems} + {layout.origin}"
                        f" + n % {layout.vector}]" for name, layout in (("logits", logits), ("dlogits", dlogits)))
     first, logit, gradient = logit.format(0), logit.format("k"), gradient.format("k")
+    share = problem.smoothing / classes
+    # Without smoothing only the label's logit counts: 0 times what another one is below the largest need not be 0.
+    add = "chosen[0] + {wanted} * ({logit} - best[0])" if share else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"
+    wanted = f"T.Select(k == labels[n], {number(1 - problem.smoothing + share)}, {number(share)})"
     with text.each(dlogits.lanes, target.gpu.threads):
         with text.nest(f"if n < {batch}"):
             for name, dtype in (("best", "float32"), ("winner", "int32"), ("total", "float32"), ("chosen", "float32")):
@@ -29,10 +33,10 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
                 text(f"best[0] = {logit}", "winner[0] = k")
             with text.nest(f"for k in T.serial({classes})"):
                 text(f"{gradient} = T.exp({logit} - best[0])", f"total[0] = total[0] + {gradient}",
-                     f"chosen[0] = T.Select(k == labels[n], {logit} - best[0], chosen[0])")
+                     f"chosen[0] = {add.format(wanted=wanted, logit=logit)}")
             text("losses[n] = T.log(total[0]) - chosen[0]", "correct[n] = T.Select(winner[0] == labels[n], 1, 0)")
             with text.nest(f"for k in T.serial({classes})"):
-                text(f"{gradient} = ({gradient} / total[0] - T.Select(k == labels[n], T.float32(1), T.float32(0))) * {number(1 / batch)}")
+                text(f"{gradient} = ({gradient} / total[0] - {wanted}) * {number(1 / batch)}")
         with text.nest("else", f"for k in T.serial({classes})"):
             text(f"{gradient} = T.float32(0)")
     size = whole_groups(batch, target.gpu.threads)

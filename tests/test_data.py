@@ -371,8 +371,8 @@ def test_the_worker_ends_when_iteration_stops_early_and_its_errors_arrive():
     assert not workers()
 
     class Broken:
-        def permutation(self, count):
-            return np.arange(count)
+        def permutation(self, among):
+            return among
 
         def integers(self, *_, **__):
             raise RuntimeError("no random numbers")

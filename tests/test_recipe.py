@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from mest_compile.errors import NotYet, SparsityError, UnknownName, UsageError
+from mest_compile.errors import SparsityError, UnknownName, UsageError
 from mest_compile.mutation import Phase
 from mest_compile.recipe import METHODS, Recipe, preset
+from mest_compile.sieve import SieveRule
 
 
 @pytest.mark.parametrize(("method", "sparsity", "table"), [
@@ -31,6 +32,27 @@ def test_preset_of_any_length_ends_at_its_target(method, epochs):
     assert last in ([], [recipe.phases[-1]])
     assert last or epochs == 1
     assert recipe.meets_target(epochs - 1)
+
+
+def test_set_replaces_the_same_share_and_rigl_less_and_less_until_three_quarters():
+    recipe = preset("set", 0.9, 160)
+    assert recipe.phases == (Phase(160, 0.93, 0.9),) and recipe.mutate_every == 5
+    recipe = preset("rigl", 0.9, 160)
+    mutations = {epoch: phase for epoch in range(160) if (phase := recipe.mutation_at(epoch))}
+    assert list(mutations) == list(range(5, 160, 5)) and all(phase.grow_to == 0.9 for phase in mutations.values())
+    assert mutations[60].prune_to == pytest.approx(0.9 + 0.1 * 0.15, abs=1e-6)  # half way to epoch 120 half of 30%
+    dropped = [phase.prune_to for phase in mutations.values()]
+    assert dropped == sorted(dropped, reverse=True) and mutations[115].prune_to > 0.9
+    assert all(phase.prune_to == 0.9 for epoch, phase in mutations.items() if epoch >= 120)
+    assert preset("rigl", 0.9, 1).phases == (Phase(1, 0.93, 0.9),)
+
+
+def test_the_sieve_of_a_recipe_file_drops_when_the_paper_does(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("epochs = 160\nlabel_smoothing = 0.1\nclip_norm = 2\n[sieve]\ndrop = 0.24\n")
+    recipe = Recipe.from_file(file)
+    assert recipe.sieve == SieveRule(drop=0.24) and Recipe.from_dict(recipe.to_dict()) == recipe
+    assert [epoch for epoch in range(160) if recipe.sieve.due(epoch, 160)] == [70]
 
 
 def test_mutations_come_at_their_interval_and_where_a_phase_begins():
@@ -88,7 +110,9 @@ def test_a_recipe_survives_its_dict_and_a_toml_file(tmp_path):
     ("epochs = 4\nphases = 3", UsageError, "phases must be a list"),
     ("epochs = 4\n[[phases]]\nuntil = 4", UsageError, "did you mean 'until_epoch'"),
     ("epochs = 4\n[[phases]]\nuntil_epoch = 4\nprune_to = '0.9'\ngrow_to = 0.9", UsageError, "prune_to must be a number"),
-    ("epochs = 4\nsieve_epochs = 2", NotYet, "data sieve"),
+    ("epochs = 4\nsieve = 0.2", UsageError, "sieve must be a table"),
+    ("epochs = 4\n[sieve]\ndorp = 0.2", UsageError, "'dorp'; did you mean 'drop'"),
+    ("epochs = 4\n[sieve]\nafter_epoch = 2", UsageError, "either drop"),
     ("epochs = ", UsageError, "is not TOML")])
 def test_bad_recipe_files_say_what_is_wrong(tmp_path, text, error, message):
     path = tmp_path / "recipe.toml"
@@ -106,7 +130,8 @@ def test_a_missing_recipe_file_is_named(tmp_path):
     ({"epochs": 0}, UsageError), ({"epochs": True}, UsageError), ({"lr": 0}, UsageError), ({"lr": math.nan}, UsageError),
     ({"lr": 0.1, "lr_final": 0.2}, UsageError), ({"warmup_epochs": 10}, UsageError), ({"mutate_every": 0}, UsageError),
     ({"seed": -1}, UsageError), ({"eval_every": 0}, UsageError), ({"augment": 1}, UsageError), ({"importance_lambda": -1}, UsageError),
-    ({"method": "snip"}, UnknownName), ({"method": "set"}, NotYet), ({"method": "rigl"}, NotYet), ({"lr_schedule": "linear"}, UnknownName),
+    ({"method": "snip"}, UnknownName), ({"label_smoothing": 1.0}, UsageError), ({"clip_norm": 0}, UsageError),
+    ({"sieve": 0.2}, UsageError), ({"lr_schedule": "linear"}, UnknownName),
     ({"phases": (Phase(9, 0.9, 0.9),)}, UsageError), ({"phases": (Phase(10, 0.9, 0.8), Phase(10, 0.9, 0.9))}, UsageError),
     ({"phases": (Phase(5, 0.9, 0.9), Phase(10, 0.8, 0.8))}, SparsityError), ({"phases": ((10, 0.9, 0.9),)}, UsageError),
     ({"method": "static", "phases": (Phase(10, 0.9, 0.9),)}, UsageError)])

@@ -96,7 +96,7 @@ class SoftmaxStep:
     def restore(self, path):
         with safe_open(path, "numpy") as file:
             self.state = {name: file.get_tensor(name) for name in self.state}
-            return json.loads(file.metadata()["extra"]), {}
+            return json.loads(file.metadata()["extra"]), {name: file.get_tensor(name) for name in set(file.keys()) - set(self.state)}
 
 
 def sample(count, seed=0):

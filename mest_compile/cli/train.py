@@ -51,8 +51,9 @@ def train(
     scheme: Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, unstructured, dense ...")] = "block",
     sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
     distribution: Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")] = "uniform",
-    method: Annotated[str, typer.Option(help="em, em_s or static (the mask never changes).")] = "em",
+    method: Annotated[str, typer.Option(help="em, em_s, set, rigl or static (the mask never changes).")] = "em",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
+    sieve: Annotated[float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")] = None,
     batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
@@ -60,11 +61,12 @@ def train(
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; --method, --epochs, --lr and --seed override it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; --method, --epochs, --lr, --seed and --sieve override it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
     from mest_compile.recipe import Recipe
+    from mest_compile.sieve import SieveRule
     from mest_compile.sparsity import parse_scheme
 
     given = {name for name in context.params if _is_given(context, name)}
@@ -77,7 +79,8 @@ def train(
         if "sparsity" in given and sparsity:
             raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
         sparsity, method = 0.0, method if "method" in given else "static"
-    settings: dict[str, Any] = {"epochs": epochs, "method": method, "lr": lr, "seed": seed}
+    settings: dict[str, Any] = {"epochs": epochs, "method": method, "lr": lr, "seed": seed,
+                                "sieve": None if sieve is None else SieveRule(drop=sieve)}
     if recipe is None:
         chosen = Recipe(**settings)
     else:
@@ -152,7 +155,8 @@ def _compile(request: Request, split: Split) -> Any:
     else:
         model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
     return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
-                        optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed)
+                        optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
+                        label_smoothing=request.recipe.label_smoothing)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

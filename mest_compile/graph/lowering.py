@@ -156,6 +156,10 @@ class Lowering:
             self._touched.add(fills)
         self._record(kernel, problem, buffers, name, self.stage)
 
+    def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
+        """Records a call that only runs when the step trains."""
+        self._record(kernel, problem, buffers, None, "statistics")
+
     def call_update(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None) -> None:
         """Records a call that only runs when the step updates parameters."""
         self._record(kernel, problem, buffers, name, "update")
@@ -229,14 +233,14 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
 
 
 def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                   recomputed: frozenset[str] = frozenset()) -> Program:
+                   recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0) -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
     low = Lowering(graph, layers, vector, held, True, recomputed)
     _start(low)
     low.stage = "backward"
     batch = graph.input_shape[0]
     lower_loss(low, graph.nodes[-1].name, low.hold("labels", batch, "batch", "int32"), low.hold("loss", 1, "batch"),
-               low.hold("correct", batch, "batch", "int32"))
+               low.hold("correct", batch, "batch", "int32"), label_smoothing)
     for node in reversed(graph.nodes):
         if low.has_gradient(node):
             OPERATORS.find(node.op).backward(node, low)
@@ -262,8 +266,8 @@ def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: i
 
 
 def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target,
-          recomputed: frozenset[str] = frozenset()) -> tuple[Program, Program]:
+          recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0) -> tuple[Program, Program]:
     """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena."""
     held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target.vector, held, recomputed)
+    train = lower_training(graph, layers, target.vector, held, recomputed, label_smoothing)
     return train, lower_prediction(graph, layers, target.vector, held, train.slots)

@@ -170,7 +170,7 @@ class BatchNorm:
             alive = low.written(node.inputs[0])
             low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), statistics or z, moments,
                      *([alive] if alive else []))
-            low.call_update("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
+            low.call_statistics("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
         self._normalise(node, low, z, moments, residual, y)

@@ -16,7 +16,7 @@ import numpy as np
 from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.graph.emitting import kernel_name
 from mest_compile.graph.footprint import footprint
-from mest_compile.graph.program import Buffer, Program
+from mest_compile.graph.program import FUNCTIONS, Buffer, Program
 from mest_compile.mutation import importance
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
@@ -73,12 +73,13 @@ class MutationReport:
 class TrainStep:
     """One SGD step of a sparse model, compiled. Made by `mest.compile` and `mest.load`."""
 
-    def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray]):
-        """state: {torch name: array} to start from; masks are taken by magnitude."""
+    def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray], dense: Callable[[], TrainStep]):
+        """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with all weights alive."""
         import tvm
 
         self._tvm = tvm
         self._compiled = compiled
+        self._make_dense = dense
         self._device = tvm.cpu(0)
         self._tensors: dict[str, Any] = {}
         self._keep: dict[str, np.ndarray] = {}
@@ -150,10 +151,11 @@ class TrainStep:
 
     # Running.
 
-    def __call__(self, images, labels, lr: float | None = None) -> StepResult:
+    def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
+        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does.
         Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then.
         """
         self._load_batch(images, labels)
@@ -162,8 +164,27 @@ class TrainStep:
         if not (np.isfinite(rate) and rate >= 0):
             raise InputError(f"lr is {lr}; wanted a finite number of 0 or more")
         self._put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
-        self._run("train")
+        if clip_norm is None:
+            self._run("train")
+        else:
+            self._run("backward")
+            self._clip(clip_norm)
+            self._run("update")
         return self._result()
+
+    def _clip(self, most: float) -> None:
+        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts once."""
+        names = [name for name, buffer in self._held.items() if buffer.kind == "gradients"]
+        gradients = {name: self._get(name) for name in names}
+        squares = 0.0
+        for name, array in gradients.items():
+            index = self._index.get(name.removesuffix(":gradient"))
+            once = array if index is None else array.reshape(len(index.order), -1)[np.unique(index.order, return_index=True)[1]]
+            squares += float(np.square(once, dtype=np.float64).sum())
+        norm = squares ** 0.5
+        if norm > most:
+            for name, array in gradients.items():
+                self._put(name, array * np.float32(most / norm))
 
     def _result(self) -> StepResult:
         return StepResult(float(self._get("loss")[0]), self._get("correct")[: self.batch].astype(bool))
@@ -189,6 +210,16 @@ class TrainStep:
         self._load_batch(images, labels)
         self._run("gradients")
         return self._collect(":gradient")
+
+    def dense_gradients(self, images, labels) -> tuple[dict[str, np.ndarray], int]:
+        """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took beside the step).
+
+        They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
+        """
+        twin = self._make_dense()
+        twin.load_state_dict(self.state_dict())
+        found = twin.gradients(images, labels)
+        return {name: found[name] for name in self._sparse_layers()}, twin.memory()["total"]
 
     def profile(self, images, labels, repeats: int = 5) -> dict[str, float]:
         """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it was.
@@ -276,13 +307,14 @@ class TrainStep:
             keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
         return self._exchange(keeps, start)
 
-    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0,
-               rng: np.random.Generator | None = None) -> MutationReport:
-        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow at random until `grow_to`.
+    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
+               gradients: Mapping[str, np.ndarray] | None = None) -> MutationReport:
+        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow until `grow_to`.
 
         prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
         importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
-        Source: MEST, arXiv:2110.14032. Raises UsageError, SparsityError.
+        gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL; None: random ones
+        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError.
         """
         start = time.perf_counter()
         if not 0 <= grow_to <= prune_to < 1:
@@ -298,7 +330,8 @@ class TrainStep:
             fewest, most = (layer.scheme.live_units(layer.spec, self._share(layer, overall)) for overall in (prune_to, grow_to))
             fewest = min(fewest, layer.scheme.count(layer.spec, keep))
             kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
-            keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng)
+            wanted = None if gradients is None else layer.scheme.energy(layer.spec, _as_conv(np.asarray(gradients[name])))
+            keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng, wanted)
             survivors[name] = kept
         return self._exchange(keeps, start, survivors)
 
@@ -368,7 +401,7 @@ class TrainStep:
             return
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._compiled.threads)
         if function not in self._arguments:
-            program = self._compiled.predict if function == "predict" else self._compiled.train
+            program = {"train": self._compiled.train, "predict": self._compiled.predict}[FUNCTIONS[function][0]]
             self._arguments[function] = [self._tensors[buffer.name] for buffer in program.held()]
         self._machine[function](*self._arguments[function])
 

@@ -98,10 +98,13 @@ class Scheme(ABC):
         alive = self._units(keep)
         return self._cells(prune(alive.ravel(), energy.sum(self.spans).ravel(), live).reshape(alive.shape), keep.shape)
 
-    def grow(self, layer: LayerSpec, keep: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
-        """`keep` with units drawn evenly from the dead ones added until `live` live. Raises SparsityError, CapacityError."""
-        alive = self._units(keep)
-        return self._cells(grow(alive.ravel(), live, rng).reshape(alive.shape), keep.shape)
+    def grow(self, layer: LayerSpec, keep: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None = None) -> np.ndarray:
+        """`keep` with dead units added until `live` live: those of most energy, or without one drawn evenly.
+
+        Raises SparsityError, CapacityError.
+        """
+        alive, scores = self._units(keep), None if energy is None else energy.sum(self.spans).ravel()
+        return self._cells(grow(alive.ravel(), live, rng, scores).reshape(alive.shape), keep.shape)
 
     # Masks of weights.
 

@@ -65,12 +65,16 @@ class Pattern(Scheme):
         stay = np.stack([prune(alive, score, _each(layer, live)) for alive, score in zip(_kernels(keep), scores)])
         return keep & stay[:, :, None, None]
 
-    def grow(self, layer, keep, live, rng):
-        """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight."""
-        alive = _kernels(keep)
-        new = np.stack([grow(row, _each(layer, live), rng) for row in alive]) & ~alive
-        grown = keep.copy()
-        grown[new] = PATTERNS[rng.integers(len(PATTERNS), size=int(new.sum()))]
+    def grow(self, layer, keep, live, rng, energy=None):
+        """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
+        patterns have most.
+        """
+        alive, grown = _kernels(keep), keep.copy()
+        kept = None if energy is None else np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
+        scores = [None] * len(alive) if kept is None else kept.max(2)
+        new = np.stack([grow(row, _each(layer, live), rng, score) for row, score in zip(alive, scores, strict=True)]) & ~alive
+        chosen = rng.integers(len(PATTERNS), size=int(new.sum())) if kept is None else kept.argmax(2)[new]
+        grown[new] = PATTERNS[chosen]
         return grown
 
     def collapse(self, layer, mask):
