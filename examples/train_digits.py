@@ -14,7 +14,7 @@ from mest_compile.models import build_model
 class PrintEpochs:
     """What a Trainer tells about its progress."""
 
-    def on_batch(self, epoch, epochs, batch, batches, loss):
+    def on_batch(self, epoch, epochs, batch, batches, loss, correct):
         pass
 
     def on_epoch(self, metrics):

@@ -71,6 +71,13 @@ class Target:
             raise TargetError(f"target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to \"opencl\" and only to it")
 
     @property
+    def limits(self) -> Gpu:
+        """`gpu`, where there must be one. Raises TargetError on a CPU."""
+        if self.gpu is None:
+            raise TargetError(f"target {self.name!r} is no OpenCL device")
+        return self.gpu
+
+    @property
     def tvm_fields(self) -> dict[str, str]:
         """What tvm.target.Target takes."""
         return dict(self.llvm)

@@ -69,6 +69,12 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+# What a recipe's table [run] may say, and of which type it is.
+RUN_OPTIONS: dict[str, type] = {"model": str, "width": int, "data": str, "scheme": str, "sparsity": float, "distribution": str,
+                                "batch": int}
+_KINDS = {str: "string", int: "whole number", float: "number"}
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A training run's settings; checked when made.
@@ -155,14 +161,27 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Recipe:
-        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has unknown keys."""
-        try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as problem:
-            raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-            raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
+        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has unknown keys.
+
+        A table [run] in it says on what the recipe is meant to be run, and is no part of the recipe: `run_options` reads it.
+        """
+        data = _read_toml(path)
+        data.pop("run", None)
         return cls.from_dict(data, where=str(path))
+
+    @staticmethod
+    def run_options(path: str | os.PathLike) -> dict[str, Any]:
+        """What the table [run] of a recipe's file says: options of `mest-compile train` by name. Raises UsageError."""
+        table = _read_toml(path).get("run", {})
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{path}: run must be a table, for example [run] with model = \"resnet32\"")
+        for key, value in table.items():
+            if key not in RUN_OPTIONS:
+                raise UsageError(f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?")
+            wanted = RUN_OPTIONS[key]
+            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+                raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
+        return dict(table)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -248,6 +267,15 @@ def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
     ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
     starts = [0, *ends[:-1]]
     return tuple(_phase(end, *pair) for pair, start, end in zip(pairs, starts, ends, strict=True) if start < end)
+
+
+def _read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
 
 
 def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:

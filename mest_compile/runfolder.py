@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ class RunFolder:
     """Names and formats of a run's files.
 
     recipe.json  run.json (seed, data, step, machine, versions)  metrics.jsonl (one line an epoch)
-    checkpoint.safetensors (after the last whole epoch)  best.safetensors (best test accuracy among models at their target sparsity)
+    checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that one be damaged)
+    best.safetensors (best test accuracy among models at their target sparsity)
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -24,6 +28,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
+        self.previous = self.path / "checkpoint.previous.safetensors"
         self.best = self.path / "best.safetensors"
 
     def require_free(self) -> None:
@@ -44,21 +49,72 @@ class RunFolder:
             raise UsageError(f"cannot write the run to {self.path}: {problem.strerror}; pass another --out") from problem
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        """Raises StateError when the disk is full or the folder cannot be written."""
+        with _told(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
 
     def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes."""
-        write_atomically(self.metrics, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
+        """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes. Raises StateError."""
+        with _told(self.metrics):
+            write_atomically(self.metrics, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
+
+    def keep_previous(self) -> None:
+        """Gives the checkpoint its second name, before another takes its place. Raises StateError."""
+        with _told(self.previous):
+            _name(self.checkpoint, self.previous)
+
+    def return_to_previous(self) -> None:
+        """Puts the checkpoint before the last in the place of the last. Raises StateError."""
+        with _told(self.checkpoint):
+            _name(self.previous, self.checkpoint)
 
     def read_recipe(self) -> dict[str, Any]:
-        """Raises StateError when the folder holds no run that can be resumed."""
-        if not self.checkpoint.is_file() or not self.recipe.is_file():
-            raise StateError(f"{self.path} holds no run to resume: recipe.json and checkpoint.safetensors are needed")
+        """Raises StateError when the folder holds no run, or a damaged one."""
+        return self._read(self.recipe)
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json says. Raises StateError when the folder holds no run, or a damaged one."""
+        return self._read(self.run)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One dict an epoch; a last line that a stopped run did not finish is left out. Raises StateError."""
         try:
-            return json.loads(self.recipe.read_text(encoding="utf-8"))
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except OSError as problem:
+            raise StateError(f"{self.path} holds no run: {self.metrics.name} cannot be read ({problem.strerror})") from problem
         except ValueError as problem:
-            raise StateError(f"{self.recipe} is damaged: {problem}") from problem
+            raise StateError(f"{self.metrics} is damaged: {problem}") from problem
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise StateError(f"{self.path} holds no run: {path.name} cannot be read ({problem.strerror}); "
+                             f"give the folder of an earlier train") from problem
+        except ValueError as problem:
+            raise StateError(f"{path} is damaged: {problem}") from problem
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Raises StateError for what the system says against writing `path`."""
+    try:
+        yield
+    except OSError as problem:
+        raise StateError(f"{path} cannot be written: {problem.strerror}; what the run had written is intact, make room or mend the "
+                         f"folder's rights and go on with --resume") from problem
+
+
+def _name(path: Path, name: Path) -> None:
+    """Makes `name` a second name of the file, whatever it named before. Nothing is copied; there is no moment without either."""
+    part = name.with_name(f".{name.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without hard links, as on memory cards
+        shutil.copyfile(path, part)
+    os.replace(part, name)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -20,14 +21,16 @@ from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder, machine
 from mest_compile.sieve import Sieve
 
+log = logging.getLogger(__name__)
+
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
 SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
 
 
 class Progress(Protocol):
-    """What a caller that wants to watch implements; epochs and batches are counted from 1."""
+    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is a share of the batch."""
 
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float) -> None: ...
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None: ...
 
     def on_epoch(self, metrics: dict[str, Any]) -> None: ...
 
@@ -35,7 +38,7 @@ class Progress(Protocol):
 class Silent:
     """Watches nothing."""
 
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float) -> None:
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None:
         pass
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
@@ -60,6 +63,27 @@ class Run:
     def test_accuracy(self) -> float | None:
         """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set."""
         return self.history[-1]["test_accuracy"] if self.history else None
+
+
+def _restored(folder: RunFolder, step: Any) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
+    """(step, extra, arrays) of the last whole checkpoint."""
+    def restore(path: Path) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
+        if step is not None:
+            return step, *step.restore(path)
+        from mest_compile.compiling import load
+
+        loaded = load(path)
+        return loaded, *loaded.restore(path)
+
+    try:
+        return restore(folder.checkpoint)
+    except StateError as problem:
+        if not folder.previous.is_file():
+            raise
+        found = restore(folder.previous)
+        log.warning("%s; the run goes on from the one before it", problem)
+        folder.return_to_previous()
+        return found
 
 
 def target_sparsity(step: Any) -> float:
@@ -95,15 +119,12 @@ class Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
         step  compiled as the run's was; None: rebuilt from the checkpoint
-        Raises StateError when `out` holds no run, or its recipe was edited.
+        A damaged checkpoint costs an epoch: the one before it is taken, and a warning logged.
+        Raises StateError when `out` holds no run, its recipe was edited, or no checkpoint is whole.
         """
         folder = RunFolder(out)
         recipe = folder.read_recipe()
-        if step is None:
-            from mest_compile.compiling import load
-
-            step = load(folder.checkpoint)
-        extra, arrays = step.restore(folder.checkpoint)
+        step, extra, arrays = _restored(folder, step)
         if extra.get("recipe") != recipe:
             raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
         trainer = cls(step, Recipe.from_dict(recipe, where=str(folder.recipe)), out, progress)
@@ -203,10 +224,11 @@ class Trainer:
                 if self._sieve:
                     self._sieve.count(examples, result.correct)
                 loss += float(result.loss)
-                correct += int(np.count_nonzero(result.correct))
+                right = int(np.count_nonzero(result.correct))
+                correct += right
                 if (kernels := getattr(result, "kernel_seconds", None)) is not None:
                     kernel_seconds = (kernel_seconds or 0.0) + kernels
-                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss)
+                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, right / step.batch)
         seconds, trained = perf_counter() - began, count * step.batch
         return {"loss": loss / count, "train_accuracy": correct / trained, "lr": lr, "examples": trained, "iterations": count,
                 "iterations_saved": whole - count, "images_per_second": trained / seconds, "train_seconds": seconds,
@@ -232,6 +254,7 @@ class Trainer:
             self.folder.append_metrics(metrics)
             if improved:
                 self._save(self.folder.best, run, data)
+            self.folder.keep_previous()
             self._save(self.folder.checkpoint, run, data)
 
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:

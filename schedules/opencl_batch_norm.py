@@ -81,7 +81,7 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
             text("chunk_facts[block * 4] = value[0]", f"chunk_facts[block * 4 + 1] = {count}",
                  f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
                  f"chunk_facts[block * 4 + 3] = T.max({squares} - {rest} * {rest} / {count}, T.float32(0))")
-    with text.each(layout.channels, target.gpu.threads):
+    with text.each(layout.channels, target.limits.threads):
         text.private("mean", 1)
         text.private("squares", 1)
         text("mean[0] = T.float32(0)", "squares[0] = T.float32(0)")
@@ -99,7 +99,7 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
     layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
     width, channels = problem.count // (chunks * vector), layout.channels
     text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), scalars("moments", 3 * channels))
-    size = whole_groups(chunks, target.gpu.threads)
+    size = whole_groups(chunks, target.limits.threads)
     share = full(number(1 / width), vector)
 
     def mean_of(chunk: str) -> str:
@@ -139,7 +139,7 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
 def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
     channels = problem.channels
     text = Text(scalars("moments", 3 * channels), scalars("running_mean", channels), scalars("running_var", channels))
-    with text.each(channels, target.gpu.threads):
+    with text.each(channels, target.limits.threads):
         for name, row in ("running_mean", 0), ("running_var", 2):
             text(f"{name}[n] = {name}[n] * {number(1 - problem.momentum)} + moments[{row * channels} + n] * {number(problem.momentum)}")
     return str(text)
@@ -149,7 +149,7 @@ def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
 def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
     channels = problem.channels
     text = Text(scalars("running_mean", channels), scalars("running_var", channels), scalars("moments", 3 * channels))
-    with text.each(channels, target.gpu.threads):
+    with text.each(channels, target.limits.threads):
         text("moments[n] = running_mean[n]", f"moments[{channels} + n] = T.float32(1) / T.sqrt(running_var[n] + {number(problem.eps)})",
              f"moments[{2 * channels} + n] = running_var[n]")
     return str(text)
@@ -179,7 +179,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     residual = [image("residual", problem.residual)] if problem.residual else []
     text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y))
     value = _normalised(z) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
-    with text.each_framed(y, target.gpu.threads) as real:
+    with text.each_framed(y, target.limits.threads) as real:
         with text.nest(f"if {real}"):
             text(*_set_facts(z.channels))
             text(f"{at('y', y)} = " + (f"T.max({value}, {zeros(vector)})" if problem.relu else value))
@@ -206,7 +206,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
         return [*mask, f"sums[0] = sums[0] + {gradient}", f"sums[1] = sums[1] + {gradient} * {_centred(z)}"]
 
     cut.collect(text, 2, add, before=_set_facts(channels))
-    with text.each(channels, target.gpu.threads):
+    with text.each(channels, target.limits.threads):
         cut.join(text, 2, "n")
         text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
     if dz:
@@ -216,10 +216,10 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
         if alive:
             value = f"{alive} * ({value})"
         if problem.accumulate or problem.in_place:
-            with text.each_pixel(dz, target.gpu.threads):
+            with text.each_pixel(dz, target.limits.threads):
                 text(*_set_facts(channels), f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value)
         else:
-            with text.each_framed(dz, target.gpu.threads) as real:
+            with text.each_framed(dz, target.limits.threads) as real:
                 with text.nest(f"if {real}"):
                     text(*_set_facts(channels), f"{at(result, dz)} = {value}")
                 with text.nest("else"):

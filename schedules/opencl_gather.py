@@ -45,7 +45,7 @@ def gather_conv(problem: GatherConv, target: Target, accumulators: int = 8, thre
     text.symbolic("units", {"offsets": ("units", "int32"), "values": (f"units * {block}", "float32")})
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
-            _conv_pass(text, problem, index, grid_pass, target, accumulators, threads or target.gpu.threads)
+            _conv_pass(text, problem, index, grid_pass, target, accumulators, threads or target.limits.threads)
     return str(text)
 
 
@@ -56,7 +56,7 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
     rows = largest_divisor(problem.row_block, accumulators)
     parts = problem.row_block // rows
     size = whole_groups(pixels, threads)
-    in_group = problem.statistics and wide <= target.gpu.most_threads  # a group has whole rows of pixels, so that it can add them up
+    in_group = problem.statistics and wide <= target.limits.most_threads  # a group has whole rows of pixels, so that it can add them up
     if in_group:
         size = wide * max(size // wide, 1)
     each = max(min(accumulators // rows, pixels // size), 1)
@@ -133,7 +133,7 @@ def _row_sums(text: Text, problem: GatherConv, size: int, each: int, rows: int, 
 def _statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, target: Target) -> None:
     """The same by a device kernel of its own: a row has more pixels than a work-group may have threads."""
     result, vector = problem.result, problem.result.vector
-    with text.each(result.slices * result.channels * high, target.gpu.threads):
+    with text.each(result.slices * result.channels * high, target.limits.threads):
         text.private("row_sums", 2, vector_type(vector))
         text(f"c: T.let = n % {result.channels}", f"chunk: T.let = n // {result.channels}",
              f"row_start: T.let = (chunk // {high} * {result.channels} + c) * {plane_vectors(result)} + "
@@ -159,7 +159,7 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, thre
     count = together * depth * rows
     pixels = delta.height * delta.width
     places = delta.slices * pixels
-    size = whole_groups(places, threads or target.gpu.threads)
+    size = whole_groups(places, threads or target.limits.threads)
     splits = max(1, min(MOST_SPLITS, -(-4 * ENOUGH_GROUPS // (problem.cells * parts * layers)), places // (4 * size)))
     share = -(-places // splits)
     text = Text(scalars("pointers", problem.cells + 1, "int32"), "offsets_handle: T.handle", image("source", source), image("delta", delta),
@@ -207,7 +207,7 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, thre
                     text(f"split_sums[{split} * units * {block} + {weight}] = {total}" if splits > 1 else f"gradients[{weight}] = {total}")
             text.barrier()
     if splits > 1:
-        with text.each_of(f"(units * {block})", ENOUGH_GROUPS, target.gpu.threads):
+        with text.each_of(f"(units * {block})", ENOUGH_GROUPS, target.limits.threads):
             text.private("joined", 1)
             text("joined[0] = T.float32(0)")
             with text.nest(f"for k in T.serial({splits})"):

@@ -24,7 +24,7 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     # Without smoothing only the label's logit counts: 0 times what another one is below the largest need not be 0.
     add = "chosen[0] + {wanted} * ({logit} - best[0])" if share else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"
     wanted = f"T.Select(k == labels[n], {number(1 - problem.smoothing + share)}, {number(share)})"
-    with text.each(dlogits.lanes, target.gpu.threads):
+    with text.each(dlogits.lanes, target.limits.threads):
         with text.nest(f"if n < {batch}"):
             for name, dtype in (("best", "float32"), ("winner", "int32"), ("total", "float32"), ("chosen", "float32")):
                 text.private(name, 1, dtype)
@@ -39,7 +39,7 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
                 text(f"{gradient} = ({gradient} / total[0] - {wanted}) * {number(1 / batch)}")
         with text.nest("else", f"for k in T.serial({classes})"):
             text(f"{gradient} = T.float32(0)")
-    size = whole_groups(batch, target.gpu.threads)
+    size = whole_groups(batch, target.limits.threads)
     with text.groups(size, 1):
         text.shared(1, size, "float32")
         text("shared_0[lane] = T.float32(0)")

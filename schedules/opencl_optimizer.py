@@ -27,7 +27,7 @@ def _update(text: Text) -> None:
 @schedule("optimizer.sgd", device="opencl")
 def sgd(problem: Sgd, target: Target) -> str:
     text = _start({name: ("n_values", "float32") for name in ("values", "gradients", "momentum")} | {"hyper": ("4", "float32")}, "n_values")
-    with text.each_of("n_values", ENOUGH_GROUPS, target.gpu.threads):
+    with text.each_of("n_values", ENOUGH_GROUPS, target.limits.threads):
         _update(text)
     return str(text)
 
@@ -39,7 +39,7 @@ def sgd_units(problem: SgdUnits, target: Target) -> str:
     elems = (f"units * {size}", "float32")
     text = _start({"values": elems, "gradients": elems, "momentum": elems, "hyper": ("4", "float32"),
                    "permutation": ("units", "int32"), "transposed": elems}, "units")
-    with text.each_of(f"(units * {size})", ENOUGH_GROUPS, target.gpu.threads):
+    with text.each_of(f"(units * {size})", ENOUGH_GROUPS, target.limits.threads):
         _update(text)
         text(f"k: T.let = n % {size} // {problem.row_block}", f"j: T.let = n % {problem.row_block}",
              f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]")

@@ -17,7 +17,7 @@ from mest_compile.spec import Image
 def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
     """A kernel `result = value` on every pixel; `value` has `{x}` for the vector of image x, `accumulate` adds it to the result."""
     text = Text(*(image(name, layout) for name, layout in images.items()))
-    with text.each_pixel(images[result], target.gpu.threads):
+    with text.each_pixel(images[result], target.limits.threads):
         elements = {name: at(name, layout) for name, layout in images.items()}
         text(f"{elements[result]} = " + (f"{elements[result]} + " if accumulate else "") + value.format(**elements))
     return str(text)
@@ -50,7 +50,7 @@ def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: T
     x, y = problem.x, problem.y
     images = {"x": x, "y": y}
     text = Text(*(image(name, images[name]) for name in names))
-    with text.each_pixel(x, target.gpu.threads):
+    with text.each_pixel(x, target.limits.threads):
         flat = f"y[n * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}]"
         text(statement.format(x=at("x", x), y=flat))
     return str(text)
@@ -72,7 +72,7 @@ def bias_gradient(problem: BiasGradient, target: Target) -> str:
     sums = ChannelSums(layout, target)
     text = Text(image("dy", layout), scalars("dbias", layout.channels))
     sums.collect(text, 1, lambda: [f"sums[0] = sums[0] + {at('dy', layout)}"])
-    with text.each(layout.channels, target.gpu.threads):
+    with text.each(layout.channels, target.limits.threads):
         sums.join(text, 1, "n")
         text("dbias[n] = joined[0]")
     return str(text)
@@ -84,7 +84,7 @@ def image_import(problem: ImageImport, target: Target) -> str:
     layout = problem.result
     example = layout.channels * layout.height * layout.width
     text = Text(scalars("images", layout.batch * example), scalars("result", layout.elems))
-    with text.each_pixel(layout, target.gpu.threads):
+    with text.each_pixel(layout, target.limits.threads):
         text(f"first: T.let = plane // {layout.channels} * {layout.vector}",
              f"start: T.let = (plane * {plane_vectors(layout)} + (h + {layout.halo[0]}) * {layout.columns} + w + {layout.halo[1]})"
              f" * {layout.vector}")
@@ -101,7 +101,7 @@ def image_import(problem: ImageImport, target: Target) -> str:
 def image_export(problem: ImageExport, target: Target) -> str:
     layout = problem.source
     text = Text(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
-    with text.each(layout.batch * layout.channels, target.gpu.threads):
+    with text.each(layout.batch * layout.channels, target.limits.threads):
         text(f"example: T.let = n // {layout.channels}", f"c: T.let = n % {layout.channels}",
              f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} + {layout.origin}"
              f" + example % {layout.vector}]")
@@ -117,7 +117,7 @@ def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
     count = above + below + layout.height * sides
     assert count, "an image without a halo has none to clear"
     text = Text(image("image", layout))
-    with text.each(layout.slices * layout.channels * count, target.gpu.threads):
+    with text.each(layout.slices * layout.channels * count, target.limits.threads):
         text(f"plane: T.let = n // {count}", f"k: T.let = n % {count}")
         place = f"k + {(top + layout.height) * layout.columns - above}"
         if sides:

@@ -36,7 +36,7 @@ def _share(problem: Pool) -> str:
 def _forward(problem: Pool, start: str, step: str, last: str, target: Target) -> str:
     x, y = problem.x, problem.y
     text = Text(image("x", x), image("y", y))
-    with text.each_pixel(y, target.gpu.threads):
+    with text.each_pixel(y, target.limits.threads):
         _set_window(text, problem, ("h", "w"))
         text.private("value", 1, vector_type(x.vector))
         text(f"value[0] = {start}")
@@ -86,7 +86,7 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
     """A pixel has a window's gradient where no earlier value of the window is as large and no later one is larger."""
     x, dx, vector = problem.forward.x, problem.dx, problem.dx.vector
     text = Text(image("dy", problem.dy), image("x", x), image("dx", dx))
-    with text.each_pixel(dx, target.gpu.threads):
+    with text.each_pixel(dx, target.limits.threads):
         text.private("total", 1, vector_type(vector))
         text.private("open", 1, vector_type(vector))
         text(f"total[0] = {zeros(vector)}")
@@ -106,7 +106,7 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
 def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
     dx, vector = problem.dx, problem.dx.vector
     text = Text(image("dy", problem.dy), image("dx", dx))
-    with text.each_pixel(dx, target.gpu.threads):
+    with text.each_pixel(dx, target.limits.threads):
         text.private("total", 1, vector_type(vector))
         text(f"total[0] = {zeros(vector)}")
         with _each_window_of(text, problem.forward):
@@ -120,7 +120,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
     """Sums row by row, so that rounding grows with height + width and not with their product."""
     x, y, vector = problem.x, problem.y, problem.x.vector
     text = Text(image("x", x), image("y", y))
-    with text.each(x.slices * x.channels, target.gpu.threads):
+    with text.each(x.slices * x.channels, target.limits.threads):
         text("plane: T.let = n")
         for name in "total", "line":
             text.private(name, 1, vector_type(vector))
@@ -139,7 +139,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
 def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy, vector = problem.x, problem.y, problem.x.vector
     text = Text(image("dy", dy), image("dx", dx))
-    with text.each_pixel(dx, target.gpu.threads):
+    with text.each_pixel(dx, target.limits.threads):
         value = (f"dy[plane * {plane_vectors(dy)} + {dy.halo[0] * dy.columns + dy.halo[1]}] * "
                  f"{full(number(1 / (dx.height * dx.width)), vector)}")
         text(f"{at('dx', dx)} = " + (f"{at('dx', dx)} + " if problem.accumulate else "") + value)

@@ -48,7 +48,7 @@ class ChannelSums:
     @property
     def size(self) -> int:
         """Threads of a work-group."""
-        return whole_groups(self.vectors, self.target.gpu.threads)
+        return whole_groups(self.vectors, self.target.limits.threads)
 
     @property
     def share(self) -> int:

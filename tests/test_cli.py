@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -166,13 +167,32 @@ def test_a_folder_with_a_run_is_not_overwritten(trained, mest_compile_command):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_checkpoint_cut_in_half_is_one_line(trained, mest_compile_command, tmp_path):
+def test_a_checkpoint_cut_in_half_costs_an_epoch_and_two_are_one_line(trained, mest_compile_command, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(trained[0], folder)
-    checkpoint = folder / "checkpoint.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:checkpoint.stat().st_size // 2])
-    ran = mest_compile_command("train", "--resume", folder)
-    assert ran.code == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1
+    for name, code in ("checkpoint", 0), ("checkpoint.previous", 1):
+        for path in folder.glob(f"{name}.safetensors"):
+            path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        if code:
+            (folder / "checkpoint.safetensors").write_bytes(b"")
+        ran = mest_compile_command("train", "--resume", folder, "--json")
+        assert ran.code == code
+        if code:
+            assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
+        else:
+            assert [epoch["loss"] for epoch in ran.document["epochs"]] == [epoch["loss"] for epoch in trained[1]["epochs"]]
+
+
+def test_the_quick_recipe_uses_every_part_of_the_method(mest_compile_command, tmp_path):
+    recipe = Path(__file__).parents[1] / "examples" / "recipes" / "quick.toml"
+    ran = mest_compile_command("train", "--recipe", recipe, "--width", 32, "--out", tmp_path / "run", "--json")
+    assert ran.code == 0, ran.err
+    epochs = ran.document["epochs"]
+    assert [epoch["mutation"] is None for epoch in epochs] == [True, False, False, False]
+    assert [epoch["sieve"] and epoch["sieve"]["dropped"] for epoch in epochs] == [None, None, 144, None]
+    assert epochs[3]["iterations"] < epochs[0]["iterations"] and epochs[3]["iterations_saved"] > 0
+    assert "sieve: 144 examples dropped" in ran.err and "sparsity 0.750" in ran.err and "sparsity 0.800" in ran.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"]["schemes"]["fc1.weight"] == "unstructured"
 
 
 def test_options_override_the_recipe_file_and_dense_needs_no_method(mest_compile_command, tmp_path):

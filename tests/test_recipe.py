@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,32 @@ def test_evaluation_always_includes_the_last_epoch():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_preset_that_checks_itself(method):
     assert Recipe.from_dict(preset(method, 0.5, 12).to_dict()).method == method
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_shipped_recipes_can_be_read_and_say_what_they_run_on(path):
+    options = Recipe.run_options(path)
+    assert {"model", "data", "scheme", "sparsity"} <= set(options)
+    recipe = Recipe.from_file(path).resolved(options["sparsity"])
+    assert recipe.sieve is not None and recipe.meets_target(recipe.epochs - 1)
+
+
+def test_the_paper_recipe_is_the_preset_written_out():
+    path = RECIPES[0].with_name("cifar10-resnet32.toml")
+    wanted = preset("em_s", 0.9, 160, sieve=SieveRule(drop=0.24, after_epoch=70))
+    assert Recipe.from_file(path) == wanted
+    assert [wanted.sieve.due(epoch, 160) for epoch in (69, 70, 71)] == [False, True, False]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("run = 3", "run must be a table"), ("[run]\nmodle = 'mlp'", "unknown key 'modle'; did you mean 'model'"),
+    ("[run]\nwidth = 1.5", "width must be a whole number, not 1.5"), ("[run]\nsparsity = true", "sparsity must be a number, not True"),
+    ("[run]\nmodel = 3", "model must be a string, not 3")])
+def test_a_table_run_that_says_nonsense_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"epochs = 1\n{text}")
+    with pytest.raises(UsageError, match=message):
+        Recipe.run_options(path)

@@ -18,6 +18,7 @@ from mest_compile.errors import InputError, MestError, SparsityError, StateError
 from mest_compile.mutation import Phase
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
+from mest_compile.runtime import checkpoint
 from mest_compile.training import Trainer, target_sparsity
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
@@ -120,7 +121,7 @@ class Interrupter:
     def __init__(self, epoch, batch, action):
         self.at, self.action = (epoch, batch), action
 
-    def on_batch(self, epoch, epochs, batch, batches, loss):
+    def on_batch(self, epoch, epochs, batch, batches, loss, correct):
         if (epoch, batch) == self.at:
             self.action()
 
@@ -172,8 +173,8 @@ def test_the_step_gets_the_recipes_rates_and_mutations():
 def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
     folder = tmp_path / "deep" / "run"
     run = Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST)
-    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.safetensors", "metrics.jsonl", "recipe.json",
-                                                              "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.previous.safetensors",
+                                                              "checkpoint.safetensors", "metrics.jsonl", "recipe.json", "run.json"]
     assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
     facts = json.loads((folder / "run.json").read_text())
     assert facts["seed"] == 0 and facts["step"]["target"] == "local" and set(facts["versions"]) == {"mest-compile", "numpy"}
@@ -272,7 +273,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 
 def test_what_cannot_be_resumed_says_why(tmp_path):
-    with pytest.raises(StateError, match="holds no run to resume"):
+    with pytest.raises(StateError, match="holds no run: recipe.json cannot be read"):
         Trainer.resume(tmp_path, SoftmaxStep())
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
     with pytest.raises(StateError, match="this is other data"):
@@ -361,6 +362,83 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StateError, match="cannot be written: No space left on device; .* go on with --resume"):
         folder.rewrite_metrics([{"epoch": 1}, {"epoch": 2}])
     assert lines(tmp_path) == [{"epoch": 1}]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a file of Linux that is always full")
+def test_a_full_disk_stops_the_run_with_its_last_epoch_intact(tmp_path):
+    folder = tmp_path / "run"
+
+    class Filling(Interrupter):
+        def on_batch(self, *facts):
+            if facts[:1] == (3,) and facts[2] == 1:
+                (folder / "metrics.jsonl").unlink()
+                (folder / "metrics.jsonl").symlink_to("/dev/full")
+
+    with pytest.raises(StateError, match="metrics.jsonl cannot be written: No space left on device"):
+        Trainer(SoftmaxStep(), RECIPE, folder, Filling(0, 0, None)).fit(TRAIN, TEST)
+    assert extra_of(folder / "checkpoint.safetensors")["epoch"] == 2
+    step, whole = SoftmaxStep(), SoftmaxStep()
+    run = Trainer.resume(folder, step).fit(TRAIN, TEST)
+    wanted = Trainer(whole, RECIPE).fit(TRAIN, TEST)
+    assert without_clock(run.history) == without_clock(wanted.history) and not (folder / "metrics.jsonl").is_symlink()
+    assert all((step.state[name] == whole.state[name]).all() for name in whole.state)
+
+
+class CheckedStep(SoftmaxStep):
+    """Its checkpoints are mest_compile's own."""
+
+    def save(self, path, extra, arrays=None):
+        checkpoint.write(path, {**self.state, **(arrays or {})}, extra)
+
+    def restore(self, path):
+        arrays, extra = checkpoint.read(path)
+        self.state = {name: arrays.pop(name) for name in self.state}
+        return extra, arrays
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # of an array: the file can still be parsed
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose])
+def test_a_damaged_checkpoint_costs_an_epoch_and_not_the_run(tmp_path, damage, caplog):
+    whole = CheckedStep()
+    wanted = Trainer(whole, RECIPE).fit(TRAIN, TEST)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(CheckedStep(), RECIPE, folder, Interrupter(5, 3, interrupt)).fit(TRAIN, TEST)
+    damage(folder / "checkpoint.safetensors")
+    trainer = Trainer.resume(folder, step := CheckedStep(seed=3))
+    assert "the run goes on from the one before it" in caplog.text
+    run = trainer.fit(TRAIN, TEST)
+    assert without_clock(run.history) == without_clock(wanted.history) and lines(folder) == run.history
+    assert all((step.state[name] == whole.state[name]).all() for name in whole.state)
+    assert checkpoint.read(folder / "checkpoint.previous.safetensors")[1]["epoch"] == 5
+
+    for path in folder.glob("checkpoint*"):
+        damage(path)
+    with pytest.raises(StateError, match=r"checkpoint\.safetensors is damaged|no checkpoint|checkpoint.previous.safetensors is damaged"):
+        Trainer.resume(folder, CheckedStep())
+
+
+def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    assert extra_of(tmp_path / "run" / "checkpoint.previous.safetensors")["epoch"] == 5
+    assert not list((tmp_path / "run").glob(".*"))

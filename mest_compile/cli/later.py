@@ -10,7 +10,6 @@ from mest_compile.errors import NotYet
 _COMMANDS = {
     "tune": "Search the fastest kernels for a device.",
     "build": "Build an artifact that runs on a device without the compiler.",
-    "report": "Plots and HTML from a run folder.",
     "tracker": "Keep a list of devices that serve.",
     "serve": "Run kernels sent by a tracker's clients.",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-SMOOTHING = 0.9  # the shown loss is a moving mean over about ten batches; single batches jump too much to read
+SMOOTHING = 0.9  # loss and accuracy shown are moving means over about ten batches; single batches jump too much to read
 
 
 class TrainingProgress:
@@ -22,11 +22,12 @@ class TrainingProgress:
 
         self._console, self._batch = console, batch
         self._bar = Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TimeRemainingColumn(),
-                             TextColumn("loss {task.fields[loss]:.4f}  {task.fields[accuracy]}{task.fields[rate]:.0f} images/s"),
+                             TextColumn("loss {task.fields[loss]:.4f}  train {task.fields[right]:.1%}"),
+                             TextColumn("{task.fields[state]}{task.fields[rate]:.0f} images/s"),
                              console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, accuracy="", rate=0.0)
-        self._loss: float | None = None
-        self._accuracy, self._epochs = "", 0
+        self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, right=0.0, state="", rate=0.0)
+        self._means: tuple[float, float] | None = None
+        self._state, self._epochs = "", 0
         self._last = perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -36,21 +37,30 @@ class TrainingProgress:
     def __exit__(self, *unused: object) -> None:
         self._bar.stop()
 
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float) -> None:
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None:
         now = perf_counter()
         rate, self._last, self._epochs = self._batch / (now - self._last), now, epochs
-        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        old = self._means or (loss, correct)
+        self._means = SMOOTHING * old[0] + (1 - SMOOTHING) * loss, SMOOTHING * old[1] + (1 - SMOOTHING) * correct
         self._bar.update(self._task, total=epochs * batches, completed=(epoch - 1) * batches + batch, epoch=f"{epoch}/{epochs}",
-                         loss=self._loss, accuracy=self._accuracy, rate=rate)
+                         loss=self._means[0], right=self._means[1], state=self._state, rate=rate)
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
         tested = metrics["test_accuracy"]
         parts = [f"epoch {metrics['epoch']}/{self._epochs}", f"loss {metrics['loss']:.4f}", f"train {metrics['train_accuracy']:.2%}",
                  "test -" if tested is None else f"test {tested:.2%}", f"{metrics['images_per_second']:.0f} images/s"]
+        if sparsity := metrics["sparsity"]:
+            parts.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
         if mutation := metrics["mutation"]:
             fates = ", ".join(f"{count} {fate}" for fate, count in mutation["layers"].items())
-            parts.append(f"mutated: {fates} in {mutation['seconds']:.2f} s")
-        if tested is not None:
-            self._accuracy = f"test {tested:.2%}  "
+            parts.append(f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s")
+        if sieve := metrics["sieve"]:
+            parts.append(f"sieve: {sieve['dropped']} examples dropped, {sieve['returned']} came back")
+        state = [] if tested is None else [f"test {tested:.2%}"]
+        if sparsity:
+            state.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
+        if saved := metrics["iterations_saved"]:
+            state.append(f"sieved {saved / (saved + metrics['iterations']):.1%}")
+        self._state = "".join(f"{part}  " for part in state)
         self._console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
         self._last = perf_counter()

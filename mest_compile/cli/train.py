@@ -61,7 +61,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; --method, --epochs, --lr, --seed and --sieve override it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; options given beside it override it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
@@ -75,17 +75,24 @@ def train(
             raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
         _show(continue_run(resume), as_json)
         return
-    if parse_scheme(scheme).name == "dense":
+    where: dict[str, Any] = {"model": model, "width": width, "data": data, "scheme": scheme, "sparsity": sparsity,
+                             "distribution": distribution, "batch": batch}
+    if recipe is not None:
+        where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
+    if parse_scheme(where["scheme"]).name == "dense":
         if "sparsity" in given and sparsity:
             raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
-        sparsity, method = 0.0, method if "method" in given else "static"
+        where["sparsity"] = 0.0
+        if "method" not in given:
+            method = "static"
+            given.add("method")
     settings: dict[str, Any] = {"epochs": epochs, "method": method, "lr": lr, "seed": seed,
                                 "sieve": None if sieve is None else SieveRule(drop=sieve)}
     if recipe is None:
         chosen = Recipe(**settings)
     else:
         chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
-    _show(start_run(Request(model, data, scheme, sparsity, chosen, width, data_folder, distribution, batch, threads, target, out)), as_json)
+    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, out=out)), as_json)
 
 
 def start_run(request: Request) -> Run:

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file with every array and a JSON document in its header, written whole or not at all."""
+"""Checkpoints: one safetensors file with every array, a JSON document and a digest in its header, written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 
 from mest_compile.errors import StateError
 
-FORMAT = "mest-compile checkpoint 1"
+FORMAT = "mest-compile checkpoint 2"
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -21,8 +22,9 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
     from safetensors.numpy import save
 
     path = Path(path)
-    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()},
-                   {"format": FORMAT, "facts": json.dumps(facts)})
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    said = json.dumps(facts)
+    content = save(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -39,8 +41,17 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
         raise StateError(f"checkpoint {path} cannot be written: {problem.strerror}; an earlier one there is untouched") from problem
 
 
+def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
+    """Of all contents: a disk that loses the middle of a file leaves a file that can be parsed."""
+    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
+
+
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts). Raises StateError for a file that is missing, cut short or not ours."""
+    """(arrays, facts). Raises StateError for a file that is missing, cut short, changed or not ours."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -51,6 +62,9 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise StateError(f"{path} is a safetensors file, but not a {FORMAT!r}; it says {header.get('format')!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["facts"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            if header["digest"] != _digest(arrays, header["facts"]):
+                raise ValueError("its content is not what was written")
+            return arrays, json.loads(header["facts"])
     except (SafetensorError, OSError, ValueError, KeyError) as problem:
         raise StateError(f"checkpoint {path} is damaged or cut short ({problem}); take an older one") from problem

@@ -1,0 +1,104 @@
+"""`mest-compile report`: what a run folder shows."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_training import RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt
+
+from mest_compile.errors import StateError, UsageError
+from mest_compile.recipe import Recipe
+from mest_compile.reporting import PLOTS, write_report
+from mest_compile.runfolder import RunFolder
+from mest_compile.sieve import SieveRule
+from mest_compile.training import Trainer
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def finished(tmp_path):
+    recipe = replace(RECIPE, sieve=SieveRule(drop=0.2, after_epoch=3))
+    Trainer(SoftmaxStep(), recipe, tmp_path / "run <a>").fit(TRAIN, TEST)
+    return tmp_path / "run <a>"
+
+
+def test_a_report_is_plots_and_one_page_that_needs_nothing_else(finished):
+    facts = write_report(finished)
+    out = finished / "report"
+    assert sorted(path.name for path in out.iterdir()) == sorted(["report.html", *(f"{name}.png" for name in PLOTS)])
+    assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.png") for name in PLOTS)]
+    assert all((out / f"{name}.png").read_bytes().startswith(PNG) for name in PLOTS)
+    page = (out / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == len(PLOTS) and not re.search(r'(src|href)="(?!data:)', page)
+    assert "run &lt;a&gt;" in page and "<a>" not in page
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_what_a_report_says_is_what_the_metrics_say(finished):
+    lines = RunFolder(finished).read_metrics()
+    facts = write_report(finished)
+    assert facts["epochs"] == facts["of_epochs"] == 6 and facts["method"] == "em_s"
+    assert facts["test_accuracy"] == lines[-1]["test_accuracy"] and facts["loss"] == lines[-1]["loss"]
+    assert facts["mutations"] == 5 and facts["mutation_seconds"] == 1.25
+    assert facts["dropped"] == [40] and sum(facts["forgetting_counts"].values()) == 200
+    assert facts["iterations"] == 3 * 12 + 3 * 10 and facts["iterations_saved"] == 6
+    assert f"<td>test accuracy</td><td>{lines[-1]['test_accuracy']:.2%}</td>" in (finished / "report" / "report.html").read_text()
+
+
+def test_a_plot_changes_with_the_run(finished, tmp_path):
+    write_report(finished, tmp_path / "before")
+    folder = RunFolder(finished)
+    lines = folder.read_metrics()
+    for metrics in lines:
+        metrics["loss"] += metrics["epoch"]
+        metrics["survival"]["weight"] /= metrics["epoch"]
+    folder.rewrite_metrics(lines)
+    write_report(finished, tmp_path / "after")
+    before, after = ({path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("before", "after"))
+    assert {name for name in PLOTS if before[name] != after[name]} == {"loss", "survival"}
+
+
+def test_a_run_that_still_trains_can_be_reported(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(1, 2, interrupt)).fit(TRAIN, TEST)
+    with pytest.raises(StateError, match="without a whole epoch"):
+        write_report(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        Trainer.resume(tmp_path / "run", SoftmaxStep(), Interrupter(3, 2, interrupt)).fit(TRAIN, TEST)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epo')
+    assert write_report(tmp_path / "run")["epochs"] == 2
+
+
+def test_a_dense_run_has_no_plots_of_masks(tmp_path):
+    class Dense(SoftmaxStep):
+        def masks(self):
+            return {}
+
+        def sparsity(self):
+            return {}
+
+    Trainer(Dense(sparsity=0.0), Recipe(2, "static", lr=0.05), tmp_path / "run").fit(TRAIN, TEST)
+    assert not {"sparsity.png", "survival.png"} & {path.rpartition("/")[2] for path in write_report(tmp_path / "run")["files"]}
+
+
+def test_what_is_no_run_and_what_cannot_be_written_say_so(finished, tmp_path):
+    with pytest.raises(StateError, match="holds no run"):
+        write_report(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write the report"):
+        write_report(finished, tmp_path / "file" / "report")
+    (finished / "metrics.jsonl").write_text('{"epoch": \n')
+    with pytest.raises(StateError, match="is damaged"):
+        write_report(finished)
+
+
+def test_the_command_prints_a_line_and_json(finished, mest_compile_command):
+    done = mest_compile_command("report", str(finished))
+    assert done.code == 0 and "6/6" in done.out and "report.html" in done.out
+    facts = json.loads(mest_compile_command("report", str(finished), "--json").out)
+    assert facts["epochs"] == 6 and np.isfinite(facts["loss"])
+    assert mest_compile_command("report", str(finished / "no")).code == 1
