@@ -1,0 +1,245 @@
+"""Accuracy and time of training methods on all of Fashion-MNIST: `python benchmarks/accuracy.py`, hours of two cores.
+
+Every run is a process of its own on one thread, `--jobs` of them at a time, seed by seed. benchmarks/results/accuracy.json is written whole
+after each; what is in it is not run again, and a run that was stopped goes on from its last epoch (runs of dense torch begin anew).
+`--table` writes the table in docs/results.md and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import MestError, StateError
+from mest_compile.hardware import find_target
+from mest_compile.runfolder import machine, write_atomically, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy.json", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- accuracy table: begin -->", "<!-- accuracy table: end -->"
+MODEL, WIDTH, BATCH, EPOCHS, LR, SEEDS = "resnet20", 16, 64, 5, 0.1, (0, 1, 2)
+SIEVE = {"drop": 0.25, "after_epoch": 2}  # a quarter of the examples in three of five epochs: 15% of all iterations
+WITHIN = 0.005                            # of dense accuracy: how far a run must come for "time to"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training. method "torch" is dense torch in channels_last on the same batches, learning rates and initial weights."""
+
+    method: str
+    scheme: str = "dense"
+    sparsity: float = 0.0
+    sieve: bool = False
+    seed: int = 0
+
+    @property
+    def row(self) -> str:
+        """What its seeds have in common."""
+        if self.method == "torch":
+            return "dense torch"
+        return f"{self.method} {self.scheme} {self.sparsity}{' sieve' if self.sieve else ''}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+
+def runs() -> list[Run]:
+    """What is published, in the order in which it is run."""
+    rows = [("torch", "dense", 0.0, False), ("em_s", "unstructured", 0.9, False), ("em_s", "block:4x1", 0.9, False),
+            ("set", "unstructured", 0.9, False), ("em", "unstructured", 0.9, False), ("static", "unstructured", 0.9, False),
+            ("em_s", "unstructured", 0.9, True),
+            *(("em_s", scheme, 0.9, False) for scheme in ("pattern", "filter", "channel")),
+            *((method, "unstructured", 0.95, False) for method in ("em_s", "em", "set", "static"))]
+    return [Run(*row, seed=seed) for seed in SEEDS for row in rows]
+
+
+class TorchStep:
+    """Dense torch with the interface of a compiled step, so that one epoch loop trains both."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, seed: int):
+        import torch
+
+        from mest_compile.models import build_model
+
+        torch.set_num_threads(1)
+        self.input_shape, self.batch, self.classes = shape, shape[0], classes
+        self._torch = torch
+        self._model = build_model(MODEL, shape, classes, WIDTH, seed).to(memory_format=torch.channels_last)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+
+    def _images(self, images: np.ndarray) -> Any:
+        return self._torch.from_numpy(images).to(memory_format=self._torch.channels_last)
+
+    def __call__(self, images: np.ndarray, labels: np.ndarray, lr: float) -> SimpleNamespace:
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.zero_grad()
+        answers, wanted = self._model.train()(self._images(images)), self._torch.from_numpy(labels)
+        loss = self._torch.nn.functional.cross_entropy(answers, wanted)
+        loss.backward()
+        self._optimizer.step()
+        return SimpleNamespace(loss=loss.item(), correct=(answers.argmax(1) == wanted).numpy())
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        with self._torch.no_grad():
+            return self._model.eval()(self._images(images)).numpy()
+
+    def describe(self) -> dict[str, Any]:
+        return {"sparsity": {}}
+
+    def masks(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def sparsity(self) -> dict[str, float]:
+        return {}
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+
+def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
+    """The run's entry of the results; goes on with a run that is in `folder`."""
+    import mest_compile as mest
+    from mest_compile.data import load
+    from mest_compile.models import build_model
+    from mest_compile.recipe import Recipe
+    from mest_compile.sieve import SieveRule
+    from mest_compile.training import Trainer
+
+    split = load("fashion-mnist", data_folder)
+    shape, classes = (BATCH, *split.train.images.shape[1:]), split.train.classes
+    recipe = Recipe(EPOCHS, "static" if run.method == "torch" else run.method, lr=LR, seed=run.seed,
+                    sieve=SieveRule(**SIEVE) if run.sieve else None)
+    if run.method == "torch":
+        trainer = Trainer(TorchStep(shape, classes, run.seed), recipe)
+    elif (folder / "checkpoint.safetensors").exists():
+        trainer = Trainer.resume(folder)
+    else:
+        step = mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
+                            optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed)
+        trainer = Trainer(step, recipe, folder)
+    history = trainer.fit(split.train, split.test).history
+    kept = ("epoch", "loss", "test_accuracy", "train_seconds", "iterations", "iterations_saved")
+    sizes = {name: mask.size for name, mask in trainer.step.masks().items()}
+    zeros = sum(history[-1]["sparsity"][name] * size for name, size in sizes.items())
+    return {"run": asdict(run), "epochs": [{name: metrics[name] for name in kept} for metrics in history],
+            "test_accuracy": history[-1]["test_accuracy"], "train_seconds": sum(metrics["train_seconds"] for metrics in history),
+            "sparsity": zeros / sum(sizes.values()) if sizes else 0.0,
+            "recipe": trainer.recipe.to_dict(), "machine": machine() | {"target": dict(find_target("local").llvm)["mcpu"]},
+            "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def seconds_to(entry: Mapping[str, Any], accuracy: float) -> float | None:
+    """Seconds of training until the end of the first epoch whose test accuracy is at least `accuracy`; None: it never was."""
+    passed = 0.0
+    for metrics in entry["epochs"]:
+        passed += metrics["train_seconds"]
+        if metrics["test_accuracy"] >= accuracy:
+            return passed
+    return None
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The markdown between the markers of docs/results.md."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs():
+        if run.key in results["entries"]:
+            by_row.setdefault(run.row, {})[run.seed] = results["entries"][run.key]
+    dense = by_row.get("dense torch", {})
+    lines = ["| run | seeds | test accuracy % | spread | beside dense | sparsity | iterations saved | training s | "
+             "time to dense - 0.5, times shorter |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for row, seeds in by_row.items():
+        entries = list(seeds.values())
+        found = [100 * entry["test_accuracy"] for entry in entries]
+        spread = f"{statistics.stdev(found):.2f}" if len(found) > 1 else "-"
+        saved = sum(metrics["iterations_saved"] for metrics in entries[0]["epochs"])
+        share = saved / (saved + sum(metrics["iterations"] for metrics in entries[0]["epochs"]))
+        common = [seed for seed in seeds if seed in dense]
+        beside, faster = "-", "-"
+        if common and row != "dense torch":
+            beside = f"{statistics.mean(100 * (seeds[seed]['test_accuracy'] - dense[seed]['test_accuracy']) for seed in common):+.2f}"
+            wanted = statistics.mean(entry["test_accuracy"] for entry in dense.values()) - WITHIN
+            pairs = [(seconds_to(dense[seed], wanted), seconds_to(seeds[seed], wanted)) for seed in common]
+            ratios = [theirs / ours if theirs and ours else math.nan for theirs, ours in pairs]
+            reached = [ratio for ratio in ratios if not math.isnan(ratio)]
+            faster = f"{statistics.median(reached):.2f} ({len(reached)} of {len(pairs)})" if reached else "not reached"
+        lines.append(f"| {row} | {len(found)} | {statistics.mean(found):.2f} | {spread} | {beside} | "
+                     f"{statistics.mean(entry['sparsity'] for entry in entries):.3f} | {share:.1%} | "
+                     f"{statistics.mean(entry['train_seconds'] for entry in entries):.0f} | {faster} |")
+    return "\n".join(lines) + "\n"
+
+
+def embed(document: str, text: str) -> str:
+    """`document` with `text` between the markers. Raises StateError when it has none."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise StateError(f"{DOCUMENT.name} has no {BEGIN} ... {END}; put the two lines where the table belongs")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+def run_all(chosen: argparse.Namespace) -> None:
+    results = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.exists() else {"entries": {}}
+    results["command"] = "python benchmarks/accuracy.py"
+    results["processor"] = platform.processor() or platform.machine()
+    wanted = [run for run in runs() if chosen.only in run.key and run.key not in results["entries"]]
+    options = ["--runs", str(chosen.runs), *(["--data-folder", str(chosen.data_folder)] if chosen.data_folder else [])]
+
+    def start(run: Run) -> dict[str, Any]:
+        done = subprocess.run([sys.executable, __file__, *options, "--train", run.key], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise MestError(f"{run.key}: its process ended with code {done.returncode}")
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(chosen.jobs) as workers:
+        waiting = {workers.submit(start, run): run for run in wanted}
+        for done in as_completed(waiting):
+            run = waiting[done]
+            results["entries"][run.key] = done.result()
+            order = {one.key: number for number, one in enumerate(runs())}
+            results["entries"] = dict(sorted(results["entries"].items(), key=lambda item: order.get(item[0], len(order))))
+            write_json(chosen.results, results)
+            print(f"{run.key}: {results['entries'][run.key]['test_accuracy']:.2%}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="runs whose key contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "accuracy", help="where run folders go")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--data-folder", type=Path, help="of Fashion-MNIST's four files")
+    parser.add_argument("--table", action="store_true", help="write the table in docs/results.md, run nothing")
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.table:
+        text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
+        write_atomically(DOCUMENT, embed(DOCUMENT.read_text(encoding="utf-8"), text))
+    elif chosen.train:
+        run = next(run for run in runs() if run.key == chosen.train)
+        print(json.dumps(train(run, chosen.runs / run.key.replace(" ", "-").replace(":", ""), chosen.data_folder)))
+    else:
+        run_all(chosen)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MestError as error:
+        sys.exit(f"error: {error}")
