@@ -1,4 +1,6 @@
-"""The README's table of speeds, out of benchmarks/results/full.json: `python benchmarks/readme_table.py` puts it between its markers."""
+"""The tables of speeds in the README and docs/benchmarks.md, out of benchmarks/results/full.json: `python benchmarks/readme_table.py` puts
+them between their markers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from mest_compile.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results" / "full.json", ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
@@ -32,18 +35,37 @@ def table(results: Mapping[str, Any] | None) -> str:
     return SpeedTable(tuple(Row.of(entry) for entry in chosen), facts).to_markdown()
 
 
+def others(results: Mapping[str, Any] | None) -> str:
+    """The markdown between the markers of docs/benchmarks.md: every comparison that is not in `table`."""
+    lines = ["| net | scheme | sparsity | threads | against | times as fast | interval | of its peak memory |",
+             "|---|---|---:|---:|---|---:|---:|---:|"]
+    for entry in (results or {"entries": {}})["entries"].values():
+        case = entry["case"]
+        if "ratio" not in entry or (entry["rival"]["name"] == "torch" and HEADLINE.items() <= case.items()):
+            continue
+        net = case["model"] + (f", width {case['width']}" if case["width"] else "")
+        if case["memory_budget"]:
+            net += f", in {case['memory_budget'] / 2**20:.0f} MiB"
+        low, high = entry["ratio_interval"][:2]
+        memory = entry["ours"]["training_peak_bytes"] / entry["rival"]["training_peak_bytes"]
+        lines.append(f"| {net} | {case['scheme']} | {case['sparsity']:.0%} | {case['threads']} | {entry['rival']['name']} | "
+                     f"{entry['ratio']:.2f} | {low:.2f} to {high:.2f} | {memory:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def embed(readme: str, text: str) -> str:
     """`readme` with `text` between the markers. Raises StateError when it has none."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise StateError(f"README.md has no {BEGIN} ... {END}; put the two lines where the table belongs")
+        raise StateError(f"the page has no {BEGIN} ... {END}; put the two lines where the table belongs")
     return f"{before}{BEGIN}\n{text}{END}{after}"
 
 
 def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    write_atomically(README, embed(README.read_text(encoding="utf-8"), table(results)))
+    for path, text in (README, table(results)), (DOCUMENT, others(results)):
+        write_atomically(path, embed(path.read_text(encoding="utf-8"), text))
 
 
 if __name__ == "__main__":

@@ -203,6 +203,8 @@ def test_the_readme_shows_the_recorded_table(repository):
     results = json.loads(readme_table.RESULTS.read_text()) if readme_table.RESULTS.exists() else None
     readme = readme_table.README.read_text()
     assert readme == readme_table.embed(readme, readme_table.table(results)), "run python benchmarks/readme_table.py"
+    page = readme_table.DOCUMENT.read_text()
+    assert page == readme_table.embed(page, readme_table.others(results)), "run python benchmarks/readme_table.py"
 
 
 def test_the_readme_table_takes_the_headline_net_only(repository):
@@ -212,7 +214,7 @@ def test_the_readme_table_takes_the_headline_net_only(repository):
     text = readme_table.table({"entries": entries})
     assert "block:4x1" in text and "filter" in text and "pattern" not in text
     assert readme_table.table(None) == readme_table.NOT_MEASURED
-    with pytest.raises(StateError, match="README"):
+    with pytest.raises(StateError, match="the page has no"):
         readme_table.embed("no markers", text)
 
 
