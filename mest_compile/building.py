@@ -1,7 +1,8 @@
 """Kernel text to callable code, through a content-addressed cache in memory and on disk.
 
 A kernel's key is the digest of its TVMScript text, its target and the TVM version: everything that can change the code.
-Nothing with the same key is compiled twice.
+Nothing with the same key is compiled twice. An entry on disk is one file, named by its key and by the digest of its content, that comes
+into being by a rename: several processes can use one folder, and a file that is not what its name says is damaged.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
 from mest_compile.registry import SCHEDULES
 
 log = logging.getLogger(__name__)
+
+
+MOST_BYTES = 2**30  # some 20,000 kernels; a wide ResNet-32 has about 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,13 @@ def kernel_source(kernel: str, problem: Any, target: Target, **knobs) -> KernelS
 class Builder:
     """Compiles kernels and keeps them: in memory for this process, in `folder` for the next.
 
+    most_bytes        that `folder` may hold: beyond it the entries go that were used longest ago
     compiled, loaded  how many kernels were compiled, and how many came from disk
     seconds           spent compiling, added up over threads
     """
 
     folder: Path = field(default_factory=lambda: platformdirs.user_cache_path("mest-compile") / "kernels")
+    most_bytes: int = MOST_BYTES
     compiled: int = 0
     loaded: int = 0
     seconds: float = 0.0
@@ -84,7 +90,11 @@ class Builder:
             import tvm  # noqa: F401  # before the threads, which would all wait for it
             from tvm.script import tirx  # noqa: F401
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-            return dict(zip(distinct, workers.map(self.function, distinct.values())))
+            before = self.compiled
+            found = dict(zip(distinct, workers.map(self.function, distinct.values())))
+        if self.compiled > before:
+            self._evict()
+        return found
 
     def function(self, source: KernelSource) -> Any:
         """The callable of one kernel. Raises BuildError."""
@@ -93,24 +103,31 @@ class Builder:
             self._ready[key] = self._from_disk(source) or self._compile(source)
         return self._ready[key]
 
-    def _path(self, source: KernelSource) -> Path:
-        return self.folder / source.key[:2] / f"{source.key}.{'json' if source.target.device == 'opencl' else 'so'}"
-
     def _from_disk(self, source: KernelSource) -> Any:
-        path = self._path(source)
-        seal = path.with_suffix(".sha256")
-        if not (path.is_file() and seal.is_file()):
-            return None
-        if hashlib.sha256(path.read_bytes()).hexdigest() != seal.read_text():
-            log.warning("cached kernel %s is damaged; compiling it again", path.name)
-            return None
-        with self._lock:
-            self.loaded += 1
-        if source.target.device == "opencl":
-            return OpenclKernel.from_json(path.read_text())
-        import tvm
+        for path in self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"):
+            try:
+                content = path.read_bytes()
+                os.utime(path)  # "used", for the order of eviction
+            except OSError:  # another process has just removed it
+                continue
+            if path.suffixes[0] != f".{_digest(content)}":
+                log.warning("cached kernel %s is damaged; compiling it again", path.name)
+                path.unlink(missing_ok=True)
+                continue
+            if source.target.device == "opencl":
+                found = OpenclKernel.from_json(content.decode())
+            else:
+                import tvm
 
-        return tvm.runtime.load_module(str(path))[source.symbol]
+                try:
+                    found = tvm.runtime.load_module(str(path))[source.symbol]
+                except Exception as problem:  # evicted since it was read; what else is wrong shows when it is compiled
+                    log.debug("cached kernel %s cannot be loaded: %s", path.name, problem)
+                    continue
+            with self._lock:
+                self.loaded += 1
+            return found
+        return None
 
     def _compile(self, source: KernelSource) -> Any:
         start = time.perf_counter()
@@ -129,22 +146,37 @@ class Builder:
         return library if isinstance(library, OpenclKernel) else library[source.symbol]
 
     def _keep(self, source: KernelSource, library: Any) -> None:
-        """Writes the library and its checksum, each to a temporary name first; a folder that cannot be written costs only the cache."""
-        path = self._path(source)
+        """Writes the library to a temporary name first; a folder that cannot be written costs only the cache."""
+        folder = self.folder / source.key[:2]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                made = Path(scratch) / "kernel.so"
-                if isinstance(library, OpenclKernel):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                opencl = isinstance(library, OpenclKernel)
+                made = Path(scratch) / ("kernel.json" if opencl else "kernel.so")
+                if opencl:
                     made.write_text(library.to_json())
                 else:
                     library.export_library(str(made))
-                seal = Path(scratch) / "seal"
-                seal.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
-                os.replace(made, path)
-                os.replace(seal, path.with_suffix(".sha256"))
+                os.replace(made, folder / f"{source.key}.{_digest(made.read_bytes())}{made.suffix}")
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+
+    def _evict(self) -> None:
+        """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
+        entries = []
+        for path in self.folder.glob("??/*.*"):
+            try:
+                facts = path.stat()
+            except OSError:
+                continue
+            if path.is_file():
+                entries.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.most_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def _made(source: KernelSource) -> Any:
@@ -156,6 +188,10 @@ def _made(source: KernelSource) -> Any:
         return compile_opencl(source.text, source.symbol, source.target)
     function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
     return tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _cause(problem: Exception) -> str:

@@ -57,7 +57,11 @@ def prune(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
     if np.isnan(scores[alive]).any():
         raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
     kept = np.zeros_like(keep)
-    kept[alive[np.argsort(-scores[alive], kind="stable")[:live]]] = True
+    if live:
+        found = scores[alive]
+        worst = np.partition(found, alive.size - live)[alive.size - live]  # of those that stay
+        kept[alive[found > worst]] = True
+        kept[alive[np.flatnonzero(found == worst)[:live - int(kept.sum())]]] = True
     return kept
 
 
@@ -79,6 +83,33 @@ def grow(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarr
     else:
         grown[dead[np.argsort(-scores[dead], kind="stable")[:live - alive]]] = True
     return grown
+
+
+def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
+    """`prune` of every row of `keep` (rows, units) at once, each to `live` live units. Raises as `prune` does."""
+    fewest = int(keep.sum(1).min())
+    if not 0 <= live <= fewest:
+        raise SparsityError(f"cannot prune to {live} live units a row: a row has only {fewest} alive")
+    if np.isnan(scores[keep]).any():
+        raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
+    return _best(np.where(keep, scores, -np.inf), live)
+
+
+def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+    """`grow` of every row of `keep` (rows, units) at once, each to `live` live units. Raises as `grow` does."""
+    most = int(keep.sum(1).max())
+    if live > keep.shape[1]:
+        raise CapacityError(f"cannot grow to {live} live units a row: there are {keep.shape[1]}")
+    if live < most:
+        raise SparsityError(f"cannot grow to {live} live units a row: a row has {most} alive already; prune first")
+    return _best(np.where(keep, np.inf, rng.random(keep.shape) if scores is None else scores), live)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """(rows, units) bool: the `count` of highest score in every row; of equal scores the lower index."""
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
+    return chosen
 
 
 def mutate(keep: np.ndarray, scores: np.ndarray, prune_live: int, grow_live: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,10 @@
 """The kernel cache."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,3 +71,46 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, caplog):
 def test_a_kernel_that_no_schedule_makes_is_named():
     with pytest.raises(UnknownName, match="cpu/image.nothing"):
         kernel_source("image.nothing", None, TARGET)
+
+
+def sources(count):
+    return [kernel_source("image.import", ImageImport(Image(2, 3, 3, 5 + number)), TARGET) for number in range(count)]
+
+
+def test_a_full_cache_loses_what_was_used_longest_ago(tmp_path):
+    first, second, third = sources(3)
+    builder = Builder(tmp_path)
+    builder.build([first, second])
+    old = {path: path.stat() for path in tmp_path.rglob("*.so")}
+    for place, source in enumerate((first, second)):
+        path = next(path for path in old if path.name.startswith(source.key))
+        os.utime(path, ns=(10**18 + place, 10**18 + place))
+    Builder(tmp_path).build([second])  # a use
+    room = sum(facts.st_size for facts in old.values())
+    last = Builder(tmp_path, most_bytes=room)
+    last.build([third])
+    assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.so")} == {second.key, third.key}
+    assert imports(builder.function(first))  # who has loaded it has it
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.so")) <= room
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_building import Builder, imports, sources
+builder = Builder(__import__("pathlib").Path(sys.argv[1]), most_bytes=40_000)
+for _ in range(3):
+    functions = builder.build(sources(6))
+    assert imports(functions[sources(1)[0].key])
+    builder._ready.clear()
+print("fine")
+"""
+
+
+def test_several_processes_share_a_folder_that_is_too_small_for_them(tmp_path):
+    running = [subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        out, said = process.communicate(timeout=300)
+        assert out == "fine\n", said
+        assert "damaged" not in said

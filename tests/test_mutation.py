@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mest_compile.errors import CapacityError, InputError, SparsityError
-from mest_compile.mutation import Phase, grow, importance, mutate, prune
+from mest_compile.mutation import Phase, grow, grow_rows, importance, mutate, prune, prune_rows
 
 many = settings(deadline=None, max_examples=60)  # no deadline: the cores are shared
 
@@ -104,3 +104,34 @@ def test_importance_counts_the_gradient_when_asked_to():
 def test_phases_that_cannot_be_are_refused(until, prune_to, grow_to):
     with pytest.raises(SparsityError):
         Phase(until, prune_to, grow_to)
+
+
+@many
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_rows_are_pruned_and_grown_like_single_masks(data, seed):
+    rows, units = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    rng = np.random.default_rng(seed)
+    alive = data.draw(st.integers(0, units))
+    keep = np.stack([rng.permutation(np.arange(units) < alive) for _ in range(rows)])
+    scores = rng.integers(0, 4, keep.shape).astype(float)
+    live = data.draw(st.integers(0, alive))
+    pruned = prune_rows(keep, scores, live)
+    np.testing.assert_array_equal(pruned, [prune(*row, live) for row in zip(keep, scores, strict=True)])
+    most = data.draw(st.integers(live, units))
+    best = grow_rows(pruned, most, rng, scores)
+    np.testing.assert_array_equal(best, [grow(row, most, rng, score) for row, score in zip(pruned, scores, strict=True)])
+    drawn = grow_rows(pruned, most, np.random.default_rng(seed))
+    assert (drawn.sum(1) == most).all() and (drawn | ~pruned).all()
+    np.testing.assert_array_equal(drawn, grow_rows(pruned, most, np.random.default_rng(seed)))
+
+
+def test_rows_that_cannot_be_are_errors():
+    keep, rng = np.array([[True, True, False], [True, False, False]]), np.random.default_rng(0)
+    with pytest.raises(SparsityError, match="a row has only 1 alive"):
+        prune_rows(keep, np.ones((2, 3)), 2)
+    with pytest.raises(InputError, match="NaN"):
+        prune_rows(keep, np.array([[1, np.nan, 1], [1, 1, 1]]), 1)
+    with pytest.raises(SparsityError, match="prune first"):
+        grow_rows(keep, 1, rng)
+    with pytest.raises(CapacityError, match="there are 3"):
+        grow_rows(keep, 4, rng)

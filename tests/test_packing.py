@@ -15,6 +15,7 @@ from mest_compile.sparsity.packing import (
     gather_units,
     gradient_halo,
     image_of,
+    old_places,
     scatter_units,
     source_halo,
     with_transposed,
@@ -82,5 +83,5 @@ def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_sha
 
 
 def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
-    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), np.array([9, 4, 7]), np.array([4, 2, 9]), 10)
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), 10))
     np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])

@@ -15,6 +15,7 @@ from mest_compile.operators.optimizer import CopyValues
 from mest_compile.registry import SCHEDULES, family
 from mest_compile.sparsity.packing import (
     LayerIndex,
+    by_place,
     forward_places,
     gradient_halo,
     image_of,
@@ -90,7 +91,7 @@ class CompactFamily(KernelFamily):
 
         units = _Units(forward, alive, keep.shape[2:])
         cell, offsets = forward_places(spec, forward, units.group, units.first, units.y, units.x)
-        sort = np.lexsort((offsets, cell))
+        sort = by_place(cell, offsets)
         order = weights[units.taps(units.row, units.source)][sort].ravel()
         arrays = {"pointers": pointers_of(cell, forward.cells), "offsets": offsets[sort].astype(np.int32),
                   **_lists("", forward, alive, spared), **({"alive": alive.astype(np.int32)} if spared else {})}
@@ -99,7 +100,7 @@ class CompactFamily(KernelFamily):
 
         units = _Units(backward, alive, keep.shape[2:])
         cell, offsets = transposed_places(spec, backward, units.group, units.first, units.y, units.x)
-        sort = np.lexsort((offsets, cell))
+        sort = by_place(cell, offsets)
         place = np.zeros(keep.size, np.int32)
         place[order] = np.arange(len(order))
         return LayerIndex(order, arrays | {

@@ -11,7 +11,7 @@ from mest_compile.operators.family import problem_of
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, forward_places, pointers_of, transposed_places
+from mest_compile.sparsity.packing import LayerIndex, by_place, forward_places, pointers_of, transposed_places
 
 if TYPE_CHECKING:
     pass
@@ -48,7 +48,7 @@ class PatternFamily(GatherFamily):
         unit = np.flatnonzero(first)
         row, channel, y, x = np.unravel_index(unit, keep.shape)
         cell, offsets = forward_places(layer.spec, forward, row, channel, y, x)
-        sort = np.lexsort((offsets, cell))
+        sort = by_place(cell, offsets)
         unit, row, channel, y, x = (array[sort] for array in (unit, row, channel, y, x))
         order = (unit[:, None] + np.arange(PAIR)).ravel()
         arrays = {"pointers": pointers_of(cell, forward.cells), "offsets": offsets[sort].astype(np.int32)}
@@ -56,7 +56,7 @@ class PatternFamily(GatherFamily):
             return LayerIndex(order, arrays)
 
         cell, offsets = transposed_places(layer.spec, backward, channel, row, y, x + PAIR - 1)
-        sort = np.lexsort((offsets, cell))
+        sort = by_place(cell, offsets)
         place = np.empty(len(sort), np.int32)
         place[sort] = np.arange(len(sort), dtype=np.int32)
         return LayerIndex(order, arrays | {

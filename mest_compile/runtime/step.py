@@ -22,7 +22,7 @@ from mest_compile.mutation import importance
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, scatter_units
+from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -324,13 +324,14 @@ class TrainStep:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
         keeps, survivors = {}, {}
+        scales = [self._scale(overall) for overall in (prune_to, grow_to)]
         for name in self._sparse_layers():
             layer, keep = self._compiled.layers[name], self._keep[name]
-            score = importance(self._get(name), self._get(f"{name}:gradient"), importance_lambda)
+            score = importance(self._get(name), self._get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             order = self._index[name].order
             energy = np.zeros(keep.size)
             energy[order] = np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1)
-            fewest, most = (layer.scheme.live_units(layer.spec, self._share(layer, overall)) for overall in (prune_to, grow_to))
+            fewest, most = (layer.scheme.live_units(layer.spec, max(0.0, 1.0 - (1.0 - layer.sparsity) * scale)) for scale in scales)
             fewest = min(fewest, layer.scheme.count(layer.spec, keep))
             kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
             wanted = None if gradients is None else layer.scheme.energy(layer.spec, _as_conv(np.asarray(gradients[name])))
@@ -338,12 +339,13 @@ class TrainStep:
             survivors[name] = kept
         return self._exchange(keeps, start, survivors)
 
-    def _share(self, layer: Layer, overall: float) -> float:
-        """The layer's sparsity when all sparse layers together have `overall`: every layer's density scales alike."""
-        specs = [self._compiled.layers[name] for name in self._sparse_layers()]
-        live = sum((1 - other.sparsity) * other.spec.weight_elems for other in specs)
-        target = (1 - overall) * sum(other.spec.weight_elems for other in specs)
-        return max(0.0, 1.0 - (1.0 - layer.sparsity) * target / live)
+    def _scale(self, overall: float) -> float:
+        """What every layer's density is multiplied by when all sparse layers together are to have the sparsity `overall`."""
+        layers = [self._compiled.layers[name] for name in self._sparse_layers()]
+        if not layers:
+            return 1.0
+        live = sum((1 - layer.sparsity) * layer.spec.weight_elems for layer in layers)
+        return (1 - overall) * sum(layer.spec.weight_elems for layer in layers) / live
 
     # Files.
 
@@ -479,14 +481,13 @@ class TrainStep:
         old = self._index.get(name)
         index = FAMILIES.find(layer.kernels).index(layer, keep, self._compiled.train)
         elems = layer.scheme.cell_elems(layer.spec)
+        if old is not None:
+            places = old_places(old.order, index.order, keep.size)
+            if survivors is not None:
+                places[~survivors.ravel()[index.order]] = len(old.order)
         for suffix in ("", ":gradient", ":momentum"):
-            if old is None:
-                moved = np.zeros((len(index.order), elems), np.float32)
-            else:
-                moved = carry_over(self._get(name + suffix).reshape(-1, elems), old.order, index.order, keep.size)
-                if survivors is not None:
-                    moved[~survivors.ravel()[index.order]] = 0
-            self._put(name + suffix, moved)
+            self._put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
+                      carry_over(self._get(name + suffix).reshape(-1, elems), places))
         for part, array in index.arrays.items():
             self._put(f"{name}:{part}", array)
         self._keep[name], self._index[name] = keep, index

@@ -73,7 +73,7 @@ def forward_index(layer: LayerSpec, keep: np.ndarray, problem: GatherConv) -> La
     order = np.flatnonzero(keep)
     group, source, y, x = np.unravel_index(order, keep.shape)
     cell, offsets = forward_places(layer, problem, group, source * problem.source_block, y, x)
-    sort = np.lexsort((offsets, cell))
+    sort = by_place(cell, offsets)
     return LayerIndex(order[sort], {"pointers": pointers_of(cell, problem.cells), "offsets": offsets[sort].astype(np.int32)})
 
 
@@ -81,7 +81,7 @@ def with_transposed(index: LayerIndex, layer: LayerSpec, keep: np.ndarray, probl
     """`index` with the input gradient's arrays; problem.source is the output gradient, problem.passes are `parity_passes(layer)`."""
     channel, row, y, x = np.unravel_index(index.order, keep.shape)  # roles swap: output channels are the source now
     cell, offsets = transposed_places(layer, problem, row, channel * problem.source_block, y, x)
-    sort = np.lexsort((offsets, cell))
+    sort = by_place(cell, offsets)
     permutation = np.empty(len(sort), np.int32)
     permutation[sort] = np.arange(len(sort), dtype=np.int32)
     return LayerIndex(index.order, {**index.arrays, "transposed_pointers": pointers_of(cell, problem.cells),
@@ -114,6 +114,14 @@ def transposed_places(layer: LayerSpec, problem: GatherConv, group: np.ndarray, 
     return cell, offsets
 
 
+def by_place(cell: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The order of units by cell, then by offset. One sort of one key: half the time of `np.lexsort`."""
+    if not len(offsets):
+        return np.zeros(0, np.int64)
+    lowest = int(offsets.min())
+    return np.argsort(cell * (int(offsets.max()) - lowest + 1) + (offsets - lowest))
+
+
 def pointers_of(cell: np.ndarray, cells: int) -> np.ndarray:
     """(cells + 1,) int32 running count of units per cell."""
     return np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells)[:cells])]).astype(np.int32)
@@ -134,14 +142,16 @@ def scatter_units(values: np.ndarray, order: np.ndarray, grid: tuple[int, ...], 
     return np.ascontiguousarray(cut.reshape(*grid, sources, rows).transpose(0, 5, 1, 4, 2, 3).reshape(shape))
 
 
-def carry_over(array: np.ndarray, old_order: np.ndarray, new_order: np.ndarray, grid_units: int) -> np.ndarray:
-    """`array` (old units, ...) in the new order: units in both keep their entries, new ones start at 0."""
-    place = np.full(grid_units, -1, np.int64)
+def old_places(old_order: np.ndarray, new_order: np.ndarray, grid_units: int) -> np.ndarray:
+    """Where each unit of the new order stands in the old one; one place behind its end for those that are not in it."""
+    place = np.full(grid_units, len(old_order))
     place[old_order] = np.arange(len(old_order))
-    found = place[new_order]
-    moved = np.zeros((len(new_order), *array.shape[1:]), array.dtype)
-    moved[found >= 0] = array[found[found >= 0]]
-    return moved
+    return place[new_order]
+
+
+def carry_over(array: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`array` (old units, elems) in the new order that `old_places` told of: units in both keep their entries, new ones start at 0."""
+    return np.concatenate([array, np.zeros((1, array.shape[1]), array.dtype)])[places]
 
 
 def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool) -> Image:

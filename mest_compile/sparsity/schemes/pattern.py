@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mest_compile.errors import SparsityError, StateError
-from mest_compile.mutation import grow, prune
+from mest_compile.mutation import grow_rows, prune_rows
 from mest_compile.registry import scheme
 from mest_compile.sparsity.scheme import Scheme, check_sparsity
 
@@ -62,8 +62,7 @@ class Pattern(Scheme):
 
     def prune(self, layer, keep, energy, live):
         scores = np.where(keep, energy, 0.0).sum((2, 3))
-        stay = np.stack([prune(alive, score, _each(layer, live)) for alive, score in zip(_kernels(keep), scores)])
-        return keep & stay[:, :, None, None]
+        return keep & prune_rows(_kernels(keep), scores, _each(layer, live))[:, :, None, None]
 
     def grow(self, layer, keep, live, rng, energy=None):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
@@ -71,8 +70,7 @@ class Pattern(Scheme):
         """
         alive, grown = _kernels(keep), keep.copy()
         kept = None if energy is None else np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
-        scores = [None] * len(alive) if kept is None else kept.max(2)
-        new = np.stack([grow(row, _each(layer, live), rng, score) for row, score in zip(alive, scores, strict=True)]) & ~alive
+        new = grow_rows(alive, _each(layer, live), rng, None if kept is None else kept.max(2)) & ~alive
         chosen = rng.integers(len(PATTERNS), size=int(new.sum())) if kept is None else kept.argmax(2)[new]
         grown[new] = PATTERNS[chosen]
         return grown
