@@ -1,0 +1,121 @@
+"""Training on an OpenCL device, whatever driver there is: whole steps against masked torch, runs with mutation and sieve, failures."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from test_schemes_step import Small
+from test_step import make_batches, masked_steps, relative
+
+import mest_compile as mest
+from mest_compile import hardware
+from mest_compile.building import Builder, kernel_source
+from mest_compile.data import load
+from mest_compile.errors import BuildError, DeviceError
+from mest_compile.models import build_model
+from mest_compile.operators.loss import CrossEntropy
+from mest_compile.recipe import Recipe
+from mest_compile.sieve import SieveRule
+from mest_compile.spec import Image
+from mest_compile.training import Trainer
+
+pyopencl = pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+
+SHAPE = (8, 3, 16, 16)
+TARGETS = [name for name in hardware.target_names() if hardware.find_target(name).device == "opencl"]
+LOGITS = Image(10, 1, 1, 8, (0, 0, 0, 0), 4)
+
+
+def compiled(scheme, shape=SHAPE, width=8, **options):
+    model = build_model("resnet20", shape, 10, width)
+    chosen = {"scheme": scheme, "sparsity": 0.9, "target": "opencl", **options}
+    return mest.compile(model, shape, **chosen), model
+
+
+@pytest.mark.parametrize("scheme", ["block", "pattern", "unstructured", "filter", "channel"])
+def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
+    optimizer = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)
+    step, model = compiled(scheme, optimizer=optimizer)
+    batches, masks = make_batches(SHAPE, 10, 10), step.masks()
+    wanted, _ = masked_steps(model, masks, batches, 0.002, optimizer)
+    np.testing.assert_allclose([step(*batch, lr=0.002).loss for batch in batches], wanted, rtol=1e-4)
+    state = step.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert relative(state[name], value.numpy()) < 1e-3, name
+    model.eval()
+    with torch.no_grad():
+        assert relative(step.predict(batches[0][0]), model(torch.from_numpy(batches[0][0])).numpy()) < 1e-3
+
+    report = step.mutate(prune_to=0.93, grow_to=0.9, rng=np.random.default_rng(0))
+    assert "re-indexed" in report.layers.values()
+    twin, after = build_model("resnet20", SHAPE, 10, 8), step.masks()
+    mest.to_torch(step, twin)
+    twin.train()
+    loss = torch.nn.functional.cross_entropy(twin(torch.from_numpy(batches[0][0])), torch.from_numpy(batches[0][1]))
+    loss.backward()
+    got = step.gradients(*batches[0])
+    for name, parameter in twin.named_parameters():
+        gradient = parameter.grad.numpy() * after.get(name, True)
+        scale = max(np.abs(gradient).max(), 1e-3)
+        assert np.abs(got[name] - gradient).max() <= 1e-3 * scale, name
+
+
+def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
+    split = load("digits")
+    step, _ = compiled("block", (64, *split.train.images.shape[1:]), 16)
+    recipe = Recipe(25, "em_s", lr=0.1, sieve=SieveRule(drop=0.2))
+    run = Trainer(step, recipe, tmp_path / "run").fit(split.train, split.test)
+    assert run.test_accuracy >= 0.97
+    assert sum(metrics["mutation"] is not None for metrics in run.history) > 10
+    assert run.history[-1]["iterations"] < run.history[0]["iterations"]
+
+
+def test_a_driver_that_fails_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 255, (32, 3, 16, 16), dtype=np.uint8), rng.integers(0, 10, 32)
+    recipe = Recipe(3, "em", lr=0.01, mutate_every=1)
+    usual, calls = pyopencl.enqueue_nd_range_kernel, []
+    step, _ = compiled("block")
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 700:
+            raise pyopencl.RuntimeError("enqueue_nd_range_kernel failed: OUT_OF_RESOURCES")
+        return usual(*arguments, **options)
+
+    monkeypatch.setattr(pyopencl, "enqueue_nd_range_kernel", failing)
+    with pytest.raises(DeviceError, match=r"cannot be launched: .*OUT_OF_RESOURCES.*go on from the last checkpoint") as caught:
+        Trainer(step, recipe, tmp_path / "run").fit(data, data)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(pyopencl, "enqueue_nd_range_kernel", usual)
+    trainer = Trainer.resume(tmp_path / "run")
+    before = len(trainer._resumed[0]["history"])
+    assert before < 3 and len(trainer.fit(data, data).history) == 3
+
+
+@pytest.mark.parametrize("target", ["mali-g78", "adreno-740"])  # a family's members differ in limits alone
+def test_a_phones_kernels_pass_a_drivers_compiler_and_answer_alike(target):
+    torch.manual_seed(0)
+    model, shape = Small(8), (8, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pyopencl.CompilerWarning)  # what a driver's compiler has to say, it says as such a warning
+        step = mest.compile(model, shape, scheme="block", sparsity=0.7, dense_layers=["conv1", "fc"], target=target,
+                            optimizer=mest.SGD(lr=0.01, momentum=0.9, weight_decay=1e-3))
+        batches = make_batches(shape, 10, 2)
+        wanted, _ = masked_steps(model, step.masks(), batches, 0.01, step.optimizer)
+        np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
+    there = hardware.find_target(target)
+    source = kernel_source("loss.cross_entropy", CrossEntropy(LOGITS, LOGITS), there)
+    assert Builder(tmp_path).function(source).launches
+    for field, said in ("local_bytes", "bytes of local memory"), ("most_threads", "work-groups of"):
+        less = {"local_bytes": 16} if field == "local_bytes" else {"threads": 1, "most_threads": 1}
+        small = dataclasses.replace(source, target=dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, **less)))
+        with pytest.raises(BuildError, match=f"{said}.*{target} (has|allows)"):
+            Builder(tmp_path).function(small)
