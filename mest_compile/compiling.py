@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
+# TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores would give one.
+os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,

@@ -17,6 +17,7 @@ COVERED_ELSEWHERE = {
     'pip install "torch>=2.9,<2.14"': "tests/test_packaging.py compares the bound with pyproject.toml",
     "pip install -e .": "make venv",
     "benchmarks/environments.sh": "gigabytes of environments; tests/test_benchmark.py compares its names and bounds",
+    'pip install -e ".[opencl]"': "make venv installs the same packages",
     "python benchmarks/readme_table.py": "writes the README; tests/test_speedtable.py compares what it would write",
 }
 SHORTENED = {  # put behind the text's own options, which they override

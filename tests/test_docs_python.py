@@ -1,8 +1,12 @@
 """Python in the documentation runs and says what the text around it says."""
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -22,3 +26,19 @@ def test_the_memory_page_quotes_the_recorded_figures():
         ours, rival = found["ours"], found["rival"]
         figures = [f"{side / 2**20:.0f}" for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])]
         assert f"| {budget} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
+
+
+def test_the_opencl_page_has_the_tables_that_the_plan_gives():
+    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks" / "roofline.py")
+    roofline = importlib.util.module_from_spec(spec)
+    sys.modules["roofline"] = roofline  # dataclasses look their module up
+    spec.loader.exec_module(roofline)
+    page = roofline.DOCUMENT.read_text()
+    assert page == roofline.embed(page, roofline.table()), "run python benchmarks/roofline.py"
+    found = roofline.rows(roofline.find_target("mali-g78"))
+    conv = found["gather.conv", "forward"]
+    dense, sparse = 2 * 3 * 9 * 32 * 32**2 * 64, 2 * 64 * 0.1 * 9 * (10 * 32**4 + 9 * 64**2 * 16**2 + 9 * 128**2 * 8**2)
+    assert conv.flop == pytest.approx(dense + sparse + 2 * 64 * 9 * 0.1 * (32 * 64 * 16**2 + 64 * 128 * 8**2), rel=0.05)
+    row = roofline.Row(1, 10**9, 10**8)
+    assert row.seconds(roofline.find_target("mali-g78")) == (10**8 / 51.2e9, "bytes") and row.intensity == 10
+    assert roofline.Row(1, 10**12, 10**8).seconds(roofline.find_target("mali-g78"))[1] == "operations"

@@ -21,7 +21,7 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
     """
     found = dict.fromkeys(KINDS, 0)
     for buffer in _held((train, predict)):
-        elems = buffer.elems if buffer.elems is not None else _masked_elems(buffer, layers, live_units)
+        elems = buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live_units)
         found[buffer.kind] += elems * ITEM_BYTES[buffer.dtype]
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
@@ -38,7 +38,7 @@ def _padded(program: Program, other: Program) -> list[int]:
     return program.slots + [0] * (len(other.slots) - len(program.slots))
 
 
-def _masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
+def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
     """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
     name, _, part = buffer.name.partition(":")
     layer, cells = layers[name], live_units[name]

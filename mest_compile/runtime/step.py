@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -78,8 +77,6 @@ class TrainStep:
         """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with all weights alive."""
         import tvm
 
-        # TVM makes as many workers as half the processors, taking the others for their second threads; two real cores would give one.
-        os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         self._tvm = tvm
         self._compiled = compiled
         self._make_dense = dense

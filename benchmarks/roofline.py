@@ -1,0 +1,133 @@
+"""What a training step asks of an OpenCL device, and what its roofline allows.
+
+`python benchmarks/roofline.py` writes the tables of docs/opencl.md. Nothing is run or compiled:
+operations and bytes follow from the plan of the step, peaks from the device's file in targets/.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from mest_compile.errors import MestError, StateError
+from mest_compile.frontend import import_model
+from mest_compile.graph.footprint import masked_elems
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower
+from mest_compile.graph.program import ITEM_BYTES, Call
+from mest_compile.hardware import Target, find_target
+from mest_compile.models import build_model
+from mest_compile.planning import plan_layers
+from mest_compile.runfolder import write_atomically
+from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.layer import Layer
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "opencl.md"
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+MODEL, WIDTH, SHAPE, SCHEME, SPARSITY = "resnet32", 32, (64, 3, 32, 32), "block:4x1", 0.9
+TARGETS = ("mali-g78", "mali-g710", "adreno-650", "adreno-740")
+
+
+@dataclass(slots=True)
+class Row:
+    """All calls of one kernel in one phase.
+
+    flop   2 * live weights * output pixels * batch for convolutions; 0 for kernels that only pass over memory
+    moved_bytes  each buffer of each call once: what has to cross the bus even if every cache were perfect
+    """
+
+    calls: int = 0
+    flop: int = 0
+    moved_bytes: int = 0
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flop / self.moved_bytes
+
+    def seconds(self, target: Target) -> tuple[float, str]:
+        """The least time on the device, and which of its two limits makes it."""
+        computing = self.flop / (target.limits.gflops * 1e9)
+        moving = self.moved_bytes / (target.limits.gigabytes_per_second * 1e9)
+        return max((computing, "operations"), (moving, "bytes"))
+
+
+def rows(target: Target) -> dict[tuple[str, str], Row]:
+    """{(kernel, phase): Row} of a training step."""
+    graph, _ = import_model(build_model(MODEL, SHAPE, 10, WIDTH), SHAPE)
+    layers = plan_layers(graph, parse_scheme(SCHEME), SPARSITY, "uniform", None, target)
+    program, _ = lower(fuse(graph), layers, target, frozenset(), 0.0)
+    found: dict[tuple[str, str], Row] = defaultdict(Row)
+    for call in program.calls:
+        phase = call.name.rpartition(".")[2]
+        row = found[call.kernel, phase if phase in ("forward", "grad_input", "grad_weight") else call.stage]
+        row.calls += 1
+        row.flop += _flop(call, layers)
+        row.moved_bytes += _moved_bytes(call, layers)
+    return dict(found)
+
+
+def _live(layers: dict[str, Layer]) -> dict[str, int]:
+    return {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
+
+
+def _flop(call: Call, layers: dict[str, Layer]) -> int:
+    name = call.buffers[0].name.partition(":")[0]
+    if call.kernel not in ("gather.conv", "gather.grad") or name not in layers:
+        return 0
+    layer = layers[name]
+    height, width = layer.spec.output_size
+    return 2 * _live(layers)[name] * layer.scheme.cell_elems(layer.spec) * height * width * SHAPE[0]
+
+
+def _moved_bytes(call: Call, layers: dict[str, Layer]) -> int:
+    live, image = _live(layers), call.buffers[0].image
+    if call.kernel == "image.zero_halo" and image:  # touches the border alone
+        return (image.elems - image.channels * image.height * image.width * image.batch) * ITEM_BYTES["float32"]
+    return sum((buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live)) * ITEM_BYTES[buffer.dtype]
+               for buffer in call.buffers)
+
+
+def table() -> str:
+    """The markdown between the markers."""
+    targets = [find_target(name) for name in TARGETS]
+    found = rows(targets[0])
+    parts = ["| kernel | phase | calls | MFLOP | MB | FLOP a byte | " + " | ".join(f"{target.name} ms" for target in targets) + " |",
+             "|---|---|---:|---:|---:|---:|" + "---:|" * len(targets)]
+
+    def line(kernel: str, phase: str, row: Row, least: list[str]) -> str:
+        cells = [kernel, phase, str(row.calls), f"{row.flop / 1e6:.0f}", f"{row.moved_bytes / 1e6:.1f}", f"{row.intensity:.1f}", *least]
+        return f"| {' | '.join(cells)} |"
+
+    for (kernel, phase), row in sorted(found.items(), key=lambda item: -item[1].moved_bytes):
+        limits = [row.seconds(target) for target in targets]
+        parts.append(line(kernel, phase, row, [f"{seconds * 1e3:.2f}{'*' if by == 'operations' else ''}" for seconds, by in limits]))
+    total = Row(sum(row.calls for row in found.values()), sum(row.flop for row in found.values()),
+                sum(row.moved_bytes for row in found.values()))
+    least = [sum(row.seconds(target)[0] for row in found.values()) for target in targets]
+    parts.append(line("whole step", "", total, [f"{seconds * 1e3:.1f}" for seconds in least]))
+    parts += ["", "| device | GFLOP/s | GB/s | FLOP a byte at the ridge | threads | local memory, bytes |",
+              "|---|---:|---:|---:|---:|---:|"]
+    for target in targets:
+        gpu = target.limits
+        parts.append(f"| {target.name} | {gpu.gflops:.0f} | {gpu.gigabytes_per_second:.1f} | {gpu.gflops / gpu.gigabytes_per_second:.1f} | "
+                     f"{gpu.threads} of {gpu.most_threads} | {gpu.local_bytes} |")
+    return "\n".join(parts) + "\n"
+
+
+def embed(document: str, text: str) -> str:
+    """`document` with `text` between the markers. Raises StateError when it has none."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise StateError(f"{DOCUMENT.name} has no {BEGIN} ... {END}; put the two lines where the tables belong")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+if __name__ == "__main__":
+    try:
+        write_atomically(DOCUMENT, embed(DOCUMENT.read_text(encoding="utf-8"), table()))
+    except MestError as error:
+        sys.exit(f"error: {error}")
