@@ -26,6 +26,7 @@ import platformdirs
 from mest_compile.errors import BuildError
 from mest_compile.hardware import Target
 from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
+from mest_compile.parsing import parse
 from mest_compile.registry import SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -182,12 +183,10 @@ class Builder:
 def _made(source: KernelSource) -> Any:
     """The library of one kernel: TVM's, or for an OpenCL device its source and launches."""
     import tvm
-    from tvm.script import tirx
 
     if source.target.device == "opencl":
         return compile_opencl(source.text, source.symbol, source.target)
-    function = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
-    return tvm.compile(tvm.IRModule({source.symbol: function}), target=tvm.target.Target(source.target.tvm_fields))
+    return tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=tvm.target.Target(source.target.tvm_fields))
 
 
 def _digest(content: bytes) -> str:

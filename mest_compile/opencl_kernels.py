@@ -14,6 +14,7 @@ from typing import Any
 
 from mest_compile.errors import BuildError
 from mest_compile.hardware import Gpu, Target
+from mest_compile.parsing import parse
 
 _LOCAL = re.compile(r"^\s*__local (\w+?)(\d*) (\w+)\[(\d+)\];", re.MULTILINE)
 _SCALAR_BYTES = {"float": 4, "int": 4, "uint": 4, "uchar": 1, "char": 1, "half": 2, "short": 2}
@@ -81,10 +82,9 @@ def compile_opencl(text: str, symbol: str, target: Target) -> OpenclKernel:
     import sys
 
     import tvm
-    from tvm.script import tirx
 
     device = tvm.target.Target({**target.tvm_fields, "host": {"kind": "llvm"}})
-    function = tvm.script.from_source(text, extra_vars={"T": tirx}).with_attr("global_symbol", symbol)
+    function = parse(text, symbol)
     scratch = _scratch(str(function.attrs["mest.scratch"]))
     # By name: the pipeline that TVM 0.27 takes for Adreno is about textures, which no kernel here uses, and has no part for the device.
     prepare, _, finish_device = tvm.tirx.get_tir_pipeline("s_tir")

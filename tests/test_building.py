@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mest_compile.building import Builder, KernelSource, kernel_source
 from mest_compile.errors import BuildError, UnknownName
 from mest_compile.hardware import Target, find_target
 from mest_compile.operators.image import ImageImport
+from mest_compile.parsing import parse
 from mest_compile.spec import Image
 
 TARGET = find_target("local")
@@ -114,3 +116,9 @@ def test_several_processes_share_a_folder_that_is_too_small_for_them(tmp_path):
         out, said = process.communicate(timeout=300)
         assert out == "fine\n", said
         assert "damaged" not in said
+
+
+def test_kernels_can_be_parsed_by_many_threads_at_once():
+    with ThreadPoolExecutor(8) as workers:
+        found = list(workers.map(lambda source: parse(source.text, source.symbol), sources(8) * 12))
+    assert [str(function.attrs["global_symbol"]) for function in found] == [source.symbol for source in sources(8) * 12]

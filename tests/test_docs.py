@@ -38,6 +38,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[:60])
 def test_command_runs(command, tmp_path):
     program, *arguments = shlex.split(command)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     if program == "make":
         done = run(["make", "--dry-run", *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
