@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,20 +17,22 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import documents
 import numpy as np
 
-from mest_compile.errors import MestError, StateError
-from mest_compile.hardware import find_target
-from mest_compile.runfolder import machine, write_atomically, write_json
+from mest_compile.benchmark import machine
+from mest_compile.errors import MestError
+from mest_compile.runfolder import write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy.json", ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- accuracy table: begin -->", "<!-- accuracy table: end -->"
+embed = partial(documents.embed, what="accuracy table")
 MODEL, WIDTH, BATCH, EPOCHS, LR, SEEDS = "resnet20", 16, 64, 5, 0.1, (0, 1, 2)
 SIEVE = {"drop": 0.25, "after_epoch": 2}  # a quarter of the examples in three of five epochs: 15% of all iterations
 WITHIN = 0.005                            # of dense accuracy: how far a run must come for "time to"
@@ -140,7 +141,7 @@ def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
     return {"run": asdict(run), "epochs": [{name: metrics[name] for name in kept} for metrics in history],
             "test_accuracy": history[-1]["test_accuracy"], "train_seconds": sum(metrics["train_seconds"] for metrics in history),
             "sparsity": zeros / sum(sizes.values()) if sizes else 0.0,
-            "recipe": trainer.recipe.to_dict(), "machine": machine() | {"target": dict(find_target("local").llvm)["mcpu"]},
+            "recipe": trainer.recipe.to_dict(), "machine": machine(),
             "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -185,19 +186,9 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def embed(document: str, text: str) -> str:
-    """`document` with `text` between the markers. Raises StateError when it has none."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise StateError(f"{DOCUMENT.name} has no {BEGIN} ... {END}; put the two lines where the table belongs")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
-
-
 def run_all(chosen: argparse.Namespace) -> None:
     results = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.exists() else {"entries": {}}
     results["command"] = "python benchmarks/accuracy.py"
-    results["processor"] = platform.processor() or platform.machine()
     wanted = [run for run in runs() if chosen.only in run.key and run.key not in results["entries"]]
     options = ["--runs", str(chosen.runs), *(["--data-folder", str(chosen.data_folder)] if chosen.data_folder else [])]
 

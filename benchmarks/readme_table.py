@@ -7,17 +7,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mest_compile.errors import MestError, StateError
+import documents
+
+from mest_compile.errors import MestError
 from mest_compile.runfolder import write_atomically
 from mest_compile.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results" / "full.json", ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
+embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
 
@@ -51,15 +54,6 @@ def others(results: Mapping[str, Any] | None) -> str:
         lines.append(f"| {net} | {case['scheme']} | {case['sparsity']:.0%} | {case['threads']} | {entry['rival']['name']} | "
                      f"{entry['ratio']:.2f} | {low:.2f} to {high:.2f} | {memory:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def embed(readme: str, text: str) -> str:
-    """`readme` with `text` between the markers. Raises StateError when it has none."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise StateError(f"the page has no {BEGIN} ... {END}; put the two lines where the table belongs")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
 
 
 def main() -> None:

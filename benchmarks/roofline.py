@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mest_compile.errors import MestError, StateError
+import documents
+
+from mest_compile.errors import MestError
 from mest_compile.frontend import import_model
 from mest_compile.graph.footprint import masked_elems
 from mest_compile.graph.fusing import fuse
@@ -25,7 +28,7 @@ from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "opencl.md"
-BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+embed = partial(documents.embed, what="roofline")
 MODEL, WIDTH, SHAPE, SCHEME, SPARSITY = "resnet32", 32, (64, 3, 32, 32), "block:4x1", 0.9
 TARGETS = ("mali-g78", "mali-g710", "adreno-650", "adreno-740")
 
@@ -59,31 +62,28 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
     graph, _ = import_model(build_model(MODEL, SHAPE, 10, WIDTH), SHAPE)
     layers = plan_layers(graph, parse_scheme(SCHEME), SPARSITY, "uniform", None, target)
     program, _ = lower(fuse(graph), layers, target, frozenset(), 0.0)
+    live = {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
     found: dict[tuple[str, str], Row] = defaultdict(Row)
     for call in program.calls:
         phase = call.name.rpartition(".")[2]
         row = found[call.kernel, phase if phase in ("forward", "grad_input", "grad_weight") else call.stage]
         row.calls += 1
-        row.flop += _flop(call, layers)
-        row.moved_bytes += _moved_bytes(call, layers)
+        row.flop += _flop(call, layers, live)
+        row.moved_bytes += _moved_bytes(call, layers, live)
     return dict(found)
 
 
-def _live(layers: dict[str, Layer]) -> dict[str, int]:
-    return {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
-
-
-def _flop(call: Call, layers: dict[str, Layer]) -> int:
+def _flop(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
     name = call.buffers[0].name.partition(":")[0]
     if call.kernel not in ("gather.conv", "gather.grad") or name not in layers:
         return 0
     layer = layers[name]
     height, width = layer.spec.output_size
-    return 2 * _live(layers)[name] * layer.scheme.cell_elems(layer.spec) * height * width * SHAPE[0]
+    return 2 * live[name] * layer.scheme.cell_elems(layer.spec) * height * width * SHAPE[0]
 
 
-def _moved_bytes(call: Call, layers: dict[str, Layer]) -> int:
-    live, image = _live(layers), call.buffers[0].image
+def _moved_bytes(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
+    image = call.buffers[0].image
     if call.kernel == "image.zero_halo" and image:  # touches the border alone
         return (image.elems - image.channels * image.height * image.width * image.batch) * ITEM_BYTES["float32"]
     return sum((buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live)) * ITEM_BYTES[buffer.dtype]
@@ -115,15 +115,6 @@ def table() -> str:
         parts.append(f"| {target.name} | {gpu.gflops:.0f} | {gpu.gigabytes_per_second:.1f} | {gpu.gflops / gpu.gigabytes_per_second:.1f} | "
                      f"{gpu.threads} of {gpu.most_threads} | {gpu.local_bytes} |")
     return "\n".join(parts) + "\n"
-
-
-def embed(document: str, text: str) -> str:
-    """`document` with `text` between the markers. Raises StateError when it has none."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise StateError(f"{DOCUMENT.name} has no {BEGIN} ... {END}; put the two lines where the tables belong")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
 
 
 if __name__ == "__main__":

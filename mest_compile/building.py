@@ -122,8 +122,8 @@ class Builder:
 
                 try:
                     found = tvm.runtime.load_module(str(path))[source.symbol]
-                except Exception as problem:  # evicted since it was read; what else is wrong shows when it is compiled
-                    log.debug("cached kernel %s cannot be loaded: %s", path.name, problem)
+                except Exception as problem:  # of TVM's many types; another process may have evicted it since it was read
+                    log.warning("cached kernel %s cannot be loaded (%s); compiling it again", path.name, _cause(problem))
                     continue
             with self._lock:
                 self.loaded += 1
@@ -168,10 +168,9 @@ class Builder:
         for path in self.folder.glob("??/*.*"):
             try:
                 facts = path.stat()
-            except OSError:
+            except OSError:  # another process has just removed it
                 continue
-            if path.is_file():
-                entries.append((facts.st_mtime_ns, facts.st_size, path))
+            entries.append((facts.st_mtime_ns, facts.st_size, path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.most_bytes:

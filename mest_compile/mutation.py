@@ -54,8 +54,7 @@ def prune(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
         raise SparsityError(f"cannot prune to {live} live units: {alive.size} of {keep.size} are alive")
     if scores.shape != keep.shape:
         raise InputError(f"prune needs one score a unit: {keep.shape}, not {scores.shape}")
-    if np.isnan(scores[alive]).any():
-        raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
+    _check_scores(scores[alive])
     kept = np.zeros_like(keep)
     if live:
         found = scores[alive]
@@ -90,8 +89,7 @@ def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
     fewest = int(keep.sum(1).min())
     if not 0 <= live <= fewest:
         raise SparsityError(f"cannot prune to {live} live units a row: a row has only {fewest} alive")
-    if np.isnan(scores[keep]).any():
-        raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
+    _check_scores(scores[keep])
     return _best(np.where(keep, scores, -np.inf), live)
 
 
@@ -103,6 +101,11 @@ def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.
     if live < most:
         raise SparsityError(f"cannot grow to {live} live units a row: a row has {most} alive already; prune first")
     return _best(np.where(keep, np.inf, rng.random(keep.shape) if scores is None else scores), live)
+
+
+def _check_scores(scores: np.ndarray) -> None:
+    if np.isnan(scores).any():
+        raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:

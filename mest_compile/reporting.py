@@ -22,9 +22,9 @@ STYLE = ("body{font-family:sans-serif;margin:2em auto;max-width:60em} td{padding
          "td:first-child{text-align:left} img{max-width:100%}")
 
 
-def summary(folder: RunFolder) -> dict[str, Any]:
-    """The run in one JSON-able dict. Raises StateError when the folder holds no run with at least one whole epoch."""
-    recipe, run, epochs = folder.read_recipe(), folder.read_run(), folder.read_metrics()
+def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
+    """The run in one JSON-able dict. epochs: its metrics. Raises StateError when it has no run with at least one whole epoch."""
+    recipe, run = folder.read_recipe(), folder.read_run()
     if not epochs:
         raise StateError(f"{folder.path} holds a run without a whole epoch; wait for its first one")
     last = epochs[-1]
@@ -50,7 +50,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, A
     Raises StateError when `path` holds no run, UsageError when `out` cannot be written.
     """
     folder = RunFolder(path)
-    facts, epochs = summary(folder), folder.read_metrics()
+    epochs = folder.read_metrics()
+    facts = summary(folder, epochs)
     out = folder.path / "report" if out is None else Path(out)
     pictures = {name: _png(draw, epochs) for name, (_, draw) in PLOTS.items() if _has(name, epochs)}
     try:

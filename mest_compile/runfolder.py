@@ -107,7 +107,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _name(path: Path, name: Path) -> None:
-    """Makes `name` a second name of the file, whatever it named before. Nothing is copied; there is no moment without either."""
+    """Makes `name` a second name of the file, whatever it named before. There is no moment without either."""
     part = name.with_name(f".{name.name}.part")
     part.unlink(missing_ok=True)
     try:

@@ -1,21 +1,13 @@
 """benchmarks/accuracy.py: what is run, how a run becomes an entry, and the table made of them."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
+import accuracy
 import numpy as np
 import pytest
 
 from mest_compile.data import Split, as_dataset
-
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
-accuracy = importlib.util.module_from_spec(spec)
-sys.modules["accuracy"] = accuracy  # dataclasses look their module up
-spec.loader.exec_module(accuracy)
 
 
 def entry(run, accuracies, seconds=10.0, saved=0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_schemes_step import Small
-from test_step import make_batches, masked_steps, relative
+from test_step import assert_like_torch, make_batches, masked_steps
 
 import mest_compile as mest
 from mest_compile import hardware
@@ -41,13 +41,7 @@ def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
     batches, masks = make_batches(SHAPE, 10, 10), step.masks()
     wanted, _ = masked_steps(model, masks, batches, 0.002, optimizer)
     np.testing.assert_allclose([step(*batch, lr=0.002).loss for batch in batches], wanted, rtol=1e-4)
-    state = step.state_dict()
-    for name, value in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert relative(state[name], value.numpy()) < 1e-3, name
-    model.eval()
-    with torch.no_grad():
-        assert relative(step.predict(batches[0][0]), model(torch.from_numpy(batches[0][0])).numpy()) < 1e-3
+    assert_like_torch(step, model, batches[0][0])
 
     report = step.mutate(prune_to=0.93, grow_to=0.9, rng=np.random.default_rng(0))
     assert "re-indexed" in report.layers.values()

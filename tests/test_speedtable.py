@@ -1,11 +1,12 @@
 """Speed tables: figures come from the comparisons, problems are rows, every format holds the same; the harness records and resumes."""
 
 import csv
-import importlib.util
 import json
 import sys
 
 import pytest
+import readme_table
+import run
 
 import mest_compile as mest
 from mest_compile.benchmark import Comparison, Side
@@ -29,13 +30,6 @@ def sample() -> SpeedTable:
     facts = {"model": "resnet32", "width": 32, "input_shape": [64, 3, 32, 32], "distribution": "uniform", "target": "local",
              "baseline": "torch", "threads": 1, "repeats": 3, "machine": {"cpu": "Abacus 9"}, "versions": {}, "measured_at": ""}
     return SpeedTable((Row.of(comparison().to_dict()), Row("pattern", 0.955, problem="no | patterns <here>")), facts)
-
-
-def script(repository, name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", repository / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_row_holds_medians_ratios_and_both_memories():
@@ -160,7 +154,6 @@ def test_what_the_command_cannot_mean_is_one_line(mest_compile_command, tmp_path
 
 
 def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, tmp_path, monkeypatch):
-    run = script(repository, "run")
     measured = []
 
     def fake(case, rival, repeats):
@@ -191,7 +184,6 @@ def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, t
 
 
 def test_published_cases_have_keys_of_their_own_and_can_be_compiled_for(repository):
-    run = script(repository, "run")
     cases = list(run.full())
     assert len({run.key(case, rival) for case, rival in cases}) == len(cases)
     assert {case.model for case, _ in cases} == {"resnet32", "vgg11", "mlp"} and {case.threads for case, _ in cases} == {1, 2}
@@ -199,7 +191,6 @@ def test_published_cases_have_keys_of_their_own_and_can_be_compiled_for(reposito
 
 
 def test_the_readme_shows_the_recorded_table(repository):
-    readme_table = script(repository, "readme_table")
     results = json.loads(readme_table.RESULTS.read_text()) if readme_table.RESULTS.exists() else None
     readme = readme_table.README.read_text()
     assert readme == readme_table.embed(readme, readme_table.table(results)), "run python benchmarks/readme_table.py"
@@ -208,7 +199,6 @@ def test_the_readme_shows_the_recorded_table(repository):
 
 
 def test_the_readme_table_takes_the_headline_net_only(repository):
-    readme_table = script(repository, "readme_table")
     entries = {"a": comparison().to_dict(), "b": comparison("pattern", threads=2).to_dict(), "c": {"skipped": "no", "case": {}},
                "d": comparison("filter").to_dict()}
     text = readme_table.table({"entries": entries})

@@ -80,6 +80,17 @@ def relative(got, wanted):
     return np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-12)
 
 
+def assert_like_torch(step, model, images):
+    """The step's state and its predictions are those of the torch module."""
+    state = step.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert relative(state[name], value.numpy()) < 1e-3, name
+    model.eval()
+    with torch.no_grad():
+        assert relative(step.predict(images), model(torch.from_numpy(images)).numpy()) < 1e-3
+
+
 @pytest.mark.parametrize("case, nesterov", [(case, False) for case in MODELS] + [("odd-unstructured", True), ("mlp-block", True)])
 def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
     make, shape, scheme, dense_layers = MODELS[case]
@@ -105,14 +116,7 @@ def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
         scale = max(np.abs(gradient).max(), np.abs(gradients[name.replace(".bias", ".weight")]).max())
         assert np.abs(got_gradients[name] - gradient).max() <= 1e-4 * scale, name
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
-    state = step.state_dict()
-    for name, value in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert relative(state[name], value.numpy()) < 1e-3, name
-    model.eval()
-    images = make_batches((shape[0] * 2 + 3, *shape[1:]), 2, 1, seed=9)[0][0]
-    with torch.no_grad():
-        assert relative(step.predict(images), model(torch.from_numpy(images)).numpy()) < 1e-3
+    assert_like_torch(step, model, make_batches((shape[0] * 2 + 3, *shape[1:]), 2, 1, seed=9)[0][0])
 
 
 def test_a_unit_that_dies_and_is_drawn_again_starts_at_zero():

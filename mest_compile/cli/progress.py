@@ -49,16 +49,15 @@ class TrainingProgress:
         tested = metrics["test_accuracy"]
         parts = [f"epoch {metrics['epoch']}/{self._epochs}", f"loss {metrics['loss']:.4f}", f"train {metrics['train_accuracy']:.2%}",
                  "test -" if tested is None else f"test {tested:.2%}", f"{metrics['images_per_second']:.0f} images/s"]
+        state = [] if tested is None else [f"test {tested:.2%}"]
         if sparsity := metrics["sparsity"]:
-            parts.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
+            state.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
+            parts.append(state[-1])
         if mutation := metrics["mutation"]:
             fates = ", ".join(f"{count} {fate}" for fate, count in mutation["layers"].items())
             parts.append(f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s")
         if sieve := metrics["sieve"]:
             parts.append(f"sieve: {sieve['dropped']} examples dropped, {sieve['returned']} came back")
-        state = [] if tested is None else [f"test {tested:.2%}"]
-        if sparsity:
-            state.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
         if saved := metrics["iterations_saved"]:
             state.append(f"sieved {saved / (saved + metrics['iterations']):.1%}")
         self._state = "".join(f"{part}  " for part in state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.registry import family
 from mest_compile.sparsity.packing import LayerIndex, by_place, forward_places, pointers_of, transposed_places
-
-if TYPE_CHECKING:
-    pass
 
 PAIR = 2
 
