@@ -21,7 +21,7 @@ from mest_compile.mutation import importance
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, old_places, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -82,8 +82,7 @@ class TrainStep:
         self._make_dense = dense
         self._device = tvm.cpu(0)
         self._tensors: dict[str, Any] = {}
-        self._keep: dict[str, np.ndarray] = {}
-        self._index: dict[str, LayerIndex] = {}
+        self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
         self._arguments: dict[str, list] = {}
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
@@ -133,7 +132,7 @@ class TrainStep:
 
     def live_weights(self) -> dict[str, int]:
         """{weight name: weights that are computed with now}, every convolution and linear layer."""
-        return {name: int(self._keep[name].sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
+        return {name: int(self._keep(name).sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
 
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
@@ -141,11 +140,11 @@ class TrainStep:
 
     def sparsity(self) -> dict[str, float]:
         """{weight name: share of weights that are zero now}, sparse layers only."""
-        return {name: 1.0 - float(self._keep[name].mean()) for name in self._sparse_layers()}
+        return {name: 1.0 - float(self._keep(name).mean()) for name in self._sparse_layers()}
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
-        units = {name: len(index.order) for name, index in self._index.items()}
+        units = {name: len(order) for name, order in self._order.items()}
         target = self._compiled.facts["target"]
         return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target["vector"] * target["cores"])
 
@@ -178,8 +177,8 @@ class TrainStep:
         gradients = {name: self._get(name) for name in names}
         squares = 0.0
         for name, array in gradients.items():
-            index = self._index.get(name.removesuffix(":gradient"))
-            once = array if index is None else array.reshape(len(index.order), -1)[np.unique(index.order, return_index=True)[1]]
+            order = self._order.get(name.removesuffix(":gradient"))
+            once = array if order is None else array.reshape(len(order), -1)[np.unique(order, return_index=True)[1]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
         if norm > most:
@@ -282,7 +281,7 @@ class TrainStep:
         state = {name: _numpy(array, np.float32, name) for name, array in state.items() if not name.endswith("num_batches_tracked")}
         self._check_state(state)
         for name, layer in self._compiled.layers.items():
-            wrong = np.count_nonzero(_as_conv(state[name])[~layer.scheme.expand(layer.spec, self._keep[name])])
+            wrong = np.count_nonzero(_as_conv(state[name])[~layer.scheme.expand(layer.spec, self._keep(name))])
             if wrong:
                 raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
         self._fill(state)
@@ -292,7 +291,7 @@ class TrainStep:
     def masks(self) -> dict[str, np.ndarray]:
         """{torch weight name: bool array in torch's shape, True where the weight lives}, sparse layers only."""
         layers = self._compiled.layers
-        return {name: layers[name].scheme.expand(layers[name].spec, self._keep[name]).reshape(self._compiled.graph.state_shapes[name])
+        return {name: layers[name].scheme.expand(layers[name].spec, self._keep(name)).reshape(self._compiled.graph.state_shapes[name])
                 for name in self._sparse_layers()}
 
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
@@ -323,9 +322,9 @@ class TrainStep:
         keeps, survivors = {}, {}
         scales = [self._scale(overall) for overall in (prune_to, grow_to)]
         for name in self._sparse_layers():
-            layer, keep = self._compiled.layers[name], self._keep[name]
+            layer, keep = self._compiled.layers[name], self._keep(name)
             score = importance(self._get(name), self._get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
-            order = self._index[name].order
+            order = self._order[name]
             energy = np.zeros(keep.size)
             energy[order] = np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1)
             fewest, most = (layer.scheme.live_units(layer.spec, max(0.0, 1.0 - (1.0 - layer.sparsity) * scale)) for scale in scales)
@@ -350,7 +349,7 @@ class TrainStep:
         """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
         held = {f"held/{name}": self._get(name) for name, buffer in self._held.items()
                 if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")}
-        orders = {f"order/{name}": index.order for name, index in self._index.items()}
+        orders = {f"order/{name}": order for name, order in self._order.items()}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
         facts = dict(self._compiled.facts) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
@@ -370,7 +369,7 @@ class TrainStep:
             keep = np.zeros(layer.scheme.grid(layer.spec), bool)
             keep.ravel()[order] = True
             self._install(name, keep)
-            assert np.array_equal(order, self._index[name].order), f"{name}: units are ordered otherwise than when {path} was written"
+            assert np.array_equal(order, self._order[name]), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():
             if name.startswith("held/"):
                 self._put(name.removeprefix("held/"), array)
@@ -450,7 +449,7 @@ class TrainStep:
         for buffer in self._dense:
             self._put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
         for name, layer in self._compiled.layers.items():
-            self._put(name, gather_units(_as_conv(state[name]), self._index[name].order, layer.scheme.grid(layer.spec)))
+            self._put(name, gather_units(_as_conv(state[name]), self._order[name], layer.scheme.grid(layer.spec)))
             self._transpose(name)
 
     def _collect(self, suffix: str) -> dict[str, np.ndarray]:
@@ -465,7 +464,7 @@ class TrainStep:
                     start += size
         for name, layer in self._compiled.layers.items():
             grid = layer.scheme.grid(layer.spec)
-            dense = scatter_units(self._get(name + suffix), self._index[name].order, grid, layer.spec.weight_shape)
+            dense = scatter_units(self._get(name + suffix), self._order[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(shapes[name])
         return found
 
@@ -475,28 +474,34 @@ class TrainStep:
         survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
         """
         layer = self._compiled.layers[name]
-        old = self._index.get(name)
+        old = self._order.get(name)
         index = FAMILIES.find(layer.kernels).index(layer, keep, self._compiled.train)
         elems = layer.scheme.cell_elems(layer.spec)
         if old is not None:
-            places = old_places(old.order, index.order, keep.size)
+            places = old_places(old, index.order, keep.size)
             if survivors is not None:
-                places[~survivors.ravel()[index.order]] = len(old.order)
+                places[~survivors.ravel()[index.order]] = len(old)
         for suffix in ("", ":gradient", ":momentum"):
             self._put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
                       carry_over(self._get(name + suffix).reshape(-1, elems), places))
         for part, array in index.arrays.items():
             self._put(f"{name}:{part}", array)
-        self._keep[name], self._index[name] = keep, index
+        self._order[name] = index.order.astype(np.int32)
         self._transpose(name)
+
+    def _keep(self, name: str) -> np.ndarray:
+        """The layer's mask, a bool array of its scheme's grid."""
+        layer = self._compiled.layers[name]
+        keep = np.zeros(layer.scheme.grid(layer.spec), bool)
+        keep.ravel()[self._order[name]] = True
+        return keep
 
     def _transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
-        arrays = self._index[name].arrays
-        permutation = arrays.get("permutation")
-        if "transposed_from" in arrays:
-            self._put(f"{name}:transposed", self._get(name)[arrays["transposed_from"]])
-        elif permutation is not None:
+        if f"{name}:transposed_from" in self._held:
+            self._put(f"{name}:transposed", self._get(name)[self._get(f"{name}:transposed_from")])
+        elif f"{name}:permutation" in self._held:
+            permutation = self._get(f"{name}:permutation")
             layer = self._compiled.layers[name]
             rows, sources = layer.scheme.block(layer.spec)
             values = self._get(name).reshape(-1, sources, rows)
@@ -508,7 +513,7 @@ class TrainStep:
         fates = dict.fromkeys(self._sparse_layers(), "unchanged")
         for name, keep in keeps.items():
             kept = (survivors or {}).get(name)
-            if not np.array_equal(keep, self._keep[name]) or (kept is not None and (keep & ~kept).any()):
+            if not np.array_equal(keep, self._keep(name)) or (kept is not None and (keep & ~kept).any()):
                 self._install(name, keep, kept)
                 fates[name] = "re-indexed"
         return MutationReport(fates, time.perf_counter() - start)
