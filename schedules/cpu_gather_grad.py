@@ -69,6 +69,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     chunks = min(target.cores, strips_each)
     share = -(-strips_each // chunks)
 
+    if delta.height * delta.width == 1:
+        return _of_one_pixel(problem, rows, depth, sizes)
     cell = f"(section * {problem.groups} + group)"
     count = f"(pointers[{cell} + 1] - pointers[{cell}])"
 
@@ -140,6 +142,12 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
                 f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
                 f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
         f"for weight in T.serial(units * {block}):", f"    gradients[weight] = {lanes}"]
+    return _kernel(problem, [f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])
+
+
+def _kernel(problem: GatherGrad, body: list[str]) -> str:
+    """The kernel's text around its body."""
+    source, delta, block = problem.source, problem.delta, problem.unit[0] * problem.row_block
     return "\n".join([
         "@T.prim_func",
         f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
@@ -149,5 +157,35 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
             "T.func_attr({'tirx.noalias': True})",
             "units = T.int32()",
             "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-            f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')",
-            f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])])
+            f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')", *body])])
+
+
+def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) -> str:
+    """A linear layer: the sums of some units over all examples fit in registers, so threads share groups and nothing is kept between.
+
+    rows, depth  of a unit, that pass together; sizes: units that do
+    """
+    source, delta, vector = problem.source, problem.delta, problem.delta.vector
+    reads, distance = problem.unit
+    parts, block = problem.row_block // rows, reads * problem.row_block
+    groups = "live_groups[0]" if problem.rows_live else problem.groups
+    row = f"(group * {problem.row_block} + part * {rows} + j)"
+    cell = f"(section * {problem.groups} + group)"
+    left, lines = f"(pointers[{cell} + 1] - pointers[{cell}])", []
+    for units in sizes:
+        first = f"(pointers[{cell} + 1] - {left} + several * {units})"
+        total = f"sums[((u * {depth} + k) * {rows} + j) * {vector}"
+        read = f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]"
+        against = (f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+                   f" + z * {delta.slice_elems} + i]")
+        loops = [("k", depth), ("j", rows), ("u", units)]
+        lanes = " + ".join(f"{total} + {lane}]" for lane in range(vector))
+        lines += [f"for several in T.serial({left} // {units}):", *indent(1, [
+            f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')",
+            *nest(loops, vector, f"{total} + i] = T.float32(0)"),
+            f"for z in T.serial({delta.slices}):", *indent(1, nest(loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")),
+            f"for k, j, u in T.grid({depth}, {rows}, {units}):",
+            f"    gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j] = {lanes}"])]
+        left = f"({left} % {units})"
+    return _kernel(problem, [f"for group in T.parallel({groups}):",
+                             f"    for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts}):", *indent(2, lines)])

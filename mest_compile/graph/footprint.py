@@ -16,7 +16,7 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
     """{kind: bytes, "total": bytes}.
 
     live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps where each lies in the mask
-    sums         partial sums that weight gradients keep of every live weight: vector lanes times threads' shares
+    sums         partial sums that weight gradients on images keep of every live weight: vector lanes times threads' shares
     activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and the sums of the largest layer
     """
     found = dict.fromkeys(KINDS, 0)
@@ -26,7 +26,8 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
     found["indices"] += sum(live_units.values()) * ITEM_BYTES["int32"]
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
-    most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()), default=0)
+    most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()
+                     if layer.spec.output_size != (1, 1)), default=0)
     found["workspace"] = arena_bytes - found["activations"] + most_live * sums * ITEM_BYTES["float32"]
     return found | {"total": sum(found.values())}
 
