@@ -1,5 +1,5 @@
-"""The tables of speeds in the README and docs/benchmarks.md, out of benchmarks/results/full.json: `python benchmarks/readme_table.py` puts
-them between their markers.
+"""The tables of speeds in the README and docs/benchmarks.md, out of benchmarks/results/full.json and avx512.json:
+`python benchmarks/readme_table.py` puts them between their markers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mest_compile.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results" / "full.json", ROOT / "README.md"
+WIDER = ROOT / "benchmarks" / "results" / "avx512.json"  # some of the same cases on a machine with AVX-512
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
@@ -38,13 +39,13 @@ def table(results: Mapping[str, Any] | None) -> str:
     return SpeedTable(tuple(Row.of(entry) for entry in chosen), facts).to_markdown()
 
 
-def others(results: Mapping[str, Any] | None) -> str:
-    """The markdown between the markers of docs/benchmarks.md: every comparison that is not in `table`."""
+def pairs(results: Mapping[str, Any] | None, headline: bool) -> str:
+    """Markdown with a line for every comparison. headline: those in `table` too."""
     lines = ["| net | scheme | sparsity | threads | against | times as fast | interval | of its peak memory |",
              "|---|---|---:|---:|---|---:|---:|---:|"]
     for entry in (results or {"entries": {}})["entries"].values():
         case = entry["case"]
-        if "ratio" not in entry or (entry["rival"]["name"] == "torch" and HEADLINE.items() <= case.items()):
+        if "ratio" not in entry or (not headline and entry["rival"]["name"] == "torch" and HEADLINE.items() <= case.items()):
             continue
         net = case["model"] + (f", width {case['width']}" if case["width"] else "")
         if case["memory_budget"]:
@@ -56,10 +57,17 @@ def others(results: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """{page: its text with the tables in place}. Raises MestError where a marker is missing."""
+    full, wider = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else None for path in (RESULTS, WIDER))
+    document = embed(DOCUMENT.read_text(encoding="utf-8"), pairs(full, headline=False))
+    return {README: embed(README.read_text(encoding="utf-8"), table(full)),
+            DOCUMENT: documents.embed(document, pairs(wider, headline=True), what="AVX-512 table")}
+
+
 def main() -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    for path, text in (README, table(results)), (DOCUMENT, others(results)):
-        write_atomically(path, embed(path.read_text(encoding="utf-8"), text))
+    for path, text in pages().items():
+        write_atomically(path, text)
 
 
 if __name__ == "__main__":

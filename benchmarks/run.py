@@ -40,7 +40,8 @@ def full() -> Iterator[tuple[Case, str]]:
     for scheme in ("unstructured", "block:4x1"):  # a linear layer has no patterns; whole filters of it are neurons
         yield Case("mlp", (64, 3, 32, 32), scheme=scheme), "torch"
     for scheme in ("unstructured", "block:4x1"):
-        yield replace(WIDE, scheme=scheme, threads=2), "torch"
+        for rival in ("torch", "mest-one-thread"):
+            yield replace(WIDE, scheme=scheme, threads=2), rival
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:

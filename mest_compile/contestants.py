@@ -141,6 +141,10 @@ def _build_mest(case: Case) -> Built:
     return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0)
 
 
+def _build_mest_on_one_thread(case: Case) -> Built:
+    return _build_mest(replace(case, threads=1))
+
+
 # Dense torch.
 
 def _load_torch() -> None:
@@ -301,8 +305,10 @@ def _build_onnxruntime(case: Case) -> Built:
     return Built(step, notes=("its SGD has neither momentum nor weight decay",))
 
 
+OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
 CONTESTANTS = {
-    "mest": Contestant(_load_mest, _build_mest, ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy"), _build_mest),
+    "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
+    "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),
     "sparseprop": Contestant(_load_sparseprop, _build_sparseprop, ("sparseprop", "torch", "numpy"), _build_sparseprop, "sparseprop"),

@@ -2,15 +2,18 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 
 import pytest
 
+import mest_compile as mest
 from mest_compile import benchmark
 from mest_compile.benchmark import Case, Comparison, Side, compare, median_interval
 from mest_compile.contestants import CONTESTANTS, find_interpreter, torch_model, unstructured_masks
 from mest_compile.errors import MestError, NotInstalled, UnknownName, UsageError
+from mest_compile.models import build_model
 
 SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
 
@@ -142,3 +145,34 @@ def test_rivals_get_the_masks_that_our_step_starts_with():
     ours = mest.compile(model, case.input_shape, scheme="unstructured", sparsity=0.85, distribution="erk", threads=1).masks()
     theirs = unstructured_masks(model, case)
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+LOADED = """
+import sys
+import mest_compile as mest
+from mest_compile import benchmark
+from mest_compile.contestants import Case, find_contestant, run_miniature
+import mest_compile as mest
+
+contestant = find_contestant("mest")
+contestant.load()
+run_miniature(contestant, 1)
+before = benchmark._settle_memory()
+step = mest.load(sys.argv[1])
+images, labels = Case("resnet20").batch()
+benchmark._settle_memory()
+benchmark._forget_peak()
+for _ in range(3):
+    step(images, labels)
+print(step.memory()["total"], benchmark._memory_bytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(("model", "width", "budget"), [("resnet20", 16, None), ("resnet20", 32, 100_000_000), ("mlp", None, None)])
+def test_planned_memory_is_what_a_process_that_loads_the_step_needs(model, width, budget, tmp_path):
+    case = Case(model, width=width)
+    mest.compile(build_model(model, case.input_shape, width=width), case.input_shape, scheme="block", sparsity=0.9, threads=1,
+                 memory_budget=budget).save(tmp_path / "step")
+    told = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "step")], capture_output=True, text=True, check=True)
+    planned, peak = map(int, told.stdout.split()[-2:])
+    assert abs(peak - planned) <= max(0.1 * planned, 4 * 2**20)
