@@ -120,7 +120,7 @@ def _complete_from_host(target: Target) -> Target:
     """`target` with the CPU, vector width, caches and cores of this machine."""
     cpu, vector = host_cpu()
     llvm = dict(target.llvm) | {"mcpu": cpu}
-    return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if vector != 8 else 16,
+    return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if cpu == "generic" else 16,  # "generic": NEON
                    l1_bytes=_cache_bytes(1) or target.l1_bytes, l2_bytes=_cache_bytes(2) or target.l2_bytes,
                    cores=len(os.sched_getaffinity(0)))
 
