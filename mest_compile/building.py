@@ -23,7 +23,7 @@ from typing import Any
 
 import platformdirs
 
-from mest_compile.errors import BuildError
+from mest_compile.errors import BuildError, MestError
 from mest_compile.hardware import Target
 from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
 from mest_compile.parsing import parse
@@ -134,7 +134,7 @@ class Builder:
         start = time.perf_counter()
         try:
             library = _made(source)
-        except BuildError:
+        except MestError:
             raise
         except Exception as problem:  # TVM raises many types; the text is what a reader needs
             log.debug("text of kernel %s, which does not compile:\n%s", source.kernel, source.text)
@@ -185,7 +185,7 @@ def _made(source: KernelSource) -> Any:
 
     if source.target.device == "opencl":
         return compile_opencl(source.text, source.symbol, source.target)
-    return tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=tvm.target.Target(source.target.tvm_fields))
+    return tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=source.target.to_tvm())
 
 
 def _digest(content: bytes) -> str:

@@ -142,7 +142,7 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
     def link(prefix: str) -> Any:
         import tvm
 
-        return tvm.compile(emit(functions, prefix), target=tvm.target.Target(target.tvm_fields))
+        return tvm.compile(emit(functions, prefix), target=target.to_tvm())
 
     runner = None
     if target.device == "opencl":

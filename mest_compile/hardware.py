@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mest_compile.errors import TargetError, UnknownName
 
@@ -54,6 +55,8 @@ class Target:
     l1_bytes, l2_bytes  data cache of one core
     cores   processor cores
     gpu     limits of an OpenCL device; None on a CPU
+    memory_bytes  of the smallest device of that kind; None: not known
+    cycle_model   LLVM's name of the core whose pipeline gives modelled cycles; None: there are none for it
     """
 
     name: str
@@ -65,6 +68,8 @@ class Target:
     l2_bytes: int
     cores: int
     gpu: Gpu | None = None
+    memory_bytes: int | None = None
+    cycle_model: str | None = None
 
     def __post_init__(self):
         if self.vector < 1 or self.vector & (self.vector - 1):
@@ -83,6 +88,19 @@ class Target:
     def tvm_fields(self) -> dict[str, str]:
         """What tvm.target.Target takes."""
         return dict(self.llvm)
+
+    def to_tvm(self) -> Any:
+        """TVM's target. Raises TargetError when LLVM does not know the CPU: it would print a line and compile for any CPU of its kind."""
+        import tvm
+        from tvm.target.codegen import llvm_get_cpu_archlist, llvm_get_system_triple, llvm_is_valid_cpu
+
+        fields = self.tvm_fields
+        if fields["kind"] == "llvm" and "mcpu" in fields:
+            triple = fields.get("mtriple") or str(llvm_get_system_triple())
+            if not llvm_is_valid_cpu(fields["mcpu"], triple):
+                known = ", ".join(sorted(map(str, llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple})))))
+                raise TargetError(f"target {self.name!r}: LLVM has no CPU {fields['mcpu']!r} for {triple}; it has: {known}")
+        return tvm.target.Target(fields)
 
 
 def target_names() -> list[str]:
@@ -110,7 +128,8 @@ def _read(name: str, text: str) -> Target:
         fields = tomllib.loads(text)
         found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
                        registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
-                       gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None)
+                       gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
+                       cycle_model=fields.get("cycle_model"))
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
     return _complete_from_host(found) if fields.get("detect", False) else found

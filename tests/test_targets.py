@@ -1,0 +1,40 @@
+"""Every target file says what a device is, and LLVM knows the CPU it names."""
+
+from dataclasses import replace
+
+import pytest
+
+from mest_compile.building import Builder, kernel_source
+from mest_compile.errors import TargetError
+from mest_compile.hardware import find_target, target_names
+from mest_compile.operators.gather import GatherConv, Pass
+from mest_compile.spec import Image
+
+ARM = [name for name in target_names() if find_target(name).tvm_fields.get("mtriple", "").startswith(("aarch64", "arm"))]
+
+
+def test_the_arm_targets_are_there():
+    assert set(ARM) >= {"arm_cpu", "cortex-a53", "cortex-a72", "cortex-a76", "cortex-x1", "android-arm64"}
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_llvm_knows_the_cpu_of_every_target(name, capfd):
+    target = find_target(name)
+    assert str(target.to_tvm().kind.name) == target.tvm_fields["kind"]
+    assert capfd.readouterr().err == ""  # where LLVM says that it does not
+
+
+@pytest.mark.parametrize("name", ARM)
+def test_arm_targets_have_neon_and_say_how_much_memory_there_is(name):
+    target = find_target(name)
+    assert target.vector == 4 and target.registers == (32 if "aarch64" in target.tvm_fields["mtriple"] else 16)
+    assert target.l1_bytes < target.l2_bytes < (target.memory_bytes or 0)
+
+
+def test_a_cpu_that_llvm_does_not_know_is_refused_with_those_it_does(tmp_path):
+    fields = dict(find_target("cortex-a76").llvm) | {"mcpu": "cortex-a760"}
+    target = replace(find_target("cortex-a76"), llvm=tuple(sorted(fields.items())))
+    image = Image(4, 4, 4, 4, (0, 0, 0, 0), 4)
+    source = kernel_source("gather.conv", GatherConv(image, image, 1, 1, (1, 1), (Pass((4, 4)),), 4), target)
+    with pytest.raises(TargetError, match="no CPU 'cortex-a760' for aarch64-linux-gnu; it has: .*cortex-a76,"):
+        Builder(folder=tmp_path).function(source)
