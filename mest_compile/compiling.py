@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -14,7 +14,6 @@ import numpy as np
 
 from mest_compile.building import Builder, kernel_source
 from mest_compile.errors import NotYet, StateError, UsageError
-from mest_compile.graph.emitting import emit
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.graph.program import FUNCTIONS
@@ -31,6 +30,7 @@ from mest_compile.spec import SGD, ForwardGraph, Node
 if TYPE_CHECKING:
     import torch
 
+    from mest_compile.runtime.runner import Runner
     from mest_compile.runtime.step import Compiled, TrainStep
 
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
@@ -139,16 +139,14 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
 
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
 
-    def link(prefix: str) -> Any:
-        import tvm
-
-        return tvm.compile(emit(functions, prefix), target=target.to_tvm())
-
-    runner = None
     if target.device == "opencl":
         from mest_compile.runtime.opencl import OpenclRunner
 
-        runner = partial(OpenclRunner, kernels, functions)
+        runner: Callable[[], Runner] = partial(OpenclRunner, kernels, functions)
+    else:
+        from mest_compile.runtime.local import LocalRunner
+
+        runner = partial(LocalRunner, kernels, functions, target, threads)
     facts = {
         "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
         "recomputed": sorted(recomputed), "label_smoothing": label_smoothing,
@@ -163,7 +161,7 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
                      "optimizer": asdict(optimizer), "label_smoothing": label_smoothing,
                      "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
     }
-    return Compiled(graph, layers, train, predict, kernels, link, optimizer, threads, seed, facts, runner)
+    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner)
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -5,17 +5,21 @@ Kernels are looked up by name when a virtual machine is made, so one of them is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mest_compile.graph.program import Buffer, Program, Stage
 
 
-def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str) -> Any:
-    """An IRModule with a function for each name: the program's calls of the given stages, kernels named `prefix` + program + call.
+def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
+         arena: str | None = None) -> Any:
+    """An IRModule with a function for each name: the program's calls of the given stages.
 
-    Beside them stands "arena", which shows all storages to the function `prefix` + ".arena": the allocator hands the same ones out again.
-    A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns ().
+    symbol  (program, call name) -> name under which the machine finds the call's kernel
+    arena   a name: beside the functions stands "arena", which shows all storages to the function of that name, as the allocator hands the
+            same ones out again
+    A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns 0, which
+    unlike an object needs no releasing at the far end of a link.
     """
     from tvm import relax
 
@@ -31,16 +35,18 @@ def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], prefix: str
                 if call.stage not in stages:
                     continue
                 _place(call.buffers, known, storages, program, builder)
-                builder.emit(relax.Call(relax.ExternFunc(kernel_name(prefix, program, call.name)), [known[b] for b in call.buffers],
+                builder.emit(relax.Call(relax.ExternFunc(symbol(program, call.name)), [known[b] for b in call.buffers],
                                         ty_args=[relax.TupleType([])]))
-            builder.emit_func_output(relax.Tuple([]))
+            builder.emit_func_output(relax.prim_value(0))
+    if arena is None:
+        return builder.finalize()
     with builder.function("arena", [], pure=False):
         slots = max((program.slots for program, _ in functions.values()), key=len)
         storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in slots]
         views = [builder.emit(relax.op.memory.alloc_tensor(storage, 0, relax.ShapeExpr([size]), "uint8"))
                  for storage, size in zip(storages, slots)]
-        builder.emit(relax.Call(relax.ExternFunc(f"{prefix}.arena"), views, ty_args=[relax.TupleType([])]))
-        builder.emit_func_output(relax.Tuple([]))
+        builder.emit(relax.Call(relax.ExternFunc(arena), views, ty_args=[relax.TupleType([])]))
+        builder.emit_func_output(relax.prim_value(0))
     return builder.finalize()
 
 

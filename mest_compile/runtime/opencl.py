@@ -47,6 +47,8 @@ class OpenclRunner:
     programs  what `run` runs, by name: a program and the stages of it
     """
 
+    uploaded_bytes = 0  # the device shares this machine's memory
+
     def __init__(self, kernels: Mapping[str, Mapping[str, OpenclKernel]], programs: Mapping[str, tuple[Program, tuple[str, ...]]],
                  device: Any = None):
         self._cl = cl = _pyopencl()
@@ -119,7 +121,7 @@ class OpenclRunner:
                     passes.append(found)
         finally:
             self._queue = usual
-        return {call: float(np.median([one[call] for one in passes])) for call in passes[0]}
+        return {call: float(np.median([one[call] for one in passes])) for call in passes[0]} | {"rest": 0.0}
 
     # Internal.
 

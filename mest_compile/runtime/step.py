@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import mmap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,16 @@ from typing import Any
 import numpy as np
 
 from mest_compile.errors import InputError, StateError, UsageError
-from mest_compile.graph.emitting import kernel_name
 from mest_compile.graph.footprint import footprint
-from mest_compile.graph.program import FUNCTIONS, Buffer, Program
+from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
+from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +30,19 @@ class Compiled:
     graph     as imported, before fusing
     layers    weight name -> Layer
     train, predict   the two programs
-    kernels   program name -> call name -> callable
-    link      prefix of kernel names -> virtual machine executable
     facts     JSON document from which the same step is compiled again
-    runner    makes what holds the arrays and runs the programs on an OpenCL device (put, get, run, profile); None: TVM does
+    runner    makes what holds the arrays and runs the programs
     """
 
     graph: ForwardGraph
     layers: Mapping[str, Layer]
     train: Program
     predict: Program
-    kernels: Mapping[str, Mapping[str, Any]]
-    link: Any
     optimizer: SGD
     threads: int
     seed: int
     facts: Mapping[str, Any]
-    runner: Callable[[], Any] | None = None
+    runner: Callable[[], Runner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +66,13 @@ class TrainStep:
 
     def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray], dense: Callable[[], TrainStep]):
         """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with all weights alive."""
-        import tvm
-
-        self._tvm = tvm
         self._compiled = compiled
         self._make_dense = dense
-        self._device = tvm.cpu(0)
-        self._tensors: dict[str, Any] = {}
         self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
-        self._arguments: dict[str, list] = {}
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
-        self._runner = compiled.runner() if compiled.runner else None
-        if self._runner is None:
-            self._executable = self._link()
-            self._machine = self._new_machine()
-            self._machine["arena"]()
+        self._runner = compiled.runner()
         for buffer in self._held.values():
             if buffer.elems is not None:
                 self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -228,43 +209,11 @@ class TrainStep:
         self._load_batch(images, labels)
         state = {name: self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")}
         self._put("hyper", np.array([0, 0, 0, 0], np.float32))
-        if self._runner is not None:
-            try:
-                return self._runner.profile("train", repeats) | {"rest": 0.0}
-            finally:
-                for name, array in state.items():
-                    self._put(name, array)
-        begun: dict[str, float] = {}
-        passes: list[dict[str, float]] = []
-
-        def watch(function, name, before, result, *arguments):
-            name = name.partition(".train.")[2]
-            if name and before:
-                begun[name] = time.perf_counter()
-            elif name:
-                passes[-1][name] = time.perf_counter() - begun[name]
-            return 0  # go on
-
-        watched, usual = self._new_machine(), self._machine
-        whole = []
         try:
-            self._machine = watched
-            self._run("train")
-            watched.set_instrument(watch)
-            for _ in range(repeats):
-                passes.append({})
-                self._machine = watched
-                self._run("train")
-                self._machine = usual
-                start = time.perf_counter()
-                self._run("train")
-                whole.append(time.perf_counter() - start)
+            return self._runner.profile("train", repeats)
         finally:
-            self._machine = usual
             for name, array in state.items():
                 self._put(name, array)
-        seconds = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
-        return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
     # Parameters.
 
@@ -380,46 +329,14 @@ class TrainStep:
 
     # Internal.
 
-    def _link(self) -> Any:
-        """Registers the kernels under this step's own names, and gives the executable that calls them by those names."""
-        compiled, prefix = self._compiled, f"mest.step{next(_numbers)}"
-        for program in (compiled.train, compiled.predict):
-            for call in program.calls:
-                kernel = compiled.kernels[program.name][call.name]
-                self._tvm.register_global_func(kernel_name(prefix, program, call.name), kernel, override=True)
-        self._tvm.register_global_func(f"{prefix}.arena", lambda *storages: _ask_for_huge_pages(storages), override=True)
-        return compiled.link(prefix)
-
-    def _new_machine(self) -> Any:
-        """A virtual machine looks every kernel up by its name once, when it is made."""
-        from tvm import relax
-
-        return relax.VirtualMachine(self._executable, self._device)
-
     def _run(self, function: str) -> None:
-        if self._runner is not None:
-            self._runner.run(function)
-            return
-        self._tvm.get_global_func("runtime.config_threadpool")(1, self._compiled.threads)
-        if function not in self._arguments:
-            program = {"train": self._compiled.train, "predict": self._compiled.predict}[FUNCTIONS[function][0]]
-            self._arguments[function] = [self._tensors[buffer.name] for buffer in program.held()]
-        self._machine[function](*self._arguments[function])
+        self._runner.run(function)
 
     def _put(self, name: str, array: np.ndarray) -> None:
-        """Copies an array to the device, flat, into the tensor of that name when the size is the same."""
-        if self._runner is not None:
-            self._runner.put(name, array)
-            return
-        flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
-        if there is not None and there.shape[0] == flat.size:
-            there.copyfrom(flat)
-            return
-        self._tensors[name] = self._tvm.runtime.tensor(flat, self._device)
-        self._arguments.clear()
+        self._runner.put(name, array)
 
     def _get(self, name: str) -> np.ndarray:
-        return self._tensors[name].numpy() if self._runner is None else self._runner.get(name)
+        return self._runner.get(name)
 
     def _sparse_layers(self) -> list[str]:
         return [name for name, layer in self._compiled.layers.items() if not isinstance(layer.scheme, Dense)]
@@ -517,21 +434,6 @@ class TrainStep:
                 self._install(name, keep, kept)
                 fates[name] = "re-indexed"
         return MutationReport(fates, time.perf_counter() - start)
-
-
-def _ask_for_huge_pages(storages: Iterable[Any]) -> None:
-    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages address
-    translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice nothing is done.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    advise = ctypes.CDLL(None).madvise
-    for storage in storages:
-        view = np.from_dlpack(storage)
-        start = -(-view.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = view.ctypes.data + view.nbytes - start
-        if size >= 2**21:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _as_conv(weight: np.ndarray) -> np.ndarray:
