@@ -68,6 +68,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     if device is not None:
         raise NotYet("device: running a step on another device over RPC is not in this version; leave device=None")
     input_shape = _check_shape(input_shape)
+    target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
     layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)

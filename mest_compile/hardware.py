@@ -12,10 +12,13 @@ from typing import Any
 from mest_compile.errors import TargetError, UnknownName
 
 # LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide instead.
-# AVX-512 code on 8 floats: with 16 a step of the wide ResNet-32 takes 264 ms instead of 207 (block), 262 instead of 232 (unstructured), and
-# with all 32 registers 231 and 263 (Zen 4, whose multipliers are 8 wide).
-_CPU_BY_FLAGS = (({"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "x86-64-v4", 8), ({"avx2", "fma", "bmi2"}, "x86-64-v3", 8),
-                 ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
+# AVX-512 code on 8 floats where the multipliers are 8 wide (Zen 4: with 16 a step of the wide ResNet-32 takes 264 ms instead of 207, block,
+# and 262 instead of 232, unstructured; with all 32 registers 231 and 263). On 16 floats where they are 16 wide (Zen 5: 114 ms instead of
+# 149, and 127 instead of 168); its flags are those that no CPU with narrower multipliers has together.
+CPUINFO = Path("/proc/cpuinfo")
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+_CPU_BY_FLAGS = ((_AVX512 | {"avx512_vp2intersect", "avx_vnni"}, "x86-64-v4", 16), (_AVX512, "x86-64-v4", 8),
+                 ({"avx2", "fma", "bmi2"}, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,11 @@ class Target:
             raise TargetError(f"target {self.name!r} is no OpenCL device")
         return self.gpu
 
+    def for_batch(self, batch: int) -> Target:
+        """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more would stay empty."""
+        wasteful = self.vector > 8 and 0 < batch % self.vector <= self.vector // 2
+        return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
+
     @property
     def tvm_fields(self) -> dict[str, str]:
         """What tvm.target.Target takes."""
@@ -147,7 +155,7 @@ def _complete_from_host(target: Target) -> Target:
 def host_cpu() -> tuple[str, int]:
     """(LLVM's CPU name, floats of a vector register) that every instruction of this machine's flags allows."""
     flags: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in CPUINFO.read_text().splitlines():
         if line.startswith(("flags", "Features")):
             flags = set(line.split(":", 1)[1].split())
             break
