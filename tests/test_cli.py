@@ -38,7 +38,7 @@ def test_version(mest_compile_command):
     assert mest_compile_command("--version").out == f"mest-compile {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["train", "bench", "table", "demo", "models", "schemes", "targets", "doctor", *later._COMMANDS])
+@pytest.mark.parametrize("name", ["train", "bench", "table", "analyze", "demo", "models", "schemes", "targets", "doctor", *later._COMMANDS])
 def test_every_command_is_in_the_help_and_takes_json(mest_compile_command, name):
     assert f" {name} " in mest_compile_command("--help").out
     assert "--json" in mest_compile_command(name, "--help").out

@@ -43,6 +43,7 @@ def _checks() -> Iterator[Check]:
     yield _tvm_runs()
     yield _torch_build()
     yield _c_compiler()
+    yield _arm_model()
     yield _host_target()
     yield _threads()
     yield _huge_pages()
@@ -97,6 +98,17 @@ def _c_compiler() -> Check:
     if found:
         return Check("C compiler", "ok", found)
     return Check("C compiler", "warn", "no cc, gcc or clang: compiled kernels cannot be linked into shared libraries")
+
+
+def _arm_model() -> Check:
+    from mest_compile import cycles, emulation
+
+    machine = emulation.MACHINES["aarch64"]
+    missing = emulation.missing_tools(machine) + cycles.missing_tools()
+    if missing:
+        return Check("modelled cycles", "warn", f"no {', '.join(missing)}, which only `analyze` and `tune --measure model` need: "
+                     f"apt install --no-install-recommends {' '.join(machine.packages)} {cycles.PACKAGE}")
+    return Check("modelled cycles", "ok", f"{shutil.which(machine.emulator)}, llvm-mca-{cycles.VERSION}")
 
 
 def _host_target() -> Check:

@@ -1,0 +1,143 @@
+"""Kernels on an emulated ARM machine: right answers, the same instructions every time, and what the cycle model makes of them."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_gather
+
+from mest_compile import cycles, emulation
+from mest_compile.analysis import analyse, emulate
+from mest_compile.building import kernel_source
+from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
+from mest_compile.frontend import import_model
+from mest_compile.hardware import find_target
+from mest_compile.models import build_model
+from mest_compile.operators.gather import GatherConv, Pass
+from mest_compile.sparsity import parse_scheme
+from mest_compile.spec import Image
+
+MISSING = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
+needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"emulation and its model need {', '.join(MISSING)}; `mest-compile doctor` tells how")
+TARGET = find_target("cortex-a76")
+
+
+def executions(monkeypatch, target, seeds, taps=1):
+    """Checks kernels of random problems against their references on the emulated machine; what they executed."""
+    found = []
+
+    def call(_, kernel, problem, *arrays, **knobs):
+        found.append(emulate(kernel_source(kernel, problem, target, **knobs), list(arrays)))
+        return [after.reshape(before.shape) for after, before in zip(found[-1].arrays, arrays, strict=True)]
+
+    monkeypatch.setattr(test_gather, "call", call)
+    monkeypatch.setattr(test_gather, "VECTOR", target.vector)
+    for seed in seeds:
+        conv, grad, index = test_gather.random_problem(seed, taps)
+        test_gather.check_conv(None, conv, index, np.random.default_rng(seed))
+        test_gather.check_grad(None, grad, index, np.random.default_rng(seed))
+    return found
+
+
+@needs_arm
+@pytest.mark.parametrize(("target", "seeds", "taps"), [("cortex-a76", range(5), 1), ("cortex-a76", range(2), 2), ("arm_cpu", [4], 1),
+                                                       ("cortex-x1", [4], 1), ("android-arm64", [4], 1)])
+def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seeds, taps):
+    assert all(execution.instructions > 1000 for execution in executions(monkeypatch, find_target(target), seeds, taps))
+
+
+@needs_arm
+def test_counts_are_exact_and_the_same_on_every_run(monkeypatch):
+    first, again = (executions(monkeypatch, TARGET, [4]) for _ in range(2))
+    assert [execution.blocks for execution in first] == [execution.blocks for execution in again]
+    assert [cycles.model(each, TARGET, 1) for each in first] == [cycles.model(each, TARGET, 1) for each in again]
+
+
+@needs_arm
+def test_a_kernel_with_more_work_executes_so_much_more():
+    """Twice the examples: twice the multiply-adds, counted in the code that ran."""
+    multiply_adds = []
+    for batch in (8, 16):
+        image = Image(4, 8, 8, batch, (0, 0, 0, 0), 4)
+        problem = GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 4)
+        index = [np.arange(2, dtype=np.int32) * 4, np.arange(4, dtype=np.int32) * image.channel_elems, np.ones((4, 4), np.float32)]
+        arrays = [*index, *(np.zeros(image.shape, np.float32) for _ in range(2))]
+        execution = emulate(kernel_source("gather.conv", problem, TARGET), arrays)
+        names = {block.words: [line.split()[0] for line in cycles.disassemble(block.words)] for block in execution.blocks}
+        multiply_adds.append(sum(block.executions * names[block.words].count("fmla") for block in execution.blocks))
+    assert multiply_adds == [4 * 4 * 64 * 8 // 4, 4 * 4 * 64 * 16 // 4]
+
+
+@needs_arm
+def test_the_model_knows_what_limits_a_block():
+    core = "neoverse-n1"
+    assert [cycles.multiply_adds_per_cycle(each) for each in ("cortex-a53", core, "neoverse-v1")] == [1, 2, 4]
+    chain, independent = ["fmla v0.4s, v1.4s, v2.4s"] * 8, [f"fmla v{place}.4s, v30.4s, v31.4s" for place in range(8)]
+    loads, cheap = ["ldr q0, [x0]"] * 8, [f"add x{place}, x9, x10" for place in range(4)] + ["nop"] * 8
+    waiting, full, loading, decoding = cycles.analyse([chain, independent, loads, cheap], core)
+    assert waiting >= 2 * full and full == pytest.approx(4, abs=0.3) and loading == pytest.approx(4, abs=0.3) and decoding >= 3
+
+
+@needs_arm
+def test_analysis_counts_layers():
+    graph, _ = import_model(build_model("resnet20", (4, 3, 8, 8), 10, 8, 0), (4, 3, 8, 8))
+    told = []
+    found = analyse(graph, parse_scheme("unstructured"), 0.9, TARGET, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == len(found.kernels)
+    assert {phase: sum(len(kernel.layers) for kernel in found.kernels if kernel.phase == phase)
+            for phase in ("forward", "grad_input", "grad_weight")} == {"forward": 18, "grad_input": 18, "grad_weight": 18}
+    document = found.to_dict()
+    assert document["kind"] == "modelled" and document["core"] == "neoverse-n1"
+    assert document["totals"]["all"]["sparse_cycles"] == pytest.approx(sum(k.sparse.cycles * len(k.layers) for k in found.kernels))
+
+
+STAGES = [f"layer{stage}.1.conv1.weight" for stage in (1, 2, 3)]
+
+
+@needs_arm
+@pytest.mark.parametrize(("scheme", "forward", "fewer"), [("block", 0.7, 6), ("pattern", 0.7, 6), ("unstructured", 0.5, 4.5)])
+def test_goals_on_the_stages_of_a_wide_residual_net(scheme, forward, fewer):
+    """At 90%: share of the multiply-add floor in the forward pass, and cycles of all phases against our dense kernels."""
+    graph, _ = import_model(build_model("resnet20", (4, 3, 32, 32), 10, 32, 0), (4, 3, 32, 32))
+    found = analyse(graph, parse_scheme(scheme), 0.9, TARGET, only=STAGES)
+    assert sorted({kernel.layers[0] for kernel in found.kernels}) == STAGES
+    assert all(kernel.sparse.share_of_floor >= forward for kernel in found.kernels if kernel.phase == "forward")
+    assert found.totals()["times_fewer_cycles"] >= fewer
+
+
+def test_what_cannot_be_modelled_is_refused(tmp_path):
+    graph, _ = import_model(build_model("mlp", (4, 3, 8, 8), 10, None, 0), (4, 3, 8, 8))
+    with pytest.raises(TargetError, match="no cycle_model"):
+        analyse(graph, parse_scheme("block"), 0.9, find_target("avx2"))
+    with pytest.raises(TargetError, match="not an ARM CPU"):
+        emulation.machine_of(replace(find_target("avx2"), cycle_model="neoverse-n1"))
+
+
+def test_missing_programs_are_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotInstalled, match="qemu-aarch64.*apt install .*qemu-user"):
+        emulation.check_tools(emulation.machine_of(TARGET))
+    with pytest.raises(NotInstalled, match="llvm-mca-19.*apt install llvm-19"):
+        cycles.check_tools()
+
+
+@needs_arm
+def test_failures_on_the_device_say_what_happened(tmp_path, monkeypatch):
+    image = Image(4, 8, 8, 4, (0, 0, 0, 0), 4)
+    source = kernel_source("gather.conv", GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 4), TARGET)
+    arrays = [np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), *(np.zeros(image.elems, np.float32) for _ in range(2))]
+    library = tmp_path / "kernel.so"
+    emulation.build(source, library)
+    with pytest.raises(DeviceError, match="has no function"):
+        emulation.execute(library, "nonsense", arrays, TARGET)
+    with pytest.raises(DeviceError, match="failed on the emulated cortex-a76"):  # a buffer of the wrong size: the kernel checks it
+        emulation.execute(library, source.symbol, [*arrays[:-1], arrays[-1][1:]], TARGET)
+    with pytest.raises(BuildError, match="does not compile"):
+        emulation.build(replace(source, text=source.text.replace("T.int32()", "T.nonsense()")), library)
+    monkeypatch.setattr(emulation, "LIMIT_SECONDS", 0.001)
+    with pytest.raises(DeviceError, match="give it a smaller batch"):
+        emulation.execute(library, source.symbol, arrays, TARGET)
+    graph, _ = import_model(build_model("mlp", (4, 3, 8, 8), 10, None, 0), (4, 3, 8, 8))
+    with pytest.raises(UsageError, match="no such sparse layer"):
+        analyse(graph, parse_scheme("dense"), 0.0, TARGET)
