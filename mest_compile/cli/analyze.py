@@ -36,7 +36,7 @@ def analyze(
     graph, _ = import_model(build_model(model, shape, 10, width, 0), shape)
     with stderr_console().status("emulating") as status:
         found = analyse(graph, found_scheme, sparsity, found_target, distribution,
-                        lambda done, total: status.update(f"emulating: {done} of {total} kernels done"))
+                        progress=lambda done, total: status.update(f"emulating: {done} of {total} kernels done"))
     if as_json:
         print_json(found.to_dict() | {"model": model, "width": width})
         return
