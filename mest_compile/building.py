@@ -67,6 +67,12 @@ def kernel_source(kernel: str, problem: Any, target: Target, **knobs) -> KernelS
     return KernelSource(kernel, schedule(problem, target, **knobs), target)
 
 
+def knob_space(kernel: str, problem: Any, target: Target) -> dict[str, tuple]:
+    """{knob: values that it may take for `problem`, the default first} of `target`'s schedule. Raises UnknownName."""
+    knobs = SCHEDULES.find(f"{target.device}/{kernel}").knobs
+    return dict(knobs(problem, target) if callable(knobs) else knobs)
+
+
 @dataclass(slots=True)
 class Builder:
     """Compiles kernels and keeps them: in memory for this process, in `folder` for the next.
@@ -161,6 +167,14 @@ class Builder:
                 os.replace(made, folder / f"{source.key}.{_digest(made.read_bytes())}{made.suffix}")
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+
+    @staticmethod
+    def compile_to(source: KernelSource, path: Path) -> None:
+        """Compiles a kernel for a CPU to a library of that name, past the cache. Raises BuildError."""
+        try:
+            _made(source).export_library(str(path))
+        except Exception as problem:  # of TVM's many types
+            raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
 
     def _evict(self) -> None:
         """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""

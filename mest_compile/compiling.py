@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.building import Builder, kernel_source
+from mest_compile import choosing
+from mest_compile.building import Builder
+from mest_compile.choosing import choose_knobs, choose_vector, remembered
 from mest_compile.errors import NotYet, StateError, UsageError
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.graph.program import FUNCTIONS
 from mest_compile.hardware import Gpu, Target, find_target
 from mest_compile.planning import meet_budget, plan_layers
+from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
@@ -38,12 +41,14 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 # TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores would give one.
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
+Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
+
 
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
             target: str | Path | Target = "local", device: Any = None, threads: int | None = None, seed: int = 0,
             label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
-            builder: Builder | None = None) -> TrainStep:
+            builder: Builder | None = None, records: Records | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
@@ -58,6 +63,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
                    backward pass instead of kept: first those that cost one pass over memory, then those of sparse convolutions
     lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
     builder        where kernels are compiled and cached; None: the user's cache folder
+    records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
+                   Records(target) has none
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BudgetError, BuildError.
     """
     from mest_compile.frontend import import_model
@@ -71,17 +78,24 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
+    records = records or Records.of(target)
     layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
+    tuned = choose_vector(layers, target, records)
+    if tuned != target:
+        target, records = tuned, records.for_target(tuned)
+        layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
     recomputed: frozenset[str] = frozenset()
     if memory_budget is not None:
         recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density)
         if raised is not None:
             layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
-    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder)
+    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder, records)
 
 
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None) -> TrainStep:
-    """The step that `step.save` wrote, with all its state. Raises StateError, BuildError."""
+    """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
+    that goes on gives the same numbers. Raises StateError, BuildError.
+    """
     arrays, facts = checkpoint.read(path)
     try:
         graph = _graph_from(facts["graph"])
@@ -94,7 +108,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
     step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"],
-                 facts["label_smoothing"], builder)
+                 facts["label_smoothing"], builder, facts.get("knobs", {}))
     step._restore(arrays, facts, path)
     return step
 
@@ -112,31 +126,33 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
 
 
 def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], recomputed: frozenset[str],
-          optimizer: SGD, target: Target, threads: int, seed: int, label_smoothing: float, builder: Builder | None) -> TrainStep:
+          optimizer: SGD, target: Target, threads: int, seed: int, label_smoothing: float, builder: Builder | None,
+          tuned: Tuned) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
     builder = builder or Builder()
 
     def dense() -> TrainStep:
-        """The same step with all weights alive, which has the gradient of every weight."""
+        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same after a load."""
         every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), target))
                  for name, layer in layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
-        return _make(graph, zeros, every, recomputed, optimizer, target, threads, seed, label_smoothing, builder)
+        return _make(graph, zeros, every, recomputed, optimizer, target, threads, seed, label_smoothing, builder, {})
 
-    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder), state, dense)
+    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder, tuned), state, dense)
 
 
 def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: frozenset[str], optimizer: SGD, target: Target, threads: int,
-             seed: int, label_smoothing: float, builder: Builder) -> Compiled:
+             seed: int, label_smoothing: float, builder: Builder, tuned: Tuned) -> Compiled:
+    """tuned: records to choose knobs by, or the knobs that a checkpoint noted."""
     from mest_compile.runtime.step import Compiled
 
     train, predict = lower(fuse(graph), layers, target, recomputed, label_smoothing)
-    kinds = {(call.kernel, call.problem) for program in (train, predict) for call in program.calls}
-    sources = {kind: kernel_source(*kind, target) for kind in sorted(kinds, key=repr)}
-    built = builder.build(sources.values())
-    kernels = {program.name: {call.name: built[sources[call.kernel, call.problem].key] for call in program.calls}
-               for program in (train, predict)}
+    programs = (train, predict)
+    choices = choose_knobs(programs, layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
+    sources = choosing.sources(programs, target, choices)
+    built = builder.build(source for calls in sources.values() for source in calls.values())
+    kernels = {name: {call: built[source.key] for call, source in calls.items()} for name, calls in sources.items()}
 
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
 
@@ -150,19 +166,20 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
         runner = partial(LocalRunner, kernels, functions, target, threads)
     facts = {
         "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
-        "recomputed": sorted(recomputed), "label_smoothing": label_smoothing,
+        "recomputed": sorted(recomputed), "label_smoothing": label_smoothing, "knobs": choosing.facts(choices),
         "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
         "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
                     "kernels": layer.kernels,
                     "sections": [layer.section_channels, layer.transposed_section_channels]} for layer in layers.values()],
         "describe": {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": seed,
+                     "vector": target.vector, "kernels": choosing.origins(choices),
                      "input_shape": list(graph.input_shape), "recomputed": sorted(recomputed),
                      "schemes": {name: str(layer.scheme) for name, layer in layers.items()},
                      "sparsity": {name: layer.sparsity for name, layer in layers.items()},
                      "optimizer": asdict(optimizer), "label_smoothing": label_smoothing,
                      "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
     }
-    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner)
+    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner, choices["train"])
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:

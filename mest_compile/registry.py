@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mest_compile.errors import DuplicateName, UnknownName
@@ -81,16 +81,19 @@ def family(name: str):
     return register
 
 
-def schedule(kernel: str, device: str, knobs: dict[str, tuple] | None = None, section_channels=None):
+Knobs = Mapping[str, tuple]
+
+
+def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None, section_channels=None):
     """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
 
     The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
-    `knobs` lists the values each knob may take; the first is the default.
+    `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that does.
     `section_channels` is for "gather.conv": the rule that says how many source channels a section of the index has.
     """
 
     def register(function):
-        function.kernel, function.device, function.knobs = kernel, device, dict(knobs or {})
+        function.kernel, function.device, function.knobs = kernel, device, knobs or {}
         function.section_channels = section_channels
         SCHEDULES.add(f"{device}/{kernel}", function)
         return function

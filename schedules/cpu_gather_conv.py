@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.registry import schedule
@@ -10,6 +12,8 @@ from mest_compile.spec import FLOAT_BYTES, Image
 LINE_BYTES = 64       # a cache line of every CPU we know
 ACCUMULATORS = 0.5    # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
 PIXELS = 8            # of a row: what sections are cut for
+LEAST_TILE, MOST_TILE = 4, 28  # accumulators that tuning tries
+STACK_BYTES = 1024    # what TVM keeps on the stack, from where LLVM takes it into registers
 TAPS = 3              # kernel height and width that tiles are chosen for
 
 
@@ -61,14 +65,37 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
     return [*(rows if problem.rows_live else []), *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else [])]
 
 
-@schedule("pattern.conv", device="cpu", knobs={"tile": (None,)})
-@schedule("compact.conv", device="cpu", knobs={"tile": (None,)})
-@schedule("gather.conv", device="cpu", knobs={"tile": (None,)})
-def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] | None = None) -> str:
+def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
+    """What tuning may choose from. Tiles of more accumulators than a target has registers for are in it where it may have more: with
+    AVX-512 there are 32 registers, half of them unused by what the rules choose."""
+    grids = {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
+    tiles: list[tuple[int, int, int, int] | None] = [None]
+    if len(grids) == 1:
+        grid, = grids
+        for rows in divisors(problem.row_block):
+            tiles += [(rows, high, wide, deep) for high in divisors(grid[0])[:2] for wide in divisors(grid[1])
+                      for deep in divisors(problem.result.slices)[:3]
+                      if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
+                      and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES]
+    widest = max((grid[1] for grid in grids), default=1)
+    return {"tile": tuple(tiles), "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
+            "together": (1, 2, 4), "prefetch": ("both", "source", "result", "none")}
+
+
+@schedule("pattern.conv", device="cpu", knobs=conv_knobs)
+@schedule("compact.conv", device="cpu", knobs=conv_knobs)
+@schedule("gather.conv", device="cpu", knobs=conv_knobs)
+def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int, int] | None = None, run: int | None = None,
+                together: int = 1, prefetch: str = "both") -> str:
     """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass.
 
-    tile  (grid rows, grid columns, slices) of a register tile, divisors of the grid and of the slices; None: chosen from the sizes
+    tile      (rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and the slices;
+              None: chosen from the sizes
+    run       pixels of a row that a group passes over before the next group comes; None: chosen from the sizes
+    together  units per round of the innermost loop
+    prefetch  what is asked for ahead: "both", "source", "result" or "none"
     """
+    knobs = _Knobs(tile, run, together, prefetch)
     source, result = problem.source, problem.result
     block = problem.unit[0] * problem.row_block
     arguments = [
@@ -87,54 +114,71 @@ def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int] 
         f"values = T.match_buffer(values_handle, (units * {block},), 'float32')"])]
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
-            lines += indent(1, _pass_lines(problem, index, grid_pass, target, tile))
+            lines += indent(1, _pass_lines(problem, index, grid_pass, target, knobs))
     return "\n".join(lines)
 
 
-def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target, tile: tuple[int, int, int] | None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Knobs:
+    tile: tuple[int, int, int, int] | None
+    run: int | None
+    together: int
+    prefetch: str
+
+
+def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> list[str]:
     """The loops of one pass over its grid of result pixels."""
     source, result, vector = problem.source, problem.result, problem.result.vector
     accumulators = max(int(target.registers * ACCUMULATORS), 1)
     rows = largest_divisor(problem.row_block, accumulators)
+    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid_pass.grid, result.slices, max(accumulators // rows, 1)))
     parts = problem.row_block // rows
-    high, wide, deep = tile or pick_tile(grid_pass.grid, result.slices, max(accumulators // rows, 1))
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
     cell = f"({index * problem.sections * problem.groups} + section * {problem.groups} + part // {parts})"
-    channel = f"channels[part * {rows} + j]" if problem.rows_live else f"(part * {rows} + j)"
+    channel = f"channels[part * {rows} + %j]" if problem.rows_live else f"(part * {rows} + %j)"
     groups = "live_groups[0]" if problem.rows_live else problem.groups
     start = f"bias[{channel}]" if problem.bias else "T.float32(0)"
     reads, distance = problem.unit
-    value = (f"values[(pointers[{cell}] + unit) * {reads * problem.row_block} + k * {problem.row_block}"
-             f" + part % {parts} * {rows} + j]")
-    total = f"sums[(((j * {high} + a) * {wide} + c) * {deep} + v) * {vector} + i]"
+    value = (f"values[(pointers[{cell}] + %unit) * {reads * problem.row_block} + k * {problem.row_block}"
+             f" + part % {parts} * {rows} + %j]")
+    total = f"sums_%j[((a * {wide} + c) * {deep} + v) * {vector} + i]"
 
     def pixel(image: Image, step: tuple[int, int]) -> str:
         return (f"(z * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
                 f" + (x * {wide} + c) * {step[1] * vector} + i")
 
-    read = f"source[offsets[pointers[{cell}] + unit] + k * {distance} + {pixel(source, problem.source_step)}]"
+    read = f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]"
     first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
 
     def each(body: str) -> list[str]:
-        return nest([("j", rows), ("a", high), ("c", wide), ("v", deep)], vector, body)
+        """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be in registers."""
+        return [line for j in range(rows) for line in nest([("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))]
+
+    def units(unit: str) -> list[str]:
+        return [f"for k in T.unroll({reads}):", *indent(1, each(f"{total} = {total} + {value} * {read}".replace("%unit", unit)))]
 
     # Less than 1 KiB of scope "global": the stack, then registers. Scope "local" would be heap workspace.
-    inner = [f"sums = T.alloc_buffer(({rows * high * wide * deep * vector},), 'float32')"]
+    inner = [f"sums_{j} = T.alloc_buffer(({high * wide * deep * vector},), 'float32')" for j in range(rows)]
     if problem.accumulate:
         inner += each(f"{total} = {write}")
     else:
         inner += ["if section == 0:", *indent(1, each(f"{total} = {start}"))]
         if problem.sections > 1:
             inner += ["else:", *indent(1, each(f"{total} = {write}"))]
-    inner += [f"for unit in T.serial(pointers[{cell} + 1] - pointers[{cell}]):", f"    for k in T.unroll({reads}):",
-              *indent(2, each(f"{total} = {total} + {value} * {read}"))]
+    count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
+    if several > 1:
+        inner += [f"for round in T.serial({count} // {several}):", *(line for unit in range(several)
+                                                                     for line in indent(1, units(f"(round * {several} + {unit})")))]
+        inner += [f"for unit in T.serial({count} % {several}):", *indent(1, units(f"({count} // {several} * {several} + unit)"))]
+    else:
+        inner += [f"for unit in T.serial({count}):", *indent(1, units("unit"))]
     inner += each(f"{write} = {total}")
     # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:
     # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
     near = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES <= target.l2_bytes
-    run = largest_divisor(across, max(PIXELS // wide, 1)) if near else 1
+    run = largest_divisor(across, max((knobs.run or (PIXELS if near else 1)) // wide, 1))
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
     strip = high * problem.source_step[0], run * wide * problem.source_step[1]
@@ -146,10 +190,10 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
               f" + (stretch + 1) * {window[1] * vector}"]
     visit = [f"for tile in T.serial({run}):", *indent(1, [
         f"x: T.let = stretch * {run} + tile",
-        *prefetch("source", source, problem.sources_live or source.channels, "source_ahead", (strip[0], 1), strip[1], *visits,
-                  planes="sources" if problem.sources_live else None),
-        *prefetch("result", result, problem.rows_live or result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits,
-                  write=True, planes="channels" if problem.rows_live else None),
+        *(prefetch("source", source, problem.sources_live or source.channels, "source_ahead", (strip[0], 1), strip[1], *visits,
+                   planes="sources" if problem.sources_live else None) if knobs.prefetch in ("both", "source") else []),
+        *(prefetch("result", result, problem.rows_live or result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits,
+                   write=True, planes="channels" if problem.rows_live else None) if knobs.prefetch in ("both", "result") else []),
         *inner])]
     statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
     return [f"for piece in T.parallel({layers * down}):",

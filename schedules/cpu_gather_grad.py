@@ -5,7 +5,17 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_gather_conv import TAPS, indent, largest_divisor, listed, nest, prefetch_run
+from mest_compile.schedules.cpu_gather_conv import (
+    LEAST_TILE,
+    MOST_TILE,
+    TAPS,
+    divisors,
+    indent,
+    largest_divisor,
+    listed,
+    nest,
+    prefetch_run,
+)
 from mest_compile.spec import FLOAT_BYTES
 
 UNROLLED_COLUMNS = 8
@@ -40,27 +50,49 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
     return largest_divisor(delta.height, most), wide
 
 
-@schedule("pattern.grad", device="cpu", knobs={"strip": (None,)})
-@schedule("compact.grad", device="cpu", knobs={"strip": (None,)})
-@schedule("gather.grad", device="cpu", knobs={"strip": (None,)})
-def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None) -> str:
+def grad_knobs(problem: GatherGrad, target: Target) -> dict[str, tuple]:
+    """What tuning may choose from."""
+    delta = problem.delta
+    each = _shared(problem, target)[0] * _shared(problem, target)[1]
+    several = tuple(units for units in range(1, MOST_TILE // each + 1) if units * each >= LEAST_TILE)
+    if delta.height * delta.width == 1:
+        return {"several": (None, *several)}
+    strips = [(high, wide) for high in divisors(delta.height) for wide in divisors(delta.width)
+              if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16]
+    return {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
+
+
+def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
+    """(rows, reads) of a unit that pass together."""
+    most = max(target.registers - 4, 1)
+    rows = largest_divisor(problem.row_block, most)
+    return rows, largest_divisor(problem.unit[0], most // rows)
+
+
+@schedule("pattern.grad", device="cpu", knobs=grad_knobs)
+@schedule("compact.grad", device="cpu", knobs=grad_knobs)
+@schedule("gather.grad", device="cpu", knobs=grad_knobs)
+def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None, several: int | None = None,
+                prefetch: bool = True) -> str:
     """Several units of a group at a time, so that they share what they read of delta.
 
     Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A thread owns strips,
     and sums of its own: were it groups, each thread would read all of source. What a thread owns follows from the target's cores, so
     results are the same on any number of threads.
 
-    strip  (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
+    strip     (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
+    several   units that pass together; None: chosen from the registers
+    prefetch  whether the next strip is asked for ahead
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     most = max(target.registers - 4, 1)
-    rows = largest_divisor(problem.row_block, most)
+    rows, depth = _shared(problem, target)
     reads, distance = problem.unit
-    depth = largest_divisor(reads, most // rows)
     parts, layers = problem.row_block // rows, reads // depth
     each = rows * depth
     # A unit of neighbouring pixels also holds those that its next pixel reads again.
     most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
+    most_units = several or most_units
     sizes = _batches(most_units)
     block = reads * problem.row_block
     high, wide = strip or pick_strip(problem, each > 1, target)
@@ -76,20 +108,26 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
 
     def together(units: int, first: str) -> list[str]:
         """Adds one strip's share of `units` units from `first` on."""
-        total = f"sums[((u * {depth} + k) * {rows} + j) * {vector} + i]"
-        weight = f"((chunk * units + {first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
-        read = (f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
+        total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
+        weight = f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
+        read = (f"source[offsets[{first} + %u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
                 f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
         against = (f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
                    f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
-        loops = [("k", depth), ("j", rows), ("u", units)]  # what a row reads of delta is used by all units at once
-        return [f"sums = T.alloc_buffer(({units * each * vector},), 'float32')",
-                *nest(loops, vector, f"{total} = scratch[{weight} * {vector} + i]"),
+        loops = [("k", depth), ("j", rows)]
+
+        def per_unit(loops: list[tuple[str, int]], body: str) -> list[str]:
+            """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not in registers."""
+            *around, last = nest(loops, vector, body)
+            return [*around, *(last.replace("%u", str(unit)) for unit in range(units))]
+
+        return [*(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)),
+                *per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]"),
                 f"for a in T.serial({high}):",
-                *indent(1, nest([("c", wide), *loops], vector, f"{total} = {total} + {against} * {read}")),
-                *nest(loops, vector, f"scratch[{weight} * {vector} + i] = {total}")]
+                *indent(1, per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")),
+                *per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}")]
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {"source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
@@ -108,6 +146,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
 
     strips, left = [], count
     per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
+    if not prefetch:
+        per_group = {}
     at_once = [line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))]
     spread = {name: many for name, many in per_group.items() if many > BURST}
     for units in sizes:

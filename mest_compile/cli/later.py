@@ -8,7 +8,6 @@ from mest_compile.cli.output import Json
 from mest_compile.errors import NotYet
 
 _COMMANDS = {
-    "tune": "Search the fastest kernels for a device.",
     "build": "Build an artifact that runs on a device without the compiler.",
     "tracker": "Keep a list of devices that serve.",
     "serve": "Run kernels sent by a tracker's clients.",

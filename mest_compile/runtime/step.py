@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
+from mest_compile.records import Choice
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
@@ -32,6 +33,7 @@ class Compiled:
     train, predict   the two programs
     facts     JSON document from which the same step is compiled again
     runner    makes what holds the arrays and runs the programs
+    choices   call name of the training program -> its kernel's knobs and where they are from
     """
 
     graph: ForwardGraph
@@ -43,6 +45,7 @@ class Compiled:
     seed: int
     facts: Mapping[str, Any]
     runner: Callable[[], Runner]
+    choices: Mapping[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,10 @@ class TrainStep:
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
         return dict(self._compiled.facts["describe"])
+
+    def kernel_choices(self) -> dict[str, Choice]:
+        """{name of a call of `program`: its kernel's knobs, and whether they are "exact", "nearest", "default" or from a "checkpoint"}."""
+        return dict(self._compiled.choices)
 
     def sparsity(self) -> dict[str, float]:
         """{weight name: share of weights that are zero now}, sparse layers only."""

@@ -1,0 +1,104 @@
+"""Which knobs each kernel of a step is compiled with, and how wide its vectors are: what tuning found out, applied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mest_compile.building import KernelSource, kernel_source, knob_space
+from mest_compile.graph.program import Call, Program
+from mest_compile.hardware import Target
+from mest_compile.records import STEP, Choice, Records, knobs_from, plain, text_digest
+from mest_compile.sparsity.layer import Layer
+
+Choices = dict[str, dict[str, Choice]]  # program name -> call name -> choice
+
+
+def step_facts(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """What records of whole steps know them by: `layers` tells them apart, the rest says which are alike."""
+    entries = [[list(layer.spec.input_shape), list(layer.spec.weight_shape), list(layer.spec.stride), str(layer.scheme), layer.sparsity]
+               for layer in layers.values()]
+    flop = sum(2 * live_cells(layer) * layer.scheme.cell_elems(layer.spec) * layer.spec.output_size[0] * layer.spec.output_size[1]
+               * layer.spec.input_shape[0] for layer in layers.values())
+    return {"layers": text_digest(repr(entries)), "schemes": sorted({str(layer.scheme) for layer in layers.values()}),
+            "batch": next(iter(layers.values())).spec.input_shape[0], "flop": flop}
+
+
+def live_cells(layer: Layer) -> int:
+    return layer.scheme.live_cells(layer.spec, layer.sparsity)
+
+
+def live_of(call: Call, layers: Mapping[str, Layer]) -> int:
+    """Live cells of the layer that a call works for, 0 where it works for none."""
+    layer = layers.get(call.buffers[0].name.partition(":")[0])
+    return live_cells(layer) if layer else 0
+
+
+def widened(target: Target, vector: int) -> Target:
+    """`target` with images whose slices hold `vector` examples."""
+    return target if vector == target.vector else replace(target, vector=vector)
+
+
+def choose_vector(layers: Mapping[str, Layer], target: Target, records: Records) -> Target:
+    """`target` with the vector width that was fastest for this step, or for one like it; as it is where no step was timed."""
+    facts = step_facts(layers)
+    batch = facts["batch"]
+
+    def fits(knobs: Mapping[str, Any]) -> str | None:
+        vector = knobs.get("vector", target.vector)
+        return text_digest(STEP) if batch % vector == 0 else None
+
+    return widened(target, records.best(STEP, facts, 0, fits).knobs.get("vector", target.vector))
+
+
+def choose_knobs(programs: Sequence[Program], layers: Mapping[str, Layer], target: Target, records: Records) -> Choices:
+    """Every call's choice. Equal kernels of layers with equally many live cells have equal ones."""
+    found: dict[tuple[str, Any, int], Choice] = {}
+
+    def choose(call: Call) -> Choice:
+        kind = (call.kernel, call.problem, live_of(call, layers))
+        if kind not in found:
+            found[kind] = records.best(*kind, lambda knobs: _text(call, target, knobs))
+        return found[kind]
+
+    return {program.name: {call.name: choose(call) for call in program.calls} for program in programs}
+
+
+def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Choices:
+    """The choices that `facts` noted: what a step was compiled with before."""
+    return {program.name: {call.name: Choice(knobs_from(knobs.get(program.name, {}).get(call.name, {})), "checkpoint")
+                           for call in program.calls} for program in programs}
+
+
+def facts(choices: Choices) -> dict[str, dict[str, Any]]:
+    """Knobs that are not the defaults, ready for JSON."""
+    return {program: {call: plain(choice.knobs) for call, choice in calls.items() if choice.knobs} for program, calls in choices.items()}
+
+
+def origins(choices: Choices) -> dict[str, int]:
+    """How many calls of the training step are of each origin."""
+    return dict(Counter(choice.origin for choice in choices["train"].values()))
+
+
+def sources(programs: Sequence[Program], target: Target, choices: Choices) -> dict[str, dict[str, KernelSource]]:
+    """Program name -> call name -> the text of its kernel. Text is made once for equal kernels."""
+    made: dict[tuple[str, Any, str], KernelSource] = {}
+
+    def source(call: Call, knobs: Mapping[str, Any]) -> KernelSource:
+        key = (call.kernel, call.problem, repr(sorted(knobs.items())))
+        if key not in made:
+            made[key] = kernel_source(call.kernel, call.problem, target, **knobs)
+        return made[key]
+
+    return {program.name: {call.name: source(call, choices[program.name][call.name].knobs) for call in program.calls}
+            for program in programs}
+
+
+def _text(call: Call, target: Target, knobs: Mapping[str, Any]) -> str | None:
+    """Digest of the kernel's text, None where its schedule does not take these knobs."""
+    space = knob_space(call.kernel, call.problem, target)
+    if any(name not in space or value not in space[name] for name, value in knobs.items()):
+        return None
+    return text_digest(kernel_source(call.kernel, call.problem, target, **knobs).text)

@@ -1,0 +1,117 @@
+"""`mest-compile tune`: the fastest right kernels for a model's step on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mest_compile.records import Record
+    from mest_compile.tuning.session import SessionResult
+    from mest_compile.tuning.task import Task
+
+
+def tune(
+    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
+    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    trials: Annotated[int, typer.Option(help="Candidates of each kernel, those of earlier sessions among them.", min=1)] = 64,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; start again to go on.", min=0)] = None,
+    tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker whose devices measure.")] = None,
+    key: Annotated[str | None, typer.Option(help="Key that the devices are listed under.")] = None,
+    devices: Annotated[int, typer.Option(help="Devices of that key that may measure at once.", min=1)] = 1,
+    vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16.")] = None,
+    runner: Annotated[str | None, typer.Option(help="Who measures; default: rpc with a tracker, else local.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,
+    log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Search the fastest kernels for a device.
+
+    Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes on where it was.
+    `mest.compile` and the other commands then use the best records. Model: 32x32 images of 3 channels, 10 classes.
+    """
+    from mest_compile.tuning.command import Request
+    from mest_compile.tuning.command import tune as run
+    from mest_compile.tuning.runner import RunnerOptions
+
+    try:
+        widths = [int(part) for part in vectors.split(",")] if vectors else None
+    except ValueError as problem:
+        raise UsageError(f"--vectors {vectors}; wanted whole numbers with commas between them") from problem
+    request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed)
+    options = RunnerOptions(tracker, key, timeout, devices=devices)
+    with TuningProgress(stderr_console()) as progress:
+        result = run(request, options, trials, time_limit, progress)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _show(result: SessionResult) -> None:
+    def milliseconds(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{seconds * 1e3:.3f}"
+
+    rows = []
+    for task in result.tasks:
+        gain = f"{task.default_seconds / task.best_seconds:.2f}" if task.default_seconds and task.best_seconds else "-"
+        failed = ", ".join(f"{count} {outcome}" for outcome, count in task.outcomes.items() if outcome != "ok")
+        knobs = " ".join(f"{name}={value}" for name, value in task.knobs.items())
+        rows.append([task.name, task.kernel, task.calls, milliseconds(task.default_seconds), milliseconds(task.best_seconds), gain,
+                     task.trials, failed, knobs or "default"])
+    print_table(["first call", "kernel", "calls", "default ms", "best ms", "gain", "trials", "failed", "knobs"], rows)
+    state = "finished" if result.finished else "stopped; start again to go on"
+    print(f"\n{result.measured} trials in {result.seconds:.0f} s, {state}. Vectors of {result.vector}. "
+          f"Records ({result.measure}): {result.log}")
+
+
+class TuningProgress:
+    """Implements tuning.session.Progress on a rich console; a context manager. Time left is what the trials so far say."""
+
+    def __init__(self, console: Console):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                             TimeRemainingColumn(), TextColumn("{task.fields[best]}"), console=console, transient=True,
+                             disable=not console.is_terminal)
+        self._whole = self._bar.add_task("starting", total=1, best="")
+        self._tasks: dict[str, Any] = {}
+        self._said = monotonic()
+
+    def __enter__(self) -> TuningProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.stop()
+
+    def on_stage(self, stage: str, done: int, total: int) -> None:
+        self._bar.update(self._whole, description=stage, completed=done, total=max(total, 1))
+        if not self._console.is_terminal and done == 0:
+            self._console.print(f"{stage}: {total}", highlight=False)
+
+    def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
+        said = "none right yet" if best is None else f"best {best * 1e3:.3f} ms"
+        if best and default:
+            said += f", {default / best:.2f} times as fast as the default"
+        if task.name not in self._tasks:
+            self._tasks[task.name] = self._bar.add_task(task.name, total=total, best="")
+        self._bar.update(self._tasks[task.name], completed=done, total=total, best=said)
+        if not self._console.is_terminal and monotonic() - self._said > 5:
+            self._said = monotonic()
+            self._console.print(f"{task.name}: {done} of {total} trials, {said}", highlight=False)

@@ -1,0 +1,1 @@
+"""Where candidates are timed: one file a runner, found by folder."""

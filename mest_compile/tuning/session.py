@@ -1,0 +1,205 @@
+"""A tuning session: tasks of a step, their default kernels, MetaSchedule's search, and a second look at the winners.
+
+Everything it learns goes to the log at once, one record a trial, and it begins by reading that log: stopped anywhere, even by kill -9, it
+goes on behind the last record.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mest_compile.building import Builder
+from mest_compile.graph.program import Program
+from mest_compile.hardware import Target
+from mest_compile.records import LogFile, Outcome, Record, Records, Trials, plain, target_facts, text_digest
+from mest_compile.sparsity.layer import Layer
+from mest_compile.tuning.runner import Runner, Timing
+from mest_compile.tuning.search import search
+from mest_compile.tuning.space import Space
+from mest_compile.tuning.task import Task, prepare, tasks_of
+
+FINALISTS = 3            # kernels of a task that are timed again beside the default one, in turns
+ROUNDS = 5               # of these turns
+CONFIRMED = "confirmed"  # the message of records of a second look
+SMALL_SHARE = 0.004      # of the step: kernels below are left on their defaults
+
+
+class Progress(Protocol):
+    """What a session tells whoever watches. seconds are medians; None: not known yet."""
+
+    def on_stage(self, stage: str, done: int, total: int) -> None: ...
+
+    def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """calls: of the step; seconds of one call; knobs: of the fastest right kernel; outcomes: how many trials ended how."""
+
+    name: str
+    kernel: str
+    live: int
+    calls: int
+    default_seconds: float | None
+    best_seconds: float | None
+    knobs: Mapping[str, Any]
+    trials: int
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResult:
+    """finished: whether every task had its trials; measured: trials of this session; log: where its records are."""
+
+    tasks: tuple[TaskResult, ...]
+    finished: bool
+    measured: int
+    seconds: float
+    vector: int
+    measure: str
+    log: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(asdict(self))
+
+
+class Session:
+    """Tunes the kernels of one step for `target`, whose vector width is settled.
+
+    records  what is known already, the log among it
+    """
+
+    def __init__(self, program: Program, layers: Mapping[str, Layer], target: Target, runner: Runner, log: LogFile, records: Records,
+                 builder: Builder | None = None, progress: Progress | None = None):
+        self.program, self.layers, self.target, self.runner = program, layers, target, runner
+        self.log, self.records, self.progress = log, records, progress
+        self.builder = builder or Builder()
+        self._measured = 0
+        self._trials = 0
+        self._deadline = float("inf")
+
+    def run(self, trials: int, time_limit: float | None = None, seed: int = 0) -> SessionResult:
+        """At most `trials` of every task, at most `time_limit` seconds. Raises StateError, DeviceError, OSError."""
+        started = time.monotonic()
+        self._deadline = started + time_limit if time_limit is not None else float("inf")
+        self._trials = trials
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = tasks_of(self.program, self.layers, self.target, Path(folder))
+            finished = self._tune(tasks, trials, seed)
+        results = tuple(self._result(task) for task in tasks)
+        return SessionResult(results, finished, self._measured, time.monotonic() - started, self.target.vector, self.runner.measure.value,
+                             str(self.log.path))
+
+    def _tune(self, tasks: list[Task], trials: int, seed: int) -> bool:
+        """Whether every task had its trials and its winners a second look."""
+        untried = [task for task in tasks if not self._known(task).tried]
+        for number, task in enumerate(untried):
+            if self._out_of_time():
+                return False
+            self._stage("timing the defaults", number, len(untried))
+            self._prepare(task)
+            self._attempt(task, {})
+        least = SMALL_SHARE * sum(self._weight(task) for task in tasks)
+        large = [task for task in tasks if self._weight(task) >= least]
+        unsearched = [task for task in large if self._spent(task) < min(trials, _size(task))]
+        for number, task in enumerate(unsearched):
+            self._stage("preparing", number, len(unsearched))
+            self._prepare(task)
+        if unsearched:
+            spaces = [Space(task, number) for number, task in enumerate(unsearched)]
+            search(spaces, [self._weight(task) for task in unsearched], trials, [self._spent(task) for task in unsearched],
+                   [self._known(task).records for task in unsearched], self.runner, self._report, self._out_of_time, seed)
+        unconfirmed = [task for task in large if not any(record.message == CONFIRMED for record in self._known(task).records)]
+        for number, task in enumerate(unconfirmed):
+            if self._out_of_time():
+                return False
+            self._stage("timing the winners again", number, len(unconfirmed))
+            self._prepare(task)
+            self._confirm(task)
+        return not self._out_of_time()
+
+    def _prepare(self, task: Task) -> None:
+        if not task.arrays.exists():
+            prepare(task, self.program, self.layers, self.builder)
+
+    def _confirm(self, task: Task) -> None:
+        """Times the finalists and the default kernel in turns: what looked fastest once may have been lucky."""
+        best = [knobs for _, knobs, _ in self._known(task).ranking()[:FINALISTS]]
+        if not best or not best[0] and len(best) == 1:
+            return
+        seconds: dict[str, list[float]] = {}
+        entries = {repr(sorted(knobs.items())): knobs for knobs in [{}, *best]}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(ROUNDS):
+                for name, knobs in list(entries.items()):
+                    timing = self.runner.attempt(task, task.source(knobs), Path(folder))
+                    if timing.outcome is Outcome.OK:
+                        seconds.setdefault(name, []).extend(timing.seconds)
+                    else:
+                        self._note(task, knobs, timing)
+                        del entries[name]
+        for name, knobs in entries.items():
+            self._note(task, knobs, Timing(Outcome.OK, tuple(seconds[name]), CONFIRMED))
+
+    def _attempt(self, task: Task, knobs: Mapping[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._tell(task, knobs, self.runner.attempt(task, task.source(knobs), Path(folder)))
+
+    def _report(self, space: Space, knobs: Mapping[str, Any], timing: Timing) -> None:
+        self._tell(space.task, knobs, timing)
+
+    def _tell(self, task: Task, knobs: Mapping[str, Any], timing: Timing) -> None:
+        record = self._note(task, knobs, timing)
+        self._measured += 1
+        if self.progress:
+            ranking = self._known(task).ranking()
+            default = next((seconds for seconds, found, _ in ranking if not found), None)
+            self.progress.on_trial(task, record, ranking[0][0] if ranking else None, default, self._spent(task), self._trials)
+
+    def _note(self, task: Task, knobs: Mapping[str, Any], timing: Timing) -> Record:
+        """The log first: what is not on the disk did not happen."""
+        record = Record(task.kernel, plain(task.problem), task.live, target_facts(self.target), self.runner.cpu, dict(knobs),
+                        timing.outcome, self.runner.measure, timing.seconds, text_digest(task.source(knobs).text), message=timing.message)
+        self.log.append(record)
+        self.records.add(record)
+        return record
+
+    def _known(self, task: Task) -> Trials:
+        return self.records.trials(task.kernel, task.problem, task.live, self.runner.measure)
+
+    def _spent(self, task: Task) -> int:
+        return len(self._known(task).tried)
+
+    def _weight(self, task: Task) -> float:
+        ranking = self._known(task).ranking()
+        return task.calls * (ranking[0][0] if ranking else 0.0)
+
+    def _out_of_time(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _stage(self, stage: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress.on_stage(stage, done, total)
+
+    def _result(self, task: Task) -> TaskResult:
+        known = self._known(task)
+        ranking = known.ranking()
+        default = next((seconds for seconds, knobs, _ in ranking if not knobs), None)
+        outcomes: dict[str, int] = {}
+        for record in known.records:
+            if record.message != CONFIRMED:
+                outcomes[record.outcome.value] = outcomes.get(record.outcome.value, 0) + 1
+        best = ranking[0] if ranking else (None, {}, "")
+        return TaskResult(task.name, task.kernel, task.live, task.calls, default, best[0], best[1], len(known.tried), outcomes)
+
+
+def _size(task: Task) -> int:
+    size = 1
+    for values in task.space().values():
+        size *= len(values)
+    return size

@@ -1,0 +1,197 @@
+"""A kernel of a step as it is tuned: its problem, valid arguments, and what they must hold after a run.
+
+Arguments hold whole numbers between -1 and 1, so that float32 sums of products are exact in any order: a right answer of a convolution
+is equal bit by bit, and one wrong pixel among 65,536 is seen. Kernels that divide are compared within rounding instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.building import Builder, KernelSource, kernel_source, knob_space
+from mest_compile.choosing import live_of
+from mest_compile.errors import StateError
+from mest_compile.graph.footprint import masked_elems
+from mest_compile.graph.program import Buffer, Call, Program
+from mest_compile.hardware import Target, find_target
+from mest_compile.operators.gather import GatherConv, GatherGrad, gather_conv_reference, gather_grad_reference
+from mest_compile.records import text_digest
+from mest_compile.registry import FAMILIES
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.packing import LayerIndex
+
+EXACT = frozenset({"conv", "grad"})     # last words of kernels that only add up products
+ROUNDINGS = 64                          # float32 roundings that two right answers of other kernels may differ by, at the largest value
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One kernel problem with the layers' real sparsity.
+
+    name    of the first call that needs it
+    calls   of the training step that do
+    live    live cells of their layers
+    target  the device it is tuned for
+    arrays  file of its arguments, written by `prepare`
+    """
+
+    name: str
+    kernel: str
+    problem: Any
+    live: int
+    calls: int
+    target: Target
+    arrays: Path
+
+    def space(self) -> dict[str, tuple]:
+        """{knob: values, the default first}, knobs with a choice only."""
+        return {name: tuple(values) for name, values in knob_space(self.kernel, self.problem, self.target).items() if len(values) > 1}
+
+    def source(self, knobs: Mapping[str, Any]) -> KernelSource:
+        return kernel_source(self.kernel, self.problem, self.target, **knobs)
+
+    def load(self) -> Arrays:
+        return Arrays.load(self.arrays)
+
+    def arguments(self) -> list[np.ndarray]:
+        """Fresh arguments of a call, in order, flat."""
+        return self.load().arguments
+
+    def check(self, after: Sequence[np.ndarray]) -> str | None:
+        """What is wrong with the arguments as they are after a run; None when they are right."""
+        return self.load().check(after)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """arguments  of a call, before it
+    wanted     place of each argument that it changes -> what it holds afterwards
+    allowed    the largest difference, 0 where the answer is exact
+    warm       places of those that the call before has just written or read
+    """
+
+    arguments: list[np.ndarray]
+    wanted: dict[int, np.ndarray]
+    allowed: float
+    warm: tuple[int, ...]
+
+    def save(self, path: Path) -> None:
+        named = {f"argument{place}": array for place, array in enumerate(self.arguments)}
+        named |= {f"wanted{place}": array for place, array in self.wanted.items()}
+        np.savez(path, **{"allowed": np.array(self.allowed), "warm": np.array(self.warm, np.int64), **named})  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Arrays:
+        with np.load(path, allow_pickle=False) as found:
+            arguments = [found[f"argument{place}"] for place in range(sum(name.startswith("argument") for name in found.files))]
+            wanted = {int(name.removeprefix("wanted")): found[name] for name in found.files if name.startswith("wanted")}
+            return cls(arguments, wanted, float(found["allowed"]), tuple(found["warm"].tolist()))
+
+    def check(self, after: Sequence[np.ndarray]) -> str | None:
+        """As Task.check."""
+        for place, array in enumerate(after):
+            wanted = self.wanted.get(place, self.arguments[place])
+            wrong = ~(np.abs(array - wanted) <= self.allowed * max(float(np.abs(wanted).max(initial=0)), 1e-30))  # not true of NaN
+            if wrong.any():
+                first = int(np.argmax(wrong))
+                return (f"argument {place}: {wrong.sum()} of {wrong.size} elements, the first at {first}: {array[first]}, "
+                        f"not {wanted[first]}")
+        return None
+
+
+def tasks_of(program: Program, layers: Mapping[str, Layer], target: Target, folder: Path) -> list[Task]:
+    """Every distinct problem of the step whose schedule has knobs; `prepare` makes their arrays."""
+    found: dict[tuple[str, Any, int], Task] = {}
+    for call in program.calls:
+        kind = (call.kernel, call.problem, live_of(call, layers))
+        if kind in found:
+            found[kind] = replace(found[kind], calls=found[kind].calls + 1)
+        else:
+            path = folder / f"{call.kernel}-{text_digest(repr((kind, target)))}.npz"
+            found[kind] = Task(call.name, *kind, 1, target, path)
+    return [task for task in found.values() if task.space()]
+
+
+def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: Builder, seed: int = 0) -> None:
+    """Writes the task's arrays. The wanted answer is that of the default kernel on this machine, which is itself compared with the float64
+    reference where there is one. Raises StateError when they differ.
+    """
+    rng = np.random.default_rng([seed, int(text_digest(repr(task.problem)), 16)])
+    number = next(number for number, call in enumerate(program.calls) if call.name == task.name)
+    call = program.calls[number]
+    indices: dict[str, LayerIndex] = {}
+    exact = task.kernel.rpartition(".")[2] in EXACT
+    arguments = [_argument(buffer, program, layers, indices, exact, rng) for buffer in call.buffers]
+    after = _default_answer(task, arguments, builder)
+    wanted = {place: array for place, array in enumerate(after) if not np.array_equal(array, arguments[place])}
+    _check_default(task, arguments, after)
+    allowed = 0.0 if exact else ROUNDINGS * float(np.finfo(np.float32).eps)
+    made = Arrays(arguments, wanted, allowed, tuple(_warm(program.calls, number)))
+    task.arrays.parent.mkdir(parents=True, exist_ok=True)
+    made.save(task.arrays)
+
+
+def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
+              rng: np.random.Generator) -> np.ndarray:
+    name, _, part = buffer.name.partition(":")
+    if name in layers and name not in indices:
+        layer = layers[name]
+        energy = rng.random(layer.scheme.grid(layer.spec))
+        keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity))
+        indices[name] = FAMILIES.find(layer.kernels).index(layer, keep, program)
+    if buffer.kind == "indices":
+        return indices[name].arrays[part].ravel()
+    if buffer.image:
+        image = buffer.image
+        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch))).ravel()
+    if buffer.elems is None:
+        return _whole(rng, masked_elems(buffer, layers, {name: len(indices[name].order)}))
+    if buffer.dtype == "int32":
+        return rng.integers(0, 2, buffer.elems).astype(np.int32)
+    return _whole(rng, buffer.elems) if exact else rng.uniform(0.5, 1.5, buffer.elems).astype(np.float32)
+
+
+def _whole(rng: np.random.Generator, size: Any) -> np.ndarray:
+    return rng.integers(-1, 2, size).astype(np.float32)
+
+
+def _warm(calls: Sequence[Call], number: int) -> Iterable[int]:
+    """Arguments of call `number` that the last call before it that touched an image had as well."""
+    before = next((call for call in reversed(calls[:number]) if any(buffer.image for buffer in call.buffers)), None)
+    return [place for place, buffer in enumerate(calls[number].buffers) if before and buffer.image and buffer in before.buffers]
+
+
+def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builder) -> list[np.ndarray]:
+    """All arguments after a run of the default kernel for this machine, whatever device the task is for."""
+    import tvm
+
+    host = replace(find_target("local"), vector=task.target.vector)
+    tensors = [tvm.runtime.tensor(array) for array in arguments]
+    builder.function(kernel_source(task.kernel, task.problem, host))(*tensors)
+    return [tensor.numpy() for tensor in tensors]
+
+
+def _check_default(task: Task, arguments: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> None:
+    """Compares an answer with the float64 reference, for kernels whose rows are not listed."""
+    problem = task.problem
+    if not isinstance(problem, GatherConv | GatherGrad) or problem.rows_live:
+        return
+    lists = 1 if problem.sources_live else 0
+    if isinstance(problem, GatherGrad):
+        pointers, offsets = arguments[:2]
+        got = after[-1]
+        wanted = gather_grad_reference(problem, pointers, offsets, *arguments[2 + lists:4 + lists]).ravel()
+    else:
+        pointers, offsets, values = arguments[:3]
+        rest = list(range(3 + lists, len(arguments)))
+        bias = arguments[rest.pop(0)] if problem.bias else None
+        source, result = arguments[rest[0]], arguments[rest[1]]
+        got, wanted = after[rest[1]], gather_conv_reference(problem, pointers, offsets, values, source, result, bias).ravel()
+    if not np.array_equal(got, wanted):
+        raise StateError(f"the default kernel of {task.kernel} for {task.name} differs from its reference at "
+                         f"{np.count_nonzero(got != wanted)} of {wanted.size} elements; nothing can be tuned against it")

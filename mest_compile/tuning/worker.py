@@ -1,0 +1,67 @@
+"""What a worker process does for a runner: compile a kernel, or run, check and time it. A crash here costs one trial."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.building import Builder, KernelSource
+from mest_compile.tuning.task import Arrays
+
+COLD_BYTES = 96 * 2**20  # of copies of the arguments, beyond the last-level cache: what a call finds cached is what the one before left
+MOST_COPIES = 8
+
+_loaded: dict[Path, tuple[Arrays, list[list[Any]]]] = {}
+
+
+def compile_kernel(source: KernelSource, path: str) -> None:
+    """Writes the kernel's library. Raises BuildError."""
+    Builder.compile_to(source, Path(path))
+
+
+def check_and_time(arrays_path: str, library: str, symbol: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
+    """(what is wrong with the answer, or None; seconds of each run)."""
+    import tvm
+
+    arrays, copies = _tensors(Path(arrays_path))
+    function = tvm.runtime.load_module(library)[symbol]
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    for tensor, array in zip(copies[0], arrays.arguments):
+        tensor.copyfrom(array)
+    function(*copies[0])
+    wrong = arrays.check([tensor.numpy() for tensor in copies[0]])
+    if wrong:
+        return wrong, []
+    seconds = []
+    for turn in range(repeats):
+        copy = copies[(turn + 1) % len(copies)]
+        for place in arrays.warm:
+            copy[place].copyfrom(arrays.arguments[place])
+        start = time.perf_counter()
+        function(*copy)
+        seconds.append(time.perf_counter() - start)
+    return None, seconds
+
+
+def _tensors(path: Path) -> tuple[Arrays, list[list[Any]]]:
+    """The arguments, and as many copies of them on the device as are never in cache together."""
+    import tvm
+
+    from mest_compile.runtime.local import ask_for_huge_pages
+
+    if path not in _loaded:
+        _loaded.clear()
+        arrays = Arrays.load(path)
+        size = sum(array.nbytes for array in arrays.arguments)
+        copies = []
+        for _ in range(min(max(2, -(-COLD_BYTES // size)), MOST_COPIES)):
+            copy = [tvm.runtime.empty(array.shape, str(array.dtype)) for array in arrays.arguments]
+            ask_for_huge_pages(copy)
+            for tensor, array in zip(copy, arrays.arguments):
+                tensor.copyfrom(np.ascontiguousarray(array))
+            copies.append(copy)
+        _loaded[path] = arrays, copies
+    return _loaded[path]
