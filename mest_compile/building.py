@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -171,10 +171,12 @@ class Builder:
     @staticmethod
     def compile_to(source: KernelSource, path: Path) -> None:
         """Compiles a kernel for a CPU to a library of that name, past the cache. Raises BuildError."""
-        try:
-            _made(source).export_library(str(path))
-        except Exception as problem:  # of TVM's many types
-            raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
+        _try(source, lambda library: library.export_library(str(path)))
+
+    @staticmethod
+    def compile_here(source: KernelSource) -> Any:
+        """The callable of one kernel for this CPU, past the cache. Raises BuildError."""
+        return _try(source, lambda library: library[source.symbol])
 
     def _evict(self) -> None:
         """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
@@ -200,6 +202,13 @@ def _made(source: KernelSource) -> Any:
     if source.target.device == "opencl":
         return compile_opencl(source.text, source.symbol, source.target)
     return tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=source.target.to_tvm())
+
+
+def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:
+    try:
+        return use(_made(source))
+    except Exception as problem:  # of TVM's many types
+        raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
 
 
 def _digest(content: bytes) -> str:

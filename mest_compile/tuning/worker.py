@@ -22,12 +22,22 @@ def compile_kernel(source: KernelSource, path: str) -> None:
     Builder.compile_to(source, Path(path))
 
 
+def compile_check_and_time(source: KernelSource, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
+    """As `check_and_time`, without a library on disk: linking would take as long as compiling. Raises BuildError."""
+    return _check_and_time(Builder.compile_here(source), arrays_path, repeats, threads)
+
+
 def check_and_time(arrays_path: str, library: str, symbol: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
     """(what is wrong with the answer, or None; seconds of each run)."""
     import tvm
 
+    return _check_and_time(tvm.runtime.load_module(library)[symbol], arrays_path, repeats, threads)
+
+
+def _check_and_time(function: Any, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
+    import tvm
+
     arrays, copies = _tensors(Path(arrays_path))
-    function = tvm.runtime.load_module(library)[symbol]
     tvm.get_global_func("runtime.config_threadpool")(1, threads)
     for tensor, array in zip(copies[0], arrays.arguments):
         tensor.copyfrom(array)

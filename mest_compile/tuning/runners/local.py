@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mest_compile.building import KernelSource
+from mest_compile.errors import BuildError
 from mest_compile.hardware import Target
 from mest_compile.records import Measure, Outcome
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Task
-from mest_compile.tuning.worker import check_and_time, compile_kernel
+from mest_compile.tuning.worker import check_and_time, compile_check_and_time, compile_kernel
 
 
 @runner("local")
@@ -32,14 +34,21 @@ class LocalRunner(Runner):
         return path
 
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        self._worker.send(check_and_time, (str(task.arrays), str(artifact), symbol, repeats or self.options.repeats, 1),
-                          timeout=self.options.timeout_seconds)
+        return self._ask(check_and_time, str(task.arrays), str(artifact), symbol, repeats or self.options.repeats, 1)
+
+    def attempt(self, task: Task, source: KernelSource, folder: Path, repeats: int | None = None) -> Timing:
+        return self._ask(compile_check_and_time, source, str(task.arrays), repeats or self.options.repeats, 1)
+
+    def _ask(self, what: Callable[..., tuple[str | None, list[float]]], *arguments: object) -> Timing:
+        self._worker.send(what, arguments, timeout=self.options.timeout_seconds)
         try:
             wrong, seconds = self._worker.recv()
+        except BuildError as problem:
+            return Timing(Outcome.BUILD_FAILED, message=str(problem))
         except TimeoutError:
             return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
         except ChildProcessError:
-            return Timing(Outcome.CRASHED, message="the process that ran it died")
+            return Timing(Outcome.CRASHED, message="the process that compiled and ran it died")
         return Timing(Outcome.WRONG, message=wrong) if wrong else Timing(Outcome.OK, tuple(seconds))
 
     def close(self) -> None:
