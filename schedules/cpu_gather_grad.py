@@ -31,6 +31,11 @@ def _batches(most: int) -> list[int]:
     return sizes
 
 
+def halves(lanes: int) -> list[int]:
+    """Steps of a sum over a power of two of lanes: each adds its upper half to its lower one."""
+    return [lanes >> step for step in range(1, lanes.bit_length())]
+
+
 def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
     """(rows, columns) of result pixels that pass over all units before the next strip.
 
@@ -170,8 +175,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
         f" + next_x * {wide * vector}"]
     mine = f"T.min({share}, {strips_each} - chunk * {share})"
-    lanes = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + {lane}]"
-                       for owner in range(chunks) for lane in range(vector))
+    of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
     lines = [
         f"for chunk in T.parallel({chunks}):",
         *indent(1, [
@@ -181,7 +185,10 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
                 f"strip: T.let = chunk * {share} + turn", *where, *then, *starts,
                 f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
                 f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
-        f"for weight in T.serial(units * {block}):", f"    gradients[weight] = {lanes}"]
+        f"for weight in T.parallel(units * {block}):", *indent(1, [
+            f"total = T.alloc_buffer(({vector},), 'float32')", *nest([], vector, f"total[i] = {of_owners}"),
+            *(line for half in halves(vector) for line in nest([], half, f"total[i] = total[i] + total[{half} + i]")),
+            "gradients[weight] = total[0]"])]
     return _kernel(problem, [f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])
 
 
