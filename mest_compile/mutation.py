@@ -110,9 +110,13 @@ def _check_scores(scores: np.ndarray) -> None:
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """(rows, units) bool: the `count` of highest score in every row; of equal scores the lower index."""
-    chosen = np.zeros(scores.shape, bool)
-    np.put_along_axis(chosen, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
-    return chosen
+    if count == 0:
+        return np.zeros(scores.shape, bool)
+    place = scores.shape[1] - count
+    worst = np.partition(scores, place, axis=1)[:, place, None]  # of those that are chosen
+    chosen, equal = scores > worst, scores == worst
+    room = count - chosen.sum(1, keepdims=True)
+    return chosen | equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room)
 
 
 def mutate(keep: np.ndarray, scores: np.ndarray, prune_live: int, grow_live: int, rng: np.random.Generator) -> np.ndarray:

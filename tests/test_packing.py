@@ -6,19 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from mest_compile.operators.gather import GatherGrad, gather_conv_reference, gather_grad_reference
-from mest_compile.operators.gather_layer import forward_problem, gradient_problem
+from mest_compile.operators.gather_layer import forward_problem, gather_indexer, gradient_problem
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import (
     carry_over,
-    forward_index,
     gather_units,
     gradient_halo,
     image_of,
     old_places,
     scatter_units,
     source_halo,
-    with_transposed,
 )
 from mest_compile.spec import LayerSpec
 
@@ -54,7 +52,7 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     source, result = image_of(spec, source_halo(spec), 4, False), image_of(spec, gradient_halo(spec), 4, True)
     forward = forward_problem(layer, source, result, False, False)
     backward = gradient_problem(layer, result, source, False)
-    index = with_transposed(forward_index(spec, keep, forward), spec, keep, backward)
+    index = gather_indexer(spec, forward, backward)(keep)
     values = gather_units(weight.detach().numpy(), index.order, layer.scheme.grid(spec)).astype(np.float64)
     got = gather_conv_reference(forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source))
     np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
@@ -83,5 +81,9 @@ def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_sha
 
 
 def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
-    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), 10))
+    stays = np.isin(np.arange(10), [4, 9])  # 7 leaves, 2 is new
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), stays))
     np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])
+    stays[4] = False
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), stays))
+    np.testing.assert_array_equal(moved, [[0, 0], [0, 0], [1, 2]])

@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mest_compile.operators.family import KernelFamily, problem_of
+from mest_compile.operators.family import KernelFamily
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.optimizer import CopyValues
 from mest_compile.registry import SCHEDULES, family
 from mest_compile.sparsity.packing import (
     LayerIndex,
-    by_place,
-    forward_places,
+    Places,
     gradient_halo,
     image_of,
     parity_passes,
-    pointers_of,
     reaching_passes,
     source_halo,
-    transposed_places,
 )
 from mest_compile.sparsity.scheme import loads_shared
 
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
     from mest_compile.graph.lowering import Lowering
     from mest_compile.graph.program import Buffer
     from mest_compile.sparsity.layer import Layer
-    from mest_compile.spec import Node
+    from mest_compile.spec import LayerSpec, Node
 
 LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up more often, and two suffice for eight accumulators
 
@@ -79,34 +76,30 @@ class CompactFamily(KernelFamily):
         layer = low.layer(node)
         return self._alive(layer, low, layer.spec.weight_shape[1]) if layer.scheme.spans[0] == 0 else None
 
-    def index(self, layer, keep, program):
+    def indexer(self, layer, program):
         spec, on_rows = layer.spec, layer.scheme.spans[0] == 1
-        alive = keep[:, 0, 0, 0] if on_rows else keep[0, :, 0, 0]
-        forward = problem_of(program, layer, "compact.conv", "pointers")
-        backward = problem_of(program, layer, "compact.conv", "transposed_pointers")
-        assert forward is not None, f"{spec.name} is not in program {program.name}"
+        forward, backward = self.problems(layer, program)
         # A neighbour that has the flags does not touch what is dead; otherwise dead results are written, as 0.
         spared = any(buffer.name == f"{spec.name}:alive" for call in program.calls for buffer in call.buffers)
-        weights = np.arange(keep.size).reshape(keep.shape)
+        places = Places.forward(spec, forward)
+        transposed = None if backward is None else Places.transposed(spec, backward)
 
-        units = _Units(forward, alive, keep.shape[2:])
-        cell, offsets = forward_places(spec, forward, units.group, units.first, units.y, units.x)
-        sort = by_place(cell, offsets)
-        order = weights[units.taps(units.row, units.source)][sort].ravel()
-        arrays = {"pointers": pointers_of(cell, forward.cells), "offsets": offsets[sort].astype(np.int32),
-                  **_lists("", forward, alive, spared), **({"alive": alive.astype(np.int32)} if spared else {})}
-        if backward is None:
+        def index(keep: np.ndarray) -> LayerIndex:
+            alive = keep[:, 0, 0, 0] if on_rows else keep[0, :, 0, 0]
+            pointers, offsets, order = _dense_index(spec, forward, places, alive)
+            arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, alive, spared)}
+            if spared:
+                arrays["alive"] = alive.astype(np.int32)
+            if backward is not None:
+                assert transposed is not None
+                pointers, offsets, there = _dense_index(spec, backward, transposed, alive, transposed=True)
+                place = np.empty(keep.size, np.int32)  # read where it was written only
+                place[order] = np.arange(len(order), dtype=np.int32)
+                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": place[there],
+                           **_lists("transposed_", backward, alive, spared or backward.accumulate)}
             return LayerIndex(order, arrays)
 
-        units = _Units(backward, alive, keep.shape[2:])
-        cell, offsets = transposed_places(spec, backward, units.group, units.first, units.y, units.x)
-        sort = by_place(cell, offsets)
-        place = np.zeros(keep.size, np.int32)
-        place[order] = np.arange(len(order))
-        return LayerIndex(order, arrays | {
-            "transposed_pointers": pointers_of(cell, backward.cells), "transposed_offsets": offsets[sort].astype(np.int32),
-            "transposed_from": place[weights[units.taps(units.source, units.row)][sort].ravel()],
-            **_lists("transposed_", backward, alive, spared or backward.accumulate)})
+        return index
 
     def index_elems(self, layer, part, cells):
         if part == "transposed_from":
@@ -150,24 +143,24 @@ def _blocks(layer: Layer, transposed: bool = False) -> tuple[int, int, int, int]
     return (LISTED_ROWS, loads_shared(sources), live, 0) if on_rows != transposed else (loads_shared(rows), 1, 0, live)
 
 
-class _Units:
-    """Every unit of a problem: each group of rows at each block of sources and each tap, those that are listed being the live ones.
+def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, alive: np.ndarray,
+                 transposed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pointers, offsets, the values' places in (out, in, kh, kw), [unit, source channel, row]) of a problem.
 
-    group, first, y, x (units,)  group of rows, first source channel, tap
-    row (units, row_block), source (units, source_block)  their channels
+    Its units are every group of rows at each block of sources and each tap, those that are listed being the live ones.
     """
-
-    def __init__(self, problem: GatherConv, alive: np.ndarray, taps: tuple[int, int]):
-        rows = _pairs(alive) if problem.rows_live else np.arange(problem.result.channels).reshape(-1, problem.row_block)
-        channels = np.flatnonzero(alive) if problem.sources_live else np.arange(problem.source.channels)
-        sources = channels.reshape(-1, problem.source_block)
-        self.group, block, self.y, self.x = (axis.ravel() for axis in np.indices((len(rows), len(sources), *taps)))
-        self.row, self.source, self.first = rows[self.group], sources[block], sources[block, 0]
-
-    def taps(self, out: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Where the units' weights are in (out, in, kh, kw), [unit, source channel, row]; `out` and `inputs` are `row` and `source`."""
-        out, inputs = (side[:, None, :] if side is self.row else side[:, :, None] for side in (out, inputs))
-        return out, inputs, self.y[:, None, None], self.x[:, None, None]
+    _, inputs, height, width = spec.weight_shape
+    taps = height * width
+    rows = _pairs(alive) if problem.rows_live else np.arange(problem.result.channels).reshape(-1, problem.row_block)
+    channels = np.flatnonzero(alive) if problem.sources_live else np.arange(problem.source.channels)
+    sources = channels.reshape(-1, problem.source_block)
+    blocks = sources[:, 0, None] // problem.source_block
+    order, pointers, offsets = places.sort(np.arange(len(rows))[:, None, None], blocks, np.arange(taps))
+    group, rest = np.divmod(order, len(sources) * taps)
+    block, tap = np.divmod(rest, taps)
+    by_row, by_source = (taps, inputs * taps) if transposed else (inputs * taps, taps)
+    there = (rows * by_row)[group][:, None, :] + ((sources * by_source)[block] + tap[:, None])[:, :, None]
+    return pointers, offsets, there.ravel().astype(np.int32)
 
 
 def _pairs(alive: np.ndarray) -> np.ndarray:

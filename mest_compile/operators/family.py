@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mest_compile.operators.bias import BiasGradient
+from mest_compile.operators.gather import GatherConv
 from mest_compile.operators.optimizer import Sgd
 from mest_compile.registry import SCHEDULES
 from mest_compile.spec import LayerSpec, Node
@@ -79,6 +81,13 @@ class KernelFamily(ABC):
         """Flags (channels,) of the source's channels that are read, and whose gradient is not 0; None: all."""
         return None
 
+    @staticmethod
+    def problems(layer: Layer, program: Program) -> tuple[GatherConv, GatherConv | None]:
+        """Of the layer's forward pass and of its input gradient, if it has one, in `program`."""
+        forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
+        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
+        return forward, backward
+
     # What a family says.
 
     @abstractmethod
@@ -95,8 +104,8 @@ class KernelFamily(ABC):
         """Records the input gradient, added to `target` or in its place."""
 
     @abstractmethod
-    def index(self, layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
-        """Index arrays of the layer's kernels in `program` under the grid `keep`."""
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
+        """The function that gives the index arrays of the layer's kernels in `program` under a grid `keep`: what is asked once a layer."""
 
     @abstractmethod
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
@@ -113,7 +122,8 @@ def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:
     return name if f"{device}/{name}.conv" in SCHEDULES.load() else "gather"
 
 
-def problem_of(program: Program, layer: Layer, kernel: str, part: str):
-    """The problem of the layer's call of `kernel` that reads the index buffer `part` first, or None."""
+def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
+    """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
     name = f"{layer.spec.name}:{part}"
-    return next((call.problem for call in program.calls if call.kernel == kernel and call.buffers[0].name == name), None)
+    return next((call.problem for call in program.calls
+                 if isinstance(call.problem, GatherConv) and call.buffers[0].name == name), None)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mest_compile.operators.family import KernelFamily, problem_of
+import numpy as np
+
+from mest_compile.operators.family import KernelFamily
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.optimizer import SgdUnits
 from mest_compile.registry import SCHEDULES, family
 from mest_compile.sparsity.packing import (
-    forward_index,
+    LayerIndex,
+    Places,
+    cells_of,
     gradient_halo,
     image_of,
+    inverse,
     parity_passes,
     reaching_passes,
     source_halo,
-    with_transposed,
 )
-from mest_compile.spec import Image
+from mest_compile.spec import Image, LayerSpec
 
 if TYPE_CHECKING:
     from mest_compile.graph.lowering import Lowering
@@ -36,6 +41,23 @@ def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool
     rows, sources = layer.scheme.block(layer.spec)
     passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
     return GatherConv(delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate)
+
+
+def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | None) -> Callable[[np.ndarray], LayerIndex]:
+    """keep (groups, sources, kh, kw) bool -> the index of its live cells."""
+    places = Places.forward(spec, forward)
+    transposed = None if backward is None else Places.transposed(spec, backward)
+
+    def index(keep: np.ndarray) -> LayerIndex:
+        place, group, source, tap = cells_of(keep)
+        sort, pointers, offsets = places.sort(group, source, tap)
+        arrays = {"pointers": pointers, "offsets": offsets}
+        if transposed is not None:  # roles swap: output channels are the source now
+            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = transposed.sort(source, group, tap)
+            arrays["permutation"] = inverse(there)[sort]
+        return LayerIndex(place[sort], arrays)
+
+    return index
 
 
 @family("gather")
@@ -65,12 +87,9 @@ class GatherFamily(KernelFamily):
         low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), *self.state(layer, low),
                         self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
 
-    def index(self, layer, keep, program):
-        forward = problem_of(program, layer, "gather.conv", "pointers")
-        backward = problem_of(program, layer, "gather.conv", "transposed_pointers")
-        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
-        index = forward_index(layer.spec, keep, forward)
-        return with_transposed(index, layer.spec, keep, backward) if backward is not None else index
+    def indexer(self, layer, program):
+        forward, backward = self.problems(layer, program)
+        return gather_indexer(layer.spec, forward, backward)
 
     def index_elems(self, layer, part, cells):
         return cells

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mest_compile.operators.family import problem_of
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, by_place, forward_places, pointers_of, transposed_places
+from mest_compile.sparsity.packing import LayerIndex, Places, cells_of, inverse
 
 PAIR = 2
 
@@ -35,29 +34,23 @@ class PatternFamily(GatherFamily):
         low.call("pattern.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
                  delta, target, name=name)
 
-    def index(self, layer, keep, program):
-        forward = problem_of(program, layer, "pattern.conv", "pointers")
-        backward = problem_of(program, layer, "pattern.conv", "transposed_pointers")
-        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
-        first = keep.copy()
-        first[..., 1:] &= ~keep[..., :-1]  # the left tap of every pair
-        unit = np.flatnonzero(first)
-        row, channel, y, x = np.unravel_index(unit, keep.shape)
-        cell, offsets = forward_places(layer.spec, forward, row, channel, y, x)
-        sort = by_place(cell, offsets)
-        unit, row, channel, y, x = (array[sort] for array in (unit, row, channel, y, x))
-        order = (unit[:, None] + np.arange(PAIR)).ravel()
-        arrays = {"pointers": pointers_of(cell, forward.cells), "offsets": offsets[sort].astype(np.int32)}
-        if backward is None:
+    def indexer(self, layer, program):
+        forward, backward = self.problems(layer, program)
+        places = Places.forward(layer.spec, forward)
+        transposed = None if backward is None else Places.transposed(layer.spec, backward)
+
+        def index(keep: np.ndarray) -> LayerIndex:
+            # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap of a pair.
+            left, row, channel, tap = (array[::PAIR] for array in cells_of(keep))
+            sort, pointers, offsets = places.sort(row, channel, tap)
+            order = (left[sort][:, None] + np.arange(PAIR, dtype=np.int32)).ravel()
+            arrays = {"pointers": pointers, "offsets": offsets}
+            if transposed is not None:  # in reverse, the right tap comes first
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = transposed.sort(channel, row, tap + PAIR - 1)
+                arrays["permutation"] = (inverse(there)[sort][:, None] * PAIR + np.arange(PAIR, dtype=np.int32)[::-1]).ravel()
             return LayerIndex(order, arrays)
 
-        cell, offsets = transposed_places(layer.spec, backward, channel, row, y, x + PAIR - 1)
-        sort = by_place(cell, offsets)
-        place = np.empty(len(sort), np.int32)
-        place[sort] = np.arange(len(sort), dtype=np.int32)
-        return LayerIndex(order, arrays | {
-            "transposed_pointers": pointers_of(cell, backward.cells), "transposed_offsets": offsets[sort].astype(np.int32),
-            "permutation": (place[:, None] * PAIR + np.arange(PAIR)[::-1]).astype(np.int32).ravel()})
+        return index
 
     def index_elems(self, layer, part, cells):
         return cells if part == "permutation" else cells // PAIR

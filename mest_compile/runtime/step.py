@@ -72,6 +72,7 @@ class TrainStep:
         self._compiled = compiled
         self._make_dense = dense
         self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
+        self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, compiled.train) for name, layer in compiled.layers.items()}
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
@@ -260,7 +261,11 @@ class TrainStep:
                 raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
             layer = self._compiled.layers[name]
             keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
-        return self._exchange(keeps, start)
+        fates = dict.fromkeys(sparse, "unchanged")
+        for name, keep in keeps.items():
+            old = self._keep(name)
+            fates[name] = self._exchange(name, old, keep, old)
+        return MutationReport(fates, time.perf_counter() - start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
                gradients: Mapping[str, np.ndarray] | None = None) -> MutationReport:
@@ -275,21 +280,24 @@ class TrainStep:
         if not 0 <= grow_to <= prune_to < 1:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
-        keeps, survivors = {}, {}
         scales = [self._scale(overall) for overall in (prune_to, grow_to)]
+        fates = {}
+        changes = []
         for name in self._sparse_layers():
             layer, keep = self._compiled.layers[name], self._keep(name)
             score = importance(self._get(name), self._get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             order = self._order[name]
             energy = np.zeros(keep.size)
-            energy[order] = np.square(score, dtype=np.float64).reshape(len(order), -1).sum(1)
+            squares = np.square(score, dtype=np.float64).reshape(len(order), -1)
+            energy[order] = squares @ np.ones(squares.shape[1])
             fewest, most = (layer.scheme.live_units(layer.spec, max(0.0, 1.0 - (1.0 - layer.sparsity) * scale)) for scale in scales)
             fewest = min(fewest, layer.scheme.count(layer.spec, keep))
             kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
             wanted = None if gradients is None else layer.scheme.energy(layer.spec, _as_conv(np.asarray(gradients[name])))
-            keeps[name] = layer.scheme.grow(layer.spec, kept, most, rng, wanted)
-            survivors[name] = kept
-        return self._exchange(keeps, start, survivors)
+            changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most, rng, wanted)))
+        for name, keep, kept, grown in changes:  # nothing is changed before all layers were asked, any of which may refuse
+            fates[name] = self._exchange(name, keep, grown, kept)
+        return MutationReport(fates, time.perf_counter() - start)
 
     def _scale(self, overall: float) -> float:
         """What every layer's density is multiplied by when all sparse layers together are to have the sparsity `overall`."""
@@ -399,18 +407,16 @@ class TrainStep:
         """
         layer = self._compiled.layers[name]
         old = self._order.get(name)
-        index = FAMILIES.find(layer.kernels).index(layer, keep, self._compiled.train)
+        index = self._index[name](keep)
         elems = layer.scheme.cell_elems(layer.spec)
         if old is not None:
-            places = old_places(old, index.order, keep.size)
-            if survivors is not None:
-                places[~survivors.ravel()[index.order]] = len(old)
+            places = old_places(old, index.order, self._keep(name) if survivors is None else survivors)
         for suffix in ("", ":gradient", ":momentum"):
             self._put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
                       carry_over(self._get(name + suffix).reshape(-1, elems), places))
         for part, array in index.arrays.items():
             self._put(f"{name}:{part}", array)
-        self._order[name] = index.order.astype(np.int32)
+        self._order[name] = index.order
         self._transpose(name)
 
     def _keep(self, name: str) -> np.ndarray:
@@ -433,14 +439,12 @@ class TrainStep:
             turned[permutation] = values.transpose(0, 2, 1)
             self._put(f"{name}:transposed", turned)
 
-    def _exchange(self, keeps: Mapping[str, np.ndarray], start: float, survivors: Mapping[str, np.ndarray] | None = None) -> MutationReport:
-        fates = dict.fromkeys(self._sparse_layers(), "unchanged")
-        for name, keep in keeps.items():
-            kept = (survivors or {}).get(name)
-            if not np.array_equal(keep, self._keep(name)) or (kept is not None and (keep & ~kept).any()):
-                self._install(name, keep, kept)
-                fates[name] = "re-indexed"
-        return MutationReport(fates, time.perf_counter() - start)
+    def _exchange(self, name: str, old: np.ndarray, new: np.ndarray, survivors: np.ndarray) -> str:
+        """Makes `new` the layer's mask in place of `old`, where it changes anything; the layer's fate."""
+        if np.array_equal(new, old) and np.array_equal(new & survivors, new):
+            return "unchanged"
+        self._install(name, new, survivors)
+        return "re-indexed"
 
 
 def _as_conv(weight: np.ndarray) -> np.ndarray:

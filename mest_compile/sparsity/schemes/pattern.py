@@ -53,7 +53,7 @@ class Pattern(Scheme):
         return out * max(1, min(inputs, round(inputs * share)))
 
     def count(self, layer, keep):
-        return int(_kernels(keep).sum())
+        return int(_alive(keep).sum())
 
     def start(self, layer, energy, live):
         """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
@@ -61,14 +61,14 @@ class Pattern(Scheme):
         return self.prune(layer, PATTERNS[kept.argmax(2)], energy, live)
 
     def prune(self, layer, keep, energy, live):
-        scores = np.where(keep, energy, 0.0).sum((2, 3))
-        return keep & prune_rows(_kernels(keep), scores, _each(layer, live))[:, :, None, None]
+        scores = np.where(keep, energy, 0.0).reshape(-1, _CELLS) @ np.ones(_CELLS)
+        return keep & prune_rows(_alive(keep), scores.reshape(keep.shape[:2]), _each(layer, live))[:, :, None, None]
 
     def grow(self, layer, keep, live, rng, energy=None):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
         patterns have most.
         """
-        alive, grown = _kernels(keep), keep.copy()
+        alive, grown = _alive(keep), keep.copy()
         kept = None if energy is None else np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
         new = grow_rows(alive, _each(layer, live), rng, None if kept is None else kept.max(2)) & ~alive
         chosen = rng.integers(len(PATTERNS), size=int(new.sum())) if kept is None else kept.argmax(2)[new]
@@ -92,6 +92,11 @@ class Pattern(Scheme):
 def _kernels(keep: np.ndarray) -> np.ndarray:
     """(out, in) bool: which kernels live."""
     return np.any(keep, (2, 3))
+
+
+def _alive(keep: np.ndarray) -> np.ndarray:
+    """`_kernels` of a legal `keep`, a view: every pattern holds the centre."""
+    return keep[:, :, 1, 1]
 
 
 def _each(layer, live: int) -> int:
