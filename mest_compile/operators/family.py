@@ -88,6 +88,10 @@ class KernelFamily(ABC):
         assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
         return forward, backward
 
+    def index(self, layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
+        """Index arrays of the layer's kernels in `program` under the grid `keep`, asked for once."""
+        return self.indexer(layer, program)(keep)
+
     # What a family says.
 
     @abstractmethod
