@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 2**30  # some 20,000 kernels; a wide ResNet-32 has about 150
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for cached_property: keys are asked for at every mutation
 class KernelSource:
     """The text of one kernel and what it is for.
 
@@ -48,7 +49,7 @@ class KernelSource:
     text: str
     target: Target
 
-    @property
+    @cached_property
     def key(self) -> str:
         """64 hex digits; equal for equal code."""
         limits = [asdict(self.target.gpu)] if self.target.gpu else []  # a kernel is checked against them when it is made
@@ -109,6 +110,10 @@ class Builder:
         if key not in self._ready:
             self._ready[key] = self._from_disk(source) or self._compile(source)
         return self._ready[key]
+
+    def has(self, source: KernelSource) -> bool:
+        """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
+        return source.key in self._ready or any(self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"))
 
     def _from_disk(self, source: KernelSource) -> Any:
         for path in self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"):

@@ -179,7 +179,9 @@ def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: froze
                      "optimizer": asdict(optimizer), "label_smoothing": label_smoothing,
                      "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
     }
-    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner, choices["train"])
+    by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
+    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner, by_call, builder,
+                    choices["train"])
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:

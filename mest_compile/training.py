@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -98,10 +98,13 @@ class Trainer:
 
     out       folder for the run's files (RunFolder names them), or None to write nothing
     progress  told about every batch and epoch
+    specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the same bits
     """
 
-    def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None):
+    def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None,
+                 specialize: bool = False):
         self.step = step
+        self.specialize = specialize
         self.recipe = recipe.resolved(target_sparsity(step))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
@@ -143,12 +146,16 @@ class Trainer:
         self._check_data(train)
         self._check_data(test)
         run, data = self._begin(train, test)
+        if self.specialize:
+            self.step.specialize(self._steps_between_mutations(len(train)))
         for epoch in range(len(run.history), self.recipe.epochs):
             mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
             trained = self._train(epoch, train)
             evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
             metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
                        "survival": self._survival(), "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
+            if self.specialize:
+                metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
             self._keep(run, metrics, data)
             self.progress.on_epoch(metrics)
         return run
@@ -195,6 +202,12 @@ class Trainer:
         for name, mask in self.step.masks().items():
             self._survivors[name] = self._survivors[name] & mask.ravel()
         return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds}
+
+    def _steps_between_mutations(self, examples: int) -> int | None:
+        """Fewest steps between two mutations of the recipe; None where there is at most one."""
+        epochs = [epoch for epoch in range(self.recipe.epochs) if self.recipe.mutation_at(epoch)]
+        gaps = [after - before for before, after in zip(epochs, epochs[1:])]
+        return min(gaps) * (examples // self.step.batch) if gaps else None
 
     def _survival(self) -> dict[str, float]:
         """{layer: share of the weights that lived at the start and have lived ever since}."""

@@ -40,6 +40,7 @@ class Request:
     threads: int | None = None
     target: str = "local"
     out: Path | None = None
+    specialize: bool = False
 
 
 def train(
@@ -62,6 +63,8 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; options given beside it override it.")] = None,
+    specialize: Annotated[bool, typer.Option("--specialize", help="Compile kernels for the masks at hand, in the background, where that "
+                                                                  "pays (see plan).")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
@@ -92,7 +95,8 @@ def train(
         chosen = Recipe(**settings)
     else:
         chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
-    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, out=out)), as_json)
+    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, out=out,
+                            specialize=specialize)), as_json)
 
 
 def start_run(request: Request) -> Run:
@@ -112,9 +116,11 @@ def start_run(request: Request) -> Run:
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)
     with TrainingProgress(console, step.batch) as progress:
-        trainer = Trainer(step, request.recipe, folder.path, progress)
+        trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
         folder.path.mkdir(parents=True, exist_ok=True)
-        source = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        if request.specialize:
+            source["specialize"] = True
         (folder.path / SOURCE_FILE).write_text(json.dumps(source))
         return _fit(trainer, split, console)
 
@@ -136,7 +142,7 @@ def continue_run(folder: Path) -> Run:
     with console.status(f"compiling the run in {folder}"):
         trainer = Trainer.resume(folder)
     with TrainingProgress(console, trainer.step.batch) as progress:
-        trainer.progress = progress
+        trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)
 
 

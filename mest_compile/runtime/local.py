@@ -35,7 +35,7 @@ class LocalRunner:
         self._programs, self._threads = programs, threads
         self._tensors: dict[str, Any] = {}
         self._arguments: dict[str, list] = {}
-        prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
+        self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
         for program in {program.name: program for program, _ in programs.values()}.values():
             for call in program.calls:
                 tvm.register_global_func(kernel_name(prefix, program, call.name), kernels[program.name][call.name], override=True)
@@ -60,6 +60,13 @@ class LocalRunner:
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name."""
         return self._tensors[name].numpy()
+
+    def exchange(self, kernels: Mapping[tuple[str, str], Any]) -> None:
+        """Puts other kernels in place of some: {(program name, call name): callable}."""
+        programs = {program.name: program for program, _ in self._programs.values()}
+        for (program, call), kernel in kernels.items():
+            self._tvm.register_global_func(kernel_name(self._prefix, programs[program], call), kernel, override=True)
+        self._machine = self._new_machine()
 
     def run(self, function: str) -> None:
         """Runs one of `programs`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.building import Builder, KernelSource
 from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.program import Buffer, Program
@@ -18,6 +19,7 @@ from mest_compile.records import Choice
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
+from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
@@ -33,6 +35,8 @@ class Compiled:
     train, predict   the two programs
     facts     JSON document from which the same step is compiled again
     runner    makes what holds the arrays and runs the programs
+    sources   (program name, call name) -> what its kernel was compiled from
+    builder   compiled them
     choices   call name of the training program -> its kernel's knobs and where they are from
     """
 
@@ -45,6 +49,8 @@ class Compiled:
     seed: int
     facts: Mapping[str, Any]
     runner: Callable[[], Runner]
+    sources: Mapping[tuple[str, str], KernelSource]
+    builder: Builder
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
 
@@ -73,6 +79,7 @@ class TrainStep:
         self._make_dense = dense
         self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, compiled.train) for name, layer in compiled.layers.items()}
+        self._specializer: Specializer | None = None
         self._rng = np.random.default_rng(compiled.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
@@ -146,6 +153,8 @@ class TrainStep:
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does.
         Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then.
         """
+        if self._specializer is not None:
+            self._specializer.poll()
         self._load_batch(images, labels)
         rule = self._compiled.optimizer
         rate = rule.lr if lr is None else float(lr)
@@ -307,6 +316,36 @@ class TrainStep:
         live = sum((1 - layer.sparsity) * layer.spec.weight_elems for layer in layers)
         return (1 - overall) * sum(layer.spec.weight_elems for layer in layers) / live
 
+    # Kernels.
+
+    def plan(self, steps: int | None = None) -> list[Planned]:
+        """Which kernel every phase of every layer should run on under the present masks, and why.
+
+        steps  between two mutations; None: there are none. Compiles the candidates and times them on the layers' own index arrays.
+        Raises UsageError when the step does not run on this machine's processor.
+        """
+        return (self._specializer or self._new_specializer(steps)).plan()
+
+    def specialize(self, steps: int | None = None) -> None:
+        """From now on layers run on kernels with their structure baked in where that is planned to be faster (see `plan`).
+
+        Results stay the same bit for bit. After a mutation that changes a layer's structure it runs on the indexed kernels while others
+        are compiled in the background; they are put in place between two steps. Raises as `plan` does.
+        """
+        self._specializer = self._new_specializer(steps)
+        self._specializer.begin()
+
+    def kernel_times(self) -> dict[str, LayerTimes]:
+        """{weight name: seconds of compiling and exchanging since the last call}, of layers where there were any."""
+        return {} if self._specializer is None else self._specializer.report()
+
+    def _new_specializer(self, steps: int | None) -> Specializer:
+        compiled, exchange = self._compiled, getattr(self._runner, "exchange", None)
+        if exchange is None:
+            raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
+        return Specializer((compiled.train, compiled.predict), compiled.layers, compiled.sources, exchange, self._get, compiled.builder,
+                           steps, compiled.threads)
+
     # Files.
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
@@ -400,8 +439,9 @@ class TrainStep:
             found[name] = dense.reshape(shapes[name])
         return found
 
-    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> None:
-        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay.
+    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> bool:
+        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay. Whether other kernels
+        are compiled for it.
 
         survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
         """
@@ -418,6 +458,7 @@ class TrainStep:
             self._put(f"{name}:{part}", array)
         self._order[name] = index.order
         self._transpose(name)
+        return self._specializer is not None and self._specializer.changed(name)
 
     def _keep(self, name: str) -> np.ndarray:
         """The layer's mask, a bool array of its scheme's grid."""
@@ -443,8 +484,7 @@ class TrainStep:
         """Makes `new` the layer's mask in place of `old`, where it changes anything; the layer's fate."""
         if np.array_equal(new, old) and np.array_equal(new & survivors, new):
             return "unchanged"
-        self._install(name, new, survivors)
-        return "re-indexed"
+        return "recompiled" if self._install(name, new, survivors) else "re-indexed"
 
 
 def _as_conv(weight: np.ndarray) -> np.ndarray:

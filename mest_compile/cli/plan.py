@@ -1,0 +1,49 @@
+"""`mest-compile plan`: which kernel every phase of every layer should run on, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
+    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    steps_between_mutations: Annotated[int | None, typer.Option(help="Steps that a compiled kernel serves; without it masks never "
+                                                                     "change.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the step.", min=1)] = None,
+    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is chosen and why.
+
+    Model: 32x32 images of 3 channels, 10 classes.
+    """
+    import mest_compile as mest
+    from mest_compile.models import build_model
+
+    shape = (batch, 3, 32, 32)
+    with stderr_console().status("compiling and timing"):
+        step = mest.compile(build_model(model, shape, 10, width, seed), shape, scheme=scheme, sparsity=sparsity,
+                            distribution=distribution, target=target, threads=threads, seed=seed)
+        planned = [one for one in step.plan(steps_between_mutations) if one.program == "train"]
+    saved = sum(one.times.indexed_seconds - one.times.specialized_seconds for one in planned
+                if one.times and one.choice.variant == "specialized")
+    chosen = sum(one.choice.variant == "specialized" for one in planned)
+    if as_json:
+        print_json({"steps_between_mutations": steps_between_mutations, "saved_seconds_a_step": saved,
+                    "calls": [{"layer": one.layer, "phase": one.phase, "variant": one.choice.variant, "why": one.choice.why,
+                               "times": one.times and asdict(one.times)} for one in planned]})
+        return
+    print_table(["layer", "phase", "variant", "why"],
+                [[one.layer.removesuffix(".weight"), one.phase, one.choice.variant, one.choice.why] for one in planned])
+    print(f"\n{chosen} of {len(planned)} kernels specialized, which saves {saved * 1e3:.2f} ms a step")

@@ -1,0 +1,236 @@
+"""Keeps a step on its fastest kernels: plans by measured times, has them compiled in the background, exchanges them between two steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mest_compile.building import Builder, KernelSource
+from mest_compile.graph.program import Call, Program
+from mest_compile.operators.gather import GatherConv, GatherGrad
+from mest_compile.specializing import Structure, specialized, structure_of
+from mest_compile.variants import Choice, Times, Variant, choose
+from mest_compile.workers import Workers
+
+log = logging.getLogger(__name__)
+REPEATS = 9  # timings of each kernel, in turns; their median counts
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A kernel call of a layer: (program, call) is where its kernel is exchanged."""
+
+    program: str
+    call: Call
+    indexed: KernelSource
+
+    @property
+    def key(self) -> str:
+        """Of the indexed kernel."""
+        return self.indexed.key
+
+    @property
+    def phase(self) -> str:
+        """ "forward", "recompute", "grad_weight", "grad_input" """
+        return self.call.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One call of the plan, of the program "train" or "predict". source: the specialized kernel; None where there is nothing to bake."""
+
+    layer: str
+    program: str
+    phase: str
+    choice: Choice
+    source: KernelSource | None = None
+    times: Times | None = None
+
+
+@dataclass(slots=True)
+class LayerTimes:
+    """Of one layer since the last report. seconds: compiling in workers; exchange_seconds: in the training thread."""
+
+    recompiled: int = 0
+    compile_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _State:
+    """running: (program, call) -> key of the specialized kernel that runs; wanted: the one that is to."""
+
+    running: dict[tuple[str, str], str] = field(default_factory=dict)
+    wanted: dict[tuple[str, str], KernelSource] = field(default_factory=dict)
+
+
+class Specializer:
+    """The specialized kernels of one step.
+
+    exchange  puts kernels in place: {(program, call): callable}
+    get       a copy of a held buffer's array
+    steps     between two mutations, None without
+    """
+
+    def __init__(self, programs: Iterable[Program], layers: Iterable[str], sources: Mapping[tuple[str, str], KernelSource],
+                 exchange: Callable[[Mapping[tuple[str, str], Any]], None], get: Callable[[str], np.ndarray], builder: Builder,
+                 steps: int | None, threads: int, workers: Workers | None = None):
+        names = set(layers)
+        self._places: dict[str, list[Place]] = {name: [] for name in names}
+        for program in programs:
+            for call in program.calls:
+                layer = call.buffers[0].name.partition(":")[0]
+                if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
+                    self._places[layer].append(Place(program.name, call, sources[program.name, call.name]))
+        self._exchange, self._get, self._builder = exchange, get, builder
+        self._steps, self._threads = steps, threads
+        self.workers = workers or Workers(builder.folder)
+        self._states = {name: _State() for name in names}
+        self._baked: dict[tuple[str, str], dict[Structure, KernelSource]] = {}
+        self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
+        self.history: dict[str, LayerTimes] = {}
+
+    def plan(self, layers: Iterable[str] | None = None) -> list[Planned]:
+        """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
+        found = {name: [self._source(name, place) for place in self._places[name]] for name in layers or self._places}
+        unknown: dict[str, tuple[Place, KernelSource]] = {}
+        for name in found:
+            for place, source in zip(self._places[name], found[name]):
+                if isinstance(source, KernelSource) and place.key not in self._gains:
+                    unknown[source.key] = place, source
+        missing = [source for _, source in unknown.values() if not self._builder.has(source)]
+        built = {built.key: built for built in self.workers.wait(missing)} if missing else {}
+        for key, (place, source) in unknown.items():
+            if key in built and built[key].problem:
+                log.warning("%s stays on its indexed kernel: %s", place.call.name, built[key].problem)
+            elif place.key not in self._gains:
+                self._gains[place.key] = self._measure(place, source, built[key].seconds if key in built else 0.0)
+        planned = []
+        for name in found:
+            for place, source in zip(self._places[name], found[name]):
+                if isinstance(source, str):
+                    planned.append(Planned(name, place.program, place.phase, Choice("indexed", source)))
+                elif place.key not in self._gains:
+                    why = "its specialized kernel does not compile"
+                    planned.append(Planned(name, place.program, place.phase, Choice("indexed", why)))
+                else:
+                    times = self._gains[place.key]
+                    planned.append(Planned(name, place.program, place.phase, choose(times, self._steps), source, times=times))
+        return planned
+
+    def begin(self) -> None:
+        """Plans, and exchanges what is chosen at once: before the first step there is nothing to wait beside."""
+        for name in list(self._places):
+            if all(planned.source is None for planned in self.plan([name])):
+                del self._places[name]  # masks that leave nothing to bake do not come to
+            else:
+                self._want(name)
+        missing = [source for state in self._states.values() for source in state.wanted.values() if not self._builder.has(source)]
+        if missing:
+            self.workers.wait(missing)
+        self.poll()
+
+    def changed(self, name: str) -> bool:
+        """Called when a layer's index has changed. Kernels whose structure is no longer the layer's make room for the indexed ones at
+        once. Whether others take their place, now or when they are compiled.
+        """
+        if name not in self._places:
+            return False
+        state, before = self._states[name], dict(self._states[name].running)
+        self._want(name)
+        kept = {place: key for place, key in before.items() if place in state.wanted and state.wanted[place].key == key}
+        stale = before.keys() - kept.keys()
+        if stale:
+            start = time.perf_counter()
+            indexed = {(place.program, place.call.name): self._builder.function(place.indexed) for place in self._places[name]
+                       if (place.program, place.call.name) in stale}
+            self._exchange(indexed)
+            self._note(name).exchange_seconds += time.perf_counter() - start
+            state.running = kept
+        missing = [source for place, source in state.wanted.items() if place not in state.running]
+        self.workers.ask(source for source in missing if not self._builder.has(source))
+        return bool(missing)
+
+    def poll(self) -> list[str]:
+        """Puts in place what has been compiled since; the layers it did so for. Cheap when there is nothing."""
+        for built in self.workers.done():
+            for name, state in self._states.items():
+                of_layer = [place for place, source in state.wanted.items() if source.key == built.key]
+                if of_layer and built.problem:
+                    log.warning("%s stays on its indexed kernels: %s", name, built.problem)
+                    for place in of_layer:
+                        del state.wanted[place]
+                elif of_layer:
+                    self._note(name).compile_seconds += built.seconds
+        exchanged = []
+        for name, state in self._states.items():
+            missing = {place: source for place, source in state.wanted.items() if place not in state.running}
+            if not missing or not all(self._builder.has(source) for source in missing.values()):
+                continue
+            start = time.perf_counter()
+            self._exchange({place: self._builder.function(source) for place, source in missing.items()})
+            state.running |= {place: source.key for place, source in missing.items()}
+            note = self._note(name)
+            note.exchange_seconds += time.perf_counter() - start
+            note.recompiled += len({source.key for source in missing.values()})
+            exchanged.append(name)
+        return exchanged
+
+    def waiting(self) -> bool:
+        """Whether any layer waits for a kernel."""
+        return any(state.wanted.keys() - state.running.keys() for state in self._states.values())
+
+    def report(self) -> dict[str, LayerTimes]:
+        """{layer: times} since the last report, of layers that were compiled or exchanged."""
+        found, self.history = self.history, {}
+        return found
+
+    def running(self, name: str) -> Variant:
+        return "specialized" if self._states[name].running else "indexed"
+
+    def _note(self, name: str) -> LayerTimes:
+        return self.history.setdefault(name, LayerTimes())
+
+    def _want(self, name: str) -> None:
+        state = self._states[name]
+        state.wanted = {}
+        for place, planned in zip(self._places[name], self.plan([name])):
+            if planned.choice.variant == "specialized":
+                assert planned.source is not None
+                state.wanted[place.program, place.call.name] = planned.source
+
+    def _source(self, name: str, place: Place) -> KernelSource | str:
+        """The specialized kernel of a call under the layer's present mask, or why there is none."""
+        problem, pointers = place.call.problem, place.call.buffers[0].name
+        prefix = "transposed_" if ":transposed_" in pointers else ""
+        live = int(self._get(f"{name}:{prefix}live_groups")[0]) if problem.rows_live else None
+        structure = structure_of(problem, self._get(pointers), live)
+        if isinstance(structure, str):
+            return structure
+        known = self._baked.setdefault((place.program, place.call.name), {})
+        if structure not in known:
+            known[structure] = specialized(place.indexed, problem, structure)
+        return known[structure]
+
+    def _measure(self, place: Place, source: KernelSource, compile_seconds: float) -> Times:
+        """Both kernels in turns on the layer's own index; what they write is thrown away."""
+        import tvm
+
+        tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
+        rng = np.random.default_rng(0)
+        arguments = [tvm.runtime.tensor(self._get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems, np.float32))
+                     for buffer in place.call.buffers]
+        kernels = self._builder.function(place.indexed), self._builder.function(source)
+        seconds: tuple[list[float], list[float]] = [], []
+        for turn in range(REPEATS + 1):
+            for kernel, times in zip(kernels, seconds):
+                start = time.perf_counter()
+                kernel(*arguments)
+                if turn:
+                    times.append(time.perf_counter() - start)
+        return Times(float(np.median(seconds[0])), float(np.median(seconds[1])), compile_seconds)

@@ -1,0 +1,169 @@
+"""Kernels with a layer's structure baked in: the choice, the bits, the exchange, and what happens when compiling fails."""
+
+import logging
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mest_compile as mest
+from mest_compile.building import Builder, KernelSource
+from mest_compile.errors import BuildError
+from mest_compile.models import build_model
+from mest_compile.specializing import Structure, structure_of
+from mest_compile.variants import Choice, Times, choose
+from mest_compile.workers import Workers
+
+SHAPE = (8, 3, 8, 8)
+
+
+@pytest.mark.parametrize("times, steps, variant, said", [
+    (Times(1e-3, 0.9e-3, 0.2), 3000, "specialized", "paid back in 2000 steps of 3000"),
+    (Times(1e-3, 0.9e-3, 0.2), 1000, "indexed", "paid back in 2000 steps of 1000"),
+    (Times(1e-3, 0.9e-3, 0.2), None, "specialized", "2000 steps"),
+    (Times(1e-3, 0.9e-3, 0.0), 1, "specialized", "compiled already"),
+    (Times(1e-3, 0.99e-3, 0.0), None, "indexed", "no gain"),
+    (Times(1e-3, 1.5e-3, 0.1), 10**9, "indexed", "no gain"),
+])
+def test_the_variant_is_the_one_of_least_time_until_the_next_mutation(times, steps, variant, said):
+    found = choose(times, steps)
+    assert isinstance(found, Choice) and found.variant == variant and said in found.why
+
+
+def small_step(scheme, folder, sparsity=0.8):
+    return mest.compile(build_model("resnet20", SHAPE, 10, 8), SHAPE, scheme=scheme, sparsity=sparsity, threads=1, builder=Builder(folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Everything that can be specialized is, whatever it gains: on small layers times differ by chance."""
+    monkeypatch.setattr("mest_compile.runtime.specializer.choose",
+                        lambda times, steps: Choice("specialized", "always"))
+    monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure", lambda *arguments: Times(2.0, 1.0, 0.0))
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(SHAPE).astype(np.float32), rng.integers(0, 10, SHAPE[0])
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.05)
+
+
+def same(one, other):
+    state = other.state_dict()
+    for name, value in one.state_dict().items():
+        np.testing.assert_array_equal(value, state[name], name)
+
+
+@pytest.mark.parametrize("scheme", ["filter", "channel", "pattern"])
+def test_specialized_kernels_give_the_same_bits_before_during_and_after_an_exchange(scheme, folder, always):
+    plain, special = small_step(scheme, folder), small_step(scheme, folder)
+    special.specialize()
+    running = {name for name in special.layers if special._specializer.running(name) == "specialized"}
+    assert len(running) > 10
+    fates = set()
+    for turn, grow_to in enumerate((0.8, 0.7, 0.7, 0.8)):
+        assert plain(*batch(turn)).loss == special(*batch(turn)).loss
+        same(plain, special)
+        np.testing.assert_array_equal(plain.predict(batch()[0]), special.predict(batch()[0]))
+        for step in (plain, special):
+            report = step.mutate(prune_to=0.82, grow_to=grow_to, rng=np.random.default_rng(turn))
+        fates |= set(report.layers.values())
+        assert plain(*batch(turn)).loss == special(*batch(turn)).loss  # perhaps still on indexed kernels
+        until(lambda: not special._specializer.waiting() or special._specializer.poll())
+    assert "recompiled" in fates
+    same(plain, special)
+    times = special.kernel_times()
+    assert times and all(one.exchange_seconds > 0 for one in times.values())
+    special._specializer.workers.close()
+
+
+def channels_of(step, name, count):
+    """A mask of scheme channel with `count` live input channels."""
+    mask = np.zeros_like(step.masks()[name])
+    mask[:, :count] = True
+    return mask
+
+
+def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_next_time(folder, always):
+    step = small_step("channel", folder)
+    step.specialize()
+    names = [name for name in step.masks() if name.startswith("layer2")][2:5]
+    report = step.set_masks({name: channels_of(step, name, 5) for name in names})
+    assert {name for name, fate in report.layers.items() if fate != "unchanged"} == set(names)
+    assert {report.layers[name] for name in names} == {"recompiled"}
+    until(lambda: not step._specializer.waiting() or step._specializer.poll())
+    assert set(step.kernel_times()) >= set(names) and all(step._specializer.running(name) == "specialized" for name in names)
+
+    again = small_step("channel", folder)
+    again.specialize()
+    compiled = again._compiled.builder.compiled
+    again.set_masks({name: channels_of(again, name, 5) for name in names})
+    again(*batch())
+    times = again.kernel_times()
+    assert all(again._specializer.running(name) == "specialized" for name in names) and not again._specializer.waiting()
+    assert again._compiled.builder.compiled == compiled and not any(one.compile_seconds for one in times.values())
+    assert not again._specializer.workers.started
+    step._specializer.workers.close()
+
+
+def test_a_worker_that_dies_leaves_training_on_indexed_kernels_and_says_so(tmp_path, always, caplog):
+    step = small_step("channel", tmp_path)
+    step.specialize()
+    workers = step._specializer.workers
+    for process in workers.processes:
+        os.kill(process.pid, signal.SIGKILL)
+    name = next(name for name in step.masks() if name.startswith("layer3"))
+    with caplog.at_level(logging.WARNING):
+        step.set_masks({name: channels_of(step, name, 7)})
+        until(lambda: step._specializer.poll() is not None and not step._specializer.waiting())
+        assert np.isfinite(step(*batch()).loss)
+    assert step._specializer.running(name) == "indexed"
+    assert "compile worker ended with code -9" in caplog.text and f"{name} stays on its indexed kernels" in caplog.text
+
+
+def test_a_kernel_that_does_not_compile_is_a_problem_of_its_own(tmp_path):
+    step = small_step("channel", tmp_path)
+    source = next(iter(step._compiled.sources.values()))
+    broken = KernelSource(source.kernel, source.text.replace("T.", "Abacus.", 1), source.target)
+    fine = KernelSource(source.kernel, source.text + "\n", source.target)
+    workers = Workers(tmp_path, count=1)
+    built = {one.key: one for one in workers.wait([broken, fine])}
+    workers.close()
+    assert "does not compile" in built[broken.key].problem and built[fine.key].problem is None
+    assert Builder(tmp_path).has(fine) and not Builder(tmp_path).has(broken)
+    with pytest.raises(BuildError):
+        Builder(tmp_path).function(broken)
+
+
+def test_workers_know_no_torch(tmp_path):
+    workers = Workers(tmp_path, count=1)
+    step = small_step("channel", tmp_path)
+    source = next(iter(step._compiled.sources.values()))
+    workers.wait([KernelSource(source.kernel, source.text + "\n", source.target)])
+    if sys.platform == "linux":
+        with open(f"/proc/{workers.processes[0].pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
+    workers.close()
+
+
+def test_what_has_no_common_length_is_named(folder):
+    step = small_step("block", folder)
+    reasons = {one.choice.why for one in step.plan() if one.layer in step.masks()}
+    assert all(one.choice.variant == "indexed" for one in step.plan() if one.layer in step.masks())
+    assert any("groups have" in reason for reason in reasons) and any("several passes" in reason for reason in reasons)
+    problem = next(call.problem for call in step.program.calls if call.kernel == "gather.conv")
+    assert structure_of(problem, np.arange(problem.cells + 1) * 3) == Structure((3,) * problem.sections)
