@@ -45,6 +45,8 @@ def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_gr
     if (counts != counts[:, :1]).any():
         return f"its groups have {counts.min()} to {counts.max()} units"
     found = tuple(int(count) for count in counts[:, 0])
+    if min(found) == 0:
+        return "a section of it has no units"
     if len(set(found)) > 1 and len(found) > MOST_COPIES:
         return f"its {len(found)} sections differ in length"
     return Structure(found, live_groups or 0)

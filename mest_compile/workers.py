@@ -42,7 +42,7 @@ class Workers:
 
     def __init__(self, folder: Path, count: int | None = None):
         self.folder = folder
-        self.count = count or len(os.sched_getaffinity(0))
+        self.count = count or max(1, len(os.sched_getaffinity(0)) // 2)
         self.started = False
         self._requests: Queue[KernelSource] = Queue()
         self._done: Queue[Built] = Queue()

@@ -92,6 +92,7 @@ class Specializer:
         self.workers = workers or Workers(builder.folder)
         self._states = {name: _State() for name in names}
         self._baked: dict[tuple[str, str], dict[Structure, KernelSource]] = {}
+        self._failed: set[str] = set()  # keys of specialized kernels that are not asked for again
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
         self.history: dict[str, LayerTimes] = {}
 
@@ -101,12 +102,13 @@ class Specializer:
         unknown: dict[str, tuple[Place, KernelSource]] = {}
         for name in found:
             for place, source in zip(self._places[name], found[name]):
-                if isinstance(source, KernelSource) and place.key not in self._gains:
+                if isinstance(source, KernelSource) and place.key not in self._gains and source.key not in self._failed:
                     unknown[source.key] = place, source
         missing = [source for _, source in unknown.values() if not self._builder.has(source)]
         built = {built.key: built for built in self.workers.wait(missing)} if missing else {}
         for key, (place, source) in unknown.items():
             if key in built and built[key].problem:
+                self._failed.add(key)
                 log.warning("%s stays on its indexed kernel: %s", place.call.name, built[key].problem)
             elif place.key not in self._gains:
                 self._gains[place.key] = self._measure(place, source, built[key].seconds if key in built else 0.0)
@@ -115,7 +117,7 @@ class Specializer:
             for place, source in zip(self._places[name], found[name]):
                 if isinstance(source, str):
                     planned.append(Planned(name, place.program, place.phase, Choice("indexed", source)))
-                elif place.key not in self._gains:
+                elif place.key not in self._gains or source.key in self._failed:
                     why = "its specialized kernel does not compile"
                     planned.append(Planned(name, place.program, place.phase, Choice("indexed", why)))
                 else:
@@ -159,6 +161,8 @@ class Specializer:
     def poll(self) -> list[str]:
         """Puts in place what has been compiled since; the layers it did so for. Cheap when there is nothing."""
         for built in self.workers.done():
+            if built.problem:
+                self._failed.add(built.key)
             for name, state in self._states.items():
                 of_layer = [place for place, source in state.wanted.items() if source.key == built.key]
                 if of_layer and built.problem:
