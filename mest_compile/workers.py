@@ -2,8 +2,8 @@
 
 A worker is a Python process of its own, started when the first kernel is asked for and kept: TVM's parser runs one at a time within a
 process, a fork would copy a thread pool without its threads, and starting costs a second. It reads requests and writes answers, a line of
-JSON each, and leaves what it compiles in the kernel cache, from where the trainer loads it. It runs at idle priority: it takes what the
-step leaves.
+JSON each, and leaves what it compiles in the kernel cache, from where the trainer loads it. It runs at idle priority, and still
+a step on all cores is slower meanwhile: its threads wait for each other.
 """
 
 from __future__ import annotations
