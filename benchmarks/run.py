@@ -42,6 +42,8 @@ def full() -> Iterator[tuple[Case, str]]:
     for scheme in ("unstructured", "block:4x1"):
         for rival in ("torch", "mest-one-thread"):
             yield replace(WIDE, scheme=scheme, threads=2), rival
+    for scheme in ("block:4x1", "pattern"):
+        yield replace(WIDE, scheme=scheme), "mest-untuned"
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:

@@ -123,10 +123,12 @@ def _load_mest() -> None:
     mest_compile.compile  # noqa: B018
 
 
-def _build_mest(case: Case) -> Built:
+def _build_mest(case: Case, tuned: bool = True) -> Built:
     import mest_compile as mest
     from mest_compile.building import Builder
+    from mest_compile.hardware import find_target
     from mest_compile.models import build_model
+    from mest_compile.records import Records
 
     builder = Builder()
     if Path(case.model).is_dir():
@@ -136,9 +138,15 @@ def _build_mest(case: Case) -> Built:
             build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape, scheme=case.scheme,
             sparsity=case.sparsity, distribution=case.distribution, target=case.target, threads=case.threads, seed=case.seed,
             optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-            memory_budget=case.memory_budget, builder=builder)
+            memory_budget=case.memory_budget, builder=builder, records=None if tuned else Records(find_target(case.target)))
     images, labels = case.batch()
-    return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0)
+    origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
+    return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0, (f"kernels: {origins}",))
+
+
+def _build_mest_untuned(case: Case) -> Built:
+    """Our step on the defaults of its schedules, whatever tuning has found."""
+    return _build_mest(case, tuned=False)
 
 
 def _build_mest_on_one_thread(case: Case) -> Built:
@@ -308,6 +316,7 @@ def _build_onnxruntime(case: Case) -> Built:
 OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
 CONTESTANTS = {
     "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
+    "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
     "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),

@@ -32,6 +32,7 @@ class LayerTime:
     live_weights  weights that are computed with
     flop          of one phase: 2 * live weights * output pixels * batch
     seconds       {phase: seconds}, phases that the step has
+    kernels       {phase: where its kernel's knobs are from: "exact", "nearest", "default" or "checkpoint"}
     """
 
     layer: str
@@ -40,6 +41,7 @@ class LayerTime:
     live_weights: int
     flop: int
     seconds: Mapping[str, float]
+    kernels: Mapping[str, str]
 
     def gflops(self, phase: str) -> float:
         """Useful operations a second of a phase, 1e9/s."""
@@ -68,6 +70,8 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
     times: dict[tuple[str, str], float] = defaultdict(float)
     calls: Counter[tuple[str, str]] = Counter()
     by_layer: dict[str, dict[str, float]] = {name: {} for name in step.layers}
+    choices = step.kernel_choices()
+    chosen: dict[str, dict[str, str]] = {name: {} for name in step.layers}
     for call in step.program.calls:
         group = (call.kernel, _phase(call))
         times[group] += seconds[call.name]
@@ -75,6 +79,7 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
         weight = call.buffers[0].name.partition(":")[0]
         if weight in by_layer and _phase(call) in PHASES:
             by_layer[weight][_phase(call)] = seconds[call.name]
+            chosen[weight][_phase(call)] = choices[call.name].origin
     times["rest", ""] = seconds["rest"]
     operators = [OperatorTime(kernel, phase, calls[kernel, phase], spent, spent / whole) for (kernel, phase), spent in times.items()]
     live = step.live_weights()
@@ -82,7 +87,7 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
     for name, layer in step.layers.items():
         height, width = layer.spec.output_size
         layers.append(LayerTime(name, layer.spec.weight_shape, (height, width), live[name], 2 * live[name] * height * width * step.batch,
-                                by_layer[name]))
+                                by_layer[name], chosen[name]))
     return Profile(whole, tuple(sorted(operators, key=lambda row: -row.seconds)), tuple(layers))
 
 

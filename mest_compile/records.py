@@ -32,6 +32,7 @@ from mest_compile.hardware import Target
 
 log = logging.getLogger(__name__)
 
+IN_STEP = "in step"   # the message of records whose seconds are those of the calls within a whole step
 STEP = "step"         # the "kernel" of records that time a whole training step
 SIZES = frozenset({"channels", "height", "width", "batch", "section_channels", "rows_live", "sources_live", "live", "chunks", "count",
                    "flop"})
@@ -130,12 +131,17 @@ class Choice:
 
 @dataclass(slots=True)
 class Trials:
-    """All records of one kernel, problem and measure: seconds of each set of knobs that always gave the right answer."""
+    """All records of one kernel, problem and measure.
+
+    seconds  knobs -> seconds of runs by themselves; in_step: within whole steps, which alone decide where there are any
+    wrong    knobs that once failed; tried: all of them
+    """
 
     kernel: str
     problem: Mapping[str, Any]
     live: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    in_step: dict[str, list[float]] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     tried: set[str] = field(default_factory=set)
@@ -150,11 +156,16 @@ class Trials:
             return
         if self.text.get(knobs) != record.text:  # the schedule changed in between
             self.seconds[knobs], self.text[knobs] = [], record.text
-        self.seconds[knobs] += record.seconds
+            self.in_step.pop(knobs, None)
+        if record.message == IN_STEP:
+            self.in_step.setdefault(knobs, []).extend(record.seconds)
+        else:
+            self.seconds[knobs] += record.seconds
 
-    def ranking(self) -> list[tuple[float, dict[str, Any], str]]:
-        """(median seconds, knobs, digest of the text), fastest first."""
-        found = [(median(seconds), knobs) for knobs, seconds in self.seconds.items() if seconds and knobs not in self.wrong]
+    def ranking(self, by_themselves: bool = False) -> list[tuple[float, dict[str, Any], str]]:
+        """(median seconds, knobs, digest of the text), fastest first; by_themselves: whatever whole steps said."""
+        times = self.seconds if by_themselves else self.in_step or self.seconds
+        found = [(median(seconds), knobs) for knobs, seconds in times.items() if seconds and knobs not in self.wrong]
         return [(seconds, knobs_from(json.loads(knobs)), self.text[knobs]) for seconds, knobs in sorted(found)]
 
 
@@ -251,6 +262,18 @@ class Records:
                 yield record
 
 
+class FixedRecords(Records):
+    """Records that name one set of knobs for each (kernel, problem, live) of `knobs`, by `key_of`, and the defaults for the rest."""
+
+    def __init__(self, target: Target, knobs: Mapping[tuple[str, str, int], Mapping[str, Any]]):
+        super().__init__(target)
+        self._knobs = knobs
+
+    def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
+        found = self._knobs.get(key_of(kernel, problem, live))
+        return Choice() if found is None else Choice(found, "exact")
+
+
 class LogFile:
     """Appends records to a log; several processes may. Each record is one write, on the disk before the next trial begins."""
 
@@ -334,6 +357,11 @@ def text_digest(text: str) -> str:
 
 def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def key_of(kernel: str, problem: Any, live: int) -> tuple[str, str, int]:
+    """What records of one problem have in common."""
+    return _key(kernel, plain(problem), live)
 
 
 def _key(kernel: str, problem: Mapping[str, Any], live: int) -> tuple[str, str, int]:

@@ -20,9 +20,12 @@ COVERED_ELSEWHERE = {
     'pip install -e ".[opencl]"': "make venv installs the same packages",
     "python benchmarks/readme_table.py": "writes the README; tests/test_speedtable.py compares what it would write",
 }
+COVERED_ELSEWHERE["mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "
+                  "--key phone --devices 2"] = "tests/test_tuning.py tunes behind a tracker"
 SHORTENED = {  # put behind the text's own options, which they override
     "train": ["--model", "mlp", "--data", "digits", "--epochs", "4"],
     "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],
+    "tune": ["--model", "mlp", "--width", "16", "--batch", "8", "--trials", "2", "--log", "log.jsonl"],
     "bench": ["--model", "resnet20", "--width", "8", "--batch", "8", "--repeats", "1"],
 }
 

@@ -41,7 +41,7 @@ def test_layers_count_live_weights_only(step):
 
 
 def test_rate_is_useful_operations_over_time():
-    assert LayerTime("a", (1, 1, 1, 1), (1, 1), 5, 3_000_000, {"forward": 0.002}).gflops("forward") == pytest.approx(1.5)
+    assert LayerTime("a", (1, 1, 1, 1), (1, 1), 5, 3_000_000, {"forward": 0.002}, {}).gflops("forward") == pytest.approx(1.5)
 
 
 def test_profiling_changes_neither_state_nor_what_comes_after(step, tmp_path):

@@ -91,6 +91,7 @@ def _profile(case, repeats: int, as_json: bool) -> None:
     def cells(row: LayerTime, phase: str) -> list[str]:
         return [f"{row.seconds[phase] * 1e3:.3f}", f"{row.gflops(phase):.1f}"] if phase in row.seconds else ["", ""]
 
-    print_table(["layer", "weight", "output", "live", *(column for phase in phases for column in (f"{phase} ms", "GFLOP/s"))],
+    print_table(["layer", "weight", "output", "live", *(column for phase in phases for column in (f"{phase} ms", "GFLOP/s")), "kernels"],
                 [[row.layer.removesuffix(".weight"), "x".join(map(str, row.weight_shape)), "x".join(map(str, row.output_size)),
-                  row.live_weights, *(cell for phase in phases for cell in cells(row, phase))] for row in found.layers])
+                  row.live_weights, *(cell for phase in phases for cell in cells(row, phase)),
+                  ", ".join(dict.fromkeys(row.kernels.values()))] for row in found.layers])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from mest_compile.choosing import choose_vector, step_facts, widened
+import numpy as np
+
+from mest_compile.choosing import choose_vector, live_of, step_facts, widened
 from mest_compile.compiling import compile as compile_step
 from mest_compile.errors import UsageError
 from mest_compile.frontend import import_model
@@ -17,10 +20,24 @@ from mest_compile.graph.lowering import lower
 from mest_compile.hardware import Target, find_target
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
-from mest_compile.records import STEP, LogFile, Measure, Outcome, Record, Records, shipped, target_facts, text_digest, user_log
+from mest_compile.records import (
+    STEP,
+    FixedRecords,
+    LogFile,
+    Measure,
+    Outcome,
+    Record,
+    Records,
+    key_of,
+    shipped,
+    target_facts,
+    text_digest,
+    user_log,
+)
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.session import Progress, Session, SessionResult
+from mest_compile.tuning.task import Task
 
 STEP_ROUNDS = 7  # in which whole steps of every vector width take turns
 
@@ -71,9 +88,41 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     runner = kind(target, options)
     try:
         left = None if time_limit is None else max(time_limit - (monotonic() - started), 0.0)
-        return Session(train, layers, target, runner, log, records.for_target(target), progress=progress).run(trials, left, request.seed)
+        timer = partial(time_in_steps, request, target) if kind.whole_steps else None
+        session = Session(train, layers, target, runner, log, records.for_target(target), progress=progress, in_step=timer)
+        return session.run(trials, left, request.seed)
     finally:
         runner.close()
+
+
+def time_in_steps(request: Request, target: Target, choices: Sequence[Mapping[Task, Mapping[str, Any]]]) -> list[dict[Task, list[float]]]:
+    """For every choice of knobs, {task: seconds of one of its calls in each round}. What a kernel finds in the caches is there what the
+    kernels before it left, and how it leaves them counts in nobody's favour.
+    """
+    steps = [_compiled(request, target, FixedRecords(target, {key_of(task.kernel, task.problem, task.live): knobs
+                                                              for task, knobs in choice.items()})) for choice in choices]
+    images, labels = _batch(request)
+    found: list[dict[Task, list[float]]] = [{task: [] for task in choice} for choice in choices]
+    calls = {task: [call.name for call in steps[0].program.calls
+                    if (call.kernel, call.problem, live_of(call, steps[0].layers)) == (task.kernel, task.problem, task.live)]
+             for choice in choices for task in choice}
+    for _ in range(STEP_ROUNDS):
+        for step, seconds in zip(steps, found):
+            profile = step.profile(images, labels, 1)
+            for task, known in seconds.items():
+                known.append(sum(profile[name] for name in calls[task]) / len(calls[task]))
+    return found
+
+
+def _compiled(request: Request, target: Target, records: Records) -> Any:
+    return compile_step(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape,
+                        scheme=request.scheme, sparsity=request.sparsity, distribution=request.distribution, target=target, threads=1,
+                        records=records)
+
+
+def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(request.seed)
+    return rng.standard_normal(request.input_shape, np.float32), rng.integers(0, 10, request.input_shape[0])
 
 
 def _vectors(request: Request, target: Target) -> list[int]:
@@ -93,12 +142,8 @@ def _time_vectors(request: Request, vectors: Sequence[int], layers: Any, target:
         return
     if progress:
         progress.on_stage("timing whole steps by vector width", 0, 1)
-    steps = {}
-    for vector in vectors:
-        wide = widened(target, vector)
-        steps[vector] = compile_step(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape,
-                                     scheme=request.scheme, sparsity=request.sparsity, distribution=request.distribution, target=wide,
-                                     threads=1, records=Records(wide))
+    wide = {vector: widened(target, vector) for vector in vectors}
+    steps = {vector: _compiled(request, wide[vector], Records(wide[vector])) for vector in vectors}
     seconds = time_in_turns(steps, request)
     for vector, found in seconds.items():
         knobs = {} if vector == target.vector else {"vector": vector}
@@ -109,10 +154,7 @@ def _time_vectors(request: Request, vectors: Sequence[int], layers: Any, target:
 
 def time_in_turns(steps: dict[int, Any], request: Request) -> dict[int, tuple[float, ...]]:
     """Seconds of training steps on random images, STEP_ROUNDS each after one that is not counted."""
-    import numpy as np
-
-    rng = np.random.default_rng(request.seed)
-    images, labels = rng.standard_normal(request.input_shape, np.float32), rng.integers(0, 10, request.input_shape[0])
+    images, labels = _batch(request)
     seconds: dict[int, list[float]] = {name: [] for name in steps}
     for turn in range(STEP_ROUNDS + 1):
         for name, step in steps.items():

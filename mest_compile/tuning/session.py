@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from mest_compile.building import Builder
 from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
-from mest_compile.records import LogFile, Outcome, Record, Records, Trials, plain, target_facts, text_digest
+from mest_compile.records import IN_STEP, LogFile, Outcome, Record, Records, Trials, plain, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.search import search
@@ -25,8 +25,12 @@ from mest_compile.tuning.task import Task, prepare, tasks_of
 
 FINALISTS = 3            # kernels of a task that are timed again beside the default one, in turns
 ROUNDS = 5               # of these turns
+STEP_FINALISTS = 6       # kernels of a task that are timed within whole steps
 CONFIRMED = "confirmed"  # the message of records of a second look
 SMALL_SHARE = 0.004      # of the step: kernels below are left on their defaults
+
+
+InStep = Callable[[Sequence[Mapping[Task, Mapping[str, Any]]]], list[dict[Task, list[float]]]]
 
 
 class Progress(Protocol):
@@ -72,12 +76,13 @@ class Session:
     """Tunes the kernels of one step for `target`, whose vector width is settled.
 
     records  what is known already, the log among it
+    in_step  times choices of knobs within whole steps; None: winners are timed again by themselves
     """
 
     def __init__(self, program: Program, layers: Mapping[str, Layer], target: Target, runner: Runner, log: LogFile, records: Records,
-                 builder: Builder | None = None, progress: Progress | None = None):
+                 builder: Builder | None = None, progress: Progress | None = None, in_step: InStep | None = None):
         self.program, self.layers, self.target, self.runner = program, layers, target, runner
-        self.log, self.records, self.progress = log, records, progress
+        self.log, self.records, self.progress, self.in_step = log, records, progress, in_step
         self.builder = builder or Builder()
         self._measured = 0
         self._trials = 0
@@ -114,7 +119,13 @@ class Session:
             spaces = [Space(task, number) for number, task in enumerate(unsearched)]
             search(spaces, [self._weight(task) for task in unsearched], trials, [self._spent(task) for task in unsearched],
                    [self._known(task).records for task in unsearched], self.runner, self._report, self._out_of_time, seed)
-        unconfirmed = [task for task in large if not any(record.message == CONFIRMED for record in self._known(task).records)]
+        wanted = CONFIRMED if self.in_step is None else IN_STEP
+        unconfirmed = [task for task in large if self._known(task).records[-1].message != wanted]
+        if self.in_step is not None:
+            if unconfirmed and not self._out_of_time():
+                self._stage("timing the winners in whole steps", 0, 1)
+                self._confirm_in_step(large)
+            return not self._out_of_time()
         for number, task in enumerate(unconfirmed):
             if self._out_of_time():
                 return False
@@ -132,19 +143,31 @@ class Session:
         best = [knobs for _, knobs, _ in self._known(task).ranking()[:FINALISTS]]
         if not best or not best[0] and len(best) == 1:
             return
-        seconds: dict[str, list[float]] = {}
-        entries = {repr(sorted(knobs.items())): knobs for knobs in [{}, *best]}
+        knobs: list[dict[str, Any]] = [{}, *(one for one in best if one)]
         with tempfile.TemporaryDirectory() as folder:
+            sources = [task.source(one) for one in knobs]
+            built = [self.runner.build(source, Path(folder)) for source in sources]  # each was built before
+            seconds: list[list[float]] = [[] for _ in knobs]
             for _ in range(ROUNDS):
-                for name, knobs in list(entries.items()):
-                    timing = self.runner.attempt(task, task.source(knobs), Path(folder))
-                    if timing.outcome is Outcome.OK:
-                        seconds.setdefault(name, []).extend(timing.seconds)
-                    else:
-                        self._note(task, knobs, timing)
-                        del entries[name]
-        for name, knobs in entries.items():
-            self._note(task, knobs, Timing(Outcome.OK, tuple(seconds[name]), CONFIRMED))
+                for place, (source, artifact) in enumerate(zip(sources, built)):
+                    timing = self.runner.run(task, artifact, source.symbol)
+                    if timing.outcome is not Outcome.OK:  # it was right before: once wrong is wrong
+                        self._note(task, knobs[place], timing)
+                    seconds[place] += timing.seconds
+        for one, found in zip(knobs, seconds):
+            self._note(task, one, Timing(Outcome.OK, tuple(found), CONFIRMED))
+
+    def _confirm_in_step(self, tasks: list[Task]) -> None:
+        """Times the finalists of all tasks within whole steps, in turns: step i has every task's i-th, step 0 the defaults."""
+        assert self.in_step is not None
+        finalists = {task: [{}, *[knobs for _, knobs, _ in self._known(task).ranking(by_themselves=True) if knobs][:STEP_FINALISTS]]
+                     for task in tasks}
+        chosen: list[dict[Task, dict[str, Any]]] = [{task: knobs[place] for task, knobs in finalists.items() if place < len(knobs)}
+                                                    for place in range(STEP_FINALISTS + 1)]
+        seconds = self.in_step([choice for choice in chosen if choice])
+        for choice, found in zip(chosen, seconds):
+            for task, knobs in choice.items():
+                self._note(task, knobs, Timing(Outcome.OK, tuple(found[task]), IN_STEP))
 
     def _attempt(self, task: Task, knobs: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +215,7 @@ class Session:
         default = next((seconds for seconds, knobs, _ in ranking if not knobs), None)
         outcomes: dict[str, int] = {}
         for record in known.records:
-            if record.message != CONFIRMED:
+            if record.message not in (CONFIRMED, IN_STEP):
                 outcomes[record.outcome.value] = outcomes.get(record.outcome.value, 0) + 1
         best = ranking[0] if ranking else (None, {}, "")
         return TaskResult(task.name, task.kernel, task.live, task.calls, default, best[0], best[1], len(known.tried), outcomes)

@@ -1,0 +1,69 @@
+"""Takes a tuning log into autotune_logs/: `python benchmarks/ship_log.py LOG [--target local]`.
+
+Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain; a shipped log that is
+there already is joined. What cannot be trusted is left out, as everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mest_compile.hardware import Target, find_target
+from mest_compile.records import Measure, Record, Records, is_foreign, plain
+
+FOLDER = Path(__file__).resolve().parent.parent / "autotune_logs"
+
+
+def condensed(target: Target, paths: list[Path]) -> list[Record]:
+    """The records worth shipping, problems in order of first appearance."""
+    by_key: dict[tuple, list[Record]] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            record = _trusted(line, target)
+            if record is not None:
+                by_key.setdefault((*record.key, record.target["vector"]), []).append(record)
+    kept: list[str] = []
+    for records in by_key.values():
+        trials = Records(target)
+        for record in records:
+            trials.add(record)
+        first = records[0]
+        ranking = trials.trials(first.kernel, first.problem, first.live).ranking()
+        if ranking:
+            wanted = ({}, plain(ranking[0][1]))
+            kept += dict.fromkeys(record.to_line() for record in records if plain(record.knobs) in wanted)
+    return [Record.from_line(line) for line in kept]
+
+
+def _trusted(line: str, target: Target) -> Record | None:
+    """The record, of any vector width, or None."""
+    try:
+        record = Record.from_line(line)
+    except ValueError:
+        return None
+    wide = replace(target, vector=record.target.get("vector", target.vector))
+    return record if record.measure is Measure.MEASURED and not is_foreign(record, wide) else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("log", type=Path, nargs="+")
+    parser.add_argument("--target", default="local")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    chosen = parser.parse_args(arguments)
+    target = find_target(chosen.target)
+    path = chosen.folder / f"{target.name}.jsonl"
+    records = condensed(target, [path, *chosen.log])
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(record.to_line() + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"{path}: {len(records)} records")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

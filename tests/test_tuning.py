@@ -1,0 +1,289 @@
+"""Tuning sessions: right answers only, resumed after a kill, replayed without measuring, on this machine and over RPC."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mest_compile as mest
+from mest_compile.building import Builder, kernel_source, knob_space
+from mest_compile.choosing import choose_knobs
+from mest_compile.frontend import import_model
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower
+from mest_compile.hardware import find_target
+from mest_compile.models import build_model
+from mest_compile.planning import plan_layers
+from mest_compile.records import LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
+from mest_compile.registry import SCHEDULES
+from mest_compile.sparsity import parse_scheme
+from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
+from mest_compile.tuning.search import to_database
+from mest_compile.tuning.session import Session
+from mest_compile.tuning.space import Space, meta_schedule, places_in
+from mest_compile.tuning.task import prepare, tasks_of
+
+SHAPE = (8, 3, 8, 8)
+MAIN = [sys.executable, "-c", "from mest_compile.cli import main; main()"]
+TINY = ["tune", "--model", "mlp", "--width", "32", "--batch", "8", "--scheme", "block:4x1"]
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    return Builder(folder=tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return find_target("local").for_batch(SHAPE[0])
+
+
+def planned(target, model="resnet20", width=8, scheme="block:4x1"):
+    """(training program, prediction program, layers)."""
+    graph, _ = import_model(build_model(model, SHAPE, 10, width, 0), SHAPE)
+    layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
+    return *lower(fuse(graph), layers, target), layers
+
+
+@pytest.mark.parametrize("scheme", ["block:4x1", "pattern", "filter"])
+def test_every_choice_of_every_knob_keeps_the_meaning(target, builder, tmp_path, scheme):
+    """Each value of the small knobs once, beside random ones of the others; answers are whole numbers, so equal means equal."""
+    import tvm
+
+    train, _, layers = planned(target, scheme=scheme)
+    rng = np.random.default_rng(0)
+    tasks = tasks_of(train, layers, target, tmp_path)
+    kinds = {}
+    for task in tasks:
+        kinds.setdefault((task.kernel, len(getattr(task.problem, "passes", ())), getattr(task.problem, "accumulate", None)), task)
+    assert {kernel.rpartition(".")[2] for kernel, _, _ in kinds} == {"conv", "grad"}
+    for task in kinds.values():
+        prepare(task, train, layers, builder)
+        space, arrays = task.space(), task.load()
+        assert arrays.wanted and arrays.allowed == 0
+        rounds = min(max(len(values) for values in space.values()), 4)
+        columns = {name: [*rng.permutation(len(values)), *rng.integers(0, len(values), rounds)] for name, values in space.items()}
+        for turn in range(rounds):
+            knobs = {name: space[name][column[turn]] for name, column in columns.items()}
+            tensors = [tvm.runtime.tensor(array) for array in arrays.arguments]
+            builder.function(task.source(knobs))(*tensors)
+            assert arrays.check([tensor.numpy() for tensor in tensors]) is None, (task.name, knobs)
+
+
+def test_the_check_notices_one_wrong_element_and_nan(target, builder, tmp_path):
+    train, _, layers = planned(target, "mlp")
+    task = tasks_of(train, layers, target, tmp_path)[0]
+    prepare(task, train, layers, builder)
+    place, wanted = next(iter(task.load().wanted.items()))
+    for wrong in (wanted[3] + 1, np.nan):
+        after = task.arguments()
+        for known, array in task.load().wanted.items():
+            after[known] = array.copy()
+        assert task.check(after) is None
+        after[place][3] = wrong
+        assert "1 of" in task.check(after)
+    assert task.check(task.arguments()) is not None  # nothing was computed
+
+
+VARIANTS = ("right", "wrong", "crashing", "hanging", "broken")
+
+
+def spoilt(text, variant):
+    """A kernel's text that is fast and wrong, reads where nothing is, never ends, or is no program."""
+    start = "for piece in T.parallel("
+    at = text.index(start)
+    if variant == "wrong":
+        return text.replace("for unit in T.serial(", "for unit in T.serial(0 * ")
+    if variant == "crashing":
+        return text[:at] + "result[1 << 30] = T.float32(1)\n    " + text[at:]
+    if variant == "hanging":
+        loop = ("for never in T.serial(2000000000):\n        for ever in T.serial(2000000000):\n"
+                "            result[0] = result[0] * T.float32(1.5)\n    ")
+        return text[:at] + loop + text[at:]
+    return text.replace(start, "for piece im T.parallel(") if variant == "broken" else text
+
+
+def test_wrong_crashing_hanging_and_broken_kernels_are_recorded_and_never_win(target, builder, tmp_path, monkeypatch):
+    train, _, layers = planned(target, "mlp")
+    victim = next(call.problem for call in train.calls if call.kernel == "gather.conv")
+    usual = SCHEDULES.find("cpu/gather.conv")
+
+    def schedule(problem, target, variant="right", **knobs):
+        return spoilt(usual(problem, target, **knobs), variant)
+
+    schedule.knobs = lambda problem, target: {"variant": VARIANTS} if problem == victim else {}
+    monkeypatch.setitem(SCHEDULES, "cpu/gather.conv", schedule)
+    monkeypatch.setitem(SCHEDULES, "cpu/gather.grad", replace_knobs(SCHEDULES.find("cpu/gather.grad")))
+    log = LogFile(tmp_path / "local.jsonl")
+    runner = find_runner("local")(target, RunnerOptions(timeout_seconds=8))
+    try:
+        result = Session(train, layers, target, runner, log, Records(target, [log.path]), builder).run(trials=len(VARIANTS))
+    finally:
+        runner.close()
+    task, = result.tasks
+    assert dict(task.outcomes) == {"ok": 1, "wrong-answer": 1, "crashed": 1, "timed-out": 1, "build-failed": 1}
+    assert task.knobs == {} and result.finished
+    choices = choose_knobs([train], layers, target, Records(target, [log.path]))["train"]
+    assert all(not choice.knobs for choice in choices.values())
+
+
+def replace_knobs(schedule):
+    def without(problem, target, **knobs):
+        return schedule(problem, target, **knobs)
+
+    without.knobs = {}
+    return without
+
+
+class Clock(Runner):
+    """Modelled seconds that the knobs decide: for sessions without a device."""
+
+    measure = Measure.MODELLED
+
+    def build(self, source, folder):
+        path = folder / source.symbol
+        path.write_text(source.text)
+        return path
+
+    def run(self, task, artifact, symbol, repeats=None):
+        return Timing(Outcome.OK, (1.0 + int(text_digest(artifact.read_text()), 16) % 1000 / 1000,) * 3)
+
+
+def test_a_search_spends_its_trials_on_distinct_candidates_and_a_finished_one_none(target, builder, tmp_path):
+    train, _, layers = planned(target, "mlp")
+    log = LogFile(tmp_path / "local.jsonl")
+
+    def run():
+        return Session(train, layers, target, Clock(target, RunnerOptions()), log, Records(target, [log.path]), builder).run(trials=12)
+
+    first = run()
+    lines = [Record.from_line(line) for line in log.path.read_text().splitlines()]
+    trials = [(*line.key, repr(sorted(line.knobs.items()))) for line in lines if line.message != "confirmed"]
+    assert len(trials) == len(set(trials)) == first.measured
+    assert first.finished and any(task.trials == 12 for task in first.tasks) and all(task.trials <= 12 for task in first.tasks)
+    assert all(task.best_seconds <= task.default_seconds for task in first.tasks)
+    again = run()
+    assert again.measured == 0 and again.finished and again.tasks == first.tasks
+
+
+def test_records_become_meta_schedule_records_and_back(target, tmp_path):
+    train, _, layers = planned(target, "mlp")
+    task = tasks_of(train, layers, target, tmp_path)[0]
+    space = Space(task, 0)
+    knobs = {name: values[-1] for name, values in task.space().items()}
+    common = (task.kernel, plain(task.problem), task.live, target_facts(target), "")
+    records = [Record(*common, chosen, Outcome.OK, Measure.MEASURED, (seconds,), "")
+               for chosen, seconds in (({}, 2.0), (knobs, 1.0), ({"no such knob": 1}, 0.1))]
+    ms = meta_schedule()
+    database = ms.database.JSONDatabase(work_dir=str(tmp_path))
+    to_database(space, records, database)
+    again = ms.database.JSONDatabase(work_dir=str(tmp_path))
+    from tvm.s_tir import Schedule
+
+    top = again.get_top_k(again.commit_workload(space.module), 5)
+    assert [float(record.run_secs[0]) for record in top] == [1.0, 2.0]
+    schedule = Schedule(space.module)
+    top[0].trace.apply_to_schedule(schedule, remove_postproc=False)
+    assert space.knobs_at(places_in(schedule.mod)[1]) == knobs
+
+
+def test_a_step_takes_the_best_records_says_so_and_keeps_them_in_its_checkpoint(target, builder, tmp_path):
+    model = build_model("mlp", SHAPE, 10, 32, 0)
+    log = LogFile(tmp_path / "local.jsonl")
+    plain_step = mest.compile(model, SHAPE, sparsity=0.8, records=Records(target), builder=builder)
+    call = next(call for call in plain_step.program.calls if call.name.endswith("fc1.forward"))
+    space = knob_space(call.kernel, call.problem, target)
+
+    def note(knobs, seconds):
+        live = plain_step.live_weights()[call.buffers[0].name.partition(":")[0]] // 4
+        log.append(Record(call.kernel, plain(call.problem), live, target_facts(target), Records(target).cpu, knobs, Outcome.OK,
+                          Measure.MEASURED, (seconds,), text_digest(kernel_source(call.kernel, call.problem, target, **knobs).text)))
+
+    def compiled():
+        return mest.compile(model, SHAPE, sparsity=0.8, records=Records(target, [log.path]), builder=builder)
+
+    first, second = {"tile": space["tile"][1]}, {"tile": space["tile"][2], "together": 2}
+    note(first, 1.0)
+    step = compiled()
+    choice = step.kernel_choices()[call.name]
+    assert (choice.origin, choice.knobs) == ("exact", first) and step.describe()["kernels"]["exact"] == 1
+    assert compiled().kernel_choices() == step.kernel_choices()
+    images, labels = np.random.default_rng(0).standard_normal(SHAPE, np.float32), np.arange(8)
+    step(images, labels)
+    step.save(tmp_path / "step.safetensors")
+    note(second, 0.5)
+    assert compiled().kernel_choices()[call.name].knobs == second
+    loaded = mest.load(tmp_path / "step.safetensors", builder=builder)
+    assert (loaded.kernel_choices()[call.name].origin, loaded.kernel_choices()[call.name].knobs) == ("checkpoint", first)
+    assert loaded(images, labels).loss == step(images, labels).loss
+
+
+def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builder, tmp_path):
+    from mest_compile.choosing import choose_vector, step_facts, widened
+
+    _, _, layers = planned(target, "mlp")
+    facts, log = step_facts(layers), LogFile(tmp_path / "local.jsonl")
+    for vector, seconds in ((8, 2.0), (4, 1.0), (16, 0.1)):  # a batch of 8 does not fill 16
+        log.append(Record("step", facts, 0, target_facts(target), Records(target).cpu, {"vector": vector}, Outcome.OK, Measure.MEASURED,
+                          (seconds,), text_digest("step")))
+    assert choose_vector(layers, target, Records(target, [log.path])) == widened(target, 4)
+    assert choose_vector(layers, target, Records(target)) == target
+
+
+def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_path):
+    log = tmp_path / "local.jsonl"
+    command = [*MAIN, *TINY, "--trials", "5", "--log", str(log), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not log.exists() or log.read_bytes().count(b"\n") < 12:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = log.read_bytes()
+    whole = before[:before.rfind(b"\n") + 1].count(b"\n")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["finished"] and log.read_bytes().startswith(before)
+    records = [Record.from_line(line) for line in log.read_text().splitlines()[:whole]] + [
+        Record.from_line(line) for line in log.read_text().splitlines()[whole + (len(before) > before.rfind(b"\n") + 1):]]
+    trials = [(*record.key, repr(sorted(record.knobs.items()))) for record in records if record.message != "confirmed"]
+    assert len(trials) == len(set(trials)) == whole + result["measured"]
+
+
+@pytest.fixture
+def tracker():
+    """("host:port" of a tracker, key) with a device that serves."""
+    from tvm.rpc.tracker import Tracker
+
+    tracker = Tracker(host="127.0.0.1", port=9410, port_end=9499)
+    server = subprocess.Popen([sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", "9500", "--port-end", "9599",
+                               "--tracker", f"127.0.0.1:{tracker.port}", "--key", "here"], start_new_session=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TVM_NUM_THREADS": "1"})
+    yield f"127.0.0.1:{tracker.port}", "here"
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    tracker.terminate()
+
+
+def test_a_device_behind_a_tracker_measures(mest_compile_command, tmp_path, tracker):
+    address, key = tracker
+    log = tmp_path / "local.jsonl"
+    ran = mest_compile_command(*TINY, "--trials", "2", "--log", log, "--tracker", address, "--key", key, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["finished"] and ran.document["measure"] == "measured" and ran.document["measured"] >= 8
+    assert all(set(task["outcomes"]) == {"ok"} for task in ran.document["tasks"])
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--tracker", "127.0.0.1:1"], "needs --tracker HOST:PORT and --key KEY"), (["--tracker", "nowhere", "--key", "a"], "wanted HOST:PORT"),
+    (["--runner", "telepathy"], "no tuning runner 'telepathy'"), (["--vectors", "8;16"], "wanted whole numbers"),
+    (["--vectors", "3"], "wanted powers of two")])
+def test_misuse_is_said(mest_compile_command, arguments, said):
+    ran = mest_compile_command(*TINY, *arguments)
+    assert ran.code == 2 and said in ran.err
