@@ -252,7 +252,7 @@ def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_pat
     assert result["finished"] and log.read_bytes().startswith(before)
     records = [Record.from_line(line) for line in log.read_text().splitlines()[:whole]] + [
         Record.from_line(line) for line in log.read_text().splitlines()[whole + (len(before) > before.rfind(b"\n") + 1):]]
-    trials = [(*record.key, repr(sorted(record.knobs.items()))) for record in records if record.message != "confirmed"]
+    trials = [(*record.key, repr(sorted(record.knobs.items()))) for record in records if record.message != "in step"]
     assert len(trials) == len(set(trials)) == whole + result["measured"]
 
 

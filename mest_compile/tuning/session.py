@@ -6,10 +6,12 @@ goes on behind the last record.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,12 +117,16 @@ class Session:
         for number, task in enumerate(unsearched):
             self._stage("preparing", number, len(unsearched))
             self._prepare(task)
+            if _size(task) <= trials:
+                self._try_all(task)
+        unsearched = [task for task in unsearched if _size(task) > trials]
         if unsearched:
             spaces = [Space(task, number) for number, task in enumerate(unsearched)]
             search(spaces, [self._weight(task) for task in unsearched], trials, [self._spent(task) for task in unsearched],
                    [self._known(task).records for task in unsearched], self.runner, self._report, self._out_of_time, seed)
         wanted = CONFIRMED if self.in_step is None else IN_STEP
-        unconfirmed = [task for task in large if self._known(task).records[-1].message != wanted]
+        unconfirmed = [task for task in large if self._known(task).records[-1].message != wanted
+                       and any(knobs for _, knobs, _ in self._known(task).ranking())]
         if self.in_step is not None:
             if unconfirmed and not self._out_of_time():
                 self._stage("timing the winners in whole steps", 0, 1)
@@ -133,6 +139,14 @@ class Session:
             self._prepare(task)
             self._confirm(task)
         return not self._out_of_time()
+
+    def _try_all(self, task: Task) -> None:
+        """Every candidate of a space that is smaller than the trials."""
+        space, tried = task.space(), self._known(task).tried
+        for values in product(*space.values()):
+            knobs = {name: value for (name, choices), value in zip(space.items(), values) if value != choices[0]}
+            if json.dumps(plain(knobs), sort_keys=True) not in tried and not self._out_of_time():
+                self._attempt(task, knobs)
 
     def _prepare(self, task: Task) -> None:
         if not task.arrays.exists():
