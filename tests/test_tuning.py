@@ -207,7 +207,7 @@ def test_a_step_takes_the_best_records_says_so_and_keeps_them_in_its_checkpoint(
     def compiled():
         return mest.compile(model, SHAPE, sparsity=0.8, records=Records(target, [log.path]), builder=builder)
 
-    first, second = {"tile": space["tile"][1]}, {"tile": space["tile"][2], "together": 2}
+    first, second = {"tile": space["tile"][1]}, {"together": space["together"][1]}
     note(first, 1.0)
     step = compiled()
     choice = step.kernel_choices()[call.name]

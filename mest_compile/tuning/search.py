@@ -43,6 +43,8 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
     target = tvm.target.Target({"kind": "llvm", "num-cores": 1})  # of the stand-ins
     tokens = itertools.count()
     raised: list[BaseException] = []
+    tried = {(space.number, repr(sorted(record.knobs.items()))): Timing(record.outcome, record.seconds)
+             for space, records in zip(spaces, known, strict=True) for record in records}
     candidates: dict[str, tuple[Space, dict[str, int]]] = {}
 
     @derived_object
@@ -87,9 +89,11 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
                 raise OutOfTime
             space, places = candidates.pop(token)
             knobs = space.knobs_at(places)
-            timing = runner.attempt(space.task, space.task.source(knobs), folder)
-            report(space, knobs, timing)
-            return timing
+            key = (space.number, repr(sorted(knobs.items())))
+            if key not in tried:  # the search proposes some twice
+                tried[key] = runner.attempt(space.task, space.task.source(knobs), folder)
+                report(space, knobs, tried[key])
+            return tried[key]
 
     def context(space: Space) -> Any:
         many = max(min(64, space.size // 2), 2)
