@@ -28,9 +28,13 @@ LIMIT_SECONDS = 300  # of one kernel; one that needs longer has too large a prob
 _CODES = {"i": 0, "f": 2}  # DLPack's
 
 
+class EmulationTimeout(DeviceError):
+    """A kernel that did not end in time on the emulated machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How programs for one architecture are built and run here. package: Debian's names of what has these programs."""
+    """How programs for one architecture are built and run here. packages: Debian's names of what has these programs."""
 
     emulator: str
     compiler: str
@@ -105,8 +109,11 @@ def build(source: KernelSource, path: Path) -> None:
         raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}") from problem
 
 
-def execute(library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Target) -> Execution:
-    """Calls a kernel of a library for `target` once. arrays: its arguments, int32 or float32. Raises DeviceError, NotInstalled."""
+def execute(library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Target, limit_seconds: float = LIMIT_SECONDS) -> Execution:
+    """Calls a kernel of a library for `target` once. arrays: its arguments, int32 or float32.
+
+    Raises DeviceError (the kernel failed), EmulationTimeout, NotInstalled.
+    """
     machine = machine_of(target)
     check_tools(machine)
     runner, plugin = _helpers(machine)
@@ -120,9 +127,9 @@ def execute(library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Ta
         if machine.emulator == "qemu-aarch64":
             command[1:1] = ["-cpu", "max,sve=off"]  # with vectors of 128 bits only, as the targets have
         try:
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=LIMIT_SECONDS)
+            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=limit_seconds)
         except subprocess.TimeoutExpired as problem:
-            raise DeviceError(f"kernel {symbol} ran for more than {LIMIT_SECONDS} s under emulation; give it a smaller batch") from problem
+            raise EmulationTimeout(f"kernel {symbol} was emulated for more than {limit_seconds:g} s; give it a smaller batch") from problem
         if done.returncode or not results.exists() or not blocks.exists():
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             raise DeviceError(f"kernel {symbol} failed on the emulated {target.name}: {said}")

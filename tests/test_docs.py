@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mest_compile import cycles, emulation
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -27,6 +29,7 @@ SHORTENED = {  # put behind the text's own options, which they override
     "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],
     "tune": ["--model", "mlp", "--width", "16", "--batch", "8", "--trials", "2", "--log", "log.jsonl"],
     "bench": ["--model", "resnet20", "--width", "8", "--batch", "8", "--repeats", "1"],
+    "analyze": ["--model", "vgg11", "--width", "4", "--batch", "4"],
 }
 
 
@@ -41,6 +44,9 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[:60])
 def test_command_runs(command, tmp_path):
     program, *arguments = shlex.split(command)
+    lacking = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
+    if arguments[:1] == ["analyze"] and lacking:
+        pytest.skip(f"{', '.join(lacking)} not installed; `mest-compile doctor` tells how")
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     if program == "make":
         done = run(["make", "--dry-run", *arguments], REPOSITORY)

@@ -9,14 +9,20 @@ import test_gather
 
 from mest_compile import cycles, emulation
 from mest_compile.analysis import analyse, emulate
-from mest_compile.building import kernel_source
+from mest_compile.building import Builder, kernel_source
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
 from mest_compile.frontend import import_model
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
 from mest_compile.models import build_model
 from mest_compile.operators.gather import GatherConv, Pass
+from mest_compile.planning import plan_layers
+from mest_compile.records import Measure, Outcome
 from mest_compile.sparsity import parse_scheme
 from mest_compile.spec import Image
+from mest_compile.tuning.runner import RunnerOptions, find_runner
+from mest_compile.tuning.task import prepare, tasks_of
 
 MISSING = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
 needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"emulation and its model need {', '.join(MISSING)}; `mest-compile doctor` tells how")
@@ -124,7 +130,7 @@ def test_missing_programs_are_named_with_what_to_install(monkeypatch):
 
 
 @needs_arm
-def test_failures_on_the_device_say_what_happened(tmp_path, monkeypatch):
+def test_failures_on_the_device_say_what_happened(tmp_path):
     image = Image(4, 8, 8, 4, (0, 0, 0, 0), 4)
     source = kernel_source("gather.conv", GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 4), TARGET)
     arrays = [np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), *(np.zeros(image.elems, np.float32) for _ in range(2))]
@@ -136,9 +142,36 @@ def test_failures_on_the_device_say_what_happened(tmp_path, monkeypatch):
         emulation.execute(library, source.symbol, [*arrays[:-1], arrays[-1][1:]], TARGET)
     with pytest.raises(BuildError, match="does not compile"):
         emulation.build(replace(source, text=source.text.replace("T.int32()", "T.nonsense()")), library)
-    monkeypatch.setattr(emulation, "LIMIT_SECONDS", 0.001)
-    with pytest.raises(DeviceError, match="give it a smaller batch"):
-        emulation.execute(library, source.symbol, arrays, TARGET)
+    with pytest.raises(emulation.EmulationTimeout, match="give it a smaller batch"):
+        emulation.execute(library, source.symbol, arrays, TARGET, limit_seconds=0.001)
     graph, _ = import_model(build_model("mlp", (4, 3, 8, 8), 10, None, 0), (4, 3, 8, 8))
     with pytest.raises(UsageError, match="no such sparse layer"):
         analyse(graph, parse_scheme("dense"), 0.0, TARGET)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A forward convolution of a small net, with arrays to check candidates by."""
+    graph, _ = import_model(build_model("resnet20", (4, 3, 8, 8), 10, 8, 0), (4, 3, 8, 8))
+    layers = plan_layers(graph, parse_scheme("unstructured"), 0.9, "uniform", None, TARGET)
+    program, _ = lower(fuse(graph), layers, TARGET)
+    folder = tmp_path_factory.mktemp("tasks")
+    found = next(task for task in tasks_of(program, layers, TARGET, folder) if task.name.startswith("layer1.0.conv1"))
+    prepare(found, program, layers, Builder(folder=folder / "kernels"))
+    return found
+
+
+@needs_arm
+@pytest.mark.parametrize("name", ["model", "instructions"])
+def test_candidates_are_ranked_without_a_device_and_wrong_ones_never_win(task, name, tmp_path):
+    runner = find_runner(name)(TARGET, RunnerOptions(timeout_seconds=120))
+    assert runner.measure is Measure.MODELLED
+    knobs = {"tile": (1, 1, 4, 1)}  # half the accumulators: each weight is loaded twice as often
+    default, again, small = (runner.attempt(task, task.source(each), tmp_path) for each in ({}, {}, knobs))
+    assert default.outcome is Outcome.OK and default == again and small.outcome is Outcome.OK
+    assert default.seconds < small.seconds
+    wrong = replace(task.source({}), text=task.source({}).text.replace("source[offsets[", "source[0 * offsets["))
+    assert runner.attempt(task, wrong, tmp_path).outcome is Outcome.WRONG
+    hasty = find_runner(name)(TARGET, RunnerOptions(timeout_seconds=0.001))
+    assert hasty.attempt(task, task.source({}), tmp_path).outcome is Outcome.TIMED_OUT
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,8 @@ def tune(
     key: Annotated[str | None, typer.Option(help="Key that the devices are listed under.")] = None,
     devices: Annotated[int, typer.Option(help="Devices of that key that may measure at once.", min=1)] = 1,
     vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16.")] = None,
-    runner: Annotated[str | None, typer.Option(help="Who measures; default: rpc with a tracker, else local.")] = None,
+    runner: Annotated[str | None, typer.Option("--runner", "--measure", help="Who measures: local, rpc, or for an ARM target without a "
+                                               "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,
     log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
     seed: Annotated[int, typer.Option()] = 0,

@@ -1,0 +1,70 @@
+"""Candidates for an ARM target without one: run and checked under emulation, ranked by modelled cycles or by executed instructions.
+
+Their "seconds" are cycles, or instructions, in units of 1e-9: a scale, not a time. Records say "modelled" and lose to any measured one.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mest_compile import cycles, emulation
+from mest_compile.building import KernelSource
+from mest_compile.errors import DeviceError
+from mest_compile.hardware import Target
+from mest_compile.records import Measure, Outcome
+from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
+from mest_compile.tuning.task import Task
+
+UNIT = 1e-9  # of a cycle, as if the core ran at 1 GHz
+
+
+@runner("instructions")
+class InstructionsRunner(Runner):
+    """Fewest executed instructions win. Emulators run beside each other, and a figure is exact: one run is enough."""
+
+    measure = Measure.MODELLED
+
+    def __init__(self, target: Target, options: RunnerOptions):
+        super().__init__(target, options)
+        emulation.check_tools(emulation.machine_of(target))
+        self.devices = options.devices
+
+    @property
+    def cpu(self) -> str:
+        return "instructions under qemu"
+
+    def build(self, source: KernelSource, folder: Path) -> Path:
+        path = folder / f"{source.symbol}-{time.monotonic_ns()}.so"
+        emulation.build(source, path)
+        return path
+
+    def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
+        try:
+            execution = emulation.execute(artifact, symbol, task.arguments(), self.target, self.options.timeout_seconds)
+        except emulation.EmulationTimeout as problem:
+            return Timing(Outcome.TIMED_OUT, message=str(problem))
+        except DeviceError as problem:
+            return Timing(Outcome.CRASHED, message=str(problem))
+        wrong = task.check(execution.arrays)
+        return Timing(Outcome.WRONG, message=wrong) if wrong else Timing(Outcome.OK, (self._count(execution) * UNIT,))
+
+    def _count(self, execution: emulation.Execution) -> float:
+        return execution.instructions
+
+
+@runner("model")
+class ModelRunner(InstructionsRunner):
+    """Fewest modelled cycles win."""
+
+    def __init__(self, target: Target, options: RunnerOptions):
+        super().__init__(target, options)
+        self._core = cycles.core_of(target)
+        cycles.check_tools()
+
+    @property
+    def cpu(self) -> str:
+        return f"{self._core}, LLVM {cycles.VERSION}'s model"
+
+    def _count(self, execution: emulation.Execution) -> float:
+        return cycles.model(execution, self.target, 0).cycles
