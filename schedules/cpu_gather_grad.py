@@ -20,6 +20,7 @@ from mest_compile.spec import FLOAT_BYTES
 
 UNROLLED_COLUMNS = 8
 SMALL_PIXELS = 64
+NEON_FLOATS, NEON_REGISTERS = 4, 32  # of a vector; of a 64-bit ARM core
 BURST = 3  # runs of a row that are prefetched at once without holding up the loads behind them
 
 
@@ -97,6 +98,10 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     each = rows * depth
     # A unit of neighbouring pixels also holds those that its next pixel reads again.
     most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
+    if vector == NEON_FLOATS and target.registers == NEON_REGISTERS and problem.taps == 1:
+        # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each row are in registers.
+        # More than eight units gain nothing; sixteen spill (39% of the multiply-add floor of 64x16x16 in docs/arm.md's model, eight 59%).
+        most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
     most_units = several or most_units
     sizes = _batches(most_units)
     block = reads * problem.row_block
