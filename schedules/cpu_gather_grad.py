@@ -100,7 +100,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
     if vector == NEON_FLOATS and target.registers == NEON_REGISTERS and problem.taps == 1:
         # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each row are in registers.
-        # More than eight units gain nothing; sixteen spill (64x16x16 in the model of docs/arm.md: 39% of the multiply-add floor, with eight 59%).
+        # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add floor, eight 59%).
         most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
     most_units = several or most_units
     sizes = _batches(most_units)
