@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "mest_compile.compiling", "load": "mest_compile.compiling", "to_torch": "mest_compile.compiling",
+    "rpc": "mest_compile.runtime.remote", "open_artifact": "mest_compile.runtime.artifact",
     "SGD": "mest_compile.spec", "LayerSpec": "mest_compile.spec",
     "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
     "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -94,15 +94,7 @@ class Builder:
     def build(self, sources: Iterable[KernelSource]) -> dict[str, Any]:
         """key -> callable, for every source, compiled side by side: LLVM and the linker run outside Python's lock. Raises BuildError."""
         distinct = {source.key: source for source in sources}
-        if not self._ready.keys() >= distinct.keys():
-            import tvm  # noqa: F401  # before the threads, which would all wait for it
-            from tvm.script import tirx  # noqa: F401
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-            before = self.compiled
-            found = dict(zip(distinct, workers.map(self.function, distinct.values())))
-        if self.compiled > before:
-            self._evict()
-        return found
+        return dict(zip(distinct, self._side_by_side(self.function, distinct.values())))
 
     def function(self, source: KernelSource) -> Any:
         """The callable of one kernel. Raises BuildError."""
@@ -113,19 +105,54 @@ class Builder:
 
     def has(self, source: KernelSource) -> bool:
         """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
-        return source.key in self._ready or any(self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"))
+        return source.key in self._ready or any(path.suffix != ".o" for path in
+                                                self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"))
 
-    def _from_disk(self, source: KernelSource) -> Any:
-        for path in self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"):
+    def objects(self, sources: Iterable[KernelSource]) -> dict[str, bytes]:
+        """symbol -> object code, for every source: what is linked for another machine, or into an artifact. Raises BuildError."""
+        distinct = list({source.key: source for source in sources}.values())
+        return dict(zip([source.symbol for source in distinct], self._side_by_side(self._object, distinct)))
+
+    def _side_by_side(self, get: Callable[[KernelSource], Any], sources: Iterable[KernelSource]) -> list[Any]:
+        sources, before = list(sources), self.compiled
+        if not self._ready.keys() >= {source.key for source in sources}:
+            import tvm  # noqa: F401  # before the threads, which would all wait for it
+            from tvm.script import tirx  # noqa: F401
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+            found = list(workers.map(get, sources))
+        if self.compiled > before:
+            self._evict()
+        return found
+
+    def _object(self, source: KernelSource) -> bytes:
+        for _, content in self._entries(source, ".o"):
+            with self._lock:
+                self.loaded += 1
+            return content
+        library = self._new_library(source)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "kernel.o"
+            library.mod.write_to_file(str(path))
+            content = path.read_bytes()
+        self._keep(source, ".o", lambda made: made.write_bytes(content))
+        return content
+
+    def _entries(self, source: KernelSource, suffix: str) -> Iterator[tuple[Path, bytes]]:
+        """Whole entries of the cache for that kernel; damaged ones are removed."""
+        for path in self.folder.joinpath(source.key[:2]).glob(f"{source.key}.{'?' * 32}{suffix}"):
             try:
                 content = path.read_bytes()
                 os.utime(path)  # "used", for the order of eviction
             except OSError:  # another process has just removed it
                 continue
-            if path.suffixes[0] != f".{_digest(content)}":
-                log.warning("cached kernel %s is damaged; compiling it again", path.name)
-                path.unlink(missing_ok=True)
+            if path.suffixes[0] == f".{_digest(content)}":
+                yield path, content
                 continue
+            log.warning("cached kernel %s is damaged; compiling it again", path.name)
+            path.unlink(missing_ok=True)
+
+    def _from_disk(self, source: KernelSource) -> Any:
+        for path, content in self._entries(source, ".json" if source.target.device == "opencl" else ".so"):
             if source.target.device == "opencl":
                 found = OpenclKernel.from_json(content.decode())
             else:
@@ -142,6 +169,14 @@ class Builder:
         return None
 
     def _compile(self, source: KernelSource) -> Any:
+        library = self._new_library(source)
+        if isinstance(library, OpenclKernel):
+            self._keep(source, ".json", lambda made: made.write_text(library.to_json()))
+            return library
+        self._keep(source, ".so", lambda made: library.export_library(str(made)))
+        return library[source.symbol]
+
+    def _new_library(self, source: KernelSource) -> Any:
         start = time.perf_counter()
         try:
             library = _made(source)
@@ -154,22 +189,17 @@ class Builder:
         with self._lock:
             self.compiled += 1
             self.seconds += time.perf_counter() - start
-        self._keep(source, library)
-        return library if isinstance(library, OpenclKernel) else library[source.symbol]
+        return library
 
-    def _keep(self, source: KernelSource, library: Any) -> None:
-        """Writes the library to a temporary name first; a folder that cannot be written costs only the cache."""
+    def _keep(self, source: KernelSource, suffix: str, write: Callable[[Path], Any]) -> None:
+        """`write` makes the entry under a temporary name; a folder that cannot be written costs only the cache."""
         folder = self.folder / source.key[:2]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                opencl = isinstance(library, OpenclKernel)
-                made = Path(scratch) / ("kernel.json" if opencl else "kernel.so")
-                if opencl:
-                    made.write_text(library.to_json())
-                else:
-                    library.export_library(str(made))
-                os.replace(made, folder / f"{source.key}.{_digest(made.read_bytes())}{made.suffix}")
+                made = Path(scratch) / f"kernel{suffix}"
+                write(made)
+                os.replace(made, folder / f"{source.key}.{_digest(made.read_bytes())}{suffix}")
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +15,12 @@ import numpy as np
 from mest_compile import choosing
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_vector, remembered
-from mest_compile.errors import NotYet, StateError, UsageError
+from mest_compile.errors import StateError, UsageError
+from mest_compile.facts import Facts
 from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
 from mest_compile.graph.program import FUNCTIONS
-from mest_compile.hardware import Gpu, Target, find_target
+from mest_compile.hardware import Target, find_target
+from mest_compile.linking import is_foreign, link_step
 from mest_compile.planning import meet_budget, plan_layers
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
@@ -28,11 +29,12 @@ from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
-from mest_compile.spec import SGD, ForwardGraph, Node
+from mest_compile.spec import SGD
 
 if TYPE_CHECKING:
     import torch
 
+    from mest_compile.runtime.remote import Device
     from mest_compile.runtime.runner import Runner
     from mest_compile.runtime.step import Compiled, TrainStep
 
@@ -46,7 +48,7 @@ Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
-            target: str | Path | Target = "local", device: Any = None, threads: int | None = None, seed: int = 0,
+            target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
             label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
             builder: Builder | None = None, records: Records | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
@@ -57,6 +59,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other layers dense
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first layer, 1x1 convolutions on images, the classifier
+    device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
+                   exported, but needs a device to run
     threads        None: all cores
     label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1
     memory_budget  bytes that the whole step may need (`step.memory()["total"]`). To meet it, activations are computed again in the
@@ -65,15 +69,13 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
                    Records(target) has none
-    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BudgetError, BuildError.
+    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BudgetError, BuildError, DeviceError.
     """
     from mest_compile.frontend import import_model
 
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
     if not 0 <= label_smoothing < 1:
         raise UsageError(f"label_smoothing is {label_smoothing}; wanted a share of 0 or more and below 1")
-    if device is not None:
-        raise NotYet("device: running a step on another device over RPC is not in this version; leave device=None")
     input_shape = _check_shape(input_shape)
     target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target)
@@ -89,27 +91,21 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density)
         if raised is not None:
             layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
-    return _make(graph, state, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder, records)
+    return _make(Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing), state, builder, device, records)
 
 
-def load(path: str | Path, threads: int | None = None, builder: Builder | None = None) -> TrainStep:
+def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None) -> TrainStep:
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
-    that goes on gives the same numbers. Raises StateError, BuildError.
+    that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
     """
-    arrays, facts = checkpoint.read(path)
+    arrays, document = checkpoint.read(path)
     try:
-        graph = _graph_from(facts["graph"])
-        target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
-                           "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
-        layers = {entry["spec"]["name"]: Layer(_spec_from(entry["spec"]), parse_scheme(entry["scheme"]), entry["sparsity"],
-                                               entry["kernels"], *entry["sections"]) for entry in facts["layers"]}
-        optimizer = SGD(**facts["optimizer"])
+        facts = Facts.from_json(document)
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
-    step = _make(graph, zeros, layers, frozenset(facts["recomputed"]), optimizer, target, threads or facts["threads"], facts["seed"],
-                 facts["label_smoothing"], builder, facts.get("knobs", {}))
-    step._restore(arrays, facts, path)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+    step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, document.get("knobs", {}))
+    step._restore(arrays, document, path)
     return step
 
 
@@ -125,63 +121,69 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def _make(graph: ForwardGraph, state: Mapping[str, np.ndarray], layers: Mapping[str, Layer], recomputed: frozenset[str],
-          optimizer: SGD, target: Target, threads: int, seed: int, label_smoothing: float, builder: Builder | None,
-          tuned: Tuned) -> TrainStep:
+def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
     builder = builder or Builder()
 
     def dense() -> TrainStep:
-        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same after a load."""
-        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), target))
-                 for name, layer in layers.items()}
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in graph.state_shapes.items()}
-        return _make(graph, zeros, every, recomputed, optimizer, target, threads, seed, label_smoothing, builder, {})
+        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same after a load.
+        A device has room for one step: it runs here.
+        """
+        where, threads = (facts.target, facts.threads) if device is None else (local := find_target("local"), local.cores)
+        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), where))
+                 for name, layer in facts.layers.items()}
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+        return _make(replace(facts, layers=every, target=where, threads=threads), zeros, builder, None, {})
 
-    return TrainStep(_compile(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, builder, tuned), state, dense)
+    return TrainStep(_compile(facts, builder, device, tuned), state, dense)
 
 
-def _compile(graph: ForwardGraph, layers: Mapping[str, Layer], recomputed: frozenset[str], optimizer: SGD, target: Target, threads: int,
-             seed: int, label_smoothing: float, builder: Builder, tuned: Tuned) -> Compiled:
+def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned) -> Compiled:
     """tuned: records to choose knobs by, or the knobs that a checkpoint noted."""
     from mest_compile.runtime.step import Compiled
 
-    train, predict = lower(fuse(graph), layers, target, recomputed, label_smoothing)
-    programs = (train, predict)
-    choices = choose_knobs(programs, layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
+    target, threads, programs = facts.target, facts.threads, facts.lower()
+    train, predict = programs
+    choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
     sources = choosing.sources(programs, target, choices)
-    built = builder.build(source for calls in sources.values() for source in calls.values())
-    kernels = {name: {call: built[source.key] for call, source in calls.items()} for name, calls in sources.items()}
-
+    every = [source for calls in sources.values() for source in calls.values()]
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
 
-    if target.device == "opencl":
+    def library() -> bytes:
+        return link_step(functions, lambda program, call: sources[program.name][call].symbol, builder.objects(every), target)
+
+    def kernels() -> dict[str, dict[str, Any]]:
+        built = builder.build(every)
+        return {name: {call: built[source.key] for call, source in calls.items()} for name, calls in sources.items()}
+
+    runner: Callable[[], Runner]
+    if device is not None:
+        from mest_compile.runtime.remote import RemoteRunner
+
+        runner = partial(RemoteRunner, device, library(), functions, threads)
+    elif target.device == "opencl":
         from mest_compile.runtime.opencl import OpenclRunner
 
-        runner: Callable[[], Runner] = partial(OpenclRunner, kernels, functions)
+        runner = partial(OpenclRunner, kernels(), functions)
+    elif is_foreign(target):
+        from mest_compile.runtime.store import StoreRunner
+
+        runner = partial(StoreRunner, target.name)
     else:
         from mest_compile.runtime.local import LocalRunner
 
-        runner = partial(LocalRunner, kernels, functions, target, threads)
-    facts = {
-        "graph": _graph_facts(graph), "optimizer": asdict(optimizer), "threads": threads, "seed": seed,
-        "recomputed": sorted(recomputed), "label_smoothing": label_smoothing, "knobs": choosing.facts(choices),
-        "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
-        "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
-                    "kernels": layer.kernels,
-                    "sections": [layer.section_channels, layer.transposed_section_channels]} for layer in layers.values()],
-        "describe": {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": seed,
-                     "vector": target.vector, "kernels": choosing.origins(choices),
-                     "input_shape": list(graph.input_shape), "recomputed": sorted(recomputed),
-                     "schemes": {name: str(layer.scheme) for name, layer in layers.items()},
-                     "sparsity": {name: layer.sparsity for name, layer in layers.items()},
-                     "optimizer": asdict(optimizer), "label_smoothing": label_smoothing,
-                     "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}},
-    }
+        runner = partial(LocalRunner, kernels(), functions, target, threads)
+    document = facts.to_json() | {"knobs": choosing.facts(choices)}
+    described = {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": facts.seed,
+                 "vector": target.vector, "kernels": choosing.origins(choices),
+                 "input_shape": list(facts.graph.input_shape), "recomputed": document["recomputed"],
+                 "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
+                 "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
+                 "optimizer": document["optimizer"], "label_smoothing": facts.label_smoothing,
+                 "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}}
     by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
-    return Compiled(graph, layers, train, predict, optimizer, threads, seed, facts, runner, by_call, builder,
-                    choices["train"])
+    return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -200,32 +202,3 @@ def _check_threads(threads: int | None, target: Target) -> int:
     if not isinstance(threads, int) or threads < 1:
         raise UsageError(f"threads is {threads!r}; wanted a whole number of 1 or more, or None for all cores")
     return threads
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back: tuples become lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _graph_facts(graph: ForwardGraph) -> dict[str, Any]:
-    return {"input_shape": list(graph.input_shape), "state_shapes": _plain(dict(graph.state_shapes)),
-            "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
-                       "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _graph_from(facts: Mapping[str, Any]) -> ForwardGraph:
-    nodes = tuple(Node(node["op"], node["name"], tuple(node["inputs"]), tuple(node["shape"]), node["params"],
-                       {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["nodes"])
-    return ForwardGraph(nodes, tuple(facts["input_shape"]), {name: tuple(shape) for name, shape in facts["state_shapes"].items()})
-
-
-def _spec_from(facts: Mapping[str, Any]):
-    from mest_compile.spec import LayerSpec
-
-    return LayerSpec(**{key: _tuples(value) for key, value in facts.items()})

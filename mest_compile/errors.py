@@ -65,6 +65,10 @@ class DeviceError(MestError):
     """A device that refused or lost its work while a step ran; what the step held there is lost."""
 
 
+class DeviceLost(DeviceError):
+    """A device behind a link that is gone: killed, cut off or silent. Another one may take its place."""
+
+
 class NotInstalled(MestError):
     """Another program that a comparison or target needs and this machine does not have."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import tomllib
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -111,6 +113,32 @@ class Target:
         return tvm.target.Target(fields)
 
 
+_ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm", "armv8l": "arm"}
+# What LLVM may use for an ARM CPU beyond its architecture's base: bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
+_ARM_FEATURES = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20}
+_ARMV8_2 = ("asimd", "atomics", "fphp", "asimdhp", "asimddp")
+_FEATURES_OF = {"cortex-a76": _ARMV8_2, "cortex-x1": _ARMV8_2, "cortex-a55": _ARMV8_2}
+_AT_HWCAP = 16
+
+
+def host_machine() -> str:
+    """This machine's architecture, as targets' triples begin: "x86_64", "aarch64", "arm"."""
+    machine = platform.machine().lower()
+    return _ALIASES.get(machine, machine)
+
+
+def lacking_features(target: Target) -> list[str]:
+    """CPU features that code for the target may use and this machine, of the target's architecture, does not have."""
+    cpu = target.tvm_fields.get("mcpu", "")
+    if host_machine() == "aarch64":
+        tell = ctypes.CDLL(None).getauxval  # not /proc/cpuinfo: under emulation that is another machine's
+        tell.restype = ctypes.c_ulong
+        has = tell(ctypes.c_ulong(_AT_HWCAP))
+        return [name for name in _FEATURES_OF.get(cpu, ("asimd",)) if not has & _ARM_FEATURES[name]]
+    needed = next((flags for flags, name, _ in _CPU_BY_FLAGS if name == cpu), set())
+    return sorted(needed - _cpu_flags())
+
+
 def target_names() -> list[str]:
     """Names of the targets that are shipped."""
     return sorted(entry.name.removesuffix(".toml") for entry in resources.files("mest_compile.targets").iterdir()
@@ -154,15 +182,19 @@ def _complete_from_host(target: Target) -> Target:
 
 def host_cpu() -> tuple[str, int]:
     """(LLVM's CPU name, floats of a vector register) that every instruction of this machine's flags allows."""
-    flags: set[str] = set()
-    for line in CPUINFO.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            flags = set(line.split(":", 1)[1].split())
-            break
+    flags = _cpu_flags()
     for needed, cpu, vector in _CPU_BY_FLAGS:
         if needed <= flags:
             return cpu, vector
     raise TargetError(f"this CPU has none of AVX2, SSE4.2 or NEON (flags: {len(flags)} found); write a TOML target and pass its path")
+
+
+def _cpu_flags() -> set[str]:
+    """The features that the kernel lists of this machine's first processor."""
+    for line in CPUINFO.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
 
 
 def _cache_bytes(level: int) -> int | None:

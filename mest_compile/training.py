@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from mest_compile import __version__
 from mest_compile.data import Dataset, as_dataset, batches
-from mest_compile.errors import InputError, MestError, StateError, UsageError
+from mest_compile.errors import DeviceLost, InputError, MestError, StateError, UsageError
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder, machine
 from mest_compile.sieve import Sieve
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
 SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
+
+
+MOST_LOSSES = 5  # devices that may be lost one after the other before one of them has been given the step
 
 
 class Progress(Protocol):
@@ -65,14 +69,14 @@ class Run:
         return self.history[-1]["test_accuracy"] if self.history else None
 
 
-def _restored(folder: RunFolder, step: Any) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
+def _restored(folder: RunFolder, step: Any, device: Any = None) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
     """(step, extra, arrays) of the last whole checkpoint."""
     def restore(path: Path) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
         if step is not None:
             return step, *step.restore(path)
         from mest_compile.compiling import load
 
-        loaded = load(path)
+        loaded = load(path, device=device)
         return loaded, *loaded.restore(path)
 
     try:
@@ -84,6 +88,16 @@ def _restored(folder: RunFolder, step: Any) -> tuple[Any, dict[str, Any], dict[s
         log.warning("%s; the run goes on from the one before it", problem)
         folder.return_to_previous()
         return found
+
+
+def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """(item, the one after it or None)."""
+    rest = iter(items)
+    present = next(rest)
+    for following in rest:
+        yield present, following
+        present = following
+    yield present, None
 
 
 def target_sparsity(step: Any) -> float:
@@ -115,19 +129,19 @@ class Trainer:
         self._sieve: Sieve | None = None
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
-        self._resumed: tuple[dict[str, Any], dict[str, np.ndarray]] | None = None
+        self._resumed: Sequence[Any] | None = None  # (extra, arrays) of a checkpoint
 
     @classmethod
-    def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None) -> Trainer:
+    def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
-        step  compiled as the run's was; None: rebuilt from the checkpoint
+        step  compiled as the run's was; None: rebuilt from the checkpoint, to run on `device`
         A damaged checkpoint costs an epoch: the one before it is taken, and a warning logged.
         Raises StateError when `out` holds no run, its recipe was edited, or no checkpoint is whole.
         """
         folder = RunFolder(out)
         recipe = folder.read_recipe()
-        step, extra, arrays = _restored(folder, step)
+        step, extra, arrays = _restored(folder, step, device)
         if extra.get("recipe") != recipe:
             raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
         trainer = cls(step, Recipe.from_dict(recipe, where=str(folder.recipe)), out, progress)
@@ -148,17 +162,41 @@ class Trainer:
         run, data = self._begin(train, test)
         if self.specialize:
             self.step.specialize(self._steps_between_mutations(len(train)))
-        for epoch in range(len(run.history), self.recipe.epochs):
-            mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
-            trained = self._train(epoch, train)
-            evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
-            metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
-                       "survival": self._survival(), "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
-            if self.specialize:
-                metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
-            self._keep(run, metrics, data)
-            self.progress.on_epoch(metrics)
+        while len(run.history) < self.recipe.epochs:
+            try:
+                self._epoch(run, data, train, test)
+            except DeviceLost as problem:
+                if self.folder is None:
+                    raise
+                run, data = self._on_another_device(problem, train, test)
         return run
+
+    def _epoch(self, run: Run, data: dict[str, Any], train: Dataset, test: Dataset) -> None:
+        epoch = len(run.history)
+        mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
+        trained = self._train(epoch, train)
+        evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
+        metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
+                   "survival": self._survival(), "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
+        if self.specialize:
+            metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
+        self._keep(run, metrics, data)
+        self.progress.on_epoch(metrics)
+
+    def _on_another_device(self, problem: DeviceLost, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
+        """The run as its last checkpoint has it, on whatever device the tracker gives."""
+        assert self.folder is not None
+        for _ in range(MOST_LOSSES):
+            log.warning("%s; asking for another device, to go on from the last checkpoint", problem)
+            try:
+                self.step.reconnect()
+                self.step, *self._resumed = _restored(self.folder, self.step)
+                run, data = self._begin(train, test)
+                log.warning("the run goes on at epoch %d", len(run.history) + 1)
+                return run, data
+            except DeviceLost as another:
+                problem = another
+        raise problem
 
     def _begin(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
         """A run with the epochs that are done, and the JSON-able facts about its data."""
@@ -201,7 +239,8 @@ class Trainer:
                                   rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]), **gradients)
         for name, mask in self.step.masks().items():
             self._survivors[name] = self._survivors[name] & mask.ravel()
-        return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds}
+        return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds,
+                "uploaded_bytes": report.uploaded_bytes}
 
     def _steps_between_mutations(self, examples: int) -> int | None:
         """Fewest steps between two mutations of the recipe; None where there is at most one."""
@@ -226,10 +265,11 @@ class Trainer:
         bound = {} if self.recipe.clip_norm is None else {"clip_norm": self.recipe.clip_norm}
         began = perf_counter()
         with closing(batches(train, step.batch, rng, self.recipe.augment, among)) as prepared:  # type: ignore[type-var]
-            for index, (images, labels, examples) in enumerate(prepared):
+            shaped = ((images.reshape(step.input_shape), labels, examples) for images, labels, examples in prepared)
+            for index, ((images, labels, examples), following) in enumerate(_with_next(shaped)):
                 lr = self.recipe.lr_at(epoch, index, count)
                 called = perf_counter()
-                result = step(images.reshape(step.input_shape), labels, lr=lr, **bound)
+                result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
                 step_seconds += perf_counter() - called
                 if not math.isfinite(result.loss):
                     raise MestError(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}; "

@@ -34,6 +34,7 @@ class Result:
 class Report:
     layers: dict
     seconds: float
+    uploaded_bytes: int = 0
 
 
 class SoftmaxStep:
@@ -53,7 +54,7 @@ class SoftmaxStep:
     def predict(self, images):
         return images.reshape(len(images), -1) @ self.state["weight"].reshape(-1, self.classes)
 
-    def __call__(self, images, labels, lr=0.1):
+    def __call__(self, images, labels, lr=0.1, ahead=None):
         assert images.shape == self.input_shape and images.dtype == np.float32
         self.rates.append(lr)
         logits = self.predict(images)
@@ -158,7 +159,8 @@ def test_training_learns_and_reports(tmp_path):
     assert last["memory_bytes"] == {"values": 256, "total": 4096}
     assert last["sparsity"] == {"weight": pytest.approx(0.9, abs=1e-6)}
     assert run.history[0]["mutation"] is None
-    assert run.history[1]["mutation"] == {"prune_to": 0.9, "grow_to": 0.8, "layers": {"re-indexed": 1}, "seconds": 0.25}
+    assert run.history[1]["mutation"] == {"prune_to": 0.9, "grow_to": 0.8, "layers": {"re-indexed": 1}, "seconds": 0.25,
+                                          "uploaded_bytes": 0}
     assert run.history[5]["mutation"]["layers"] == {"unchanged": 1}
 
 
@@ -291,7 +293,7 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path, loss):
     class Diverging(SoftmaxStep):
-        def __call__(self, images, labels, lr=0.1):
+        def __call__(self, images, labels, lr=0.1, ahead=None):
             result = super().__call__(images, labels, lr)
             return replace(result, loss=loss) if len(self.rates) == 17 else result
 

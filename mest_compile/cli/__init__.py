@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mest_compile import __version__
-from mest_compile.cli import analyze, bench, demo, doctor, later, listing, plan, report, table, train, tune
+from mest_compile.cli import analyze, bench, build, demo, devices, doctor, listing, plan, report, table, train, tune
 from mest_compile.errors import MestError
 
 LONGEST_LINE = 600  # what TVM says can be long; the beginning tells what happened
@@ -19,10 +19,9 @@ LONGEST_LINE = 600  # what TVM says can be long; the beginning tells what happen
 app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})
 
-for command in (train.train, report.report, bench.bench, plan.plan, table.table, tune.tune, analyze.analyze, demo.demo,
-                listing.models, listing.schemes, listing.targets, doctor.doctor):
+for command in (train.train, report.report, bench.bench, plan.plan, table.table, tune.tune, analyze.analyze, demo.demo, listing.models,
+                listing.schemes, listing.targets, doctor.doctor, build.build, devices.tracker, devices.serve):
     app.command()(command)
-later.add_commands(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
+    from mest_compile.ondevice import Job
     from mest_compile.recipe import Recipe
+    from mest_compile.runtime.remote import Device
     from mest_compile.training import Run, Trainer
 
 SOURCE_FILE = "source.json"  # in the run folder: where the data came from, which resuming needs
@@ -41,13 +43,15 @@ class Request:
     target: str = "local"
     out: Path | None = None
     specialize: bool = False
+    tracker: str | None = None
+    key: str | None = None
 
 
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")] = "resnet20",
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")] = None,
-    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder.")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder, arrays.")] = "digits",
     data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     scheme: Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, unstructured, dense ...")] = "block",
     sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
@@ -59,30 +63,40 @@ def train(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    tracker: Annotated[str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")] = None,
+    key: Annotated[str | None, typer.Option(help="Name under which such devices serve.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Train from this artifact, which decides model, scheme, sparsity, batch and "
+                                                       "target; nothing is compiled.")] = None,
+    runtime: Annotated[Path | None, typer.Option(help="TVM's libtvm_runtime.so for --artifact, if no tvm package is installed.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; options given beside it override it.")] = None,
     specialize: Annotated[bool, typer.Option("--specialize", help="Compile kernels for the masks at hand, in the background, where that "
                                                                   "pays (see plan).")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
+    from mest_compile.ondevice import Job
     from mest_compile.recipe import Recipe
     from mest_compile.sieve import SieveRule
     from mest_compile.sparsity import parse_scheme
 
     given = {name for name in context.params if _is_given(context, name)}
-    if resume is not None:
+    if artifact is not None:
+        _check_artifact_options(given)
+    elif resume is not None:
         if others := sorted(given - {"resume", "as_json"}):
             raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
         _show(continue_run(resume), as_json)
         return
+    elif runtime is not None:
+        raise UsageError("--runtime belongs to --artifact; a step that is compiled here finds TVM by itself")
     where: dict[str, Any] = {"model": model, "width": width, "data": data, "scheme": scheme, "sparsity": sparsity,
                              "distribution": distribution, "batch": batch}
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
-    if parse_scheme(where["scheme"]).name == "dense":
+    if artifact is None and parse_scheme(where["scheme"]).name == "dense":
         if "sparsity" in given and sparsity:
             raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
         where["sparsity"] = 0.0
@@ -95,8 +109,33 @@ def train(
         chosen = Recipe(**settings)
     else:
         chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
+    if artifact is not None:
+        job = Job(artifact, where["data"], out or _new_folder(artifact.name), chosen, data_folder, resume, threads, runtime)
+        _show(_run_artifact(job), as_json)
+        return
     _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, out=out,
-                            specialize=specialize)), as_json)
+                            tracker=tracker, key=key, specialize=specialize)), as_json)
+
+
+def _check_artifact_options(given: set[str]) -> None:
+    allowed = {"artifact", "runtime", "data", "data_folder", "method", "epochs", "sieve", "lr", "threads", "seed", "out", "resume",
+               "recipe", "as_json"}
+    if others := sorted(given - allowed):
+        raise UsageError(f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact")
+
+
+def _run_artifact(job: Job) -> Run:
+    from mest_compile.ondevice import open_job
+
+    console = stderr_console()
+    trainer, split = open_job(job)
+    with TrainingProgress(console, trainer.step.batch) as progress:
+        trainer.progress = progress
+        return _fit(trainer, split, console)
+
+
+def _new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def start_run(request: Request) -> Run:
@@ -107,18 +146,18 @@ def start_run(request: Request) -> Run:
     from mest_compile.training import Trainer
 
     console = stderr_console()
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{Path(request.model).stem}-{request.scheme.replace(':', '')}-{stamp}"
-    folder = RunFolder(request.out or Path("runs") / name)
+    folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
     folder.require_free()
     find_target(request.target)
+    _device(request.tracker, request.key)
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)
     with TrainingProgress(console, step.batch) as progress:
         trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
         folder.path.mkdir(parents=True, exist_ok=True)
-        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve()),
+                  "tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
         (folder.path / SOURCE_FILE).write_text(json.dumps(source))
@@ -134,13 +173,14 @@ def continue_run(folder: Path) -> Run:
     try:
         source = json.loads(path.read_text())
         split = load(source["data"], source["data_folder"])
+        device = _device(source.get("tracker"), source.get("key"))
     except FileNotFoundError as problem:
         raise StateError(f"{folder} holds no run to resume ({SOURCE_FILE} is missing); give the folder of an earlier train") from problem
     except (ValueError, KeyError, TypeError) as problem:
         raise StateError(f"{path} is damaged ({problem!r}); it holds the keys data and data_folder") from problem
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
-        trainer = Trainer.resume(folder)
+        trainer = Trainer.resume(folder, device=device)
     with TrainingProgress(console, trainer.step.batch) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)
@@ -153,6 +193,8 @@ def _fit(trainer: Trainer, split: Split, console: Console) -> Run:
         assert trainer.folder is not None
         console.print(f"stopped; continue with: mest-compile train --resume {trainer.folder.path}", markup=False, soft_wrap=True)
         raise
+    finally:
+        trainer.step.close()
 
 
 def _compile(request: Request, split: Split) -> Any:
@@ -169,7 +211,18 @@ def _compile(request: Request, split: Split) -> Any:
         model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
     return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
                         optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
-                        label_smoothing=request.recipe.label_smoothing)
+                        label_smoothing=request.recipe.label_smoothing, device=_device(request.tracker, request.key))
+
+
+def _device(tracker: str | None, key: str | None) -> Device | None:
+    """Where to train; None: here. Raises UsageError."""
+    if (tracker is None) != (key is None):
+        raise UsageError("--tracker and --key go together: the list of devices, and the name of those that will do")
+    if tracker is None or key is None:
+        return None
+    from mest_compile.runtime.remote import rpc
+
+    return rpc(tracker, key)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 
 from mest_compile.errors import StateError
+from mest_compile.runtime import tensorfile
 
 FORMAT = "mest-compile checkpoint 2"
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Writes to a temporary file beside `path`, then renames. Raises StateError when the folder cannot be written or is full."""
-    from safetensors.numpy import save
-
     path = Path(path)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     said = json.dumps(facts)
-    content = save(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
+    content = tensorfile.pack(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -52,19 +51,15 @@ def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, facts). Raises StateError for a file that is missing, cut short, changed or not ours."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise StateError(f"no checkpoint {path}; give the path of a file that step.save or a training run wrote")
     try:
-        with safe_open(str(path), framework="np") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise StateError(f"{path} is a safetensors file, but not a {FORMAT!r}; it says {header.get('format')!r}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-            if header["digest"] != _digest(arrays, header["facts"]):
-                raise ValueError("its content is not what was written")
-            return arrays, json.loads(header["facts"])
-    except (SafetensorError, OSError, ValueError, KeyError) as problem:
+        arrays, header = tensorfile.unpack(path.read_bytes())
+        if header.get("format") != FORMAT:
+            raise StateError(f"{path} is a safetensors file, but not a {FORMAT!r}; it says {header.get('format')!r}")
+        if header["digest"] != _digest(arrays, header["facts"]):
+            raise ValueError("its content is not what was written")
+        return arrays, json.loads(header["facts"])
+    except (OSError, ValueError, KeyError, RecursionError) as problem:
         raise StateError(f"checkpoint {path} is damaged or cut short ({problem}); take an older one") from problem

@@ -6,52 +6,64 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.building import Builder, KernelSource
 from mest_compile.errors import InputError, StateError, UsageError
+from mest_compile.facts import Facts
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.program import Buffer, Program
 from mest_compile.mutation import importance
-from mest_compile.records import Choice
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
-from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD, ForwardGraph
+
+if TYPE_CHECKING:
+    from mest_compile.building import Builder, KernelSource
+    from mest_compile.records import Choice
+    from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What the compiler hands to a step.
 
-    graph     as imported, before fusing
-    layers    weight name -> Layer
     train, predict   the two programs
-    facts     JSON document from which the same step is compiled again
+    document  JSON from which the same step is compiled again
     runner    makes what holds the arrays and runs the programs
+    library   makes the shared library with all of the step's code; None: an artifact has no more to give
     sources   (program name, call name) -> what its kernel was compiled from
-    builder   compiled them
+    builder   compiled them; None: nothing can be compiled here
     choices   call name of the training program -> its kernel's knobs and where they are from
     """
 
-    graph: ForwardGraph
-    layers: Mapping[str, Layer]
+    facts: Facts
     train: Program
     predict: Program
-    optimizer: SGD
-    threads: int
-    seed: int
-    facts: Mapping[str, Any]
+    document: Mapping[str, Any]
     runner: Callable[[], Runner]
-    sources: Mapping[tuple[str, str], KernelSource]
-    builder: Builder
+    library: Callable[[], bytes] | None = None
+    sources: Mapping[tuple[str, str], KernelSource] = field(default_factory=dict)
+    builder: Builder | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> ForwardGraph:
+        """As imported, before fusing."""
+        return self.facts.graph
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        return self.facts.layers
+
+    @property
+    def optimizer(self) -> SGD:
+        return self.facts.optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +76,12 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class MutationReport:
-    """layers: {weight name: "unchanged" | "re-indexed" | "recompiled"}; seconds: of the whole mutation."""
+    """layers: {weight name: "unchanged" | "re-indexed" | "recompiled"}; seconds: of the whole mutation; uploaded_bytes: what went to
+    another device for it, 0 where there is none."""
 
     layers: dict[str, str]
     seconds: float
+    uploaded_bytes: int = 0
 
 
 class TrainStep:
@@ -80,13 +94,12 @@ class TrainStep:
         self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, compiled.train) for name, layer in compiled.layers.items()}
         self._specializer: Specializer | None = None
-        self._rng = np.random.default_rng(compiled.seed)
+        self._rng = np.random.default_rng(compiled.facts.seed)
         self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
         self._dense = [buffer for buffer in self._held.values() if buffer.parts]
+        self._ahead: tuple[Any, Any] | None = None
         self._runner = compiled.runner()
-        for buffer in self._held.values():
-            if buffer.elems is not None:
-                self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
+        self._clear()
         self._check_state(state)
         for name, layer in compiled.layers.items():
             energy = layer.scheme.energy(layer.spec, _as_conv(state[name]))
@@ -128,7 +141,7 @@ class TrainStep:
 
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
-        return dict(self._compiled.facts["describe"])
+        return dict(self._compiled.document["describe"])
 
     def kernel_choices(self) -> dict[str, Choice]:
         """{name of a call of `program`: its kernel's knobs, and whether they are "exact", "nearest", "default" or from a "checkpoint"}."""
@@ -141,17 +154,19 @@ class TrainStep:
     def memory(self) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
         units = {name: len(order) for name, order in self._order.items()}
-        target = self._compiled.facts["target"]
-        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target["vector"] * target["cores"])
+        target = self._compiled.facts.target
+        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target.vector * target.cores)
 
     # Running.
 
-    def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None) -> StepResult:
+    def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None, ahead: tuple | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does.
-        Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then.
+        ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
+        Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then. Raises DeviceLost
+        when the device is gone.
         """
         if self._specializer is not None:
             self._specializer.poll()
@@ -167,6 +182,7 @@ class TrainStep:
             self._run("backward")
             self._clip(clip_norm)
             self._run("update")
+        self._send_ahead(ahead)
         return self._result()
 
     def _clip(self, most: float) -> None:
@@ -262,7 +278,7 @@ class TrainStep:
 
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
         """Installs masks; units that stay keep weight and momentum, new ones start at 0. Raises StateError; nothing is changed then."""
-        start = time.perf_counter()
+        start = self._begin()
         sparse = self._sparse_layers()
         keeps = {}
         for name, mask in masks.items():
@@ -274,7 +290,7 @@ class TrainStep:
         for name, keep in keeps.items():
             old = self._keep(name)
             fates[name] = self._exchange(name, old, keep, old)
-        return MutationReport(fates, time.perf_counter() - start)
+        return self._report(fates, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
                gradients: Mapping[str, np.ndarray] | None = None) -> MutationReport:
@@ -285,7 +301,7 @@ class TrainStep:
         gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL; None: random ones
         Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError.
         """
-        start = time.perf_counter()
+        start = self._begin()
         if not 0 <= grow_to <= prune_to < 1:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
@@ -306,7 +322,7 @@ class TrainStep:
             changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most, rng, wanted)))
         for name, keep, kept, grown in changes:  # nothing is changed before all layers were asked, any of which may refuse
             fates[name] = self._exchange(name, keep, grown, kept)
-        return MutationReport(fates, time.perf_counter() - start)
+        return self._report(fates, start)
 
     def _scale(self, overall: float) -> float:
         """What every layer's density is multiplied by when all sparse layers together are to have the sparsity `overall`."""
@@ -341,10 +357,12 @@ class TrainStep:
 
     def _new_specializer(self, steps: int | None) -> Specializer:
         compiled, exchange = self._compiled, getattr(self._runner, "exchange", None)
-        if exchange is None:
+        if exchange is None or compiled.builder is None:
             raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
+        from mest_compile.runtime.specializer import Specializer
+
         return Specializer((compiled.train, compiled.predict), compiled.layers, compiled.sources, exchange, self._get, compiled.builder,
-                           steps, compiled.threads)
+                           steps, compiled.facts.threads)
 
     # Files.
 
@@ -354,8 +372,14 @@ class TrainStep:
                 if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")}
         orders = {f"order/{name}": order for name, order in self._order.items()}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
-        facts = dict(self._compiled.facts) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
+        facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
+
+    def export(self, path: str | Path) -> dict[str, Any]:
+        """Writes an artifact, a folder from which a device trains on without a compiler; returns its manifest. Raises MestError."""
+        from mest_compile.runtime import artifact
+
+        return artifact.write(self, path)
 
     def restore(self, path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays). Raises StateError."""
@@ -363,7 +387,7 @@ class TrainStep:
         return self._restore(arrays, facts, path)
 
     def _restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict]:
-        mine, theirs = self._compiled.facts, facts
+        mine, theirs = self._compiled.document, facts
         for fact, what in (("graph", "model"), ("layers", "sparsity scheme or dense layers")):
             if mine[fact] != theirs.get(fact):
                 raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
@@ -381,7 +405,27 @@ class TrainStep:
         self._rng.bit_generator.state = facts["rng"]
         return dict(facts["extra"]), {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
 
+    # Devices.
+
+    def reconnect(self) -> None:
+        """After DeviceLost: takes another device, whose arrays are all 0 until `restore`. Raises DeviceError when there is none in time."""
+        self.close()
+        self._ahead = None
+        self._order.clear()
+        self._runner = self._compiled.runner()
+        self._clear()
+
+    def close(self) -> None:
+        """Gives a device that is not this process back; the step cannot run after it."""
+        if hasattr(self._runner, "close"):
+            self._runner.close()
+
     # Internal.
+
+    def _clear(self) -> None:
+        for buffer in self._held.values():
+            if buffer.elems is not None:
+                self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
 
     def _run(self, function: str) -> None:
         self._runner.run(function)
@@ -395,7 +439,26 @@ class TrainStep:
     def _sparse_layers(self) -> list[str]:
         return [name for name, layer in self._compiled.layers.items() if not isinstance(layer.scheme, Dense)]
 
+    def _send_ahead(self, batch: tuple | None) -> None:
+        send = getattr(self._runner, "put_ahead", None)
+        if batch is None or send is None:
+            return
+        images, labels = self._check_batch(*batch)
+        send("images", images)
+        send("labels", labels)
+        self._ahead = batch
+
     def _load_batch(self, images, labels) -> None:
+        sent, self._ahead = self._ahead, None
+        if sent is not None and sent[0] is images and sent[1] is labels:
+            self._runner.turn()  # type: ignore[attr-defined]  # who was sent something ahead has it
+            return
+        images, labels = self._check_batch(images, labels)
+        self._put("images", images)
+        self._put("labels", labels)
+
+    def _check_batch(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
+        """The batch as it is sent. Raises InputError."""
         images, labels = _numpy(images, np.float32, "images"), _numpy(labels, np.int64, "labels")
         if images.shape != self.input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self.input_shape}")
@@ -404,8 +467,7 @@ class TrainStep:
         if labels.min() < 0 or labels.max() >= self.classes:
             raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
         _check_finite(images)
-        self._put("images", images.ravel())
-        self._put("labels", labels.astype(np.int32))
+        return images.ravel(), labels.astype(np.int32)
 
     def _check_state(self, state: Mapping[str, np.ndarray]) -> None:
         shapes = self._compiled.graph.state_shapes
@@ -479,6 +541,13 @@ class TrainStep:
             turned = np.empty((len(values), rows, sources), np.float32)
             turned[permutation] = values.transpose(0, 2, 1)
             self._put(f"{name}:transposed", turned)
+
+    def _begin(self) -> tuple[float, int]:
+        """Clock and bytes sent before a mutation."""
+        return time.perf_counter(), self._runner.uploaded_bytes
+
+    def _report(self, fates: dict[str, str], begun: tuple[float, int]) -> MutationReport:
+        return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
 
     def _exchange(self, name: str, old: np.ndarray, new: np.ndarray, survivors: np.ndarray) -> str:
         """Makes `new` the layer's mask in place of `old`, where it changes anything; the layer's fate."""

@@ -1,0 +1,60 @@
+"""`mest-compile build`: an artifact, from which a device trains without the compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.errors import UsageError
+
+
+def build(
+    out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
+    model: Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")] = "resnet20",
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")] = None,
+    image: Annotated[str, typer.Option(help="Channels x height x width of the images.")] = "3x32x32",
+    classes: Annotated[int, typer.Option(help="Classes to tell apart.", min=2)] = 10,
+    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
+    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
+    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "arm_cpu",
+    threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint of a run that was compiled for the same target; "
+                                                         "takes no other option but --out and --json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an artifact that trains on a device without the compiler."""
+    import mest_compile as mest
+    from mest_compile.models import build_model
+    from mest_compile.runtime.artifact import size_bytes
+
+    with stderr_console().status(f"building for {target}"):
+        if checkpoint is not None:
+            step = mest.load(checkpoint)
+        else:
+            shape = (batch, *_image(image))
+            net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
+            step = mest.compile(net, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else sparsity, distribution=distribution,
+                                target=target, threads=threads, seed=seed)
+        manifest = step.export(out)
+    if as_json:
+        print_json({"folder": str(out), "bytes": size_bytes(manifest), "files": manifest["files"], "target": step.describe()["target"]})
+    else:
+        print_table(["file", "KiB"], [[name, round(entry["bytes"] / 1024, 1)] for name, entry in manifest["files"].items()])
+        print(f"\n{out}: {size_bytes(manifest) / 1024:.0f} KiB for {step.describe()['target']}; on the device: "
+              f"mest-compile train --artifact {out} --data ...")
+
+
+def _image(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise UsageError(f"--image is {text!r}; wanted channels x height x width, such as 3x32x32")
+    return sizes

@@ -1,0 +1,99 @@
+"""`mest-compile tracker` and `serve`: the list of devices on one machine, and the devices that put themselves on it.
+
+Both are TVM's own, in this process, so that one signal ends them and their sockets.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.errors import DeviceError, UsageError
+
+LOCAL = "127.0.0.1"
+WARNING = "TVM's RPC has no passwords and runs whatever it is sent: let nobody but yourself reach this port"
+
+
+def tracker(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for devices that are not this machine.")] = LOCAL,
+    port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9190,
+    query: Annotated[str | None, typer.Option(help="host:port of a tracker: list its devices instead of being one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a list of devices that serve, until interrupted."""
+    if query is not None:
+        _show(query, as_json)
+        return
+    from tvm.rpc.tracker import PopenTrackerServerState
+
+    _wait(lambda: PopenTrackerServerState(host, port, port + 1, silent=True), "tracker", host, port, as_json)
+
+
+def serve(
+    tracker: Annotated[str, typer.Option(help="host:port of the tracker.")],
+    key: Annotated[str, typer.Option(help="Name of this kind of device; several may share it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 when the driving machine is another one.")] = LOCAL,
+    port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9090,
+    address: Annotated[str | None, typer.Option(help="Address under which the driving machine reaches this one, if the tracker "
+                                                     "sees another.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
+    from mest_compile.runtime.remote import rpc
+
+    there = rpc(tracker, key)
+    from tvm.rpc.server import PopenRPCServerState
+
+    _wait(lambda: PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, custom_addr=address,
+                                      silent=True), f"{key} serves", host, port, as_json)
+
+
+def _wait(start: Any, what: str, host: str, port: int, as_json: bool) -> None:
+    """Until interrupted."""
+    try:
+        state = start()
+    except (OSError, ValueError) as problem:
+        said = getattr(problem, "strerror", None) or problem
+        raise DeviceError(f"cannot listen on {host}:{port} ({said}); choose another --port") from problem
+    if host != LOCAL:
+        stderr_console().print(f"{WARNING} ({host}:{port})", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json({"host": host, "port": port})
+    else:
+        print(f"{what} at {host}:{port}")
+    sys.stdout.flush()
+    try:
+        state.thread.join()
+    except KeyboardInterrupt:
+        os._exit(130)  # TVM's threads would keep the process, and its port, alive
+
+
+def _show(where: str, as_json: bool) -> None:
+    from mest_compile.runtime.remote import SUMMARY, TRACKER_MAGIC, ask_tracker, read_exactly, rpc
+
+    there = rpc(where, "any")
+    try:
+        with socket.create_connection((there.host, there.port), timeout=10) as end:
+            end.sendall(struct.pack("<i", TRACKER_MAGIC))
+            if struct.unpack("<i", read_exactly(end, 4))[0] != TRACKER_MAGIC:
+                raise UsageError(f"{where} is no TVM RPC tracker")
+            _, summary = ask_tracker(end, [SUMMARY])
+    except OSError as problem:
+        said = problem.strerror or problem
+        raise DeviceError(f"tracker {where} does not answer: {said}; start one with mest-compile tracker") from problem
+    names = sorted({entry["key"].removeprefix("server:") for entry in summary["server_info"]} | set(summary["queue_info"]))
+    devices = [{"key": name,
+                "devices": [":".join(map(str, entry["addr"])) for entry in summary["server_info"] if entry["key"] == f"server:{name}"],
+                "free": summary["queue_info"].get(name, {}).get("free", 0),
+                "waiting": summary["queue_info"].get(name, {}).get("pending", 0)} for name in names]
+    if as_json:
+        print_json(devices)
+    else:
+        print_table(["key", "devices", "free", "waiting"],
+                    [[entry["key"], ", ".join(entry["devices"]), entry["free"], entry["waiting"]] for entry in devices])

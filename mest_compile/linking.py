@@ -1,0 +1,149 @@
+"""Kernels and the step that calls them to one shared library, for this machine or another.
+
+Compiled kernels need next to nothing of a C library, so that a bare linker is enough: no headers, no sysroot, no NDK. What they do need
+(`expf`, `memset`) is looked up at load time in the device's own libraries, whose names are put in by linking against empty stand-ins.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mest_compile.elf import Library, read_library
+from mest_compile.errors import BuildError, NotInstalled
+from mest_compile.graph.emitting import emit
+from mest_compile.graph.program import Program, Stage
+from mest_compile.hardware import Target, host_machine
+
+# What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
+MATH = frozenset({"expf", "exp2f", "logf", "log2f", "powf", "tanhf", "erff", "fmaxf", "fminf", "fmodf", "floorf", "ceilf", "roundf"})
+MEMORY = frozenset({"memset", "memcpy", "memmove"})
+# The rest is offered by libtvm_ffi and libtvm_runtime, which are there before a kernel library is loaded.
+RUNTIME = ("TVMFFI", "TVMBackend")
+_LIBRARIES = {"gnu": ("libm.so.6", "libc.so.6"), "android": ("libm.so", "libc.so")}
+_PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
+_PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
+_EMULATIONS = {"aarch64": "aarch64linux", "arm": "armelf_linux_eabi", "x86_64": "elf_x86_64"}  # as lld and ld call them
+PAGE_BYTES = 16384  # Android 15 has pages of 16 KiB; smaller ones do as well with it
+
+
+@dataclass(frozen=True, slots=True)
+class Linker:
+    """A command that links objects for one architecture; arguments follow it."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def triple_of(target: Target) -> tuple[str, str]:
+    """(architecture as in `elf.MACHINES`, "gnu" or "android") of a target's CPU."""
+    triple = target.tvm_fields.get("mtriple", "")
+    if not triple:
+        return host_machine(), "gnu"
+    architecture = triple.partition("-")[0]
+    return "arm" if architecture.startswith("arm") else architecture, "android" if "android" in triple else "gnu"
+
+
+def is_foreign(target: Target) -> bool:
+    """Whether this machine cannot run what is compiled for the target."""
+    architecture, system = triple_of(target)
+    return architecture != host_machine() or system != "gnu"
+
+
+def linkers(architecture: str) -> list[Linker]:
+    """Every linker for the architecture that this machine has, the preferred one first."""
+    found = [shutil.which(_PREFIXES.get(architecture, "") + "ld"), shutil.which("ld") if architecture == host_machine() else None]
+    options = [Linker(Path(path).name, (path,)) for path in found if path]
+    mode = ("-m", _EMULATIONS[architecture]) if architecture in _EMULATIONS else ()
+    if path := shutil.which("ld.lld"):
+        options.append(Linker("ld.lld", (path, *mode)))
+    if importlib.util.find_spec("ziglang"):
+        options.append(Linker("zig ld.lld", (sys.executable, "-m", "ziglang", "ld.lld", *mode)))
+    return options
+
+
+def find_linker(target: Target) -> Linker:
+    """Raises NotInstalled with what to install."""
+    architecture, _ = triple_of(target)
+    for linker in linkers(architecture):
+        return linker
+    raise NotInstalled(f"no linker for {architecture}, which target {target.name!r} needs; run: "
+                       f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
+
+
+def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
+              objects: Mapping[str, bytes], target: Target) -> bytes:
+    """A shared library with all kernels and the virtual machine's executable that calls them.
+
+    symbol   (program, call name) -> the kernel's symbol
+    objects  symbol -> object code
+    Kernels are found inside the library: loading it registers nothing in the process. Raises BuildError, NotInstalled.
+    """
+    import tvm
+
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {}
+        for name, content in objects.items():
+            paths[name] = Path(scratch) / f"{name}.o"
+            paths[name].write_bytes(content)
+        executable = tvm.compile(emit(functions, symbol), target=target.to_tvm()).mod
+        executable.clear_imports()
+        # One object stands for all: that there is one tells TVM that the library's own functions belong to the executable.
+        first = next(iter(paths))
+        executable.import_module(tvm.runtime.load_static_library(str(paths[first]), [first]))
+        return link([*paths.values(), _packed(executable, target, Path(scratch))], target, Path(scratch))
+
+
+def _packed(executable: Any, target: Target, scratch: Path) -> Path:
+    """An object with the executable's bytes, which the library's loader reads."""
+    from tvm.runtime import _ffi_api
+
+    path = scratch / "executable.o"
+    packed = _ffi_api.ModulePackImportsToLLVM(executable, False, json.dumps(target.tvm_fields), "")
+    packed.write_to_file(str(path), "o")
+    return path
+
+
+def link(objects: Sequence[Path], target: Target, scratch: Path) -> bytes:
+    """The shared library of these objects. Raises BuildError when they need what no device's libraries have."""
+    _, system = triple_of(target)
+    linker, made = find_linker(target), scratch / "linked.so"
+    _run(linker, ["-shared", *map(str, objects), "-o", str(made)])
+    lacking = [name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)]
+    if unknown := sorted(set(lacking) - MATH - MEMORY):
+        raise BuildError(f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
+                         "please report which model that was")
+    beside = []
+    for name, offered in zip(_LIBRARIES[system], (MATH, MEMORY), strict=True):
+        if wanted := sorted(offered & set(lacking)):
+            beside.append(str(scratch / name))
+            stand_in = ["-shared", "-soname", name, *(f"--defsym={symbol}=0" for symbol in wanted), str(objects[0]), "-o", beside[-1]]
+            _run(linker, stand_in)
+    _run(linker, ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)])
+    return made.read_bytes()
+
+
+def check_library(content: bytes, target: Target) -> Library:
+    """Facts of a linked library, which fit the target. Raises BuildError."""
+    found, (architecture, system) = read_library(content), triple_of(target)
+    allowed = _LIBRARIES[system]
+    if found.machine != architecture:
+        raise BuildError(f"the library is for {found.machine}, target {target.name!r} is {architecture}")
+    if extra := sorted(set(found.needed) - set(allowed)):
+        raise BuildError(f"the library needs {', '.join(extra)}; wanted at most {', '.join(allowed)}")
+    return found
+
+
+def _run(linker: Linker, arguments: list[str]) -> None:
+    done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BuildError(f"{linker.name} cannot link: {said[-1] if said else f'exit code {done.returncode}'}")

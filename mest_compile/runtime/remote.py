@@ -1,0 +1,240 @@
+"""Runs a step's programs on a device behind TVM's RPC tracker: arrays stay there, batches are sent ahead, results are read back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import subprocess
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import DeviceError, DeviceLost, UsageError
+from mest_compile.graph.program import Program, Stage
+from mest_compile.runtime import link
+
+log = logging.getLogger(__name__)
+
+TRACKER_MAGIC, REQUEST, SUMMARY, SUCCESS = 0x2F271, 4, 6, 0
+RETRY_SECONDS = 0.5
+DEVICE_TYPES = {"cpu": 1, "opencl": 4}  # DLPack's
+POOLED = 2  # TVM's allocator that hands the same memory out again
+AHEAD = ("images", "labels")  # arrays that may be sent while the device computes with the ones before
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Any device that serves under `key` at the tracker.
+
+    wait_seconds     how long to wait until one is free
+    silence_seconds  how long a device may take for one answer before it counts as lost; a step of a slow board may take minutes
+    """
+
+    host: str
+    port: int
+    key: str
+    wait_seconds: float = 60.0
+    silence_seconds: float = 300.0
+
+    def __str__(self) -> str:
+        return f"{self.key} at {self.host}:{self.port}"
+
+    def open(self) -> Session:
+        """A session on a device, which is ours alone until it is closed. Raises DeviceError when none is free in time."""
+        end = time.monotonic() + self.wait_seconds
+        said = "no device of that key is free"
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return Session(self, *self._request(left))
+            except TimeoutError:
+                break
+            except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
+                said = str(problem)
+                time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
+        raise DeviceError(f"device {self}: none to be had within {self.wait_seconds:g} s ({said}); look at the tracker with "
+                         f"mest-compile tracker --query {self.host}:{self.port}")
+
+    def _request(self, seconds: float) -> tuple[str, int, str]:
+        """(host, port, key of the session) of a free device."""
+        with socket.create_connection((self.host, self.port), timeout=min(seconds, 10)) as tracker:
+            tracker.settimeout(seconds)
+            tracker.sendall(struct.pack("<i", TRACKER_MAGIC))
+            if struct.unpack("<i", read_exactly(tracker, 4))[0] != TRACKER_MAGIC:
+                raise ConnectionError(f"{self.host}:{self.port} is no TVM RPC tracker")
+            code, value = ask_tracker(tracker, [REQUEST, self.key, "", 1])
+            if code != SUCCESS:
+                raise ConnectionError(f"the tracker answered {value!r}")
+            return value[0], value[1], value[2]
+
+
+def rpc(tracker: str, key: str, wait_seconds: float = 60.0, silence_seconds: float = 300.0) -> Device:
+    """A device for `mest.compile(device=...)`. tracker: "host:port". Raises UsageError. Nothing is connected yet."""
+    host, _, port = tracker.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"tracker is {tracker!r}; wanted host:port, such as 127.0.0.1:9190")
+    if not key:
+        raise UsageError("a device needs the key under which it serves, such as key=\"phone\"")
+    if wait_seconds <= 0 or silence_seconds <= 0:
+        raise UsageError(f"wait_seconds and silence_seconds are more than 0, not {wait_seconds} and {silence_seconds}")
+    return Device(host, int(port), key, wait_seconds, silence_seconds)
+
+
+def ask_tracker(tracker: socket.socket, question: list[Any]) -> tuple[int, Any]:
+    """The tracker's (code, value) to a question in its protocol."""
+    said = json.dumps(question).encode()
+    tracker.sendall(struct.pack("<i", len(said)) + said)
+    answer = json.loads(read_exactly(tracker, struct.unpack("<i", read_exactly(tracker, 4))[0]))
+    return (answer[0], answer[1]) if isinstance(answer, list) else (answer, None)
+
+
+def read_exactly(end: socket.socket, size: int) -> bytes:
+    """`size` bytes. Raises ConnectionError."""
+    content = b""
+    while len(content) < size:
+        got = end.recv(size - len(content))
+        if not got:
+            raise ConnectionError("the tracker closed the connection")
+        content += got
+    return content
+
+
+class Session:
+    """One device, ours until `close()`. rpc: TVM's session over the link."""
+
+    def __init__(self, device: Device, host: str, port: int, key: str):
+        from tvm import rpc
+
+        self.device = device
+        self._link, local = link.start(host, port, device.silence_seconds)
+        self.close = weakref.finalize(self, _end, self._link)  # gives the device back, whatever still refers to it here
+        try:
+            self.rpc: Any = rpc.connect("127.0.0.1", local, key)
+        except Exception as problem:
+            self.close()
+            raise DeviceError(f"{host}:{port} does not take the session: {last_line(problem)}") from problem
+        log.info("device %s is %s:%d", device, host, port)
+
+    def lost(self) -> str | None:
+        """Why the device is gone; None: it is not. The link's process ends with the connection."""
+        try:
+            self._link.wait(2)
+        except subprocess.TimeoutExpired:
+            return None
+        assert self._link.stderr
+        return self._link.stderr.read().strip() or "the connection is closed"
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    process.wait()
+    for end in (process.stdout, process.stderr):
+        assert end
+        end.close()
+
+
+class RemoteRunner:
+    """A step's arrays and library on one device.
+
+    library   what `linking.link_step` made for the device's CPU
+    programs  what `run` runs, by name: a program and the stages of it
+    kind      "cpu" or "opencl": where on the device arrays lie and kernels run
+    """
+
+    def __init__(self, device: Device, library: bytes, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int,
+                 kind: str = "cpu"):
+        self._programs = programs
+        self.uploaded_bytes = 0
+        self._tensors: dict[str, Any] = {}
+        self._ahead: dict[str, Any] = {}
+        self._arguments: dict[str, list] = {}
+        self._session = device.open()
+        try:
+            with self._told("the step cannot be loaded"):
+                remote = self._session.rpc
+                remote.upload(bytearray(library), "step.so")
+                self.uploaded_bytes += len(library)
+                self._module = remote.load_module("step.so")
+                self._machine = self._module["vm_load_executable"]()
+                self._device = remote.device(DEVICE_TYPES[kind], 0)
+                cpu = [] if kind == "cpu" else [DEVICE_TYPES["cpu"], 0, POOLED]
+                self._machine["vm_initialization"](DEVICE_TYPES[kind], 0, POOLED, *cpu)
+                remote.get_function("runtime.config_threadpool")(1, threads)
+                self._functions = {name: self._machine[name] for name in programs}
+        except DeviceError:
+            self.close()
+            raise
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Sends an array, flat; does not wait until it is there."""
+        flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
+        if there is None or there.shape[0] != flat.size or there.dtype != flat.dtype:
+            self._tensors[name] = there = self._new(name, flat)
+            self._arguments.clear()
+        self._send(name, flat, there)
+
+    def put_ahead(self, name: str, array: np.ndarray) -> None:
+        """Sends the array that `name` is to be after `turn`, while the device still computes with the present one."""
+        flat = np.ascontiguousarray(array).ravel()
+        if name not in self._ahead:
+            self._ahead[name] = self._new(name, flat)
+        self._send(name, flat, self._ahead[name])
+
+    def turn(self) -> None:
+        """What was sent ahead is the present from now on."""
+        for name, tensor in self._ahead.items():
+            self._tensors[name], self._ahead[name] = tensor, self._tensors[name]
+        self._arguments.clear()
+
+    def get(self, name: str) -> np.ndarray:
+        """A copy of the array, after all that was asked for before is done."""
+        with self._told(f"{name} cannot be read"):
+            return self._tensors[name].numpy()
+
+    def run(self, function: str) -> None:
+        """Starts one of `programs`; `get` waits for it, and tells when it failed."""
+        if function not in self._arguments:
+            self._arguments[function] = [self._tensors[buffer.name] for buffer in self._programs[function][0].held()]
+        with self._told(f"{function} cannot be run"):
+            self._functions[function](*self._arguments[function])
+
+    def profile(self, function: str, repeats: int) -> dict[str, float]:
+        raise DeviceError("a step on another device cannot be profiled call by call; tune or analyze its kernels instead")
+
+    def close(self) -> None:
+        """Gives the device back. What the step held there is lost."""
+        self._session.close()
+
+    def _new(self, name: str, flat: np.ndarray) -> Any:
+        from tvm import runtime
+
+        with self._told(f"{name} cannot be allocated"):
+            return runtime.empty((flat.size,), str(flat.dtype), self._device)
+
+    def _send(self, name: str, flat: np.ndarray, tensor: Any) -> None:
+        if flat.size:
+            with self._told(f"{name} cannot be sent"):
+                tensor.copyfrom(flat)
+            self.uploaded_bytes += flat.nbytes
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:  # of TVM's many types
+            device = self._session.device
+            if (lost := self._session.lost()) is not None:
+                raise DeviceLost(f"device {device} is lost: {lost}") from problem
+            raise DeviceError(f"device {device}: {what}: {last_line(problem)}. Is the target that of the device?") from problem
+
+
+def last_line(problem: Exception) -> str:
+    """What TVM says at the end of a long text."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return lines[-1] if lines else type(problem).__name__

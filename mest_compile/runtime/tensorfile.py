@@ -1,0 +1,57 @@
+"""Files of named arrays in the safetensors format, in plain numpy: a device that trains has no other library for them.
+
+Format: 8 bytes with the size of a JSON header (little-endian), the header, the arrays one after another. The header gives every array's
+type, shape and place; "__metadata__" holds texts. Source: https://github.com/huggingface/safetensors, its README.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+
+_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
+          "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64"}
+_CODES = {np.dtype(name): code for code, name in _NAMES.items()}
+MOST_HEADER_BYTES = 100_000_000  # as the format has it
+
+
+def pack(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> bytes:
+    """The file's content."""
+    header: dict[str, object] = {"__metadata__": dict(texts)}
+    place, parts = 0, []
+    # Widest types first, so that every array lies at a multiple of its own width.
+    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        content = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [place, place + len(content)]}
+        parts.append(content)
+        place += len(content)
+    said = json.dumps(header).encode()
+    said += b" " * (-len(said) % 8)
+    return b"".join([struct.pack("<Q", len(said)), said, *parts])
+
+
+def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, texts) of a file's content. Raises ValueError when it is cut short or not of that format."""
+    if len(content) < 8:
+        raise ValueError("it has no header")
+    (size,) = struct.unpack_from("<Q", content)
+    if size > min(MOST_HEADER_BYTES, len(content) - 8):
+        raise ValueError("its header is cut short")
+    header = json.loads(content[8:8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    texts, data = header.pop("__metadata__", {}), memoryview(content)[8 + size:]
+    arrays = {}
+    for name, facts in header.items():
+        try:
+            dtype, shape, (start, end) = np.dtype(_NAMES[facts["dtype"]]), tuple(facts["shape"]), facts["data_offsets"]
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"{name} is not described ({problem!r})") from problem
+        if not 0 <= start <= end <= len(data) or end - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not all there")
+        arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape).copy()
+    return arrays, texts
