@@ -120,6 +120,9 @@ class TorchStep:
     def describe(self) -> dict[str, Any]:
         return {"sparsity": {}}
 
+    def check_room(self, grow_to: float) -> None:
+        pass
+
     def masks(self) -> dict[str, np.ndarray]:
         return {}
 
@@ -151,7 +154,8 @@ def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
         trainer = Trainer.resume(folder)
     else:
         step = mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
-                            optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed)
+                            optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed,
+                            grow_to=recipe.densest(run.sparsity))
         trainer = Trainer(step, recipe, folder)
     history = trainer.fit(split.train, split.test).history
     kept = ("epoch", "loss", "test_accuracy", "train_seconds", "iterations", "iterations_saved")

@@ -27,6 +27,7 @@ from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.room import DIGITS, overall_sparsity, with_room
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import SGD
@@ -49,7 +50,7 @@ Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
             target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
-            label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
+            label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False, grow_to: float | None = None,
             builder: Builder | None = None, records: Records | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -63,9 +64,12 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
                    exported, but needs a device to run
     threads        None: all cores
     label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1
-    memory_budget  bytes that the whole step may need (`step.memory()["total"]`). To meet it, activations are computed again in the
-                   backward pass instead of kept: first those that cost one pass over memory, then those of sparse convolutions
+    memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet it,
+                   activations are computed again in the backward pass instead of kept: first those that cost one pass over memory,
+                   then those of sparse convolutions
     lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
+    grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory is planned for.
+                   What would need more room is a CapacityError. None: `sparsity` with a memory_budget, no bound without one
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
                    Records(target) has none
@@ -87,10 +91,15 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         target, records = tuned, records.for_target(tuned)
         layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
     recomputed: frozenset[str] = frozenset()
+    if grow_to is not None or memory_budget is not None:
+        start = overall_sparsity(layers)
+        layers = with_room(layers, start if grow_to is None else grow_to)
+        excess = 0.0 if grow_to is None else start - grow_to
     if memory_budget is not None:
-        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density)
+        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess)
         if raised is not None:
             layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
+            layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
     return _make(Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing), state, builder, device, records)
 
 

@@ -46,7 +46,8 @@ class Facts:
             "optimizer": asdict(self.optimizer), "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
             "label_smoothing": self.label_smoothing, "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
-                        "kernels": layer.kernels, "sections": [layer.section_channels, layer.transposed_section_channels]}
+                        "kernels": layer.kernels, "capacity": layer.capacity,
+                        "sections": [layer.section_channels, layer.transposed_section_channels]}
                        for layer in self.layers.values()]}
 
     @classmethod
@@ -59,7 +60,7 @@ class Facts:
         target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
                            "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
         specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
-        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], *entry["sections"])
+        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], *entry["sections"], entry["capacity"])
                   for spec, entry in zip(specs, facts["layers"], strict=True)}
         return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
                    facts["label_smoothing"])

@@ -13,6 +13,7 @@ from mest_compile.operators.family import family_for
 from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.room import DIGITS, held_cells, overall_sparsity, units_at
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import ForwardGraph, LayerSpec
@@ -66,35 +67,38 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
     return layers
 
 
-def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int,
-                lower_density: bool) -> tuple[frozenset[str], float | None]:
+def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int, lower_density: bool,
+                excess: float) -> tuple[frozenset[str], float | None]:
     """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused graph's step
-    needs at most `budget_bytes`. Raises BudgetError, UsageError.
+    needs at most `budget_bytes` when it is densest.
+
+    excess  by how much mutations grow beyond the sparsity that the model starts with
+    Raises BudgetError, UsageError.
     """
     if not isinstance(budget_bytes, int) or budget_bytes < 1:
         raise UsageError(f"memory_budget is {budget_bytes!r}; wanted a whole number of bytes of 1 or more, or None")
 
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
-        units = {name: layer.scheme.live_cells(layer.spec, layer.sparsity if sparsity is None or layer.sparsity == 0 else sparsity)
-                 for name, layer in layers.items()}
+        units = room if sparsity is None else units_at(layers, round(max(0.0, sparsity - excess), DIGITS))
         train, predict = programs[recomputed]
-        return footprint(train, predict, layers, units, target.vector * target.cores)["total"]
+        return footprint(train, predict, layers, held_cells(layers, units), target.vector * target.cores)["total"]
 
+    start, room = overall_sparsity(layers), {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
     choices = [frozenset[str](), *recomputable(graph)]
     programs = {recomputed: lower(graph, layers, target, recomputed) for recomputed in choices}
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
             return recomputed, None
     leanest = min(choices, key=lambda choice: need(choice, None))
-    sparse = [layer.sparsity for layer in layers.values() if layer.sparsity > 0]
-    if lower_density and sparse:
-        for percent in range(int(max(sparse) * 100) + 1, 100):
+    if lower_density and start:
+        for percent in range(int(start * 100) + 1, 100):
             if need(leanest, percent / 100) <= budget_bytes:
-                log.warning("memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, max(sparse), percent / 100)
+                log.warning("memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, start, percent / 100)
                 return leanest, percent / 100
-    least = need(leanest, 0.99 if lower_density and sparse else None)
-    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step needs at least {least}, most of it activations: use a smaller "
-                      "batch or model, or a larger budget")
+    least = need(leanest, 0.99 if lower_density and start else None)
+    densest = f", {excess:g} denser than it starts," if excess else ""
+    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step{densest} needs at least {least}, most of it activations: use a "
+                      "smaller batch or model, or a larger budget")
 
 
 def _weight_name(name: str, names: Sequence[str], where: str) -> str:

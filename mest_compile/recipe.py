@@ -71,7 +71,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # What a recipe's table [run] may say, and of which type it is.
 RUN_OPTIONS: dict[str, type] = {"model": str, "width": int, "data": str, "scheme": str, "sparsity": float, "distribution": str,
-                                "batch": int}
+                                "batch": int, "memory_budget": int}
 _KINDS = {str: "string", int: "whole number", float: "number"}
 
 
@@ -223,6 +223,10 @@ class Recipe:
             raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
                                 f"raise its prune_to")
         return dataclasses.replace(self, mutate_every=interval, phases=phases)
+
+    def densest(self, sparsity: float) -> float:
+        """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be planned for."""
+        return min([sparsity, *(phase.grow_to for phase in self.resolved(sparsity).phases)])
 
     def mutation_at(self, epoch: int) -> Phase | None:
         """The mutation that a resolved recipe makes before `epoch` (counted from 0), if any.

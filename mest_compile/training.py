@@ -119,7 +119,9 @@ class Trainer:
                  specialize: bool = False):
         self.step = step
         self.specialize = specialize
-        self.recipe = recipe.resolved(target_sparsity(step))
+        target = target_sparsity(step)
+        self.recipe = recipe.resolved(target)
+        step.check_room(recipe.densest(target))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
         smoothing = step.describe().get("label_smoothing", 0.0)

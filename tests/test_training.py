@@ -87,6 +87,9 @@ class SoftmaxStep:
         return {"target": "local", "threads": 1, "seed": 0, "schemes": {"weight": "unstructured"},
                 "sparsity": {"weight": self.target_sparsity}, "versions": {}}
 
+    def check_room(self, grow_to):
+        assert 0 <= grow_to <= self.target_sparsity
+
     def masks(self):
         return {"weight": self.state["keep"]}
 

@@ -41,6 +41,8 @@ class Request:
     batch: int = 64
     threads: int | None = None
     target: str = "local"
+    memory_budget: int | None = None
+    lower_density: bool = False
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -65,6 +67,9 @@ def train(
     target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
     tracker: Annotated[str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")] = None,
     key: Annotated[str | None, typer.Option(help="Name under which such devices serve.")] = None,
+    memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest, which em_s is in its first phase; "
+                                                           "activations are computed again to meet them.", min=1)] = None,
+    lower_density: Annotated[bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")] = False,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
@@ -93,7 +98,7 @@ def train(
     elif runtime is not None:
         raise UsageError("--runtime belongs to --artifact; a step that is compiled here finds TVM by itself")
     where: dict[str, Any] = {"model": model, "width": width, "data": data, "scheme": scheme, "sparsity": sparsity,
-                             "distribution": distribution, "batch": batch}
+                             "distribution": distribution, "batch": batch, "memory_budget": memory_budget}
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
     if artifact is None and parse_scheme(where["scheme"]).name == "dense":
@@ -113,8 +118,8 @@ def train(
         job = Job(artifact, where["data"], out or _new_folder(artifact.name), chosen, data_folder, resume, threads, runtime)
         _show(_run_artifact(job), as_json)
         return
-    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, out=out,
-                            tracker=tracker, key=key, specialize=specialize)), as_json)
+    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, lower_density=lower_density,
+                            out=out, tracker=tracker, key=key, specialize=specialize)), as_json)
 
 
 def _check_artifact_options(given: set[str]) -> None:
@@ -211,7 +216,9 @@ def _compile(request: Request, split: Split) -> Any:
         model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
     return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
                         optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
-                        label_smoothing=request.recipe.label_smoothing, device=_device(request.tracker, request.key))
+                        label_smoothing=request.recipe.label_smoothing, memory_budget=request.memory_budget,
+                        lower_density=request.lower_density, grow_to=request.recipe.densest(request.sparsity),
+                        device=_device(request.tracker, request.key))
 
 
 def _device(tracker: str | None, key: str | None) -> Device | None:

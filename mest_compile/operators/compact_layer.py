@@ -107,6 +107,12 @@ class CompactFamily(KernelFamily):
         rows, sources, _, _ = _blocks(layer, transposed=part.startswith("transposed"))
         return -(-cells // (rows * sources))
 
+    def held_cells(self, layer, cells):
+        if layer.scheme.spans[0] == 0:
+            return cells
+        filter_cells = layer.scheme.unit_cells(layer.spec)
+        return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
+
     def sections(self, spec, scheme, target):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         on_rows = scheme.spans[0] == 1

@@ -115,6 +115,10 @@ class KernelFamily(ABC):
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         """Elements of the held index buffer `part` whose size depends on the mask, with `cells` live cells."""
 
+    def held_cells(self, layer: Layer, cells: int) -> int:
+        """Cells of the layer's value array when `cells` live: kernels may hold some of them twice."""
+        return cells
+
     @abstractmethod
     def sections(self, spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:
         """Source channels of a section of the index, forward and transposed, as the device's schedule wants them."""

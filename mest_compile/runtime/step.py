@@ -20,7 +20,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
-from mest_compile.sparsity.schemes.dense import Dense
+from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
 from mest_compile.spec import SGD, ForwardGraph
 
 if TYPE_CHECKING:
@@ -151,9 +151,15 @@ class TrainStep:
         """{weight name: share of weights that are zero now}, sparse layers only."""
         return {name: 1.0 - float(self._keep(name).mean()) for name in self._sparse_layers()}
 
-    def memory(self) -> dict[str, int]:
-        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total."""
+    def memory(self, at_capacity: bool = False) -> dict[str, int]:
+        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total.
+
+        at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound count as they are
+        """
         units = {name: len(order) for name, order in self._order.items()}
+        if at_capacity:
+            room = {name: layer.capacity for name, layer in self._compiled.layers.items() if layer.capacity is not None}
+            units |= held_cells({name: self._compiled.layers[name] for name in room}, room)
         target = self._compiled.facts.target
         return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target.vector * target.cores)
 
@@ -277,7 +283,10 @@ class TrainStep:
                 for name in self._sparse_layers()}
 
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
-        """Installs masks; units that stay keep weight and momentum, new ones start at 0. Raises StateError; nothing is changed then."""
+        """Installs masks; units that stay keep weight and momentum, new ones start at 0.
+
+        Raises StateError, CapacityError; nothing is changed then.
+        """
         start = self._begin()
         sparse = self._sparse_layers()
         keeps = {}
@@ -286,6 +295,8 @@ class TrainStep:
                 raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
             layer = self._compiled.layers[name]
             keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
+            units = layer.scheme.count(layer.spec, keeps[name])
+            layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
             old = self._keep(name)
@@ -299,38 +310,37 @@ class TrainStep:
         prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
         importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
         gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL; None: random ones
-        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError.
+        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing is changed then.
         """
         start = self._begin()
         if not 0 <= grow_to <= prune_to < 1:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
-        scales = [self._scale(overall) for overall in (prune_to, grow_to)]
+        layers = self._compiled.layers
+        fewest_units, most_units = units_at(layers, prune_to), self.check_room(grow_to)
         fates = {}
         changes = []
         for name in self._sparse_layers():
-            layer, keep = self._compiled.layers[name], self._keep(name)
+            layer, keep = layers[name], self._keep(name)
             score = importance(self._get(name), self._get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             order = self._order[name]
             energy = np.zeros(keep.size)
             squares = np.square(score, dtype=np.float64).reshape(len(order), -1)
             energy[order] = squares @ np.ones(squares.shape[1])
-            fewest, most = (layer.scheme.live_units(layer.spec, max(0.0, 1.0 - (1.0 - layer.sparsity) * scale)) for scale in scales)
-            fewest = min(fewest, layer.scheme.count(layer.spec, keep))
+            fewest = min(fewest_units[name], layer.scheme.count(layer.spec, keep))
             kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
             wanted = None if gradients is None else layer.scheme.energy(layer.spec, _as_conv(np.asarray(gradients[name])))
-            changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most, rng, wanted)))
+            changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most_units[name], rng, wanted)))
         for name, keep, kept, grown in changes:  # nothing is changed before all layers were asked, any of which may refuse
             fates[name] = self._exchange(name, keep, grown, kept)
         return self._report(fates, start)
 
-    def _scale(self, overall: float) -> float:
-        """What every layer's density is multiplied by when all sparse layers together are to have the sparsity `overall`."""
-        layers = [self._compiled.layers[name] for name in self._sparse_layers()]
-        if not layers:
-            return 1.0
-        live = sum((1 - layer.sparsity) * layer.spec.weight_elems for layer in layers)
-        return (1 - overall) * sum(layer.spec.weight_elems for layer in layers) / live
+    def check_room(self, grow_to: float) -> dict[str, int]:
+        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
+        units = units_at(self._compiled.layers, grow_to)
+        for name, count in units.items():
+            self._compiled.layers[name].check_room(count, grow_to)
+        return units
 
     # Kernels.
 
@@ -437,7 +447,7 @@ class TrainStep:
         return self._runner.get(name)
 
     def _sparse_layers(self) -> list[str]:
-        return [name for name, layer in self._compiled.layers.items() if not isinstance(layer.scheme, Dense)]
+        return list(sparse_layers(self._compiled.layers))
 
     def _send_ahead(self, batch: tuple | None) -> None:
         send = getattr(self._runner, "put_ahead", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mest_compile.errors import SparsityError, UnknownName
 from mest_compile.spec import LayerSpec
@@ -34,6 +34,16 @@ def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
 
 
 _DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
+
+
+def rescaled(share: Mapping[str, float], elems: Mapping[str, int], overall: float) -> dict[str, float]:
+    """`share` ({layer: sparsity}) with every density scaled alike, so that all layers together have the sparsity `overall`.
+
+    elems  {layer: weights}. No layer becomes denser than dense; one that was asked to makes the whole sparser than `overall`.
+    """
+    live = sum((1.0 - sparsity) * elems[name] for name, sparsity in share.items())
+    scale = (1.0 - overall) * sum(elems[name] for name in share) / live if live else 1.0
+    return {name: max(0.0, 1.0 - (1.0 - sparsity) * scale) for name, sparsity in share.items()}
 
 
 def distribute(name: str, layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mest_compile.errors import CapacityError
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.spec import LayerSpec
 
@@ -14,6 +15,7 @@ class Layer:
 
     kernels           name of the kernel family that it runs on
     section_channels, transposed_section_channels  source channels of a section in the forward pass and in the input gradient
+    capacity          units of the scheme that the layer has room for: its densest phase; None: nobody set a bound
     """
 
     spec: LayerSpec
@@ -22,3 +24,10 @@ class Layer:
     kernels: str
     section_channels: int
     transposed_section_channels: int
+    capacity: int | None = None
+
+    def check_room(self, units: int, sparsity: float) -> None:
+        """Raises CapacityError when the live units that `sparsity` stands for are more than the layer has room for."""
+        if self.capacity is not None and units > self.capacity:
+            raise CapacityError(f"{self.spec.name}: {units} units live at a sparsity of {sparsity:g}, but memory is planned for "
+                                f"{self.capacity}; compile the step with grow_to={sparsity:g}, or keep the mask sparser")

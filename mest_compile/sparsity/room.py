@@ -1,0 +1,58 @@
+"""How many units layers have and have room for, at a sparsity of all sparse layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mest_compile.errors import UsageError
+from mest_compile.registry import FAMILIES
+from mest_compile.sparsity.distributions import rescaled
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.schemes.dense import Dense
+
+DIGITS = 6  # of a sparsity that was computed: 0.9 - 0.05 is to read 0.85
+
+
+def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Those whose mask a mutation may change."""
+    return {name: layer for name, layer in layers.items() if not isinstance(layer.scheme, Dense)}
+
+
+def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
+    """{weight name: live units} of the sparse layers when all of them together have the sparsity `overall`. Raises SparsityError."""
+    sparse = sparse_layers(layers)
+    share = rescaled({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse), overall)
+    return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse.items()}
+
+
+def overall_sparsity(layers: Mapping[str, Layer]) -> float:
+    """The sparsity that the sparse layers start with, all of them together; 0 when there are none."""
+    sparse = sparse_layers(layers)
+    elems = _elems(sparse)
+    zeros = sum(layer.sparsity * elems[name] for name, layer in sparse.items())
+    return round(zeros / max(1, sum(elems.values())), DIGITS)
+
+
+def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
+    """The layers with the capacity for a sparsity of `grow_to`, all sparse layers together. Raises UsageError, SparsityError."""
+    start = overall_sparsity(layers)
+    if not 0 <= grow_to <= start:
+        raise UsageError(f"grow_to is {grow_to}; wanted the lowest sparsity that mutations grow to, at most the model's {start}")
+    starts = {name: layer.scheme.live_units(layer.spec, layer.sparsity) for name, layer in layers.items()}
+    room = {name: max(units, starts[name]) for name, units in units_at(layers, grow_to).items()}
+    return {name: replace(layer, capacity=room.get(name)) for name, layer in layers.items()}
+
+
+def held_cells(layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
+    """{weight name: cells of its value array} with so many units alive; a layer that `live_units` lacks has those that it starts with."""
+    found = {}
+    for name, layer in layers.items():
+        live = live_units.get(name)
+        cells = layer.scheme.live_cells(layer.spec, layer.sparsity) if live is None else live * layer.scheme.unit_cells(layer.spec)
+        found[name] = FAMILIES.find(layer.kernels).held_cells(layer, cells)
+    return found
+
+
+def _elems(layers: Mapping[str, Layer]) -> dict[str, int]:
+    return {name: layer.spec.weight_elems for name, layer in layers.items()}
