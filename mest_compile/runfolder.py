@@ -58,6 +58,13 @@ class RunFolder:
         with _told(self.metrics):
             write_atomically(self.metrics, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
 
+    def remove_torn(self) -> None:
+        """Removes what writers that were killed left behind: files that never got their name. Raises StateError."""
+        with _told(self.path):
+            for file in (self.recipe, self.run, self.metrics, self.checkpoint, self.previous, self.best):
+                for torn in self.path.glob(f".{file.name}.*"):
+                    torn.unlink()
+
     def keep_previous(self) -> None:
         """Gives the checkpoint its second name, before another takes its place. Raises StateError."""
         with _told(self.previous):

@@ -219,6 +219,7 @@ class Trainer:
             self._survivors = {name: np.unpackbits(arrays[f"survivors.{name}"], count=mask.size).astype(bool)
                                for name, mask in self._survivors.items()}
             assert self.folder is not None
+            self.folder.remove_torn()
             self.folder.rewrite_metrics(run.history)
         elif self.folder:
             self.folder.begin(self.recipe.to_dict(), {"seed": self.recipe.seed, "data": data, "step": self.step.describe(),
