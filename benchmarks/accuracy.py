@@ -2,21 +2,22 @@
 
 Every run is a process of its own on one thread, `--jobs` of them at a time, seed by seed. benchmarks/results/accuracy.json is written whole
 after each; what is in it is not run again, and a run that was stopped goes on from its last epoch.
-`--table` writes the table in docs/results.md and runs nothing.
+`--pace` measures what an iteration of every kind of run costs, side by side on a machine that should have nothing else to do: training that
+lasts for hours on a busy one says nothing about time. `--table` writes the table in docs/results.md and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -28,14 +29,17 @@ import numpy as np
 
 from mest_compile.benchmark import machine
 from mest_compile.errors import MestError
+from mest_compile.recipe import Recipe
 from mest_compile.runfolder import write_atomically, write_json
 from mest_compile.runtime import checkpoint
+from mest_compile.sieve import SieveRule
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy.json", ROOT / "docs" / "results.md"
 embed = partial(documents.embed, what="accuracy table")
 MODEL, WIDTH, BATCH, EPOCHS, LR, SEEDS = "resnet18", 32, 64, 8, 0.1, (0, 1, 2)
 SIEVE = {"drop": 0.24, "after_epoch": 3}  # 24% of the examples in five of eight epochs: 15% of all iterations
+PACE_ROUNDS, PACE_BATCHES = 7, 8
 WITHIN = 0.005                            # of dense accuracy: how far a run must come for "time to"
 
 
@@ -133,30 +137,78 @@ class TorchStep:
         return {}
 
 
-def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
-    """The run's entry of the results; goes on with a run that is in `folder`."""
+def recipe_of(run: Run) -> Recipe:
+    """What the run is trained by."""
+    return Recipe(EPOCHS, "static" if run.method == "torch" else run.method, lr=LR, seed=run.seed,
+                  sieve=SieveRule(**SIEVE) if run.sieve else None)  # type: ignore[arg-type]
+
+
+def densities(recipe: Recipe, start: float) -> list[tuple[float, bool]]:
+    """(sparsity, whether a mutation came before it) of every epoch of a resolved recipe whose model starts at sparsity `start`."""
+    found = []
+    for epoch in range(recipe.epochs):
+        phase = recipe.mutation_at(epoch)
+        start = phase.grow_to if phase else start
+        found.append((start, phase is not None))
+    return found
+
+
+def kind(run: Run, sparsity: float) -> str:
+    """What decides how long an iteration of the run takes while its model has that sparsity."""
+    return "dense torch" if run.method == "torch" else f"{run.scheme} {run.sparsity:g} at {sparsity:g}"
+
+
+def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
+    """The run's step before training."""
     import mest_compile as mest
-    from mest_compile.data import load
     from mest_compile.models import build_model
-    from mest_compile.recipe import Recipe
-    from mest_compile.sieve import SieveRule
+
+    if run.method == "torch":
+        return TorchStep(shape, classes, run.seed)
+    return mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
+                        optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity))
+
+
+def measure_pace(data_folder: Path | None) -> dict[str, Any]:
+    """Seconds of an iteration of every kind, data preparation included, and of a mutation of every scheme.
+
+    All kinds take turns of PACE_BATCHES iterations of the training loop in one process; medians over PACE_ROUNDS rounds, and the spread.
+    """
+    from mest_compile.data import load
     from mest_compile.training import Trainer
 
     split = load("fashion-mnist", data_folder)
-    shape, classes = (BATCH, *split.train.images.shape[1:]), split.train.classes
-    recipe = Recipe(EPOCHS, "static" if run.method == "torch" else run.method, lr=LR, seed=run.seed,
-                    sieve=SieveRule(**SIEVE) if run.sieve else None)
+    few = replace(split.train, images=split.train.images[:PACE_BATCHES * BATCH], labels=split.train.labels[:PACE_BATCHES * BATCH])
+    shape, trainers, mutations = (BATCH, *few.images.shape[1:]), {}, {}
+    for run in runs():
+        for sparsity in {sparsity for sparsity, _ in densities(recipe_of(run).resolved(run.sparsity), run.sparsity)}:
+            if kind(run, sparsity) in trainers:
+                continue
+            step = compiled(run, shape, few.classes)
+            if sparsity != run.sparsity:
+                again = [step.mutate(run.sparsity, sparsity).seconds for _ in range(3)]
+                mutations[f"{run.scheme} {run.sparsity:g}"] = statistics.median(again)
+            trainers[kind(run, sparsity)] = Trainer(step, Recipe(1, "static", lr=1e-3))
+            trainers[kind(run, sparsity)]._train(0, few)  # warms up
+    turns: dict[str, list[float]] = {name: [] for name in trainers}
+    for number in range(PACE_ROUNDS):
+        for name in list(trainers)[::1 if number % 2 else -1]:
+            turns[name].append(trainers[name]._train(0, few)["train_seconds"] / PACE_BATCHES)
+    return {"seconds": {name: statistics.median(found) for name, found in turns.items()},
+            "lowest": {name: min(found) for name, found in turns.items()}, "highest": {name: max(found) for name, found in turns.items()},
+            "mutation_seconds": mutations, "rounds": PACE_ROUNDS, "batches": PACE_BATCHES, "machine": machine(),
+            "load_before": os.getloadavg()[0], "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
+    """The run's entry of the results; goes on with a run that is in `folder`."""
+    from mest_compile.data import load
+    from mest_compile.training import Trainer
+
+    split = load("fashion-mnist", data_folder)
+    step = compiled(run, (BATCH, *split.train.images.shape[1:]), split.train.classes)
     begun = (folder / "checkpoint.safetensors").exists()
-    if run.method == "torch":
-        step = TorchStep(shape, classes, run.seed)
-        trainer = Trainer.resume(folder, step) if begun else Trainer(step, recipe, folder)
-    elif begun:
-        trainer = Trainer.resume(folder)
-    else:
-        step = mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
-                            optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed,
-                            grow_to=recipe.densest(run.sparsity))
-        trainer = Trainer(step, recipe, folder)
+    trainer = Trainer.resume(folder, step) if begun else Trainer(step, recipe_of(run), folder)
     history = trainer.fit(split.train, split.test).history
     kept = ("epoch", "loss", "test_accuracy", "train_seconds", "iterations", "iterations_saved")
     sizes = {name: mask.size for name, mask in trainer.step.masks().items()}
@@ -169,14 +221,19 @@ def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def seconds_to(entry: Mapping[str, Any], accuracy: float) -> float | None:
-    """Seconds of training until the end of the first epoch whose test accuracy is at least `accuracy`; None: it never was."""
-    passed = 0.0
-    for metrics in entry["epochs"]:
-        passed += metrics["train_seconds"]
-        if metrics["test_accuracy"] >= accuracy:
+def seconds_to(entry: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None) -> float | None:
+    """Seconds of training at the measured pace until the end of the first epoch whose test accuracy is at least `accuracy`.
+
+    Iterations of every epoch at the pace of the sparsity that the model had then, and mutations. accuracy: None is the whole run.
+    None: the accuracy was never met.
+    """
+    run, recipe, passed = Run(**entry["run"]), Recipe.from_dict(entry["recipe"]), 0.0
+    for metrics, (sparsity, mutated) in zip(entry["epochs"], densities(recipe, run.sparsity), strict=True):
+        passed += metrics["iterations"] * pace["seconds"][kind(run, sparsity)]
+        passed += pace["mutation_seconds"][f"{run.scheme} {run.sparsity:g}"] if mutated else 0.0
+        if accuracy is not None and metrics["test_accuracy"] >= accuracy:
             return passed
-    return None
+    return passed if accuracy is None else None
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -185,8 +242,8 @@ def table(results: Mapping[str, Any]) -> str:
     for run in runs():
         if run.key in results["entries"]:
             by_row.setdefault(run.row, {})[run.seed] = results["entries"][run.key]
-    dense = by_row.get("dense torch", {})
-    lines = ["| run | seeds | test accuracy % | spread | beside dense | sparsity | iterations saved | training s | "
+    dense, pace = by_row.get("dense torch", {}), results.get("pace")
+    lines = ["| run | seeds | test accuracy % | spread | beside dense | sparsity | iterations saved | training, times shorter | "
              "time to dense - 0.5, times shorter |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for row, seeds in by_row.items():
         entries = list(seeds.values())
@@ -195,18 +252,24 @@ def table(results: Mapping[str, Any]) -> str:
         saved = sum(metrics["iterations_saved"] for metrics in entries[0]["epochs"])
         share = saved / (saved + sum(metrics["iterations"] for metrics in entries[0]["epochs"]))
         common = [seed for seed in seeds if seed in dense]
-        beside, faster = "-", "-"
+        beside, whole, faster = "-", "-", "-"
         if common and row != "dense torch":
             beside = f"{statistics.mean(100 * (seeds[seed]['test_accuracy'] - dense[seed]['test_accuracy']) for seed in common):+.2f}"
+        if common and pace and row != "dense torch":
             wanted = statistics.mean(entry["test_accuracy"] for entry in dense.values()) - WITHIN
-            pairs = [(seconds_to(dense[seed], wanted), seconds_to(seeds[seed], wanted)) for seed in common]
-            ratios = [theirs / ours if theirs and ours else math.nan for theirs, ours in pairs]
-            reached = [ratio for ratio in ratios if not math.isnan(ratio)]
-            faster = f"{statistics.median(reached):.2f} ({len(reached)} of {len(pairs)})" if reached else "not reached"
+            whole = f"{statistics.median(_ratio(dense[seed], seeds[seed], pace, None) or 0.0 for seed in common):.2f}"
+            reached = [ratio for seed in common if (ratio := _ratio(dense[seed], seeds[seed], pace, wanted))]
+            faster = f"{statistics.median(reached):.2f} ({len(reached)} of {len(common)})" if reached else "not reached"
         lines.append(f"| {row} | {len(found)} | {statistics.mean(found):.2f} | {spread} | {beside} | "
                      f"{statistics.mean(entry['sparsity'] for entry in entries):.3f} | {share:.1%} | "
-                     f"{statistics.mean(entry['train_seconds'] for entry in entries):.0f} | {faster} |")
+                     f"{whole} | {faster} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio(dense: Mapping[str, Any], ours: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None) -> float | None:
+    """Dense torch's seconds over ours; None: one of them never had that accuracy."""
+    theirs, own = (seconds_to(entry, pace, accuracy) for entry in (dense, ours))
+    return theirs / own if theirs and own else None
 
 
 def run_all(chosen: argparse.Namespace) -> None:
@@ -239,12 +302,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "accuracy", help="where run folders go")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--data-folder", type=Path, help="of Fashion-MNIST's four files")
+    parser.add_argument("--pace", action="store_true", help="measure what an iteration costs, train nothing")
     parser.add_argument("--table", action="store_true", help="write the table in docs/results.md, run nothing")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.table:
         text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
         write_atomically(DOCUMENT, embed(DOCUMENT.read_text(encoding="utf-8"), text))
+    elif chosen.pace:
+        write_json(chosen.results, json.loads(chosen.results.read_text(encoding="utf-8")) | {"pace": measure_pace(chosen.data_folder)})
     elif chosen.train:
         run = next(run for run in runs() if run.key == chosen.train)
         print(json.dumps(train(run, chosen.runs / run.key.replace(" ", "-").replace(":", ""), chosen.data_folder)))

@@ -122,6 +122,7 @@ def _name(path: Path, name: Path) -> None:
     except OSError:  # a file system without hard links, as on memory cards
         shutil.copyfile(path, part)
     os.replace(part, name)
+    part.unlink(missing_ok=True)  # renaming one name of a file to another of the same file does nothing
 
 
 def write_atomically(path: Path, text: str) -> None:

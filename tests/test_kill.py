@@ -45,7 +45,7 @@ def start(*arguments):
 
 
 def finish(process):
-    said = process.communicate(timeout=300)[1]
+    said = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, said
 
 
