@@ -11,7 +11,7 @@ from mest_compile.operators.batch_norm import (
     BatchNormRunning,
 )
 from mest_compile.registry import schedule
-from mest_compile.schedules.opencl_sums import ChannelSums, fold, tree
+from mest_compile.schedules.opencl_sums import ChannelSums, fold, lane_of, tree
 from mest_compile.schedules.opencl_text import (
     Text,
     at,
@@ -48,9 +48,10 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
     """
     layout, vector = problem.z, problem.z.vector
     cut = ChannelSums(layout, target)
-    text = Text(image("z", layout), scalars("moments", 3 * layout.channels))
+    text = Text(image("z", layout), scalars("moments", 3 * layout.channels), *flags(layout.channels, alive=problem.alive))
     text.scratch("chunk_facts", layout.channels * cut.count * 4)
     alive = lanes_alive(layout, f"place // {layout.height * layout.width}")
+    living = "alive[c] != 0" if problem.alive else ""
     first = f"z[c * {plane_vectors(layout)} + {layout.halo[0] * layout.columns + layout.halo[1]}]"
 
     def distance(origin: str) -> str:
@@ -59,25 +60,29 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
 
     with text.groups(cut.size, layout.channels * cut.count):
         text.private("sums", 2, vector_type(vector))
-        text.private("value", vector)
+        text.private("value", 1)
         text.private("middle", 1)
         text.shared(2, cut.size, vector_type(vector))
         text(f"c: T.let = block // {cut.count}", f"start: T.let = block % {cut.count} * {cut.share}",
              f"end: T.let = T.min(start + {cut.share}, {cut.vectors})")
         behind = f"T.max(0, end - T.max(start, {(layout.slices - 1) * layout.height * layout.width}))"
         count = f'T.cast((end - start) * {vector} - {behind} * {layout.lanes - layout.batch}, "float32")'
-        text.load("value", first, vector)
+        text(f"sums[0] = {zeros(vector)}")
+        with text.nest(*([f"if {living}"] if living else [])):
+            text(f"sums[0] = {first}")
+        text(f"value[0] = {lane_of('sums[0]', 0, vector)}")
         cut.start(text, 2)
-        cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('value[0]')}"])
+        cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('value[0]')}"], living)
         cut.share_out(text, 1)
-        text(f"middle[0] = value[0] + {fold(text, 'lanes_middle', 'shared_0[0]', vector)} / {count}")
+        text("sums[0] = shared_0[0]", f"middle[0] = value[0] + {fold('sums[0]', vector)} / {count}")
         text.barrier()
         cut.start(text, 2)
         cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('middle[0]')}",
-                                f"sums[1] = sums[1] + {distance('middle[0]')} * {distance('middle[0]')}"])
+                                f"sums[1] = sums[1] + {distance('middle[0]')} * {distance('middle[0]')}"], living)
         cut.share_out(text, 2)
         with text.nest("if lane == 0"):
-            rest, squares = (fold(text, f"lanes_{s}", f"shared_{s}[0]", vector) for s in range(2))
+            text("sums[0] = shared_0[0]", "sums[1] = shared_1[0]")
+            rest, squares = (fold(f"sums[{s}]", vector) for s in range(2))
             text("chunk_facts[block * 4] = value[0]", f"chunk_facts[block * 4 + 1] = {count}",
                  f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
                  f"chunk_facts[block * 4 + 3] = T.max({squares} - {rest} * {rest} / {count}, T.float32(0))")
@@ -98,7 +103,9 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
     """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances of its own."""
     layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
     width, channels = problem.count // (chunks * vector), layout.channels
-    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), scalars("moments", 3 * channels))
+    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), scalars("moments", 3 * channels),
+                *flags(channels, alive=problem.alive))
+    living = ["alive[block] != 0"] if problem.alive else []
     size = whole_groups(chunks, target.limits.threads)
     share = full(number(1 / width), vector)
 
@@ -106,30 +113,34 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
         return f"(statistics[({chunk}) * {2 * channels} + block] * {share})"
 
     with text.groups(size, channels):
-        text.private("value", vector)
+        text.private("value", 1)
         text.private("mean", 1)
         text.private("sums", 1, vector_type(vector))
         text.shared(1, size, vector_type(vector))
-        text.load("value", mean_of("0"), vector)
+        text(f"sums[0] = {zeros(vector)}")
+        with text.nest(*(f"if {condition}" for condition in living)):
+            text(f"sums[0] = {mean_of('0')}")
+        text(f"value[0] = {lane_of('sums[0]', 0, vector)}")
 
-        def total(term: str, name: str) -> str:
+        def total(term: str) -> str:
             """Sum of `term` over all chunks k and lanes."""
             text(f"sums[0] = {zeros(vector)}")
             with text.nest(f"for turn in T.serial({-(-chunks // size)})"):
                 text(f"k: T.let = turn * {size} + lane")
-                with text.nest(f"if k < {chunks}"):
+                with text.nest(f"if {' and '.join([f'k < {chunks}', *living])}"):
                     text(f"sums[0] = sums[0] + {term}")
             text("shared_0[lane] = sums[0]")
             tree(text, 1, size)
-            return fold(text, name, "shared_0[0]", vector)
+            text("sums[0] = shared_0[0]")
+            return fold("sums[0]", vector)
 
         away = f"({mean_of('k')} - {full('value[0]', vector)})"
-        text(f"mean[0] = {total(away, 'lanes_mean')} * {number(1 / (chunks * vector))}")
+        text(f"mean[0] = {total(away)} * {number(1 / (chunks * vector))}")
         text.barrier()
         row_sum, row_squares = (f"statistics[(k * 2 + {s}) * {channels} + block]" for s in range(2))
         apart = f"({away} - {full('mean[0]', vector)})"
         within = f"T.max({row_squares} - {row_sum} * {mean_of('k')}, {zeros(vector)})"
-        squares = total(f"({within} + {apart} * {apart} * {full(number(width), vector)})", "lanes_squares")
+        squares = total(f"({within} + {apart} * {apart} * {full(number(width), vector)})")
         with text.nest("if lane == 0"):
             _store_moments(text, problem, "block", "value[0] + mean[0]", squares)
     return str(text)
@@ -159,29 +170,43 @@ def _facts(channels: int) -> list[str]:
     return [scalars("moments", 3 * channels), scalars("affine", 2 * channels)]
 
 
+def flags(channels: int, alive: bool = False, read: bool = False) -> list[str]:
+    """Arguments: which channels hold values, which ones somebody reads."""
+    return [scalars(name, channels, "int32") for name, there in (("alive", alive), ("read", read)) if there]
+
+
+def _held(flag: str, value: str, name: str, vector: int, there: bool) -> tuple[list[str], str]:
+    """(statements, expression): `value`, or 0 and nothing is loaded where the channel's flag is 0."""
+    if not there:
+        return [], value
+    return [f'{name} = T.alloc_buffer((1,), "{vector_type(vector)}", scope="local")', f"{name}[0] = {zeros(vector)}",
+            f"if {flag}[c] != 0:", f"    {name}[0] = {value}"], f"{name}[0]"
+
+
 def _set_facts(channels: int) -> tuple[str, ...]:
     return ("mean: T.let = moments[c]", f"inverse: T.let = moments[{channels} + c]",
             f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]", "shift: T.let = affine[c]")
 
 
-def _centred(z: Image) -> str:
-    return f"({at('z', z)} - {full('mean', z.vector)})"
+def _centred(z: str, vector: int) -> str:
+    return f"({z} - {full('mean', vector)})"
 
 
-def _normalised(z: Image) -> str:
+def _normalised(z: str, vector: int) -> str:
     """Before residual and ReLU; forward and backward use this one form, so that they agree on where it is positive."""
-    return f"({_centred(z)} * {full('scale', z.vector)} + {full('shift', z.vector)})"
+    return f"({_centred(z, vector)} * {full('scale', vector)} + {full('shift', vector)})"
 
 
 @schedule("batch_norm.forward", device="opencl")
 def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     z, y, vector = problem.z, problem.y, problem.z.vector
     residual = [image("residual", problem.residual)] if problem.residual else []
-    text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y))
-    value = _normalised(z) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
-    with text.each_framed(y, target.limits.threads) as real:
+    text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read))
+    load, here = _held("alive", at("z", z), "z_here", vector, problem.alive)
+    value = _normalised(here, vector) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
+    with text.each_framed(y, target.limits.threads) as real, text.nest(*(["if read[c] != 0"] if problem.read else [])):
         with text.nest(f"if {real}"):
-            text(*_set_facts(z.channels))
+            text(*_set_facts(z.channels), *load)
             text(f"{at('y', y)} = " + (f"T.max({value}, {zeros(vector)})" if problem.relu else value))
         with text.nest("else"):
             text(f"{at('y', y)} = {zeros(vector)}")
@@ -196,32 +221,39 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     cut = ChannelSums(dy, target)
     share = number(1 / (dy.batch * dy.height * dy.width))
     text = Text(image("dy", dy), image("z", z), *_facts(channels), *([image("y", problem.y)] if problem.y else []),
-                scalars("sums_out", 2 * channels), *([image("dz", problem.dz)] if problem.dz else []))
-    gradient = at("dy", dy)
+                scalars("sums_out", 2 * channels), *([image("dz", problem.dz)] if problem.dz else []),
+                *flags(channels, problem.alive, problem.read))
+    load_z, z_here = _held("alive", at("z", z), "z_here", vector, problem.alive)
+    load_dy, dy_here = _held("read", at("dy", dy), "dy_here", vector, problem.read)
+    gradient = dy_here
     if problem.relu and not problem.y:
-        gradient = f"T.Select({_normalised(z)} > {zeros(vector)}, {gradient}, {zeros(vector)})"
+        gradient = f"T.Select({_normalised(z_here, vector)} > {zeros(vector)}, {gradient}, {zeros(vector)})"
 
     def add() -> list[str]:
-        mask = [f"{gradient} = T.Select({at('y', problem.y)} > {zeros(vector)}, {gradient}, {zeros(vector)})"] if problem.y else []
-        return [*mask, f"sums[0] = sums[0] + {gradient}", f"sums[1] = sums[1] + {gradient} * {_centred(z)}"]
+        there = at("dy", dy)
+        mask = [f"{there} = T.Select({at('y', problem.y)} > {zeros(vector)}, {there}, {zeros(vector)})"] if problem.y else []
+        return [*mask, *load_z, *load_dy, f"sums[0] = sums[0] + {gradient}",
+                f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}"]
 
-    cut.collect(text, 2, add, before=_set_facts(channels))
+    cut.collect(text, 2, add, before=_set_facts(channels), condition="read[c] != 0" if problem.read else "")
     with text.each(channels, target.limits.threads):
         cut.join(text, 2, "n")
         text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
     if dz:
         mean_dy, slope = full(f"(sums_out[c] * {share})", vector), full(f"(sums_out[{channels} + c] * {share} * inverse)", vector)
-        value = f"{full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z)} * {slope})"
-        alive = lanes_alive(dz, f"plane // {channels}")
-        if alive:
-            value = f"{alive} * ({value})"
+        value = f"{full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope})"
+        lanes = lanes_alive(dz, f"plane // {channels}")
+        if lanes:
+            value = f"{lanes} * ({value})"
+        written = ["if alive[c] != 0"] if problem.alive else []
         if problem.accumulate or problem.in_place:
-            with text.each_pixel(dz, target.limits.threads):
-                text(*_set_facts(channels), f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value)
+            with text.each_pixel(dz, target.limits.threads), text.nest(*written):
+                text(*_set_facts(channels), *load_z, *load_dy,
+                     f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value)
         else:
-            with text.each_framed(dz, target.limits.threads) as real:
+            with text.each_framed(dz, target.limits.threads) as real, text.nest(*written):
                 with text.nest(f"if {real}"):
-                    text(*_set_facts(channels), f"{at(result, dz)} = {value}")
+                    text(*_set_facts(channels), *load_z, *load_dy, f"{at(result, dz)} = {value}")
                 with text.nest("else"):
                     text(f"{at(result, dz)} = {zeros(vector)}")
     return str(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mest_compile.hardware import Target
-from mest_compile.operators.optimizer import Sgd, SgdUnits
+from mest_compile.operators.optimizer import CopyValues, Sgd, SgdUnits
 from mest_compile.registry import schedule
 from mest_compile.schedules.opencl_sums import ENOUGH_GROUPS
 from mest_compile.schedules.opencl_text import Text
@@ -43,4 +43,14 @@ def sgd_units(problem: SgdUnits, target: Target) -> str:
         _update(text)
         text(f"k: T.let = n % {size} // {problem.row_block}", f"j: T.let = n % {problem.row_block}",
              f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]")
+    return str(text)
+
+
+@schedule("optimizer.copy", device="opencl")
+def copy_values(problem: CopyValues, target: Target) -> str:
+    text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
+    text.symbolic("n_values", {"values": ("n_values", "float32")})
+    text.symbolic("n_copies", {"places": ("n_copies", "int32"), "copies": ("n_copies", "float32")})
+    with text.each_of("n_copies", ENOUGH_GROUPS, target.limits.threads):
+        text("copies[n] = values[places[n]]")
     return str(text)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mest_compile.hardware import Target
-from mest_compile.schedules.opencl_text import Text, slots, vector_type, whole_groups, zeros
+from mest_compile.schedules.opencl_text import Text, vector_type, whole_groups, zeros
 from mest_compile.spec import Image
 
 ENOUGH_GROUPS = 64  # work-groups that keep every core of a phone's GPU busy: the largest have 24
@@ -23,14 +23,69 @@ def tree(text: Text, sums: int, size: int) -> None:
         stride //= 2
 
 
-def fold(text: Text, name: str, value: str, vector: int) -> str:
-    """Stores a vector in the private `name` and gives the expression for the sum of its lanes, pairwise."""
-    text.private(name, vector)
-    text(f"{name}[{slots('0', vector)}] = {value}")
-    parts = [f"{name}[{lane}]" for lane in range(vector)]
+def lane_of(value: str, lane: int, vector: int) -> str:
+    """One lane of a vector that is at hand: a private element, because it is named as often as it is used."""
+    return f"T.Shuffle([{value}], [{lane}])" if vector > 1 else value
+
+
+def fold(value: str, vector: int) -> str:
+    """The sum of the lanes of a vector that is at hand, pairwise."""
+    parts = [lane_of(value, lane, vector) for lane in range(vector)]
     while len(parts) > 1:
         parts = [f"({' + '.join(parts[i:i + 2])})" for i in range(0, len(parts), 2)]
     return parts[0]
+
+
+def _segments(count: int, size: int) -> int:
+    """Threads that work on each of `count` sums in the tree's middle: a power of two."""
+    segments = 1
+    while segments * 2 * count <= size and segments * segments < size:
+        segments *= 2
+    return segments
+
+
+def declare_totals(text: Text, count: int, size: int) -> None:
+    """Local memory of `totals`."""
+    text.shared(1, count * size, "float32")
+    text(f'middle = T.alloc_buffer(({count * _segments(count, size)},), "float32", scope="shared")')
+
+
+def totals(text: Text, count: int, size: int, vector: int, store: Callable[[str, str], list[str]], guard: Callable[[str], str]) -> None:
+    """Adds up the private vectors `sums` (count,) over their lanes and over the group's threads. All threads must come here.
+
+    A thread adds up its lanes, then some threads a sum add up every so many of these, then one thread a sum: three levels, of which each
+    has about as much to do, and two barriers; halving from 64 threads to one takes seven.
+    store(e, value) gives the statements that keep sum e; guard(e), the condition that it is kept.
+    """
+    segments = _segments(count, size)
+    text(*(f"shared_0[{e * size} + lane] = {fold(f'sums[{e}]', vector)}" for e in range(count)))
+    text.barrier()
+    text.private("total", 1)
+
+    def level(items: int, body: Callable[[], None]) -> None:
+        with text.nest(f"for round in T.serial({-(-items // size)})"):
+            text(f"item: T.let = round * {size} + lane")
+            with text.nest(f"if item < {items}"):
+                text("total[0] = T.float32(0)")
+                body()
+
+    def middle() -> None:
+        part = f"shared_0[item // {segments} * {size} + k * {segments} + item % {segments}]"
+        with text.nest(f"for k in T.serial({-(-size // segments)})", *([] if size % segments == 0 else [
+                f"if k * {segments} + item % {segments} < {size}"])):
+            text(f"total[0] = total[0] + {part}")
+        text("middle[item] = total[0]")
+
+    def last() -> None:
+        with text.nest(f"for k in T.serial({segments})"):
+            text(f"total[0] = total[0] + middle[item * {segments} + k]")
+        with text.nest(f"if {guard('item')}"):
+            text(*store("item", "total[0]"))
+
+    level(count * segments, middle)
+    text.barrier()
+    level(count, last)
+    text.barrier()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +116,14 @@ class ChannelSums:
         """Chunks of a channel."""
         return -(-self.vectors // self.share)
 
-    def walk(self, text: Text, body: Callable[[], list[str]]) -> None:
-        """`body` at every vector of chunk `block`: sets `c`, `plane`, `h`, `w`. Neighbouring threads take neighbouring pixels."""
+    def walk(self, text: Text, body: Callable[[], list[str]], condition: str = "") -> None:
+        """`body` at every vector of chunk `block`, if `condition` holds: sets `plane`, `h`, `w`. Neighbouring threads take neighbouring
+        pixels.
+        """
         image, pixels = self.image, self.image.height * self.image.width
         with text.nest(f"for turn in T.serial({-(-self.share // self.size)})"):
             text(f"inside: T.let = turn * {self.size} + lane", f"place: T.let = block % {self.count} * {self.share} + inside")
-            with text.nest(f"if inside < {self.share} and place < {self.vectors}"):
+            with text.nest(f"if {' and '.join([f'inside < {self.share}', f'place < {self.vectors}', *filter(None, [condition])])}"):
                 text(f"plane: T.let = place // {pixels} * {image.channels} + block // {self.count}",
                      f"h: T.let = place % {pixels} // {image.width}", f"w: T.let = place % {image.width}")
                 text(*body())
@@ -81,7 +138,7 @@ class ChannelSums:
         text(*(f"shared_{s}[lane] = sums[{s}]" for s in range(sums)))
         tree(text, sums, self.size)
 
-    def collect(self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = ()) -> None:
+    def collect(self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = "") -> None:
         """A device kernel in which `body` adds to the private vectors `sums`; fills the scratch array `chunk_sums`."""
         vector = self.image.vector
         text.scratch("chunk_sums", self.image.channels * self.count * sums)
@@ -90,12 +147,11 @@ class ChannelSums:
             text.shared(sums, self.size, vector_type(vector))
             text(f"c: T.let = block // {self.count}", *before)
             self.start(text, sums)
-            self.walk(text, body)
+            self.walk(text, body, condition)
             self.share_out(text, sums)
             with text.nest("if lane == 0"):
                 for s in range(sums):
-                    total = fold(text, f"lanes_{s}", f"shared_{s}[0]", vector)
-                    text(f"chunk_sums[block * {sums} + {s}] = {total}")
+                    text(f"sums[{s}] = shared_{s}[0]", f"chunk_sums[block * {sums} + {s}] = {fold(f'sums[{s}]', vector)}")
 
     def join(self, text: Text, sums: int, channel: str) -> None:
         """Sets the private `joined` (sums,) to the sums of a channel."""

@@ -125,10 +125,6 @@ class Text:
         """
         self(*(f'shared_{i} = T.alloc_buffer(({elems},), "{dtype}", scope="shared")' for i in range(arrays)))
 
-    def load(self, name: str, value: str, vector: int) -> None:
-        """Brings a vector's lanes to the private `name`, where they can be read one by one."""
-        self(f"{name}[{slots('0', vector)}] = {value}")
-
     def barrier(self) -> None:
         self('T.tvm_storage_sync("shared")')
 

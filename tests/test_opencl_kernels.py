@@ -1,6 +1,7 @@
 """Every operator's OpenCL kernels against float64, on whatever driver there is: the CPU tests' claims, made for the target opencl."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,23 @@ CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_firs
             "test_units_of_neighbouring_taps"}  # and the family "pattern", in whose place layers here run on "gather"
 
 
-def on_opencl(name):
-    """The test module of that name, once more, with the target opencl in the place of the local one."""
+def on_opencl(name, **imported):
+    """The test module of that name, once more, with the target opencl in the place of the local one, and `imported` for other tests'."""
     spec = importlib.util.spec_from_file_location(f"{name}_opencl", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     usual = hardware.find_target
     hardware.find_target = lambda target: TARGET
+    others = {each: sys.modules.get(each) for each in imported}
+    sys.modules.update(imported)
     try:
         spec.loader.exec_module(module)
     finally:
         hardware.find_target = usual
+        for each, module_there in others.items():
+            if module_there is None:
+                del sys.modules[each]
+            else:
+                sys.modules[each] = module_there
     return module
 
 
@@ -55,6 +63,7 @@ def shaped_launch(builder, kernel, problem, *arrays, **knobs):
 
 
 _gather.call = shaped_launch
+_compact = on_opencl("test_compact", test_gather=_gather)
 
 
 @pytest.fixture(scope="module")
@@ -72,5 +81,5 @@ def run(builder):
     return lambda kernel, problem, *arrays: launch(builder, kernel, problem, *arrays)
 
 
-for _module in (_operators, _gather):
+for _module in (_operators, _gather, _compact):
     globals().update({name: item for name, item in vars(_module).items() if name.startswith("test_") and name not in CPU_ONLY})

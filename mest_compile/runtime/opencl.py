@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,33 @@ def _pyopencl() -> Any:
 
 
 def find_device() -> Any:
-    """The machine's OpenCL device: a GPU if there is one, else whatever there is. Raises NotInstalled."""
+    """The machine's OpenCL device: a GPU if there is one, else whatever there is; its driver must compile. Raises NotInstalled."""
     cl = _pyopencl()
     try:
         devices = [device for platform in cl.get_platforms() for device in platform.get_devices()]
     except cl.LogicError:  # the loader says so when it knows no driver
         devices = []
-    if not devices:
-        raise NotInstalled("no OpenCL driver found; install your GPU's, or PoCL, which computes on the CPU: "
-                           "apt install pocl-opencl-icd ocl-icd-libopencl1")
-    return min(devices, key=lambda device: not device.type & cl.device_type.GPU)
+    refused = {}
+    for device in sorted(devices, key=lambda device: not device.type & cl.device_type.GPU):
+        said = _refusal(device)
+        if said is None:
+            return device
+        refused[f"{device.name} ({device.platform.version})"] = said
+    found = "; ".join(f"{name} compiles nothing: {said}" for name, said in refused.items()) or "no OpenCL driver found"
+    raise NotInstalled(f"{found}; install your GPU's driver, or PoCL, which computes on the CPU: "
+                       "apt install pocl-opencl-icd ocl-icd-libopencl1")
+
+
+@cache
+def _refusal(device: Any) -> str | None:
+    """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs that it does not know."""
+    cl = _pyopencl()
+    try:
+        cl.Program(cl.Context([device]), "__kernel void nothing(__global float* x) { x[0] = 0; }").build(FLAGS)
+    except cl.Error as problem:
+        lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+        return next((line for line in lines if "error" in line.lower() and "clBuildProgram" not in line), lines[0])
+    return None
 
 
 class OpenclRunner:
