@@ -37,7 +37,7 @@ def pieces_of(groups: int, blocks: int) -> int:
 @schedule("compact.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "staged": (None, 0, 32, 128),
                                                   "pieces": (None, 1, 2, 8)})
 @schedule("gather.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "staged": (None, 0, 32, 128),
-                                                 "pieces": (None, 1, 2, 8)}, section_channels=section_channels)
+                                                 "pieces": (None, 1, 2, 8)})
 def gather_conv(problem: GatherConv, target: Target, accumulators: int = 8, threads: int | None = None, staged: int | None = None,
                 pieces: int | None = None) -> str:
     """A device kernel for each pass.
@@ -138,10 +138,10 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
                 row_sums(text, size, wide, rows * each, vector, store,
                          lambda number, run: " and ".join([f"{chunk(number, run)} < {chunks}", *alive]))
     if problem.statistics and not in_group:
-        _statistics_of_result(text, problem, high, wide, target)
+        statistics_of_result(text, problem, high, wide, target)
 
 
-def _statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, target: Target) -> None:
+def statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, target: Target) -> None:
     """The same by a device kernel of its own: a row has more pixels than a work-group may have threads."""
     result, vector = problem.result, problem.result.vector
     rows = problem.groups * problem.row_block if problem.rows_live else result.channels
@@ -156,3 +156,6 @@ def _statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int,
                 text("row_sums[0] = row_sums[0] + result[row_start + w]",
                      "row_sums[1] = row_sums[1] + result[row_start + w] * result[row_start + w]")
             text(*(f"statistics[(chunk * 2 + {s}) * {result.channels} + c] = row_sums[{s}]" for s in range(2)))
+
+
+gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists

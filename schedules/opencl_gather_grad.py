@@ -44,7 +44,7 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, thre
     with text.groups(size, problem.cells, parts * layers, splits):
         piece, split = ("block_y" if parts * layers > 1 else "0"), ("block_z" if splits > 1 else "0")
         row = f"block % {problem.groups} * {problem.row_block} + {piece} % {parts} * {rows} + j"
-        for name, elems in ("sums", count), ("seen", rows):
+        for name, elems in ("sums", count), ("seen", rows), ("met", 1):
             text.private(name, elems, vector_type(vector))
         text.private("from_where", together, "int32")
         text.private("row", rows, "int32")

@@ -28,7 +28,7 @@ class Stage:
 
     depth, rows    weights of a unit that count here: `depth` times `rows` neighbours
     block, pitch   weights of a whole unit; distance of one row of `rows` from the next
-    divisor        offsets are counted in vectors of so many elements
+    divisor        elements of a vector: offsets become numbers of vectors
     """
 
     units: int
@@ -68,20 +68,31 @@ class Stage:
         text.barrier()
 
     @contextmanager
-    def each(self, text: Text, begin: str, end: str, start: str) -> Iterator[None]:
-        """The loop: sets `way`, the unit's offset in vectors; `bring` then gets its weights."""
+    def chunks(self, text: Text, begin: str, end: str, start: str) -> Iterator[tuple[str, str]]:
+        """A loop over what is in local memory at a time, in which `units_between` loops; gives names of its first unit and its size."""
         if not self.units:
-            with text.nest(f"for turn in T.serial({end} - {begin})"):
-                text(f"unit: T.let = {begin} + turn", f"way: T.let = offsets[unit] // {self.divisor}")
-                yield
+            yield "0", "0"
             return
         with text.nest(f"for chunk in T.serial(({end} - {begin} + {self.units - 1}) // {self.units})"):
             text(f"first: T.let = {begin} + chunk * {self.units}", f"many: T.let = T.min({self.units}, {end} - first)")
             self.load(text, "first", "many", start)
-            with text.nest("for unit in T.serial(many)"):
-                text("way: T.let = staged_offsets[unit]")
-                yield
+            yield "first", "many"
             text.barrier()
+
+    @contextmanager
+    def units_between(self, text: Text, low: str, high: str) -> Iterator[None]:
+        """A loop over units, counted from the chunk's first one where there are chunks: sets `unit`, and `way`, its offset in vectors."""
+        with text.nest(f"for turn in T.serial(T.max({high} - {low}, 0))"):
+            text(f"unit: T.let = {low} + turn",
+                 "way: T.let = staged_offsets[unit]" if self.units else f"way: T.let = offsets[unit] // {self.divisor}")
+            yield
+
+    @contextmanager
+    def each(self, text: Text, begin: str, end: str, start: str) -> Iterator[None]:
+        """A loop over the units from begin to end, as `units_between`."""
+        with self.chunks(text, begin, end, start) as (_, many):
+            with self.units_between(text, *(("0", many) if self.units else (begin, end))):
+                yield
 
     def bring(self, text: Text, k: str, start: str) -> None:
         """Gets `weight` the weights of row k of the unit."""

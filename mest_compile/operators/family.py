@@ -125,9 +125,8 @@ class KernelFamily(ABC):
 
 
 def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:
-    """Name of the family that runs a layer of that scheme: the scheme's own, or "gather" on a device that lacks its kernels."""
-    name = scheme.kernels(spec)
-    return name if f"{device}/{name}.conv" in SCHEDULES.load() else "gather"
+    """Name of the family that runs a layer of that scheme: the first of the scheme's that the device has kernels of."""
+    return next(name for name in scheme.kernels(spec) if f"{device}/{name}.conv" in SCHEDULES.load())
 
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:

@@ -41,9 +41,9 @@ class Scheme(ABC):
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         """(output channels, input channels) of one cell."""
 
-    def kernels(self, layer: LayerSpec) -> str:
-        """Name of the kernel family that the layer runs on."""
-        return "gather"
+    def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
+        """Names of the kernel families that the layer may run on, best first; a device takes the first that it has kernels of."""
+        return ("gather",)
 
     def check(self, layer: LayerSpec) -> None:
         """Raises SparsityError when the layer cannot be cut into this scheme's units."""

@@ -18,4 +18,4 @@ class Channel(Scheme):
         return 1, 1
 
     def kernels(self, layer):
-        return "compact"
+        return ("compact", "gather")

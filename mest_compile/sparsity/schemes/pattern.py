@@ -38,7 +38,7 @@ class Pattern(Scheme):
             raise SparsityError(f"{layer.name}: scheme pattern is for 3x3 kernels, the layer's are {high}x{wide}; list it in dense_layers")
 
     def kernels(self, layer):
-        return "pattern" if layer.stride == (1, 1) else "gather"
+        return ("pattern_groups", "pattern", "gather") if layer.stride == (1, 1) else ("gather",)
 
     def unit_cells(self, layer):
         return _LIVE_CELLS
