@@ -26,7 +26,6 @@ from mest_compile.schedules.opencl_text import (
     whole_groups,
     zeros,
 )
-from mest_compile.spec import Image
 
 
 @schedule("batch_norm.moments", device="opencl")

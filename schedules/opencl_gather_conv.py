@@ -91,7 +91,7 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
         base = f"{'block_y' if blocks > 1 else '0'} * {size * each}"
         pixel = f"({base} + a * {size} + lane)"
         text.private("sums", rows * each, vector_type(vector))
-        text.private("seen", each, vector_type(vector))
+        text.private("seen", 1, vector_type(vector))
         text.private("from_where", each, "int32")
         stage.declare(text)
         if in_group:
@@ -115,11 +115,11 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
                 text(f"begin: T.let = pointers[{cell}]", f"end: T.let = pointers[{cell} + 1]")
                 deep = "T.unroll" if problem.source_block <= 8 else "T.serial"
                 with stage.each(text, "begin", "end", row), text.nest(f"for k in {deep}({problem.source_block})"):
-                    with text.nest(f"for a in T.unroll({each})"):
-                        text(f"seen[a] = source[way + k * {plane_vectors(source)} + from_where[a]]")
                     stage.bring(text, "k", row)
-                    with text.nest(f"for j in T.unroll({rows})", f"for a in T.unroll({each})"):
-                        text(f"sums[j * {each} + a] = sums[j * {each} + a] + {full(stage.weight('j'), vector)} * seen[a]")
+                    with text.nest(f"for a in T.unroll({each})"):
+                        text(f"seen[0] = source[way + k * {plane_vectors(source)} + from_where[a]]")
+                        with text.nest(f"for j in T.unroll({rows})"):
+                            text(f"sums[j * {each} + a] = sums[j * {each} + a] + {full(stage.weight('j'), vector)} * seen[0]")
             alive = [f"part // {parts} < live_groups[0]"] if problem.rows_live else []
             with text.nest(f"for a in T.unroll({each})", f"if {' and '.join([f'{pixel} < {pixels}', *alive])}",
                            f"for j in T.unroll({rows})"):

@@ -54,8 +54,8 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
 
     def place(layout: Image, start: tuple[int, int], q: str) -> str:
         """Distance in vectors from the first channel's start to the first pixel of run q, which is counted through all slices."""
-        return (f"{q} // {high // run * wide} * {layout.channels * plane_vectors(layout)} + ({q} // {wide} % {high // run} * {run} + {start[0]})"
-                f" * {layout.columns} + {q} % {wide} + {start[1]}")
+        return (f"{q} // {high // run * wide} * {layout.channels * plane_vectors(layout)}"
+                f" + ({q} // {wide} % {high // run} * {run} + {start[0]}) * {layout.columns} + {q} % {wide} + {start[1]}")
 
     def written(q: str) -> str:
         return (f"result[part * {plane_vectors(result)} + "
@@ -107,10 +107,11 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
                     """Row of runs, counted through all slices."""
                     return f"(({base}) // {wide} + {number} % {each} * {here} + {part})"
 
-                row_sums(text, size, wide, run * each, vector,
-                         lambda number, part, power, value: [f"statistics[(({chunk(number, part)} * {run} + {number} // {each}) * 2 + {power})"
-                                                             f" * {result.channels} + part] = {value}"],
-                         lambda number, part: f"{chunk(number, part)} < {chunks}")
+                def store(number: str, part: str, power: int, value: str) -> list[str]:
+                    row = f"{chunk(number, part)} * {run} + {number} // {each}"
+                    return [f"statistics[(({row}) * 2 + {power}) * {result.channels} + part] = {value}"]
+
+                row_sums(text, size, wide, run * each, vector, store, lambda number, part: f"{chunk(number, part)} < {chunks}")
     if gather.statistics and not in_group:
         statistics_of_result(text, gather, high, wide, target)
     return str(text)
@@ -137,6 +138,7 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
     if splits > 1:
         text.scratch("split_sums", splits * taps, "units")
     split = "block_y" if splits > 1 else "0"
+    goal = f"split_sums[{split} * units * {taps} + {{}}]" if splits > 1 else "gradients[{}]"
     with text.groups(size, gather.cells, splits):
         for name, elems in ("sums", count), ("seen", run), ("met", 1):
             text.private(name, elems, vector_type(vector))
@@ -165,9 +167,13 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
                                 text(f"met[0] = source[from_where[{u}] + way + {y * source.columns + x}]")
                                 for tap, pixel in uses:
                                     text(f"sums[{u * taps + tap}] = sums[{u * taps + tap}] + seen[{pixel}] * met[0]")
-                goal = f"split_sums[{split} * units * {taps} + {{}}]" if splits > 1 else "gradients[{}]"
-                totals(text, count, size, vector, lambda e, value: [f"{goal.format(f'first * {taps} + {e}')} = {value}"],
-                       lambda e: f"first + {e} // {taps} < {end}")
+                _store_totals(text, count, size, vector, taps, goal, end)
     if splits > 1:
         join_splits(text, splits, taps, target)
     return str(text)
+
+
+def _store_totals(text: Text, count: int, size: int, vector: int, taps: int, goal: str, end: str) -> None:
+    """Totals of the units from `first` on, up to `end`."""
+    totals(text, count, size, vector, lambda e, value: [f"{goal.format(f'first * {taps} + {e}')} = {value}"],
+           lambda e: f"first + {e} // {taps} < {end}")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mest_compile.hardware import Target
 from mest_compile.schedules.opencl_text import Text, slots, vector_type, zeros
 from mest_compile.spec import FLOAT_BYTES
 
@@ -57,10 +56,11 @@ class Stage:
             text.private("weights", self.rows)
 
     def load(self, text: Text, first: str, many: str, start: str) -> None:
-        """Brings `many` units from `first` on to local memory. start: the first weight of a unit that counts. All threads must come here."""
+        """Brings `many` units from `first` on to local memory. start: a unit's first weight that counts. All threads must come here."""
         each = self.depth * self.rows
         place = f"({first} + e // {each}) * {self.block} + {start} + e % {each} // {self.rows} * {self.pitch} + e % {self.rows}"
-        for count, line in ((1, f"staged_offsets[e] = offsets[{first} + e] // {self.divisor}"), (each, f"staged_values[e] = values[{place}]")):
+        for count, line in ((1, f"staged_offsets[e] = offsets[{first} + e] // {self.divisor}"),
+                            (each, f"staged_values[e] = values[{place}]")):
             with text.nest(f"for turn in T.unroll({-(-self.units * count // self.size)})"):
                 text(f"e: T.let = turn * {self.size} + lane")
                 with text.nest(f"if e < ({many}) * {count}"):

@@ -33,10 +33,14 @@ def draw(seed: int) -> tuple[nn.Module, tuple[int, int, int, int], str, float]:
 
 @pytest.mark.parametrize("seed", range(27))
 def test_a_random_layer_computes_what_torch_computes_in_float64(seed):
+    check_random_layer(seed, "local")
+
+
+def check_random_layer(seed: int, target: str) -> None:
     torch.manual_seed(seed)
     model, shape, scheme, sparsity = draw(seed)
     said = f"seed {seed}: {model[1]}, input {shape}, {scheme}, sparsity {sparsity:.3f}"
-    step = mest.compile(model, shape, scheme=scheme, sparsity=sparsity, dense_layers=["0", "3"], threads=2)
+    step = mest.compile(model, shape, scheme=scheme, sparsity=sparsity, dense_layers=["0", "3"], threads=2, target=target)
     rng = np.random.default_rng(seed)
     images, labels = rng.standard_normal(shape).astype(np.float32), rng.integers(0, 5, shape[0])
     mest.to_torch(step, model)

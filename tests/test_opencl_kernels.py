@@ -15,7 +15,7 @@ pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
 TARGET = hardware.find_target("opencl")
 CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache",  # its threads and caches
-            "test_units_of_neighbouring_taps"}  # and the family "pattern", in whose place layers here run on "gather"
+            "test_units_of_neighbouring_taps"}  # and the family "pattern", in whose place layers here run on "pattern_groups"
 
 
 def on_opencl(name, **imported):
@@ -83,3 +83,39 @@ def run(builder):
 
 for _module in (_operators, _gather, _compact):
     globals().update({name: item for name, item in vars(_module).items() if name.startswith("test_") and name not in CPU_ONLY})
+
+
+KNOBS = [{"staged": 0, "accumulators": 4}, {"staged": 32, "threads": 32, "accumulators": 16}, {"pieces": 2, "staged": 128}]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("seed", [1, 6, 14])  # with statistics, of several rows, of several source channels
+def test_knobs_change_speed_alone(builder, seed, knobs):
+    conv, grad, index = _gather.random_problem(seed)
+    _gather.check_conv(builder, conv, index, np.random.default_rng(seed), **knobs)
+    others = {name: value for name, value in knobs.items() if name in ("accumulators", "threads")}
+    _gather.check_grad(builder, grad, index, np.random.default_rng(seed), splits=3, **others)
+
+
+def test_a_device_whose_compiler_refuses_everything_is_passed_over(monkeypatch):
+    import pyopencl
+
+    from mest_compile.errors import NotInstalled
+    from mest_compile.runtime import opencl
+
+    said = "error: unknown target CPU 'generic'"
+    usual, refusing = opencl.find_device(), []
+
+    def refusal(device):
+        refusing.append(device)
+        return said
+
+    monkeypatch.setattr(opencl, "_refusal", refusal)
+    with pytest.raises(NotInstalled, match=f"compiles nothing: {said}.*apt install pocl-opencl-icd"):
+        opencl.find_device()
+    assert usual in refusing
+    monkeypatch.setattr(opencl, "_refusal", lambda device: None if device == refusing[-1] else said)
+    assert opencl.find_device() == refusing[-1]
+    monkeypatch.setattr(pyopencl, "get_platforms", list)
+    with pytest.raises(NotInstalled, match="no OpenCL driver found"):
+        opencl.find_device()

@@ -1,7 +1,7 @@
-"""Sparse convolution in units of several taps whose shape is one of a few: units are sorted by shape, so that a kernel's code knows the taps.
+"""Sparse convolution in units of several taps that have one of a few shapes: units are sorted by shape, so that the code knows the taps.
 
-A *shape* is where the taps of a unit lie, as distances (rows, columns) from its first one in reading order. One offset serves them all, and
-what one tap reads for a pixel, another reads for the pixel below: kernels that know the shape load it once. Layout: ours.
+A *shape* is where the taps of a unit lie, as distances (rows, columns) from its first one in reading order. One offset serves them all,
+and what one tap reads for a pixel, another reads for the pixel below: kernels that know the shape load it once. Layout: ours.
 """
 
 from __future__ import annotations

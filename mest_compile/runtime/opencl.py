@@ -48,7 +48,7 @@ def find_device() -> Any:
 
 @cache
 def _refusal(device: Any) -> str | None:
-    """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs that it does not know."""
+    """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs newer than itself."""
     cl = _pyopencl()
     try:
         cl.Program(cl.Context([device]), "__kernel void nothing(__global float* x) { x[0] = 0; }").build(FLAGS)

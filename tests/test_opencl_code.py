@@ -1,0 +1,85 @@
+"""What the code of a step's OpenCL kernels may not have: float64, atomics, private arrays that a compiler cannot keep in registers."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from mest_compile import hardware
+from mest_compile.building import Builder, kernel_source
+from mest_compile.frontend import import_model
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower
+from mest_compile.models import build_model
+from mest_compile.opencl_kernels import OpenclKernel
+from mest_compile.planning import plan_layers
+from mest_compile.sparsity import parse_scheme
+
+CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
+SHAPE = (8, 3, 16, 16)
+PRIVATE = re.compile(r"^  (?!__local)\w+ (\w+)\[\d+\];", re.MULTILINE)
+FORBIDDEN = {"float64": r"\bdouble\b|convert_double", "an atomic": r"\batom(ic)?_\w+"}
+
+
+def kernels_of_a_step(target: str, scheme: str, folder) -> dict[str, OpenclKernel]:
+    """{kernel name and number: OpenclKernel} of training and prediction of a small ResNet."""
+    there = hardware.find_target(target)
+    graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
+    layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, there)
+    programs = lower(fuse(graph), layers, there, frozenset(), 0.0)
+    kinds = sorted({(call.kernel, call.problem) for program in programs for call in program.calls}, key=repr)
+    sources = [kernel_source(*kind, there) for kind in kinds]
+    built = Builder(folder).build(sources)
+    return {f"{source.kernel} {number}": built[source.key] for number, source in enumerate(sources)}
+
+
+def faults(source: str) -> list[str]:
+    """What stands in OpenCL C that must not."""
+    found = [f"{what}: {match}" for what, pattern in FORBIDDEN.items() for match in re.findall(f"({pattern})", source)]
+    for name in set(PRIVATE.findall(source)):
+        found += [f"private {name} at [{index}]" for index in re.findall(rf"\b{name}\[(.*?)\]", source) if not index.isdigit()]
+        found += [f"address of private {name}"] * len(re.findall(rf"\b{name}\b(?!\[)", source))
+    return found
+
+
+def kept_in_memory(source: str) -> list[str]:
+    """Private arrays that an optimising compiler leaves in memory: "alloca" in LLVM's code for an OpenCL device. Fails on a warning."""
+    ran = subprocess.run([CLANG, "-x", "cl", "-cl-std=CL1.2", "-O2", "-target", "spir64-unknown-unknown", "-Wall", "-Werror",
+                          "-Wno-unused-variable", "-Wno-parentheses-equality", "-S", "-emit-llvm", "-o", "-", "-"],
+                         input=source, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return re.findall(r"= alloca .*", ran.stdout)
+
+
+@pytest.mark.parametrize(("target", "scheme"), [("mali-g78", "block:4x1"), ("adreno-740", "pattern"), ("mali-g710", "filter"),
+                                                ("adreno-650", "unstructured"), ("opencl", "channel")])
+def test_code_of_a_step_is_fit_for_a_phone(target, scheme, tmp_path):
+    kernels = kernels_of_a_step(target, scheme, tmp_path)
+    assert len({name.split()[0] for name in kernels}) > 12
+    for name, kernel in kernels.items():
+        assert not faults(kernel.source), name
+    if CLANG is None:
+        pytest.skip("no clang: whether private arrays stay in registers is only seen in the source")
+    source = "\n".join(kernel.source for kernel in kernels.values())
+    assert not kept_in_memory(source)
+
+
+BAD = """__kernel void f(__global float* x, __global int* at) {
+  float4 sums_ptr[8];
+  for (int i = 0; i < 8; ++i) { sums_ptr[i & 7] = vload4(i, x); }
+  x[0] = sums_ptr[at[0]].s0;
+}
+"""
+
+
+def test_what_is_not_fit_is_found():
+    assert len(faults(BAD)) == 2 and "private sums_ptr at [i & 7]" in faults(BAD)
+    assert faults("atomic_add(x, 1);") and faults("double y = 1;") and not faults("float y = 1;")
+    assert faults("  float w_ptr[4];\n  vstore4(x, 0, w_ptr + 1);") == ["address of private w_ptr"]
+
+
+@pytest.mark.skipif(CLANG is None, reason="no clang")
+def test_a_private_array_in_memory_is_found():
+    assert len(kept_in_memory(BAD)) == 1
+    assert not kept_in_memory(BAD.replace("at[0]", "3"))
