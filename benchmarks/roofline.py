@@ -75,7 +75,7 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
 
 def _flop(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
     name = call.buffers[0].name.partition(":")[0]
-    if call.kernel not in ("gather.conv", "gather.grad") or name not in layers:
+    if call.kernel.rpartition(".")[2] not in ("conv", "grad") or name not in layers:
         return 0
     layer = layers[name]
     height, width = layer.spec.output_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,6 +109,20 @@ def compile_opencl(text: str, symbol: str, target: Target) -> OpenclKernel:
         if target.gpu:
             check_limits(launch, target.gpu, target.name)
     return found
+
+
+def compile_opencl_library(texts: Mapping[str, str], target: Target, triple: str) -> Any:
+    """A TVM module of several kernels, {symbol: TVMScript text}, for a device whose TVM runtime has OpenCL: what launches them is compiled
+    for `triple`, their OpenCL C is kept in the library and compiled by the device's driver. Raises what TVM does, BuildError.
+    """
+    import tvm
+
+    for symbol, text in texts.items():
+        compile_opencl(text, symbol, target)  # knows the launches, and refuses what exceeds the limits
+    device = tvm.target.Target({**target.tvm_fields, "host": {"kind": "llvm", "mtriple": triple}})
+    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        module = tvm.IRModule({symbol: parse(text, symbol) for symbol, text in texts.items()})
+        return tvm.compile(module, target=device, tir_pipeline="s_tir")
 
 
 def check_limits(launch: Launch, gpu: Gpu, target: str) -> None:

@@ -113,3 +113,37 @@ def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
         small = dataclasses.replace(source, target=dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, **less)))
         with pytest.raises(BuildError, match=f"{said}.*{target} (has|allows)"):
             Builder(tmp_path).function(small)
+
+
+def test_a_step_waits_once(monkeypatch):
+    """Uploads and launches only enter the queue; reading the loss is where the host waits, and then all is done."""
+    step, _ = compiled("block")
+    batches, events = make_batches(SHAPE, 10, 2), []
+    step(*batches[0], lr=0.01)
+    usual_copy, usual_launch = pyopencl.enqueue_copy, pyopencl.enqueue_nd_range_kernel
+
+    def copy(queue, destination, source, **options):
+        way = "upload" if isinstance(destination, pyopencl.Buffer) else "read"
+        events.append("wait" if options.get("is_blocking", True) else way)
+        return usual_copy(queue, destination, source, **options)
+
+    def launch(*arguments, **options):
+        events.append("launch")
+        return usual_launch(*arguments, **options)
+
+    monkeypatch.setattr(pyopencl, "enqueue_copy", copy)
+    monkeypatch.setattr(pyopencl, "enqueue_nd_range_kernel", launch)
+    usual_finish = step._runner._finish
+
+    def finish(what):
+        events.append("wait")
+        held.append(len(step._runner._transfers))
+        usual_finish(what)
+
+    held = []  # events of transfers that are under way: pyopencl waits for what is let go
+    monkeypatch.setattr(step._runner, "_finish", finish)
+    result = step(*batches[1], lr=0.01)
+    assert np.isfinite(result.loss) and len(result.correct) == SHAPE[0]
+    launches = len(step._runner._ready["train"])
+    assert events == [*["upload"] * 3, *["launch"] * launches, *["read"] * 2, "wait"]  # images, labels, hyper; loss, correct
+    assert held[0] >= 2 and not step._runner._transfers

@@ -18,6 +18,7 @@ from mest_compile.graph.program import Buffer, Call, Program
 from mest_compile.opencl_kernels import Launch, OpenclKernel
 
 FLAGS = "-cl-std=CL1.2"
+RESULTS = frozenset({"loss", "correct", "logits"})  # what a caller asks for behind a run
 
 
 def _pyopencl() -> Any:
@@ -84,6 +85,9 @@ class OpenclRunner:
         self._held: dict[str, Any] = {}
         self._elems: dict[str, tuple[int, np.dtype]] = {}
         self._ready: dict[str, list[tuple[Any, Launch, str]]] = {}
+        self._transfers: list[Any] = []  # events of pyopencl, which wait when they are let go: so not before the queue is done
+        self._results: dict[str, np.ndarray] = {}
+        self._arrived = True
 
     # State.
 
@@ -95,34 +99,48 @@ class OpenclRunner:
                 self._held[name] = self._new(flat.nbytes)
             self._elems[name] = flat.size, flat.dtype
             self._ready.clear()
+        self._results.pop(name, None)
         if flat.size:
             with self._errors(f"{name} cannot be uploaded"):
-                self._cl.enqueue_copy(self._queue, self._held[name], flat, is_blocking=False)
+                done = self._cl.command_execution_status.COMPLETE
+                self._transfers = [event for event in self._transfers if event.command_execution_status != done]
+                self._transfers.append(self._cl.enqueue_copy(self._queue, self._held[name], flat, is_blocking=False))
 
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name, after all that was asked for before is done."""
+        if name in self._results:
+            if not self._arrived:
+                self._finish(f"{name} cannot be read")
+            return self._results[name].copy()
         size, dtype = self._elems[name]
         array = np.empty(size, dtype)
-        with self._errors(f"{name} cannot be read"):
-            if size:
+        if size:
+            with self._errors(f"{name} cannot be read"):
                 self._cl.enqueue_copy(self._queue, array, self._held[name])
-            else:
-                self._queue.finish()
+        else:
+            self._finish(f"{name} cannot be read")
         return array
 
     def run(self, name: str) -> None:
-        """Starts "train", "gradients" or "predict"; `get` waits for it."""
+        """Starts "train", "gradients" or "predict" and, behind it, the way back of its results: the first `get` waits, others need not."""
         if name not in self._ready:
             self._ready[name] = self._prepare(name)
         for kernel, launch, call in self._ready[name]:
             with self._errors(f"{call} ({launch.name}) cannot be launched"):
                 self._launch(kernel, launch)
+        self._results, self._arrived = {}, False
+        program, stages = self._programs[name]
+        there = {buffer.name for call in program.calls if call.stage in stages for buffer in call.buffers}
         with self._errors(f"{name} cannot be started"):
+            for result in sorted(there.intersection(RESULTS) & self._elems.keys()):
+                self._results[result] = np.empty(*self._elems[result])
+                self._transfers.append(self._cl.enqueue_copy(self._queue, self._results[result], self._held[result], is_blocking=False))
             self._queue.flush()
 
     def profile(self, name: str, repeats: int) -> dict[str, float]:
         """{call: seconds of its launches, from the device's clock}, the median of `repeats` runs."""
         cl, usual = self._cl, self._queue
+        self._results = {}
         self._queue = cl.CommandQueue(self._context, properties=cl.command_queue_properties.PROFILING_ENABLE)
         passes: list[dict[str, float]] = []
         try:
@@ -142,6 +160,12 @@ class OpenclRunner:
         return {call: float(np.median([one[call] for one in passes])) for call in passes[0]} | {"rest": 0.0}
 
     # Internal.
+
+    def _finish(self, what: str) -> None:
+        with self._errors(what):
+            self._queue.finish()
+        self._transfers.clear()
+        self._arrived = True
 
     def _launch(self, kernel: Any, launch: Launch) -> Any:
         sizes = [groups * threads for groups, threads in zip(launch.groups, launch.threads, strict=True)]

@@ -47,7 +47,7 @@ class Request:
     """A step to tune.
 
     vectors  widths to compare by whole steps before anything is tuned; None: the width on record for such a step, else the target's
-    runner   name of a runner; None: "rpc" where there is a tracker, else "local"
+    runner   name of a runner; None: "rpc" where there is a tracker, else "local", or "opencl" for an OpenCL target
     log      where records go; None: the user's log of the target
     """
 
@@ -69,7 +69,7 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     """Raises MestError."""
     started = monotonic()
     target, scheme = find_target(request.target).for_batch(request.input_shape[0]), parse_scheme(request.scheme)
-    kind = find_runner(request.runner or ("rpc" if options.tracker else "local"))
+    kind = find_runner(request.runner or _usual_runner(target, options))
     log = LogFile(request.log or user_log(target))
     records = Records(target, [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)])
     graph, _ = import_model(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape)
@@ -123,6 +123,12 @@ def _compiled(request: Request, target: Target, records: Records) -> Any:
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(request.seed)
     return rng.standard_normal(request.input_shape, np.float32), rng.integers(0, 10, request.input_shape[0])
+
+
+def _usual_runner(target: Target, options: RunnerOptions) -> str:
+    if options.tracker:
+        return "rpc"
+    return "opencl" if target.device == "opencl" else "local"
 
 
 def _vectors(request: Request, target: Target) -> list[int]:

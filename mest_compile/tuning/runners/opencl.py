@@ -1,0 +1,100 @@
+"""Candidates for an OpenCL target on this machine's device, timed by its own clock; a driver that dies costs its trial only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.building import KernelSource
+from mest_compile.errors import BuildError, DeviceError
+from mest_compile.graph.program import Buffer, Call, Program
+from mest_compile.hardware import Target
+from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
+from mest_compile.records import Measure, Outcome
+from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
+from mest_compile.tuning.task import Arrays, Task
+
+
+@runner("opencl")
+class OpenclTuningRunner(Runner):
+    """One candidate at a time. What exceeds the target's limits, or what the driver refuses, is a build that failed."""
+
+    measure = Measure.MEASURED
+
+    def __init__(self, target: Target, options: RunnerOptions):
+        from tvm.support.popen_pool import PopenWorker
+
+        super().__init__(target, options)
+        target.limits  # noqa: B018  # raises where the target is no OpenCL device
+        self._worker = PopenWorker()
+
+    def build(self, source: KernelSource, folder: Path) -> Path:
+        path = folder / f"{source.symbol}.json"
+        self._worker.send(compile_to, (source, str(path)), timeout=self.options.timeout_seconds)
+        self._worker.recv()
+        return path
+
+    def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
+        return self._ask(run_and_time, task.kernel, task.problem, str(artifact), str(task.arrays), repeats or self.options.repeats)
+
+    def _ask(self, what: Callable[..., tuple[str, str, list[float]]], *arguments: object) -> Timing:
+        self._worker.send(what, arguments, timeout=self.options.timeout_seconds)
+        try:
+            outcome, message, seconds = self._worker.recv()
+        except TimeoutError:
+            return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
+        except ChildProcessError:
+            return Timing(Outcome.CRASHED, message="the process that ran it died")
+        return Timing(Outcome(outcome), tuple(seconds), message)
+
+    def close(self) -> None:
+        self._worker.kill()
+
+
+def compile_to(source: KernelSource, path: str) -> None:
+    """Writes an OpenclKernel as JSON. Raises BuildError."""
+    try:
+        found = compile_opencl(source.text, source.symbol, source.target)
+    except BuildError:
+        raise
+    except Exception as problem:  # TVM raises many types
+        raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}") from problem
+    Path(path).write_text(found.to_json())
+
+
+def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeats: int) -> tuple[str, str, list[float]]:
+    """(outcome, message, seconds of each run by the device's clock)."""
+    arrays = Arrays.load(Path(arrays_path))
+    try:
+        device, names = _device(kernel, problem, OpenclKernel.from_json(Path(built).read_text()), arrays.arguments)
+    except DeviceError as refusal:  # too much local memory for this device, or its compiler refuses the code
+        return Outcome.BUILD_FAILED.value, str(refusal).splitlines()[0][:300], []
+    after = answer_of(device, names, arrays.arguments)
+    wrong = arrays.check(after)
+    if wrong:
+        return Outcome.WRONG.value, wrong, []
+    return Outcome.OK.value, "", [sum(device.profile("train", 1).values()) for _ in range(repeats)]
+
+
+def _device(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray]) -> tuple[Any, list[str]]:
+    from mest_compile.runtime.opencl import OpenclRunner
+
+    buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(arguments))
+    program = Program("train", [Call("call", kernel, problem, buffers, "forward")])
+    return OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}), [buffer.name for buffer in buffers]
+
+
+def answer_of(device: Any, names: list[str], arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """All arguments as they are after a run on the device."""
+    for name, array in zip(names, arguments, strict=True):
+        device.put(name, array)
+    device.run("train")
+    return [device.get(name) for name in names]
+
+
+def answer_here(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """The same from nothing, in this process."""
+    return answer_of(*_device(kernel, problem, built, arguments), arguments)
