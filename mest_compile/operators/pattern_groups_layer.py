@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mest_compile.operators.family import problem_of
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, by_place, forward_places, pointers_of, transposed_places
+from mest_compile.sparsity.packing import LayerIndex, Places, cells_of, inverse
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
+if TYPE_CHECKING:
+    from mest_compile.graph.program import Program
+    from mest_compile.sparsity.layer import Layer
 
-def _shapes() -> tuple[tuple[Shape, ...], dict[bytes, int]]:
-    """(the shapes of all patterns, {pattern's bytes: its shape's number}). Turned by half a circle, as the input gradient sees it, a
-    pattern of two pairs has its own shape again.
+
+def _shapes() -> tuple[tuple[Shape, ...], np.ndarray]:
+    """(the shapes of all patterns, which one a kernel has by the sum of 2^tap over its live taps). Turned by half a circle, as the input
+    gradient sees it, a pattern of two pairs has its own shape again.
     """
-    of = {pattern.tobytes(): shape_of(np.argwhere(pattern)) for pattern in PATTERNS}
-    assert all(shape_of(np.argwhere(pattern[::-1, ::-1])) == of[pattern.tobytes()] for pattern in PATTERNS)
-    shapes = tuple(sorted(set(of.values())))
-    return shapes, {pattern: shapes.index(shape) for pattern, shape in of.items()}
+    of = [shape_of(np.argwhere(pattern)) for pattern in PATTERNS]
+    assert of == [shape_of(np.argwhere(pattern[::-1, ::-1])) for pattern in PATTERNS]
+    shapes = tuple(sorted(set(of)))
+    numbers = np.zeros(1 << PATTERNS[0].size, np.int64)
+    for pattern, shape in zip(PATTERNS, of, strict=True):
+        numbers[(1 << np.flatnonzero(pattern)).sum()] = shapes.index(shape)
+    return shapes, numbers
 
 
-SHAPES, _NUMBER = _shapes()
+SHAPES, _SHAPE_OF = _shapes()
 TAPS = len(SHAPES[0])
-_TURNS = np.array([_NUMBER[pattern.tobytes()] for pattern in PATTERNS])
+
+
+def _problem_of(program: Program, layer: Layer, part: str) -> GroupedConv | None:
+    """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
+    name = f"{layer.spec.name}:{part}"
+    return next((call.problem for call in program.calls if isinstance(call.problem, GroupedConv) and call.buffers[0].name == name), None)
+
+
+def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray,
+            shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order that sorts the units, pointers, offsets in that order); the arrays say what each unit is, `tap` its first."""
+    gather = problem.gather
+    run = (channel // gather.section_channels * gather.groups + group).astype(np.int64) * len(SHAPES) + shape
+    offsets = places.block_offset[channel] + places.tap_offset[tap]
+    order = np.argsort(run * gather.source.slice_elems + offsets)  # offsets lie in the first slice
+    pointers = np.concatenate([[0], np.cumsum(np.bincount(run, minlength=problem.runs))]).astype(np.int32)
+    return order, pointers, offsets[order].astype(np.int32)
 
 
 @family("pattern_groups")
@@ -46,31 +70,24 @@ class PatternGroupsFamily(GatherFamily):
         low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low, "transposed_"),
                  self.hold(layer, low, "transposed", "values"), delta, target, name=name)
 
-    def index(self, layer, keep, program):
-        forward = problem_of(program, layer, "pattern_groups.conv", "pointers")
-        backward = problem_of(program, layer, "pattern_groups.conv", "transposed_pointers")
+    def indexer(self, layer, program):
+        forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
         assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
-        row, channel = np.nonzero(keep.any((2, 3)))
-        taps = np.flatnonzero(keep).reshape(-1, TAPS)  # of each live kernel, in reading order
-        first, last = (np.unravel_index(taps[:, which], keep.shape)[2:] for which in (0, -1))
-        shape = _TURNS[(keep[row, channel][:, None] == PATTERNS).all((2, 3)).argmax(1)]
-        cell, offsets = forward_places(layer.spec, forward.gather, row, channel, *first)
-        run = cell * len(SHAPES) + shape
-        sort = by_place(run, offsets)
-        arrays = {"pointers": pointers_of(run, forward.runs), "offsets": offsets[sort].astype(np.int32)}
-        order = taps[sort].ravel()
-        if backward is None:
-            return LayerIndex(order, arrays)
+        places = Places.forward(layer.spec, forward.gather)
+        transposed = None if backward is None else Places.transposed(layer.spec, backward.gather)
 
-        row, channel, shape, last = row[sort], channel[sort], shape[sort], tuple(axis[sort] for axis in last)
-        cell, offsets = transposed_places(layer.spec, backward.gather, channel, row, *last)
-        run = cell * len(SHAPES) + shape
-        sort = by_place(run, offsets)
-        place = np.empty(len(sort), np.int32)
-        place[sort] = np.arange(len(sort), dtype=np.int32)
-        return LayerIndex(order, arrays | {
-            "transposed_pointers": pointers_of(run, backward.runs), "transposed_offsets": offsets[sort].astype(np.int32),
-            "permutation": (place[:, None] * TAPS + np.arange(TAPS)[::-1]).astype(np.int32).ravel()})
+        def index(keep: np.ndarray) -> LayerIndex:
+            taps, row, channel, tap = (array.reshape(-1, TAPS) for array in cells_of(keep))  # of each live kernel, in reading order
+            row, channel, shape = row[:, 0], channel[:, 0], _SHAPE_OF[(1 << tap).sum(1)]
+            sort, pointers, offsets = _sorted(forward, places, row, channel, tap[:, 0], shape)
+            arrays = {"pointers": pointers, "offsets": offsets}
+            if backward is not None and transposed is not None:  # in reverse, the last tap comes first
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(backward, transposed, channel, row, tap[:, -1],
+                                                                                             shape)
+                arrays["permutation"] = (inverse(there)[sort][:, None] * TAPS + np.arange(TAPS, dtype=np.int32)[::-1]).ravel()
+            return LayerIndex(taps[sort].ravel(), arrays)
+
+        return index
 
     def index_elems(self, layer, part, cells):
         return cells if part == "permutation" else cells // TAPS
