@@ -1,7 +1,7 @@
 """What the innermost loops of the OpenCL convolutions ask of memory, counted in their code.
 
-`python benchmarks/opencl_loads.py` prints a row for each scheme and phase of a 3x3 layer of 32 channels, 32x32 pixels, batch 64, at 90%. Nothing is run:
-loads from global memory and multiply-adds are counted in the OpenCL C of the loop over units, one thread's.
+`python benchmarks/opencl_loads.py` prints a row for each scheme and phase of a 3x3 layer of 32 channels, 32x32 pixels, batch 64, at 90%.
+Nothing is run: loads from global memory and multiply-adds are counted in the OpenCL C of the loop over units, one thread's.
 """
 
 from __future__ import annotations
