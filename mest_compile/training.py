@@ -76,7 +76,7 @@ def _restored(folder: RunFolder, step: Any, device: Any = None) -> tuple[Any, di
             return step, *step.restore(path)
         from mest_compile.compiling import load
 
-        loaded = load(path, device=device)
+        loaded = load(path) if device is None else load(path, device=device)
         return loaded, *loaded.restore(path)
 
     try:

@@ -8,14 +8,22 @@ python=${PYTHON:-python3}
 tvm=$(sed -n 's/^ *"\(apache-tvm==[^"]*\)".*/\1/p' "$here/../../pyproject.toml")
 ffi=$(sed -n 's/^ *"\(apache-tvm-ffi==[^"]*\)".*/\1/p' "$here/../../pyproject.toml")
 mkdir -p "$1" && cd "$1"
-if ! command -v qemu-aarch64 >/dev/null || ! command -v aarch64-linux-gnu-g++ >/dev/null; then
-  if [ "$(id -u)" != 0 ]; then
-    echo "no emulated device, its tests are skipped; as root: apt-get install qemu-user g++-aarch64-linux-gnu" >&2
-    exit 0
-  fi
+
+# What the tests need beside Python: the emulator and its cross compiler, a cycle model, an OpenCL driver (the wheel's knows no newer processor
+# than its LLVM) and a compiler that shows what becomes of OpenCL code.
+missing=()
+command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
+command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu libc6-dev-arm64-cross)
+command -v llvm-mca-19 >/dev/null || missing+=(llvm-19)
+command -v clang >/dev/null || missing+=(clang)
+[ -e /etc/OpenCL/vendors/pocl.icd ] || missing+=(pocl-opencl-icd)
+if [ ${#missing[@]} != 0 ] && [ "$(id -u)" = 0 ]; then
   apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-user g++-aarch64-linux-gnu gcc libc6-dev >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" gcc libc6-dev >/dev/null
+elif [ ${#missing[@]} != 0 ]; then
+  echo "some tests are skipped for want of Debian's packages; as root: apt-get install ${missing[*]}" >&2
 fi
+command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null || exit 0
 "$python" -m pip download -q --no-deps -d wheels --only-binary=:all: --python-version 3.11 --implementation cp --abi cp311 --abi none \
   --platform manylinux_2_28_aarch64 "$tvm" "$ffi"
 "$python" - <<'PYTHON'
