@@ -60,8 +60,8 @@ class Facts:
         target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
                            "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
         specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
-        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], *entry["sections"],
-                                   capacity=entry["capacity"])
+        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],
+                                   entry["sections"][1], entry["capacity"])
                   for spec, entry in zip(specs, facts["layers"], strict=True)}
         return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
                    facts["label_smoothing"])
