@@ -82,7 +82,6 @@ def test_a_run_over_the_tracker_trains_mutates_and_ends_as_one_that_runs_here(me
     assert all(("re-indexed" in mutation["layers"]) == (mutation["uploaded_bytes"] > 0) for mutation in mutated)
     losses = [[epoch["loss"] for epoch in run.document["epochs"]] for run in (here, there)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)  # float32 in another order, over 60 steps of a rate of 0.1
-    assert there.document["test_accuracy"] > 0.9
 
 
 class Killer:

@@ -161,8 +161,9 @@ def start_run(request: Request) -> Run:
     with TrainingProgress(console, step.batch) as progress:
         trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
         folder.path.mkdir(parents=True, exist_ok=True)
-        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve()),
-                  "tracker": request.tracker, "key": request.key}
+        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        if request.tracker is not None:
+            source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
         (folder.path / SOURCE_FILE).write_text(json.dumps(source))
