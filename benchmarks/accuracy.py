@@ -92,7 +92,7 @@ class TorchStep:
     def _images(self, images: np.ndarray) -> Any:
         return self._torch.from_numpy(images).to(memory_format=self._torch.channels_last)
 
-    def __call__(self, images: np.ndarray, labels: np.ndarray, lr: float) -> SimpleNamespace:
+    def __call__(self, images: np.ndarray, labels: np.ndarray, lr: float, ahead: Any = None) -> SimpleNamespace:
         self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.zero_grad()
         answers, wanted = self._model.train()(self._images(images)), self._torch.from_numpy(labels)

@@ -68,13 +68,17 @@ def choose_knobs(programs: Sequence[Program], layers: Mapping[str, Layer], targe
 
 def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Choices:
     """The choices that `facts` noted: what a step was compiled with before."""
-    return {program.name: {call.name: Choice(knobs_from(knobs.get(program.name, {}).get(call.name, {})), "checkpoint")
-                           for call in program.calls} for program in programs}
+    def choice(program: Program, call: Call) -> Choice:
+        noted = knobs.get(program.name, {}).get(call.name, {"knobs": {}, "origin": "default"})
+        return Choice(knobs_from(noted["knobs"]), noted["origin"])
+
+    return {program.name: {call.name: choice(program, call) for call in program.calls} for program in programs}
 
 
 def facts(choices: Choices) -> dict[str, dict[str, Any]]:
-    """Knobs that are not the defaults, ready for JSON."""
-    return {program: {call: plain(choice.knobs) for call, choice in calls.items() if choice.knobs} for program, calls in choices.items()}
+    """Choices that records made, ready for JSON."""
+    return {program: {call: {"knobs": plain(choice.knobs), "origin": choice.origin} for call, choice in calls.items()
+                      if choice.origin != "default"} for program, calls in choices.items()}
 
 
 def origins(choices: Choices) -> dict[str, int]:

@@ -32,7 +32,7 @@ class LayerTime:
     live_weights  weights that are computed with
     flop          of one phase: 2 * live weights * output pixels * batch
     seconds       {phase: seconds}, phases that the step has
-    kernels       {phase: where its kernel's knobs are from: "exact", "nearest", "default" or "checkpoint"}
+    kernels       {phase: where its kernel's knobs are from: "exact", "nearest" or "default"}
     """
 
     layer: str

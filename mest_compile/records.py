@@ -117,8 +117,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Knobs for a kernel and where they are from: "exact" (this very problem was tuned), "nearest" (one like it), "default", or
-    "checkpoint" (what the step was compiled with before).
+    """Knobs for a kernel and where they are from: "exact" (this very problem was tuned), "nearest" (one like it) or "default".
+    A step that is loaded keeps those of the step that was saved.
 
     seconds, default_seconds  as recorded for these knobs and for the default ones, where they are
     """

@@ -1,8 +1,10 @@
 """Kernels on an emulated ARM machine: right answers, the same instructions every time, and what the cycle model makes of them."""
 
+import json
 import shutil
 from dataclasses import replace
 
+import neon
 import numpy as np
 import pytest
 import test_gather
@@ -175,3 +177,8 @@ def test_candidates_are_ranked_without_a_device_and_wrong_ones_never_win(task, n
     hasty = find_runner(name)(TARGET, RunnerOptions(timeout_seconds=0.001))
     assert hasty.attempt(task, task.source({}), tmp_path).outcome is Outcome.TIMED_OUT
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_table_of_the_recorded_figures():
+    page = neon.DOCUMENT.read_text()
+    assert neon.embed(page, neon.table(json.loads(neon.RESULTS.read_text()))) == page, "run python benchmarks/neon.py"

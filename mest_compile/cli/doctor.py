@@ -43,6 +43,7 @@ def _checks() -> Iterator[Check]:
     yield _tvm_runs()
     yield _torch_build()
     yield _c_compiler()
+    yield _arm_linker()
     yield _arm_model()
     yield _host_target()
     yield _threads()
@@ -98,6 +99,17 @@ def _c_compiler() -> Check:
     if found:
         return Check("C compiler", "ok", found)
     return Check("C compiler", "warn", "no cc, gcc or clang: compiled kernels cannot be linked into shared libraries")
+
+
+def _arm_linker() -> Check:
+    from mest_compile.hardware import find_target
+    from mest_compile.linking import find_linker, linkers
+
+    try:
+        find_linker(find_target("arm_cpu"))
+    except MestError as problem:
+        return Check("linker for ARM", "warn", str(problem))
+    return Check("linker for ARM", "ok", ", ".join(linker.name for linker in linkers("aarch64")))
 
 
 def _arm_model() -> Check:

@@ -144,7 +144,7 @@ class TrainStep:
         return dict(self._compiled.document["describe"])
 
     def kernel_choices(self) -> dict[str, Choice]:
-        """{name of a call of `program`: its kernel's knobs, and whether they are "exact", "nearest", "default" or from a "checkpoint"}."""
+        """{name of a call of `program`: its kernel's knobs, and whether they are "exact", "nearest" or "default"}."""
         return dict(self._compiled.choices)
 
     def sparsity(self) -> dict[str, float]:
