@@ -1,4 +1,4 @@
-"""The tables of speeds in the README and docs/benchmarks.md, out of benchmarks/results/full.json and avx512.json:
+"""The tables of speeds in the README and docs/benchmarks.md, out of the files in benchmarks/results:
 `python benchmarks/readme_table.py` puts them between their markers.
 """
 
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import documents
+import threads
 
 from mest_compile.errors import MestError
 from mest_compile.runfolder import write_atomically
 from mest_compile.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "benchmarks" / "results" / "full.json", ROOT / "README.md"
-WIDER = ROOT / "benchmarks" / "results" / "avx512.json"  # some of the same cases on a machine with AVX-512
+FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+OTHERS = {"avx512": "AVX-512 table", "zen5": "Zen 5 table"}  # some of the same cases on machines with wider vectors
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
@@ -59,10 +60,16 @@ def pairs(results: Mapping[str, Any] | None, headline: bool) -> str:
 
 def pages() -> dict[Path, str]:
     """{page: its text with the tables in place}. Raises MestError where a marker is missing."""
-    full, wider = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else None for path in (RESULTS, WIDER))
-    document = embed(DOCUMENT.read_text(encoding="utf-8"), pairs(full, headline=False))
-    return {README: embed(README.read_text(encoding="utf-8"), table(full)),
-            DOCUMENT: documents.embed(document, pairs(wider, headline=True), what="AVX-512 table")}
+    def read(name: str) -> Any:
+        path = FOLDER / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    full, document = read("full"), DOCUMENT.read_text(encoding="utf-8")
+    document = embed(document, pairs(full, headline=False))
+    for name, what in OTHERS.items():
+        document = documents.embed(document, pairs(read(name), headline=True), what=what)
+    document = documents.embed(document, threads.table(read("zen5-threads")), what="threads table")
+    return {README: embed(README.read_text(encoding="utf-8"), table(full)), DOCUMENT: document}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import threads
 
 import mest_compile as mest
 from mest_compile import benchmark
@@ -176,3 +177,15 @@ def test_planned_memory_is_what_a_process_that_loads_the_step_needs(model, width
     told = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "step")], capture_output=True, text=True, check=True)
     planned, peak = map(int, told.stdout.split()[-2:])
     assert abs(peak - planned) <= max(0.1 * planned, 4 * 2**20)
+
+
+def test_what_a_second_thread_gains_is_measured_by_operator(monkeypatch):
+    monkeypatch.setattr(threads, "WIDE", Case("resnet20", (8, 3, 32, 32), width=8))
+    found = threads.measure("block:4x1", rounds=1)
+    assert all(seconds > 0 for seconds in found["step"])
+    for side in range(2):
+        assert sum(seconds[side] for seconds in found["operators"].values()) == pytest.approx(found["step"][side])
+    made_up = {"step": [0.1, 0.05], "operators": {"a": [0.0995, 0.0497], "b": [0.0005, 0.0003]}}
+    lines = threads.table({"schemes": {"block:4x1": made_up}}).splitlines()
+    assert lines[2:] == ["| block:4x1 | whole step | 100.0 | 50.0 | 2.00 |", "| block:4x1 | a | 99.5 | 49.7 | 2.00 |",
+                         "| block:4x1 | all others | 0.5 | 0.3 | 1.67 |"]

@@ -20,6 +20,7 @@ COVERED_ELSEWHERE = {
     "pip install -e .": "make venv",
     "benchmarks/environments.sh": "gigabytes of environments; tests/test_benchmark.py compares its names and bounds",
     'pip install -e ".[opencl]"': "make venv installs the same packages",
+    "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/test_benchmark.py measures a small net with it",
     "python benchmarks/readme_table.py": "writes the README; tests/test_speedtable.py compares what it would write",
 }
 COVERED_ELSEWHERE["mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "
