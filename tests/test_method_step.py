@@ -55,6 +55,23 @@ def test_a_smoothing_that_is_no_share_is_refused(share):
         make(label_smoothing=share)
 
 
+def test_the_gradient_term_changes_which_weights_die():
+    """By hand: equal logits, so both classes have probability 1/2 and the gradient of class 0's row is (1/2 - 1) x, of class 1's 1/2 x."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
+    weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    image, label = np.float32([[4, -2, -2, 4]]), np.array([0])  # both logits are 1
+    kept = {}
+    for lam in (0.0, 0.5):
+        step = mest.compile(model, (1, 4), scheme="unstructured", sparsity=0.0, dense_layers=[], threads=1)
+        step.load_state_dict({"1.weight": weights.numpy()})
+        step(image, label, lr=0.0)
+        step.mutate(0.5, 0.5, importance_lambda=lam)
+        kept[lam] = step.masks()["1.weight"].astype(int).tolist()
+    assert kept[0.0] == [[0, 0, 1, 1], [1, 1, 0, 0]]  # the four largest |w|
+    # |w| + |g|/2, |g| = 2, 1, 1, 2 in both rows: 1.1, 0.7, 0.8, 1.4 and 1.4, 0.8, 0.7, 1.1
+    assert kept[0.5] == [[1, 0, 0, 1], [1, 0, 0, 1]]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("share", [0.3, 3.0], ids=["above", "below"])
 def test_gradients_are_bounded_as_torch_bounds_them(scheme, share):
