@@ -28,6 +28,7 @@ from typing import Any
 
 import platformdirs
 
+from mest_compile.errors import StateError
 from mest_compile.hardware import Target
 
 log = logging.getLogger(__name__)
@@ -281,17 +282,20 @@ class LogFile:
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Raises OSError."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            torn = b""
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                torn = b"" if file.read(1) == b"\n" else b"\n"
-            file.write(torn + record.to_line().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Raises StateError when the log cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                torn = b""
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    torn = b"" if file.read(1) == b"\n" else b"\n"
+                file.write(torn + record.to_line().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as problem:
+            raise StateError(f"the log {self.path} cannot be written: {problem.strerror}; pass another --log") from problem
 
 
 def folder() -> Path:

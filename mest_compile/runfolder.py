@@ -17,7 +17,8 @@ from mest_compile.errors import StateError, UsageError
 class RunFolder:
     """Names and formats of a run's files.
 
-    recipe.json  run.json (seed, data, step, machine, versions)  metrics.jsonl (one line an epoch)
+    source.json (where data and device are from)  recipe.json  run.json (seed, data, step, machine, versions)
+    metrics.jsonl (one line an epoch)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that one be damaged)
     best.safetensors (best test accuracy among models at their target sparsity)
     """
@@ -27,15 +28,19 @@ class RunFolder:
         self.recipe = self.path / "recipe.json"
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.source = self.path / "source.json"
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.previous = self.path / "checkpoint.previous.safetensors"
         self.best = self.path / "best.safetensors"
 
     def require_free(self) -> None:
-        """Raises UsageError when the folder already holds a run; writes nothing."""
+        """Raises UsageError when the folder already holds a run or cannot be written; writes nothing."""
         for file in (self.recipe, self.run, self.metrics, self.checkpoint, self.best):
             if file.exists():
                 raise UsageError(f"{self.path} already holds a run ({file.name}); pass --resume or another --out")
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise UsageError(f"cannot write the run to {self.path}: {there} is no folder that can be written; pass another --out")
 
     def begin(self, recipe: dict[str, Any], run: dict[str, Any]) -> None:
         """Makes the folder and writes what is known before the first epoch. Raises UsageError when it holds a run or cannot be written."""
@@ -47,6 +52,12 @@ class RunFolder:
             write_atomically(self.metrics, "")
         except OSError as problem:
             raise UsageError(f"cannot write the run to {self.path}: {problem.strerror}; pass another --out") from problem
+
+    def write_source(self, source: dict[str, Any]) -> None:
+        """Where the data and the device of a run that is about to begin are from. Raises StateError."""
+        with _told(self.source):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.source, source)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Raises StateError when the disk is full or the folder cannot be written."""
@@ -61,7 +72,7 @@ class RunFolder:
     def remove_torn(self) -> None:
         """Removes what writers that were killed left behind: files that never got their name. Raises StateError."""
         with _told(self.path):
-            for file in (self.recipe, self.run, self.metrics, self.checkpoint, self.previous, self.best):
+            for file in (self.source, self.recipe, self.run, self.metrics, self.checkpoint, self.previous, self.best):
                 for torn in self.path.glob(f".{file.name}.*"):
                     torn.unlink()
 

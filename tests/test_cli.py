@@ -123,6 +123,13 @@ def test_train_prints_the_run_and_writes_its_folder(trained):
     assert json.loads((folder / "source.json").read_text()) == {"data": "digits", "data_folder": None}
 
 
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_compiled(mest_compile_command, tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = mest_compile_command("train", *TINY, "--epochs", 1, "--out", tmp_path / "file" / "run")
+    assert ran.code == 2 and "compiling" not in ran.err
+    assert f"cannot write the run to {tmp_path}/file/run: {tmp_path}/file is no folder that can be written; pass another --out" in ran.err
+
+
 def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_compile_command, tmp_path):
     import torch
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from mest_compile.errors import StateError
 from mest_compile.hardware import Target
 from mest_compile.records import LogFile, Measure, Outcome, Record, Records, host_model, plain, target_facts, tvm_version
 
@@ -131,3 +132,9 @@ def test_a_line_tells_cpu_and_tvm_and_is_json(path):
     facts = json.loads(path.read_text().splitlines()[1])
     assert facts["tvm"] == tvm_version() and facts["knobs"] == {"tile": [4, 2]} and facts["outcome"] == "ok"
     assert Record.from_line(path.read_text().splitlines()[1]) == record({"tile": (4, 2)}, 2.0, 2.1, 1.9)
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match=r"local.jsonl cannot be written: .*; pass another --log"):
+        LogFile(tmp_path / "file" / "local.jsonl").append(record({"tile": (2, 2)}, 1.0))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mest_compile.runtime.remote import Device
     from mest_compile.training import Run, Trainer
 
-SOURCE_FILE = "source.json"  # in the run folder: where the data came from, which resuming needs
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -160,28 +158,28 @@ def start_run(request: Request) -> Run:
         step = _compile(request, split)
     with TrainingProgress(console, step.batch) as progress:
         trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
-        folder.path.mkdir(parents=True, exist_ok=True)
         source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
         if request.tracker is not None:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
-        (folder.path / SOURCE_FILE).write_text(json.dumps(source))
+        folder.write_source(source)
         return _fit(trainer, split, console)
 
 
 def continue_run(folder: Path) -> Run:
     """Resumes the run in `folder` on its own data."""
     from mest_compile.data import load
+    from mest_compile.runfolder import RunFolder
     from mest_compile.training import Trainer
 
-    path = folder / SOURCE_FILE
+    path = RunFolder(folder).source
     try:
         source = json.loads(path.read_text())
         split = load(source["data"], source["data_folder"])
         device = _device(source.get("tracker"), source.get("key"))
     except FileNotFoundError as problem:
-        raise StateError(f"{folder} holds no run to resume ({SOURCE_FILE} is missing); give the folder of an earlier train") from problem
+        raise StateError(f"{folder} holds no run to resume ({path.name} is missing); give the folder of an earlier train") from problem
     except (ValueError, KeyError, TypeError) as problem:
         raise StateError(f"{path} is damaged ({problem!r}); it holds the keys data and data_folder") from problem
     console = stderr_console()

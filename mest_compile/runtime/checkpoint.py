@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,15 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
     content = tensorfile.pack(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with scratch.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, path)
         except BaseException:
-            os.unlink(scratch)
+            scratch.unlink(missing_ok=True)
             raise
     except OSError as problem:
         raise StateError(f"checkpoint {path} cannot be written: {problem.strerror}; an earlier one there is untouched") from problem

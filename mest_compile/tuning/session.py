@@ -91,7 +91,7 @@ class Session:
         self._deadline = float("inf")
 
     def run(self, trials: int, time_limit: float | None = None, seed: int = 0) -> SessionResult:
-        """At most `trials` of every task, at most `time_limit` seconds. Raises StateError, DeviceError, OSError."""
+        """At most `trials` of every task, at most `time_limit` seconds. Raises StateError, DeviceError."""
         started = time.monotonic()
         self._deadline = started + time_limit if time_limit is not None else float("inf")
         self._trials = trials
