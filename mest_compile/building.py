@@ -204,9 +204,9 @@ class Builder:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
 
     @staticmethod
-    def compile_to(source: KernelSource, path: Path) -> None:
-        """Compiles a kernel for a CPU to a library of that name, past the cache. Raises BuildError."""
-        _try(source, lambda library: library.export_library(str(path)))
+    def compile_object(source: KernelSource, path: Path) -> None:
+        """Compiles a kernel for any CPU to an object file of that name, past the cache. Raises BuildError."""
+        _try(source, lambda library: library.mod.write_to_file(str(path)))
 
     @staticmethod
     def compile_here(source: KernelSource) -> Any:

@@ -70,20 +70,23 @@ def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Map
     """The choices that `facts` noted: what a step was compiled with before."""
     def choice(program: Program, call: Call) -> Choice:
         noted = knobs.get(program.name, {}).get(call.name, {"knobs": {}, "origin": "default"})
-        return Choice(knobs_from(noted["knobs"]), noted["origin"])
+        return Choice(knobs_from(noted["knobs"]), noted["origin"], modelled=noted.get("modelled", False))
 
     return {program.name: {call.name: choice(program, call) for call in program.calls} for program in programs}
 
 
 def facts(choices: Choices) -> dict[str, dict[str, Any]]:
     """Choices that records made, ready for JSON."""
-    return {program: {call: {"knobs": plain(choice.knobs), "origin": choice.origin} for call, choice in calls.items()
-                      if choice.origin != "default"} for program, calls in choices.items()}
+    def noted(choice: Choice) -> dict[str, Any]:
+        return {"knobs": plain(choice.knobs), "origin": choice.origin, "modelled": choice.modelled}
+
+    return {program: {call: noted(choice) for call, choice in calls.items() if choice.origin != "default"}
+            for program, calls in choices.items()}
 
 
 def origins(choices: Choices) -> dict[str, int]:
-    """How many calls of the training step are of each origin."""
-    return dict(Counter(choice.origin for choice in choices["train"].values()))
+    """How many calls of the training step are of each origin; of those that a model chose the name says so."""
+    return dict(Counter(f"{choice.origin}, modelled" if choice.modelled else choice.origin for choice in choices["train"].values()))
 
 
 def sources(programs: Sequence[Program], target: Target, choices: Choices) -> dict[str, dict[str, KernelSource]]:

@@ -129,14 +129,21 @@ def host_machine() -> str:
 
 def lacking_features(target: Target) -> list[str]:
     """CPU features that code for the target may use and this machine, of the target's architecture, does not have."""
-    cpu = target.tvm_fields.get("mcpu", "")
+    needed = needed_features(target)
     if host_machine() == "aarch64":
         tell = ctypes.CDLL(None).getauxval  # not /proc/cpuinfo: under emulation that is another machine's
         tell.restype = ctypes.c_ulong
         has = tell(ctypes.c_ulong(_AT_HWCAP))
-        return [name for name in _FEATURES_OF.get(cpu, ("asimd",)) if not has & _ARM_FEATURES[name]]
-    needed = next((flags for flags, name, _ in _CPU_BY_FLAGS if name == cpu), set())
+        return [name for name in sorted(needed) if not has & _ARM_FEATURES[name]]
     return sorted(needed - _cpu_flags())
+
+
+def needed_features(target: Target) -> set[str]:
+    """CPU features, as the kernel names them, that code for the target may use."""
+    cpu = target.tvm_fields.get("mcpu", "")
+    if target.tvm_fields.get("mtriple", "").startswith("aarch64") or host_machine() == "aarch64":
+        return set(_FEATURES_OF.get(cpu, ("asimd",)))
+    return next((flags for flags, name, _ in _CPU_BY_FLAGS if name == cpu), set())
 
 
 def target_names() -> list[str]:
@@ -191,7 +198,12 @@ def host_cpu() -> tuple[str, int]:
 
 def _cpu_flags() -> set[str]:
     """The features that the kernel lists of this machine's first processor."""
-    for line in CPUINFO.read_text().splitlines():
+    return cpu_features(CPUINFO.read_text())
+
+
+def cpu_features(cpuinfo: str) -> set[str]:
+    """The same out of a machine's /proc/cpuinfo."""
+    for line in cpuinfo.splitlines():
         if line.startswith(("flags", "Features")):
             return set(line.split(":", 1)[1].split())
     return set()

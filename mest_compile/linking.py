@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mest_compile.building import Builder, KernelSource
 from mest_compile.elf import Library, read_library
 from mest_compile.errors import BuildError, NotInstalled
 from mest_compile.graph.emitting import emit
@@ -112,17 +113,28 @@ def _packed(executable: Any, target: Target, scratch: Path) -> Path:
     return path
 
 
-def link(objects: Sequence[Path], target: Target, scratch: Path) -> bytes:
-    """The shared library of these objects. Raises BuildError when they need what no device's libraries have."""
+def link_kernel(source: KernelSource, path: Path, system_calls: Collection[str] = ()) -> None:
+    """Compiles a kernel for a CPU, this machine's or another's, to a shared library of that name. Raises BuildError, NotInstalled."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "kernel.o"
+        Builder.compile_object(source, made)
+        path.write_bytes(link([made], source.target, Path(scratch), system_calls))
+
+
+def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: Collection[str] = ()) -> bytes:
+    """The shared library of these objects. system_calls: functions of libc that they may call beside `MEMORY`.
+
+    Raises BuildError when they need what no device's libraries have, NotInstalled.
+    """
     _, system = triple_of(target)
     linker, made = find_linker(target), scratch / "linked.so"
     _run(linker, ["-shared", *map(str, objects), "-o", str(made)])
     lacking = [name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)]
-    if unknown := sorted(set(lacking) - MATH - MEMORY):
+    if unknown := sorted(set(lacking) - MATH - MEMORY - set(system_calls)):
         raise BuildError(f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
                          "please report which model that was")
     beside = []
-    for name, offered in zip(_LIBRARIES[system], (MATH, MEMORY), strict=True):
+    for name, offered in zip(_LIBRARIES[system], (MATH, MEMORY | set(system_calls)), strict=True):
         if wanted := sorted(offered & set(lacking)):
             beside.append(str(scratch / name))
             stand_in = ["-shared", "-soname", name, *(f"--defsym={symbol}=0" for symbol in wanted), str(objects[0]), "-o", beside[-1]]

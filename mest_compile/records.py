@@ -39,6 +39,8 @@ SIZES = frozenset({"channels", "height", "width", "batch", "section_channels", "
                    "flop"})
 IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
 FARTHEST = 4.0        # doublings of sizes, all together, up to which another problem is near
+COUNTED = "instructions"  # begins the `cpu` of records that are ranked by executed instructions
+MODEL_UNIT = 1e-9     # "seconds" of a modelled cycle or an executed instruction in records, as if the core ran at 1 GHz
 
 
 @cache
@@ -71,7 +73,8 @@ class Record:
     kernel, problem  "gather.conv" and its sizes, as `plain` gives them
     live     live cells of the layer it was timed with, 0 where there are none
     target   `target_facts`
-    cpu      model of the CPU that it ran on, "" where the target's name says it
+    cpu      model of the CPU that it ran on, "" where the target's name says it; of a modelled record the model, of an emulated one
+             what was behind the emulation: clocks of their own
     knobs    those that are not the schedule's defaults
     seconds  of each run, empty unless the outcome is OK
     text     digest of the kernel's text: a schedule that changed since gives another
@@ -122,12 +125,14 @@ class Choice:
     A step that is loaded keeps those of the step that was saved.
 
     seconds, default_seconds  as recorded for these knobs and for the default ones, where they are
+    modelled  by records of a model instead of a clock, whose seconds are a scale
     """
 
     knobs: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "default"
     seconds: float | None = None
     default_seconds: float | None = None
+    modelled: bool = False
 
 
 @dataclass(slots=True)
@@ -176,7 +181,7 @@ class Records:
     def __init__(self, target: Target, paths: Iterable[Path] = ()):
         self.target, self.paths = target, tuple(paths)
         self.left_out: Counter[str] = Counter()
-        self._trials: dict[Measure, dict[tuple[str, str, int], Trials]] = {measure: {} for measure in Measure}
+        self._trials: dict[tuple[Measure, str], dict[tuple[str, str, int], Trials]] = {}  # by clock: seconds of two are never compared
         self._read = False
 
     @classmethod
@@ -202,12 +207,20 @@ class Records:
         return self
 
     def add(self, record: Record) -> None:
-        self._trials[record.measure].setdefault(record.key, Trials(record.kernel, record.problem, record.live)).add(record)
+        clock = self._trials.setdefault((record.measure, record.cpu), {})
+        clock.setdefault(record.key, Trials(record.kernel, record.problem, record.live)).add(record)
 
-    def trials(self, kernel: str, problem: Any, live: int, measure: Measure = Measure.MEASURED) -> Trials:
-        """What is known of this very problem."""
+    def trials(self, kernel: str, problem: Any, live: int, measure: Measure = Measure.MEASURED, cpu: str | None = None) -> Trials:
+        """What is known of this very problem by one clock; cpu: None for that of the target."""
         facts = plain(problem)
-        return self.load()._trials[measure].get(_key(kernel, facts, live)) or Trials(kernel, facts, live)
+        clock = self.load()._trials.get((measure, self.cpu if cpu is None else cpu), {})
+        return clock.get(_key(kernel, facts, live)) or Trials(kernel, facts, live)
+
+    def _clocks(self) -> list[tuple[Measure, str]]:
+        """Those that decide, the best first: measured times, modelled cycles, executed instructions."""
+        modelled = [cpu for measure, cpu in self.load()._trials if measure is Measure.MODELLED]
+        return [(Measure.MEASURED, self.cpu),
+                *((Measure.MODELLED, cpu) for cpu in sorted(modelled, key=lambda cpu: (cpu.startswith(COUNTED), cpu)))]
 
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
         """The knobs for a kernel.
@@ -215,23 +228,24 @@ class Records:
         text  knobs -> digest of the kernel's text with them, None where the schedule does not take them for this problem
         An exact record only counts while its schedule still gives the text that was timed.
         """
-        for measure in (Measure.MEASURED, Measure.MODELLED):
-            ranking = self.trials(kernel, problem, live, measure).ranking()
+        for measure, cpu in self._clocks():
+            ranking = self.trials(kernel, problem, live, measure, cpu).ranking()
             default = next((seconds for seconds, knobs, _ in ranking if not knobs), None)
             for seconds, knobs, digest in ranking:
                 if text(knobs) == digest:
-                    return Choice(knobs, "exact", seconds, default)
-            for near in self._near(kernel, plain(problem), live, measure):
+                    return Choice(knobs, "exact", seconds, default, measure is Measure.MODELLED)
+            for near in self._near(kernel, plain(problem), live, self._trials.get((measure, cpu), {})):
                 for _, knobs, _ in near.ranking()[:1]:
                     if text(knobs) is not None:
-                        return Choice(knobs, "nearest")
+                        return Choice(knobs, "nearest", modelled=measure is Measure.MODELLED)
         return Choice()
 
-    def _near(self, kernel: str, problem: Mapping[str, Any], live: int, measure: Measure) -> list[Trials]:
+    @staticmethod
+    def _near(kernel: str, problem: Mapping[str, Any], live: int, clock: Mapping[tuple[str, str, int], Trials]) -> list[Trials]:
         """Trials of other problems of the same structure, nearest first."""
         structure, sizes = _class(problem, live)
         found = []
-        for number, trials in enumerate(self._trials[measure].values()):
+        for number, trials in enumerate(clock.values()):
             if trials.kernel == kernel:
                 other, theirs = _class(trials.problem, trials.live)
                 if other == structure and theirs.keys() == sizes.keys():
@@ -318,11 +332,12 @@ def target_facts(target: Target) -> dict[str, Any]:
 
 
 def is_foreign(record: Record, target: Target) -> bool:
-    """Whether the record is of another device, CPU or TVM version. A step's records are of every vector width."""
+    """Whether the record is of another device, CPU or TVM version. A step's records are of every vector width, a model's of any CPU."""
     mine, theirs = target_facts(target), dict(record.target)
     if record.kernel == STEP:
         mine.pop("vector"), theirs.pop("vector", None)
-    return mine != theirs or record.cpu != cpu_of(target) or record.tvm != tvm_version()
+    elsewhere = record.measure is Measure.MEASURED and record.cpu != cpu_of(target)
+    return mine != theirs or elsewhere or record.tvm != tvm_version()
 
 
 def cpu_of(target: Target) -> str:
@@ -332,13 +347,25 @@ def cpu_of(target: Target) -> str:
 
 @cache
 def host_model() -> str:
-    """This machine's CPU: "AMD EPYC, family 26, model 2". Names alone are shared by generations."""
+    """This machine's CPU."""
+    return cpu_model(Path("/proc/cpuinfo").read_text())
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by generations."""
     found: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         found.setdefault(name.strip(), value.strip())
     names = {"model name": "", "cpu family": "family ", "model": "model ", "CPU implementer": "implementer ", "CPU part": "part "}
     return ", ".join(said + found[name] for name, said in names.items() if name in found) or "unknown"
+
+
+def unit_of(measure: Measure, cpu: str) -> tuple[str, float]:
+    """(a unit for people, how many of it are in a second of records of that clock)."""
+    if measure is not Measure.MODELLED:
+        return "ms", 1e3
+    return f"k{COUNTED if cpu.startswith(COUNTED) else 'cycles'}", 1e-3 / MODEL_UNIT
 
 
 def plain(value: Any) -> Any:

@@ -3,19 +3,32 @@
 import itertools
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from device import emulated
 from test_step import assert_like_torch, make_batches, masked_steps
+from test_tuning import spoilt
 
 import mest_compile as mest
+from mest_compile.building import Builder
 from mest_compile.elf import read_library
+from mest_compile.frontend import import_model
+from mest_compile.graph.fusing import fuse
+from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
-from mest_compile.linking import check_library
+from mest_compile.linking import check_library, link_kernel
 from mest_compile.models import build_model
+from mest_compile.planning import plan_layers
 from mest_compile.recipe import Recipe
+from mest_compile.records import Measure, Record, Records, host_model
+from mest_compile.runtime import probe
+from mest_compile.sparsity import parse_scheme
 from mest_compile.training import Trainer
+from mest_compile.tuning.command import Request, tune
+from mest_compile.tuning.runner import RunnerOptions, find_runner
+from mest_compile.tuning.task import prepare, tasks_of
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 
@@ -144,6 +157,105 @@ def test_two_devices_of_one_key_work_side_by_side(folder, port):
             compiled(mest.rpc(f"127.0.0.1:{port}", "pair", wait_seconds=1))
         for step in steps:
             step.close()
+
+
+TUNED = ["--model", "mlp", "--width", 16, "--batch", 8, "--scheme", "block:4x1", "--target", "cortex-a76"]
+
+
+def tuned_step(log):
+    target = find_target("cortex-a76")
+    model = build_model("mlp", (8, 3, 32, 32), 10, 16, 0)
+    return mest.compile(model, (8, 3, 32, 32), scheme="block:4x1", target=target, records=Records(target, [log]))
+
+
+@pytest.mark.parametrize("counting", [False, True])
+def test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart(counting, mest_compile_command, folder, port, tmp_path):
+    """Its time never chooses; what it counts is a model's, and does."""
+    log, key = tmp_path / "log.jsonl", "counting" if counting else "timing"
+    with emulated.device(folder, port, key, counting):
+        ran = mest_compile_command("tune", *TUNED, "--trials", 1 + counting, "--tracker", f"127.0.0.1:{port}", "--key", key, "--log", log,
+                                   "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["finished"] and all(set(task["outcomes"]) == {"ok"} for task in ran.document["tasks"])
+    records = [Record.from_line(line) for line in log.read_text().splitlines()]
+    assert len(records) >= ran.document["measured"] >= 8 + counting
+    assert {record.measure for record in records} == {Measure.MODELLED if counting else Measure.EMULATED}
+    assert all(record.cpu == ("instructions, by the device's counter" if counting else f"emulated on {host_model()}") for record in records)
+    kernels = tuned_step(log).describe()["kernels"]
+    assert kernels.get("exact, modelled", 0) == (8 if counting else 0) and "exact" not in kernels and "nearest" not in kernels
+
+
+def test_tuning_goes_on_when_its_device_is_killed_and_another_comes(folder, port, tmp_path, caplog):
+    class Strike:
+        trials = 0
+
+        def on_stage(self, *unused):
+            pass
+
+        def on_trial(self, *unused):
+            self.trials += 1
+            if self.trials == 3:
+                first.kill()
+                second.append(emulated.device(folder, port, "mortal"))
+                second[0].__enter__()
+
+    second, log = [], tmp_path / "log.jsonl"
+    with emulated.device(folder, port, "mortal") as first:
+        request = Request("mlp", (8, 3, 32, 32), 16, "block:4x1", target="cortex-a76", log=log)
+        try:
+            result = tune(request, RunnerOptions(f"127.0.0.1:{port}", "mortal"), 1, progress=Strike())
+        finally:
+            second[0].__exit__(None, None, None)
+    assert result.finished and result.measured == len(log.read_text().splitlines()) == 8
+    assert all(task.outcomes == {"ok": 1} for task in result.tasks)
+    assert "device mortal at 127.0.0.1" in caplog.text and "was lost while it timed" in caplog.text
+
+
+def test_kernels_that_are_wrong_crash_or_hang_cost_their_trial_only(phone, tmp_path):
+    target = find_target("cortex-a76")
+    graph, _ = import_model(build_model("mlp", (8, 3, 8, 8), 10, 16, 0), (8, 3, 8, 8))
+    layers = plan_layers(graph, parse_scheme("block:4x1"), 0.8, "uniform", None, target)
+    program, _ = lower(fuse(graph), layers, target)
+    task = tasks_of(program, layers, target, tmp_path)[0]
+    prepare(task, program, layers, Builder())
+    outcomes, source = {}, task.source({})
+    runner = find_runner("rpc")(target, RunnerOptions(f"{phone.host}:{phone.port}", phone.key, timeout_seconds=2))
+    assert runner.devices == 1
+    try:
+        for variant in ("wrong", "crashing", "hanging", "right"):
+            changed = replace(source, text=spoilt(source.text, variant))
+            link_kernel(changed, tmp_path / f"{variant}.so")
+            outcomes[variant] = runner.run(task, tmp_path / f"{variant}.so", changed.symbol).outcome.value
+    finally:
+        runner.close()
+    assert outcomes == {"wrong": "wrong-answer", "crashing": "crashed", "hanging": "timed-out", "right": "ok"}
+
+
+@pytest.mark.parametrize("target, message", [("local", "choose a target that describes it|does not run code for 'local'"),
+                                             ("arm_cpu", None)])
+def test_a_device_that_the_target_does_not_describe_is_refused(target, message, phone):
+    if message is None:
+        find_runner("rpc")(find_target(target), RunnerOptions(f"{phone.host}:{phone.port}", phone.key)).close()
+        return
+    with pytest.raises(mest.MestError, match=message):
+        find_runner("rpc")(find_target(target), RunnerOptions(f"{phone.host}:{phone.port}", phone.key))
+
+
+@pytest.mark.parametrize("architecture, cpuinfo, kernel, wanted", [
+    ("aarch64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", True),
+    ("aarch64", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False),
+    ("arm", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False), ("x86_64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", False),
+    ("aarch64", "vendor_id\t: AuthenticAMD", "", True), ("aarch64", "CPU implementer\t: 0x41", "", False), ("aarch64", "", "", False),
+    ("aarch64", "CPU implementer\t: 0x41", "cpu:type:x86,ven0002", True),  # an emulator that makes up the first
+])
+def test_a_device_is_emulated_when_its_kernel_is_of_another_architecture(architecture, cpuinfo, kernel, wanted):
+    assert probe.is_emulated(architecture, cpuinfo, kernel) == wanted
+
+
+def test_the_features_that_a_device_lacks_are_named():
+    facts = probe.DeviceFacts("a Pi 4", frozenset({"fp", "asimd", "crc32"}), False)
+    assert facts.lacks(find_target("cortex-a76")) == ["asimddp", "asimdhp", "atomics", "fphp"]
+    assert facts.lacks(find_target("cortex-a72")) == replace(facts, emulated=True).lacks(find_target("cortex-a76")) == []
 
 
 def test_the_tracker_lists_its_devices(mest_compile_command, phone):

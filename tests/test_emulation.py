@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_gather
 
+import mest_compile as mest
 from mest_compile import cycles, emulation
 from mest_compile.analysis import analyse, emulate
 from mest_compile.building import Builder, kernel_source
@@ -20,7 +21,7 @@ from mest_compile.hardware import find_target
 from mest_compile.models import build_model
 from mest_compile.operators.gather import GatherConv, Pass
 from mest_compile.planning import plan_layers
-from mest_compile.records import Measure, Outcome
+from mest_compile.records import Measure, Outcome, Records
 from mest_compile.sparsity import parse_scheme
 from mest_compile.spec import Image
 from mest_compile.tuning.runner import RunnerOptions, find_runner
@@ -177,6 +178,23 @@ def test_candidates_are_ranked_without_a_device_and_wrong_ones_never_win(task, n
     hasty = find_runner(name)(TARGET, RunnerOptions(timeout_seconds=0.001))
     assert hasty.attempt(task, task.source({}), tmp_path).outcome is Outcome.TIMED_OUT
     assert not list(tmp_path.iterdir())
+
+
+@needs_arm
+def test_tuning_by_a_model_decides_and_says_so(mest_compile_command, tmp_path):
+    log = tmp_path / "log.jsonl"
+    command = ["tune", "--target", "cortex-a76", "--model", "mlp", "--width", 16, "--batch", 8, "--measure", "model", "--log", log,
+               "--trials", 1, "--json"]
+    first = mest_compile_command(*command)
+    assert first.code == 0, first.err
+    assert first.document["measure"] == "modelled" and first.document["cpu"].startswith("neoverse-n1") and first.document["measured"] == 8
+    again = mest_compile_command(*command)
+    assert again.document["measured"] == 0 and again.document["tasks"] == first.document["tasks"]
+    model = build_model("mlp", (8, 3, 32, 32), 10, 16, 0)
+    step = mest.compile(model, (8, 3, 32, 32), target=TARGET, records=Records(TARGET, [log]))
+    assert step.describe()["kernels"]["exact, modelled"] == 8
+    step.save(tmp_path / "step.safetensors")
+    assert mest.load(tmp_path / "step.safetensors").describe()["kernels"] == step.describe()["kernels"]
 
 
 def test_the_page_has_the_table_of_the_recorded_figures():

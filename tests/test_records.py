@@ -8,7 +8,7 @@ import pytest
 
 from mest_compile.errors import StateError
 from mest_compile.hardware import Target
-from mest_compile.records import LogFile, Measure, Outcome, Record, Records, host_model, plain, target_facts, tvm_version
+from mest_compile.records import LogFile, Measure, Outcome, Record, Records, host_model, plain, target_facts, tvm_version, unit_of
 
 TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55")), 4, 32, 32768, 131072, 4)
 
@@ -108,6 +108,21 @@ def test_measured_beats_modelled_and_emulated_is_never_used(path):
     LogFile(path).append(record(fast, 1e-9, problem=other, measure=Measure.MODELLED))
     LogFile(path).append(record({"tile": (6, 6)}, 1e-9, problem=other, measure=Measure.EMULATED))
     assert best(read(path), other).knobs == fast
+
+
+def test_modelled_cycles_beat_executed_instructions_and_the_two_are_never_compared(tmp_path):
+    path = tmp_path / "board.jsonl"
+    modelled = {"measure": Measure.MODELLED}
+    for knobs, cycles, instructions in (({}, 3e-6, 3e-5), ({"tile": (1, 2)}, 2e-6, 4e-5), ({"tile": (2, 1)}, 4e-6, 1e-9)):
+        LogFile(path).append(record(knobs, instructions, cpu="instructions under qemu", **modelled))
+        assert best(read(path)).modelled
+        LogFile(path).append(record(knobs, cycles, cpu="a model", **modelled))
+    choice = best(read(path))
+    assert (choice.knobs, choice.seconds, choice.default_seconds, choice.modelled) == ({"tile": (1, 2)}, 2e-6, 3e-6, True)
+    LogFile(path).append(record({}, 1.0))
+    assert (best(read(path)).knobs, best(read(path)).modelled) == ({}, False)
+    clocks = (Measure.MEASURED, ""), (Measure.MODELLED, "a model"), (Measure.MODELLED, "instructions under qemu")
+    assert [unit_of(*clock)[0] for clock in clocks] == ["ms", "kcycles", "kinstructions"]
 
 
 def test_a_record_of_another_text_is_not_exact(path):

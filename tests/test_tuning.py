@@ -283,7 +283,7 @@ def test_a_device_behind_a_tracker_measures(mest_compile_command, tmp_path, trac
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--tracker", "127.0.0.1:1"], "needs --tracker HOST:PORT and --key KEY"), (["--tracker", "nowhere", "--key", "a"], "wanted HOST:PORT"),
+    (["--tracker", "127.0.0.1:1"], "needs --tracker HOST:PORT and --key KEY"), (["--tracker", "nowhere", "--key", "a"], "wanted host:port"),
     (["--runner", "telepathy"], "no tuning runner 'telepathy'"), (["--vectors", "8;16"], "wanted whole numbers"),
     (["--vectors", "3"], "wanted powers of two")])
 def test_misuse_is_said(mest_compile_command, arguments, said):

@@ -6,15 +6,13 @@ Both are TVM's own, in this process, so that one signal ends them and their sock
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import DeviceError, UsageError
+from mest_compile.errors import DeviceError
 
 LOCAL = "127.0.0.1"
 WARNING = "TVM's RPC has no passwords and runs whatever it is sent: let nobody but yourself reach this port"
@@ -75,23 +73,19 @@ def _wait(start: Any, what: str, host: str, port: int, as_json: bool) -> None:
 
 
 def _show(where: str, as_json: bool) -> None:
-    from mest_compile.runtime.remote import SUMMARY, TRACKER_MAGIC, ask_tracker, read_exactly, rpc
+    from mest_compile.runtime.remote import rpc, summary
 
     there = rpc(where, "any")
     try:
-        with socket.create_connection((there.host, there.port), timeout=10) as end:
-            end.sendall(struct.pack("<i", TRACKER_MAGIC))
-            if struct.unpack("<i", read_exactly(end, 4))[0] != TRACKER_MAGIC:
-                raise UsageError(f"{where} is no TVM RPC tracker")
-            _, summary = ask_tracker(end, [SUMMARY])
+        found = summary(there.host, there.port)
     except OSError as problem:
         said = problem.strerror or problem
         raise DeviceError(f"tracker {where} does not answer: {said}; start one with mest-compile tracker") from problem
-    names = sorted({entry["key"].removeprefix("server:") for entry in summary["server_info"]} | set(summary["queue_info"]))
+    names = sorted({entry["key"].removeprefix("server:") for entry in found["server_info"]} | set(found["queue_info"]))
     devices = [{"key": name,
-                "devices": [":".join(map(str, entry["addr"])) for entry in summary["server_info"] if entry["key"] == f"server:{name}"],
-                "free": summary["queue_info"].get(name, {}).get("free", 0),
-                "waiting": summary["queue_info"].get(name, {}).get("pending", 0)} for name in names]
+                "devices": [":".join(map(str, entry["addr"])) for entry in found["server_info"] if entry["key"] == f"server:{name}"],
+                "free": found["queue_info"].get(name, {}).get("free", 0),
+                "waiting": found["queue_info"].get(name, {}).get("pending", 0)} for name in names]
     if as_json:
         print_json(devices)
     else:

@@ -10,6 +10,7 @@ import typer
 
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
+from mest_compile.records import Measure, unit_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,8 @@ def tune(
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; start again to go on.", min=0)] = None,
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker whose devices measure.")] = None,
     key: Annotated[str | None, typer.Option(help="Key that the devices are listed under.")] = None,
-    devices: Annotated[int, typer.Option(help="Devices of that key that may measure at once.", min=1)] = 1,
+    devices: Annotated[int | None, typer.Option(help="Devices of that key that may measure at once; default: all. Without a tracker: "
+                                                     "emulators.", min=1)] = None,
     vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16.")] = None,
     runner: Annotated[str | None, typer.Option("--runner", "--measure", help="Who measures: local, rpc, or for an ARM target without a "
                                                "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
@@ -64,20 +66,24 @@ def tune(
 
 
 def _show(result: SessionResult) -> None:
-    def milliseconds(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{seconds * 1e3:.3f}"
+    unit, scale = unit_of(Measure(result.measure), result.cpu)
+
+    def scaled(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{seconds * scale:.3f}"
 
     rows = []
     for task in result.tasks:
         gain = f"{task.default_seconds / task.best_seconds:.2f}" if task.default_seconds and task.best_seconds else "-"
         failed = ", ".join(f"{count} {outcome}" for outcome, count in task.outcomes.items() if outcome != "ok")
         knobs = " ".join(f"{name}={value}" for name, value in task.knobs.items())
-        rows.append([task.name, task.kernel, task.calls, milliseconds(task.default_seconds), milliseconds(task.best_seconds), gain,
+        rows.append([task.name, task.kernel, task.calls, scaled(task.default_seconds), scaled(task.best_seconds), gain,
                      task.trials, failed, knobs or "default"])
-    print_table(["first call", "kernel", "calls", "default ms", "best ms", "gain", "trials", "failed", "knobs"], rows)
+    print_table(["first call", "kernel", "calls", f"default {unit}", f"best {unit}", "gain", "trials", "failed", "knobs"], rows)
     state = "finished" if result.finished else "stopped; start again to go on"
     print(f"\n{result.measured} trials in {result.seconds:.0f} s, {state}. Vectors of {result.vector}. "
           f"Records ({result.measure}): {result.log}")
+    if result.measure == "emulated":
+        print("The device is emulated: its times are kept apart and choose no kernels.")
 
 
 class TuningProgress:
@@ -107,7 +113,8 @@ class TuningProgress:
             self._console.print(f"{stage}: {total}", highlight=False)
 
     def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
-        said = "none right yet" if best is None else f"best {best * 1e3:.3f} ms"
+        unit, scale = unit_of(record.measure, record.cpu)
+        said = "none right yet" if best is None else f"best {best * scale:.3f} {unit}"
         if best and default:
             said += f", {default / best:.2f} times as fast as the default"
         if task.name not in self._tasks:

@@ -51,10 +51,14 @@ def _only_tensors(packet: bytes) -> bool:
 
 
 class Link:
-    """Carries packets between `client` and `device` until one of them closes. silence_seconds: the longest wait for an answer."""
+    """Carries packets between `client` and `device` until one of them closes.
 
-    def __init__(self, client: socket.socket, device: socket.socket, silence_seconds: float):
-        self._client, self._device, self._silence = client, device, silence_seconds
+    silence_seconds  the longest wait for an answer
+    early            whether calls with nothing but arrays are those of a step, which return nothing
+    """
+
+    def __init__(self, client: socket.socket, device: socket.socket, silence_seconds: float, early: bool):
+        self._client, self._device, self._silence, self._early = client, device, silence_seconds, early
         self._asked: deque[tuple[bool, float]] = deque()  # (answered early, when) of what the device has not answered
         self._failure: bytes | None = None
 
@@ -86,7 +90,7 @@ class Link:
         try:
             while True:
                 packet = self._packet(self._client)
-                answer = early_answer(packet[8:])
+                answer = early_answer(packet[8:]) if self._early else None
                 self._asked.append((answer is not None, time.monotonic()))
                 if answer is not None:
                     self._client.sendall(answer)
@@ -142,9 +146,9 @@ def keep_alive(end: socket.socket) -> None:
             end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def start(host: str, port: int, silence_seconds: float) -> tuple[subprocess.Popen, int]:
+def start(host: str, port: int, silence_seconds: float, early: bool = True) -> tuple[subprocess.Popen, int]:
     """(the link's process, the local port where TVM's client finds the device). Raises ConnectionError when it cannot be reached."""
-    process = subprocess.Popen([sys.executable, "-m", __name__, host, str(port), str(silence_seconds)], text=True,
+    process = subprocess.Popen([sys.executable, "-m", __name__, host, str(port), str(silence_seconds), str(int(early))], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
     line = process.stdout.readline()
@@ -153,7 +157,7 @@ def start(host: str, port: int, silence_seconds: float) -> tuple[subprocess.Pope
     return process, int(line)
 
 
-def main(host: str, port: str, silence_seconds: str) -> int:
+def main(host: str, port: str, silence_seconds: str, early: str) -> int:
     try:
         device = socket.create_connection((host, int(port)), timeout=10)
     except OSError as problem:
@@ -167,7 +171,7 @@ def main(host: str, port: str, silence_seconds: str) -> int:
         client, _ = listener.accept()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     client.settimeout(None)
-    lost = Link(client, device, float(silence_seconds)).run()
+    lost = Link(client, device, float(silence_seconds), early == "1").run()
     if lost:
         print(lost, file=sys.stderr)
     return LOST

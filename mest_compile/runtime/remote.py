@@ -46,13 +46,17 @@ class Device:
     def __str__(self) -> str:
         return f"{self.key} at {self.host}:{self.port}"
 
-    def open(self) -> Session:
-        """A session on a device, which is ours alone until it is closed. Raises DeviceError when none is free in time."""
+    def open(self, early: bool = True, limit_seconds: float | None = None) -> Session:
+        """A session on a device, which is ours alone until it is closed. Raises DeviceError when none is free in time.
+
+        early          whether the link answers a step's calls before the device does
+        limit_seconds  after which the device ends the session, whatever it is doing; None: never
+        """
         end = time.monotonic() + self.wait_seconds
         said = "no device of that key is free"
         while (left := end - time.monotonic()) > 0:
             try:
-                return Session(self, *self._request(left))
+                return Session(self, *self._request(left), early=early, limit_seconds=limit_seconds)
             except TimeoutError:
                 break
             except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
@@ -73,6 +77,10 @@ class Device:
                 raise ConnectionError(f"the tracker answered {value!r}")
             return value[0], value[1], value[2]
 
+    def listed(self) -> int:
+        """How many devices are at the tracker under the key. Raises OSError (no tracker answers)."""
+        return sum(entry["key"] == f"server:{self.key}" for entry in summary(self.host, self.port)["server_info"])
+
 
 def rpc(tracker: str, key: str, wait_seconds: float = 60.0, silence_seconds: float = 300.0) -> Device:
     """A device for `mest.compile(device=...)`. tracker: "host:port". Raises UsageError. Nothing is connected yet."""
@@ -84,6 +92,15 @@ def rpc(tracker: str, key: str, wait_seconds: float = 60.0, silence_seconds: flo
     if wait_seconds <= 0 or silence_seconds <= 0:
         raise UsageError(f"wait_seconds and silence_seconds are more than 0, not {wait_seconds} and {silence_seconds}")
     return Device(host, int(port), key, wait_seconds, silence_seconds)
+
+
+def summary(host: str, port: int) -> dict[str, Any]:
+    """What a tracker knows: "server_info" (key and addr of every device), "queue_info" (free and pending of every key). Raises OSError."""
+    with socket.create_connection((host, port), timeout=10) as tracker:
+        tracker.sendall(struct.pack("<i", TRACKER_MAGIC))
+        if struct.unpack("<i", read_exactly(tracker, 4))[0] != TRACKER_MAGIC:
+            raise ConnectionError(f"{host}:{port} is no TVM RPC tracker")
+        return ask_tracker(tracker, [SUMMARY])[1]
 
 
 def ask_tracker(tracker: socket.socket, question: list[Any]) -> tuple[int, Any]:
@@ -108,14 +125,14 @@ def read_exactly(end: socket.socket, size: int) -> bytes:
 class Session:
     """One device, ours until `close()`. rpc: TVM's session over the link."""
 
-    def __init__(self, device: Device, host: str, port: int, key: str):
+    def __init__(self, device: Device, host: str, port: int, key: str, early: bool = True, limit_seconds: float | None = None):
         from tvm import rpc
 
         self.device = device
-        self._link, local = link.start(host, port, device.silence_seconds)
+        self._link, local = link.start(host, port, device.silence_seconds, early)
         self.close = weakref.finalize(self, _end, self._link)  # gives the device back, whatever still refers to it here
         try:
-            self.rpc: Any = rpc.connect("127.0.0.1", local, key)
+            self.rpc: Any = rpc.connect("127.0.0.1", local, key, limit_seconds or 0)
         except Exception as problem:
             self.close()
             raise DeviceError(f"{host}:{port} does not take the session: {last_line(problem)}") from problem

@@ -49,14 +49,15 @@ class RunnerOptions:
     tracker, key     "host:port" of an RPC tracker, and the key that devices are listed under
     timeout_seconds  of one candidate's build, and of its run
     repeats          timed runs of a candidate
-    devices          candidates that may be timed at once; a runner takes fewer when it has fewer devices
+    devices          candidates that may be timed at once; a runner takes fewer when it has fewer devices. None: every device that a
+                     tracker has, else one
     """
 
     tracker: str | None = None
     key: str | None = None
     timeout_seconds: float = 30.0
     repeats: int = 7
-    devices: int = 1
+    devices: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Runner(ABC):
     this process, so that vector widths can be compared.
     """
 
-    measure: ClassVar[Measure]
+    measure: Measure
     whole_steps: ClassVar[bool] = False
 
     def __init__(self, target: Target, options: RunnerOptions):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from mest_compile.building import Builder
 from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
-from mest_compile.records import IN_STEP, LogFile, Outcome, Record, Records, Trials, plain, target_facts, text_digest
+from mest_compile.records import IN_STEP, LogFile, Measure, Outcome, Record, Records, Trials, plain, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.search import search
@@ -60,7 +60,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """finished: whether every task had its trials; measured: trials of this session; log: where its records are."""
+    """finished: whether every task had its trials; measured: trials of this session; cpu: of its records; log: where they are."""
 
     tasks: tuple[TaskResult, ...]
     finished: bool
@@ -68,6 +68,7 @@ class SessionResult:
     seconds: float
     vector: int
     measure: str
+    cpu: str
     log: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Session:
             finished = self._tune(tasks, trials, seed)
         results = tuple(self._result(task) for task in tasks)
         return SessionResult(results, finished, self._measured, time.monotonic() - started, self.target.vector, self.runner.measure.value,
-                             str(self.log.path))
+                             self.runner.cpu, str(self.log.path))
 
     def _tune(self, tasks: list[Task], trials: int, seed: int) -> bool:
         """Whether every task had its trials and its winners a second look."""
@@ -124,6 +125,8 @@ class Session:
             spaces = [Space(task, number) for number, task in enumerate(unsearched)]
             search(spaces, [self._weight(task) for task in unsearched], trials, [self._spent(task) for task in unsearched],
                    [self._known(task).records for task in unsearched], self.runner, self._report, self._out_of_time, seed)
+        if self.runner.measure is Measure.MODELLED:  # the same whenever it is asked for
+            return not self._out_of_time()
         wanted = CONFIRMED if self.in_step is None else IN_STEP
         unconfirmed = [task for task in large if self._known(task).records[-1].message != wanted
                        and any(knobs for _, knobs, _ in self._known(task).ranking())]
@@ -207,7 +210,7 @@ class Session:
         return record
 
     def _known(self, task: Task) -> Trials:
-        return self.records.trials(task.kernel, task.problem, task.live, self.runner.measure)
+        return self.records.trials(task.kernel, task.problem, task.live, self.runner.measure, self.runner.cpu)
 
     def _spent(self, task: Task) -> int:
         return len(self._known(task).tried)

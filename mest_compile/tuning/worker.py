@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.building import Builder, KernelSource
+from mest_compile.linking import link_kernel
 from mest_compile.tuning.task import Arrays
 
 COLD_BYTES = 96 * 2**20  # of copies of the arguments, beyond the last-level cache: what a call finds cached is what the one before left
@@ -18,8 +19,8 @@ _loaded: dict[Path, tuple[Arrays, list[list[Any]]]] = {}
 
 
 def compile_kernel(source: KernelSource, path: str) -> None:
-    """Writes the kernel's library. Raises BuildError."""
-    Builder.compile_to(source, Path(path))
+    """Writes the kernel's library. Raises BuildError, NotInstalled."""
+    link_kernel(source, Path(path))
 
 
 def compile_check_and_time(source: KernelSource, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:

@@ -112,12 +112,14 @@ static int MeetTracker(int tracker_port, int port, const std::string& key) {
   return -1;
 }
 
-static void Serve(int client) {
+// limit_seconds: after which the session is ended, whatever it is doing; 0: never.
+static void Serve(int client, int limit_seconds) {
   char name[] = "/tmp/rpcdXXXXXX";
   work_folder = mkdtemp(name);
   pid_t session = fork();
   if (session == 0) {
     if (chdir(work_folder.c_str())) _exit(3);
+    alarm(limit_seconds);
     try {
       ffi::Function::GetGlobalRequired("rpc.ServerLoop")(client);
     } catch (const std::exception& problem) {
@@ -157,7 +159,8 @@ static bool WaitForClient(int listener, int tracker, const std::string& key, con
     } else {
       SendInt(client, kServerMagic);
       SendText(client, "server:" + key);
-      Serve(client);
+      size_t option = said.find("-timeout=");
+      Serve(client, option == std::string::npos ? 0 : static_cast<int>(atof(said.c_str() + option + 9)) + 1);
       return true;
     }
   }
@@ -181,6 +184,7 @@ int main(int count, char** arguments) {
     ffi::Function::SetGlobal("runtime.timer.cpu", ffi::Function::FromPacked([](ffi::PackedArgs, ffi::Any* result) {
                                *result = ffi::ObjectRef(ffi::make_object<InstructionTimer>());
                              }), true);
+    tvm::ffi::reflection::GlobalDef().def("mest.clock", [] { return ffi::String("instructions"); });
   }
   int listener = socket(AF_INET, SOCK_STREAM, 0), one = 1, tracker = -1;
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);

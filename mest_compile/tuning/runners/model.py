@@ -12,11 +12,9 @@ from mest_compile import cycles, emulation
 from mest_compile.building import KernelSource
 from mest_compile.errors import DeviceError
 from mest_compile.hardware import Target
-from mest_compile.records import Measure, Outcome
+from mest_compile.records import COUNTED, MODEL_UNIT, Measure, Outcome
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Task
-
-UNIT = 1e-9  # of a cycle, as if the core ran at 1 GHz
 
 
 @runner("instructions")
@@ -28,11 +26,11 @@ class InstructionsRunner(Runner):
     def __init__(self, target: Target, options: RunnerOptions):
         super().__init__(target, options)
         emulation.check_tools(emulation.machine_of(target))
-        self.devices = options.devices
+        self.devices = options.devices or 1
 
     @property
     def cpu(self) -> str:
-        return "instructions under qemu"
+        return f"{COUNTED} under qemu"
 
     def build(self, source: KernelSource, folder: Path) -> Path:
         path = folder / f"{source.symbol}-{time.monotonic_ns()}.so"
@@ -47,7 +45,7 @@ class InstructionsRunner(Runner):
         except DeviceError as problem:
             return Timing(Outcome.CRASHED, message=str(problem))
         wrong = task.check(execution.arrays)
-        return Timing(Outcome.WRONG, message=wrong) if wrong else Timing(Outcome.OK, (self._count(execution) * UNIT,))
+        return Timing(Outcome.WRONG, message=wrong) if wrong else Timing(Outcome.OK, (self._count(execution) * MODEL_UNIT,))
 
     def _count(self, execution: emulation.Execution) -> float:
         return execution.instructions

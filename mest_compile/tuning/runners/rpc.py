@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import queue
+import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mest_compile.building import KernelSource
-from mest_compile.errors import DeviceError, UsageError
+from mest_compile.errors import DeviceError, DeviceLost, TargetError, UsageError
 from mest_compile.hardware import Target
-from mest_compile.records import Measure, Outcome
+from mest_compile.records import COUNTED, Measure, Outcome, cpu_of
+from mest_compile.runtime import probe
+from mest_compile.runtime.remote import Session, last_line, rpc
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Arrays, Task
 from mest_compile.tuning.worker import compile_kernel
 
-PATIENCE_SECONDS = 20.0  # to wait for a free device, and for one that a candidate took down
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 60.0  # to wait for a device when none is left
+ASKING_SECONDS = 2.0     # for one, before looking whether another candidate has left one
+TRIES = 2                # of a candidate whose session ended: the first time the device may have been taken away
 
 
 @runner("rpc")
 class RpcRunner(Runner):
-    """One session a device. A candidate that takes its session down is recorded as crashed, or timed out, and another session begins."""
+    """One session a device, as many as the tracker has, or `options.devices`. A device may vanish: its candidate goes to another one, or to
+    itself when it comes back. One that takes its session down twice is recorded as crashed.
+
+    Times of an emulated device are marked so, and kept apart from those of all others.
+    """
 
     measure = Measure.MEASURED
 
@@ -31,15 +42,27 @@ class RpcRunner(Runner):
         super().__init__(target, options)
         if not options.tracker or not options.key:
             raise UsageError("the rpc runner needs --tracker HOST:PORT and --key KEY")
-        host, _, port = options.tracker.rpartition(":")
-        if not host or not port.isdigit():
-            raise UsageError(f"--tracker {options.tracker}; wanted HOST:PORT")
-        self._address = host, int(port)
-        self.devices = options.devices
+        # A device that hangs is cut off by the link, and ends the session by itself some time later.
+        self._device = rpc(options.tracker, options.key, max(PATIENCE_SECONDS, self._limit), options.timeout_seconds)
+        self._free: list[_Seat] = []
+        self._open, self._changed = 0, threading.Condition()
         self._compiler, self._compiling = PopenWorker(), threading.Lock()
-        self._free: queue.Queue[_Seat] = queue.Queue()
-        for _ in range(self.devices):
-            self._free.put(_Seat())
+        self._facts: probe.DeviceFacts | None = None
+        self.devices = 1
+        self._leave(self._take())
+        self.devices = options.devices or max(1, self._device.listed())
+
+    @property
+    def cpu(self) -> str:
+        assert self._facts is not None
+        if self.measure is Measure.MODELLED:
+            return f"{self._facts.clock}, by the device's counter"
+        return f"emulated on {self._facts.cpu}" if self.measure is Measure.EMULATED else cpu_of(self.target)
+
+    @property
+    def _limit(self) -> float:
+        """Seconds after which a device ends a session; ours are given back long before."""
+        return 4 * self.options.timeout_seconds
 
     def build(self, source: KernelSource, folder: Path) -> Path:
         path = folder / f"{source.symbol}.so"
@@ -49,65 +72,125 @@ class RpcRunner(Runner):
         return path
 
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        seat = self._free.get()
-        started = time.monotonic()
-        try:
-            if seat.session is None:
-                seat.session = self._request()
+        for _ in range(TRIES):
+            seat = self._take()
             started = time.monotonic()
-            return seat.time(task, artifact, symbol, repeats or self.options.repeats)
-        except DeviceError:
-            raise
-        except Exception as problem:  # of TVM's many types: the session is gone with whatever happened there
-            seat.leave()
-            if time.monotonic() - started >= self.options.timeout_seconds:
-                return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
-            return Timing(Outcome.CRASHED, message=f"the session ended: {str(problem).strip().splitlines()[-1][:200]}")
-        finally:
-            self._free.put(seat)
+            try:
+                # What is counted is the same on every run.
+                timing = seat.time(task, artifact, symbol, 1 if self.measure is Measure.MODELLED else repeats or self.options.repeats)
+            except Exception as problem:  # of TVM's many types
+                lost = seat.session.lost()
+                self._leave(seat, lost is None)
+                if lost is None:
+                    return Timing(Outcome.CRASHED, message=last_line(problem)[:200])
+                if time.monotonic() - started >= self.options.timeout_seconds:
+                    return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
+                log.warning("device %s was lost while it timed %s: %s; trying again", self._device, task.name, lost)
+            else:
+                self._leave(seat)
+                return timing
+        return Timing(Outcome.CRASHED, message=f"the session ended: {lost}")
 
     def close(self) -> None:
         self._compiler.kill()
-        while not self._free.empty():
-            self._free.get().leave()
+        for seat in self._free:
+            seat.session.close()
 
-    def _request(self) -> Any:
-        """A session of a device. Raises DeviceError when none is free in time."""
-        import tvm.rpc
+    def _take(self) -> _Seat:
+        """A device that is ours. Raises DeviceError when there is none in time; while another candidate has one, that is waited for."""
+        end = time.monotonic() + self._device.wait_seconds
+        while True:
+            with self._changed:
+                while self._free:
+                    if (seat := self._free.pop()).age < self._limit / 2:
+                        return seat
+                    self._close(seat)
+                others, asking = self._open, self._open < self.devices
+                self._open += asking
+            if asking:
+                try:
+                    return self._new()
+                except Exception as problem:
+                    with self._changed:
+                        self._open -= 1
+                    if not isinstance(problem, DeviceError):
+                        raise
+                    if not others and time.monotonic() >= end:
+                        raise DeviceError(str(problem).replace(f"{ASKING_SECONDS:g} s", f"{self._device.wait_seconds:g} s")) from None
+            if others:
+                end = time.monotonic() + self._device.wait_seconds
+                with self._changed:
+                    self._changed.wait_for(lambda: self._free, ASKING_SECONDS)
 
-        deadline, said = time.monotonic() + PATIENCE_SECONDS, ""
-        while time.monotonic() < deadline:
-            try:
-                tracker = tvm.rpc.connect_tracker(*self._address)
-                if any(server["key"] == f"server:{self.options.key}" for server in tracker.summary()["server_info"]):
-                    return tracker.request(self.options.key, session_timeout=self.options.timeout_seconds, max_retry=1)
-                said = "none serves under that key"
-            except Exception as problem:  # of TVM's many types
-                said = str(problem).strip().splitlines()[-1]
-            time.sleep(0.5)
-        raise DeviceError(f"no device {self.options.key!r} at the tracker {self.options.tracker} within {PATIENCE_SECONDS:g} s: {said}; "
-                          "is it served under that key?")
+    def _leave(self, seat: _Seat, whole: bool = True) -> None:
+        with self._changed:
+            if whole:
+                self._free.append(seat)
+            else:
+                self._close(seat)
+            self._changed.notify()
+
+    def _close(self, seat: _Seat) -> None:
+        seat.session.close()
+        self._open -= 1
+
+    def _new(self) -> _Seat:
+        """Raises DeviceError (none is free), TargetError (it is no such device)."""
+        session = replace(self._device, wait_seconds=ASKING_SECONDS).open(early=False, limit_seconds=self._limit)
+        try:
+            self._know(probe.ask(session.rpc, self.target))
+        except TargetError:
+            session.close()
+            raise
+        except Exception as problem:  # of TVM's many types
+            lost = session.lost()
+            session.close()
+            if lost is None:
+                raise TargetError(f"device {self._device} does not run code for {self.target.name!r}: {last_line(problem)}") from problem
+            raise DeviceLost(f"device {self._device} is lost: {lost}; does it run code for {self.target.name!r}?") from problem
+        return _Seat(session)
+
+    def _know(self, facts: probe.DeviceFacts) -> None:
+        """Raises TargetError when the target is another device's, or devices of one key differ."""
+        if lacking := facts.lacks(self.target):
+            raise TargetError(f"device {self._device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
+                              f"{self.target.name!r} may use; choose its own target")
+        if self.target.name == "local" and not facts.emulated and facts.cpu != cpu_of(self.target):
+            raise TargetError(f"target 'local' is this machine, {cpu_of(self.target)}; device {self._device} is {facts.cpu or 'unknown'}: "
+                              "choose a target that describes it")
+        if self._facts is None:
+            self._facts = facts
+            if facts.emulated:
+                self.measure = Measure.MODELLED if facts.clock.startswith(COUNTED) else Measure.EMULATED
+        elif facts != self._facts:
+            raise TargetError(f"devices under the key {self._device.key!r} differ: {facts.cpu}, and before it {self._facts.cpu}; give each "
+                              "kind a key of its own")
 
 
 class _Seat:
     """A device's session, and the arguments of the task that was there last."""
 
-    def __init__(self) -> None:
-        self.session: Any = None
+    def __init__(self, session: Session) -> None:
+        self.session, self._began = session, time.monotonic()
         self._held: tuple[Path, Arrays, list[Any]] | None = None
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self._began
 
     def time(self, task: Task, artifact: Path, symbol: str, repeats: int) -> Timing:
         import tvm
 
-        device = self.session.cpu(0)
+        remote = self.session.rpc
+        device = remote.cpu(0)
         if self._held is None or self._held[0] != task.arrays:
             self._held = None
             arrays = task.load()
             self._held = task.arrays, arrays, [tvm.runtime.tensor(array, device) for array in arrays.arguments]
         _, arrays, tensors = self._held
-        self.session.upload(str(artifact))
-        library = self.session.load_module(artifact.name)
-        self.session.remove(artifact.name)
+        remote.upload(bytearray(artifact.read_bytes()), artifact.name)
+        library = remote.load_module(artifact.name)
+        remote.remove(artifact.name)
         for tensor, array in zip(tensors, arrays.arguments):
             tensor.copyfrom(array)
         library[symbol](*tensors)
@@ -116,6 +199,3 @@ class _Seat:
             return Timing(Outcome.WRONG, message=wrong)
         timed = library.time_evaluator(symbol, device, number=1, repeat=repeats)(*tensors)
         return Timing(Outcome.OK, tuple(map(float, timed.results)))
-
-    def leave(self) -> None:
-        self.session = self._held = None

@@ -1,0 +1,101 @@
+"""What a device says about itself: its CPU, and whether it is emulated.
+
+Any TVM RPC server can be asked: a kernel reads the device's files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.building import KernelSource
+from mest_compile.hardware import Target, cpu_features, needed_features
+from mest_compile.linking import link_kernel, triple_of
+from mest_compile.records import cpu_model
+
+CPUINFO, KERNEL = "/proc/cpuinfo", "/sys/devices/system/cpu/modalias"  # the second begins with the architecture of the running kernel
+MOST_BYTES = 65536
+SYSTEM_CALLS = ("open", "read", "close")
+CLOCK = "mest.clock"  # a function of devices whose timer counts something else than time; it gives what
+READER = f"""
+@T.prim_func
+def kernel(path: T.Buffer((64,), "uint8"), content: T.Buffer(({MOST_BYTES},), "uint8"), size: T.Buffer((2,), "int32")):
+    T.func_attr({{"tirx.noalias": True}})
+    size[0] = T.call_extern("int32", "open", path.data, 0)
+    size[1] = 0
+    for _ in T.serial(64):
+        size[1] = size[1] + T.max(0, T.call_extern("int32", "read", size[0], T.address_of(content[T.min(size[1], {MOST_BYTES - 1})]),
+                                                   {MOST_BYTES - 1} - size[1]))
+    T.evaluate(T.call_extern("int32", "close", size[0]))
+"""
+_ARM = ("aarch64", "arm")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """cpu       model as /proc/cpuinfo has it: of an emulated device that of the machine behind it; "" where it tells nothing
+    features  of the CPU, as the kernel lists them
+    emulated  its kernel runs on another architecture than our code did
+    clock     what its timer counts; "": time
+    """
+
+    cpu: str
+    features: frozenset[str]
+    emulated: bool
+    clock: str = ""
+
+    def lacks(self, target: Target) -> list[str]:
+        """Features that code for the target may use and the device does not have, so far as it can be told."""
+        known = self.features and not self.emulated
+        return sorted(needed_features(target) - self.features) if known else []
+
+
+def ask(session: Any, target: Target) -> DeviceFacts:
+    """session: TVM's, on a device of the target's architecture. Raises what TVM does, when the device does not run code for the target."""
+    symbol, library = _reader(target)
+    session.upload(bytearray(library), "probe.so")
+    read = session.load_module("probe.so")[symbol]
+    session.remove("probe.so")
+    cpuinfo, kernel = (_read(session, read, path) for path in (CPUINFO, KERNEL))
+    try:
+        clock = str(session.get_function(CLOCK)())
+    except (AttributeError, RuntimeError, ValueError):  # TVM's ways to say that there is none
+        clock = ""
+    model = "" if not cpuinfo else cpu_model(cpuinfo)
+    return DeviceFacts(model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target)[0], cpuinfo, kernel), clock)
+
+
+def is_emulated(architecture: str, cpuinfo: str, kernel: str) -> bool:
+    """Whether code of that architecture ran on a machine whose files are those of another. ARM runs 32-bit code on 64-bit kernels."""
+    if kernel.startswith("cpu:type:"):
+        arm = kernel.startswith("cpu:type:aarch64") or kernel.startswith("cpu:type:arm")
+    elif cpuinfo:
+        arm = "CPU implementer" in cpuinfo
+    else:
+        return False
+    return arm != (architecture in _ARM)
+
+
+@cache
+def _reader(target: Target) -> tuple[str, bytes]:
+    """(symbol, library) of a kernel that reads a file."""
+    source = KernelSource("probe", READER, target)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "probe.so"
+        link_kernel(source, made, SYSTEM_CALLS)
+        return source.symbol, made.read_bytes()
+
+
+def _read(session: Any, read: Any, path: str) -> str:
+    from tvm import runtime
+
+    device = session.cpu(0)
+    arrays = [np.frombuffer(path.encode().ljust(64, b"\0"), np.uint8), np.zeros(MOST_BYTES, np.uint8), np.zeros(2, np.int32)]
+    there = [runtime.tensor(array, device) for array in arrays]
+    read(*there)
+    return there[1].numpy()[:there[2].numpy()[1]].tobytes().decode(errors="replace")
