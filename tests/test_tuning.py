@@ -1,7 +1,6 @@
 """Tuning sessions: right answers only, resumed after a kill, replayed without measuring, on this machine and over RPC."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -256,30 +255,6 @@ def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_pat
         Record.from_line(line) for line in log.read_text().splitlines()[whole + (len(before) > before.rfind(b"\n") + 1):]]
     trials = [(*record.key, repr(sorted(record.knobs.items()))) for record in records if record.message != "in step"]
     assert len(trials) == len(set(trials)) == whole + result["measured"]
-
-
-@pytest.fixture
-def tracker():
-    """("host:port" of a tracker, key) with a device that serves."""
-    from tvm.rpc.tracker import Tracker
-
-    tracker = Tracker(host="127.0.0.1", port=9410, port_end=9499)
-    server = subprocess.Popen([sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", "9500", "--port-end", "9599",
-                               "--tracker", f"127.0.0.1:{tracker.port}", "--key", "here"], start_new_session=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TVM_NUM_THREADS": "1"})
-    yield f"127.0.0.1:{tracker.port}", "here"
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-    tracker.terminate()
-
-
-def test_a_device_behind_a_tracker_measures(mest_compile_command, tmp_path, tracker):
-    address, key = tracker
-    log = tmp_path / "local.jsonl"
-    ran = mest_compile_command(*TINY, "--trials", "2", "--log", log, "--tracker", address, "--key", key, "--json")
-    assert ran.code == 0, ran.err
-    assert ran.document["finished"] and ran.document["measure"] == "measured" and ran.document["measured"] >= 8
-    assert all(set(task["outcomes"]) == {"ok"} for task in ran.document["tasks"])
 
 
 @pytest.mark.parametrize("arguments, said", [

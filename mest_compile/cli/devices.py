@@ -5,8 +5,13 @@ Both are TVM's own, in this process, so that one signal ends them and their sock
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +20,7 @@ from mest_compile.cli.output import Json, print_json, print_table, stderr_consol
 from mest_compile.errors import DeviceError
 
 LOCAL = "127.0.0.1"
+PAUSE_SECONDS = 0.2  # before serving again
 WARNING = "TVM's RPC has no passwords and runs whatever it is sent: let nobody but yourself reach this port"
 
 
@@ -48,17 +54,26 @@ def serve(
     there = rpc(tracker, key)
     from tvm.rpc.server import PopenRPCServerState
 
-    _wait(lambda: PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, custom_addr=address,
-                                      silent=True), f"{key} serves", host, port, as_json)
+    folder = os.getcwd()
+
+    def start() -> Any:
+        os.chdir(folder)  # a session that ends badly leaves TVM's server in the session's own
+        return PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, custom_addr=address, silent=True)
+
+    _wait(start, f"{key} serves", host, port, as_json, again=True)
 
 
-def _wait(start: Any, what: str, host: str, port: int, as_json: bool) -> None:
-    """Until interrupted."""
-    try:
-        state = start()
-    except (OSError, ValueError) as problem:
-        said = getattr(problem, "strerror", None) or problem
-        raise DeviceError(f"cannot listen on {host}:{port} ({said}); choose another --port") from problem
+def _wait(start: Callable[[], Any], what: str, host: str, port: int, as_json: bool, again: bool = False) -> None:
+    """Until interrupted. again: TVM's server ends with a session that crashed, or when its tracker is away for a minute; ours does not."""
+    def say(problem: threading.ExceptHookArgs) -> None:
+        stderr_console().print(f"{problem.exc_value}; going on", highlight=False, soft_wrap=True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    threading.excepthook = say
+    signal.signal(signal.SIGTERM, interrupt)
+    state = _started(start, host, port)
     if host != LOCAL:
         stderr_console().print(f"{WARNING} ({host}:{port})", highlight=False, soft_wrap=True)
     if as_json:
@@ -68,8 +83,23 @@ def _wait(start: Any, what: str, host: str, port: int, as_json: bool) -> None:
     sys.stdout.flush()
     try:
         state.thread.join()
+        while again:
+            state.sock.close()
+            time.sleep(PAUSE_SECONDS)
+            state = _started(start, host, port)
+            state.thread.join()
     except KeyboardInterrupt:
+        for session in multiprocessing.active_children():
+            session.kill()
         os._exit(130)  # TVM's threads would keep the process, and its port, alive
+
+
+def _started(start: Callable[[], Any], host: str, port: int) -> Any:
+    try:
+        return start()
+    except (OSError, ValueError) as problem:
+        said = getattr(problem, "strerror", None) or problem
+        raise DeviceError(f"cannot listen on {host}:{port} ({said}); choose another --port") from problem
 
 
 def _show(where: str, as_json: bool) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
-from mest_compile.records import Measure, unit_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +65,8 @@ def tune(
 
 
 def _show(result: SessionResult) -> None:
+    from mest_compile.records import Measure, unit_of
+
     unit, scale = unit_of(Measure(result.measure), result.cpu)
 
     def scaled(seconds: float | None) -> str:
@@ -113,6 +114,8 @@ class TuningProgress:
             self._console.print(f"{stage}: {total}", highlight=False)
 
     def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
+        from mest_compile.records import unit_of
+
         unit, scale = unit_of(record.measure, record.cpu)
         said = "none right yet" if best is None else f"best {best * scale:.3f} {unit}"
         if best and default:
