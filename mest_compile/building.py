@@ -113,6 +113,20 @@ class Builder:
         distinct = list({source.key: source for source in sources}.values())
         return dict(zip([source.symbol for source in distinct], self._side_by_side(self._object, distinct)))
 
+    def keep(self, digest: str, make: Callable[[], bytes]) -> bytes:
+        """The library of that digest, of all that decides it: from the folder, or what `make` gives. Raises BuildError."""
+        for _, content in self._entries(digest, ".lib"):
+            return content
+        try:
+            content = make()
+        except MestError:
+            raise
+        except Exception as problem:  # of TVM's many types
+            raise BuildError(f"{_cause(problem)}: the step's library cannot be built") from problem
+        self._keep(digest, ".lib", lambda made: made.write_bytes(content))
+        self._evict()
+        return content
+
     def _side_by_side(self, get: Callable[[KernelSource], Any], sources: Iterable[KernelSource]) -> list[Any]:
         sources, before = list(sources), self.compiled
         if not self._ready.keys() >= {source.key for source in sources}:
@@ -125,7 +139,7 @@ class Builder:
         return found
 
     def _object(self, source: KernelSource) -> bytes:
-        for _, content in self._entries(source, ".o"):
+        for _, content in self._entries(source.key, ".o"):
             with self._lock:
                 self.loaded += 1
             return content
@@ -134,12 +148,12 @@ class Builder:
             path = Path(scratch) / "kernel.o"
             library.mod.write_to_file(str(path))
             content = path.read_bytes()
-        self._keep(source, ".o", lambda made: made.write_bytes(content))
+        self._keep(source.key, ".o", lambda made: made.write_bytes(content))
         return content
 
-    def _entries(self, source: KernelSource, suffix: str) -> Iterator[tuple[Path, bytes]]:
-        """Whole entries of the cache for that kernel; damaged ones are removed."""
-        for path in self.folder.joinpath(source.key[:2]).glob(f"{source.key}.{'?' * 32}{suffix}"):
+    def _entries(self, key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
+        """Whole entries of the cache for that key; damaged ones are removed."""
+        for path in self.folder.joinpath(key[:2]).glob(f"{key}.{'?' * 32}{suffix}"):
             try:
                 content = path.read_bytes()
                 os.utime(path)  # "used", for the order of eviction
@@ -152,7 +166,7 @@ class Builder:
             path.unlink(missing_ok=True)
 
     def _from_disk(self, source: KernelSource) -> Any:
-        for path, content in self._entries(source, ".json" if source.target.device == "opencl" else ".so"):
+        for path, content in self._entries(source.key, ".json" if source.target.device == "opencl" else ".so"):
             if source.target.device == "opencl":
                 found = OpenclKernel.from_json(content.decode())
             else:
@@ -171,9 +185,9 @@ class Builder:
     def _compile(self, source: KernelSource) -> Any:
         library = self._new_library(source)
         if isinstance(library, OpenclKernel):
-            self._keep(source, ".json", lambda made: made.write_text(library.to_json()))
+            self._keep(source.key, ".json", lambda made: made.write_text(library.to_json()))
             return library
-        self._keep(source, ".so", lambda made: library.export_library(str(made)))
+        self._keep(source.key, ".so", lambda made: library.export_library(str(made)))
         return library[source.symbol]
 
     def _new_library(self, source: KernelSource) -> Any:
@@ -191,15 +205,15 @@ class Builder:
             self.seconds += time.perf_counter() - start
         return library
 
-    def _keep(self, source: KernelSource, suffix: str, write: Callable[[Path], Any]) -> None:
+    def _keep(self, key: str, suffix: str, write: Callable[[Path], Any]) -> None:
         """`write` makes the entry under a temporary name; a folder that cannot be written costs only the cache."""
-        folder = self.folder / source.key[:2]
+        folder = self.folder / key[:2]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / f"kernel{suffix}"
                 write(made)
-                os.replace(made, folder / f"{source.key}.{_digest(made.read_bytes())}{suffix}")
+                os.replace(made, folder / f"{key}.{_digest(made.read_bytes())}{suffix}")
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
 

@@ -18,9 +18,9 @@ from mest_compile.choosing import choose_knobs, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
 from mest_compile.facts import Facts
 from mest_compile.graph.fusing import fuse
-from mest_compile.graph.program import FUNCTIONS
+from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
-from mest_compile.linking import is_foreign, link_step
+from mest_compile.linking import is_foreign, link_opencl_step, link_step
 from mest_compile.planning import meet_budget, plan_layers
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
@@ -159,8 +159,13 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     every = [source for calls in sources.values() for source in calls.values()]
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
 
+    def symbol(program: Program, call: str) -> str:
+        return sources[program.name][call].symbol
+
     def library() -> bytes:
-        return link_step(functions, lambda program, call: sources[program.name][call].symbol, builder.objects(every), target)
+        if target.device == "opencl":
+            return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
+        return link_step(functions, symbol, builder.objects(every), target)
 
     def kernels() -> dict[str, dict[str, Any]]:
         built = builder.build(every)
@@ -170,7 +175,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     if device is not None:
         from mest_compile.runtime.remote import RemoteRunner
 
-        runner = partial(RemoteRunner, device, library(), functions, threads)
+        runner = partial(RemoteRunner, device, library(), functions, threads, target.device)
     elif target.device == "opencl":
         from mest_compile.runtime.opencl import OpenclRunner
 

@@ -62,6 +62,7 @@ class Target:
     gpu     limits of an OpenCL device; None on a CPU
     memory_bytes  of the smallest device of that kind; None: not known
     cycle_model   LLVM's name of the core whose pipeline gives modelled cycles; None: there are none for it
+    host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
     """
 
     name: str
@@ -75,6 +76,7 @@ class Target:
     gpu: Gpu | None = None
     memory_bytes: int | None = None
     cycle_model: str | None = None
+    host_triple: str | None = None
 
     def __post_init__(self):
         if self.vector < 1 or self.vector & (self.vector - 1):
@@ -88,6 +90,14 @@ class Target:
         if self.gpu is None:
             raise TargetError(f"target {self.name!r} is no OpenCL device")
         return self.gpu
+
+    @property
+    def processor(self) -> Target:
+        """The CPU that launches this device's kernels; a CPU launches its own."""
+        if self.gpu is None:
+            return self
+        triple = (("mtriple", self.host_triple),) if self.host_triple else ()
+        return replace(self, device="cpu", gpu=None, llvm=(("kind", "llvm"), *triple))
 
     def for_batch(self, batch: int) -> Target:
         """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more would stay empty."""
@@ -172,7 +182,7 @@ def _read(name: str, text: str) -> Target:
         found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
                        registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
                        gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
-                       cycle_model=fields.get("cycle_model"))
+                       cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"))
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
     return _complete_from_host(found) if fields.get("detect", False) else found

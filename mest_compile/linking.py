@@ -6,6 +6,7 @@ Compiled kernels need next to nothing of a C library, so that a bare linker is e
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mest_compile import __version__
 from mest_compile.building import Builder, KernelSource
 from mest_compile.elf import Library, read_library
 from mest_compile.errors import BuildError, NotInstalled
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.program import Program, Stage
 from mest_compile.hardware import Target, host_machine
+from mest_compile.opencl_kernels import compile_opencl_library
 
 # What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
 MATH = frozenset({"expf", "exp2f", "logf", "log2f", "powf", "tanhf", "erff", "fmaxf", "fminf", "fmodf", "floorf", "ceilf", "roundf"})
@@ -95,12 +98,47 @@ def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol
         for name, content in objects.items():
             paths[name] = Path(scratch) / f"{name}.o"
             paths[name].write_bytes(content)
-        executable = tvm.compile(emit(functions, symbol), target=target.to_tvm()).mod
-        executable.clear_imports()
+        executable = _executable(functions, symbol, target)
         # One object stands for all: that there is one tells TVM that the library's own functions belong to the executable.
         first = next(iter(paths))
         executable.import_module(tvm.runtime.load_static_library(str(paths[first]), [first]))
         return link([*paths.values(), _packed(executable, target, Path(scratch))], target, Path(scratch))
+
+
+def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
+                     texts: Mapping[str, str], target: Target, keep: Callable[[str, Callable[[], bytes]], bytes]) -> bytes:
+    """The same for an OpenCL device whose TVM runtime has OpenCL: the library holds the code that launches, for the device's CPU, and the
+    kernels' OpenCL C, which its driver compiles.
+
+    texts  symbol -> TVMScript of the kernel; a symbol is the digest of what decides its code
+    keep   (digest of all that decides the library, what makes it) -> the library, made or kept from before
+    Raises BuildError, NotInstalled.
+    """
+    processor = target.processor
+    executable = _executable(functions, symbol, processor)
+
+    def make() -> bytes:
+        kernels = compile_opencl_library(texts, target)
+        executable.import_module(kernels)
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            kernels.write_to_file(str(scratch / "kernels.o"))
+            return link([scratch / "kernels.o", _packed(executable, processor, scratch)], processor, scratch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "executable"
+        executable.write_to_file(str(path))
+        facts = json.dumps([__version__, sorted(texts), processor.tvm_fields]).encode()
+        return keep(hashlib.sha256(facts + path.read_bytes()).hexdigest(), make)
+
+
+def _executable(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], target: Target) -> Any:
+    """The virtual machine's executable, which calls kernels by name and has none."""
+    import tvm
+
+    executable = tvm.compile(emit(functions, symbol), target=target.to_tvm()).mod
+    executable.clear_imports()
+    return executable
 
 
 def _packed(executable: Any, target: Target, scratch: Path) -> Path:

@@ -80,49 +80,70 @@ class OpenclKernel:
 
 def compile_opencl(text: str, symbol: str, target: Target) -> OpenclKernel:
     """The kernel of a TVMScript text; its OpenCL functions are named `symbol` + "_kernel...". Raises what TVM does, BuildError."""
-    import sys
-
     import tvm
 
-    device = tvm.target.Target({**target.tvm_fields, "host": {"kind": "llvm"}})
     function = parse(text, symbol)
+    split = _Split({symbol: function}, target)
     scratch = _scratch(str(function.attrs["mest.scratch"]))
-    # By name: the pipeline that TVM 0.27 takes for Adreno is about textures, which no kernel here uses, and has no part for the device.
-    prepare, _, finish_device = tvm.tirx.get_tir_pipeline("s_tir")
-    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):  # it would compute arguments of launches on the host
-        module = prepare(tvm.tirx.transform.BindTarget(device)(tvm.IRModule({symbol: function})))
-    building = sys.modules["tvm.tirx.build"]  # the package has a function of the same name
-    host, devices = building.split_host_device_mods(module)
-    (code,) = (finish_device()(each) for each in devices.values())
-    parameters = {str(each.attrs["global_symbol"]): [str(p.name).removesuffix("_ptr") for p in each.params]
-                  for each in code.functions.values()}
-    source = str(building.codegen_build(code, device).inspect_source())
     names = tuple(str(parameter.name) for parameter in function.params)
     sizes = [parameter.shape[0] for parameter in function.params]
     symbols = {str(size.name): position for position, size in enumerate(sizes) if isinstance(size, tvm.tirx.Var)}
-    launches = tuple(_launch(call, parameters, source) for call in _calls(host[symbol].body))
-    found = OpenclKernel(source, launches, names, symbols, scratch)
+    found = OpenclKernel(split.source, split.launches(symbol), names, symbols, scratch)
     known = {*names, *symbols, *(each.name for each in scratch)}
-    for launch in launches:
+    for launch in found.launches:
         strange = [name for name in launch.arguments if name not in known]
         assert not strange, f"{launch.name} takes {strange}, which nobody gives it"
-        if target.gpu:
-            check_limits(launch, target.gpu, target.name)
     return found
 
 
-def compile_opencl_library(texts: Mapping[str, str], target: Target, triple: str) -> Any:
+def compile_opencl_library(texts: Mapping[str, str], target: Target) -> Any:
     """A TVM module of several kernels, {symbol: TVMScript text}, for a device whose TVM runtime has OpenCL: what launches them is compiled
-    for `triple`, their OpenCL C is kept in the library and compiled by the device's driver. Raises what TVM does, BuildError.
+    for the device's CPU, their OpenCL C is kept in the library and compiled by the device's driver. Raises what TVM does, BuildError.
     """
-    import tvm
+    split = _Split({symbol: parse(text, symbol) for symbol, text in texts.items()}, target)
+    for symbol in texts:
+        split.launches(symbol)  # refuses what exceeds the limits
+    return split.library()
 
-    for symbol, text in texts.items():
-        compile_opencl(text, symbol, target)  # knows the launches, and refuses what exceeds the limits
-    device = tvm.target.Target({**target.tvm_fields, "host": {"kind": "llvm", "mtriple": triple}})
-    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
-        module = tvm.IRModule({symbol: parse(text, symbol) for symbol, text in texts.items()})
-        return tvm.compile(module, target=device, tir_pipeline="s_tir")
+
+class _Split:
+    """Functions, split by TVM into OpenCL code and what launches it. source: the OpenCL C of all of them."""
+
+    def __init__(self, functions: Mapping[str, Any], target: Target):
+        import sys
+
+        import tvm
+
+        self._target = target
+        self._device = device = tvm.target.Target({**target.tvm_fields, "host": target.processor.tvm_fields})
+        # By name: the pipeline that TVM 0.27 takes for Adreno is about textures, which no kernel here uses, and has no part for the device.
+        prepare, self._finish_host, finish_device = tvm.tirx.get_tir_pipeline("s_tir")
+        with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):  # it would compute arguments of launches on the host
+            module = prepare(tvm.tirx.transform.BindTarget(device)(tvm.IRModule(dict(functions))))
+        self._building = sys.modules["tvm.tirx.build"]  # the package has a function of the same name
+        self._host, devices = self._building.split_host_device_mods(module)
+        (code,) = (finish_device()(each) for each in devices.values())
+        self._parameters = {str(each.attrs["global_symbol"]): [str(p.name).removesuffix("_ptr") for p in each.params]
+                            for each in code.functions.values()}
+        self._code = self._building.codegen_build(code, device)
+        self.source = str(self._code.inspect_source())
+
+    def launches(self, symbol: str) -> tuple[Launch, ...]:
+        """Of one function, in order. Raises BuildError where one exceeds the target's limits."""
+        found = tuple(_launch(call, self._parameters, self.source) for call in _calls(self._host[symbol].body))
+        for launch in found:
+            check_limits(launch, self._target.limits, self._target.name)
+        return found
+
+    def library(self) -> Any:
+        """A TVM module: compiled code that launches, with the OpenCL C."""
+        import tvm
+
+        # Without its checks of arguments: a kernel may read as float4 what the step holds as float.
+        with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+            library = self._building.codegen_build(self._finish_host()(self._host), self._device.host)
+        library.import_module(self._code)
+        return library
 
 
 def check_limits(launch: Launch, gpu: Gpu, target: str) -> None:

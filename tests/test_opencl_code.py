@@ -100,7 +100,7 @@ def test_a_phones_library_holds_the_kernels_and_needs_only_tvms_runtime(target, 
     problems = {"gather.conv": GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 8, statistics=True),
                 "gather.grad": GatherGrad(image, image, 4, 1, (1, 1), 8), "loss.cross_entropy": CrossEntropy(image, image)}
     sources = [kernel_source(name, problem, there) for name, problem in problems.items()]
-    library = compile_opencl_library({source.symbol: source.text for source in sources}, there, "aarch64-linux-gnu")
+    library = compile_opencl_library({source.symbol: source.text for source in sources}, there)
     path = tmp_path / "phone.so"
     library.export_library(str(path), fcompile=cc.cross_compiler("aarch64-linux-gnu-gcc"))
     said = subprocess.run(["readelf", "-h", "-W", "--dyn-syms", str(path)], capture_output=True, text=True, check=True).stdout
@@ -113,4 +113,4 @@ def test_a_phones_library_holds_the_kernels_and_needs_only_tvms_runtime(target, 
         assert f"__kernel void {source.symbol}_kernel(".encode() in content and f"__tvm_ffi_{source.symbol}" in said
     small = replace(there, gpu=replace(there.gpu, local_bytes=16))
     with pytest.raises(BuildError, match="bytes of local memory"):
-        compile_opencl_library({source.symbol: source.text for source in sources}, small, "aarch64-linux-gnu")
+        compile_opencl_library({source.symbol: source.text for source in sources}, small)

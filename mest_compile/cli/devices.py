@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,19 +47,33 @@ def serve(
     port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9090,
     address: Annotated[str | None, typer.Option(help="Address under which the driving machine reaches this one, if the tracker "
                                                      "sees another.")] = None,
+    opencl: Annotated[bool, typer.Option("--opencl", help="Serve this machine's OpenCL device too; compiles a small library the first "
+                                                         "time.")] = False,
+    library: Annotated[list[Path] | None, typer.Option(help="Library to load first, such as the libtvm_runtime_opencl.so of a TVM that "
+                                                            "was built with OpenCL.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
     from mest_compile.runtime.remote import rpc
 
     there = rpc(tracker, key)
+    libraries = list(library or ())
+    for path in libraries:
+        if not path.is_file():
+            raise UsageError(f"no library {path} to load")
+    if opencl:
+        from mest_compile.runtime.opencl_runtime import opencl_runtime
+
+        libraries.append(opencl_runtime())
+    paths = ":".join(str(path.resolve()) for path in libraries)
     from tvm.rpc.server import PopenRPCServerState
 
     folder = os.getcwd()
 
     def start() -> Any:
         os.chdir(folder)  # a session that ends badly leaves TVM's server in the session's own
-        return PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, custom_addr=address, silent=True)
+        return PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, load_library=paths,
+                                   custom_addr=address, silent=True)
 
     _wait(start, f"{key} serves", host, port, as_json, again=True)
 

@@ -46,6 +46,9 @@ def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
     compiled, path = step._compiled, Path(path)
     if compiled.library is None:
         raise UsageError("a step that was opened from an artifact has no compiler to make another; copy its folder and a checkpoint")
+    if compiled.facts.target.device == "opencl":
+        raise UsageError(f"target {compiled.facts.target.name!r} is an OpenCL device, artifacts are for CPUs; drive the device over a "
+                         "tracker (docs/devices.md), or build for its CPU")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path} is there and is no artifact; pass another path")
     content = compiled.library()

@@ -159,7 +159,7 @@ def _end(process: subprocess.Popen) -> None:
 class RemoteRunner:
     """A step's arrays and library on one device.
 
-    library   what `linking.link_step` made for the device's CPU
+    library   what `linking` made: for the device's CPU, or for its CPU and its OpenCL driver
     programs  what `run` runs, by name: a program and the stages of it
     kind      "cpu" or "opencl": where on the device arrays lie and kernels run
     """
@@ -173,13 +173,18 @@ class RemoteRunner:
         self._arguments: dict[str, list] = {}
         self._session = device.open()
         try:
+            with self._told("it cannot be asked what it has"):
+                self._device = self._session.rpc.device(DEVICE_TYPES[kind], 0)
+                there = self._device.exist
+            if not there:
+                raise DeviceError(f"device {device}: its TVM runtime has no {kind}, or finds no driver; serve there with a runtime that "
+                                  "has it (docs/devices.md), or compile for the device's CPU")
             with self._told("the step cannot be loaded"):
                 remote = self._session.rpc
                 remote.upload(bytearray(library), "step.so")
                 self.uploaded_bytes += len(library)
                 self._module = remote.load_module("step.so")
                 self._machine = self._module["vm_load_executable"]()
-                self._device = remote.device(DEVICE_TYPES[kind], 0)
                 cpu = [] if kind == "cpu" else [DEVICE_TYPES["cpu"], 0, POOLED]
                 self._machine["vm_initialization"](DEVICE_TYPES[kind], 0, POOLED, *cpu)
                 remote.get_function("runtime.config_threadpool")(1, threads)
