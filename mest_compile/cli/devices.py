@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import DeviceError
+from mest_compile.errors import DeviceError, UsageError
 
 LOCAL = "127.0.0.1"
 PAUSE_SECONDS = 0.2  # before serving again
