@@ -149,6 +149,11 @@ def _build_mest_untuned(case: Case) -> Built:
     return _build_mest(case, tuned=False)
 
 
+def _build_mest_dense(case: Case) -> Built:
+    """Our step with all weights alive."""
+    return _build_mest(replace(case, scheme="dense", sparsity=0.0))
+
+
 def _build_mest_on_one_thread(case: Case) -> Built:
     return _build_mest(replace(case, threads=1))
 
@@ -317,6 +322,7 @@ OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
 CONTESTANTS = {
     "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
     "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
+    "mest-dense": Contestant(_load_mest, _build_mest_dense, OUR_PACKAGES, _build_mest_dense),
     "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),

@@ -71,7 +71,3 @@ class DeviceLost(DeviceError):
 
 class NotInstalled(MestError):
     """Another program that a comparison or target needs and this machine does not have."""
-
-
-class NotYet(MestError, NotImplementedError):
-    """A feature of the design that this version does not have."""

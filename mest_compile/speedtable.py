@@ -6,13 +6,17 @@ import html
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mest_compile.benchmark import compare
+from mest_compile.benchmark import compare, median_interval
 from mest_compile.contestants import PROGRAM, STEP, Case, find_interpreter
-from mest_compile.errors import MestError, NotYet, UsageError
+from mest_compile.errors import MestError, UsageError
+from mest_compile.hardware import find_target
 from mest_compile.models import MODELS, build_model, model_names
 from mest_compile.runfolder import write_atomically
 from mest_compile.sparsity import parse_scheme
@@ -21,7 +25,11 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
+    from mest_compile.runtime.remote import Device
+    from mest_compile.runtime.step import TrainStep
+
 MIB = 2**20
+DENSE = "mest-dense"  # the baseline on a device, which has no torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,8 @@ class Row:
     speedup                             median of the rounds' ratios, baseline over ours
     speedup_low, speedup_high           interval that holds the median ratio with probability `confidence`
     planned_bytes                       what our step says it needs: step.memory()["total"]
-    peak_bytes, baseline_peak_bytes     measured: highest resident set while training, above a process that has trained a miniature net
+    peak_bytes, baseline_peak_bytes     measured: highest resident set while training, above a process that has trained a miniature net;
+                                        None on a device behind a tracker
     """
 
     scheme: str
@@ -47,6 +56,14 @@ class Row:
     peak_bytes: int | None = None
     baseline_peak_bytes: int | None = None
     problem: str | None = None
+
+    @classmethod
+    def on_device(cls, scheme: str, sparsity: float, ours: Sequence[float], baseline: Sequence[float], planned_bytes: int) -> Row:
+        """From rounds of ours and, some time before, of the baseline. The interval is where both medians lie within theirs."""
+        low, high, sure = median_interval(ours)
+        baseline_low, baseline_high, baseline_sure = median_interval(baseline)
+        return cls(scheme, sparsity, median(ours), median(baseline), median(baseline) / median(ours), baseline_low / high,
+                   baseline_high / low, max(0.0, sure + baseline_sure - 1), planned_bytes)
 
     @classmethod
     def of(cls, comparison: Mapping[str, Any]) -> Row:
@@ -77,10 +94,12 @@ class SpeedTable:
             name = [row.scheme, f"{row.sparsity:.0%}" if round(row.sparsity * 100, 6).is_integer() else f"{row.sparsity:.1%}"]
             if row.step_seconds is None:
                 return [*name, row.problem or "", "", "", "", "", ""]
-            assert row.peak_bytes is not None and row.baseline_peak_bytes is not None
             planned = "" if row.planned_bytes is None else f"{row.planned_bytes / MIB:.0f}"
+            peaks = ["", ""]
+            if row.peak_bytes is not None and row.baseline_peak_bytes is not None:
+                peaks = [f"{row.peak_bytes / MIB:.0f}", f"{row.peak_bytes / row.baseline_peak_bytes:.2f}"]
             return [*name, f"{row.step_seconds * 1e3:.1f}", f"{row.speedup:.2f}", f"{row.speedup_low:.2f} to {row.speedup_high:.2f}",
-                    planned, f"{row.peak_bytes / MIB:.0f}", f"{row.peak_bytes / row.baseline_peak_bytes:.2f}"]
+                    planned, *peaks]
 
         return [text(row) for row in self.rows]
 
@@ -94,9 +113,12 @@ class SpeedTable:
             return said
         seconds = sorted(row.baseline_seconds for row in measured if row.baseline_seconds is not None)
         peaks = sorted(row.baseline_peak_bytes for row in measured if row.baseline_peak_bytes is not None)
-        return (f"{said} Baseline {facts['baseline']}: {seconds[len(seconds) // 2] * 1e3:.1f} ms a step, "
-                f"{peaks[len(peaks) // 2] / MIB:.0f} MiB; {facts['repeats']} alternated rounds, "
-                f"{min(row.confidence or 0 for row in measured):.0%} intervals.")
+        memory = f", {peaks[len(peaks) // 2] / MIB:.0f} MiB" if peaks else ""
+        said = (f"{said} Baseline {facts['baseline']}: {seconds[len(seconds) // 2] * 1e3:.1f} ms a step{memory}; {facts['repeats']} "
+                f"{'alternated ' if peaks else ''}rounds, {min(row.confidence or 0 for row in measured):.0%} intervals.")
+        if clock := facts.get("clock"):
+            return f"{said} A millisecond is a million {clock}: the device counts them instead of time."
+        return f"{said} The device is emulated: its times say nothing about any device." if facts.get("emulated") else said
 
     def to_markdown(self) -> str:
         """A table in GitHub's markdown, its caption below."""
@@ -157,23 +179,27 @@ class SpeedTable:
 
 
 def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], schemes: Sequence[str] = ("unstructured", "block", "pattern"),
-                sparsities: Sequence[float] = (0.8, 0.9, 0.95), target: str = "local", baseline: str = "torch", threads: int = 1,
+                sparsities: Sequence[float] = (0.8, 0.9, 0.95), target: str = "local", baseline: str | None = None, threads: int = 1,
                 repeats: int = 9, width: int | None = None, classes: int = 10, distribution: str = "uniform", seed: int = 0,
-                progress: Callable[[str, int, int], None] | None = None) -> SpeedTable:
+                progress: Callable[[str, int, int], None] | None = None, device: Device | None = None) -> SpeedTable:
     """Times a whole SGD-momentum step of every scheme at every sparsity against the baseline, each pair alternated in two processes.
 
     model        a built-in model's name, or a torch.nn.Module (then the baseline is torch or torch-compile, which run it as
                  torch.export sees it in training mode; the module is left unchanged)
     input_shape  (N, C, H, W) or (N, features)
-    baseline     a contestant: torch (dense, channels_last), torch-compile, sparseprop, onnxruntime-training
+    baseline     a contestant: torch (dense, channels_last), torch-compile, sparseprop, onnxruntime-training, mest-dense (our step with all
+                 weights alive). None: torch, and on a device mest-dense, which alone runs there
     repeats      rounds of a pair; with fewer than six, the intervals are of less than 95% confidence
     width, classes  of a built-in model
     progress     called with (what happens now, rows done, rows in all)
-    A scheme that the model cannot have is a row that says why. Raises NotYet for targets other than "local", UnknownName, UsageError,
-    NotInstalled.
+    device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock; None: here
+    A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
     """
-    if target != "local":
-        raise NotYet(f"speed_table measures on this machine only: target is {target!r}, wanted 'local'; other targets are for mest.compile")
+    if device is None and target != "local":
+        raise UsageError(f"target is {target!r}, which is not this machine; give the device that is one, by its tracker and key")
+    baseline = baseline or ("torch" if device is None else DENSE)
+    if device is not None and baseline != DENSE:
+        raise UsageError(f"baseline is {baseline!r}; on a device only {DENSE!r} runs")
     find_interpreter(baseline, "")
     names = [str(parse_scheme(scheme)) for scheme in schemes]
     if not names or not sparsities or not all(0 <= sparsity < 1 for sparsity in sparsities):
@@ -181,6 +207,10 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     pairs = [(scheme, sparsity) for scheme in names for sparsity in sparsities]
     case = Case("", tuple(input_shape), width, classes, target=target, threads=threads, seed=seed, distribution=distribution)
     say = progress or (lambda what, done, total: None)
+    if device is not None:
+        if isinstance(model, str):
+            _check_name(model)
+        return _on_device(model, case, pairs, replace(device, early=False), repeats, say)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, str):
             _check_name(model)
@@ -208,6 +238,43 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     return SpeedTable(tuple(rows), facts)
 
 
+def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[str, float]], device: Device, repeats: int,
+               say: Callable[[str, int, int], None]) -> SpeedTable:
+    """A device takes one step at a time: first the baseline, then every pair."""
+    from importlib import metadata
+
+    from mest_compile.runtime.probe import ask
+
+    with closing(device.open()) as session:
+        there = ask(session.rpc, find_target(case.target))
+
+    def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
+        net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model
+        with closing(_compiled(net, replace(case, scheme=scheme, sparsity=sparsity), device)) as step:
+            return step.device_seconds(*case.batch(), repeats), step.memory()["total"]
+
+    say(DENSE, 0, len(pairs))
+    baseline, _ = timed("dense", 0.0)
+    rows, problems = [], []
+    for number, (scheme, sparsity) in enumerate(pairs):
+        say(f"{scheme} {sparsity}", number, len(pairs))
+        try:
+            seconds, planned = timed(scheme, sparsity)
+            rows.append(Row.on_device(scheme, sparsity, seconds, baseline, planned))
+        except MestError as problem:
+            problems.append(problem)
+            rows.append(Row(scheme, sparsity, problem=" ".join(str(problem).split())))
+    if len(problems) == len(pairs):
+        raise problems[0]
+    facts = {"model": model if isinstance(model, str) else type(model).__name__, "width": case.width, "input_shape": list(case.input_shape),
+             "distribution": case.distribution, "target": case.target, "baseline": DENSE, "threads": case.threads, "repeats": repeats,
+             "machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},
+             "emulated": there.emulated, "clock": there.clock,
+             "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm")},
+             "measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    return SpeedTable(tuple(rows), facts)
+
+
 def _check_name(model: str) -> None:
     if model not in MODELS:
         raise UsageError(f"model is {model!r}; wanted a built-in name ({', '.join(model_names())}) or a torch.nn.Module. The baseline "
@@ -231,12 +298,15 @@ def _export(model: torch.nn.Module, case: Case, baseline: str, folder: Path) -> 
 
 def _compile_into(model: torch.nn.Module, case: Case, folder: Path) -> None:
     """Writes our compiled step, for our process."""
+    _compiled(model, case).save(folder / STEP)
+
+
+def _compiled(model: torch.nn.Module, case: Case, device: Device | None = None) -> TrainStep:
     import mest_compile as mest
 
-    step = mest.compile(model, case.input_shape, scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution,
-                        target=case.target, threads=case.threads, seed=case.seed,
+    return mest.compile(model, case.input_shape, scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution,
+                        target=case.target, threads=case.threads, seed=case.seed, device=device,
                         optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay))
-    step.save(folder / STEP)
 
 
 def _write(path: str | Path, text: str) -> None:

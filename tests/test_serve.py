@@ -20,6 +20,7 @@ from mest_compile.hardware import find_target
 from mest_compile.linking import link_kernel
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
+from mest_compile.records import host_model
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import prepare, tasks_of
@@ -73,6 +74,18 @@ def test_a_device_behind_a_tracker_measures(board, mest_compile_command, tmp_pat
     assert ran.code == 0, ran.err
     assert ran.document["finished"] and ran.document["measure"] == "measured" and ran.document["measured"] >= 8
     assert all(set(task["outcomes"]) == {"ok"} for task in ran.document["tasks"])
+
+
+def test_a_table_is_measured_on_the_board(board, mest_compile_command):
+    ran = mest_compile_command("table", "--model", "mlp", "--width", 16, "--batch", 8, "--schemes", "unstructured,pattern",
+                               "--sparsities", "0.9", "--repeats", 2, *where(board), "--json")
+    assert ran.code == 0, ran.err
+    table = ran.document
+    first, second = table["rows"]
+    assert table["baseline"] == "mest-dense" and not table["emulated"] and table["machine"]["cpu"] == host_model()
+    assert 0 < first["step_seconds"] < 1 and first["speedup"] == pytest.approx(first["baseline_seconds"] / first["step_seconds"])
+    assert first["speedup_low"] <= first["speedup"] <= first["speedup_high"] and first["planned_bytes"] > 0 and first["peak_bytes"] is None
+    assert "pattern" in second["problem"] and second["step_seconds"] is None
 
 
 def test_a_board_goes_on_serving_after_a_kernel_that_crashes_or_hangs(board, tmp_path):

@@ -11,7 +11,7 @@ import run
 import mest_compile as mest
 from mest_compile.benchmark import Comparison, Side
 from mest_compile.contestants import Case
-from mest_compile.errors import NotInstalled, NotYet, SparsityError, StateError, UnknownName, UsageError
+from mest_compile.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.speedtable import COLUMNS, Row, SpeedTable, speed_table
 
 MIB = 2**20
@@ -37,6 +37,19 @@ def test_a_row_holds_medians_ratios_and_both_memories():
     assert (row.step_seconds, row.baseline_seconds, row.planned_bytes) == (0.1, 0.4, 48 * MIB)
     assert (row.speedup, row.speedup_low, row.speedup_high) == pytest.approx((3, 2, 4))      # ratios 4, 2, 3; no ratio of medians
     assert row.confidence == 0.75 and (row.peak_bytes, row.baseline_peak_bytes) == (50 * MIB, 200 * MIB)
+
+
+def test_a_row_of_a_device_has_no_peaks_and_an_interval_of_both_medians():
+    row = Row.on_device("block", 0.9, [0.1, 0.2, 0.1], [0.4, 0.4, 0.3], 48 * MIB)
+    assert (row.step_seconds, row.baseline_seconds, row.planned_bytes, row.peak_bytes) == (0.1, 0.4, 48 * MIB, None)
+    assert (row.speedup, row.speedup_low, row.speedup_high, row.confidence) == pytest.approx((4, 1.5, 4, 0.5))
+    facts = sample().facts | {"baseline": "mest-dense"}
+    assert SpeedTable((row,), facts).cells() == [["block", "90%", "100.0", "4.00", "1.50 to 4.00", "48", "", ""]]
+    kinds = {}, {"emulated": True}, {"emulated": True, "clock": "instructions"}
+    captions = [SpeedTable((row,), facts | more).caption() for more in kinds]
+    assert [caption.partition("3 rounds, 50% intervals.")[2] for caption in captions] == [
+        "", " The device is emulated: its times say nothing about any device.",
+        " A millisecond is a million instructions: the device counts them instead of time."]
 
 
 def test_every_format_holds_the_rows_and_the_problem(tmp_path):
@@ -69,7 +82,8 @@ def test_a_file_that_cannot_be_written_is_a_usage_error(write, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "error", "said"), [
-    ({"target": "arm_cpu"}, NotYet, "this machine only"),
+    ({"target": "arm_cpu"}, UsageError, "give the device that is one"),
+    ({"target": "arm_cpu", "baseline": "torch", "device": mest.rpc("127.0.0.1:1", "phone")}, UsageError, "only 'mest-dense' runs"),
     ({"baseline": "abacus"}, UnknownName, "abacus"),
     ({"schemes": ["plaid"]}, UnknownName, "plaid"),
     ({"schemes": []}, UsageError, "one or more schemes"),
@@ -142,7 +156,8 @@ def test_the_command_measures_and_writes_its_files(mest_compile_command, tmp_pat
 
 
 @pytest.mark.parametrize(("options", "code", "said"), [
-    (["--target", "arm_cpu"], 1, "not in this version"),
+    (["--target", "arm_cpu"], 2, "which is not this machine"),
+    (["--tracker", "127.0.0.1:1"], 2, "go together"),
     (["--sparsities", "0.8;0.9"], 2, "separated by commas"),
     (["--csv", "absent/t.csv"], 2, "no folder"),
     (["--model", "abacus"], 2, "abacus"),

@@ -13,16 +13,30 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import DeviceError, UsageError
 
+if TYPE_CHECKING:
+    from mest_compile.runtime.remote import Device
+
 LOCAL = "127.0.0.1"
 PAUSE_SECONDS = 0.2  # before serving again
 WARNING = "TVM's RPC has no passwords and runs whatever it is sent: let nobody but yourself reach this port"
+
+
+def find_device(tracker: str | None, key: str | None) -> Device | None:
+    """Where --tracker and --key say that a step runs; None: here. Raises UsageError."""
+    if (tracker is None) != (key is None):
+        raise UsageError("--tracker and --key go together: the list of devices, and the name of those that will do")
+    if tracker is None or key is None:
+        return None
+    from mest_compile.runtime.remote import rpc
+
+    return rpc(tracker, key)
 
 
 def tracker(

@@ -7,20 +7,24 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.cli.devices import find_device
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import NotYet, UsageError
+from mest_compile.errors import UsageError
 
 
 def table(
     model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
     width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
     batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
-    target: Annotated[str, typer.Option(help="local: this machine.")] = "local",
+    target: Annotated[str, typer.Option(help="local: this machine. Another one with the tracker and key of such a device.")] = "local",
+    tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker: measure on a device there, by its own clock.")] = None,
+    key: Annotated[str | None, typer.Option(help="Key that the device is listed under.")] = None,
     schemes: Annotated[str, typer.Option(help="Names, separated by commas.")] = "unstructured,block,pattern",
     sparsities: Annotated[str, typer.Option(help="Shares of zero weights, separated by commas.")] = "0.8,0.9,0.95",
     distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
-    vs: Annotated[str, typer.Option(help="Baseline: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
+    vs: Annotated[str | None, typer.Option(help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
+                                                "torch; on a device mest-dense, our dense step, which alone runs there.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     seed: Annotated[int, typer.Option()] = 0,
     csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,
@@ -28,12 +32,11 @@ def table(
     plot: Annotated[Path | None, typer.Option(help="Also draw this picture: .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a table of training speed and memory, scheme by sparsity, against dense torch.
+    """Measure a table of training speed and memory, scheme by sparsity, against dense torch, or on a device against our dense step.
 
     Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. Every row is a pair of processes that take turns.
     """
-    if target != "local":
-        raise NotYet(f"mest-compile table is not in this version yet for targets other than local, such as {target}")
+    device = find_device(tracker, key)
     wanted = _numbers(sparsities)
     for path in (csv, html, plot):
         if path is not None and not path.absolute().parent.is_dir():
@@ -44,6 +47,7 @@ def table(
     with stderr_console().status("starting") as status:
         found = speed_table(model, (batch, 3, 32, 32), [name.strip() for name in schemes.split(",") if name.strip()], wanted, target, vs,
                             threads, repeats, width, distribution=distribution, seed=seed,
+                            device=device,
                             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"))
     for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):
         if path is not None:

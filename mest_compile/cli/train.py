@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.cli.devices import find_device
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
 from mest_compile.errors import StateError, UsageError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from mest_compile.data import Split
     from mest_compile.ondevice import Job
     from mest_compile.recipe import Recipe
-    from mest_compile.runtime.remote import Device
     from mest_compile.training import Run, Trainer
 
 
@@ -152,7 +152,7 @@ def start_run(request: Request) -> Run:
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
     folder.require_free()
     find_target(request.target)
-    _device(request.tracker, request.key)
+    find_device(request.tracker, request.key)
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)
@@ -177,7 +177,7 @@ def continue_run(folder: Path) -> Run:
     try:
         source = json.loads(path.read_text())
         split = load(source["data"], source["data_folder"])
-        device = _device(source.get("tracker"), source.get("key"))
+        device = find_device(source.get("tracker"), source.get("key"))
     except FileNotFoundError as problem:
         raise StateError(f"{folder} holds no run to resume ({path.name} is missing); give the folder of an earlier train") from problem
     except (ValueError, KeyError, TypeError) as problem:
@@ -217,18 +217,7 @@ def _compile(request: Request, split: Split) -> Any:
                         optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
                         label_smoothing=request.recipe.label_smoothing, memory_budget=request.memory_budget,
                         lower_density=request.lower_density, grow_to=request.recipe.densest(request.sparsity),
-                        device=_device(request.tracker, request.key))
-
-
-def _device(tracker: str | None, key: str | None) -> Device | None:
-    """Where to train; None: here. Raises UsageError."""
-    if (tracker is None) != (key is None):
-        raise UsageError("--tracker and --key go together: the list of devices, and the name of those that will do")
-    if tracker is None or key is None:
-        return None
-    from mest_compile.runtime.remote import rpc
-
-    return rpc(tracker, key)
+                        device=find_device(request.tracker, request.key))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

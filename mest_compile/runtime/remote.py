@@ -35,6 +35,7 @@ class Device:
 
     wait_seconds     how long to wait until one is free
     silence_seconds  how long a device may take for one answer before it counts as lost; a step of a slow board may take minutes
+    early            whether the link answers a step's calls before the device does; not where calls have results, as in timing
     """
 
     host: str
@@ -42,21 +43,21 @@ class Device:
     key: str
     wait_seconds: float = 60.0
     silence_seconds: float = 300.0
+    early: bool = True
 
     def __str__(self) -> str:
         return f"{self.key} at {self.host}:{self.port}"
 
-    def open(self, early: bool = True, limit_seconds: float | None = None) -> Session:
+    def open(self, limit_seconds: float | None = None) -> Session:
         """A session on a device, which is ours alone until it is closed. Raises DeviceError when none is free in time.
 
-        early          whether the link answers a step's calls before the device does
         limit_seconds  after which the device ends the session, whatever it is doing; None: never
         """
         end = time.monotonic() + self.wait_seconds
         said = "no device of that key is free"
         while (left := end - time.monotonic()) > 0:
             try:
-                return Session(self, *self._request(left), early=early, limit_seconds=limit_seconds)
+                return Session(self, *self._request(left), limit_seconds)
             except TimeoutError:
                 break
             except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
@@ -125,11 +126,11 @@ def read_exactly(end: socket.socket, size: int) -> bytes:
 class Session:
     """One device, ours until `close()`. rpc: TVM's session over the link."""
 
-    def __init__(self, device: Device, host: str, port: int, key: str, early: bool = True, limit_seconds: float | None = None):
+    def __init__(self, device: Device, host: str, port: int, key: str, limit_seconds: float | None = None):
         from tvm import rpc
 
         self.device = device
-        self._link, local = link.start(host, port, device.silence_seconds, early)
+        self._link, local = link.start(host, port, device.silence_seconds, device.early)
         self.close = weakref.finalize(self, _end, self._link)  # gives the device back, whatever still refers to it here
         try:
             self.rpc: Any = rpc.connect("127.0.0.1", local, key, limit_seconds or 0)
@@ -225,6 +226,13 @@ class RemoteRunner:
             self._arguments[function] = [self._tensors[buffer.name] for buffer in self._programs[function][0].held()]
         with self._told(f"{function} cannot be run"):
             self._functions[function](*self._arguments[function])
+
+    def seconds(self, function: str, repeats: int) -> list[float]:
+        """Of each of `repeats` runs by the device's own clock, after one that is not counted; the device's `early` must be off."""
+        self.run(function)
+        with self._told(f"{function} cannot be timed"):
+            timed = self._machine.time_evaluator(function, self._device, number=1, repeat=repeats)(*self._arguments[function])
+        return list(map(float, timed.results))
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
         raise DeviceError("a step on another device cannot be profiled call by call; tune or analyze its kernels instead")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,11 +246,23 @@ class TrainStep:
 
         "rest" is what a step that nobody watches takes beside its kernels: the machine that calls them.
         """
+        with self._timed(images, labels):
+            return self._runner.profile("train", repeats)
+
+    def device_seconds(self, images, labels, repeats: int = 5) -> list[float]:
+        """Seconds of each of `repeats` whole steps by the clock of the device behind a tracker; the state is afterwards what it was."""
+        if not hasattr(self._runner, "seconds"):
+            raise UsageError("this step runs here; device_seconds is for one with device=mest.rpc(...)")
+        with self._timed(images, labels):
+            return self._runner.seconds("train", repeats)
+
+    @contextmanager
+    def _timed(self, images, labels) -> Iterator[None]:
         self._load_batch(images, labels)
         state = {name: self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")}
         self._put("hyper", np.array([0, 0, 0, 0], np.float32))
         try:
-            return self._runner.profile("train", repeats)
+            yield
         finally:
             for name, array in state.items():
                 self._put(name, array)

@@ -43,7 +43,8 @@ class RpcRunner(Runner):
         if not options.tracker or not options.key:
             raise UsageError("the rpc runner needs --tracker HOST:PORT and --key KEY")
         # A device that hangs is cut off by the link, and ends the session by itself some time later.
-        self._device = rpc(options.tracker, options.key, max(PATIENCE_SECONDS, self._limit), options.timeout_seconds)
+        device = rpc(options.tracker, options.key, max(PATIENCE_SECONDS, self._limit), options.timeout_seconds)
+        self._device = replace(device, early=False)
         self._free: list[_Seat] = []
         self._open, self._changed = 0, threading.Condition()
         self._compiler, self._compiling = PopenWorker(), threading.Lock()
@@ -136,7 +137,7 @@ class RpcRunner(Runner):
 
     def _new(self) -> _Seat:
         """Raises DeviceError (none is free), TargetError (it is no such device)."""
-        session = replace(self._device, wait_seconds=ASKING_SECONDS).open(early=False, limit_seconds=self._limit)
+        session = replace(self._device, wait_seconds=ASKING_SECONDS).open(self._limit)
         try:
             self._know(probe.ask(session.rpc, self.target))
         except TargetError:
