@@ -120,16 +120,21 @@ def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
     def make() -> bytes:
         kernels = compile_opencl_library(texts, target)
         executable.import_module(kernels)
-        with tempfile.TemporaryDirectory() as folder:
-            scratch = Path(folder)
-            kernels.write_to_file(str(scratch / "kernels.o"))
-            return link([scratch / "kernels.o", _packed(executable, processor, scratch)], processor, scratch)
+        return _link_opencl(kernels, executable, processor)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "executable"
         executable.write_to_file(str(path))
         facts = json.dumps([__version__, sorted(texts), processor.tvm_fields]).encode()
         return keep(hashlib.sha256(facts + path.read_bytes()).hexdigest(), make)
+
+
+def _link_opencl(kernels: Any, root: Any, processor: Target) -> bytes:
+    """kernels: what launches, with OpenCL C; root: what loading the library gives, these themselves or an executable that imports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        kernels.write_to_file(str(scratch / "kernels.o"))
+        return link([scratch / "kernels.o", _packed(root, processor, scratch)], processor, scratch)
 
 
 def _executable(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], target: Target) -> Any:
@@ -142,7 +147,7 @@ def _executable(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symb
 
 
 def _packed(executable: Any, target: Target, scratch: Path) -> Path:
-    """An object with the executable's bytes, which the library's loader reads."""
+    """An object with the bytes of what is no machine code, the executable and OpenCL C, which the library's loader reads."""
     from tvm.runtime import _ffi_api
 
     path = scratch / "executable.o"
@@ -152,7 +157,11 @@ def _packed(executable: Any, target: Target, scratch: Path) -> Path:
 
 
 def link_kernel(source: KernelSource, path: Path, system_calls: Collection[str] = ()) -> None:
-    """Compiles a kernel for a CPU, this machine's or another's, to a shared library of that name. Raises BuildError, NotInstalled."""
+    """Compiles a kernel, for this machine's device or another's, to a shared library of that name. Raises BuildError, NotInstalled."""
+    if source.target.device == "opencl":
+        kernels = compile_opencl_library({source.symbol: source.text}, source.target)
+        path.write_bytes(_link_opencl(kernels, kernels, source.target.processor))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "kernel.o"
         Builder.compile_object(source, made)

@@ -5,6 +5,7 @@ The device is this machine's driver, the runtime TVM's own with the OpenCL part 
 
 import dataclasses
 import itertools
+import json
 import sys
 import time
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from test_step import assert_like_torch, make_batches, masked_steps
 
 import mest_compile as mest
 from mest_compile import hardware
-from mest_compile.errors import DeviceError, NotInstalled
+from mest_compile.errors import NotInstalled, TargetError
 from mest_compile.linking import check_library, find_linker
 from mest_compile.runtime import opencl_runtime
 from mest_compile.runtime.remote import RemoteRunner
@@ -106,8 +107,18 @@ def test_a_run_over_the_tracker_trains_as_one_that_runs_here(mest_compile_comman
     assert facts[0] == facts[1]
 
 
+def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_command, gpu, tmp_path):
+    options = ["--model", "mlp", "--width", 16, "--batch", 8, "--trials", 3, "--target", "opencl", "--json"]
+    log = tmp_path / "log.jsonl"
+    ran = mest_compile_command("tune", *options, "--tracker", f"{gpu.host}:{gpu.port}", "--key", gpu.key, "--log", log)
+    assert ran.code == 0, ran.err
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert records and all(record["outcome"] == "ok" and min(record["seconds"]) > 0 for record in records), records
+    assert all(record["target"]["device"] == "opencl" for record in records)
+
+
 def test_a_device_without_opencl_says_so(folder, port):
-    with served(folder, port, "plain") as device, pytest.raises(DeviceError, match="plain at .* has no opencl.*docs/devices.md"):
+    with served(folder, port, "plain") as device, pytest.raises(TargetError, match="plain at .* has no opencl.*docs/devices.md"):
         RemoteRunner(device, b"", {}, 1, "opencl")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import DeviceError, DeviceLost, UsageError
+from mest_compile.errors import DeviceError, DeviceLost, MestError, TargetError, UsageError
 from mest_compile.graph.program import Program, Stage
 from mest_compile.runtime import link
 
@@ -139,6 +139,14 @@ class Session:
             raise DeviceError(f"{host}:{port} does not take the session: {last_line(problem)}") from problem
         log.info("device %s is %s:%d", device, host, port)
 
+    def place(self, kind: str) -> Any:
+        """TVM's device for arrays and kernels, of a kind in DEVICE_TYPES. Raises TargetError when what serves there has none."""
+        there = self.rpc.device(DEVICE_TYPES[kind], 0)
+        if not there.exist:
+            raise TargetError(f"device {self.device}: its TVM runtime has no {kind}, or finds no driver; serve there with a runtime that "
+                              "has it (docs/devices.md), or choose a target that is the device's CPU")
+        return there
+
     def lost(self) -> str | None:
         """Why the device is gone; None: it is not. The link's process ends with the connection."""
         try:
@@ -174,12 +182,8 @@ class RemoteRunner:
         self._arguments: dict[str, list] = {}
         self._session = device.open()
         try:
-            with self._told("it cannot be asked what it has"):
-                self._device = self._session.rpc.device(DEVICE_TYPES[kind], 0)
-                there = self._device.exist
-            if not there:
-                raise DeviceError(f"device {device}: its TVM runtime has no {kind}, or finds no driver; serve there with a runtime that "
-                                  "has it (docs/devices.md), or compile for the device's CPU")
+            with self._told("it does not say what it has"):
+                self._device = self._session.place(kind)
             with self._told("the step cannot be loaded"):
                 remote = self._session.rpc
                 remote.upload(bytearray(library), "step.so")
@@ -190,7 +194,7 @@ class RemoteRunner:
                 self._machine["vm_initialization"](DEVICE_TYPES[kind], 0, POOLED, *cpu)
                 remote.get_function("runtime.config_threadpool")(1, threads)
                 self._functions = {name: self._machine[name] for name in programs}
-        except DeviceError:
+        except MestError:
             self.close()
             raise
 
@@ -257,6 +261,8 @@ class RemoteRunner:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
+        except MestError:
+            raise
         except Exception as problem:  # of TVM's many types
             device = self._session.device
             if (lost := self._session.lost()) is not None:

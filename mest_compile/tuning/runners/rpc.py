@@ -139,7 +139,8 @@ class RpcRunner(Runner):
         """Raises DeviceError (none is free), TargetError (it is no such device)."""
         session = replace(self._device, wait_seconds=ASKING_SECONDS).open(self._limit)
         try:
-            self._know(probe.ask(session.rpc, self.target))
+            session.place(self.target.device)
+            self._know(probe.ask(session.rpc, self.target.processor))
         except TargetError:
             session.close()
             raise
@@ -153,7 +154,7 @@ class RpcRunner(Runner):
 
     def _know(self, facts: probe.DeviceFacts) -> None:
         """Raises TargetError when the target is another device's, or devices of one key differ."""
-        if lacking := facts.lacks(self.target):
+        if lacking := facts.lacks(self.target.processor):
             raise TargetError(f"device {self._device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
                               f"{self.target.name!r} may use; choose its own target")
         if self.target.name == "local" and not facts.emulated and facts.cpu != cpu_of(self.target):
@@ -182,8 +183,7 @@ class _Seat:
     def time(self, task: Task, artifact: Path, symbol: str, repeats: int) -> Timing:
         import tvm
 
-        remote = self.session.rpc
-        device = remote.cpu(0)
+        remote, device = self.session.rpc, self.session.place(task.target.device)
         if self._held is None or self._held[0] != task.arrays:
             self._held = None
             arrays = task.load()
