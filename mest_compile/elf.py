@@ -74,7 +74,7 @@ def _read(content: bytes) -> Library:
         return content[strings + place:content.index(b"\0", strings + place)].decode()
 
     undefined, defined = [], []
-    for index in range(1, (strings - symbols) // found[_SYMENT]):  # linkers put the strings right behind the symbols
+    for index in range(1, _symbols(content, wide, {tag: offset_of(found[tag]) for tag in (_HASH, _GNU_HASH) if tag in found})):
         place = symbols + index * found[_SYMENT]
         if wide:
             word, info, _, section = struct.unpack_from("<IBBH", content, place)
@@ -86,3 +86,18 @@ def _read(content: bytes) -> Library:
             undefined.append(text(word))
     return Library(MACHINES.get(machine, str(machine)), 64 if wide else 32, tuple(text(value) for tag, value in entries if tag == _NEEDED),
                    tuple(undefined), tuple(defined))
+
+
+def _symbols(content: bytes, wide: bool, tables: dict[int, int]) -> int:
+    """How many dynamic symbols there are, the empty first one among them: nothing but the hash tables tells. tables: tag -> place."""
+    if _HASH in tables:
+        return struct.unpack_from("<I", content, tables[_HASH] + 4)[0]  # as many as it has chains
+    buckets, first, words, _ = struct.unpack_from("<IIII", content, tables[_GNU_HASH])
+    place = tables[_GNU_HASH] + 16 + words * (8 if wide else 4)
+    last = max(struct.unpack_from(f"<{buckets}I", content, place))  # the last chain's first symbol
+    if last < first:
+        return first  # none is defined
+    chains = place + 4 * buckets
+    while not struct.unpack_from("<I", content, chains + 4 * (last - first))[0] & 1:
+        last += 1
+    return last + 1

@@ -168,7 +168,7 @@ def _helpers(machine: Machine) -> tuple[Path, Path]:
     sources = resources.files("mest_compile.native")
     runner, plugin = sources.joinpath("runner.c").read_text(), sources.joinpath("blocks.c").read_text()
     # The runner exports what kernels call; its pages are no larger than any Linux wants them.
-    return (_built(runner, "runner", [machine.compiler, "-O2", "-rdynamic"], ["-ldl"]),
+    return (_built(runner, "runner", [machine.compiler, "-O2", "-rdynamic"], ["-ldl", "-Wl,--no-as-needed", "-lm"]),
             _built(plugin, "blocks.so", ["cc", "-O2", "-shared", "-fPIC"], []))
 
 

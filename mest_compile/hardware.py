@@ -127,7 +127,7 @@ _ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm", "armv8l": "a
 # What LLVM may use for an ARM CPU beyond its architecture's base: bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
 _ARM_FEATURES = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20}
 _ARMV8_2 = ("asimd", "atomics", "fphp", "asimdhp", "asimddp")
-_FEATURES_OF = {"cortex-a76": _ARMV8_2, "cortex-x1": _ARMV8_2, "cortex-a55": _ARMV8_2}
+_FEATURES_OF = {"cortex-a76": _ARMV8_2, "cortex-x1": _ARMV8_2, "cortex-a55": _ARMV8_2, "cortex-a7": ("neon", "vfpv4")}
 _AT_HWCAP = 16
 
 
@@ -151,8 +151,9 @@ def lacking_features(target: Target) -> list[str]:
 def needed_features(target: Target) -> set[str]:
     """CPU features, as the kernel names them, that code for the target may use."""
     cpu = target.tvm_fields.get("mcpu", "")
-    if target.tvm_fields.get("mtriple", "").startswith("aarch64") or host_machine() == "aarch64":
-        return set(_FEATURES_OF.get(cpu, ("asimd",)))
+    machine = target.tvm_fields.get("mtriple", host_machine())
+    if machine.startswith(("aarch64", "arm")):
+        return set(_FEATURES_OF.get(cpu, ("asimd",) if machine.startswith("aarch64") else ("neon",)))
     return next((flags for flags, name, _ in _CPU_BY_FLAGS if name == cpu), set())
 
 

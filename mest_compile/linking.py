@@ -32,7 +32,10 @@ MATH = frozenset({"expf", "exp2f", "logf", "log2f", "powf", "tanhf", "erff", "fm
 MEMORY = frozenset({"memset", "memcpy", "memmove"})
 # The rest is offered by libtvm_ffi and libtvm_runtime, which are there before a kernel library is loaded.
 RUNTIME = ("TVMFFI", "TVMBackend")
-_LIBRARIES = {"gnu": ("libm.so.6", "libc.so.6"), "android": ("libm.so", "libc.so")}
+# What the C compiler for 32-bit ARM has every function's unwinding table refer to; a Linux whose programs are in C++ has it.
+UNWIND = frozenset({"__aeabi_unwind_cpp_pr0"})
+_LIBRARIES = {"gnu": {"libm.so.6": MATH, "libc.so.6": MEMORY, "libgcc_s.so.1": UNWIND},
+              "android": {"libm.so": MATH, "libc.so": MEMORY}}
 _PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
 _PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
 _EMULATIONS = {"aarch64": "aarch64linux", "arm": "armelf_linux_eabi", "x86_64": "elf_x86_64"}  # as lld and ld call them
@@ -176,13 +179,13 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
     _, system = triple_of(target)
     linker, made = find_linker(target), scratch / "linked.so"
     _run(linker, ["-shared", *map(str, objects), "-o", str(made)])
-    lacking = [name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)]
-    if unknown := sorted(set(lacking) - MATH - MEMORY - set(system_calls)):
+    lacking = {name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)}
+    if unknown := sorted(lacking.difference(system_calls, *_LIBRARIES[system].values())):
         raise BuildError(f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
                          "please report which model that was")
     beside = []
-    for name, offered in zip(_LIBRARIES[system], (MATH, MEMORY | set(system_calls)), strict=True):
-        if wanted := sorted(offered & set(lacking)):
+    for name, offered in _LIBRARIES[system].items():
+        if wanted := sorted(lacking & (offered.union(system_calls) if offered is MEMORY else offered)):
             beside.append(str(scratch / name))
             stand_in = ["-shared", "-soname", name, *(f"--defsym={symbol}=0" for symbol in wanted), str(objects[0]), "-o", beside[-1]]
             _run(linker, stand_in)

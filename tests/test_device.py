@@ -18,7 +18,7 @@ from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
-from mest_compile.linking import check_library, link_kernel
+from mest_compile.linking import check_library, link_kernel, linkers
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
 from mest_compile.recipe import Recipe
@@ -284,6 +284,18 @@ def test_a_failure_of_what_was_not_waited_for_is_told_with_the_next_answer(phone
     with pytest.raises(mest.MestError, match=f"device emulated at .*: {'loss'} cannot be read: .*"):
         step(*batch)
     step.close()
+
+
+def test_what_any_linker_here_makes_runs_on_the_device(phone, monkeypatch):
+    shape, found = (8, 1, 8, 8), linkers("aarch64")
+    batch, losses = make_batches(shape, 10, 1)[0], []
+    for linker in found:
+        monkeypatch.setattr("mest_compile.linking.find_linker", lambda target, linker=linker: linker)
+        step = mest.compile(build_model("mlp", shape, 10, 16), shape, target="arm_cpu", device=phone, threads=1)
+        check_library(step._compiled.library(), find_target("arm_cpu"))
+        losses.append(step(*batch).loss)
+        step.close()
+    assert found and len(set(losses)) == 1, dict(zip(found, losses))
 
 
 @pytest.mark.parametrize("target", ["arm_cpu", "android-arm64", "local"])

@@ -13,11 +13,13 @@ import mest_compile as mest
 from mest_compile import cycles, emulation
 from mest_compile.analysis import analyse, emulate
 from mest_compile.building import Builder, kernel_source
+from mest_compile.choosing import live_of
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
 from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
+from mest_compile.linking import check_library, link_kernel
 from mest_compile.models import build_model
 from mest_compile.operators.gather import GatherConv, Pass
 from mest_compile.planning import plan_layers
@@ -25,7 +27,7 @@ from mest_compile.records import Measure, Outcome, Records
 from mest_compile.sparsity import parse_scheme
 from mest_compile.spec import Image
 from mest_compile.tuning.runner import RunnerOptions, find_runner
-from mest_compile.tuning.task import prepare, tasks_of
+from mest_compile.tuning.task import Task, prepare, tasks_of
 
 MISSING = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
 needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"emulation and its model need {', '.join(MISSING)}; `mest-compile doctor` tells how")
@@ -54,6 +56,27 @@ def executions(monkeypatch, target, seeds, taps=1):
                                                        ("cortex-x1", [4], 1), ("android-arm64", [4], 1)])
 def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seeds, taps):
     assert all(execution.instructions > 1000 for execution in executions(monkeypatch, find_target(target), seeds, taps))
+
+
+@pytest.mark.skipif(bool(emulation.missing_tools(emulation.MACHINES["armv7"])), reason="needs qemu-arm and gcc-arm-linux-gnueabihf")
+def test_every_kernel_of_a_step_gives_on_a_32_bit_arm_what_it_gives_here(tmp_path):
+    """One problem of every kernel, forward, backward and update, against this machine's answers."""
+    target, shape = find_target("armv7"), (4, 3, 32, 32)
+    graph, _ = import_model(build_model("vgg11", shape, 10, 4, 0), shape)
+    layers = plan_layers(graph, parse_scheme("pattern"), 0.9, "uniform", None, target)
+    programs, builder, kernels = lower(fuse(graph), layers, target), Builder(folder=tmp_path / "kernels"), {}
+    for program in programs:
+        for call in program.calls:
+            kernels.setdefault(call.kernel, (program, call))
+    assert {"pattern.conv", "pattern.grad", "gather.grad", "batch_norm.backward", "max_pool2d.backward", "loss.cross_entropy",
+            "optimizer.sgd_units"} <= kernels.keys()
+    for kernel, (program, call) in kernels.items():
+        task = Task(call.name, kernel, call.problem, live_of(call, layers), 1, target, tmp_path / f"{kernel}.npz")
+        prepare(task, program, layers, builder)
+        library = tmp_path / f"{kernel}.so"
+        link_kernel(task.source({}), library)
+        assert check_library(library.read_bytes(), target).bits == 32
+        assert task.check(emulation.execute(library, task.source({}).symbol, task.arguments(), target).arrays) is None, kernel
 
 
 @needs_arm

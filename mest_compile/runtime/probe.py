@@ -52,7 +52,7 @@ class DeviceFacts:
     def lacks(self, target: Target) -> list[str]:
         """Features that code for the target may use and the device does not have, so far as it can be told."""
         known = self.features and not self.emulated
-        return sorted(needed_features(target) - self.features) if known else []
+        return sorted(needed_features(target.processor) - self.features) if known else []
 
 
 def ask(session: Any, target: Target) -> DeviceFacts:
@@ -67,7 +67,7 @@ def ask(session: Any, target: Target) -> DeviceFacts:
     except (AttributeError, RuntimeError, ValueError):  # TVM's ways to say that there is none
         clock = ""
     model = "" if not cpuinfo else cpu_model(cpuinfo)
-    return DeviceFacts(model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target)[0], cpuinfo, kernel), clock)
+    return DeviceFacts(model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target.processor)[0], cpuinfo, kernel), clock)
 
 
 def is_emulated(architecture: str, cpuinfo: str, kernel: str) -> bool:
@@ -83,8 +83,8 @@ def is_emulated(architecture: str, cpuinfo: str, kernel: str) -> bool:
 
 @cache
 def _reader(target: Target) -> tuple[str, bytes]:
-    """(symbol, library) of a kernel that reads a file."""
-    source = KernelSource("probe", READER, target)
+    """(symbol, library) of a kernel that reads a file, for the target's processor."""
+    source = KernelSource("probe", READER, target.processor)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "probe.so"
         link_kernel(source, made, SYSTEM_CALLS)

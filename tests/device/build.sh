@@ -9,11 +9,13 @@ tvm=$(sed -n 's/^ *"\(apache-tvm==[^"]*\)".*/\1/p' "$here/../../pyproject.toml")
 ffi=$(sed -n 's/^ *"\(apache-tvm-ffi==[^"]*\)".*/\1/p' "$here/../../pyproject.toml")
 mkdir -p "$1" && cd "$1"
 
-# What the tests need beside Python: the emulator and its cross compiler, a cycle model, an OpenCL driver (the wheel's knows no newer processor
-# than its LLVM) and a compiler that shows what becomes of OpenCL code.
+# What the tests need beside Python: the emulator and its cross compilers, a second linker, a cycle model, an OpenCL driver (the wheel's knows
+# no newer processor than its LLVM) and a compiler that shows what becomes of OpenCL code.
 missing=()
 command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
 command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu libc6-dev-arm64-cross)
+command -v arm-linux-gnueabihf-gcc >/dev/null || missing+=(gcc-arm-linux-gnueabihf libc6-dev-armhf-cross)
+command -v ld.lld >/dev/null || missing+=(lld)
 command -v llvm-mca-19 >/dev/null || missing+=(llvm-19)
 command -v clang >/dev/null || missing+=(clang)
 [ -e /etc/OpenCL/vendors/pocl.icd ] || missing+=(pocl-opencl-icd)
