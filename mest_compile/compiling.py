@@ -21,7 +21,7 @@ from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
 from mest_compile.linking import is_foreign, link_opencl_step, link_step
-from mest_compile.planning import meet_budget, plan_layers
+from mest_compile.planning import meet_budget, plan_layers, warn_beyond_memory
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
@@ -154,6 +154,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
     target, threads, programs = facts.target, facts.threads, facts.lower()
     train, predict = programs
+    warn_beyond_memory(train, predict, facts.layers, target)
     choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]

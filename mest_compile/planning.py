@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageError
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
+from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
 from mest_compile.operators.family import family_for
 from mest_compile.registry import FAMILIES
@@ -19,6 +20,8 @@ from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import ForwardGraph, LayerSpec
 
 log = logging.getLogger(__name__)
+
+MIB = 2**20
 
 
 def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
@@ -99,6 +102,18 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
     densest = f", {excess:g} denser than it starts," if excess else ""
     raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step{densest} needs at least {least}, most of it activations: use a "
                       "smaller batch or model, or a larger budget")
+
+
+def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, Layer], target: Target) -> None:
+    """Says in the log when the step, at its densest, needs more than the smallest device that the target stands for has. It is no error:
+    the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
+    """
+    room = {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
+    need = footprint(train, predict, layers, held_cells(layers, room), target.vector * target.cores)["total"]
+    if target.memory_bytes is not None and need > target.memory_bytes:
+        log.warning("the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller batch or model, "
+                    "or memory_budget, which computes values again instead of keeping them",
+                    need / MIB, target.name, target.memory_bytes / MIB)
 
 
 def _weight_name(name: str, names: Sequence[str], where: str) -> str:

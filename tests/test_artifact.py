@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import artifacts
 import numpy as np
 import pytest
 import tvm_ffi
@@ -202,6 +203,11 @@ DAMAGE = {
     "facts": (lambda path: edit(path, facts={}), "lacks 'graph'"),
     "machine": (foreign, "is for aarch64, target 'arm_cpu'; this machine is"),
 }
+
+
+def test_the_page_has_the_recorded_sizes():
+    page = artifacts.DOCUMENT.read_text()
+    assert artifacts.embed(page, artifacts.table(json.loads(artifacts.RESULTS.read_text()))) == page, "run python benchmarks/artifacts.py"
 
 
 @pytest.mark.parametrize("case", DAMAGE)

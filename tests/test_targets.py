@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import mest_compile as mest
 from mest_compile.building import Builder, kernel_source
 from mest_compile.errors import TargetError
 from mest_compile.hardware import find_target, target_names
@@ -29,6 +30,21 @@ def test_arm_targets_have_neon_and_say_how_much_memory_there_is(name):
     target = find_target(name)
     assert target.vector == 4 and target.registers == (32 if "aarch64" in target.tvm_fields["mtriple"] else 16)
     assert target.l1_bytes < target.l2_bytes < (target.memory_bytes or 0)
+
+
+def test_a_step_beyond_the_memory_of_its_target_is_said(caplog):
+    """At its densest: with room to grow it needs more than it starts with."""
+    target, shape = find_target("arm_cpu"), (8, 1, 8, 8)
+    need = mest.compile("mlp", shape, target=target).memory()["total"]
+    at_capacity = mest.compile("mlp", shape, target=target, grow_to=0.5).memory(at_capacity=True)["total"]
+    assert need < at_capacity and not caplog.records
+    for limit, options in ((need, {}), (at_capacity, {"grow_to": 0.5})):
+        mest.compile("mlp", shape, target=replace(target, memory_bytes=limit), **options)
+        assert not caplog.records
+        mest.compile("mlp", shape, target=replace(target, memory_bytes=limit - 1), **options)
+        (record,) = caplog.records
+        assert "the smallest device of target 'arm_cpu' has" in record.getMessage()
+        caplog.clear()
 
 
 def test_a_cpu_that_llvm_does_not_know_is_refused_with_those_it_does(tmp_path):
