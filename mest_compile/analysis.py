@@ -82,10 +82,12 @@ class Analysis:
 
 
 def analyse(graph: ForwardGraph, scheme: Scheme, sparsity: float, target: Target, distribution: str = "uniform",
-            only: Collection[str] | None = None, progress: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
+            only: Collection[str] | None = None, activations: str = "float32",
+            progress: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
     """Figures of every distinct convolution kernel of the sparse layers in `graph`.
 
     only      weight names of the layers to look at; None: all sparse ones
+    activations  what both steps' values are stored as
     progress  told kernels done, and how many there are
 
     The batch is the graph's. Tiles do not depend on it where images are larger than a few pixels, so figures of a small batch are those of
@@ -96,7 +98,7 @@ def analyse(graph: ForwardGraph, scheme: Scheme, sparsity: float, target: Target
     cycles.check_tools()
     emulation.check_tools(emulation.machine_of(target))
     fused = fuse(graph)
-    sides = {side: _Side(fused, plan_layers(graph, kind, share, distribution, None, target), target)
+    sides = {side: _Side(fused, plan_layers(graph, kind, share, distribution, None, target, activations), target, activations)
              for side, kind, share in (("sparse", scheme, sparsity), ("dense", Dense(), 0.0))}
     sparse = [name for name, layer in sides["sparse"].layers.items() if layer.sparsity > 0 and (only is None or name in only)]
     if not sparse:
@@ -121,9 +123,9 @@ def analyse(graph: ForwardGraph, scheme: Scheme, sparsity: float, target: Target
 class _Side:
     """A step whose kernels are analysed, the sparse or the dense one; equal kernels are emulated once."""
 
-    def __init__(self, fused: ForwardGraph, layers: Mapping[str, Layer], target: Target):
+    def __init__(self, fused: ForwardGraph, layers: Mapping[str, Layer], target: Target, activations: str):
         self.layers, self.target = layers, target
-        self.program, _ = lower(fused, layers, target)
+        self.program, _ = lower(fused, layers, target, activations=activations)
         self.calls = convolutions(self.program, layers)
         self._known: dict[tuple[str, int], cycles.Modelled] = {}
 
@@ -180,6 +182,6 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
         return index.arrays[part]
     if buffer.image is not None:
         image = buffer.image
-        return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(np.float32))
+        return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))
     elems = len(index.order) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
     return rng.standard_normal(elems).astype(np.float32)

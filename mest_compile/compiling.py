@@ -51,7 +51,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
             distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
             target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
             label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False, grow_to: float | None = None,
-            builder: Builder | None = None, records: Records | None = None) -> TrainStep:
+            activations: str = "float32", builder: Builder | None = None, records: Records | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
@@ -70,10 +70,13 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
     grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory is planned for.
                    What would need more room is a CapacityError. None: `sparsity` with a memory_budget, no bound without one
+    activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target can; everything is
+                   computed in float32, and weights, gradients, momentum, statistics and logits stay float32
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
                    Records(target) has none
-    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, BudgetError, BuildError, DeviceError.
+    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError, BuildError,
+    DeviceError.
     """
     from mest_compile.frontend import import_model
 
@@ -85,22 +88,23 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
     records = records or Records.of(target)
-    layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
+    layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
     tuned = choose_vector(layers, target, records)
     if tuned != target:
         target, records = tuned, records.for_target(tuned)
-        layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target)
+        layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
     recomputed: frozenset[str] = frozenset()
     if grow_to is not None or memory_budget is not None:
         start = overall_sparsity(layers)
         layers = with_room(layers, start if grow_to is None else grow_to)
         excess = 0.0 if grow_to is None else start - grow_to
     if memory_budget is not None:
-        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess)
+        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations)
         if raised is not None:
-            layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target)
+            layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
-    return _make(Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing), state, builder, device, records)
+    facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
+    return _make(facts, state, builder, device, records)
 
 
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None) -> TrainStep:
@@ -137,13 +141,16 @@ def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None
 
     def dense() -> TrainStep:
         """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same after a load.
-        A device has room for one step: it runs here.
+        A device has room for one step: it runs here, where float16 may be unknown.
         """
-        where, threads = (facts.target, facts.threads) if device is None else (local := find_target("local"), local.cores)
-        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), where))
+        where, threads, activations = facts.target, facts.threads, facts.activations
+        if device is not None:
+            where, activations = find_target("local"), "float32"
+            threads = where.cores
+        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations))
                  for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-        return _make(replace(facts, layers=every, target=where, threads=threads), zeros, builder, None, {})
+        return _make(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
 
     return TrainStep(_compile(facts, builder, device, tuned), state, dense)
 
@@ -195,7 +202,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
                  "input_shape": list(facts.graph.input_shape), "recomputed": document["recomputed"],
                  "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
                  "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
-                 "optimizer": document["optimizer"], "label_smoothing": facts.label_smoothing,
+                 "optimizer": document["optimizer"], "label_smoothing": facts.label_smoothing, "activations": facts.activations,
                  "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}}
     by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
     return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])

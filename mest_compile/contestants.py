@@ -35,6 +35,7 @@ class Case:
     sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
     threads      for both sides
     memory_budget  of our step in bytes, None for no bound
+    activations  what our step stores them as
     """
 
     model: str
@@ -51,6 +52,7 @@ class Case:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     memory_budget: int | None = None
+    activations: str = "float32"
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images of input_shape float32, labels (N,) int64), the same in every process."""
@@ -138,7 +140,8 @@ def _build_mest(case: Case, tuned: bool = True) -> Built:
             build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape, scheme=case.scheme,
             sparsity=case.sparsity, distribution=case.distribution, target=case.target, threads=case.threads, seed=case.seed,
             optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-            memory_budget=case.memory_budget, builder=builder, records=None if tuned else Records(find_target(case.target)))
+            memory_budget=case.memory_budget, activations=case.activations, builder=builder,
+            records=None if tuned else Records(find_target(case.target)))
     images, labels = case.batch()
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
     return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0, (f"kernels: {origins}",))
@@ -152,6 +155,11 @@ def _build_mest_untuned(case: Case) -> Built:
 def _build_mest_dense(case: Case) -> Built:
     """Our step with all weights alive."""
     return _build_mest(replace(case, scheme="dense", sparsity=0.0))
+
+
+def _build_mest_in_float32(case: Case) -> Built:
+    """Our step with activations in float32: what storing them in less gains."""
+    return _build_mest(replace(case, activations="float32"))
 
 
 def _build_mest_on_one_thread(case: Case) -> Built:
@@ -323,6 +331,7 @@ CONTESTANTS = {
     "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
     "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
     "mest-dense": Contestant(_load_mest, _build_mest_dense, OUR_PACKAGES, _build_mest_dense),
+    "mest-float32": Contestant(_load_mest, _build_mest_in_float32, OUR_PACKAGES, _build_mest_in_float32),
     "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),

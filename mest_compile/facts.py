@@ -22,6 +22,7 @@ class Facts:
     graph       as imported, before fusing
     layers      weight name -> Layer
     recomputed  nodes whose values the backward pass computes again
+    activations  what they are stored as
     """
 
     graph: ForwardGraph
@@ -32,10 +33,11 @@ class Facts:
     threads: int
     seed: int
     label_smoothing: float
+    activations: str = "float32"
 
     def lower(self) -> tuple[Program, Program]:
         """(training step, prediction)."""
-        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.label_smoothing)
+        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.label_smoothing, self.activations)
 
     def to_json(self) -> dict[str, Any]:
         graph, target = self.graph, self.target
@@ -44,7 +46,8 @@ class Facts:
                       "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
                                  "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]},
             "optimizer": asdict(self.optimizer), "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
-            "label_smoothing": self.label_smoothing, "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
+            "label_smoothing": self.label_smoothing, "activations": self.activations,
+            "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
                         "kernels": layer.kernels, "capacity": layer.capacity,
                         "sections": [layer.section_channels, layer.transposed_section_channels]}
@@ -64,7 +67,7 @@ class Facts:
                                    entry["sections"][1], entry["capacity"])
                   for spec, entry in zip(specs, facts["layers"], strict=True)}
         return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
-                   facts["label_smoothing"])
+                   facts["label_smoothing"], facts.get("activations", "float32"))
 
 
 def _plain(value: Any) -> Any:

@@ -18,9 +18,10 @@ from mest_compile.errors import TargetError, UnknownName
 # and 262 instead of 232, unstructured; with all 32 registers 231 and 263). On 16 floats where they are 16 wide (Zen 5: 114 ms instead of
 # 149, and 127 instead of 168); its flags are those that no CPU with narrower multipliers has together.
 CPUINFO = Path("/proc/cpuinfo")
+_NARROW = ("x86-64-v2",)  # knows no float16
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
 _CPU_BY_FLAGS = ((_AVX512 | {"avx512_vp2intersect", "avx_vnni"}, "x86-64-v4", 16), (_AVX512, "x86-64-v4", 8),
-                 ({"avx2", "fma", "bmi2"}, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
+                 ({"avx2", "fma", "bmi2", "f16c"}, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Target:
     memory_bytes  of the smallest device of that kind; None: not known
     cycle_model   LLVM's name of the core whose pipeline gives modelled cycles; None: there are none for it
     host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
+    float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be stored so
     """
 
     name: str
@@ -77,6 +79,7 @@ class Target:
     memory_bytes: int | None = None
     cycle_model: str | None = None
     host_triple: str | None = None
+    float16: bool = False
 
     def __post_init__(self):
         if self.vector < 1 or self.vector & (self.vector - 1):
@@ -183,7 +186,8 @@ def _read(name: str, text: str) -> Target:
         found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
                        registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
                        gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
-                       cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"))
+                       cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"),
+                       float16=fields.get("float16", False))
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
     return _complete_from_host(found) if fields.get("detect", False) else found
@@ -195,7 +199,7 @@ def _complete_from_host(target: Target) -> Target:
     llvm = dict(target.llvm) | {"mcpu": cpu}
     return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if cpu == "generic" else 16,  # "generic": NEON
                    l1_bytes=_cache_bytes(1) or target.l1_bytes, l2_bytes=_cache_bytes(2) or target.l2_bytes,
-                   cores=len(os.sched_getaffinity(0)))
+                   cores=len(os.sched_getaffinity(0)), float16=cpu not in _NARROW)
 
 
 def host_cpu() -> tuple[str, int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from mest_compile.errors import BudgetError, SparsityError, UnknownName, UsageError
+from mest_compile.errors import BudgetError, SparsityError, TargetError, UnknownName, UsageError
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.graph.program import Program
-from mest_compile.hardware import Target
+from mest_compile.hardware import Target, find_target, target_names
 from mest_compile.operators.family import family_for
 from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.distributions import distribute
@@ -17,7 +17,7 @@ from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import DIGITS, held_cells, overall_sparsity, units_at
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
-from mest_compile.spec import ForwardGraph, LayerSpec
+from mest_compile.spec import ACTIVATIONS, ForwardGraph, LayerSpec
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,9 @@ def default_dense_layers(specs: Sequence[LayerSpec]) -> list[str]:
 
 
 def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
-                dense_layers: Sequence[str] | None, target: Target) -> dict[str, Layer]:
-    """{weight name: Layer}. Raises SparsityError, UnknownName, UsageError."""
+                dense_layers: Sequence[str] | None, target: Target, activations: str = "float32") -> dict[str, Layer]:
+    """{weight name: Layer}. activations: what values are stored as. Raises SparsityError, UnknownName, UsageError, TargetError."""
+    check_activations(activations, target)
     specs = layer_specs(graph)
     names = [spec.name for spec in specs]
     if isinstance(scheme, Dense) and isinstance(sparsity, float | int) and sparsity != 0:
@@ -65,17 +66,28 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
         kernels = family_for(chosen, spec, target.device)
-        sections = FAMILIES.find(kernels).sections(spec, chosen, target)
+        sections = FAMILIES.find(kernels).sections(spec, chosen, target, activations)
         layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), kernels, *sections)
     return layers
 
 
+def check_activations(activations: str, target: Target) -> None:
+    """Whether a target can store values so. Raises UsageError, TargetError."""
+    if activations not in ACTIVATIONS:
+        raise UsageError(f"activations is {activations!r}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
+    if activations == "float16" and not target.float16:
+        able = ", ".join(name for name in target_names() if find_target(name).float16)
+        raise TargetError(f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that are used; "
+                          f"leave activations at float32, or compile for one of: {able}")
+
+
 def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int, lower_density: bool,
-                excess: float) -> tuple[frozenset[str], float | None]:
+                excess: float, activations: str = "float32") -> tuple[frozenset[str], float | None]:
     """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused graph's step
     needs at most `budget_bytes` when it is densest.
 
     excess  by how much mutations grow beyond the sparsity that the model starts with
+    activations  what values are stored as
     Raises BudgetError, UsageError.
     """
     if not isinstance(budget_bytes, int) or budget_bytes < 1:
@@ -88,7 +100,7 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
 
     start, room = overall_sparsity(layers), {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
     choices = [frozenset[str](), *recomputable(graph)]
-    programs = {recomputed: lower(graph, layers, target, recomputed) for recomputed in choices}
+    programs = {recomputed: lower(graph, layers, target, recomputed, activations=activations) for recomputed in choices}
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
             return recomputed, None

@@ -18,7 +18,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from importlib import metadata, resources
@@ -369,9 +369,10 @@ def unit_of(measure: Measure, cpu: str) -> tuple[str, float]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON gives it back."""
+    """`value` as JSON gives it back. Images in float32 do not say so: records from before there was a choice stay theirs."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        found = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {name: item for name, item in found.items() if (name, item) != ("dtype", "float32")}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -11,6 +11,8 @@ import numpy as np
 from mest_compile.errors import SpecError
 
 FLOAT_BYTES = 4
+ITEM_BYTES = {"float32": 4, "float16": 2, "int32": 4}
+ACTIVATIONS = ("float32", "float16")  # what forward values may be stored as
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,11 @@ class ForwardGraph:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """How an activation lies in memory: (slices, channels, top + height + bottom, left + width + right, vector), C order, float32.
+    """How an activation lies in memory: (slices, channels, top + height + bottom, left + width + right, vector), C order.
 
     batch   examples; a slice holds `vector` of them, so that neighbouring pixels of a channel stand side by side
     halo    (top, left, bottom, right) pixels around every channel, always zero, so that padding needs no copy
+    dtype   what it is stored as; kernels compute in float32 whatever it is
     Lanes from `batch` on hold no example: their content is arbitrary but finite in forward values and must be 0 in gradients.
     """
 
@@ -114,6 +117,11 @@ class Image:
     batch: int
     halo: tuple[int, int, int, int] = (0, 0, 0, 0)
     vector: int = 8
+    dtype: str = "float32"
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
 
     @property
     def slices(self) -> int:

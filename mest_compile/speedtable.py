@@ -181,7 +181,8 @@ class SpeedTable:
 def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], schemes: Sequence[str] = ("unstructured", "block", "pattern"),
                 sparsities: Sequence[float] = (0.8, 0.9, 0.95), target: str = "local", baseline: str | None = None, threads: int = 1,
                 repeats: int = 9, width: int | None = None, classes: int = 10, distribution: str = "uniform", seed: int = 0,
-                progress: Callable[[str, int, int], None] | None = None, device: Device | None = None) -> SpeedTable:
+                progress: Callable[[str, int, int], None] | None = None, device: Device | None = None,
+                activations: str = "float32") -> SpeedTable:
     """Times a whole SGD-momentum step of every scheme at every sparsity against the baseline, each pair alternated in two processes.
 
     model        a built-in model's name, or a torch.nn.Module (then the baseline is torch or torch-compile, which run it as
@@ -191,6 +192,7 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
                  weights alive). None: torch, and on a device mest-dense, which alone runs there
     repeats      rounds of a pair; with fewer than six, the intervals are of less than 95% confidence
     width, classes  of a built-in model
+    activations  what our steps store them as
     progress     called with (what happens now, rows done, rows in all)
     device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock; None: here
     A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
@@ -205,7 +207,8 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     if not names or not sparsities or not all(0 <= sparsity < 1 for sparsity in sparsities):
         raise UsageError(f"one or more schemes and sparsities from 0 to below 1 are wanted, got {list(schemes)} and {list(sparsities)}")
     pairs = [(scheme, sparsity) for scheme in names for sparsity in sparsities]
-    case = Case("", tuple(input_shape), width, classes, target=target, threads=threads, seed=seed, distribution=distribution)
+    case = Case("", tuple(input_shape), width, classes, target=target, threads=threads, seed=seed, distribution=distribution,
+                activations=activations)
     say = progress or (lambda what, done, total: None)
     if device is not None:
         if isinstance(model, str):
@@ -233,7 +236,8 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     if found is None:
         raise problems[0]
     facts = {"model": model if isinstance(model, str) else type(model).__name__, "width": width, "input_shape": list(case.input_shape),
-             "distribution": distribution, "target": target, "baseline": baseline, "threads": threads, "repeats": repeats,
+             "distribution": distribution, "activations": activations, "target": target,
+             "baseline": baseline, "threads": threads, "repeats": repeats,
              "machine": found.machine, "versions": found.versions, "measured_at": found.measured_at}
     return SpeedTable(tuple(rows), facts)
 
@@ -306,7 +310,8 @@ def _compiled(model: torch.nn.Module, case: Case, device: Device | None = None) 
 
     return mest.compile(model, case.input_shape, scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution,
                         target=case.target, threads=case.threads, seed=case.seed, device=device,
-                        optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay))
+                        optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
+                        activations=case.activations)
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -19,14 +19,17 @@ from mest_compile.schedules.cpu_rows import (
     Body,
     Chunks,
     Text,
+    array,
     buffer,
     channel_sums,
     each_row,
     fold,
     frame_row,
     loop,
+    narrowed,
     number,
     walk_row,
+    widened,
     zero,
 )
 
@@ -60,8 +63,11 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
     """
     image, vector = problem.z, problem.z.vector
     chunks = Chunks(image)
-    text = Text(buffer("z", image.elems), buffer("moments", 3 * image.channels), *_flags(problem, "alive"))
+    text = Text(array("z", image), buffer("moments", 3 * image.channels), *_flags(problem, "alive"))
     text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count * 2},), "float64")')
+
+    def z(row: str, at: str) -> str:
+        return widened(image, f"z[{row} + {at}]")
 
     def live_value(value: str, live: str | None) -> str:
         return f"T.Select({live}, {value}, T.float32(0))" if live else value
@@ -73,14 +79,14 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
             text("sample[i] = T.float32(0)")
         with text.nest("for r in T.serial(1)"):
             chunks.set_row(text, "first", {"sample": image})
-            walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(f'z[sample_row + {at}]', live)}"])
+            walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(z('sample_row', at), live)}"])
         text("near[0] = T.float32(0)")
         with text.nest(f"for i in T.serial({UNROLL * vector})"):
             text("near[0] = near[0] + sample[i]")
         text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")')
 
         def body(at: str, slot: str, live: str | None) -> list[str]:
-            distance = live_value(f"(z[z_row + {at}] - near[0])", live)
+            distance = live_value(f"({z('z_row', at)} - near[0])", live)
             square = f"partial[{UNROLL * vector} + {slot}]"
             return [f"partial[{slot}] = partial[{slot}] + {distance}", f"{square} = {square} + {distance} * {distance}"]
 
@@ -181,14 +187,14 @@ def _kinds(problem: BatchNormForward | BatchNormBackward) -> list[tuple[bool, st
 @schedule("batch_norm.forward", device="cpu")
 def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
-    arguments = {name: buffer(name, image.elems) for name, image in images.items()}
+    arguments = {name: array(name, image) for name, image in images.items()}
     text = Text(arguments.pop("z"), *_facts(problem.z.channels), *arguments.values(), *_flags(problem, "alive", "read"))
 
     def rows(there: bool) -> None:
         def body(at: str, slot: str, live: str | None) -> list[str]:
-            z = f"z[z_row + {at}]" if there else "T.float32(0)"
-            value = _normalised(z) + (f" + residual[residual_row + {at}]" if problem.residual else "")
-            return [f"y[y_row + {at}] = " + (f"T.max({value}, T.float32(0))" if problem.relu else value)]
+            z = widened(problem.z, f"z[z_row + {at}]") if there else "T.float32(0)"
+            value = _normalised(z) + (f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else "")
+            return [f"y[y_row + {at}] = {narrowed(problem.y, f'T.max({value}, T.float32(0))' if problem.relu else value)}"]
 
         walk_row(text, problem.y, body)
 
@@ -212,23 +218,31 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     share = number(1 / (image.batch * image.height * image.width))
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
     target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)
-    text = Text(buffer("dy", image.elems), buffer("z", problem.z.elems), *_facts(channels),
-                *([buffer("y", problem.y.elems)] if problem.y else []), buffer("sums", 2 * channels),
-                *([buffer("dz", problem.dz.elems)] if problem.dz else []), *_flags(problem, "alive", "read"))
+    text = Text(array("dy", image), array("z", problem.z), *_facts(channels), *([array("y", problem.y)] if problem.y else []),
+                buffer("sums", 2 * channels), *([array("dz", problem.dz)] if problem.dz else []), *_flags(problem, "alive", "read"))
+
+    def dy(at: str) -> str:
+        return widened(image, f"dy[dy_row + {at}]")
+
+    def z_there(at: str) -> str:
+        return widened(problem.z, f"z[z_row + {at}]")
 
     def gradient(at: str, z: str) -> str:
         """dy, masked where that is not done in place."""
         if problem.relu and not problem.y:
-            return f"T.Select({_normalised(z)} > T.float32(0), dy[dy_row + {at}], T.float32(0))"
-        return f"dy[dy_row + {at}]"
+            return f"T.Select({_normalised(z)} > T.float32(0), {dy(at)}, T.float32(0))"
+        return dy(at)
 
     def add_up(there: bool) -> None:
         def add(at: str, slot: str, live: str | None) -> list[str]:
             # A factor: a Select that keeps or clears what it overwrites becomes masked stores, 0.30 ms instead of 0.13 for 128x8x8x64.
-            mask = [f"dy[dy_row + {at}] = dy[dy_row + {at}] * T.Select(y[y_row + {at}] > T.float32(0), T.float32(1), T.float32(0))"]
-            z = f"z[z_row + {at}]" if there else "T.float32(0)"
+            mask = []
+            if problem.y:
+                kept = f"T.Select({widened(problem.y, f'y[y_row + {at}]')} > T.float32(0), T.float32(1), T.float32(0))"
+                mask = [f"dy[dy_row + {at}] = {narrowed(image, f'{dy(at)} * {kept}')}"]
+            z = z_there(at) if there else "T.float32(0)"
             square = f"partial[{width} + {slot}] = partial[{width} + {slot}] + {gradient(at, z)} * ({z} - mean)"
-            return [*(mask if problem.y else []), f"partial[{slot}] = partial[{slot}] + {gradient(at, z)}", *([square] if there else [])]
+            return [*mask, f"partial[{slot}] = partial[{slot}] + {gradient(at, z)}", *([square] if there else [])]
 
         with text.nest(f"for s in T.serial({image.slices})"):
             zero(text, "partial", 2 * width, vector)
@@ -238,15 +252,17 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
             fold(text, 2, vector)
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
-        z = f"z[z_row + {at}]"
+        assert target_image
+        z = z_there(at)
         value = f"scale * ({gradient(at, z)} - mean_dy[0] - ({z} - mean) * slope[0])"
         element = f"{target_name}[{target_name}_row + {at}]"
         if problem.accumulate:
-            value = f"{element} + {value}"
-        return [f"{element} = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
+            value = f"{widened(target_image, element)} + {value}"
+        return [f"{element} = {narrowed(target_image, f'T.Select({live}, {value}, T.float32(0))' if live else value)}"]
 
     def clear(at: str, slot: str, live: str | None) -> list[str]:
-        return [f"{target_name}[{target_name}_row + {at}] = T.float32(0)"]
+        assert target_image
+        return [f"{target_name}[{target_name}_row + {at}] = {narrowed(target_image, 'T.float32(0)')}"]
 
     def write(body: Body) -> None:
         assert target_image

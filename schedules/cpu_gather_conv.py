@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.registry import schedule
+from mest_compile.schedules.cpu_rows import narrowed, widened
 from mest_compile.spec import FLOAT_BYTES, Image
 
 LINE_BYTES = 64       # a cache line of every CPU we know
@@ -43,7 +44,7 @@ def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[
 
     kernel  (height, width) of the taps, pixels
     """
-    patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * FLOAT_BYTES
+    patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
     blocks = source.channels // source_block
     sections = -(-blocks // max(target.l1_bytes // patch_bytes // source_block, 1))
     return -(-blocks // sections) * source_block
@@ -102,7 +103,7 @@ def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int, 
         f"pointers: T.Buffer(({len(problem.passes) * problem.sections * problem.groups + 1},), 'int32')",
         "offsets_handle: T.handle", "values_handle: T.handle", *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
-        f"source: T.Buffer(({source.elems},), 'float32')", f"result: T.Buffer(({result.elems},), 'float32')",
+        f"source: T.Buffer(({source.elems},), '{source.dtype}')", f"result: T.Buffer(({result.elems},), '{result.dtype}')",
     ]
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.vector
@@ -135,6 +136,11 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     parts = problem.row_block // rows
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
+    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:
+    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
+    near = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes <= target.l2_bytes
+    run = largest_divisor(across, max((knobs.run or (PIXELS if near else 1)) // wide, 1))
+
     cell = f"({index * problem.sections * problem.groups} + section * {problem.groups} + part // {parts})"
     channel = f"channels[part * {rows} + %j]" if problem.rows_live else f"(part * {rows} + %j)"
     groups = "live_groups[0]" if problem.rows_live else problem.groups
@@ -148,9 +154,14 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         return (f"(z * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
                 f" + (x * {wide} + c) * {step[1] * vector} + i")
 
-    read = f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]"
+    read = widened(source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]")
     first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
+    # Between sections sums stay float32: where the result is narrower, beside it.
+    stretch_elems = problem.groups * parts * run * rows * high * wide * deep * vector
+    beside = problem.sections > 1 and result.dtype != "float32"
+    partial = write if not beside else \
+        f"partial[((((part * {run} + tile) * {rows} + %j) * {high} + a) * {wide} + c) * {deep * vector} + v * {vector} + i]"
 
     def each(body: str) -> list[str]:
         """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be in registers."""
@@ -161,12 +172,13 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
 
     # Less than 1 KiB of scope "global": the stack, then registers. Scope "local" would be heap workspace.
     inner = [f"sums_{j} = T.alloc_buffer(({high * wide * deep * vector},), 'float32')" for j in range(rows)]
-    if problem.accumulate:
-        inner += each(f"{total} = {write}")
+    begun = each(f"{total} = {widened(result, write) if problem.accumulate else start}")
+    if problem.accumulate and not beside:
+        inner += begun
     else:
-        inner += ["if section == 0:", *indent(1, each(f"{total} = {start}"))]
+        inner += ["if section == 0:", *indent(1, begun)]
         if problem.sections > 1:
-            inner += ["else:", *indent(1, each(f"{total} = {write}"))]
+            inner += ["else:", *indent(1, each(f"{total} = {partial}"))]
     count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
     if several > 1:
         inner += [f"for round in T.serial({count} // {several}):", *(line for unit in range(several)
@@ -174,11 +186,10 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         inner += [f"for unit in T.serial({count} % {several}):", *indent(1, units(f"({count} // {several} * {several} + unit)"))]
     else:
         inner += [f"for unit in T.serial({count}):", *indent(1, units("unit"))]
-    inner += each(f"{write} = {total}")
-    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:
-    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
-    near = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES <= target.l2_bytes
-    run = largest_divisor(across, max((knobs.run or (PIXELS if near else 1)) // wide, 1))
+    done = each(f"{write} = {narrowed(result, total)}")
+    if beside:
+        done = [f"if section == {problem.sections - 1}:", *indent(1, done), "else:", *indent(1, each(f"{partial} = {total}"))]
+    inner += done
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
     strip = high * problem.source_step[0], run * wide * problem.source_step[1]
@@ -197,7 +208,8 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         *inner])]
     statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
     return [f"for piece in T.parallel({layers * down}):",
-            *indent(1, [f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *ahead,
+            *indent(1, [*([f"partial = T.alloc_buffer(({stretch_elems},), 'float32')"] if beside else []),
+                        f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *ahead,
                         f"for stretch in T.serial({across // run}):", *indent(1, starts),
                         f"    for section in T.serial({problem.sections}):",
                         f"        for part in T.serial({groups} * {parts}):", *indent(3, visit), *statistics])]
@@ -207,7 +219,7 @@ def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
     """Sums of a piece's rows, which are still in cache. Within a tile's own loop they cost twice as much."""
     result, vector = problem.result, problem.result.vector
     lanes = next(size for size in (4, 2, 1) if result.width % size == 0)  # independent sums hide an addition's latency
-    element = (f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
+    element = widened(result, f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
                f" + (y * {high} + a) * {result.row_elems} + (c * {lanes} + lane) * {vector} + i]")
     part, square = f"moments[lane * {vector} + i]", f"moments[({lanes} + lane) * {vector} + i]"
     chunk = f"((z * {deep} + v) * {result.height} + y * {high} + a)"
@@ -234,7 +246,7 @@ def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int
     planes  buffer that lists the channels; None: the first ones
     Without this a layer whose activations come from memory waits for them half of its time (32x32x32, batch 64: 21 -> 39 GFLOP/s).
     """
-    line = LINE_BYTES // FLOAT_BYTES
+    line = LINE_BYTES // image.item_bytes
     lines = -(-columns * image.vector // line)
     share = -(-channels * rows[0] * lines // visits)
     at = f"({visit} * {share} + ahead)"
@@ -247,9 +259,9 @@ def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int
             f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), {int(write)}, 2, 1))"]
 
 
-def prefetch_run(name: str, start: str, elems: int) -> list[str]:
+def prefetch_run(name: str, image: Image, start: str, elems: int) -> list[str]:
     """Asks for `elems` elements from element `start` on."""
-    line = LINE_BYTES // FLOAT_BYTES
+    line = LINE_BYTES // image.item_bytes
     return [f"for line in T.unroll({-(-elems // line)}):",
             f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * {line}]), 0, 2, 1))"]
 

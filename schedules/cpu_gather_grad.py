@@ -16,7 +16,7 @@ from mest_compile.schedules.cpu_gather_conv import (
     nest,
     prefetch_run,
 )
-from mest_compile.spec import FLOAT_BYTES
+from mest_compile.schedules.cpu_rows import widened
 
 UNROLLED_COLUMNS = 8
 SMALL_PIXELS = 64
@@ -48,7 +48,7 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
     """
     delta, source = problem.delta, problem.source
     wide = largest_divisor(delta.width, UNROLLED_COLUMNS)
-    section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * FLOAT_BYTES
+    section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes
     if shared and delta.height * delta.width <= SMALL_PIXELS:
         most = delta.height
     else:
@@ -120,12 +120,12 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
         weight = f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
-        read = (f"source[offsets[{first} + %u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
+        read = widened(source, f"source[offsets[{first} + %u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
                 f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
-        against = (f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
-                   f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
+        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+                          f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
         loops = [("k", depth), ("j", rows)]
 
         def per_unit(loops: list[tuple[str, int]], body: str) -> list[str]:
@@ -152,7 +152,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         run = f"({first} + ahead)"
         channel = lists[name].replace("%s", f"{run} // {rows_each}")
         start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
-        return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, start, columns * image.vector))]
+        return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, image, start, columns * image.vector))]
 
     strips, left = [], count
     per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
@@ -204,7 +204,8 @@ def _kernel(problem: GatherGrad, body: list[str]) -> str:
         "@T.prim_func",
         f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
         + "".join(argument + ", " for argument in listed(problem, source)) +
-        f"source: T.Buffer(({source.elems},), 'float32'), delta: T.Buffer(({delta.elems},), 'float32'), gradients_handle: T.handle):",
+        f"source: T.Buffer(({source.elems},), '{source.dtype}'), delta: T.Buffer(({delta.elems},), '{delta.dtype}'), "
+        "gradients_handle: T.handle):",
         *indent(1, [
             "T.func_attr({'tirx.noalias': True})",
             "units = T.int32()",
@@ -227,8 +228,8 @@ def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) 
     for units in sizes:
         first = f"(pointers[{cell} + 1] - {left} + several * {units})"
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector}"
-        read = f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]"
-        against = (f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+        read = widened(source, f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]")
+        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
                    f" + z * {delta.slice_elems} + i]")
         loops = [("k", depth), ("j", rows), ("u", units)]
         lanes = " + ".join(f"{total} + {lane}]" for lane in range(vector))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.loss import CrossEntropy
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Text, buffer, loop, number
+from mest_compile.schedules.cpu_rows import Text, array, buffer, loop, number, widened
 
 
 @schedule("loss.cross_entropy", device="cpu")
@@ -13,12 +13,12 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     """Example by example; the logits of a batch fit into the cache."""
     logits, dlogits = problem.logits, problem.dlogits
     batch, classes = logits.batch, logits.channels
-    text = Text(buffer("logits", logits.elems), buffer("labels", batch, "int32"), buffer("loss", 1), buffer("correct", batch, "int32"),
+    text = Text(array("logits", logits), buffer("labels", batch, "int32"), buffer("loss", 1), buffer("correct", batch, "int32"),
                 buffer("dlogits", dlogits.elems))
     text(f'losses = T.alloc_buffer(({batch},), "float32")')
     logit, gradient = (f"{name}[n // {image.vector} * {image.slice_elems} + {{}} * {image.channel_elems} + {image.origin}"
                        f" + n % {image.vector}]" for name, image in (("logits", logits), ("dlogits", dlogits)))
-    first, logit, gradient = logit.format(0), logit.format("k"), gradient.format("k")
+    first, logit, gradient = widened(logits, logit.format(0)), widened(logits, logit.format("k")), gradient.format("k")
     share = problem.smoothing / classes
     # Without smoothing only the label's logit counts: 0 times what another one is below the largest need not be 0.
     add = "chosen[0] + {wanted} * ({logit} - best[0])" if share else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"

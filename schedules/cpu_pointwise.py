@@ -8,7 +8,7 @@ from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.relu import ReluBackward, ReluForward
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Chunks, Text, buffer, channel_sums, each_row, pointwise
+from mest_compile.schedules.cpu_rows import Chunks, Text, array, buffer, channel_sums, each_row, narrowed, pointwise, widened
 
 
 @schedule("relu.forward", device="cpu")
@@ -27,36 +27,39 @@ def add_forward(problem: AddForward, target: Target) -> str:
     return pointwise({"a": problem.a, "b": problem.b, "y": problem.y}, "y", "{a} + {b}")
 
 
-def _flatten(problem: Flatten, names: tuple[str, str], statement: str) -> str:
-    """`statement` for every vector: {x} and {y} are its elements in the image and in the flat one."""
+def _flatten(problem: Flatten, names: tuple[str, str], accumulate: bool = False) -> str:
+    """The last of `names` becomes the first for every vector: "x" and "y" are the image and the flat one."""
     x, y = problem.x, problem.y
-    elems = {"x": x.elems, "y": y.elems}
-    text = Text(*(buffer(name, elems[name]) for name in names))
+    images = {"x": x, "y": y}
+    text = Text(*(array(name, images[name]) for name in names))
     with each_row(text, {"x": x}):
         pixel = f"(n * {x.width} + w) * {y.channel_elems} + {y.origin}"
         with text.nest(f"for w in T.serial({x.width})", f"for i in T.vectorized({x.vector})"):
-            text(statement.format(x=f"x[x_row + w * {x.vector} + i]", y=f"y[{pixel} + i]"))
+            elements = {"x": f"x[x_row + w * {x.vector} + i]", "y": f"y[{pixel} + i]"}
+            source, result = (widened(images[name], elements[name]) for name in names)
+            made = f"{result} + {source}" if accumulate else source
+            text(f"{elements[names[1]]} = {narrowed(images[names[1]], made)}")
     return str(text)
 
 
 @schedule("flatten.forward", device="cpu")
 def flatten_forward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("x", "y"), "{y} = {x}")
+    return _flatten(problem, ("x", "y"))
 
 
 @schedule("flatten.backward", device="cpu")
 def flatten_backward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("y", "x"), "{x} = {x} + {y}" if problem.accumulate else "{x} = {y}")
+    return _flatten(problem, ("y", "x"), problem.accumulate)
 
 
 @schedule("bias.gradient", device="cpu")
 def bias_gradient(problem: BiasGradient, target: Target) -> str:
     image, chunks = problem.dy, Chunks(problem.dy)
-    text = Text(buffer("dy", image.elems), buffer("dbias", image.channels))
+    text = Text(array("dy", image), buffer("dbias", image.channels))
     text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count},), "float64")')
     with chunks.each(text):
         channel_sums(text, chunks, {"dy": image}, 1,
-                     lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + dy[dy_row + {at}]"])
+                     lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + {widened(image, f'dy[dy_row + {at}]')}"])
     with text.nest(f"for c in T.serial({image.channels})"):
         text.local("joined", 1, "float64")
         text("joined[0] = T.float64(0)")

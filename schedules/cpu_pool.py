@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from mest_compile.hardware import Target
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Text, buffer, each_row, loop, number
+from mest_compile.schedules.cpu_rows import Text, array, each_row, loop, narrowed, number, widened
 from mest_compile.spec import Image
 
 
@@ -51,7 +51,7 @@ def _share(problem: Pool) -> str:
 
 def _forward(problem: Pool, start: str, step: str, last: str) -> str:
     x, y = problem.x, problem.y
-    text = Text(buffer("x", x.elems), buffer("y", y.elems))
+    text = Text(array("x", x), array("y", y))
     vector = f"for i in T.vectorized({x.vector})"
     with each_row(text, {"y": y}):
         with text.nest(f"for w in T.serial({y.width})"):
@@ -60,9 +60,9 @@ def _forward(problem: Pool, start: str, step: str, last: str) -> str:
             with text.nest(vector):
                 text(f"value[i] = {start}")
             with _each_tap(text, problem), text.nest(vector):
-                text(f"value[i] = {step.format(_tap('x', x))}")
+                text(f"value[i] = {step.format(widened(x, _tap('x', x)))}")
             with text.nest(vector):
-                text(f"{_pixel('y', y)} = {last}")
+                text(f"{_pixel('y', y)} = {narrowed(y, last)}")
     return str(text)
 
 
@@ -90,46 +90,48 @@ def _each_window_of_gradient(text: Text, problem: MaxPoolBackward | AvgPoolBackw
         if not (problem.accumulate or _written_once(forward)):
             with text.nest(f"for h, w in T.grid({dx.height}, {dx.width})",
                            f"for i in T.vectorized({dx.vector})"):
-                text(f"{_pixel('dx', dx)} = T.float32(0)")
+                text(f"{_pixel('dx', dx)} = {narrowed(dx, 'T.float32(0)')}")
         with text.nest(f"for h, w in T.grid({forward.y.height}, {forward.y.width})"):
             _set_window(text, forward)
             yield
 
 
-def _target(problem: MaxPoolBackward | AvgPoolBackward) -> str:
-    """Left side and start of the right side of the statement that gives dx its share."""
-    element = _tap("dx", problem.dx)
-    return f"{element} = " if _written_once(problem.forward) and not problem.accumulate else f"{element} = {element} + "
+def _give(problem: MaxPoolBackward | AvgPoolBackward, share: str) -> str:
+    """The statement that gives dx its share."""
+    dx, element = problem.dx, _tap("dx", problem.dx)
+    once = _written_once(problem.forward) and not problem.accumulate
+    return f"{element} = {narrowed(dx, share if once else f'{widened(dx, element)} + {share}')}"
 
 
 @schedule("max_pool2d.backward", device="cpu")
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
     """Finds the window's maximum again, then walks the window until it meets it."""
     x, vector = problem.forward.x, f"for i in T.vectorized({problem.dx.vector})"
-    text = Text(buffer("dy", problem.dy.elems), buffer("x", x.elems), buffer("dx", problem.dx.elems))
+    text = Text(array("dy", problem.dy), array("x", x), array("dx", problem.dx))
+    tap = widened(x, _tap("x", x))
     with _each_window_of_gradient(text, problem):
         text.local("best", x.vector)
         text.local("open", x.vector)  # dy until the maximum has been met, 0 from then on
         with text.nest(vector):
-            text('best[i] = T.float32("-inf")', f"open[i] = {_pixel('dy', problem.dy)}")
+            text('best[i] = T.float32("-inf")', f"open[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
         with _each_tap(text, problem.forward), text.nest(vector):
-            text(f"best[i] = T.max(best[i], {_tap('x', x)})")
+            text(f"best[i] = T.max(best[i], {tap})")
         with _each_tap(text, problem.forward), text.nest(vector):
-            found = f"{_tap('x', x)} == best[i]"
-            text(f"{_target(problem)}T.Select({found}, open[i], T.float32(0))", f"open[i] = T.Select({found}, T.float32(0), open[i])")
+            found = f"{tap} == best[i]"
+            text(_give(problem, f"T.Select({found}, open[i], T.float32(0))"), f"open[i] = T.Select({found}, T.float32(0), open[i])")
     return str(text)
 
 
 @schedule("avg_pool2d.backward", device="cpu")
 def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
     vector = f"for i in T.vectorized({problem.dx.vector})"
-    text = Text(buffer("dy", problem.dy.elems), buffer("dx", problem.dx.elems))
+    text = Text(array("dy", problem.dy), array("dx", problem.dx))
     with _each_window_of_gradient(text, problem):
         text.local("value", problem.dx.vector)
         with text.nest(vector):
-            text(f"value[i] = {_pixel('dy', problem.dy)} * {_share(problem.forward)}")
+            text(f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))} * {_share(problem.forward)}")
         with _each_tap(text, problem.forward), text.nest(vector):
-            text(f"{_target(problem)}value[i]")
+            text(_give(problem, "value[i]"))
     return str(text)
 
 
@@ -138,7 +140,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
     """Sums row by row, so that rounding grows with height + width and not with their product."""
     x, y = problem.x, problem.y
     vector = f"for i in T.vectorized({x.vector})"
-    text = Text(buffer("x", x.elems), buffer("y", y.elems))
+    text = Text(array("x", x), array("y", y))
     with text.nest(f"for plane in {loop(x.slices * x.channels, x.elems)}"):
         text.local("total", x.vector)
         text.local("line", x.vector)
@@ -148,20 +150,22 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
             with text.nest(vector):
                 text("line[i] = T.float32(0)")
             with text.nest(f"for w in T.serial({x.width})", vector):
-                text(f"line[i] = line[i] + {_pixel('x', x)}")
+                text(f"line[i] = line[i] + {widened(x, _pixel('x', x))}")
             with text.nest(vector):
                 text("total[i] = total[i] + line[i]")
         with text.nest(vector):
-            text(f"y[plane * {y.channel_elems} + {y.origin} + i] = total[i] * {number(1 / (x.height * x.width))}")
+            mean = f"total[i] * {number(1 / (x.height * x.width))}"
+            text(f"y[plane * {y.channel_elems} + {y.origin} + i] = {narrowed(y, mean)}")
     return str(text)
 
 
 @schedule("global_avg_pool.backward", device="cpu")
 def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy = problem.x, problem.y
-    text = Text(buffer("dy", dy.elems), buffer("dx", dx.elems))
+    text = Text(array("dy", dy), array("dx", dx))
     with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"):
         with text.nest(f"for i in T.vectorized({dx.vector})"):
-            value = f"dy[plane * {dy.channel_elems} + {dy.origin} + i] * {number(1 / (dx.height * dx.width))}"
-            text(f"{_pixel('dx', dx)} = " + (f"{_pixel('dx', dx)} + " if problem.accumulate else "") + value)
+            element = _pixel("dx", dx)
+            value = widened(dy, f"dy[plane * {dy.channel_elems} + {dy.origin} + i]") + f" * {number(1 / (dx.height * dx.width))}"
+            text(f"{element} = {narrowed(dx, f'{widened(dx, element)} + {value}' if problem.accumulate else value)}")
     return str(text)

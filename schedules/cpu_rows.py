@@ -21,6 +21,21 @@ def buffer(name: str, elems: int, dtype: str = "float32") -> str:
     return f'{name}: T.Buffer(({elems},), "{dtype}")'
 
 
+def array(name: str, image: Image) -> str:
+    """An argument of the kernel: the elements of an image."""
+    return buffer(name, image.elems, image.dtype)
+
+
+def widened(image: Image, element: str) -> str:
+    """The float32 that is computed with for an element of an array of `image`."""
+    return element if image.dtype == "float32" else f'T.cast({element}, "float32")'
+
+
+def narrowed(image: Image, value: str) -> str:
+    """A float32 as an array of `image` stores it, rounded to nearest."""
+    return value if image.dtype == "float32" else f'T.cast({value}, "{image.dtype}")'
+
+
 def number(value: float, dtype: str = "float32") -> str:
     return f"T.{dtype}({float(value)!r})"
 
@@ -112,7 +127,7 @@ def frame_row(text: Text, name: str, image: Image) -> None:
     def strip(start: str, elems: int) -> None:
         if elems:
             with text.nest(f"for t in T.serial({elems // image.vector})", f"for i in T.vectorized({image.vector})"):
-                text(f"{name}[{start} + t * {image.vector} + i] = T.float32(0)")
+                text(f"{name}[{start} + t * {image.vector} + i] = {narrowed(image, 'T.float32(0)')}")
 
     row = f"plane * {image.channel_elems} + {top} + h * {image.row_elems}"
     strip(row, left)
@@ -130,14 +145,15 @@ def pointwise(images: dict[str, Image], result: str, value: str, accumulate: boo
 
     `value` is an expression with `{x}` for the element of image x; `accumulate` adds it to the result.
     """
-    text = Text(*(buffer(name, image.elems) for name, image in images.items()))
+    text = Text(*(array(name, image) for name, image in images.items()))
 
     def body(at: str, slot: str, live: str | None) -> list[str]:
         elements = {name: f"{name}[{name}_row + {at}]" for name in images}
-        made = value.format(**elements)
+        read = {name: widened(images[name], element) for name, element in elements.items()}
+        made = value.format(**read)
         if accumulate:
-            made = f"{elements[result]} + {made}"
-        return [f"{elements[result]} = {made}"]
+            made = f"{read[result]} + {made}"
+        return [f"{elements[result]} = {narrowed(images[result], made)}"]
 
     with each_row(text, images):
         walk_row(text, images[result], body)

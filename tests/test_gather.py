@@ -17,10 +17,11 @@ VECTOR = TARGET.vector
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray, scale: np.ndarray, terms: int) -> None:
-    """Every element within terms * eps of the sum of its terms' magnitudes (`scale`)."""
+    """Every element within terms * eps of the sum of its terms' magnitudes (`scale`); what is stored in float16 was rounded to it once."""
     assert got.shape == wanted.shape
     assert np.isfinite(got).all()
-    wrong = np.abs(got - wanted) > (terms + 2) * EPS * scale + np.finfo(np.float32).tiny
+    stored = np.finfo(np.float16).eps / 2 * np.abs(wanted) + 2.0**-25 if got.dtype == np.float16 else 0
+    wrong = np.abs(got - wanted) > (terms + 2) * EPS * scale + np.finfo(np.float32).tiny + stored
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}"
 
 
@@ -71,7 +72,7 @@ def random_index(rng: np.random.Generator, source: Image, source_step, source_bl
 
 def activation(rng: np.random.Generator, image: Image, gradient: bool = False) -> np.ndarray:
     """Random pixels, zero halo; lanes without example are 0 in a gradient and something else in a forward value."""
-    values = rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(np.float32)
+    values = rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype)
     return image.pack(values, empty=0.0 if gradient else 3.5)
 
 
@@ -79,7 +80,7 @@ def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
     """(values, source, result before, bias)"""
     values = rng.standard_normal((len(index.offsets), problem.unit[0], problem.row_block)).astype(np.float32)
     bias = rng.standard_normal(problem.result.channels).astype(np.float32) if problem.bias else None
-    return values, activation(rng, problem.source), rng.standard_normal(problem.result.shape).astype(np.float32), bias
+    return values, activation(rng, problem.source), rng.standard_normal(problem.result.shape).astype(problem.result.dtype), bias
 
 
 def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.random.Generator, **knobs) -> None:
@@ -144,6 +145,18 @@ def test_convolutions_of_random_sizes(builder, seed):
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("gradient", ["float32", "float16"])
+@pytest.mark.parametrize("seed", range(12))
+def test_activations_in_float16(builder, seed, gradient):
+    """Rounded once, when a result is stored: not between the sections of an index."""
+    conv, grad, index = random_problem(seed)
+    source = replace(conv.source, dtype="float16")
+    conv, grad = replace(conv, source=source, result=replace(conv.result, dtype="float16")), replace(grad, source=source)
+    print("seed", seed, conv)
+    check_conv(builder, conv, index, np.random.default_rng(seed))
+    check_grad(builder, replace(grad, delta=replace(grad.delta, dtype=gradient)), index, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("taps", [2, 3])

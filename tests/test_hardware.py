@@ -11,7 +11,7 @@ from mest_compile.errors import TargetError
 from mest_compile.hardware import find_target, host_cpu
 from mest_compile.models import build_model
 
-AVX2 = "avx avx2 fma bmi1 bmi2 sse4_2"
+AVX2 = "avx avx2 f16c fma bmi1 bmi2 sse4_2"
 AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
 
 

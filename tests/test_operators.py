@@ -20,15 +20,16 @@ EPS = np.finfo(np.float32).eps
 HALO = 123.0  # nonsense in every halo: kernels neither read nor write it
 
 
-def make(channels, height, width, batch, halo=(0, 0, 0, 0)) -> Image:
-    return Image(channels, height, width, batch, halo, TARGET.vector)
+def make(channels, height, width, batch, halo=(0, 0, 0, 0), dtype="float32") -> Image:
+    return Image(channels, height, width, batch, halo, TARGET.vector, dtype)
 
 
 SHAPES = [make(13, 17, 17, 7, (1, 1, 1, 1)), make(20, 5, 6, 16), make(2, 9, 8, 12, (2, 0, 1, 3)), make(33, 1, 1, 13),
           make(16, 8, 8, 64, (0, 1, 0, 1))]
-NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}" for shape in SHAPES]
+SHAPES += [dataclasses.replace(SHAPES[place], dtype="float16") for place in (0, 2, 4)]
+NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}-{shape.dtype}" for shape in SHAPES]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-some_shapes = pytest.mark.parametrize("shape", SHAPES[2:], ids=NAMES[2:])
+some_shapes = pytest.mark.parametrize("shape", SHAPES[2:5] + SHAPES[6:], ids=NAMES[2:5] + NAMES[6:])
 
 
 def other_halo(shape: Image) -> Image:
@@ -62,12 +63,18 @@ def run(builder):
 
 def pack(layout: Image, values: np.ndarray, dead: float = 7.5) -> np.ndarray:
     """The flat array of values (C, H, W, N): `dead` in lanes without an example, HALO around it."""
-    return layout.pack(values.astype(np.float32), dead, HALO).ravel()
+    return layout.pack(values.astype(layout.dtype), dead, HALO).ravel()
+
+
+def as_stored(layout: Image, values: np.ndarray) -> np.ndarray:
+    """float32 values as an array of `layout` holds them."""
+    return values.astype(np.float32).astype(layout.dtype).astype(np.float32)
 
 
 def unpack(layout: Image, flat: np.ndarray, gradient: bool = False, halo: float = HALO) -> np.ndarray:
     """(C, H, W, N) float32, after a look at what a kernel must leave alone; `halo` is what must be around it."""
-    array = flat.reshape(layout.shape).copy()
+    assert flat.dtype == layout.dtype
+    array = flat.reshape(layout.shape).astype(np.float32)
     values, dead = layout.unpack(array).copy(), layout.unpack(array, empty_lanes=True)[..., layout.batch:].copy()
     assert np.isfinite(dead).all()
     if gradient:
@@ -78,15 +85,19 @@ def unpack(layout: Image, flat: np.ndarray, gradient: bool = False, halo: float 
 
 
 def draw(rng, layout: Image, mean: float = 0.0) -> np.ndarray:
-    return (rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch)) + mean).astype(np.float32)
+    return as_stored(layout, rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch)) + mean)
 
 
-def assert_close(got, wanted, terms: int = 4, scale=None):
-    """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`."""
+def assert_close(got, wanted, terms: int = 4, scale=None, stored: Image | None = None, stores: int = 1):
+    """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`; where `stored` is an image in float16
+    also to `stores` roundings of that, half a unit in the last place each.
+    """
     assert got.shape == wanted.shape
     limit = terms * EPS * (np.abs(wanted).max() if scale is None else scale)
-    worst = np.abs(got - wanted).max()
-    assert worst <= limit, f"off by {worst}, allowed {limit}"  # not true of NaN
+    if stored and stored.dtype == "float16":
+        limit += stores * (np.finfo(np.float16).eps / 2 * (np.abs(wanted) if stores == 1 else np.abs(wanted).max()) + 2.0**-25)
+    worst = np.abs(got - wanted)
+    assert (worst <= limit).all(), f"off by {worst.max()}, allowed {np.max(limit)}"  # not true of NaN
 
 
 def test_assert_close_notices_one_wrong_element_and_nan():
@@ -96,6 +107,9 @@ def test_assert_close_notices_one_wrong_element_and_nan():
         got[2, 3] = wrong
         with pytest.raises(AssertionError):
             assert_close(got, wanted)
+    got[2, 3] = 1.0006  # a float16 is off by half of 2^-10 at most
+    with pytest.raises(AssertionError):
+        assert_close(got, wanted, stored=make(1, 3, 4, 1, dtype="float16"))
 
 
 # Images
@@ -104,18 +118,18 @@ def test_assert_close_notices_one_wrong_element_and_nan():
 @shapes
 def test_import_gives_the_batch_innermost(run, rng, shape):
     images = rng.standard_normal((shape.batch, shape.channels, shape.height, shape.width)).astype(np.float32)
-    got = run("image.import", image.ImageImport(shape), images, np.full(shape.elems, HALO, np.float32))[1]
-    assert np.array_equal(unpack(shape, got, gradient=True), image.import_reference(images))
+    got = run("image.import", image.ImageImport(shape), images, np.full(shape.elems, HALO, shape.dtype))[1]
+    assert np.array_equal(unpack(shape, got, gradient=True), as_stored(shape, image.import_reference(images)))
 
 
-@pytest.mark.parametrize("shape", [make(10, 1, 1, 7), make(4, 1, 1, 16, (1, 1, 1, 1))], ids=str)
+@pytest.mark.parametrize("shape", [make(10, 1, 1, 7), make(4, 1, 1, 16, (1, 1, 1, 1), "float16")], ids=str)
 def test_export_gives_the_batch_outermost(run, rng, shape):
     values = draw(rng, shape)
     got = run("image.export", image.ImageExport(shape), pack(shape, values), np.zeros((shape.batch, shape.channels), np.float32))[1]
     assert np.array_equal(got.reshape(shape.batch, -1), image.export_reference(values))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[6]], ids=str)
 def test_zero_halo_clears_the_halo_and_only_that(run, rng, shape):
     before = pack(shape, draw(rng, shape))
     got = run("image.zero_halo", image.ZeroHalo(shape), before)[0]
@@ -128,7 +142,7 @@ def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
     source, result, start = other_halo(shape), shape, draw(rng, shape)
     values = draw(rng, shape)
     got = run("image.copy", image.ImageCopy(source, result, accumulate), pack(source, values, 0), pack(result, start, 0))[1]
-    assert np.array_equal(unpack(result, got, gradient=True), values + start if accumulate else values)
+    assert np.array_equal(unpack(result, got, gradient=True), as_stored(result, values + start) if accumulate else values)
 
 
 # Batch normalisation
@@ -198,7 +212,7 @@ def test_batch_norm_forward(run, rng, shape, added, rectify):
     arguments = [pack(shape, z), moments, np.stack([offset, weight]), *([pack(r_image, residual)] if added else []), pack(y_image, z)]
     got = run("batch_norm.forward", batch_norm.BatchNormForward(shape, y_image, rectify, r_image), *arguments)[-1]
     wanted = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, rectify)
-    assert_close(unpack(y_image, got, halo=0), wanted, terms=8)
+    assert_close(unpack(y_image, got, halo=0), wanted, terms=8, stored=y_image)
 
 
 @pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
@@ -214,17 +228,17 @@ def test_batch_norm_backward(run, rng, shape, added, rectify):
     arguments = [pack(dy_image, dy, 0), pack(shape, z), moments, np.stack([offset, weight])]
     facts = [*arguments, *([pack(y_image, y)] if y_image else []), np.zeros(2 * shape.channels, np.float32)]
     pixels = shape.batch * shape.height * shape.width
-    for accumulate in (False, True) if shape is SHAPES[2] else (False,):
+    for accumulate in (False, True) if shape in (SHAPES[2], SHAPES[6]) else (False,):
         problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, rectify, y_image, accumulate)
         got_dy, *_, got_sums, got = run("batch_norm.backward", problem, *facts, pack(problem.dz, z, 0))
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
         assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
         halo = HALO if accumulate else 0
-        assert_close(unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20)
+        assert_close(unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20, stored=problem.dz)
     if not y_image:
         got, *_, got_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, in_place=True), *facts)
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
-        assert_close(unpack(dy_image, got, gradient=True), dz, terms=20)
+        assert_close(unpack(dy_image, got, gradient=True), dz, terms=20, stored=dy_image)
     only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, y_image), *facts)[-1]
     assert np.array_equal(only_sums, got_sums)
 
@@ -259,25 +273,25 @@ def test_relu(run, rng, shape):
     assert np.array_equal(unpack(shape, y), relu.forward_reference(x))
     for accumulate in (False, True):
         got = run("relu.backward", relu.ReluBackward(shape, shape, other, accumulate), pack(shape, dy, 0), y, pack(other, start, 0))[2]
-        assert_close(unpack(other, got, gradient=True), relu.backward_reference(dy, x) + (start if accumulate else 0), terms=1)
+        assert_close(unpack(other, got, gradient=True), relu.backward_reference(dy, x) + (start if accumulate else 0), 1, stored=other)
 
 
 @some_shapes
 def test_add(run, rng, shape):
     a, b, other = draw(rng, shape), draw(rng, shape), other_halo(shape)
     got = run("add.forward", add.AddForward(shape, other, shape), pack(shape, a), pack(other, b), pack(shape, a))[2]
-    assert_close(unpack(shape, got), add.forward_reference(a, b), terms=1)
+    assert_close(unpack(shape, got), add.forward_reference(a, b), terms=1, stored=shape)
 
 
 @some_shapes
 def test_flatten_and_back(run, rng, shape):
-    flat_image = make(shape.channels * shape.height * shape.width, 1, 1, shape.batch)
+    flat_image = make(shape.channels * shape.height * shape.width, 1, 1, shape.batch, dtype=shape.dtype)
     x, start = draw(rng, shape), draw(rng, shape)
-    y = run("flatten.forward", flatten.Flatten(shape, flat_image), pack(shape, x, 0), np.full(flat_image.elems, 3, np.float32))[1]
+    y = run("flatten.forward", flatten.Flatten(shape, flat_image), pack(shape, x, 0), np.full(flat_image.elems, 3, shape.dtype))[1]
     assert np.array_equal(unpack(flat_image, y), flatten.forward_reference(x))
     for accumulate in (False, True):
         got = run("flatten.backward", flatten.Flatten(shape, flat_image, accumulate), y, pack(shape, start, 0))[1]
-        assert np.array_equal(unpack(shape, got, gradient=True), x + start if accumulate else x)
+        assert np.array_equal(unpack(shape, got, gradient=True), as_stored(shape, x + start) if accumulate else x)
 
 
 @some_shapes
@@ -292,7 +306,7 @@ def test_bias_gradient(run, rng, shape):
 POOLS = {"2x2": ((2, 2), (2, 2), (0, 0)), "overlap": ((3, 3), (2, 2), (1, 1)), "gaps": ((2, 1), (3, 2), (1, 0)),
          "dense": ((3, 2), (1, 1), (0, 1))}
 pools = pytest.mark.parametrize("window", list(POOLS.values()), ids=list(POOLS))
-pool_shapes = pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=[NAMES[0], NAMES[4]])
+pool_shapes = pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[5]], ids=[NAMES[0], NAMES[4], NAMES[5]])
 
 
 def pool_case(shape, window, count_include_pad=True):
@@ -310,11 +324,11 @@ def test_max_pool(run, rng, shape, window):
     dy, start, dx_image = draw(rng, problem.y), draw(rng, shape), other_halo(shape)
     y = run("max_pool2d.forward", problem, pack(shape, x), pack(problem.y, dy))[1]
     assert np.array_equal(unpack(problem.y, y), pool.max_forward_reference(problem, x))
-    for accumulate in (False, True) if shape is SHAPES[0] else (False,):
+    for accumulate in (False, True) if shape in (SHAPES[0], SHAPES[5]) else (False,):
         backward = pool.MaxPoolBackward(problem, problem.y, dx_image, accumulate)
         got = run("max_pool2d.backward", backward, pack(problem.y, dy, 0), pack(shape, x), pack(dx_image, start, 0))[2]
         wanted = pool.max_backward_reference(problem, dy, x) + (start if accumulate else 0)
-        assert_close(unpack(dx_image, got, gradient=True), wanted, terms=9)
+        assert_close(unpack(dx_image, got, gradient=True), wanted, 9, stored=dx_image, stores=9)
 
 
 @pytest.mark.parametrize("count_include_pad", [False, True])
@@ -324,11 +338,12 @@ def test_avg_pool(run, rng, shape, window, count_include_pad):
     problem = pool_case(shape, window, count_include_pad)
     x, dy, start, dx_image = draw(rng, shape), draw(rng, problem.y), draw(rng, shape), other_halo(shape)
     y = run("avg_pool2d.forward", problem, pack(shape, x), pack(problem.y, dy))[1]
-    assert_close(unpack(problem.y, y), pool.avg_forward_reference(problem, x), terms=9)
-    for accumulate in (False, True) if shape is SHAPES[0] else (False,):
+    assert_close(unpack(problem.y, y), pool.avg_forward_reference(problem, x), terms=9, stored=problem.y)
+    for accumulate in (False, True) if shape in (SHAPES[0], SHAPES[5]) else (False,):
         backward = pool.AvgPoolBackward(problem, problem.y, dx_image, accumulate)
         got = run("avg_pool2d.backward", backward, pack(problem.y, dy, 0), pack(dx_image, start, 0))[1]
-        assert_close(unpack(dx_image, got, gradient=True), pool.avg_backward_reference(problem, dy) + (start if accumulate else 0), terms=9)
+        wanted = pool.avg_backward_reference(problem, dy) + (start if accumulate else 0)
+        assert_close(unpack(dx_image, got, gradient=True), wanted, 9, stored=dx_image, stores=9)
 
 
 @pytest.mark.parametrize("count_include_pad", [False, True])
@@ -361,15 +376,15 @@ def test_pool_of_a_wrong_size_is_refused():
 
 @some_shapes
 def test_global_avg_pool(run, rng, shape):
-    y_image = make(shape.channels, 1, 1, shape.batch)
+    y_image = make(shape.channels, 1, 1, shape.batch, dtype=shape.dtype)
     x, start, dy = draw(rng, shape), draw(rng, shape), draw(rng, y_image)
     y = run("global_avg_pool.forward", pool.GlobalPool(shape, y_image), pack(shape, x), pack(y_image, dy))[1]
-    assert_close(unpack(y_image, y), pool.global_forward_reference(x), terms=20)
+    assert_close(unpack(y_image, y), pool.global_forward_reference(x), terms=20, stored=y_image)
     for accumulate in (False, True):
         problem = pool.GlobalPool(shape, y_image, accumulate)
         got = run("global_avg_pool.backward", problem, pack(y_image, dy, 0), pack(shape, start, 0))[1]
         wanted = pool.global_backward_reference(problem, dy) + (start if accumulate else 0)
-        assert_close(unpack(shape, got, gradient=True), wanted)
+        assert_close(unpack(shape, got, gradient=True), wanted, stored=shape)
 
 
 # Loss

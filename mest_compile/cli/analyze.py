@@ -17,6 +17,8 @@ def analyze(
     sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
     distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
     batch: Annotated[int, typer.Option(help="Examples of a call; figures grow with it in proportion.", min=1)] = 8,
+    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
+                                                  "can.")] = "float32",
     as_json: Json = False,
 ) -> None:
     """Executed instructions and modelled cycles of every convolution kernel of the sparse layers, beside our dense kernels.
@@ -35,10 +37,10 @@ def analyze(
     found_target, found_scheme = find_target(target), parse_scheme(scheme)
     graph, _ = import_model(build_model(model, shape, 10, width, 0), shape)
     with stderr_console().status("emulating") as status:
-        found = analyse(graph, found_scheme, sparsity, found_target, distribution,
+        found = analyse(graph, found_scheme, sparsity, found_target, distribution, activations=activations,
                         progress=lambda done, total: status.update(f"emulating: {done} of {total} kernels done"))
     if as_json:
-        print_json(found.to_dict() | {"model": model, "width": width})
+        print_json(found.to_dict() | {"model": model, "width": width, "activations": activations})
         return
     columns = ["instructions, million", "modelled cycles, million", "share of FMA floor, %", "dense cycles, million", "dense share, %",
                "dense / sparse"]

@@ -24,6 +24,8 @@ def bench(
                                                            "benchmarks/environments.sh makes.")] = None,
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that our step may need; it computes activations again to meet them.",
                                                       min=1)] = None,
+    activations: Annotated[str, typer.Option(help="What values of our step between layers are stored as: float32, or float16 where the "
+                                                  "target can.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
     profile: Annotated[bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
@@ -36,7 +38,7 @@ def bench(
     from mest_compile.contestants import Case
 
     case = Case(model=model, input_shape=(batch, 3, 32, 32), width=width, scheme=scheme, sparsity=sparsity, distribution=distribution,
-                target=target, threads=threads, seed=seed, memory_budget=memory_budget)
+                target=target, threads=threads, seed=seed, memory_budget=memory_budget, activations=activations)
     if profile:
         _profile(case, repeats, as_json)
     else:
@@ -75,7 +77,7 @@ def _profile(case, repeats: int, as_json: bool) -> None:
     with stderr_console().status("compiling"):
         step = mest.compile(build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape,
                             scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution, target=case.target,
-                            memory_budget=case.memory_budget,
+                            memory_budget=case.memory_budget, activations=case.activations,
                             threads=case.threads, seed=case.seed)
         images, labels = case.batch()
         found = profile(step, images, labels, repeats)

@@ -23,6 +23,8 @@ def build(
     distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
     target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "arm_cpu",
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
+    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
+                                                  "can.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint of a run that was compiled for the same target; "
                                                          "takes no other option but --out and --json.")] = None,
@@ -40,7 +42,7 @@ def build(
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
             step = mest.compile(net, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else sparsity, distribution=distribution,
-                                target=target, threads=threads, seed=seed)
+                                target=target, threads=threads, seed=seed, activations=activations)
         manifest = step.export(out)
     if as_json:
         print_json({"folder": str(out), "bytes": size_bytes(manifest), "files": manifest["files"], "target": step.describe()["target"]})

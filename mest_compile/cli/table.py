@@ -25,6 +25,8 @@ def table(
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     vs: Annotated[str | None, typer.Option(help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
                                                 "torch; on a device mest-dense, our dense step, which alone runs there.")] = None,
+    activations: Annotated[str, typer.Option(help="What values of our steps between layers are stored as: float32, or float16 where the "
+                                                  "target can.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     seed: Annotated[int, typer.Option()] = 0,
     csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,
@@ -46,7 +48,7 @@ def table(
 
     with stderr_console().status("starting") as status:
         found = speed_table(model, (batch, 3, 32, 32), [name.strip() for name in schemes.split(",") if name.strip()], wanted, target, vs,
-                            threads, repeats, width, distribution=distribution, seed=seed,
+                            threads, repeats, width, distribution=distribution, seed=seed, activations=activations,
                             device=device,
                             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"))
     for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):

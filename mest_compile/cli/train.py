@@ -41,6 +41,7 @@ class Request:
     target: str = "local"
     memory_budget: int | None = None
     lower_density: bool = False
+    activations: str = "float32"
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -68,6 +69,8 @@ def train(
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest, which em_s is in its first phase; "
                                                            "activations are computed again to meet them.", min=1)] = None,
     lower_density: Annotated[bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")] = False,
+    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
+                                                  "can.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
@@ -117,7 +120,7 @@ def train(
         _show(_run_artifact(job), as_json)
         return
     _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, lower_density=lower_density,
-                            out=out, tracker=tracker, key=key, specialize=specialize)), as_json)
+                            activations=activations, out=out, tracker=tracker, key=key, specialize=specialize)), as_json)
 
 
 def _check_artifact_options(given: set[str]) -> None:
@@ -217,7 +220,7 @@ def _compile(request: Request, split: Split) -> Any:
                         optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
                         label_smoothing=request.recipe.label_smoothing, memory_budget=request.memory_budget,
                         lower_density=request.lower_density, grow_to=request.recipe.densest(request.sparsity),
-                        device=find_device(request.tracker, request.key))
+                        activations=request.activations, device=find_device(request.tracker, request.key))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

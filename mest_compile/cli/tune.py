@@ -38,6 +38,8 @@ def tune(
                                                "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,
     log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
+    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
+                                                  "can.")] = "float32",
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +56,7 @@ def tune(
         widths = [int(part) for part in vectors.split(",")] if vectors else None
     except ValueError as problem:
         raise UsageError(f"--vectors {vectors}; wanted whole numbers with commas between them") from problem
-    request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed)
+    request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     with TuningProgress(stderr_console()) as progress:
         result = run(request, options, trials, time_limit, progress)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mest_compile.graph.program import ITEM_BYTES, Buffer, Program
+from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.layer import Layer
+from mest_compile.spec import ITEM_BYTES
 
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
 

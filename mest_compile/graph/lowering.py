@@ -25,8 +25,9 @@ class Lowering:
     """Collects the calls of one program. Operators use it; its buffers are shared between the programs of a step."""
 
     def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool,
-                 recomputed: frozenset[str] = frozenset()):
+                 recomputed: frozenset[str] = frozenset(), activations: str = "float32"):
         self.graph = graph
+        self.activations = activations
         self.layers = layers
         self.vector = vector
         self.held = held
@@ -80,7 +81,9 @@ class Lowering:
 
     def output(self, node: Node) -> Buffer:
         """A new buffer for the node's value, with the halo that its consumers read."""
-        self._values[node.name] = self._image_buffer(node.name, self._value_halo(node.name))
+        # Logits are few, and the loss exponentiates them.
+        dtype = "float32" if node.name == self.graph.nodes[-1].name else self.activations
+        self._values[node.name] = _buffer_of(node.name, self._image(node.name, self._value_halo(node.name), dtype))
         return self._values[node.name]
 
     def alias(self, node: Node, source: str) -> None:
@@ -106,7 +109,7 @@ class Lowering:
         name = self._root(name)
         if name in self._gradients:
             return self._gradients[name], True
-        self._gradients[name] = self._image_buffer(f"{name}.gradient", self.gradient_halo(name))
+        self._gradients[name] = _buffer_of(f"{name}.gradient", self._image(name, self.gradient_halo(name)))
         return self._gradients[name], False
 
     def adopt(self, name: str, buffer: Buffer) -> bool:
@@ -187,20 +190,20 @@ class Lowering:
                 reached.add(node.name)
         return reached
 
-    def _image(self, name: str, halo: tuple[int, int, int, int]) -> Image:
+    def _image(self, name: str, halo: tuple[int, int, int, int], dtype: str = "float32") -> Image:
         shape = self._shapes[name]
         batch, channels = shape[:2]
         height, width = shape[2:] if len(shape) == 4 else (1, 1)
-        return Image(channels, height, width, batch, halo, self.vector)
-
-    def _image_buffer(self, name: str, halo: tuple[int, int, int, int]) -> Buffer:
-        image = self._image(name.removesuffix(".gradient"), halo)
-        return Buffer(name, image.elems, "float32", "arena", image)
+        return Image(channels, height, width, batch, halo, self.vector, dtype)
 
     def _value_halo(self, name: str) -> tuple[int, int, int, int]:
         halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)
                  if hasattr(OPERATORS.find(node.op), "source_halo")]
         return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
+
+
+def _buffer_of(name: str, image: Image) -> Buffer:
+    return Buffer(name, image.elems, image.dtype, "arena", image)
 
 
 def _start(low: Lowering) -> Buffer:
@@ -233,9 +236,9 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
 
 
 def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                   recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0) -> Program:
+                   recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0, activations: str = "float32") -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
-    low = Lowering(graph, layers, vector, held, True, recomputed)
+    low = Lowering(graph, layers, vector, held, True, recomputed, activations)
     _start(low)
     low.stage = "backward"
     batch = graph.input_shape[0]
@@ -253,9 +256,9 @@ def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int
 
 
 def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                     slots: Sequence[int]) -> Program:
+                     slots: Sequence[int], activations: str = "float32") -> Program:
     """The forward pass with running statistics, in the training program's memory."""
-    low = Lowering(graph, layers, vector, held, training=False)
+    low = Lowering(graph, layers, vector, held, training=False, activations=activations)
     logits = _start(low)
     batch, classes = graph.nodes[-1].shape
     assert logits.image
@@ -265,9 +268,12 @@ def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: i
     return program
 
 
-def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target,
-          recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0) -> tuple[Program, Program]:
-    """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena."""
+def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset(),
+          label_smoothing: float = 0.0, activations: str = "float32") -> tuple[Program, Program]:
+    """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
+
+    activations  what values of nodes are stored as, the logits excepted
+    """
     held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target.vector, held, recomputed, label_smoothing)
-    return train, lower_prediction(graph, layers, target.vector, held, train.slots)
+    train = lower_training(graph, layers, target.vector, held, recomputed, label_smoothing, activations)
+    return train, lower_prediction(graph, layers, target.vector, held, train.slots, activations)

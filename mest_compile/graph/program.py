@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mest_compile.spec import Image
+from mest_compile.spec import ITEM_BYTES, Image
 
 # "statistics" is what a training step writes of its forward pass; "update" uses held buffers only, so that it can be run on its own.
 Stage = Literal["forward", "statistics", "backward", "update"]
 FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: program and its stages
     "train": ("train", ("forward", "statistics", "backward", "update")), "gradients": ("train", ("forward", "backward")),
     "backward": ("train", ("forward", "statistics", "backward")), "update": ("train", ("update",)), "predict": ("predict", ("forward",))}
-ITEM_BYTES = {"float32": 4, "int32": 4}
 
 
 @dataclass(eq=False, slots=True)

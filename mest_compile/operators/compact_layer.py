@@ -113,11 +113,11 @@ class CompactFamily(KernelFamily):
         filter_cells = layer.scheme.unit_cells(layer.spec)
         return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
 
-    def sections(self, spec, scheme, target):
+    def sections(self, spec, scheme, target, activations):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         on_rows = scheme.spans[0] == 1
-        source = image_of(spec, source_halo(spec), target.vector, output=False)
-        delta = image_of(spec, gradient_halo(spec), target.vector, output=True)
+        source = image_of(spec, source_halo(spec), target.vector, False, activations)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True)
         out, inputs = spec.weight_shape[:2]
         return (rule(source, spec.stride, spec.weight_shape[2:], loads_shared(inputs) if on_rows else 1, target),
                 rule(delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), target))

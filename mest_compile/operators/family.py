@@ -120,8 +120,11 @@ class KernelFamily(ABC):
         return cells
 
     @abstractmethod
-    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target) -> tuple[int, int]:
-        """Source channels of a section of the index, forward and transposed, as the device's schedule wants them."""
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str) -> tuple[int, int]:
+        """Source channels of a section of the index, forward and transposed, as the device's schedule wants them.
+
+        activations  what the source of the forward pass is stored as
+        """
 
 
 def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:

@@ -94,11 +94,11 @@ class GatherFamily(KernelFamily):
     def index_elems(self, layer, part, cells):
         return cells
 
-    def sections(self, spec, scheme, target):
+    def sections(self, spec, scheme, target, activations):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         rows, sources = scheme.block(spec)
-        source = image_of(spec, source_halo(spec), target.vector, output=False)
-        delta = image_of(spec, gradient_halo(spec), target.vector, output=True)
+        source = image_of(spec, source_halo(spec), target.vector, False, activations)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True)
         return rule(source, spec.stride, spec.weight_shape[2:], sources, target), rule(delta, (1, 1), spec.weight_shape[2:], rows, target)
 
     def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:

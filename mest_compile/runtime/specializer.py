@@ -227,7 +227,8 @@ class Specializer:
 
         tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
         rng = np.random.default_rng(0)
-        arguments = [tvm.runtime.tensor(self._get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems, np.float32))
+        arguments = [tvm.runtime.tensor(self._get(buffer.name) if buffer.held else
+                                        rng.standard_normal(buffer.elems, np.float32).astype(buffer.dtype))
                      for buffer in place.call.buffers]
         kernels = self._builder.function(place.indexed), self._builder.function(source)
         seconds: tuple[list[float], list[float]] = [], []

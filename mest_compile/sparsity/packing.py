@@ -182,9 +182,9 @@ def carry_over(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     return np.concatenate([array, np.zeros((1, array.shape[1]), array.dtype)])[places]
 
 
-def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool) -> Image:
+def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool, dtype: str = "float32") -> Image:
     """The layer's input or output as it lies in memory."""
     batch, channels, height, width = layer.input_shape
     if output:
         channels, (height, width) = layer.weight_shape[0], layer.output_size
-    return Image(channels, height, width, batch, halo, vector)
+    return Image(channels, height, width, batch, halo, vector, dtype)

@@ -49,6 +49,7 @@ class Request:
     vectors  widths to compare by whole steps before anything is tuned; None: the width on record for such a step, else the target's
     runner   name of a runner; None: "rpc" where there is a tracker, else "local", or "opencl" for an OpenCL target
     log      where records go; None: the user's log of the target
+    activations  what the step stores values as
     """
 
     model: str
@@ -62,6 +63,7 @@ class Request:
     vectors: Sequence[int] | None = None
     log: Path | None = None
     seed: int = 0
+    activations: str = "float32"
 
 
 def tune(request: Request, options: RunnerOptions, trials: int, time_limit: float | None = None,
@@ -75,7 +77,7 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     graph, _ = import_model(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape)
 
     def planned(target: Target):
-        return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target)
+        return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target, request.activations)
 
     vectors = _vectors(request, target)
     if kind.measure is Measure.MEASURED and kind.whole_steps and len(vectors) > 1:
@@ -84,7 +86,7 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     else:
         target = widened(target, vectors[0]) if request.vectors else choose_vector(planned(target), target, records)
     layers = planned(target)
-    train, _ = lower(fuse(graph), layers, target)
+    train, _ = lower(fuse(graph), layers, target, activations=request.activations)
     runner = kind(target, options)
     try:
         left = None if time_limit is None else max(time_limit - (monotonic() - started), 0.0)
@@ -117,7 +119,7 @@ def time_in_steps(request: Request, target: Target, choices: Sequence[Mapping[Ta
 def _compiled(request: Request, target: Target, records: Records) -> Any:
     return compile_step(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape,
                         scheme=request.scheme, sparsity=request.sparsity, distribution=request.distribution, target=target, threads=1,
-                        records=records)
+                        activations=request.activations, records=records)
 
 
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:

@@ -149,7 +149,7 @@ def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], ind
         return indices[name].arrays[part].ravel()
     if buffer.image:
         image = buffer.image
-        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch))).ravel()
+        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
     if buffer.elems is None:
         return _whole(rng, masked_elems(buffer, layers, {name: len(indices[name].order)}))
     if buffer.dtype == "int32":
