@@ -34,15 +34,19 @@ def test_arm_targets_have_neon_and_say_how_much_memory_there_is(name):
 
 def test_a_step_beyond_the_memory_of_its_target_is_said(caplog):
     """At its densest: with room to grow it needs more than it starts with."""
+    def said():
+        """Torch's own log has records too, once another test has raised its level."""
+        return [record for record in caplog.records if record.name.startswith("mest_compile")]
+
     target, shape = find_target("arm_cpu"), (8, 1, 8, 8)
     need = mest.compile("mlp", shape, target=target).memory()["total"]
     at_capacity = mest.compile("mlp", shape, target=target, grow_to=0.5).memory(at_capacity=True)["total"]
-    assert need < at_capacity and not caplog.records
+    assert need < at_capacity and not said()
     for limit, options in ((need, {}), (at_capacity, {"grow_to": 0.5})):
         mest.compile("mlp", shape, target=replace(target, memory_bytes=limit), **options)
-        assert not caplog.records
+        assert not said()
         mest.compile("mlp", shape, target=replace(target, memory_bytes=limit - 1), **options)
-        (record,) = caplog.records
+        (record,) = said()
         assert "the smallest device of target 'arm_cpu' has" in record.getMessage()
         caplog.clear()
 
