@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import opencl_loads
 import pytest
 import roofline
 
@@ -37,3 +38,25 @@ def test_the_opencl_page_has_the_tables_that_the_plan_gives():
     row = roofline.Row(1, 10**9, 10**8)
     assert row.seconds(roofline.find_target("mali-g78")) == (10**8 / 51.2e9, "bytes") and row.intensity == 10
     assert roofline.Row(1, 10**12, 10**8).seconds(roofline.find_target("mali-g78"))[1] == "operations"
+
+
+BODY = """
+    int way = staged_offsets_ptr[turn];
+    met_ptr[0] = source_ptr[(way + from_where_ptr[0])];
+    sums_ptr[0] = (sums_ptr[0] + (values_ptr[((turn * 2) + 1)] * met_ptr[0]));
+    met_ptr[0] = source_ptr[((way + from_where_ptr[0]) + 34)];
+    sums_ptr[1] = (sums_ptr[1] + (weights_ptr[0] * source_ptr[(way + from_where_ptr[0])]));
+    weights_ptr[0] = vload4(0, values_ptr + (turn * 4));
+"""
+
+
+def test_loads_of_a_loop_are_counted_to_the_bracket_that_closes_them():
+    assert sorted(size for _, size in opencl_loads.loads(BODY)) == [4, 16, 16, 16]  # a value, two places of source, a vload4 of values
+    source = "for (int turn = 0; turn < 3; ++turn) {" + BODY + "}"
+    assert opencl_loads.counted(source) == (52, 2 * 2 * opencl_loads.LANES)
+
+
+def test_the_opencl_page_has_the_loads_that_the_code_has():
+    recorded, page = json.loads(opencl_loads.RESULT.read_text()), opencl_loads.DOCUMENT.read_text()
+    assert page == opencl_loads.embed(page, opencl_loads.table(recorded)), "run python benchmarks/opencl_loads.py"
+    assert opencl_loads.rows(("pattern",)) == [row for row in recorded["now"] if row["scheme"] == "pattern"]
