@@ -107,8 +107,9 @@ class SpeedTable:
         """What was measured, in two sentences."""
         facts, measured = self.facts, [row for row in self.rows if row.baseline_seconds is not None]
         shape = "x".join(map(str, facts["input_shape"]))
+        threads = "" if "opencl" in facts else f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}, "
         said = f"{facts['model']}{'' if facts['width'] is None else ', width ' + str(facts['width'])}, input {shape}, " \
-               f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}, {facts['machine'].get('cpu', 'unknown CPU')}."
+               f"{threads}{facts['machine'].get('cpu', 'unknown CPU')}."
         if not measured:
             return said
         seconds = sorted(row.baseline_seconds for row in measured if row.baseline_seconds is not None)
@@ -116,6 +117,8 @@ class SpeedTable:
         memory = f", {peaks[len(peaks) // 2] / MIB:.0f} MiB" if peaks else ""
         said = (f"{said} Baseline {facts['baseline']}: {seconds[len(seconds) // 2] * 1e3:.1f} ms a step{memory}; {facts['repeats']} "
                 f"{'alternated ' if peaks else ''}rounds, {min(row.confidence or 0 for row in measured):.0%} intervals.")
+        if driver := facts.get("opencl"):
+            said = f"{said} OpenCL device {driver}."
         if clock := facts.get("clock"):
             return f"{said} A millisecond is a million {clock}: the device counts them instead of time."
         return f"{said} The device is emulated: its times say nothing about any device." if facts.get("emulated") else said
@@ -189,7 +192,7 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
                  torch.export sees it in training mode; the module is left unchanged)
     input_shape  (N, C, H, W) or (N, features)
     baseline     a contestant: torch (dense, channels_last), torch-compile, sparseprop, onnxruntime-training, mest-dense (our step with all
-                 weights alive). None: torch, and on a device mest-dense, which alone runs there
+                 weights alive). None: torch, and on a device, an OpenCL one here too, mest-dense, which alone runs there
     repeats      rounds of a pair; with fewer than six, the intervals are of less than 95% confidence
     width, classes  of a built-in model
     activations  what our steps store them as
@@ -197,10 +200,12 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock; None: here
     A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
     """
-    if device is None and target != "local":
+    opencl = find_target(target).device == "opencl"
+    if device is None and target != "local" and not opencl:
         raise UsageError(f"target is {target!r}, which is not this machine; give the device that is one, by its tracker and key")
-    baseline = baseline or ("torch" if device is None else DENSE)
-    if device is not None and baseline != DENSE:
+    elsewhere = device is not None or opencl
+    baseline = baseline or (DENSE if elsewhere else "torch")
+    if elsewhere and baseline != DENSE:
         raise UsageError(f"baseline is {baseline!r}; on a device only {DENSE!r} runs")
     find_interpreter(baseline, "")
     names = [str(parse_scheme(scheme)) for scheme in schemes]
@@ -239,6 +244,10 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
              "distribution": distribution, "activations": activations, "target": target,
              "baseline": baseline, "threads": threads, "repeats": repeats,
              "machine": found.machine, "versions": found.versions, "measured_at": found.measured_at}
+    if opencl:
+        from mest_compile.runtime.opencl import find_device
+
+        facts["opencl"] = f"{(driver := find_device()).name} by {driver.platform.name} {driver.version}"
     return SpeedTable(tuple(rows), facts)
 
 
@@ -250,7 +259,7 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
     from mest_compile.runtime.probe import ask
 
     with closing(device.open()) as session:
-        there = ask(session.rpc, find_target(case.target))
+        there = ask(session.rpc, find_target(case.target).processor)
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
         net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model

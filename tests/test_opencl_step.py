@@ -17,6 +17,7 @@ from mest_compile.errors import BuildError, DeviceError
 from mest_compile.models import build_model
 from mest_compile.operators.loss import CrossEntropy
 from mest_compile.recipe import Recipe
+from mest_compile.runtime.opencl import find_device
 from mest_compile.sieve import SieveRule
 from mest_compile.spec import Image
 from mest_compile.training import Trainer
@@ -147,3 +148,15 @@ def test_a_step_waits_once(monkeypatch):
     launches = len(step._runner._ready["train"])
     assert events == [*["upload"] * 3, *["launch"] * launches, *["read"] * 2, "wait"]  # images, labels, hyper; loss, correct
     assert held[0] >= 2 and not step._runner._transfers
+
+
+def test_a_speed_table_of_the_device_is_against_our_dense_step_and_names_the_driver(mest_compile_command):
+    options = ["table", "--target", "opencl", "--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured"]
+    options += ["--sparsities", 0.9]
+    refused = mest_compile_command(*options, "--vs", "torch")
+    assert refused.code == 2 and "on a device only 'mest-dense' runs" in refused.err
+    ran = mest_compile_command(*options, "--repeats", 2, "--json")
+    assert ran.code == 0, ran.err
+    (row,) = ran.document["rows"]
+    assert ran.document["baseline"] == "mest-dense" and row["problem"] is None and row["speedup"] > 0
+    assert find_device().name in ran.document["opencl"]
