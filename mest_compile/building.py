@@ -24,10 +24,11 @@ from typing import Any
 
 import platformdirs
 
+from mest_compile.cpu_kernels import PASSES, compile_cpu
 from mest_compile.errors import BuildError, MestError
 from mest_compile.hardware import Target
+from mest_compile.linkers import link_here
 from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
-from mest_compile.parsing import parse
 from mest_compile.registry import SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,20 @@ class KernelSource:
     kernel  "batch_norm.forward"
     text    TVMScript of one PrimFunc named `kernel`
     target  the device it is compiled for
+    checked  whether code for a CPU looks at its arguments' types and shapes: a fifth of what there is to compile
     """
 
     kernel: str
     text: str
     target: Target
+    checked: bool = True
 
     @cached_property
     def key(self) -> str:
         """64 hex digits; equal for equal code."""
+        how: list[Any] = [PASSES, self.checked] if self.target.device == "cpu" else []
         limits = [asdict(self.target.gpu)] if self.target.gpu else []  # a kernel is checked against them when it is made
-        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *limits], sort_keys=True)
+        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *how, *limits], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
@@ -123,7 +127,7 @@ class Builder:
             raise
         except Exception as problem:  # of TVM's many types
             raise BuildError(f"{_cause(problem)}: the step's library cannot be built") from problem
-        self._keep(digest, ".lib", lambda made: made.write_bytes(content))
+        self._keep(digest, ".lib", content)
         self._evict()
         return content
 
@@ -143,12 +147,8 @@ class Builder:
             with self._lock:
                 self.loaded += 1
             return content
-        library = self._new_library(source)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "kernel.o"
-            library.mod.write_to_file(str(path))
-            content = path.read_bytes()
-        self._keep(source.key, ".o", lambda made: made.write_bytes(content))
+        content = _object_code(self._new_library(source))
+        self._keep(source.key, ".o", content)
         return content
 
     def _entries(self, key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
@@ -167,16 +167,11 @@ class Builder:
 
     def _from_disk(self, source: KernelSource) -> Any:
         for path, content in self._entries(source.key, ".json" if source.target.device == "opencl" else ".so"):
-            if source.target.device == "opencl":
-                found = OpenclKernel.from_json(content.decode())
-            else:
-                import tvm
-
-                try:
-                    found = tvm.runtime.load_module(str(path))[source.symbol]
-                except Exception as problem:  # of TVM's many types; another process may have evicted it since it was read
-                    log.warning("cached kernel %s cannot be loaded (%s); compiling it again", path.name, _cause(problem))
-                    continue
+            try:
+                found = OpenclKernel.from_json(content.decode()) if source.target.device == "opencl" else self._load(content, source)
+            except Exception as problem:  # of TVM's many types
+                log.warning("cached kernel %s cannot be loaded (%s); compiling it again", path.name, _cause(problem))
+                continue
             with self._lock:
                 self.loaded += 1
             return found
@@ -185,10 +180,22 @@ class Builder:
     def _compile(self, source: KernelSource) -> Any:
         library = self._new_library(source)
         if isinstance(library, OpenclKernel):
-            self._keep(source.key, ".json", lambda made: made.write_text(library.to_json()))
+            self._keep(source.key, ".json", library.to_json().encode())
             return library
-        self._keep(source.key, ".so", lambda made: library.export_library(str(made)))
-        return library[source.symbol]
+        content = _linked(library, source.target)
+        self._keep(source.key, ".so", content)
+        return self._load(content, source)
+
+    def _load(self, content: bytes, source: KernelSource) -> Any:
+        """The kernel of a library. From a file of its own: who damages or evicts a cached one takes nothing from under a running
+        kernel, and what runs is what was checked.
+        """
+        import tvm
+
+        with tempfile.TemporaryDirectory(dir=self.folder if self.folder.is_dir() and os.access(self.folder, os.W_OK) else None) as scratch:
+            path = Path(scratch) / "kernel.so"
+            path.write_bytes(content)
+            return tvm.runtime.load_module(str(path))[source.symbol]
 
     def _new_library(self, source: KernelSource) -> Any:
         start = time.perf_counter()
@@ -205,22 +212,22 @@ class Builder:
             self.seconds += time.perf_counter() - start
         return library
 
-    def _keep(self, key: str, suffix: str, write: Callable[[Path], Any]) -> None:
-        """`write` makes the entry under a temporary name; a folder that cannot be written costs only the cache."""
+    def _keep(self, key: str, suffix: str, content: bytes) -> None:
+        """Writes an entry under a temporary name; a folder that cannot be written costs only the cache."""
         folder = self.folder / key[:2]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / f"kernel{suffix}"
-                write(made)
-                os.replace(made, folder / f"{key}.{_digest(made.read_bytes())}{suffix}")
+                made.write_bytes(content)
+                os.replace(made, folder / f"{key}.{_digest(content)}{suffix}")
         except OSError as problem:
             log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
 
     @staticmethod
     def compile_object(source: KernelSource, path: Path) -> None:
         """Compiles a kernel for any CPU to an object file of that name, past the cache. Raises BuildError."""
-        _try(source, lambda library: library.mod.write_to_file(str(path)))
+        _try(source, lambda library: library.write_to_file(str(path)))
 
     @staticmethod
     def compile_here(source: KernelSource) -> Any:
@@ -245,17 +252,32 @@ class Builder:
 
 
 def _made(source: KernelSource) -> Any:
-    """The library of one kernel: TVM's, or for an OpenCL device its source and launches."""
-    import tvm
-
+    """The code of one kernel: TVM's module, or for an OpenCL device its source and launches."""
     if source.target.device == "opencl":
         return compile_opencl(source.text, source.symbol, source.target)
-    return tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=source.target.to_tvm())
+    return compile_cpu(source.text, source.symbol, source.target, source.checked)
+
+
+def _object_code(library: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.o"
+        library.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def _linked(library: Any, target: Target) -> bytes:
+    """The shared library of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "kernel.o"
+        library.write_to_file(str(code))
+        return link_here(code, target)
 
 
 def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:
     try:
         return use(_made(source))
+    except MestError:
+        raise
     except Exception as problem:  # of TVM's many types
         raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
 

@@ -20,7 +20,8 @@ from mest_compile.facts import Facts
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
-from mest_compile.linking import is_foreign, link_opencl_step, link_step
+from mest_compile.linkers import is_foreign
+from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.planning import meet_budget, plan_layers, warn_beyond_memory
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES

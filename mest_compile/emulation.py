@@ -20,9 +20,9 @@ import numpy as np
 import platformdirs
 
 from mest_compile.building import KernelSource
+from mest_compile.cpu_kernels import compile_cpu
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError
 from mest_compile.hardware import Target
-from mest_compile.parsing import parse
 
 LIMIT_SECONDS = 300  # of one kernel; one that needs longer has too large a problem for emulation
 _CODES = {"i": 0, "f": 2}  # DLPack's
@@ -97,14 +97,15 @@ def check_tools(machine: Machine) -> None:
 
 def build(source: KernelSource, path: Path) -> None:
     """Compiles a kernel for an ARM target to a shared library of that name. Raises BuildError, NotInstalled, TargetError."""
-    import tvm
     from tvm.support.cc import cross_compiler
 
-    machine, target = machine_of(source.target), source.target.to_tvm()
+    machine = machine_of(source.target)
     check_tools(machine)
     try:
-        module = tvm.compile(tvm.IRModule({source.symbol: parse(source.text, source.symbol)}), target=target)
-        module.export_library(str(path), fcompile=cross_compiler(machine.compiler))
+        compiled = compile_cpu(source.text, source.symbol, source.target, source.checked)
+        compiled.export_library(str(path), fcompile=cross_compiler(machine.compiler))
+    except TargetError:
+        raise
     except Exception as problem:  # of TVM's many types
         raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}") from problem
 

@@ -7,24 +7,20 @@ Compiled kernels need next to nothing of a C library, so that a bare linker is e
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mest_compile import __version__
 from mest_compile.building import Builder, KernelSource
 from mest_compile.elf import Library, read_library
-from mest_compile.errors import BuildError, NotInstalled
+from mest_compile.errors import BuildError
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.program import Program, Stage
-from mest_compile.hardware import Target, host_machine
+from mest_compile.hardware import Target
+from mest_compile.linkers import find_linker, run_linker, triple_of
 from mest_compile.opencl_kernels import compile_opencl_library
 
 # What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
@@ -36,54 +32,7 @@ RUNTIME = ("TVMFFI", "TVMBackend")
 UNWIND = frozenset({"__aeabi_unwind_cpp_pr0"})
 _LIBRARIES = {"gnu": {"libm.so.6": MATH, "libc.so.6": MEMORY, "libgcc_s.so.1": UNWIND},
               "android": {"libm.so": MATH, "libc.so": MEMORY}}
-_PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
-_PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
-_EMULATIONS = {"aarch64": "aarch64linux", "arm": "armelf_linux_eabi", "x86_64": "elf_x86_64"}  # as lld and ld call them
 PAGE_BYTES = 16384  # Android 15 has pages of 16 KiB; smaller ones do as well with it
-
-
-@dataclass(frozen=True, slots=True)
-class Linker:
-    """A command that links objects for one architecture; arguments follow it."""
-
-    name: str
-    command: tuple[str, ...]
-
-
-def triple_of(target: Target) -> tuple[str, str]:
-    """(architecture as in `elf.MACHINES`, "gnu" or "android") of a target's CPU."""
-    triple = target.tvm_fields.get("mtriple", "")
-    if not triple:
-        return host_machine(), "gnu"
-    architecture = triple.partition("-")[0]
-    return "arm" if architecture.startswith("arm") else architecture, "android" if "android" in triple else "gnu"
-
-
-def is_foreign(target: Target) -> bool:
-    """Whether this machine cannot run what is compiled for the target."""
-    architecture, system = triple_of(target)
-    return architecture != host_machine() or system != "gnu"
-
-
-def linkers(architecture: str) -> list[Linker]:
-    """Every linker for the architecture that this machine has, the preferred one first."""
-    found = [shutil.which(_PREFIXES.get(architecture, "") + "ld"), shutil.which("ld") if architecture == host_machine() else None]
-    options = [Linker(Path(path).name, (path,)) for path in found if path]
-    mode = ("-m", _EMULATIONS[architecture]) if architecture in _EMULATIONS else ()
-    if path := shutil.which("ld.lld"):
-        options.append(Linker("ld.lld", (path, *mode)))
-    if importlib.util.find_spec("ziglang"):
-        options.append(Linker("zig ld.lld", (sys.executable, "-m", "ziglang", "ld.lld", *mode)))
-    return options
-
-
-def find_linker(target: Target) -> Linker:
-    """Raises NotInstalled with what to install."""
-    architecture, _ = triple_of(target)
-    for linker in linkers(architecture):
-        return linker
-    raise NotInstalled(f"no linker for {architecture}, which target {target.name!r} needs; run: "
-                       f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
 
 
 def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
@@ -178,7 +127,7 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
     """
     _, system = triple_of(target)
     linker, made = find_linker(target), scratch / "linked.so"
-    _run(linker, ["-shared", *map(str, objects), "-o", str(made)])
+    run_linker(linker, ["-shared", *map(str, objects), "-o", str(made)])
     lacking = {name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)}
     if unknown := sorted(lacking.difference(system_calls, *_LIBRARIES[system].values())):
         raise BuildError(f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
@@ -188,8 +137,8 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
         if wanted := sorted(lacking & (offered.union(system_calls) if offered is MEMORY else offered)):
             beside.append(str(scratch / name))
             stand_in = ["-shared", "-soname", name, *(f"--defsym={symbol}=0" for symbol in wanted), str(objects[0]), "-o", beside[-1]]
-            _run(linker, stand_in)
-    _run(linker, ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)])
+            run_linker(linker, stand_in)
+    run_linker(linker, ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)])
     return made.read_bytes()
 
 
@@ -202,10 +151,3 @@ def check_library(content: bytes, target: Target) -> Library:
     if extra := sorted(set(found.needed) - set(allowed)):
         raise BuildError(f"the library needs {', '.join(extra)}; wanted at most {', '.join(allowed)}")
     return found
-
-
-def _run(linker: Linker, arguments: list[str]) -> None:
-    done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise BuildError(f"{linker.name} cannot link: {said[-1] if said else f'exit code {done.returncode}'}")

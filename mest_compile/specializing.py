@@ -8,6 +8,7 @@ and can be exchanged between any two steps. It works on any schedule's text, wha
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ import numpy as np
 from mest_compile.building import KernelSource
 from mest_compile.operators.gather import GatherConv, GatherGrad
 
-MOST_COPIES = 8  # sections of different lengths, each of which gets code of its own
+MOST_COPIES = 8  # loops over sections of equal length, each of which is code of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +48,39 @@ def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_gr
     found = tuple(int(count) for count in counts[:, 0])
     if min(found) == 0:
         return "a section of it has no units"
-    if len(set(found)) > 1 and len(found) > MOST_COPIES:
+    if sum(1 for _ in itertools.groupby(found)) > MOST_COPIES:
         return f"its {len(found)} sections differ in length"
     return Structure(found, live_groups or 0)
 
 
 def specialized(source: KernelSource, problem: GatherConv | GatherGrad, structure: Structure) -> KernelSource:
-    """The kernel of `source` with `structure` baked in; equal structures give equal kernels."""
-    counts, groups = structure.counts, structure.groups or problem.groups
-    if len(set(counts)) == 1:
-        def start(index: str, section: str) -> str:
-            # Only the first `groups` groups of a section have units, which stand without a gap.
-            return f"(({index}) - {section} * {problem.groups - groups}) * {counts[0]}"
-    else:
-        def start(index: str, section: str) -> str:
-            found = _run(index, section, problem.groups, counts, groups, len(counts) - 1)
-            for number in reversed(range(len(counts) - 1)):
-                found = f"T.Select({section} == {number}, {_run(index, section, problem.groups, counts, groups, number)}, {found})"
-            return found
+    """The kernel of `source` with `structure` baked in; equal structures give equal kernels.
 
-    lines = source.text.split("\n")
-    body = next(number for number, line in enumerate(lines) if line.startswith("def kernel(")) + 1
-    text = "\n".join(lines[:body]) + "\n" + _POINTER.sub(lambda found: start(found[1], "section"), "\n".join(lines[body:]))
-    if len(set(counts)) > 1:
-        text = re.sub(r"\bfor section in T\.serial\(", "for section in T.unroll(", text)
-        text = _SECTION_GRID.sub(r"\1for section in T.unroll(\2):\n\1 for turn in T.serial(\3):", text)
+    Neighbouring sections of equal length share one loop over them, so a layer whose last section alone is shorter has two.
+    """
+    groups, lines = structure.groups or problem.groups, source.text.split("\n")
+    (head,) = (number for number, line in enumerate(lines) if _SECTIONS.match(line))
+    indent, names, extents = _SECTIONS.match(lines[head]).group(1, 2, 3)  # type: ignore[union-attr]
+    end = next((number for number in range(head + 1, len(lines)) if not lines[number].startswith(indent + " ")), len(lines))
+    body = "\n".join(lines[head + 1:end])
+    loops, first, begun = [], 0, 0  # the section and the unit that the next loop begins at
+    for count, run in itertools.groupby(structure.counts):
+        many = len(list(run))
+        loops.append(f"{indent}for section in T.serial({first}, {first + many}):")
+        if names:
+            loops.append(f"{indent} for {names} in T.{'grid' if ',' in names else 'serial'}({extents}):")
+        # Unit (index - section * all groups) of a section, sections of `groups` groups standing without a gap.
+        base = f"{begun - first * groups * count} + " if begun != first * groups * count else ""
+        gap = f" - section * {(problem.groups - groups) * count}" if groups < problem.groups else ""
+        loops.append(_POINTER.sub(rf"({base}(\1) * {count}{gap})", _COUNT.sub(str(count), body)))
+        first, begun = first + many, begun + many * groups * count
+    text = "\n".join([*lines[:head], *loops, *lines[end:]])
     if structure.groups:
         text = text.replace("live_groups[0]", str(structure.groups))
-    return replace(source, text=text)
+    assert not _POINTER.search(text), f"{source.kernel} reads pointers outside its loop over sections"
+    return replace(source, text=text, checked=False)  # it takes the arguments of the indexed one, which was
 
 
+_SECTIONS = re.compile(r"^( *)for section(?: in T\.serial\(\d+\)|, ([a-z, ]+) in T\.grid\(\d+, (.*)\)):$")
 _POINTER = re.compile(r"\bpointers\[([^\[\]]*)\]")
-_SECTION_GRID = re.compile(r"^( *)for section, turn in T\.grid\((\d+), (.*)\):$", re.MULTILINE)
-
-
-def _run(index: str, section: str, all_groups: int, counts: tuple[int, ...], groups: int, number: int) -> str:
-    """Where the units of a group of section `number` begin; `index` counts groups through all sections."""
-    return f"({sum(counts[:number]) * groups} + (({index}) - {section} * {all_groups}) * {counts[number]})"
+_COUNT = re.compile(r"\(pointers\[([^\[\]]*) \+ 1\] - pointers\[\1\]\)")

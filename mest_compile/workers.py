@@ -115,7 +115,7 @@ class Workers:
             source = self._requests.get()
             answer = ""
             try:
-                process.stdin.write(json.dumps({"kernel": source.kernel, "text": source.text, "target": asdict(source.target)}) + "\n")
+                process.stdin.write(json.dumps(asdict(source)) + "\n")
                 process.stdin.flush()
                 answer = process.stdout.readline()
             except OSError:  # a broken pipe; said below
@@ -160,4 +160,5 @@ def _source(facts: dict[str, Any]) -> KernelSource:
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return KernelSource(facts["kernel"], facts["text"], Target(**{name: tuples(value) for name, value in facts["target"].items()}))
+    return KernelSource(facts["kernel"], facts["text"], Target(**{name: tuples(value) for name, value in facts["target"].items()}),
+                        facts["checked"])

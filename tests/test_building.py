@@ -57,7 +57,7 @@ def test_the_key_changes_with_the_text_and_with_the_target():
 
 def test_text_that_does_not_compile_is_a_build_error_that_starts_with_the_cause(tmp_path, caplog):
     text = SOURCE.text.replace("T.", "Abacus.", 1)
-    with caplog.at_level(logging.DEBUG), pytest.raises(BuildError, match=r"^DiagnosticError: .*Abacus.*: kernel image.import ") as error:
+    with caplog.at_level(logging.DEBUG), pytest.raises(BuildError, match=r"^NameError: line 1: .* Abacus: kernel image.import ") as error:
         Builder(tmp_path).function(KernelSource("image.import", text, TARGET))
     assert "\n" not in str(error.value) and text not in str(error.value) and text in caplog.text
 

@@ -18,7 +18,8 @@ from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
-from mest_compile.linking import check_library, link_kernel, linkers
+from mest_compile.linkers import linkers
+from mest_compile.linking import check_library, link_kernel
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
 from mest_compile.recipe import Recipe

@@ -103,7 +103,7 @@ def _c_compiler() -> Check:
 
 def _arm_linker() -> Check:
     from mest_compile.hardware import find_target
-    from mest_compile.linking import find_linker, linkers
+    from mest_compile.linkers import find_linker, linkers
 
     try:
         find_linker(find_target("arm_cpu"))

@@ -1,0 +1,76 @@
+"""Which program links objects for a machine, and a kernel's library for this one. A bare linker is enough: no headers, no C compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mest_compile.errors import BuildError, NotInstalled
+from mest_compile.hardware import Target, host_machine
+
+_PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
+_PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
+_EMULATIONS = {"aarch64": "aarch64linux", "arm": "armelf_linux_eabi", "x86_64": "elf_x86_64"}  # as lld and ld call them
+
+
+@dataclass(frozen=True, slots=True)
+class Linker:
+    """A command that links objects for one architecture; arguments follow it."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def triple_of(target: Target) -> tuple[str, str]:
+    """(architecture as in `elf.MACHINES`, "gnu" or "android") of a target's CPU."""
+    triple = target.tvm_fields.get("mtriple", "")
+    if not triple:
+        return host_machine(), "gnu"
+    architecture = triple.partition("-")[0]
+    return "arm" if architecture.startswith("arm") else architecture, "android" if "android" in triple else "gnu"
+
+
+def is_foreign(target: Target) -> bool:
+    """Whether this machine cannot run what is compiled for the target."""
+    architecture, system = triple_of(target)
+    return architecture != host_machine() or system != "gnu"
+
+
+def linkers(architecture: str) -> list[Linker]:
+    """Every linker for the architecture that this machine has, the preferred one first."""
+    found = [shutil.which(_PREFIXES.get(architecture, "") + "ld"), shutil.which("ld") if architecture == host_machine() else None]
+    options = [Linker(Path(path).name, (path,)) for path in found if path]
+    mode = ("-m", _EMULATIONS[architecture]) if architecture in _EMULATIONS else ()
+    if path := shutil.which("ld.lld"):
+        options.append(Linker("ld.lld", (path, *mode)))
+    if importlib.util.find_spec("ziglang"):
+        options.append(Linker("zig ld.lld", (sys.executable, "-m", "ziglang", "ld.lld", *mode)))
+    return options
+
+
+def find_linker(target: Target) -> Linker:
+    """Raises NotInstalled with what to install."""
+    architecture, _ = triple_of(target)
+    for linker in linkers(architecture):
+        return linker
+    raise NotInstalled(f"no linker for {architecture}, which target {target.name!r} needs; run: "
+                       f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
+
+
+def link_here(code: Path, target: Target) -> bytes:
+    """A shared library for processes that have loaded TVM, and with it all that a kernel may need. Raises BuildError, NotInstalled."""
+    made = code.with_suffix(".so")
+    run_linker(find_linker(target), ["-shared", "--strip-all", str(code), "-o", str(made)])
+    return made.read_bytes()
+
+
+def run_linker(linker: Linker, arguments: list[str]) -> None:
+    """Raises BuildError with what it said."""
+    done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BuildError(f"{linker.name} cannot link: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -1,0 +1,69 @@
+"""Kernel text is read as TVM itself reads it."""
+
+import pytest
+import torch
+
+from mest_compile import choosing
+from mest_compile.facts import Facts
+from mest_compile.frontend import import_model
+from mest_compile.hardware import find_target
+from mest_compile.models import build_model
+from mest_compile.parsing import parse
+from mest_compile.planning import plan_layers
+from mest_compile.records import Records
+from mest_compile.registry import SCHEDULES
+from mest_compile.sparsity import parse_scheme
+from mest_compile.spec import SGD
+
+SHAPE = (8, 3, 32, 32)
+CASES = [("odd", "channel"), ("resnet20", "pattern"), ("vgg11", "block")]
+
+
+class Odd(torch.nn.Module):
+    """What the built-in models have not: average pooling, a sum without normalisation, an image that is flattened."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (torch.nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8))
+        self.last = torch.nn.Linear(8 * 256, 10)
+
+    def forward(self, images):
+        found = torch.nn.functional.avg_pool2d(torch.relu(self.one(images)), 2)
+        return self.last(torch.flatten(torch.relu(self.two(found) + found), 1))
+
+
+def sources(model, scheme, target):
+    """One of every kind of kernel in the steps of a model."""
+    graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
+    layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
+    programs = Facts(graph, layers, frozenset(), SGD(), target, 1, 0, 0.0).lower()
+    calls = choosing.sources(programs, target, choosing.choose_knobs(programs, layers, target, Records(target))).values()
+    return {source.kernel: source for each in calls for source in each.values()}
+
+
+@pytest.mark.parametrize("name", ["local", "opencl"])
+def test_every_kind_of_kernel_is_the_function_that_tvm_reads(name):
+    import tvm
+    import tvm_ffi
+    from tvm.script import tirx
+
+    target, read = find_target(name).for_batch(SHAPE[0]), set()
+    for model, scheme in CASES:
+        for kernel, source in sources(model, scheme, target).items():
+            if f"{target.device}/{kernel}" in read:
+                continue
+            theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
+            assert tvm_ffi.structural_equal(parse(source.text, source.symbol), theirs), kernel
+            read.add(f"{target.device}/{kernel}")
+    assert {schedule for schedule in SCHEDULES if schedule.startswith(target.device)} == read
+
+
+@pytest.mark.parametrize("line, said", [
+    ("while True: y[0] = x[0]", "SyntaxError: line 4: a kernel has no While"), ("y[0] = z[0]", "NameError: line 4: nothing has the name z"),
+    ("z = y[0] + x[0]", "SyntaxError: line 4: a name of a value is written `name: T.let = value`"),
+])
+def test_what_is_not_of_a_kernel_is_refused_with_its_line(line, said):
+    text = "@T.prim_func\ndef kernel(x: T.Buffer((4,), 'float32'), y: T.Buffer((4,), 'float32')):\n    T.func_attr({})\n    "
+    with pytest.raises((SyntaxError, NameError)) as error:
+        parse(text + line, "kernel")
+    assert f"{error.type.__name__}: {error.value}" == said
