@@ -18,7 +18,8 @@ from typing import Any
 _LOCK = threading.Lock()
 _OPERATORS = {ast.Add: ("_OpAdd", operator.add), ast.Sub: ("_OpSub", operator.sub), ast.Mult: ("_OpMul", operator.mul),
               ast.Div: ("_OpDiv", operator.truediv), ast.FloorDiv: ("_OpFloorDiv", operator.floordiv),
-              ast.Mod: ("_OpFloorMod", operator.mod)}
+              ast.Mod: ("_OpFloorMod", operator.mod), ast.LShift: ("left_shift", operator.lshift),
+              ast.RShift: ("right_shift", operator.rshift)}
 _COMPARISONS = {ast.Eq: "EQ", ast.NotEq: "NE", ast.Lt: "LT", ast.LtE: "LE", ast.Gt: "GT", ast.GtE: "GE"}
 _JOINTS = {ast.And: "And", ast.Or: "Or"}
 
@@ -137,6 +138,8 @@ class _Reader:
 
     def _binary(self, node: ast.BinOp) -> Any:
         left, right = self.value(node.left), self.value(node.right)
+        if type(node.op) not in self._infix:
+            raise SyntaxError(f"line {node.lineno}: a kernel has no {type(node.op).__name__}")
         build, plain = self._infix[type(node.op)]
         return plain(left, right) if isinstance(left, int | float) and isinstance(right, int | float) else build(left, right, None)
 
