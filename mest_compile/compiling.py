@@ -184,7 +184,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     if device is not None:
         from mest_compile.runtime.remote import RemoteRunner
 
-        runner = partial(RemoteRunner, device, library(), functions, threads, target.device)
+        runner = partial(RemoteRunner, device, library(), functions, threads, target)
     elif target.device == "opencl":
         from mest_compile.runtime.opencl import OpenclRunner
 

@@ -256,10 +256,10 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
     """A device takes one step at a time: first the baseline, then every pair."""
     from importlib import metadata
 
-    from mest_compile.runtime.probe import ask
+    from mest_compile.runtime.probe import check
 
     with closing(device.open()) as session:
-        there = ask(session.rpc, find_target(case.target).processor)
+        there = check(session, find_target(case.target))
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
         net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model

@@ -232,14 +232,24 @@ def test_kernels_that_are_wrong_crash_or_hang_cost_their_trial_only(phone, tmp_p
     assert outcomes == {"wrong": "wrong-answer", "crashing": "crashed", "hanging": "timed-out", "right": "ok"}
 
 
-@pytest.mark.parametrize("target, message", [("local", "choose a target that describes it|does not run code for 'local'"),
-                                             ("arm_cpu", None)])
-def test_a_device_that_the_target_does_not_describe_is_refused(target, message, phone):
-    if message is None:
-        find_runner("rpc")(find_target(target), RunnerOptions(f"{phone.host}:{phone.port}", phone.key)).close()
-        return
+def test_a_device_that_the_target_does_not_describe_is_refused(phone, monkeypatch):
+    message = "device emulated at .* does not run code for target 'local'; choose the device's own target"
     with pytest.raises(mest.MestError, match=message):
-        find_runner("rpc")(find_target(target), RunnerOptions(f"{phone.host}:{phone.port}", phone.key))
+        find_runner("rpc")(find_target("local"), RunnerOptions(f"{phone.host}:{phone.port}", phone.key))
+    model = build_model("mlp", (8, 1, 8, 8), 10, 16)
+    with pytest.raises(mest.MestError, match=message):
+        mest.compile(model, (8, 1, 8, 8), target="local", device=phone)
+    monkeypatch.setattr(probe.DeviceFacts, "lacks", lambda facts, target: ["asimdhp"])
+    with pytest.raises(mest.MestError, match="lacks asimdhp, which code for target 'arm_cpu' may use; choose the device's own target"):
+        mest.compile(model, (8, 1, 8, 8), target="arm_cpu", device=phone)
+
+
+def test_whoever_waits_for_a_device_is_told(port, caplog, monkeypatch):
+    monkeypatch.setattr("mest_compile.runtime.remote.SILENT_SECONDS", 0.5)
+    with pytest.raises(mest.MestError, match="none to be had within 1 s .no device of that key is free"):
+        mest.rpc(f"127.0.0.1:{port}", "nobody", wait_seconds=1).open()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"device nobody at 127.0.0.1:{port}: no device of that key is free; waiting up to 1 s"]
 
 
 @pytest.mark.parametrize("architecture, cpuinfo, kernel, wanted", [

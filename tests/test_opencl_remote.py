@@ -119,7 +119,7 @@ def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_com
 
 def test_a_device_without_opencl_says_so(folder, port):
     with served(folder, port, "plain") as device, pytest.raises(TargetError, match="plain at .* has no opencl.*docs/devices.md"):
-        RemoteRunner(device, b"", {}, 1, "opencl")
+        RemoteRunner(device, b"", {}, 1, hardware.find_target("opencl"))
 
 
 @pytest.mark.parametrize("target", ["mali-g78", "adreno-740"])

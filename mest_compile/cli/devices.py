@@ -68,7 +68,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
-    from mest_compile.runtime.remote import rpc
+    from mest_compile.runtime.remote import rpc, summary
 
     there = rpc(tracker, key)
     libraries = list(library or ())
@@ -82,6 +82,11 @@ def serve(
     paths = ":".join(str(path.resolve()) for path in libraries)
     from tvm.rpc.server import PopenRPCServerState
 
+    try:
+        summary(there.host, there.port)
+    except OSError as problem:
+        stderr_console().print(f"tracker {tracker} does not answer ({problem.strerror or problem}); asking until it does", highlight=False,
+                               soft_wrap=True)
     folder = os.getcwd()
 
     def start() -> Any:

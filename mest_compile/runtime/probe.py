@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from mest_compile.building import KernelSource
+from mest_compile.errors import DeviceLost, MestError, TargetError
 from mest_compile.hardware import Target, cpu_features, needed_features
 from mest_compile.linking import link_kernel, triple_of
 from mest_compile.records import cpu_model
+from mest_compile.runtime.remote import Session, last_line
 
 CPUINFO, KERNEL = "/proc/cpuinfo", "/sys/devices/system/cpu/modalias"  # the second begins with the architecture of the running kernel
 MOST_BYTES = 65536
@@ -55,8 +57,26 @@ class DeviceFacts:
         return sorted(needed_features(target.processor) - self.features) if known else []
 
 
-def ask(session: Any, target: Target) -> DeviceFacts:
-    """session: TVM's, on a device of the target's architecture. Raises what TVM does, when the device does not run code for the target."""
+def check(session: Session, target: Target) -> DeviceFacts:
+    """What the device of a session is. Raises TargetError when it is not one that the target describes, DeviceLost when it is gone."""
+    device = session.device
+    try:
+        facts = _ask(session.rpc, target)
+    except MestError:
+        raise
+    except Exception as problem:  # of TVM's many types
+        if (lost := session.lost()) is not None:
+            raise DeviceLost(f"device {device} is lost: {lost}; does it run code for target {target.name!r}?") from problem
+        raise TargetError(f"device {device} does not run code for target {target.name!r}; choose the device's own target. It said: "
+                          f"{last_line(problem)}") from problem
+    if lacking := facts.lacks(target):
+        raise TargetError(f"device {device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
+                          f"{target.name!r} may use; choose the device's own target")
+    return facts
+
+
+def _ask(session: Any, target: Target) -> DeviceFacts:
+    """session: TVM's own. Raises what TVM does when the device does not run code for the target."""
     symbol, library = _reader(target)
     session.upload(bytearray(library), "probe.so")
     read = session.load_module("probe.so")[symbol]

@@ -18,12 +18,14 @@ import numpy as np
 
 from mest_compile.errors import DeviceError, DeviceLost, MestError, TargetError, UsageError
 from mest_compile.graph.program import Program, Stage
+from mest_compile.hardware import Target
 from mest_compile.runtime import link
 
 log = logging.getLogger(__name__)
 
 TRACKER_MAGIC, REQUEST, SUMMARY, SUCCESS = 0x2F271, 4, 6, 0
 RETRY_SECONDS = 0.5
+SILENT_SECONDS = 3.0  # of waiting for a device, before the log says so
 DEVICE_TYPES = {"cpu": 1, "opencl": 4}  # DLPack's
 POOLED = 2  # TVM's allocator that hands the same memory out again
 AHEAD = ("images", "labels")  # arrays that may be sent while the device computes with the ones before
@@ -53,16 +55,18 @@ class Device:
 
         limit_seconds  after which the device ends the session, whatever it is doing; None: never
         """
-        end = time.monotonic() + self.wait_seconds
-        said = "no device of that key is free"
+        end, said = time.monotonic() + self.wait_seconds, ""
         while (left := end - time.monotonic()) > 0:
             try:
-                return Session(self, *self._request(left), limit_seconds)
+                return Session(self, *self._request(left if said else min(left, SILENT_SECONDS)), limit_seconds)
             except TimeoutError:
-                break
+                now = "no device of that key is free"
             except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
-                said = str(problem)
+                now = getattr(problem, "strerror", None) or str(problem)
                 time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
+            if not said and self.wait_seconds > SILENT_SECONDS:
+                log.warning("device %s: %s; waiting up to %g s", self, now, self.wait_seconds)
+            said = now
         raise DeviceError(f"device {self}: none to be had within {self.wait_seconds:g} s ({said}); look at the tracker with "
                          f"mest-compile tracker --query {self.host}:{self.port}")
 
@@ -170,11 +174,14 @@ class RemoteRunner:
 
     library   what `linking` made: for the device's CPU, or for its CPU and its OpenCL driver
     programs  what `run` runs, by name: a program and the stages of it
-    kind      "cpu" or "opencl": where on the device arrays lie and kernels run
+    target    that all this was compiled for; the device must be one
     """
 
     def __init__(self, device: Device, library: bytes, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int,
-                 kind: str = "cpu"):
+                 target: Target):
+        from mest_compile.runtime.probe import check
+
+        kind = target.device
         self._programs = programs
         self.uploaded_bytes = 0
         self._tensors: dict[str, Any] = {}
@@ -184,6 +191,7 @@ class RemoteRunner:
         try:
             with self._told("it does not say what it has"):
                 self._device = self._session.place(kind)
+            check(self._session, target)
             with self._told("the step cannot be loaded"):
                 remote = self._session.rpc
                 remote.upload(bytearray(library), "step.so")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mest_compile.building import KernelSource
-from mest_compile.errors import DeviceError, DeviceLost, TargetError, UsageError
+from mest_compile.errors import DeviceError, MestError, TargetError, UsageError
 from mest_compile.hardware import Target
 from mest_compile.records import COUNTED, Measure, Outcome, cpu_of
 from mest_compile.runtime import probe
@@ -99,7 +99,7 @@ class RpcRunner(Runner):
 
     def _take(self) -> _Seat:
         """A device that is ours. Raises DeviceError when there is none in time; while another candidate has one, that is waited for."""
-        end = time.monotonic() + self._device.wait_seconds
+        end, waiting = time.monotonic() + self._device.wait_seconds, False
         while True:
             with self._changed:
                 while self._free:
@@ -118,6 +118,9 @@ class RpcRunner(Runner):
                         raise
                     if not others and time.monotonic() >= end:
                         raise DeviceError(str(problem).replace(f"{ASKING_SECONDS:g} s", f"{self._device.wait_seconds:g} s")) from None
+                    if not others and not waiting:
+                        waiting = True
+                        log.warning("%s; waiting up to %g s", problem, self._device.wait_seconds)
             if others:
                 end = time.monotonic() + self._device.wait_seconds
                 with self._changed:
@@ -140,23 +143,14 @@ class RpcRunner(Runner):
         session = replace(self._device, wait_seconds=ASKING_SECONDS).open(self._limit)
         try:
             session.place(self.target.device)
-            self._know(probe.ask(session.rpc, self.target.processor))
-        except TargetError:
+            self._know(probe.check(session, self.target))
+        except MestError:
             session.close()
             raise
-        except Exception as problem:  # of TVM's many types
-            lost = session.lost()
-            session.close()
-            if lost is None:
-                raise TargetError(f"device {self._device} does not run code for {self.target.name!r}: {last_line(problem)}") from problem
-            raise DeviceLost(f"device {self._device} is lost: {lost}; does it run code for {self.target.name!r}?") from problem
         return _Seat(session)
 
     def _know(self, facts: probe.DeviceFacts) -> None:
         """Raises TargetError when the target is another device's, or devices of one key differ."""
-        if lacking := facts.lacks(self.target.processor):
-            raise TargetError(f"device {self._device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
-                              f"{self.target.name!r} may use; choose its own target")
         if self.target.name == "local" and not facts.emulated and facts.cpu != cpu_of(self.target):
             raise TargetError(f"target 'local' is this machine, {cpu_of(self.target)}; device {self._device} is {facts.cpu or 'unknown'}: "
                               "choose a target that describes it")
