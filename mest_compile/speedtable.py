@@ -245,9 +245,9 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
              "baseline": baseline, "threads": threads, "repeats": repeats,
              "machine": found.machine, "versions": found.versions, "measured_at": found.measured_at}
     if opencl:
-        from mest_compile.runtime.opencl import find_device
+        from mest_compile.runtime.opencl import describe_device
 
-        facts["opencl"] = f"{(driver := find_device()).name} by {driver.platform.name} {driver.version}"
+        facts["opencl"] = describe_device()
     return SpeedTable(tuple(rows), facts)
 
 

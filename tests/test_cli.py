@@ -79,7 +79,7 @@ def test_doctor_finds_this_machine_fit(mest_compile_command):
     ran = mest_compile_command("doctor", "--json")
     status = {check["name"]: check["status"] for check in ran.document}
     assert ran.code == 0 and "fail" not in status.values()
-    assert {status[name] for name in ("apache-tvm", "apache-tvm-ffi", "torch", "tvm", "target local")} == {"ok"}
+    assert {status[name] for name in ("apache-tvm", "apache-tvm-ffi", "torch", "tvm", "target local")} == {"ok"} and "OpenCL" in status
 
 
 def test_doctor_fails_when_a_package_has_the_wrong_version(mest_compile_command, monkeypatch):

@@ -60,3 +60,13 @@ def test_the_opencl_page_has_the_loads_that_the_code_has():
     recorded, page = json.loads(opencl_loads.RESULT.read_text()), opencl_loads.DOCUMENT.read_text()
     assert page == opencl_loads.embed(page, opencl_loads.table(recorded)), "run python benchmarks/opencl_loads.py"
     assert opencl_loads.rows(("pattern",)) == [row for row in recorded["now"] if row["scheme"] == "pattern"]
+
+
+def test_the_opencl_page_quotes_the_recorded_times():
+    page = opencl_loads.DOCUMENT.read_text()
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "opencl-pocl.json").read_text())
+    assert "PoCL" in recorded["opencl"] and recorded["command"].startswith("mest-compile table")
+    for row in recorded["rows"]:
+        interval = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+        figures = f"{row['step_seconds'] * 1e3:.1f} | {row['baseline_seconds'] * 1e3:.1f} | {interval}"
+        assert f"| {row['scheme']} | {figures} |" in page

@@ -45,6 +45,7 @@ def _checks() -> Iterator[Check]:
     yield _c_compiler()
     yield _arm_linker()
     yield _arm_model()
+    yield _opencl()
     yield _host_target()
     yield _threads()
     yield _huge_pages()
@@ -121,6 +122,15 @@ def _arm_model() -> Check:
         return Check("modelled cycles", "warn", f"no {', '.join(missing)}, which only `analyze` and `tune --measure model` need: "
                      f"apt install --no-install-recommends {' '.join(machine.packages)} {cycles.PACKAGE}")
     return Check("modelled cycles", "ok", f"{shutil.which(machine.emulator)}, llvm-mca-{cycles.VERSION}")
+
+
+def _opencl() -> Check:
+    from mest_compile.runtime.opencl import describe_device
+
+    try:
+        return Check("OpenCL", "ok", describe_device())
+    except MestError as problem:
+        return Check("OpenCL", "warn", f"{problem}; only OpenCL targets need it")
 
 
 def _host_target() -> Check:

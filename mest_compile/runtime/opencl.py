@@ -47,6 +47,12 @@ def find_device() -> Any:
                        "apt install pocl-opencl-icd ocl-icd-libopencl1")
 
 
+def describe_device() -> str:
+    """The machine's OpenCL device and its driver, in a line. Raises NotInstalled."""
+    device = find_device()
+    return f"{device.name} by {device.platform.name} {device.version}"
+
+
 @cache
 def _refusal(device: Any) -> str | None:
     """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs newer than itself."""
