@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +152,9 @@ def test_a_device_lost_in_mid_epoch_costs_the_steps_since_the_checkpoint(way, fo
 
 def test_two_devices_of_one_key_work_side_by_side(folder, port):
     with emulated.device(folder, port, "pair"), emulated.device(folder, port, "pair"):
+        runner = find_runner("rpc")(find_target("arm_cpu"), RunnerOptions(f"127.0.0.1:{port}", "pair"))
+        assert runner.devices == 2  # all that there are
+        runner.close()
         steps = [compiled(mest.rpc(f"127.0.0.1:{port}", "pair", wait_seconds=20)) for _ in range(2)]
         batch = make_batches(SHAPE, 10, 1)[0]
         assert steps[0](*batch).loss == steps[1](*batch).loss
@@ -186,7 +190,8 @@ def test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart(counti
     assert kernels.get("exact, modelled", 0) == (8 if counting else 0) and "exact" not in kernels and "nearest" not in kernels
 
 
-def test_tuning_goes_on_when_its_device_is_killed_and_another_comes(folder, port, tmp_path, caplog):
+@pytest.mark.parametrize("when", ["comes", "is there"])
+def test_tuning_goes_on_when_its_device_is_killed_and_another(when, folder, port, tmp_path, caplog):
     class Strike:
         trials = 0
 
@@ -197,19 +202,19 @@ def test_tuning_goes_on_when_its_device_is_killed_and_another_comes(folder, port
             self.trials += 1
             if self.trials == 3:
                 first.kill()
-                second.append(emulated.device(folder, port, "mortal"))
-                second[0].__enter__()
+                if when == "comes":
+                    devices.enter_context(emulated.device(folder, port, key))
 
-    second, log = [], tmp_path / "log.jsonl"
-    with emulated.device(folder, port, "mortal") as first:
+    log, key = tmp_path / "log.jsonl", f"mortal-{when.replace(' ', '-')}"
+    with ExitStack() as devices:
+        first = devices.enter_context(emulated.device(folder, port, key))
+        if when == "is there":
+            devices.enter_context(emulated.device(folder, port, key))
         request = Request("mlp", (8, 3, 32, 32), 16, "block:4x1", target="cortex-a76", log=log)
-        try:
-            result = tune(request, RunnerOptions(f"127.0.0.1:{port}", "mortal"), 1, progress=Strike())
-        finally:
-            second[0].__exit__(None, None, None)
+        result = tune(request, RunnerOptions(f"127.0.0.1:{port}", key), 1, progress=Strike())
     assert result.finished and result.measured == len(log.read_text().splitlines()) == 8
     assert all(task.outcomes == {"ok": 1} for task in result.tasks)
-    assert "device mortal at 127.0.0.1" in caplog.text and "was lost while it timed" in caplog.text
+    assert f"device {key} at 127.0.0.1" in caplog.text and "was lost while it timed" in caplog.text
 
 
 def test_kernels_that_are_wrong_crash_or_hang_cost_their_trial_only(phone, tmp_path):

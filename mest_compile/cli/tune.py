@@ -113,7 +113,7 @@ class TuningProgress:
     def on_stage(self, stage: str, done: int, total: int) -> None:
         self._bar.update(self._whole, description=stage, completed=done, total=max(total, 1))
         if not self._console.is_terminal and done == 0:
-            self._console.print(f"{stage}: {total}", highlight=False)
+            self._console.print(f"{stage}: {total}", highlight=False, soft_wrap=True)
 
     def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
         from mest_compile.records import unit_of
@@ -127,4 +127,4 @@ class TuningProgress:
         self._bar.update(self._tasks[task.name], completed=done, total=total, best=said)
         if not self._console.is_terminal and monotonic() - self._said > 5:
             self._said = monotonic()
-            self._console.print(f"{task.name}: {done} of {total} trials, {said}", highlight=False)
+            self._console.print(f"{task.name}: {done} of {total} trials, {said}", highlight=False, soft_wrap=True)

@@ -1,13 +1,18 @@
-"""Starts the stand-in device that `make device` builds, and a tracker for it, all on 127.0.0.1."""
+"""Starts the stand-in device that `make device` builds, and a tracker for it, all on 127.0.0.1.
+
+By hand: python tests/device/emulated.py TRACKER-PORT KEY [--count-instructions]
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,3 +85,27 @@ def device(folder: Path, tracker_port: int, key: str = "emulated", count_instruc
         yield started
     finally:
         started.kill()
+
+
+def main() -> int:
+    """Serves until interrupted."""
+    parser = argparse.ArgumentParser(description="An emulated Cortex-A76 that serves at a tracker on 127.0.0.1, until interrupted.")
+    parser.add_argument("port", type=int, help="of the tracker")
+    parser.add_argument("key")
+    parser.add_argument("--count-instructions", action="store_true", help="let its clock count executed instructions, one a nanosecond")
+    given = parser.parse_args()
+    if lacking := missing():
+        print(f"error: {lacking}", file=sys.stderr)
+        return 1
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as folder, device(Path(folder), given.port, given.key, given.count_instructions) as started:
+        print(f"{given.key} serves at the tracker 127.0.0.1:{given.port}", flush=True)
+        try:
+            return started.process.wait()
+        except KeyboardInterrupt:
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
