@@ -7,6 +7,9 @@ that all groups of result channels meet the same activations in the device's cac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mest_compile.hardware import Target
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.registry import schedule
@@ -32,6 +35,14 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
 def pieces_of(groups: int, blocks: int) -> int:
     """Groups of channels of a work-group: several, where there are more work-groups than keep the device busy."""
     return largest_divisor(groups, max(1, min(MOST_PIECES, groups * blocks // (4 * ENOUGH_GROUPS))))
+
+
+@contextmanager
+def pieces_in_turn(text: Text, turns: int) -> Iterator[None]:
+    """A loop over a work-group's groups of channels: sets `part`, the number of one."""
+    with text.nest(*([f"for piece in T.serial({turns})"] if turns > 1 else [])):
+        text(f"part: T.let = block * {turns} + piece" if turns > 1 else "part: T.let = block")
+        yield
 
 
 @schedule("compact.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "staged": (None, 0, 32, 128),
@@ -98,8 +109,7 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
             declare_row_sums(text, size, rows * each, vector)
         with text.nest(f"for a in T.unroll({each})"):  # a thread behind the last pixel reads what the last one reads, and writes nothing
             text(f"q: T.let = T.min({pixel}, {pixels - 1})", f"from_where[a] = {place(source, (0, 0), problem.source_step, 'q')}")
-        with text.nest(*([f"for piece in T.serial({turns})"] if turns > 1 else [])):
-            text(f"part: T.let = block * {turns} + piece" if turns > 1 else "part: T.let = block")
+        with pieces_in_turn(text, turns):
             channel = f"channels[part * {rows} + j]" if problem.rows_live else f"(part * {rows} + j)"
             written = f"result[{channel} * {plane_vectors(result)} + {place(result, target_start, grid_pass.step, '{q}')}]"
             start = full(f"bias[{channel}]", vector) if problem.bias else zeros(vector)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mest_compile.hardware import Target
 from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, Shape
 from mest_compile.registry import schedule
-from mest_compile.schedules.opencl_gather_conv import pieces_of, statistics_of_result
+from mest_compile.schedules.opencl_gather_conv import pieces_in_turn, pieces_of, statistics_of_result
 from mest_compile.schedules.opencl_gather_grad import join_splits, splits_of
 from mest_compile.schedules.opencl_staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
 from mest_compile.schedules.opencl_sums import declare_totals, totals
@@ -73,8 +73,7 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
             declare_row_sums(text, size, run * each, vector)
         with text.nest(f"for a in T.unroll({each})"):  # a thread behind the last run reads what the last one reads, and writes nothing
             text(f"q: T.let = T.min({start_of}, {runs - 1})", f"from_where[a] = {place(source, (0, 0), 'q')}")
-        with text.nest(*([f"for piece in T.serial({turns})"] if turns > 1 else [])):
-            text(f"part: T.let = block * {turns} + piece" if turns > 1 else "part: T.let = block")
+        with pieces_in_turn(text, turns):
             with text.nest(f"for a in T.unroll({each})"):
                 start = full("bias[part]", vector) if gather.bias else zeros(vector)
                 if gather.accumulate:
