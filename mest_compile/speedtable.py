@@ -258,8 +258,10 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
 
     from mest_compile.runtime.probe import check
 
+    opencl = find_target(case.target).device == "opencl"
     with closing(device.open()) as session:
-        there = check(session, find_target(case.target))
+        place, there = session.place("opencl" if opencl else "cpu"), check(session, find_target(case.target))
+        driver = {"opencl": str(place.device_name)} if opencl else {}
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
         net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model
@@ -282,7 +284,7 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
     facts = {"model": model if isinstance(model, str) else type(model).__name__, "width": case.width, "input_shape": list(case.input_shape),
              "distribution": case.distribution, "target": case.target, "baseline": DENSE, "threads": case.threads, "repeats": repeats,
              "machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},
-             "emulated": there.emulated, "clock": there.clock,
+             "emulated": there.emulated, "clock": there.clock, **driver,
              "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm")},
              "measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
     return SpeedTable(tuple(rows), facts)

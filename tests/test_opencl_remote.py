@@ -22,6 +22,7 @@ from mest_compile import hardware
 from mest_compile.errors import NotInstalled, TargetError
 from mest_compile.linking import check_library, find_linker
 from mest_compile.runtime import opencl_runtime
+from mest_compile.runtime.opencl import find_device
 from mest_compile.runtime.remote import RemoteRunner
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
@@ -115,6 +116,13 @@ def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_com
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records and all(record["outcome"] == "ok" and min(record["seconds"]) > 0 for record in records), records
     assert all(record["target"]["device"] == "opencl" for record in records)
+
+
+def test_a_speed_table_of_the_device_names_its_gpu(mest_compile_command, gpu):
+    options = ["--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured", "--sparsities", 0.9, "--repeats", 2, "--json"]
+    ran = mest_compile_command("table", *options, "--target", "opencl", "--tracker", f"{gpu.host}:{gpu.port}", "--key", gpu.key)
+    assert ran.code == 0, ran.err
+    assert ran.document["opencl"] == find_device().name and ran.document["rows"][0]["speedup"] > 0
 
 
 def test_a_device_without_opencl_says_so(folder, port):
