@@ -237,6 +237,10 @@ def test_build_tells_sizes_and_replaces_an_artifact_whole(mest_compile_command, 
         assert ran.code == 0, ran.err
     assert ran.document["bytes"] == sum((out / name).stat().st_size for name in ("step.so", "state.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    lean = mest_compile_command(*options, "--memory-budget", ran.document["memory_bytes"] - 1)
+    assert lean.code == 2 and "memory_budget is" in lean.err  # nothing in so small a net can be computed again
+    roomy = mest_compile_command(*options, "--grow-to", 0.8)
+    assert roomy.document["memory_bytes"] > ran.document["memory_bytes"]
     (tmp_path / "mine").mkdir()
     assert mest_compile_command(*options[:-2], tmp_path / "mine").code == 2
 

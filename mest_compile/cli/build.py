@@ -25,6 +25,9 @@ def build(
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
     activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
                                                   "can.")] = "float32",
+    memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest; activations are computed again to "
+                                                           "meet them.", min=1)] = None,
+    grow_to: Annotated[float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint of a run that was compiled for the same target; "
                                                          "takes no other option but --out and --json.")] = None,
@@ -42,14 +45,17 @@ def build(
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
             step = mest.compile(net, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else sparsity, distribution=distribution,
-                                target=target, threads=threads, seed=seed, activations=activations)
+                                target=target, threads=threads, seed=seed, activations=activations, memory_budget=memory_budget,
+                                grow_to=grow_to)
         manifest = step.export(out)
+        need = step.memory(at_capacity=True)["total"]
     if as_json:
-        print_json({"folder": str(out), "bytes": size_bytes(manifest), "files": manifest["files"], "target": step.describe()["target"]})
+        print_json({"folder": str(out), "bytes": size_bytes(manifest), "files": manifest["files"], "memory_bytes": need,
+                    "target": step.describe()["target"]})
     else:
         print_table(["file", "KiB"], [[name, round(entry["bytes"] / 1024, 1)] for name, entry in manifest["files"].items()])
-        print(f"\n{out}: {size_bytes(manifest) / 1024:.0f} KiB for {step.describe()['target']}; on the device: "
-              f"mest-compile train --artifact {out} --data ...")
+        print(f"\n{out}: {size_bytes(manifest) / 1024:.0f} KiB for {step.describe()['target']}, {need / 2**20:.1f} MiB of memory at its "
+              f"densest; on the device: mest-compile train --artifact {out} --data ...")
 
 
 def _image(text: str) -> tuple[int, ...]:
