@@ -52,6 +52,18 @@ def test_a_row_of_a_device_has_no_peaks_and_an_interval_of_both_medians():
         " A millisecond is a million instructions: the device counts them instead of time."]
 
 
+def test_the_page_has_the_recorded_instructions_of_whole_steps(repository):
+    page = " ".join((repository / "docs" / "arm.md").read_text().split())
+    table = json.loads((repository / "benchmarks" / "results" / "device-steps.json").read_text())
+    assert table["clock"] == "instructions" and table["emulated"] and "--count-instructions" in table["device"]
+    millions, times = ([format(row[name] * scale, form) for row in table["rows"]]
+                       for name, scale, form in (("step_seconds", 1e3, ".1f"), ("speedup", 1, ".2f")))
+    names = [row["scheme"] for row in table["rows"]]
+    assert f"executes {table['rows'][0]['baseline_seconds'] * 1e3:.1f} million" in page
+    assert all(f"{million} ({name})" in page for million, name in zip(millions, names, strict=True))
+    assert "{}, {} and {} times fewer".format(*times) in page
+
+
 def test_every_format_holds_the_rows_and_the_problem(tmp_path):
     table = sample()
     markdown = table.to_markdown().splitlines()
