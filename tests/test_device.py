@@ -249,6 +249,14 @@ def test_a_device_that_the_target_does_not_describe_is_refused(phone, monkeypatc
         mest.compile(model, (8, 1, 8, 8), target="arm_cpu", device=phone)
 
 
+def test_tuning_without_a_device_ends_and_says_so(port, caplog, monkeypatch):
+    monkeypatch.setattr("mest_compile.tuning.runners.rpc.PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("mest_compile.tuning.runners.rpc.ASKING_SECONDS", 0.6)
+    with pytest.raises(mest.MestError, match="device nobody at .* asked for 1 s, again and again.*start again to go on"):
+        find_runner("rpc")(find_target("arm_cpu"), RunnerOptions(f"127.0.0.1:{port}", "nobody", timeout_seconds=0.1))
+    assert len([record for record in caplog.records if "waiting up to 1 s" in record.getMessage()]) == 1
+
+
 def test_whoever_waits_for_a_device_is_told(port, caplog, monkeypatch):
     monkeypatch.setattr("mest_compile.runtime.remote.SILENT_SECONDS", 0.5)
     with pytest.raises(mest.MestError, match="none to be had within 1 s .no device of that key is free"):

@@ -117,7 +117,8 @@ class RpcRunner(Runner):
                     if not isinstance(problem, DeviceError):
                         raise
                     if not others and time.monotonic() >= end:
-                        raise DeviceError(str(problem).replace(f"{ASKING_SECONDS:g} s", f"{self._device.wait_seconds:g} s")) from None
+                        raise DeviceError(f"{problem}; asked for {self._device.wait_seconds:g} s, again and again. What was measured is "
+                                          "recorded: start again to go on") from None
                     if not others and not waiting:
                         waiting = True
                         log.warning("%s; waiting up to %g s", problem, self._device.wait_seconds)
