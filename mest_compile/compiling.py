@@ -22,6 +22,7 @@ from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
 from mest_compile.linkers import is_foreign
 from mest_compile.linking import link_opencl_step, link_step
+from mest_compile.opencl_kernels import check_buffers
 from mest_compile.planning import meet_budget, plan_layers, warn_beyond_memory
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
@@ -162,6 +163,8 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
     target, threads, programs = facts.target, facts.threads, facts.lower()
     train, predict = programs
+    if target.device == "opencl":
+        check_buffers(programs, target)
     warn_beyond_memory(train, predict, facts.layers, target)
     choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
     sources = choosing.sources(programs, target, choices)

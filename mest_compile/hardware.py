@@ -33,6 +33,7 @@ class Gpu:
     most_threads    that a work-group may have
     local_bytes     local memory of a work-group
     most_buffer_bytes  of one buffer
+    most_image_side  pixels of a side of a 2D image; no kernel here reads images. The default is the least that OpenCL 1.2 allows
     gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
     """
 
@@ -43,6 +44,7 @@ class Gpu:
     most_buffer_bytes: int
     gflops: float
     gigabytes_per_second: float
+    most_image_side: int = 8192
 
     def __post_init__(self):
         if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mest_compile.errors import BuildError
+from mest_compile.graph.program import Program
 from mest_compile.hardware import Gpu, Target
 from mest_compile.parsing import parse
+from mest_compile.spec import ITEM_BYTES
 
 _LOCAL = re.compile(r"^\s*__local (\w+?)(\d*) (\w+)\[(\d+)\];", re.MULTILINE)
 _SCALAR_BYTES = {"float": 4, "int": 4, "uint": 4, "uchar": 1, "char": 1, "half": 2, "short": 2}
@@ -155,6 +157,16 @@ def check_limits(launch: Launch, gpu: Gpu, target: str) -> None:
     if launch.local_bytes > gpu.local_bytes:
         raise BuildError(f"kernel {launch.name} needs {launch.local_bytes} bytes of local memory; {target} has {gpu.local_bytes}: choose a "
                          "schedule that needs less, or correct gpu.local_bytes in the target's file")
+
+
+def check_buffers(programs: Iterable[Program], target: Target) -> None:
+    """Raises BuildError when a buffer whose size is known, or a slot of the arena, is larger than the device's buffers may be."""
+    for program in programs:
+        held = {buffer.name: buffer.elems * ITEM_BYTES[buffer.dtype] for buffer in program.held() if buffer.elems is not None}
+        for name, size in [*held.items(), *((f"activations {number}", size) for number, size in enumerate(program.slots))]:
+            if size > target.limits.most_buffer_bytes:
+                raise BuildError(f"buffer {name} has {size} bytes; {target.name} allows {target.limits.most_buffer_bytes}: use a smaller "
+                                 "batch, or correct gpu.most_buffer_bytes in the target's file")
 
 
 def _scratch(facts: str) -> tuple[Scratch, ...]:

@@ -23,7 +23,7 @@ from mest_compile.spec import Image
 CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
 SHAPE = (8, 3, 16, 16)
 PRIVATE = re.compile(r"^  (?!__local)\w+ (\w+)\[\d+\];", re.MULTILINE)
-FORBIDDEN = {"float64": r"\bdouble\b|convert_double", "an atomic": r"\batom(ic)?_\w+"}
+FORBIDDEN = {"an image": r"\bimage2d\w*|\bread_image\w*", "float64": r"\bdouble\b|convert_double", "an atomic": r"\batom(ic)?_\w+"}
 
 
 def kernels_of_a_step(target: str, scheme: str, folder) -> dict[str, OpenclKernel]:

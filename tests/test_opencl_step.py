@@ -116,6 +116,13 @@ def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
             Builder(tmp_path).function(small)
 
 
+def test_a_step_with_a_buffer_beyond_the_limit_is_not_built():
+    there = hardware.find_target("mali")
+    small = dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, most_buffer_bytes=20_000))
+    with pytest.raises(BuildError, match=r"images has 24576 bytes; mali allows 20000|activations \d has \d+ bytes; mali allows 20000"):
+        compiled("block", target=small)
+
+
 def test_a_step_waits_once(monkeypatch):
     """Uploads and launches only enter the queue; reading the loss is where the host waits, and then all is done."""
     step, _ = compiled("block")
