@@ -96,7 +96,7 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
         units = room if sparsity is None else units_at(layers, round(max(0.0, sparsity - excess), DIGITS))
         train, predict = programs[recomputed]
-        return footprint(train, predict, layers, held_cells(layers, units), target.vector * target.cores)["total"]
+        return footprint(train, predict, layers, held_cells(layers, units), target)["total"]
 
     start, room = overall_sparsity(layers), {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
     choices = [frozenset[str](), *recomputable(graph)]
@@ -121,7 +121,7 @@ def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, La
     the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
     """
     room = {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
-    need = footprint(train, predict, layers, held_cells(layers, room), target.vector * target.cores)["total"]
+    need = footprint(train, predict, layers, held_cells(layers, room), target)["total"]
     if target.memory_bytes is not None and need > target.memory_bytes:
         log.warning("the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller batch or model, "
                     "or memory_budget, which computes values again instead of keeping them",

@@ -16,6 +16,27 @@ PIXELS = 8            # of a row: what sections are cut for
 LEAST_TILE, MOST_TILE = 4, 28  # accumulators that tuning tries
 STACK_BYTES = 1024    # what TVM keeps on the stack, from where LLVM takes it into registers
 TAPS = 3              # kernel height and width that tiles are chosen for
+NEON_FLOATS, NEON_REGISTERS = 4, 32  # of a vector; of a 64-bit ARM core
+
+
+def is_neon(vector: int, target: Target) -> bool:
+    return vector == NEON_FLOATS and target.registers == NEON_REGISTERS
+
+
+def widens_once(source: Image, target: Target, once: bool | None = None) -> bool:
+    """Whether a kernel first makes a float32 copy of what it reads of a source that is stored in less, or widens at every read.
+
+    A copy stays in the thread's caches. Where a conversion costs as much as four multiply-adds, as on ARM cores (2 cycles on Neoverse N1,
+    by LLVM's model), it is made up for by few reads; on x86 conversions run beside the multiply-adds, and the smaller source is near.
+    """
+    return source.dtype != "float32" and (is_neon(source.vector, target) if once is None else once)
+
+
+def widen(name: str, image: Image, start: str, elems: str) -> list[str]:
+    """Fills `wide` with `elems` elements from element `start` on."""
+    at = f"t * {image.vector} + i"
+    return [f"for t in T.serial({elems} // {image.vector}):", *indent(1, nest([], image.vector, f"wide[{at}] = "
+                                                                              + widened(image, f"{name}[{start} + {at}]")))]
 
 
 def divisors(number: int) -> list[int]:
@@ -79,7 +100,8 @@ def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
                       if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
                       and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES]
     widest = max((grid[1] for grid in grids), default=1)
-    return {"tile": tuple(tiles), "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
+    once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
+    return once | {"tile": tuple(tiles), "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
             "together": (1, 2, 4), "prefetch": ("both", "source", "result", "none")}
 
 
@@ -87,7 +109,7 @@ def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
 @schedule("compact.conv", device="cpu", knobs=conv_knobs)
 @schedule("gather.conv", device="cpu", knobs=conv_knobs)
 def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int, int] | None = None, run: int | None = None,
-                together: int = 1, prefetch: str = "both") -> str:
+                together: int = 1, prefetch: str = "both", once: bool | None = None) -> str:
     """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass.
 
     tile      (rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and the slices;
@@ -95,8 +117,9 @@ def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int, 
     run       pixels of a row that a group passes over before the next group comes; None: chosen from the sizes
     together  units per round of the innermost loop
     prefetch  what is asked for ahead: "both", "source", "result" or "none"
+    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the target
     """
-    knobs = _Knobs(tile, run, together, prefetch)
+    knobs = _Knobs(tile, run, together, prefetch, widens_once(problem.source, target, once))
     source, result = problem.source, problem.result
     block = problem.unit[0] * problem.row_block
     arguments = [
@@ -125,6 +148,7 @@ class _Knobs:
     run: int | None
     together: int
     prefetch: str
+    once: bool
 
 
 def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> list[str]:
@@ -150,11 +174,14 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
              f" + part % {parts} * {rows} + %j]")
     total = f"sums_%j[((a * {wide} + c) * {deep} + v) * {vector} + i]"
 
-    def pixel(image: Image, step: tuple[int, int]) -> str:
-        return (f"(z * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
+    def pixel(image: Image, step: tuple[int, int], first: str = "z") -> str:
+        return (f"({first} * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
                 f" + (x * {wide} + c) * {step[1] * vector} + i")
 
-    read = widened(source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]")
+    if knobs.once:
+        read = f"wide[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step, first='0')}]"
+    else:
+        read = widened(source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]")
     first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
     # Between sections sums stay float32: where the result is narrower, beside it.
@@ -202,17 +229,22 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     visit = [f"for tile in T.serial({run}):", *indent(1, [
         f"x: T.let = stretch * {run} + tile",
         *(prefetch("source", source, problem.sources_live or source.channels, "source_ahead", (strip[0], 1), strip[1], *visits,
-                   planes="sources" if problem.sources_live else None) if knobs.prefetch in ("both", "source") else []),
+                   planes="sources" if problem.sources_live else None) if knobs.prefetch in ("both", "source") and not knobs.once else []),
         *(prefetch("result", result, problem.rows_live or result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits,
                    write=True, planes="channels" if problem.rows_live else None) if knobs.prefetch in ("both", "result") else []),
         *inner])]
     statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
-    return [f"for piece in T.parallel({layers * down}):",
-            *indent(1, [*([f"partial = T.alloc_buffer(({stretch_elems},), 'float32')"] if beside else []),
-                        f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *ahead,
-                        f"for stretch in T.serial({across // run}):", *indent(1, starts),
-                        f"    for section in T.serial({problem.sections}):",
-                        f"        for part in T.serial({groups} * {parts}):", *indent(3, visit), *statistics])]
+    around = [*ahead, f"for stretch in T.serial({across // run}):", *indent(1, starts),
+              f"    for section in T.serial({problem.sections}):",
+              f"        for part in T.serial({groups} * {parts}):", *indent(3, visit), *statistics]
+    sums = [f"partial = T.alloc_buffer(({stretch_elems},), 'float32')"] if beside else []
+    if not knobs.once:
+        return [f"for piece in T.parallel({layers * down}):",
+                *indent(1, [*sums, f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *around])]
+    elems = deep * source.slice_elems
+    return [f"for z in T.parallel({layers}):",
+            *indent(1, [*sums, f"wide = T.alloc_buffer(({elems},), 'float32')", *widen("source", source, f"z * {elems}", str(elems)),
+                        f"for y in T.serial({down}):", *indent(1, [f"piece: T.let = z * {down} + y", *around])])]
 
 
 def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
@@ -266,4 +298,5 @@ def prefetch_run(name: str, image: Image, start: str, elems: int) -> list[str]:
             f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * {line}]), 0, 2, 1))"]
 
 
-gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists
+gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists,
+gather_conv.widens_once = widens_once            # and counts its memory

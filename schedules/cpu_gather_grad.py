@@ -11,16 +11,18 @@ from mest_compile.schedules.cpu_gather_conv import (
     TAPS,
     divisors,
     indent,
+    is_neon,
     largest_divisor,
     listed,
     nest,
     prefetch_run,
+    widen,
+    widens_once,
 )
 from mest_compile.schedules.cpu_rows import widened
 
 UNROLLED_COLUMNS = 8
 SMALL_PIXELS = 64
-NEON_FLOATS, NEON_REGISTERS = 4, 32  # of a vector; of a 64-bit ARM core
 BURST = 3  # runs of a row that are prefetched at once without holding up the loads behind them
 
 
@@ -65,7 +67,8 @@ def grad_knobs(problem: GatherGrad, target: Target) -> dict[str, tuple]:
         return {"several": (None, *several)}
     strips = [(high, wide) for high in divisors(delta.height) for wide in divisors(delta.width)
               if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16]
-    return {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
+    once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
+    return once | {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
 
 
 def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
@@ -79,7 +82,7 @@ def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
 @schedule("compact.grad", device="cpu", knobs=grad_knobs)
 @schedule("gather.grad", device="cpu", knobs=grad_knobs)
 def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None, several: int | None = None,
-                prefetch: bool = True) -> str:
+                prefetch: bool = True, once: bool | None = None) -> str:
     """Several units of a group at a time, so that they share what they read of delta.
 
     Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A thread owns strips,
@@ -89,6 +92,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     strip     (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
     several   units that pass together; None: chosen from the registers
     prefetch  whether the next strip is asked for ahead
+    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the target
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     most = max(target.registers - 4, 1)
@@ -98,7 +102,7 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     each = rows * depth
     # A unit of neighbouring pixels also holds those that its next pixel reads again.
     most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
-    if vector == NEON_FLOATS and target.registers == NEON_REGISTERS and problem.taps == 1:
+    if is_neon(vector, target) and problem.taps == 1:
         # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each row are in registers.
         # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add floor, eight 59%).
         most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
@@ -116,13 +120,19 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     cell = f"(section * {problem.groups} + group)"
     count = f"(pointers[{cell} + 1] - pointers[{cell}])"
 
+    section_elems, copied = problem.section_channels * source.channel_elems, widens_once(source, target, once)
+
     def together(units: int, first: str) -> list[str]:
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
         weight = f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
-        read = widened(source, f"source[offsets[{first} + %u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems}"
-                f" + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
-                f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i]")
+        place = (f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
+                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i")
+        read = f"offsets[{first} + %u] + " + place
+        if copied:
+            read = f"wide[{read.replace('%s', f'section * -{section_elems}')}]"
+        else:
+            read = widened(source, f"source[{read.replace('%s', f'z * {source.slice_elems}')}]")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
         against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
                           f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
@@ -142,6 +152,8 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {"source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
             "delta": (problem.rows_live or delta.channels, high, wide, delta)}
+    if copied:
+        del runs["source"]
     lists = {"source": f"sources[T.min(section * {read} + %s, {source.channels - 1})]" if problem.sources_live else "%s",
              "delta": f"channels[T.min(%s, {delta.channels - 1})]" if problem.rows_live else "%s"}
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
@@ -172,7 +184,6 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
     then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
-    section_elems = problem.section_channels * source.channel_elems
     tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
     starts = [
         f"source_ahead: T.let = next_z * {source.slice_elems} + section * {0 if problem.sources_live else section_elems}"
@@ -180,14 +191,20 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
         f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
         f" + next_x * {wide * vector}"]
     mine = f"T.min({share}, {strips_each} - chunk * {share})"
+    copy, room = [], []
+    if copied:
+        room = [f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')"]
+        elems = f"T.min({section_elems}, {source.slice_elems} - section * {section_elems})"
+        copy = [f"if turn == 0 or strip % {down * across} == 0:",
+                *indent(1, widen("source", source, f"z * {source.slice_elems} + section * {section_elems}", elems))]
     of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
     lines = [
         f"for chunk in T.parallel({chunks}):",
         *indent(1, [
-            f"for weight in T.serial(units * {block}):", f"    for i in T.vectorized({vector}):",
+            *room, f"for weight in T.serial(units * {block}):", f"    for i in T.vectorized({vector}):",
             f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
             f"for section, turn in T.grid({problem.sections}, {mine}):", *indent(1, [
-                f"strip: T.let = chunk * {share} + turn", *where, *then, *starts,
+                f"strip: T.let = chunk * {share} + turn", *where, *then, *starts, *copy,
                 f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
                 f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
         f"for weight in T.parallel(units * {block}):", *indent(1, [

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mest_compile.graph.program import Buffer, Program
-from mest_compile.registry import FAMILIES
+from mest_compile.hardware import Target
+from mest_compile.operators.gather import GatherConv
+from mest_compile.registry import FAMILIES, SCHEDULES
 from mest_compile.sparsity.layer import Layer
 from mest_compile.spec import ITEM_BYTES
 
@@ -13,12 +15,13 @@ KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspac
 
 
 def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int],
-              sums: int) -> dict[str, int]:
+              target: Target) -> dict[str, int]:
     """{kind: bytes, "total": bytes}.
 
     live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps where each lies in the mask
-    sums         partial sums that weight gradients on images keep of every live weight: vector lanes times threads' shares
-    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and the sums of the largest layer
+    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and what kernels allocate: partial
+                 sums of the weight gradient of the largest layer, vector lanes times threads' shares of every live weight, and copies in
+                 float32 of what is stored in less
     """
     found = dict.fromkeys(KINDS, 0)
     for buffer in _held((train, predict)):
@@ -29,8 +32,16 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
     most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()
                      if layer.spec.output_size != (1, 1)), default=0)
-    found["workspace"] = arena_bytes - found["activations"] + most_live * sums * ITEM_BYTES["float32"]
+    kernels = (most_live * target.vector + _copied_elems(train, target)) * target.cores * ITEM_BYTES["float32"]
+    found["workspace"] = arena_bytes - found["activations"] + kernels
     return found | {"total": sum(found.values())}
+
+
+def _copied_elems(train: Program, target: Target) -> int:
+    """Elements of the largest slice that a thread widens as a whole before it reads it."""
+    sources = [call.problem.source for call in train.calls if isinstance(call.problem, GatherConv)]
+    return max((source.slice_elems for source in sources if source.dtype != "float32" and
+                SCHEDULES.find(f"{target.device}/gather.conv").widens_once(source, target)), default=0)
 
 
 def _held(programs: Iterable[Program]) -> list[Buffer]:

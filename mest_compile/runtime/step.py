@@ -162,7 +162,7 @@ class TrainStep:
             room = {name: layer.capacity for name, layer in self._compiled.layers.items() if layer.capacity is not None}
             units |= held_cells({name: self._compiled.layers[name] for name in room}, room)
         target = self._compiled.facts.target
-        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target.vector * target.cores)
+        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target)
 
     # Running.
 
