@@ -31,7 +31,7 @@ embed = partial(documents.embed, what="float16")
 ACTIVATIONS = ("float32", "float16")
 SCHEMES = ("block:4x1", "pattern", "unstructured")
 DATA, MODEL, BATCH, EPOCHS, SEEDS = "fashion-mnist", "resnet20", 64, 2, (0, 1, 2)
-ROUNDS = 15
+ROUNDS = 9
 
 
 def accuracy() -> dict[str, Any]:
@@ -79,13 +79,14 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {"accuracy": accuracy, "speed":
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: what is gained on this machine, then accuracy, then modelled cycles."""
-    lines = ["| scheme | threads | float32 ms | float16 ms | times as fast | interval | planned MiB | instead of |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| scheme | threads | float32 ms | float16 ms | times as fast | interval | planned MiB | instead of | "
+             "peak MiB | instead of |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for one in results["speed"]["comparisons"]:
         ours, rival, (low, high, _) = one["ours"], one["rival"], one["ratio_interval"]
         lines.append(f"| {one['case']['scheme']} | {one['case']['threads']} | {rival['median_seconds'] * 1e3:.1f} | "
                      f"{ours['median_seconds'] * 1e3:.1f} | {one['ratio']:.2f} | {low:.2f} to {high:.2f} | "
-                     f"{ours['planned_bytes'] / 2**20:.0f} | {rival['planned_bytes'] / 2**20:.0f} |")
+                     + " | ".join(f"{side[kind] / 2**20:.0f}" for kind in ("planned_bytes", "training_peak_bytes")
+                                  for side in (ours, rival)) + " |")
     trained = results["accuracy"]
     lines += ["", f"| {trained['model']}, {trained['data']}, {trained['epochs']} epochs | test accuracy of seeds "
               f"{', '.join(str(run['seed']) for run in trained['runs']['float32'])} | mean |", "|---|---|---:|"]
@@ -103,8 +104,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="what to measure anew; none: the table is written from what is there")
+    parser.add_argument("parts", nargs="*", help=f"to measure: {', '.join(PARTS)}; none: the tables are written from what is there")
     wanted = parser.parse_args().parts
+    if unknown := set(wanted) - PARTS.keys():
+        parser.error(f"there is no part {min(unknown)}")
     results: dict[str, Any] = {"command": "python benchmarks/float16.py accuracy speed cycles", "case": asdict(WIDE)}
     if FILE.exists():
         results = json.loads(FILE.read_text())

@@ -2,8 +2,10 @@
 test_gather.
 """
 
+import json
 from dataclasses import replace
 
+import float16
 import numpy as np
 import pytest
 import torch
@@ -232,3 +234,8 @@ def test_ten_steps_on_the_emulated_device_are_those_of_this_machine(tmp_path):
         got = [step(*batch, lr=0.002).loss for batch in batches]
         np.testing.assert_allclose(got, [here(*batch, lr=0.002).loss for batch in batches], rtol=HALF_ULP)
         step.close()
+
+
+def test_the_page_has_the_tables_of_the_recorded_figures():
+    page = float16.DOCUMENT.read_text()
+    assert float16.embed(page, float16.table(json.loads(float16.FILE.read_text()))) == page, "run python benchmarks/float16.py"
