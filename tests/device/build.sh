@@ -19,7 +19,9 @@ command -v ld.lld >/dev/null || missing+=(lld)
 command -v llvm-mca-19 >/dev/null || missing+=(llvm-19)
 command -v clang >/dev/null || missing+=(clang)
 [ -e /etc/OpenCL/vendors/pocl.icd ] || missing+=(pocl-opencl-icd)
-[ -e /usr/include/CL/cl.h ] && ldconfig -p | grep -q libOpenCL || missing+=(opencl-c-headers ocl-icd-libopencl1 g++)
+command -v g++ >/dev/null || missing+=(g++)
+[ -e /usr/include/CL/cl.h ] || missing+=(opencl-c-headers)
+compgen -G "/usr/lib/*/libOpenCL.so*" >/dev/null || missing+=(ocl-icd-libopencl1)
 if [ ${#missing[@]} != 0 ] && [ "$(id -u)" = 0 ]; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" gcc libc6-dev >/dev/null
