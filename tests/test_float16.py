@@ -18,6 +18,7 @@ from mest_compile.analysis import emulate
 from mest_compile.building import Builder, kernel_source
 from mest_compile.errors import TargetError, UsageError
 from mest_compile.facts import Facts
+from mest_compile.graph.footprint import footprint
 from mest_compile.graph.fusing import fuse
 from mest_compile.hardware import find_target
 from mest_compile.models import build_model
@@ -134,6 +135,17 @@ def test_activations_take_half_the_bytes_and_everything_else_as_many():
     assert half["total"] < 0.65 * full["total"]
     assert {kind: half[kind] for kind in ("values", "gradients", "optimizer", "batch")} == \
         {kind: full[kind] for kind in ("values", "gradients", "optimizer", "batch")}
+
+
+def test_copies_that_kernels_make_are_counted():
+    step = compiled(target="arm_cpu")
+    made, target = step._compiled, find_target("arm_cpu")
+    units = {name: 0 for name in step.layers}
+    copied, not_copied = (footprint(made.train, made.predict, step.layers, units, each)["workspace"]
+                          for each in (target, replace(target, registers=16)))
+    largest = max(call.problem.source.slice_elems for call in step.program.calls if isinstance(call.problem, GatherConv)
+                  and call.problem.source.dtype == "float16")
+    assert copied - not_copied == largest * target.cores * 4
 
 
 def test_a_budget_is_met_with_the_same_bits():
