@@ -17,7 +17,7 @@ import numpy as np
 from mest_compile.building import KernelSource
 from mest_compile.operators.gather import GatherConv, GatherGrad
 
-MOST_COPIES = 8  # loops over sections of equal length, each of which is code of its own
+MOST_COPIES = 3  # loops over sections of equal length, each of which is code of its own; with more of them nothing is gained
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,11 @@ class Specializer:
                     planned.append(Planned(name, place.program, place.phase, choose(times, self._steps), source, times=times))
         return planned
 
+    def candidates(self, layers: Iterable[str]) -> list[KernelSource]:
+        """Every specialized kernel of these layers under the present masks, whatever it gains."""
+        found = (self._source(name, place) for name in layers for place in self._places[name])
+        return list({source.key: source for source in found if isinstance(source, KernelSource)}.values())
+
     def begin(self) -> None:
         """Plans, and exchanges what is chosen at once: before the first step there is nothing to wait beside."""
         for name in list(self._places):
