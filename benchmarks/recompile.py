@@ -62,7 +62,8 @@ def main() -> None:
     for scheme in ("filter", "channel"):  # the schemes whose layers have a structure to bake in
         sources = specialized_kernels(scheme)
         rounds = [measure(sources) for _ in range(REPEATS)]
-        found[scheme] = {"kernels": len(sources)} | {name: round(float(np.median([each[name] for each in rounds])), 3) for name in rounds[0]}
+        medians = {name: round(float(np.median([each[name] for each in rounds])), 3) for name in rounds[0]}
+        found[scheme] = {"kernels": len(sources)} | medians
         print(scheme, found[scheme], flush=True)
     RESULT.write_text(json.dumps({"command": "python benchmarks/recompile.py", "machine": machine(), "schemes": found}, indent=1) + "\n")
 

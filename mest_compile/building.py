@@ -34,6 +34,7 @@ from mest_compile.registry import SCHEDULES
 log = logging.getLogger(__name__)
 
 
+STORED_PER_EVICTION = 32  # looking through the folder takes about as long as compiling a kernel
 MOST_BYTES = 2**30  # some 20,000 kernels; a wide ResNet-32 has about 150
 
 
@@ -107,10 +108,25 @@ class Builder:
             self._ready[key] = self._from_disk(source) or self._compile(source)
         return self._ready[key]
 
+    def find(self, source: KernelSource) -> Any:
+        """The callable of one kernel if it was loaded or stands in the folder, whole; else None. Compiles nothing."""
+        key = source.key
+        if key not in self._ready and (found := self._from_disk(source)):
+            self._ready[key] = found
+        return self._ready.get(key)
+
     def has(self, source: KernelSource) -> bool:
         """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
         return source.key in self._ready or any(path.suffix != ".o" for path in
                                                 self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"))
+
+    def store(self, source: KernelSource) -> None:
+        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError."""
+        suffix = ".json" if source.target.device == "opencl" else ".so"
+        if not any(self._entries(source.key, suffix)):
+            self._keep(source.key, suffix, self._content(self._new_library(source), source))
+            if self.compiled % STORED_PER_EVICTION == 0:
+                self._evict()
 
     def objects(self, sources: Iterable[KernelSource]) -> dict[str, bytes]:
         """symbol -> object code, for every source: what is linked for another machine, or into an artifact. Raises BuildError."""
@@ -179,12 +195,17 @@ class Builder:
 
     def _compile(self, source: KernelSource) -> Any:
         library = self._new_library(source)
+        content = self._content(library, source)
         if isinstance(library, OpenclKernel):
-            self._keep(source.key, ".json", library.to_json().encode())
+            self._keep(source.key, ".json", content)
             return library
-        content = _linked(library, source.target)
         self._keep(source.key, ".so", content)
         return self._load(content, source)
+
+    @staticmethod
+    def _content(library: Any, source: KernelSource) -> bytes:
+        """What the cache keeps of a compiled kernel."""
+        return library.to_json().encode() if isinstance(library, OpenclKernel) else _linked(library, source.target)
 
     def _load(self, content: bytes, source: KernelSource) -> Any:
         """The kernel of a library. From a file of its own: who damages or evicts a cached one takes nothing from under a running

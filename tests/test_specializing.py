@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +47,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def always(monkeypatch):
     """Everything that can be specialized is, whatever it gains: on small layers times differ by chance."""
+    monkeypatch.setattr("mest_compile.workers.SHARE", 1.0)  # nobody minds a slower step here
     monkeypatch.setattr("mest_compile.runtime.specializer.choose",
                         lambda times, steps: Choice("specialized", "always"))
     monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure", lambda *arguments: Times(2.0, 1.0, 0.0))
@@ -118,6 +121,89 @@ def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_ne
     assert again._compiled.builder.compiled == compiled and not any(one.compile_seconds for one in times.values())
     assert not again._specializer.workers.started
     step._specializer.workers.close()
+
+
+def test_a_damaged_cache_entry_is_compiled_by_workers_and_not_by_the_training_thread(folder, always, caplog):
+    step = small_step("channel", folder)
+    step.specialize()
+    name = next(name for name in step.masks() if name.startswith("layer3"))
+    step.set_masks({name: channels_of(step, name, 5)})
+    wanted = step._specializer._states[name].wanted.values()
+    until(lambda: all(step._compiled.builder.has(source) for source in wanted))
+    damaged = {source.key for source in wanted} - step._compiled.builder._ready.keys()
+    for path in folder.rglob("*.so"):
+        if path.name.partition(".")[0] in damaged:
+            path.write_bytes(path.read_bytes()[:1000])
+    compiled, expected = step._compiled.builder.compiled, small_step("channel", folder)
+    expected.set_masks({name: channels_of(expected, name, 5)})
+    assert damaged
+    with caplog.at_level(logging.WARNING):
+        assert step(*batch()).loss == expected(*batch()).loss
+    assert "damaged" in caplog.text and step._compiled.builder.compiled == compiled
+    until(lambda: step._specializer.poll() is not None and not step._specializer.waiting())
+    assert step._specializer.running(name) == "specialized" and step._compiled.builder.compiled == compiled
+    step._specializer.workers.close()
+
+
+ABANDONED = """
+import sys, time
+from pathlib import Path
+from mest_compile.building import KernelSource
+from mest_compile.hardware import find_target
+from mest_compile.workers import Workers
+workers = Workers(Path(sys.argv[1]), count=1, share=0.01)
+workers.ask([KernelSource("none", "@T.prim_func", find_target("local"))])
+print(workers.processes[0].pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at a parent's death")
+def test_a_worker_that_rests_dies_with_a_trainer_that_is_killed(tmp_path):
+    trainer = subprocess.Popen([sys.executable, "-c", ABANDONED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+
+    def state():
+        try:
+            return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return "gone"
+
+    until(lambda: state() == "T")
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    until(lambda: state() in ("gone", "Z"))
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import mest_compile as mest
+from mest_compile.building import Builder
+from mest_compile.models import build_model
+shape = (8, 3, 8, 8)
+builder = Builder(Path(sys.argv[1]))
+step = mest.compile(build_model("mlp", shape, 10, 64), shape, scheme="filter", sparsity=0.8, threads=2, builder=builder)
+rng = np.random.default_rng(0)
+images, labels = rng.standard_normal((32, *shape[1:])).astype(np.float32), rng.integers(0, 10, 32)
+step(images[:8], labels[:8])  # TVM's pool is there
+forks = []
+os.register_at_fork(before=lambda: forks.append("fork"))
+sys.addaudithook(lambda event, arguments: forks.append(event) if event in ("os.fork", "os.forkpty") else None)
+recipe = mest.Recipe(epochs=4, method="em", mutate_every=1)
+mest.Trainer(step, recipe, out=sys.argv[2], specialize=True).fit((images, labels), (images, labels))
+assert step._specializer.workers.started, "no kernel was compiled beside training"
+assert not forks, forks
+print("fine")
+"""
+
+
+def test_nothing_forks_once_threads_are_there(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORKS, str(tmp_path / "kernels"), str(tmp_path / "run")], capture_output=True, text=True,
+                          timeout=300)
+    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
 
 
 def test_a_worker_that_dies_leaves_training_on_indexed_kernels_and_says_so(tmp_path, always, caplog):

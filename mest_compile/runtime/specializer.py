@@ -93,6 +93,7 @@ class Specializer:
         self._states = {name: _State() for name in names}
         self._baked: dict[tuple[str, str], dict[Structure, KernelSource]] = {}
         self._failed: set[str] = set()  # keys of specialized kernels that are not asked for again
+        self._damaged: set[str] = set()  # keys of those whose cache entry was
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
         self.history: dict[str, LayerTimes] = {}
 
@@ -182,13 +183,28 @@ class Specializer:
             if not missing or not all(self._builder.has(source) for source in missing.values()):
                 continue
             start = time.perf_counter()
-            self._exchange({place: self._builder.function(source) for place, source in missing.items()})
+            found = {place: self._builder.find(source) for place, source in missing.items()}
+            if damaged := [missing[place] for place, kernel in found.items() if kernel is None]:
+                self._compile_again(name, damaged)
+                continue
+            self._exchange(found)
             state.running |= {place: source.key for place, source in missing.items()}
             note = self._note(name)
             note.exchange_seconds += time.perf_counter() - start
             note.recompiled += len({source.key for source in missing.values()})
             exchanged.append(name)
         return exchanged
+
+    def _compile_again(self, name: str, damaged: list[KernelSource]) -> None:
+        """A cache entry that is not what it was is no work for the training thread. What is damaged a second time stays indexed."""
+        hopeless = {source.key for source in damaged} & self._damaged
+        if hopeless:
+            log.warning("%s stays on its indexed kernels: they are damaged in the cache time and again", name)
+            self._failed |= hopeless
+            wanted = self._states[name].wanted
+            self._states[name].wanted = {place: source for place, source in wanted.items() if source.key not in hopeless}
+        self._damaged |= {source.key for source in damaged}
+        self.workers.ask(source for source in damaged if source.key not in hopeless)
 
     def waiting(self) -> bool:
         """Whether any layer waits for a kernel."""
