@@ -130,6 +130,12 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_compiled(mes
     assert f"cannot write the run to {tmp_path}/file/run: {tmp_path}/file is no folder that can be written; pass another --out" in ran.err
 
 
+def test_a_target_that_is_not_this_machine_is_refused_before_anything_is_written(mest_compile_command, tmp_path):
+    ran = mest_compile_command("train", *TINY, "--target", "cortex-a76", "--out", tmp_path / "run")
+    assert ran.code == 2 and "--target cortex-a76 is not this machine; give the --tracker and --key" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_compile_command, tmp_path):
     import torch
 
