@@ -15,7 +15,8 @@ import mest_compile as mest
 from mest_compile.building import Builder, KernelSource
 from mest_compile.errors import BuildError
 from mest_compile.models import build_model
-from mest_compile.specializing import Structure, structure_of
+from mest_compile.operators.gather import GatherGrad
+from mest_compile.specializing import Structure, specialized, structure_of
 from mest_compile.variants import Choice, Times, choose
 from mest_compile.workers import Workers
 
@@ -253,3 +254,18 @@ def test_what_has_no_common_length_is_named(folder):
     assert any("groups have" in reason for reason in reasons) and any("several passes" in reason for reason in reasons)
     problem = next(call.problem for call in step.program.calls if call.kernel == "gather.conv")
     assert structure_of(problem, np.arange(problem.cells + 1) * 3) == Structure((3,) * problem.sections)
+
+
+def test_every_structure_of_a_layer_compiles(folder):
+    rng = np.random.default_rng(0)
+    step = small_step("filter", folder)
+    places = [place for each in step._new_specializer(None)._places.values() for place in each
+              if isinstance(place.call.problem, GatherGrad) or len(place.call.problem.passes) == 1]
+    for _ in range(30):
+        place = places[rng.integers(len(places))]
+        problem = place.call.problem
+        counts = rng.choice([1, 2, 3, 5, 7, 9, 18, 36], problem.sections)
+        structure = Structure(tuple(map(int, counts)), int(rng.integers(1, problem.groups + 1)) if problem.rows_live else 0)
+        source = specialized(place.indexed, problem, structure)
+        assert "pointers[" not in source.text.partition("def kernel")[2], structure
+        assert callable(Builder.compile_here(source)), structure
