@@ -269,3 +269,21 @@ def test_every_structure_of_a_layer_compiles(folder):
         source = specialized(place.indexed, problem, structure)
         assert "pointers[" not in source.text.partition("def kernel")[2], structure
         assert callable(Builder.compile_here(source)), structure
+
+
+def test_a_run_that_is_loaded_goes_on_bit_for_bit_on_whichever_kernels(folder, tmp_path, always):
+    """A checkpoint is taken while new kernels are missing: the one goes on with them as they come, the other begins with its own."""
+    step = small_step("filter", folder)
+    step.specialize()
+    step(*batch(0))
+    step.mutate(prune_to=0.82, grow_to=0.75, rng=np.random.default_rng(0))
+    step.save(tmp_path / "checkpoint")
+    loaded = mest.load(tmp_path / "checkpoint", builder=Builder(folder))
+    loaded.specialize()
+    for turn in range(1, 4):
+        assert step(*batch(turn)).loss == loaded(*batch(turn)).loss
+        for each in (step, loaded):
+            each.mutate(prune_to=0.82, grow_to=0.7, rng=np.random.default_rng(turn))
+    same(step, loaded)
+    for each in (step, loaded):
+        each._specializer.workers.close()
