@@ -14,7 +14,8 @@ from mest_compile.graph.program import Buffer, Call, Program
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
 TARGET = hardware.find_target("opencl")
-CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache",  # its threads and caches
+CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache",  # its threads and caches,
+            "test_activations_in_float16",  # what it stores them in,
             "test_units_of_neighbouring_taps"}  # and the family "pattern", in whose place layers here run on "pattern_groups"
 
 
