@@ -1,7 +1,7 @@
 """Kernel text to machine code for a CPU: few passes of TVM's, then LLVM.
 
 TVM's usual 55 passes are for scheduled blocks and GPUs. Kernels here are written as the loops they are to be, and need the few below;
-common expressions, which cost TVM most, LLVM finds by itself. Steps take as long as with all passes, and compile in less than half the time.
+common expressions, which cost TVM most, LLVM finds by itself. Steps take as long as with all passes, compiling less than half as long.
 """
 
 from __future__ import annotations
