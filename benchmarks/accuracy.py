@@ -52,13 +52,18 @@ class Run:
     sparsity: float = 0.0
     sieve: bool = False
     seed: int = 0
+    activations: str = "float32"
 
     @property
     def row(self) -> str:
         """What its seeds have in common."""
         if self.method == "torch":
             return "dense torch"
-        return f"{self.method} {self.scheme} {self.sparsity}{' sieve' if self.sieve else ''}"
+        return f"{self.method} {self.scheme} {self.sparsity}{' sieve' if self.sieve else ''}{self.stored}"
+
+    @property
+    def stored(self) -> str:
+        return "" if self.activations == "float32" else f" {self.activations}"
 
     @property
     def key(self) -> str:
@@ -72,7 +77,8 @@ def runs() -> list[Run]:
             ("em_s", "unstructured", 0.9, True), ("static", "unstructured", 0.9, False),
             *(("em_s", scheme, 0.9, False) for scheme in ("pattern", "filter", "channel")),
             *((method, "unstructured", 0.95, False) for method in ("em_s", "em", "set", "static"))]
-    return [Run(*row, seed=seed) for seed in SEEDS for row in rows]
+    halves = [Run("em_s", "block:4x1", 0.9, sieve, activations="float16") for sieve in (False, True)]
+    return [replace(run, seed=seed) for seed in SEEDS for run in [*(Run(*row) for row in rows), *halves]]
 
 
 class TorchStep:
@@ -155,7 +161,7 @@ def densities(recipe: Recipe, start: float) -> list[tuple[float, bool]]:
 
 def kind(run: Run, sparsity: float) -> str:
     """What decides how long an iteration of the run takes while its model has that sparsity."""
-    return "dense torch" if run.method == "torch" else f"{run.scheme} {run.sparsity:g} at {sparsity:g}"
+    return "dense torch" if run.method == "torch" else f"{run.scheme} {run.sparsity:g} at {sparsity:g}{run.stored}"
 
 
 def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
@@ -166,7 +172,8 @@ def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
     if run.method == "torch":
         return TorchStep(shape, classes, run.seed)
     return mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
-                        optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity))
+                        optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity),
+                        activations=run.activations)
 
 
 def measure_pace(data_folder: Path | None) -> dict[str, Any]:
@@ -187,7 +194,7 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
             step = compiled(run, shape, few.classes)
             if sparsity != run.sparsity:
                 again = [step.mutate(run.sparsity, sparsity).seconds for _ in range(3)]
-                mutations[f"{run.scheme} {run.sparsity:g}"] = statistics.median(again)
+                mutations[f"{run.scheme} {run.sparsity:g}{run.stored}"] = statistics.median(again)
             trainers[kind(run, sparsity)] = Trainer(step, Recipe(1, "static", lr=1e-3))
             trainers[kind(run, sparsity)]._train(0, few)  # warms up
     turns: dict[str, list[float]] = {name: [] for name in trainers}
@@ -230,7 +237,7 @@ def seconds_to(entry: Mapping[str, Any], pace: Mapping[str, Any], accuracy: floa
     run, recipe, passed = Run(**entry["run"]), Recipe.from_dict(entry["recipe"]), 0.0
     for metrics, (sparsity, mutated) in zip(entry["epochs"], densities(recipe, run.sparsity), strict=True):
         passed += metrics["iterations"] * pace["seconds"][kind(run, sparsity)]
-        passed += pace["mutation_seconds"][f"{run.scheme} {run.sparsity:g}"] if mutated else 0.0
+        passed += pace["mutation_seconds"][f"{run.scheme} {run.sparsity:g}{run.stored}"] if mutated else 0.0
         if accuracy is not None and metrics["test_accuracy"] >= accuracy:
             return passed
     return passed if accuracy is None else None

@@ -23,9 +23,10 @@ def entry(run, accuracies, iterations=80, saved=0):
 
 def test_every_run_has_its_own_key_and_each_seed_all_rows():
     keys = [run.key for run in accuracy.runs()]
-    assert len(set(keys)) == len(keys) == 3 * 15
+    assert len(set(keys)) == len(keys) == 3 * 17
     rows = {seed: {run.row for run in accuracy.runs() if run.seed == seed} for seed in accuracy.SEEDS}
     assert rows[0] == rows[1] == rows[2] >= {"dense torch", "em_s unstructured 0.9 sieve", "em_s block:4x1 0.9 sieve", "em_s pattern 0.9",
+                                             "em_s block:4x1 0.9 float16", "em_s block:4x1 0.9 sieve float16",
                                              "set unstructured 0.95"}
 
 
@@ -70,7 +71,8 @@ def test_the_pace_of_every_published_kind_is_measured(monkeypatch):
     assert min(found["lowest"].values()) > 0
 
 
-@pytest.mark.parametrize("run", [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True)], ids=lambda run: run.method)
+@pytest.mark.parametrize("run", [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True, activations="float16")],
+                         ids=lambda run: run.method)
 def test_a_run_becomes_an_entry(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mest_compile.data.load", lambda name, folder: noise())
     monkeypatch.setattr(accuracy, "WIDTH", 8)
