@@ -6,16 +6,17 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.cli.options import BuiltIn, Distribution, Scheme, Sparsity, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
 def analyze(
     target: Annotated[str, typer.Option(help="ARM target name or TOML file.")] = "cortex-a76",
-    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    model: BuiltIn = "resnet32",
+    width: Width = None,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
     batch: Annotated[int, typer.Option(help="Examples of a call; figures grow with it in proportion.", min=1)] = 8,
     activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
                                                   "can.")] = "float32",

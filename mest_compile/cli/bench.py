@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    model: BuiltIn = "resnet32",
+    width: Width = None,
+    batch: Batch = 64,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
-    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    target: TargetName = "local",
     vs: Annotated[str, typer.Option(help="Rival: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
     rival_python: Annotated[Path | None, typer.Option(help="Python of the rival's own environment, if not the one that "
                                                            "benchmarks/environments.sh makes.")] = None,
@@ -28,7 +29,7 @@ def bench(
                                                   "target can.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
     profile: Annotated[bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.

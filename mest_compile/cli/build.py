@@ -7,21 +7,22 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.cli.options import Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
 
 def build(
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
-    model: Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")] = "resnet20",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")] = None,
+    model: Model = "resnet20",
+    width: Width = None,
     image: Annotated[str, typer.Option(help="Channels x height x width of the images.")] = "3x32x32",
     classes: Annotated[int, typer.Option(help="Classes to tell apart.", min=2)] = 10,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
-    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "arm_cpu",
+    batch: Batch = 64,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
+    target: TargetName = "arm_cpu",
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
     activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
                                                   "can.")] = "float32",

@@ -7,21 +7,22 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    model: BuiltIn = "resnet32",
+    width: Width = None,
+    batch: Batch = 64,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
     steps_between_mutations: Annotated[int | None, typer.Option(help="Steps that a compiled kernel serves; without it masks never "
                                                                      "change.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the step.", min=1)] = None,
-    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
-    seed: Annotated[int, typer.Option()] = 0,
+    target: TargetName = "local",
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is chosen and why.

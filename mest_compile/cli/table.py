@@ -8,27 +8,28 @@ from typing import Annotated
 import typer
 
 from mest_compile.cli.devices import find_device
+from mest_compile.cli.options import Batch, BuiltIn, Distribution, Seed, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
 
 def table(
-    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    model: BuiltIn = "resnet32",
+    width: Width = None,
+    batch: Batch = 64,
     target: Annotated[str, typer.Option(help="local: this machine. Another one with the tracker and key of such a device.")] = "local",
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker: measure on a device there, by its own clock.")] = None,
     key: Annotated[str | None, typer.Option(help="Key that the device is listed under.")] = None,
     schemes: Annotated[str, typer.Option(help="Names, separated by commas.")] = "unstructured,block,pattern",
     sparsities: Annotated[str, typer.Option(help="Shares of zero weights, separated by commas.")] = "0.8,0.9,0.95",
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    distribution: Distribution = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     vs: Annotated[str | None, typer.Option(help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
                                                 "torch; on a device mest-dense, our dense step, which alone runs there.")] = None,
     activations: Annotated[str, typer.Option(help="What values of our steps between layers are stored as: float32, or float16 where the "
                                                   "target can.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write this HTML page.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw this picture: .png, .svg or .pdf.")] = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mest_compile.cli.devices import find_device
+from mest_compile.cli.options import Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
 from mest_compile.errors import StateError, UsageError
@@ -50,20 +51,20 @@ class Request:
 
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")] = "resnet20",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")] = None,
+    model: Model = "resnet20",
+    width: Width = None,
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder, arrays.")] = "digits",
     data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, unstructured, dense ...")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")] = "uniform",
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
     method: Annotated[str, typer.Option(help="em, em_s, set, rigl or static (the mask never changes).")] = "em",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     sieve: Annotated[float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
+    batch: Batch = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
-    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
+    target: TargetName = "local",
     tracker: Annotated[str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")] = None,
     key: Annotated[str | None, typer.Option(help="Name under which such devices serve.")] = None,
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest, which em_s is in its first phase; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def tune(
-    target: Annotated[str, typer.Option(help="Target name or TOML file.")] = "local",
-    model: Annotated[str, typer.Option(help="Built-in model.")] = "resnet32",
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.")] = None,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 64,
-    scheme: Annotated[str, typer.Option(help="Sparsity scheme.")] = "block",
-    sparsity: Annotated[float, typer.Option(help="Share of weights that are zero.")] = 0.9,
-    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    target: TargetName = "local",
+    model: BuiltIn = "resnet32",
+    width: Width = None,
+    batch: Batch = 64,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = 0.9,
+    distribution: Distribution = "uniform",
     trials: Annotated[int, typer.Option(help="Candidates of each kernel, those of earlier sessions among them.", min=1)] = 64,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; start again to go on.", min=0)] = None,
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker whose devices measure.")] = None,
@@ -40,7 +41,7 @@ def tune(
     log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
     activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
                                                   "can.")] = "float32",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Search the fastest kernels for a device.
