@@ -35,23 +35,28 @@ def test_tune_for_a_device_with_little_local_memory(tmp_path):
     assert all(task["best_seconds"] for task in said["tasks"])
     records = [json.loads(line) for line in log.read_text().splitlines()]
     outcomes = Counter(record["outcome"] for record in records)
-    assert outcomes["ok"] > TRIALS and outcomes["build-failed"] and not outcomes["wrong-answer"]
+    assert outcomes["ok"] > TRIALS and not outcomes["wrong-answer"]
+    assert outcomes.keys() <= {"ok", "build-failed"}  # the search draws candidates that do not fit, or none: see the next test
     failed = [record for record in records if record["outcome"] == "build-failed"]
     assert all("bytes of local memory; tight has 2560" in record["message"] for record in failed)
 
 
-def test_what_a_driver_refuses_is_a_failed_build(tmp_path):
-    """A work-group of more threads than the device has: the target's file allows them, the device does not."""
+@pytest.mark.parametrize(("limits", "message"), [
+    ({"local_bytes": 256}, "bytes of local memory; opencl has 256"),
+    ({"threads": 1 << 14, "most_threads": 1 << 14, "local_bytes": 1 << 30}, "needs work-groups of 16384 threads")],
+    ids=["target", "driver"])
+def test_what_does_not_fit_is_a_failed_build(tmp_path, limits, message):
+    """More local memory than the target's file allows; a work-group of more threads than the device has, though the file allows them."""
     target = hardware.find_target("opencl")
-    big = replace(target, gpu=replace(target.gpu, threads=1 << 14, most_threads=1 << 14, local_bytes=1 << 30))
+    limited = replace(target, gpu=replace(target.gpu, **limits))
     image = Image(4, 128, 256, 4, (0, 0, 0, 0), 4)
     problem = GatherGrad(image, image, 1, 1, (1, 1), 4)
-    task = Task("layer.grad_weight", "gather.grad", problem, 4, 1, big, tmp_path / "arrays.npz")
-    source = kernel_source("gather.grad", problem, big)
+    task = Task("layer.grad_weight", "gather.grad", problem, 4, 1, limited, tmp_path / "arrays.npz")
+    source = kernel_source("gather.grad", problem, limited)
     Arrays([], {}, 0.0, ()).save(task.arrays)
-    runner = find_runner("opencl")(big, RunnerOptions(timeout_seconds=60))
+    runner = find_runner("opencl")(limited, RunnerOptions(timeout_seconds=60))
     try:
         timing = runner.attempt(task, source, tmp_path)
     finally:
         runner.close()
-    assert timing.outcome is Outcome.BUILD_FAILED and "needs work-groups of 16384 threads" in timing.message
+    assert timing.outcome is Outcome.BUILD_FAILED and message in timing.message
