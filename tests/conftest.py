@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository's folder, and the command line run in this process."""
+"""Shared by all tests: the repository's folder, the command line run in this process, and a tracker for devices."""
 
 import json
 import os
@@ -29,6 +29,21 @@ class Ran:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where processes that serve write their logs."""
+    return tmp_path_factory.mktemp("devices")
+
+
+@pytest.fixture(scope="module")
+def port(folder):
+    """The port of a tracker on 127.0.0.1."""
+    from device import emulated
+
+    with emulated.tracker(folder) as (_, port):
+        yield port
 
 
 @pytest.fixture

@@ -38,17 +38,6 @@ SHAPE = (8, 3, 16, 16)
 OPTIMIZER = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("devices")
-
-
-@pytest.fixture(scope="module")
-def port(folder):
-    with emulated.tracker(folder) as (_, port):
-        yield port
-
-
 @pytest.fixture
 def phone(folder, port):
     with emulated.device(folder, port):

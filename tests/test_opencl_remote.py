@@ -39,17 +39,6 @@ def compiled(target=HERE, device=None):
                         device=device), model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("devices")
-
-
-@pytest.fixture(scope="module")
-def port(folder):
-    with emulated.tracker(folder) as (_, port):
-        yield port
-
-
 @contextmanager
 def served(folder, port, key, *options):
     """A device of that key."""

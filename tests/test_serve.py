@@ -46,14 +46,12 @@ def test_a_board_lacks_what_only_compiling_needs():
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory):
+def board(folder, port):
     """("host:port" of a tracker, the serving process)."""
-    folder = tmp_path_factory.mktemp("board")
-    with emulated.tracker(folder) as (_, port):
-        started = emulated.Started([*SERVE, "--tracker", f"127.0.0.1:{port}", "--port", str(emulated.free_port())], folder / "board.log",
-                                   "board serves at")
-        yield f"127.0.0.1:{port}", started
-        started.kill()
+    started = emulated.Started([*SERVE, "--tracker", f"127.0.0.1:{port}", "--port", str(emulated.free_port())], folder / "board.log",
+                               "board serves at")
+    yield f"127.0.0.1:{port}", started
+    started.kill()
 
 
 def where(board):

@@ -114,8 +114,8 @@ static int MeetTracker(int tracker_port, int port, const std::string& key) {
 
 // limit_seconds: after which the session is ended, whatever it is doing; 0: never.
 static void Serve(int client, int limit_seconds) {
-  char name[] = "/tmp/rpcdXXXXXX";
-  work_folder = mkdtemp(name);
+  std::string name = (std::filesystem::temp_directory_path() / "rpcdXXXXXX").string();
+  work_folder = mkdtemp(name.data());
   pid_t session = fork();
   if (session == 0) {
     if (chdir(work_folder.c_str())) _exit(3);
