@@ -205,7 +205,7 @@ class Builder:
     @staticmethod
     def _content(library: Any, source: KernelSource) -> bytes:
         """What the cache keeps of a compiled kernel."""
-        return library.to_json().encode() if isinstance(library, OpenclKernel) else _linked(library, source.target)
+        return library.to_json().encode() if isinstance(library, OpenclKernel) else link_here(_object_code(library), source.target)
 
     def _load(self, content: bytes, source: KernelSource) -> Any:
         """The kernel of a library. From a file of its own: who damages or evicts a cached one takes nothing from under a running
@@ -284,14 +284,6 @@ def _object_code(library: Any) -> bytes:
         path = Path(scratch) / "kernel.o"
         library.write_to_file(str(path))
         return path.read_bytes()
-
-
-def _linked(library: Any, target: Target) -> bytes:
-    """The shared library of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as scratch:
-        code = Path(scratch) / "kernel.o"
-        library.write_to_file(str(code))
-        return link_here(code, target)
 
 
 def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def triple_of(target: Target) -> tuple[str, str]:
 
 
 def is_foreign(target: Target) -> bool:
-    """Whether this machine cannot run what is compiled for the target."""
+    """Whether this machine cannot run what is compiled for the target. An OpenCL device is one that it may have."""
     architecture, system = triple_of(target)
     return architecture != host_machine() or system != "gnu"
 
@@ -61,11 +62,16 @@ def find_linker(target: Target) -> Linker:
                        f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
 
 
-def link_here(code: Path, target: Target) -> bytes:
-    """A shared library for processes that have loaded TVM, and with it all that a kernel may need. Raises BuildError, NotInstalled."""
-    made = code.with_suffix(".so")
-    run_linker(find_linker(target), ["-shared", "--strip-all", str(code), "-o", str(made)])
-    return made.read_bytes()
+def link_here(code: bytes, target: Target) -> bytes:
+    """A shared library of an object, for processes that have loaded TVM, and with it all that a kernel may need.
+
+    Raises BuildError, NotInstalled.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        part, made = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+        part.write_bytes(code)
+        run_linker(find_linker(target), ["-shared", "--strip-all", str(part), "-o", str(made)])
+        return made.read_bytes()
 
 
 def run_linker(linker: Linker, arguments: list[str]) -> None:

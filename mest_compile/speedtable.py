@@ -17,6 +17,7 @@ from mest_compile.benchmark import compare, median_interval
 from mest_compile.contestants import PROGRAM, STEP, Case, find_interpreter
 from mest_compile.errors import MestError, UsageError
 from mest_compile.hardware import find_target
+from mest_compile.linkers import is_foreign
 from mest_compile.models import MODELS, build_model, model_names
 from mest_compile.runfolder import write_atomically
 from mest_compile.sparsity import parse_scheme
@@ -201,7 +202,7 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
     """
     opencl = find_target(target).device == "opencl"
-    if device is None and target != "local" and not opencl:
+    if device is None and is_foreign(find_target(target)):
         raise UsageError(f"target is {target!r}, which is not this machine; give the device that is one, by its tracker and key")
     elsewhere = device is not None or opencl
     baseline = baseline or (DENSE if elsewhere else "torch")
@@ -240,10 +241,8 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
                 rows.append(Row(scheme, sparsity, problem=" ".join(str(problem).split())))
     if found is None:
         raise problems[0]
-    facts = {"model": model if isinstance(model, str) else type(model).__name__, "width": width, "input_shape": list(case.input_shape),
-             "distribution": distribution, "activations": activations, "target": target,
-             "baseline": baseline, "threads": threads, "repeats": repeats,
-             "machine": found.machine, "versions": found.versions, "measured_at": found.measured_at}
+    facts = _facts(model, case, baseline, repeats) | {"machine": found.machine, "versions": found.versions,
+                                                      "measured_at": found.measured_at}
     if opencl:
         from mest_compile.runtime.opencl import describe_device
 
@@ -258,10 +257,10 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
 
     from mest_compile.runtime.probe import check
 
-    opencl = find_target(case.target).device == "opencl"
+    target = find_target(case.target)
     with closing(device.open()) as session:
-        place, there = session.place("opencl" if opencl else "cpu"), check(session, find_target(case.target))
-        driver = {"opencl": str(place.device_name)} if opencl else {}
+        place, there = session.place(target.device), check(session, target)
+        driver = {"opencl": str(place.device_name)} if target.device == "opencl" else {}
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
         net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model
@@ -281,13 +280,18 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
             rows.append(Row(scheme, sparsity, problem=" ".join(str(problem).split())))
     if len(problems) == len(pairs):
         raise problems[0]
-    facts = {"model": model if isinstance(model, str) else type(model).__name__, "width": case.width, "input_shape": list(case.input_shape),
-             "distribution": case.distribution, "target": case.target, "baseline": DENSE, "threads": case.threads, "repeats": repeats,
-             "machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},
+    facts = {"machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},
              "emulated": there.emulated, "clock": there.clock, **driver,
              "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm")},
              "measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    return SpeedTable(tuple(rows), facts)
+    return SpeedTable(tuple(rows), _facts(model, case, DENSE, repeats) | facts)
+
+
+def _facts(model: str | torch.nn.Module, case: Case, baseline: str, repeats: int) -> dict[str, Any]:
+    """What a table's rows have in common, wherever they were measured."""
+    return {"model": model if isinstance(model, str) else type(model).__name__, "width": case.width, "input_shape": list(case.input_shape),
+            "distribution": case.distribution, "activations": case.activations, "target": case.target, "baseline": baseline,
+            "threads": case.threads, "repeats": repeats}
 
 
 def _check_name(model: str) -> None:

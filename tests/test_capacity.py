@@ -26,7 +26,7 @@ def make(scheme, **options):
 
 def state_of(step):
     """(weights, momentum, masks), copies."""
-    return {name: value.copy() for name, value in step.state_dict().items()}, step._collect(":momentum"), step.masks()
+    return {name: value.copy() for name, value in step.state_dict().items()}, step._state.collect(":momentum"), step.masks()
 
 
 def assert_same(one, other):

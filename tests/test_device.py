@@ -68,7 +68,7 @@ def test_a_mutation_uploads_the_changed_layers_and_nothing_else(phone):
     masks = {name: mask.copy() for name, mask in step.masks().items()}
     masks[changed] = np.roll(masks[changed], 1, axis=1)
     report = step.set_masks(masks)
-    held = {name: step._get(name).nbytes for name in step._held if name == changed or name.startswith(f"{changed}:")}
+    held = {name: step._state.get(name).nbytes for name in step._state.held if name == changed or name.startswith(f"{changed}:")}
     assert [name for name, fate in report.layers.items() if fate != "unchanged"] == [changed]
     assert 0 < report.uploaded_bytes <= sum(held.values())
     assert step.set_masks(masks).uploaded_bytes == 0
@@ -293,7 +293,7 @@ def test_a_device_that_stops_answering_is_lost(folder, port):
 def test_a_failure_of_what_was_not_waited_for_is_told_with_the_next_answer(phone):
     step, batch = compiled(phone), make_batches(SHAPE, 10, 1)[0]
     name = next(iter(step.masks()))
-    step._put(name, np.zeros(3, np.float32))
+    step._state.put(name, np.zeros(3, np.float32))
     with pytest.raises(mest.MestError, match=f"device emulated at .*: {'loss'} cannot be read: .*"):
         step(*batch)
     step.close()

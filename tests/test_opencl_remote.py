@@ -75,7 +75,7 @@ def test_ten_steps_and_a_mutation_equal_torch_and_to_the_bit_what_runs_here(gpu)
 
     reports = [step.mutate(prune_to=0.8, grow_to=0.7, rng=np.random.default_rng(0)) for step in (here, there)]
     changed = [name for name, fate in reports[1].layers.items() if fate != "unchanged"]
-    held = sum(there._get(name).nbytes for name in there._held if name.partition(":")[0] in changed)
+    held = sum(there._state.get(name).nbytes for name in there._state.held if name.partition(":")[0] in changed)
     assert reports[0].layers == reports[1].layers and changed
     assert 0 < reports[1].uploaded_bytes <= held and reports[0].uploaded_bytes == 0
     assert there.set_masks(there.masks()).uploaded_bytes == 0

@@ -152,10 +152,10 @@ def test_mutation_keeps_survivors_and_their_momentum_and_starts_new_units_at_zer
     step = small_step()
     for batch in make_batches((8, 3, 8, 8), 10, 3):
         step(*batch)
-    masks, state, momentum = step.masks(), step.state_dict(), step._collect(":momentum")
+    masks, state, momentum = step.masks(), step.state_dict(), step._state.collect(":momentum")
     report = step.mutate(prune_to=0.85, grow_to=0.8, rng=np.random.default_rng(0))
     assert set(report.layers.values()) == {"re-indexed"} and report.seconds > 0
-    new_masks, new_state, new_momentum = step.masks(), step.state_dict(), step._collect(":momentum")
+    new_masks, new_state, new_momentum = step.masks(), step.state_dict(), step._state.collect(":momentum")
     for name, mask in masks.items():
         assert new_masks[name].sum() == mask.sum()
         norms = np.linalg.norm(state[name].reshape(-1, 4, *mask.shape[1:]), axis=1)
@@ -234,9 +234,9 @@ def test_two_threads_are_two_and_give_the_same_bits():
 def test_no_buffer_of_the_step_has_the_size_of_a_dense_weight():
     step = small_step(sparsity=0.9)
     for name, mask in step.masks().items():
-        for held in step._held:
+        for held in step._state.held:
             if held.startswith(name):
-                assert step._get(held).size < 0.5 * mask.size + 64, held
+                assert step._state.get(held).size < 0.5 * mask.size + 64, held
 
 
 def test_memory_counts_every_kind():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import BuiltIn, Distribution, Scheme, Sparsity, Width
+from mest_compile.cli.options import Activations, BuiltIn, Distribution, Scheme, Sparsity, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
@@ -18,8 +18,7 @@ def analyze(
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
     batch: Annotated[int, typer.Option(help="Examples of a call; figures grow with it in proportion.", min=1)] = 8,
-    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
-                                                  "can.")] = "float32",
+    activations: Activations = "float32",
     as_json: Json = False,
 ) -> None:
     """Executed instructions and modelled cycles of every convolution kernel of the sparse layers, beside our dense kernels.

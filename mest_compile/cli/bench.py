@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
@@ -25,8 +25,7 @@ def bench(
                                                            "benchmarks/environments.sh makes.")] = None,
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that our step may need; it computes activations again to meet them.",
                                                       min=1)] = None,
-    activations: Annotated[str, typer.Option(help="What values of our step between layers are stored as: float32, or float16 where the "
-                                                  "target can.")] = "float32",
+    activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
     profile: Annotated[bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")] = False,
     seed: Seed = 0,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
@@ -24,8 +24,7 @@ def build(
     distribution: Distribution = "uniform",
     target: TargetName = "arm_cpu",
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
-    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
-                                                  "can.")] = "float32",
+    activations: Activations = "float32",
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest; activations are computed again to "
                                                            "meet them.", min=1)] = None,
     grow_to: Annotated[float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Batch, BuiltIn, Distribution, Seed, Width
+from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Seed, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
@@ -26,8 +26,7 @@ def table(
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     vs: Annotated[str | None, typer.Option(help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
                                                 "torch; on a device mest-dense, our dense step, which alone runs there.")] = None,
-    activations: Annotated[str, typer.Option(help="What values of our steps between layers are stored as: float32, or float16 where the "
-                                                  "target can.")] = "float32",
+    activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,

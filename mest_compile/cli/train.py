@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
 from mest_compile.errors import StateError, UsageError
@@ -70,8 +70,7 @@ def train(
     memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest, which em_s is in its first phase; "
                                                            "activations are computed again to meet them.", min=1)] = None,
     lower_density: Annotated[bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")] = False,
-    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
-                                                  "can.")] = "float32",
+    activations: Activations = "float32",
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
@@ -157,7 +156,7 @@ def start_run(request: Request) -> Run:
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
     folder.require_free()
     target = find_target(request.target)
-    if find_device(request.tracker, request.key) is None and target.device == "cpu" and is_foreign(target):
+    if find_device(request.tracker, request.key) is None and is_foreign(target):
         raise UsageError(f"--target {request.target} is not this machine; give the --tracker and --key of a device that it is, or build an "
                          "artifact and train there")
     split = load(request.data, request.data_folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
@@ -39,8 +39,7 @@ def tune(
                                                "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,
     log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
-    activations: Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target "
-                                                  "can.")] = "float32",
+    activations: Activations = "float32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

@@ -14,13 +14,12 @@ import numpy as np
 from mest_compile.errors import InputError, StateError, UsageError
 from mest_compile.facts import Facts
 from mest_compile.graph.footprint import footprint
-from mest_compile.graph.program import Buffer, Program
+from mest_compile.graph.program import Program
 from mest_compile.mutation import importance
-from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
+from mest_compile.runtime.state import HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
 from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -92,20 +91,16 @@ class TrainStep:
         """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with all weights alive."""
         self._compiled = compiled
         self._make_dense = dense
-        self._order: dict[str, np.ndarray] = {}  # weight name -> where each live cell lies in the grid: the mask, in value order
-        self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, compiled.train) for name, layer in compiled.layers.items()}
         self._specializer: Specializer | None = None
         self._rng = np.random.default_rng(compiled.facts.seed)
-        self._held: dict[str, Buffer] = {b.name: b for program in (compiled.train, compiled.predict) for b in program.held()}
-        self._dense = [buffer for buffer in self._held.values() if buffer.parts]
         self._ahead: tuple[Any, Any] | None = None
         self._runner = compiled.runner()
-        self._clear()
-        self._check_state(state)
+        self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
+        self._state.check(state)
         for name, layer in compiled.layers.items():
-            energy = layer.scheme.energy(layer.spec, _as_conv(state[name]))
-            self._install(name, layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity)))
-        self._fill(state)
+            energy = layer.scheme.energy(layer.spec, as_conv(state[name]))
+            self._state.install(name, layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity)))
+        self._state.fill(state)
 
     # Facts.
 
@@ -138,7 +133,8 @@ class TrainStep:
 
     def live_weights(self) -> dict[str, int]:
         """{weight name: weights that are computed with now}, every convolution and linear layer."""
-        return {name: int(self._keep(name).sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in self._compiled.layers.items()}
+        layers = self._compiled.layers
+        return {name: int(self._state.keep(name).sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()}
 
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
@@ -150,14 +146,14 @@ class TrainStep:
 
     def sparsity(self) -> dict[str, float]:
         """{weight name: share of weights that are zero now}, sparse layers only."""
-        return {name: 1.0 - float(self._keep(name).mean()) for name in self._sparse_layers()}
+        return {name: 1.0 - float(self._state.keep(name).mean()) for name in self._sparse_layers()}
 
     def memory(self, at_capacity: bool = False) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total.
 
         at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound count as they are
         """
-        units = {name: len(order) for name, order in self._order.items()}
+        units = {name: len(order) for name, order in self._state.order.items()}
         if at_capacity:
             room = {name: layer.capacity for name, layer in self._compiled.layers.items() if layer.capacity is not None}
             units |= held_cells({name: self._compiled.layers[name] for name in room}, room)
@@ -182,7 +178,7 @@ class TrainStep:
         rate = rule.lr if lr is None else float(lr)
         if not (np.isfinite(rate) and rate >= 0):
             raise InputError(f"lr is {lr}; wanted a finite number of 0 or more")
-        self._put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
+        self._state.put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
         if clip_norm is None:
             self._run("train")
         else:
@@ -194,20 +190,19 @@ class TrainStep:
 
     def _clip(self, most: float) -> None:
         """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts once."""
-        names = [name for name, buffer in self._held.items() if buffer.kind == "gradients"]
-        gradients = {name: self._get(name) for name in names}
+        gradients = self._state.of_kinds("gradients")
         squares = 0.0
         for name, array in gradients.items():
-            order = self._order.get(name.removesuffix(":gradient"))
+            order = self._state.order.get(name.removesuffix(":gradient"))
             once = array if order is None else array.reshape(len(order), -1)[np.unique(order, return_index=True)[1]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
         if norm > most:
             for name, array in gradients.items():
-                self._put(name, array * np.float32(most / norm))
+                self._state.put(name, array * np.float32(most / norm))
 
     def _result(self) -> StepResult:
-        return StepResult(float(self._get("loss")[0]), self._get("correct")[: self.batch].astype(bool))
+        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool))
 
     def predict(self, images) -> np.ndarray:
         """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
@@ -220,16 +215,16 @@ class TrainStep:
             part = images[start:start + self.batch]
             whole = np.zeros(self.input_shape, np.float32)
             whole[: len(part)] = part
-            self._put("images", whole.ravel())
+            self._state.put("images", whole.ravel())
             self._run("predict")
-            logits[start:start + len(part)] = self._get("logits").reshape(self.batch, -1)[: len(part)]
+            logits[start:start + len(part)] = self._state.get("logits").reshape(self.batch, -1)[: len(part)]
         return logits
 
     def gradients(self, images, labels) -> dict[str, np.ndarray]:
         """{torch name: gradient in torch's shape}, 0 at dead weights; nothing is updated."""
         self._load_batch(images, labels)
         self._run("gradients")
-        return self._collect(":gradient")
+        return self._state.collect(":gradient")
 
     def dense_gradients(self, images, labels) -> tuple[dict[str, np.ndarray], int]:
         """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took beside the step).
@@ -259,19 +254,19 @@ class TrainStep:
     @contextmanager
     def _timed(self, images, labels) -> Iterator[None]:
         self._load_batch(images, labels)
-        state = {name: self._get(name) for name, buffer in self._held.items() if buffer.kind in ("values", "optimizer", "gradients")}
-        self._put("hyper", np.array([0, 0, 0, 0], np.float32))
+        state = self._state.of_kinds("values", "optimizer", "gradients")
+        self._state.put("hyper", np.array([0, 0, 0, 0], np.float32))
         try:
             yield
         finally:
             for name, array in state.items():
-                self._put(name, array)
+                self._state.put(name, array)
 
     # Parameters.
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """{torch name: array in torch's shape}, zeros at dead weights, BatchNorm statistics included."""
-        found = self._collect("")
+        found = self._state.collect("")
         return {name: found[name] for name in self._compiled.graph.state_shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -280,20 +275,18 @@ class TrainStep:
         Raises StateError on names or shapes that do not fit, and on weights that are not 0 where the mask is dead.
         """
         state = {name: _numpy(array, np.float32, name) for name, array in state.items() if not name.endswith("num_batches_tracked")}
-        self._check_state(state)
+        self._state.check(state)
         for name, layer in self._compiled.layers.items():
-            wrong = np.count_nonzero(_as_conv(state[name])[~layer.scheme.expand(layer.spec, self._keep(name))])
+            wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self._state.keep(name))])
             if wrong:
                 raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
-        self._fill(state)
+        self._state.fill(state)
 
     # Masks.
 
     def masks(self) -> dict[str, np.ndarray]:
         """{torch weight name: bool array in torch's shape, True where the weight lives}, sparse layers only."""
-        layers = self._compiled.layers
-        return {name: layers[name].scheme.expand(layers[name].spec, self._keep(name)).reshape(self._compiled.graph.state_shapes[name])
-                for name in self._sparse_layers()}
+        return {name: self._state.mask(name) for name in self._sparse_layers()}
 
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
         """Installs masks; units that stay keep weight and momentum, new ones start at 0.
@@ -307,12 +300,12 @@ class TrainStep:
             if name not in sparse:
                 raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
             layer = self._compiled.layers[name]
-            keeps[name] = layer.scheme.collapse(layer.spec, _as_conv(np.asarray(mask)))
+            keeps[name] = layer.scheme.collapse(layer.spec, as_conv(np.asarray(mask)))
             units = layer.scheme.count(layer.spec, keeps[name])
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
-            old = self._keep(name)
+            old = self._state.keep(name)
             fates[name] = self._exchange(name, old, keep, old)
         return self._report(fates, start)
 
@@ -334,15 +327,15 @@ class TrainStep:
         fates = {}
         changes = []
         for name in self._sparse_layers():
-            layer, keep = layers[name], self._keep(name)
-            score = importance(self._get(name), self._get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
-            order = self._order[name]
+            layer, keep = layers[name], self._state.keep(name)
+            score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
+            order = self._state.order[name]
             energy = np.zeros(keep.size)
             squares = np.square(score, dtype=np.float64).reshape(len(order), -1)
             energy[order] = squares @ np.ones(squares.shape[1])
             fewest = min(fewest_units[name], layer.scheme.count(layer.spec, keep))
             kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
-            wanted = None if gradients is None else layer.scheme.energy(layer.spec, _as_conv(np.asarray(gradients[name])))
+            wanted = None if gradients is None else layer.scheme.energy(layer.spec, as_conv(np.asarray(gradients[name])))
             changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most_units[name], rng, wanted)))
         for name, keep, kept, grown in changes:  # nothing is changed before all layers were asked, any of which may refuse
             fates[name] = self._exchange(name, keep, grown, kept)
@@ -384,16 +377,16 @@ class TrainStep:
             raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
         from mest_compile.runtime.specializer import Specializer
 
-        return Specializer((compiled.train, compiled.predict), compiled.layers, compiled.sources, exchange, self._get, compiled.builder,
-                           steps, compiled.facts.threads)
+        return Specializer((compiled.train, compiled.predict), compiled.layers, compiled.sources, exchange, self._state.get,
+                           compiled.builder, steps, compiled.facts.threads)
 
     # Files.
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
-        held = {f"held/{name}": self._get(name) for name, buffer in self._held.items()
-                if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")}
-        orders = {f"order/{name}": order for name, order in self._order.items()}
+        held = {f"held/{name}": array for name, array in self._state.of_kinds("values", "optimizer", "gradients").items()
+                if not name.endswith(":transposed")}
+        orders = {f"order/{name}": order for name, order in self._state.order.items()}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
         facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
@@ -419,12 +412,12 @@ class TrainStep:
             keep = np.zeros(layer.scheme.grid(layer.spec), bool)
             keep.ravel()[order] = True
             self._install(name, keep)
-            assert np.array_equal(order, self._order[name]), f"{name}: units are ordered otherwise than when {path} was written"
+            assert np.array_equal(order, self._state.order[name]), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():
             if name.startswith("held/"):
-                self._put(name.removeprefix("held/"), array)
+                self._state.put(name.removeprefix("held/"), array)
         for name in self._compiled.layers:
-            self._transpose(name)
+            self._state.transpose(name)
         self._rng.bit_generator.state = facts["rng"]
         return dict(facts["extra"]), {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
 
@@ -434,9 +427,8 @@ class TrainStep:
         """After DeviceLost: takes another device, whose arrays are all 0 until `restore`. Raises DeviceError when there is none in time."""
         self.close()
         self._ahead = None
-        self._order.clear()
         self._runner = self._compiled.runner()
-        self._clear()
+        self._state.start_on(self._runner)
 
     def close(self) -> None:
         """Gives a device that is not this process back; the step cannot run after it."""
@@ -445,19 +437,8 @@ class TrainStep:
 
     # Internal.
 
-    def _clear(self) -> None:
-        for buffer in self._held.values():
-            if buffer.elems is not None:
-                self._put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
-
     def _run(self, function: str) -> None:
         self._runner.run(function)
-
-    def _put(self, name: str, array: np.ndarray) -> None:
-        self._runner.put(name, array)
-
-    def _get(self, name: str) -> np.ndarray:
-        return self._runner.get(name)
 
     def _sparse_layers(self) -> list[str]:
         return list(sparse_layers(self._compiled.layers))
@@ -477,8 +458,8 @@ class TrainStep:
             self._runner.turn()  # type: ignore[attr-defined]  # who was sent something ahead has it
             return
         images, labels = self._check_batch(images, labels)
-        self._put("images", images)
-        self._put("labels", labels)
+        self._state.put("images", images)
+        self._state.put("labels", labels)
 
     def _check_batch(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
         """The batch as it is sent. Raises InputError."""
@@ -491,79 +472,6 @@ class TrainStep:
             raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
         _check_finite(images)
         return images.ravel(), labels.astype(np.int32)
-
-    def _check_state(self, state: Mapping[str, np.ndarray]) -> None:
-        shapes = self._compiled.graph.state_shapes
-        missing, foreign = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-        if missing or foreign:
-            raise StateError(f"the state does not fit the model: missing {missing[:3] or 'none'}, unknown {foreign[:3] or 'none'}")
-        for name, shape in shapes.items():
-            if tuple(state[name].shape) != tuple(shape):
-                raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
-
-    def _fill(self, state: Mapping[str, np.ndarray]) -> None:
-        for buffer in self._dense:
-            self._put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
-        for name, layer in self._compiled.layers.items():
-            self._put(name, gather_units(_as_conv(state[name]), self._order[name], layer.scheme.grid(layer.spec)))
-            self._transpose(name)
-
-    def _collect(self, suffix: str) -> dict[str, np.ndarray]:
-        """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape."""
-        shapes, found = self._compiled.graph.state_shapes, {}
-        for buffer in self._dense:
-            if buffer.name + suffix in self._held:
-                flat, start = self._get(buffer.name + suffix), 0
-                for part in buffer.parts:
-                    size = int(np.prod(shapes[part]))
-                    found[part] = flat[start:start + size].reshape(shapes[part]).copy()
-                    start += size
-        for name, layer in self._compiled.layers.items():
-            grid = layer.scheme.grid(layer.spec)
-            dense = scatter_units(self._get(name + suffix), self._order[name], grid, layer.spec.weight_shape)
-            found[name] = dense.reshape(shapes[name])
-        return found
-
-    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> bool:
-        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay. Whether other kernels
-        are compiled for it.
-
-        survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
-        """
-        layer = self._compiled.layers[name]
-        old = self._order.get(name)
-        index = self._index[name](keep)
-        elems = layer.scheme.cell_elems(layer.spec)
-        if old is not None:
-            places = old_places(old, index.order, self._keep(name) if survivors is None else survivors)
-        for suffix in ("", ":gradient", ":momentum"):
-            self._put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
-                      carry_over(self._get(name + suffix).reshape(-1, elems), places))
-        for part, array in index.arrays.items():
-            self._put(f"{name}:{part}", array)
-        self._order[name] = index.order
-        self._transpose(name)
-        return self._specializer is not None and self._specializer.changed(name)
-
-    def _keep(self, name: str) -> np.ndarray:
-        """The layer's mask, a bool array of its scheme's grid."""
-        layer = self._compiled.layers[name]
-        keep = np.zeros(layer.scheme.grid(layer.spec), bool)
-        keep.ravel()[self._order[name]] = True
-        return keep
-
-    def _transpose(self, name: str) -> None:
-        """Brings the copy of the values that the input gradient reads up to date."""
-        if f"{name}:transposed_from" in self._held:
-            self._put(f"{name}:transposed", self._get(name)[self._get(f"{name}:transposed_from")])
-        elif f"{name}:permutation" in self._held:
-            permutation = self._get(f"{name}:permutation")
-            layer = self._compiled.layers[name]
-            rows, sources = layer.scheme.block(layer.spec)
-            values = self._get(name).reshape(-1, sources, rows)
-            turned = np.empty((len(values), rows, sources), np.float32)
-            turned[permutation] = values.transpose(0, 2, 1)
-            self._put(f"{name}:transposed", turned)
 
     def _begin(self) -> tuple[float, int]:
         """Clock and bytes sent before a mutation."""
@@ -578,10 +486,10 @@ class TrainStep:
             return "unchanged"
         return "recompiled" if self._install(name, new, survivors) else "re-indexed"
 
-
-def _as_conv(weight: np.ndarray) -> np.ndarray:
-    """A linear weight (out, in) as (out, in, 1, 1)."""
-    return weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
+    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> bool:
+        """`HeldState.install`; whether other kernels are compiled for the mask."""
+        self._state.install(name, keep, survivors)
+        return self._specializer is not None and self._specializer.changed(name)
 
 
 def _numpy(array: Any, dtype: type, what: str) -> np.ndarray:

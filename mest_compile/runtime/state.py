@@ -1,0 +1,135 @@
+"""What a step holds between calls, in the order that its kernels want: weights, momentum and index arrays of the live units, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mest_compile.errors import StateError
+from mest_compile.graph.program import Buffer, Program
+from mest_compile.registry import FAMILIES
+from mest_compile.runtime.runner import Runner
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
+
+
+class HeldState:
+    """The arrays of one step on a runner, and their translation to torch's names and shapes and back.
+
+    held   name -> buffer of all arrays that outlive a call
+    order  weight name -> where each live cell lies in the grid, in value order: the mask
+    """
+
+    def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
+        """programs: of the step, the training program first; shapes: torch name -> shape."""
+        self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
+        self.order: dict[str, np.ndarray] = {}
+        self._layers, self._shapes = layers, shapes
+        self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
+        self._dense = [buffer for buffer in self.held.values() if buffer.parts]
+        self.start_on(runner)
+
+    def start_on(self, runner: Runner) -> None:
+        """Takes another runner, whose arrays are all 0 and which has no masks yet."""
+        self._runner = runner
+        self.order.clear()
+        for buffer in self.held.values():
+            if buffer.elems is not None:
+                self.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        self._runner.put(name, array)
+
+    def get(self, name: str) -> np.ndarray:
+        return self._runner.get(name)
+
+    def of_kinds(self, *kinds: str) -> dict[str, np.ndarray]:
+        """Copies of the arrays of some kinds, by name."""
+        return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
+
+    # Masks.
+
+    def keep(self, name: str) -> np.ndarray:
+        """The layer's mask, a bool array of its scheme's grid."""
+        layer = self._layers[name]
+        keep = np.zeros(layer.scheme.grid(layer.spec), bool)
+        keep.ravel()[self.order[name]] = True
+        return keep
+
+    def mask(self, name: str) -> np.ndarray:
+        """The same of every weight, in torch's shape."""
+        layer = self._layers[name]
+        return layer.scheme.expand(layer.spec, self.keep(name)).reshape(self._shapes[name])
+
+    def install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> None:
+        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay.
+
+        survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
+        """
+        layer = self._layers[name]
+        old = self.order.get(name)
+        index = self._index[name](keep)
+        elems = layer.scheme.cell_elems(layer.spec)
+        if old is not None:
+            places = old_places(old, index.order, self.keep(name) if survivors is None else survivors)
+        for suffix in ("", ":gradient", ":momentum"):
+            self.put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
+                     carry_over(self.get(name + suffix).reshape(-1, elems), places))
+        for part, array in index.arrays.items():
+            self.put(f"{name}:{part}", array)
+        self.order[name] = index.order
+        self.transpose(name)
+
+    def transpose(self, name: str) -> None:
+        """Brings the copy of the values that the input gradient reads up to date."""
+        if f"{name}:transposed_from" in self.held:
+            self.put(f"{name}:transposed", self.get(name)[self.get(f"{name}:transposed_from")])
+        elif f"{name}:permutation" in self.held:
+            permutation = self.get(f"{name}:permutation")
+            layer = self._layers[name]
+            rows, sources = layer.scheme.block(layer.spec)
+            values = self.get(name).reshape(-1, sources, rows)
+            turned = np.empty((len(values), rows, sources), np.float32)
+            turned[permutation] = values.transpose(0, 2, 1)
+            self.put(f"{name}:transposed", turned)
+
+    # Torch's names and shapes.
+
+    def check(self, state: Mapping[str, np.ndarray]) -> None:
+        """Raises StateError when names or shapes are not the model's."""
+        missing, foreign = sorted(self._shapes.keys() - state.keys()), sorted(state.keys() - self._shapes.keys())
+        if missing or foreign:
+            raise StateError(f"the state does not fit the model: missing {missing[:3] or 'none'}, unknown {foreign[:3] or 'none'}")
+        for name, shape in self._shapes.items():
+            if tuple(state[name].shape) != tuple(shape):
+                raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
+
+    def fill(self, state: Mapping[str, np.ndarray]) -> None:
+        """Sets every parameter and statistic; of weights what the masks keep."""
+        for buffer in self._dense:
+            self.put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
+        for name, layer in self._layers.items():
+            self.put(name, gather_units(as_conv(state[name]), self.order[name], layer.scheme.grid(layer.spec)))
+            self.transpose(name)
+
+    def collect(self, suffix: str) -> dict[str, np.ndarray]:
+        """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape, 0 at dead weights."""
+        found = {}
+        for buffer in self._dense:
+            if buffer.name + suffix in self.held:
+                flat, start = self.get(buffer.name + suffix), 0
+                for part in buffer.parts:
+                    size = int(np.prod(self._shapes[part]))
+                    found[part] = flat[start:start + size].reshape(self._shapes[part]).copy()
+                    start += size
+        for name, layer in self._layers.items():
+            grid = layer.scheme.grid(layer.spec)
+            dense = scatter_units(self.get(name + suffix), self.order[name], grid, layer.spec.weight_shape)
+            found[name] = dense.reshape(self._shapes[name])
+        return found
+
+
+def as_conv(weight: np.ndarray) -> np.ndarray:
+    """A linear weight (out, in) as (out, in, 1, 1)."""
+    return weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
