@@ -183,5 +183,5 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
     if buffer.image is not None:
         image = buffer.image
         return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))
-    elems = len(index.order) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
+    elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
     return rng.standard_normal(elems).astype(np.float32)

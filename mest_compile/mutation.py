@@ -49,19 +49,20 @@ def prune(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
     live    units that stay alive
     Raises SparsityError when fewer than `live` units are alive, InputError when a live unit's score is NaN.
     """
-    alive = np.flatnonzero(keep)
-    if not 0 <= live <= alive.size:
-        raise SparsityError(f"cannot prune to {live} live units: {alive.size} of {keep.size} are alive")
     if scores.shape != keep.shape:
         raise InputError(f"prune needs one score a unit: {keep.shape}, not {scores.shape}")
-    _check_scores(scores[alive])
+    alive = np.flatnonzero(keep)
     kept = np.zeros_like(keep)
-    if live:
-        found = scores[alive]
-        worst = np.partition(found, alive.size - live)[alive.size - live]  # of those that stay
-        kept[alive[found > worst]] = True
-        kept[alive[np.flatnonzero(found == worst)[:live - int(kept.sum())]]] = True
+    kept[alive[strongest(scores[alive], live, keep.size)]] = True
     return kept
+
+
+def strongest(scores: np.ndarray, live: int, units: int) -> np.ndarray:
+    """`prune` for who lists live units: (alive,) bool, the `live` of highest score; of equal scores the first. units: live and dead."""
+    if not 0 <= live <= scores.size:
+        raise SparsityError(f"cannot prune to {live} live units: {scores.size} of {units} are alive")
+    _check_scores(scores)
+    return _best(scores[None], live)[0]
 
 
 def grow(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
@@ -71,17 +72,24 @@ def grow(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarr
     scores  (units,) float; of equal scores the lower index grows. None: the generator chooses
     Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already.
     """
-    alive = int(keep.sum())
-    if live > keep.size:
-        raise CapacityError(f"cannot grow to {live} live units: there are {keep.size}")
-    if live < alive:
-        raise SparsityError(f"cannot grow to {live} live units: {alive} of {keep.size} are alive already; prune first")
-    grown, dead = keep.copy(), np.flatnonzero(~keep)
-    if scores is None:
-        grown[rng.choice(dead, size=live - alive, replace=False)] = True
-    else:
-        grown[dead[np.argsort(-scores[dead], kind="stable")[:live - alive]]] = True
+    grown = keep.copy()
+    grown[newcomers(np.flatnonzero(keep), keep.size, live, rng, scores)] = True
     return grown
+
+
+def newcomers(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+    """`grow` for who lists live units: those that join them, ascending like `alive`. units: live and dead."""
+    count = live - alive.size
+    if live > units:
+        raise CapacityError(f"cannot grow to {live} live units: there are {units}")
+    if count < 0:
+        raise SparsityError(f"cannot grow to {live} live units: {alive.size} of {units} are alive already; prune first")
+    if scores is not None:
+        dead = np.delete(np.arange(units), alive)
+        return np.sort(dead[np.argsort(-scores[dead], kind="stable")[:count]])
+    # Listing the dead would cost more than all the rest: the one with n dead before it stands behind the live ones with n or fewer.
+    drawn = np.sort(rng.choice(units - alive.size, size=count, replace=False))
+    return drawn + np.searchsorted(alive - np.arange(alive.size), drawn, side="right")
 
 
 def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
@@ -104,7 +112,7 @@ def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.
 
 
 def _check_scores(scores: np.ndarray) -> None:
-    if np.isnan(scores).any():
+    if scores.size and np.isnan(scores.max()):  # the largest is NaN when any is
         raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
 
 
@@ -114,9 +122,12 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
         return np.zeros(scores.shape, bool)
     place = scores.shape[1] - count
     worst = np.partition(scores, place, axis=1)[:, place, None]  # of those that are chosen
-    chosen, equal = scores > worst, scores == worst
-    room = count - chosen.sum(1, keepdims=True)
-    return chosen | equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room)
+    chosen = scores >= worst
+    if np.count_nonzero(chosen) > count * len(scores):
+        equal = scores == worst
+        room = equal.sum(1, keepdims=True) - (chosen.sum(1, keepdims=True) - count)
+        chosen &= ~equal | (np.cumsum(equal, axis=1, dtype=np.int32) <= room)
+    return chosen
 
 
 def mutate(keep: np.ndarray, scores: np.ndarray, prune_live: int, grow_live: int, rng: np.random.Generator) -> np.ndarray:

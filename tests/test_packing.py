@@ -11,10 +11,11 @@ from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.packing import (
     carry_over,
+    cells_of,
     gather_units,
     gradient_halo,
     image_of,
-    old_places,
+    listed,
     scatter_units,
     source_halo,
 )
@@ -52,8 +53,9 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     source, result = image_of(spec, source_halo(spec), 4, False), image_of(spec, gradient_halo(spec), 4, True)
     forward = forward_problem(layer, source, result, False, False)
     backward = gradient_problem(layer, result, source, False)
-    index = gather_indexer(spec, forward, backward)(keep)
-    values = gather_units(weight.detach().numpy(), index.order, layer.scheme.grid(spec)).astype(np.float64)
+    index = gather_indexer(spec, forward, backward)(cells_of(keep))
+    order = np.flatnonzero(keep)[index.sort]
+    values = gather_units(weight.detach().numpy(), order, layer.scheme.grid(spec)).astype(np.float64)
     got = gather_conv_reference(forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source))
     np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
 
@@ -66,7 +68,7 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     rows, sources = layer.scheme.block(spec)
     grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.arrays["pointers"],
                                  index.arrays["offsets"], pad_image(x.detach().numpy(), source), delta)
-    dense = scatter_units(grad, index.order, layer.scheme.grid(spec), weight_shape)
+    dense = scatter_units(grad, order, layer.scheme.grid(spec), weight_shape)
     np.testing.assert_allclose(dense, weight.grad.numpy() * mask, rtol=1e-9, atol=1e-9)
 
 
@@ -81,9 +83,12 @@ def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_sha
 
 
 def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
-    stays = np.isin(np.arange(10), [4, 9])  # 7 leaves, 2 is new
-    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), stays))
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), np.array([1, 3, 0]))
     np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])
-    stays[4] = False
-    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), old_places(np.array([9, 4, 7]), np.array([4, 2, 9]), stays))
-    np.testing.assert_array_equal(moved, [[0, 0], [0, 0], [1, 2]])
+
+
+def test_live_cells_are_listed_once_with_where_they_stand():
+    cells, places = listed(np.array([9, 4, 7], np.int32))
+    assert cells.tolist() == [4, 7, 9] and places.tolist() == [1, 2, 0] and cells.dtype == np.int32
+    cells, places = listed(np.array([9, 4, 9, 4, 7], np.int32))  # a kernel may hold a row twice
+    assert cells.tolist() == [4, 7, 9] and np.array([9, 4, 9, 4, 7])[places].tolist() == [4, 7, 9]

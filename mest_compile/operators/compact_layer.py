@@ -18,6 +18,7 @@ from mest_compile.sparsity.packing import (
     Places,
     gradient_halo,
     image_of,
+    inverse,
     parity_passes,
     reaching_passes,
     source_halo,
@@ -84,20 +85,19 @@ class CompactFamily(KernelFamily):
         places = Places.forward(spec, forward)
         transposed = None if backward is None else Places.transposed(spec, backward)
 
-        def index(keep: np.ndarray) -> LayerIndex:
-            alive = keep[:, 0, 0, 0] if on_rows else keep[0, :, 0, 0]
-            pointers, offsets, order = _dense_index(spec, forward, places, alive)
+        def index(cells: np.ndarray) -> LayerIndex:
+            alive = np.zeros(spec.weight_shape[0 if on_rows else 1], bool)
+            alive[layer.scheme.units(spec, cells)] = True
+            pointers, offsets, sort = _dense_index(spec, forward, places, alive)
             arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, alive, spared)}
             if spared:
                 arrays["alive"] = alive.astype(np.int32)
             if backward is not None:
                 assert transposed is not None
                 pointers, offsets, there = _dense_index(spec, backward, transposed, alive, transposed=True)
-                place = np.empty(keep.size, np.int32)  # read where it was written only
-                place[order] = np.arange(len(order), dtype=np.int32)
-                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": place[there],
+                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": inverse(sort)[there],
                            **_lists("transposed_", backward, alive, spared or backward.accumulate)}
-            return LayerIndex(order, arrays)
+            return LayerIndex(sort, arrays)
 
         return index
 
@@ -151,22 +151,24 @@ def _blocks(layer: Layer, transposed: bool = False) -> tuple[int, int, int, int]
 
 def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, alive: np.ndarray,
                  transposed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pointers, offsets, the values' places in (out, in, kh, kw), [unit, source channel, row]) of a problem.
+    """(pointers, offsets, which of the live cells in order of place each value is, [unit, source channel, row]) of a problem.
 
     Its units are every group of rows at each block of sources and each tap, those that are listed being the live ones.
     """
-    _, inputs, height, width = spec.weight_shape
-    taps = height * width
-    rows = _pairs(alive) if problem.rows_live else np.arange(problem.result.channels).reshape(-1, problem.row_block)
-    channels = np.flatnonzero(alive) if problem.sources_live else np.arange(problem.source.channels)
-    sources = channels.reshape(-1, problem.source_block)
-    blocks = sources[:, 0, None] // problem.source_block
-    order, pointers, offsets = places.sort(np.arange(len(rows))[:, None, None], blocks, np.arange(taps))
-    group, rest = np.divmod(order, len(sources) * taps)
-    block, tap = np.divmod(rest, taps)
-    by_row, by_source = (taps, inputs * taps) if transposed else (inputs * taps, taps)
-    there = (rows * by_row)[group][:, None, :] + ((sources * by_source)[block] + tap[:, None])[:, :, None]
-    return pointers, offsets, there.ravel().astype(np.int32)
+    live, taps = np.flatnonzero(alive), spec.weight_shape[2] * spec.weight_shape[3]
+    result_channels = len(live) if problem.rows_live else problem.result.channels
+    source_channels = len(live) if problem.sources_live else problem.source.channels
+    by_row, by_source = (taps, result_channels * taps) if transposed else (source_channels * taps, taps)
+    # The last group of listed rows is filled up with its last one.
+    rows = np.minimum(np.arange(-(-result_channels // problem.row_block) * problem.row_block), result_channels - 1)
+    rows, sources = rows.reshape(-1, problem.row_block), np.arange(source_channels).reshape(-1, problem.source_block)
+    blocks = live if problem.sources_live else np.arange(len(sources))
+    units = len(rows), len(sources), taps
+    keys = places.group_key[:len(rows), None, None] + places.block_key[blocks][:, None] + places.tap_key
+    offsets = np.broadcast_to(places.block_offset[blocks][:, None] + places.tap_offset, units)
+    order, pointers, offsets = places.sort(keys.ravel(), offsets.ravel())
+    there = (rows * by_row)[:, None, None, None] + ((sources * by_source)[:, None] + np.arange(taps)[:, None])[..., None]
+    return pointers, offsets, there.reshape(-1, problem.source_block * problem.row_block).take(order, axis=0).ravel()
 
 
 def _pairs(alive: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.gather import GatherConv
 from mest_compile.operators.optimizer import Sgd
 from mest_compile.registry import SCHEDULES
+from mest_compile.sparsity.packing import cells_of
 from mest_compile.spec import LayerSpec, Node
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class KernelFamily(ABC):
 
     def index(self, layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
         """Index arrays of the layer's kernels in `program` under the grid `keep`, asked for once."""
-        return self.indexer(layer, program)(keep)
+        return self.indexer(layer, program)(cells_of(keep))
 
     # What a family says.
 
@@ -109,7 +110,9 @@ class KernelFamily(ABC):
 
     @abstractmethod
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
-        """The function that gives the index arrays of the layer's kernels in `program` under a grid `keep`: what is asked once a layer."""
+        """The function that gives the index arrays of the layer's kernels in `program` for live cells: (cells,) int32, their places in the
+        grid, ascending. It is asked for once a layer.
+        """
 
     @abstractmethod
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from mest_compile.registry import SCHEDULES, family
 from mest_compile.sparsity.packing import (
     LayerIndex,
     Places,
-    cells_of,
+    divide,
     gradient_halo,
     image_of,
     inverse,
@@ -44,18 +45,19 @@ def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool
 
 
 def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | None) -> Callable[[np.ndarray], LayerIndex]:
-    """keep (groups, sources, kh, kw) bool -> the index of its live cells."""
-    places = Places.forward(spec, forward)
-    transposed = None if backward is None else Places.transposed(spec, backward)
+    """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
+    there_sorted = None if backward is None else Places.transposed(spec, backward).of_cells(swapped=True)
+    here_sorted = Places.forward(spec, forward).of_cells(swapped=False)
+    row_cells = spec.weight_shape[1] // forward.source_block * prod(spec.weight_shape[2:])
 
-    def index(keep: np.ndarray) -> LayerIndex:
-        place, group, source, tap = cells_of(keep)
-        sort, pointers, offsets = places.sort(group, source, tap)
+    def index(cells: np.ndarray) -> LayerIndex:
+        row, rest = divide(cells, row_cells)
+        sort, pointers, offsets = here_sorted(row, rest)
         arrays = {"pointers": pointers, "offsets": offsets}
-        if transposed is not None:  # roles swap: output channels are the source now
-            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = transposed.sort(source, group, tap)
-            arrays["permutation"] = inverse(there)[sort]
-        return LayerIndex(place[sort], arrays)
+        if there_sorted is not None:  # roles swap: output channels are the source now
+            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest.take(sort))
+            arrays["permutation"] = inverse(there)
+        return LayerIndex(sort, arrays)
 
     return index
 

@@ -10,7 +10,7 @@ from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, Places, cells_of, inverse
+from mest_compile.sparsity.packing import LayerIndex, Places, divide, expand, inverse
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 if TYPE_CHECKING:
@@ -76,16 +76,19 @@ class PatternGroupsFamily(GatherFamily):
         places = Places.forward(layer.spec, forward.gather)
         transposed = None if backward is None else Places.transposed(layer.spec, backward.gather)
 
-        def index(keep: np.ndarray) -> LayerIndex:
-            taps, row, channel, tap = (array.reshape(-1, TAPS) for array in cells_of(keep))  # of each live kernel, in reading order
-            row, channel, shape = row[:, 0], channel[:, 0], _SHAPE_OF[(1 << tap).sum(1)]
+        inputs, kernel_cells, forth = layer.spec.weight_shape[1], PATTERNS[0].size, np.arange(TAPS)
+
+        def index(cells: np.ndarray) -> LayerIndex:
+            kernel, tap = (array.reshape(-1, TAPS) for array in divide(cells, kernel_cells))  # of each live kernel, in reading order
+            row, channel = divide(kernel[:, 0], inputs)
+            shape = _SHAPE_OF[(1 << tap).sum(1)]
             sort, pointers, offsets = _sorted(forward, places, row, channel, tap[:, 0], shape)
             arrays = {"pointers": pointers, "offsets": offsets}
             if backward is not None and transposed is not None:  # in reverse, the last tap comes first
                 there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(backward, transposed, channel, row, tap[:, -1],
                                                                                              shape)
-                arrays["permutation"] = (inverse(there)[sort][:, None] * TAPS + np.arange(TAPS, dtype=np.int32)[::-1]).ravel()
-            return LayerIndex(taps[sort].ravel(), arrays)
+                arrays["permutation"] = expand(inverse(there)[sort], forth[::-1])
+            return LayerIndex(expand(sort, forth), arrays)
 
         return index
 

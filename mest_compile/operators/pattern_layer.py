@@ -9,7 +9,7 @@ import numpy as np
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, Places, cells_of, inverse
+from mest_compile.sparsity.packing import LayerIndex, Places, divide, expand, inverse
 
 PAIR = 2
 
@@ -36,19 +36,21 @@ class PatternFamily(GatherFamily):
 
     def indexer(self, layer, program):
         forward, backward = self.problems(layer, program)
-        places = Places.forward(layer.spec, forward)
-        transposed = None if backward is None else Places.transposed(layer.spec, backward)
+        here_sorted = Places.forward(layer.spec, forward).of_cells(swapped=False)
+        there_sorted = None if backward is None else Places.transposed(layer.spec, backward).of_cells(swapped=True)
+        row_cells = layer.spec.weight_elems // layer.spec.weight_shape[0]
+        forth = np.arange(PAIR)
 
-        def index(keep: np.ndarray) -> LayerIndex:
+        def index(cells: np.ndarray) -> LayerIndex:
             # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap of a pair.
-            left, row, channel, tap = (array[::PAIR] for array in cells_of(keep))
-            sort, pointers, offsets = places.sort(row, channel, tap)
-            order = (left[sort][:, None] + np.arange(PAIR, dtype=np.int32)).ravel()
+            row, rest = divide(cells[::PAIR], row_cells)
+            sort, pointers, offsets = here_sorted(row, rest)
             arrays = {"pointers": pointers, "offsets": offsets}
-            if transposed is not None:  # in reverse, the right tap comes first
-                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = transposed.sort(channel, row, tap + PAIR - 1)
-                arrays["permutation"] = (inverse(there)[sort][:, None] * PAIR + np.arange(PAIR, dtype=np.int32)[::-1]).ravel()
-            return LayerIndex(order, arrays)
+            if there_sorted is not None:  # in reverse, the right tap comes first
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort),
+                                                                                                  rest.take(sort) + (PAIR - 1))
+                arrays["permutation"] = expand(inverse(there), forth[::-1])
+            return LayerIndex(expand(sort, forth), arrays)
 
         return index
 

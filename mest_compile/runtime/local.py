@@ -34,6 +34,7 @@ class LocalRunner:
         self._tvm, self._device = tvm, tvm.cpu(0)
         self._programs, self._threads = programs, threads
         self._tensors: dict[str, Any] = {}
+        self._views: dict[str, np.ndarray] = {}  # of the tensors' memory: TVM's own copies cost more than most arrays of a layer
         self._arguments: dict[str, list] = {}
         self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
         for program in {program.name: program for program, _ in programs.values()}.values():
@@ -50,16 +51,17 @@ class LocalRunner:
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Copies an array, flat, into the tensor of that name; a new size makes a new tensor."""
-        flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
-        if there is not None and there.shape[0] == flat.size:
-            there.copyfrom(flat)
+        view = self._views.get(name)
+        if view is not None and view.size == array.size:
+            view[...] = array.reshape(-1)
             return
-        self._tensors[name] = self._tvm.runtime.tensor(flat, self._device)
+        tensor = self._tensors[name] = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
+        self._views[name] = np.from_dlpack(tensor)
         self._arguments.clear()
 
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name."""
-        return self._tensors[name].numpy()
+        return self._views[name].copy()
 
     def exchange(self, kernels: Mapping[tuple[str, str], Any]) -> None:
         """Puts other kernels in place of some: {(program name, call name): callable}."""

@@ -11,7 +11,7 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, old_places, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, listed, scatter_units
 
 
 class HeldState:
@@ -62,24 +62,30 @@ class HeldState:
         layer = self._layers[name]
         return layer.scheme.expand(layer.spec, self.keep(name)).reshape(self._shapes[name])
 
-    def install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> None:
-        """Makes `keep` the layer's mask: index arrays, and values, momentum and gradients of units that stay.
+    def cells(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(the layer's live cells, ascending; where in the value array each stands)."""
+        return listed(self.order[name])
 
-        survivors  units that may stay; a unit that died and was drawn again in one mutation starts at 0 like any other new one
+    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
+        """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
+
+        places  where in the value array each stands now, one behind its end for those that start at 0; None: all do
         """
-        layer = self._layers[name]
-        old = self.order.get(name)
-        index = self._index[name](keep)
-        elems = layer.scheme.cell_elems(layer.spec)
-        if old is not None:
-            places = old_places(old, index.order, self.keep(name) if survivors is None else survivors)
+        index = self._index[name](cells)
+        elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
         for suffix in ("", ":gradient", ":momentum"):
-            self.put(name + suffix, np.zeros((len(index.order), elems), np.float32) if old is None else
-                     carry_over(self.get(name + suffix).reshape(-1, elems), places))
+            self.put(name + suffix, np.zeros(len(index.sort) * elems, np.float32) if places is None else
+                     carry_over(self.get(name + suffix).reshape(-1, elems), places.take(index.sort)))
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
-        self.order[name] = index.order
+        self.order[name] = cells.take(index.sort)
         self.transpose(name)
+
+    def move(self, name: str, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> None:
+        """`install` of those of `cells` that stay, and of new ones that start at 0: of a unit that died and was drawn again as well."""
+        places = np.concatenate([stay[1], np.full(len(new), len(self.order[name]))])
+        cells, turn = listed(np.concatenate([stay[0], new]))
+        self.install(name, cells, places.take(turn))
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""

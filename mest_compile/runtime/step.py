@@ -20,6 +20,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
 from mest_compile.runtime.state import HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.packing import cells_of, listed
 from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -99,7 +100,8 @@ class TrainStep:
         self._state.check(state)
         for name, layer in compiled.layers.items():
             energy = layer.scheme.energy(layer.spec, as_conv(state[name]))
-            self._state.install(name, layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity)))
+            keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity))
+            self._state.install(name, cells_of(keep))
         self._state.fill(state)
 
     # Facts.
@@ -305,8 +307,8 @@ class TrainStep:
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
-            old = self._state.keep(name)
-            fates[name] = self._exchange(name, old, keep, old)
+            cells = self._state.cells(name)
+            fates[name] = self._exchange(name, cells, keep.ravel()[cells[0]], cells_of(keep & ~self._state.keep(name)))
         return self._report(fates, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
@@ -327,18 +329,17 @@ class TrainStep:
         fates = {}
         changes = []
         for name in self._sparse_layers():
-            layer, keep = layers[name], self._state.keep(name)
+            spec, scheme = layers[name].spec, layers[name].scheme
+            cells, places = self._state.cells(name)
             score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
-            order = self._state.order[name]
-            energy = np.zeros(keep.size)
-            squares = np.square(score, dtype=np.float64).reshape(len(order), -1)
-            energy[order] = squares @ np.ones(squares.shape[1])
-            fewest = min(fewest_units[name], layer.scheme.count(layer.spec, keep))
-            kept = layer.scheme.prune(layer.spec, keep, energy.reshape(keep.shape), fewest)
-            wanted = None if gradients is None else layer.scheme.energy(layer.spec, as_conv(np.asarray(gradients[name])))
-            changes.append((name, keep, kept, layer.scheme.grow(layer.spec, kept, most_units[name], rng, wanted)))
-        for name, keep, kept, grown in changes:  # nothing is changed before all layers were asked, any of which may refuse
-            fates[name] = self._exchange(name, keep, grown, kept)
+            squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
+            energy = (squares @ np.ones(squares.shape[1])).take(places)
+            stays = scheme.survivors(spec, cells, energy, min(fewest_units[name], len(cells) // scheme.unit_cells(spec)))
+            wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
+            new = scheme.newcomers(spec, cells[stays], most_units[name], rng, wanted)
+            changes.append((name, (cells, places), stays, new))
+        for name, listing, stays, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
+            fates[name] = self._exchange(name, listing, stays, new)
         return self._report(fates, start)
 
     def check_room(self, grow_to: float) -> dict[str, int]:
@@ -407,11 +408,10 @@ class TrainStep:
         for fact, what in (("graph", "model"), ("layers", "sparsity scheme or dense layers")):
             if mine[fact] != theirs.get(fact):
                 raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
-        for name, layer in self._compiled.layers.items():
+        for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
-            keep = np.zeros(layer.scheme.grid(layer.spec), bool)
-            keep.ravel()[order] = True
-            self._install(name, keep)
+            self._state.install(name, listed(order)[0])
+            self._moved(name)
             assert np.array_equal(order, self._state.order[name]), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():
             if name.startswith("held/"):
@@ -480,15 +480,15 @@ class TrainStep:
     def _report(self, fates: dict[str, str], begun: tuple[float, int]) -> MutationReport:
         return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
 
-    def _exchange(self, name: str, old: np.ndarray, new: np.ndarray, survivors: np.ndarray) -> str:
-        """Makes `new` the layer's mask in place of `old`, where it changes anything; the layer's fate."""
-        if np.array_equal(new, old) and np.array_equal(new & survivors, new):
+    def _exchange(self, name: str, cells: tuple[np.ndarray, np.ndarray], stays: np.ndarray, new: np.ndarray) -> str:
+        """Lets those of `HeldState.cells` that stay and new ones live, where that changes anything; the layer's fate."""
+        if not len(new) and stays.all():
             return "unchanged"
-        return "recompiled" if self._install(name, new, survivors) else "re-indexed"
+        self._state.move(name, (cells[0][stays], cells[1][stays]), new)
+        return "recompiled" if self._moved(name) else "re-indexed"
 
-    def _install(self, name: str, keep: np.ndarray, survivors: np.ndarray | None = None) -> bool:
-        """`HeldState.install`; whether other kernels are compiled for the mask."""
-        self._state.install(name, keep, survivors)
+    def _moved(self, name: str) -> bool:
+        """Tells who specializes kernels of a layer's new mask; whether others are compiled for it."""
         return self._specializer is not None and self._specializer.changed(name)
 
 

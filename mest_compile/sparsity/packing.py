@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,18 +10,20 @@ import numpy as np
 from mest_compile.operators.gather import GatherConv, Pass
 from mest_compile.spec import Image, LayerSpec
 
+PLACE = 32  # bits of a sorted key that say where what it belongs to stood
+
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
     """Index arrays of one layer under one mask.
 
-    order   (cells,) int32: flat position in the grid of each live cell, in the order of the value array
+    sort    which of the live cells, listed by place in the grid, stands at each place of the value array
     arrays  part of the layer's held index buffer -> int32 array. In the gather family: pointers, offsets of the forward pass and the
             weight gradient; where there is an input gradient transposed_pointers, transposed_offsets, and permutation (cells,), the
             place of each cell in the transposed order
     """
 
-    order: np.ndarray
+    sort: np.ndarray
     arrays: Mapping[str, np.ndarray]
 
 
@@ -74,9 +76,9 @@ class Places:
     Both are sums of three numbers: one for the unit's group of result channels, one for its block of source channels and one for its tap,
     so that the tables are small and a mask becomes an index by a few additions and one sort.
 
-    group_rank (groups,), block_rank (blocks,), tap_rank (taps,) int64: a unit's rank is their sum; ranks grow with (cell, offset)
+    group_key (groups,), block_key (blocks,), tap_key (taps,) int64: a unit's rank is their sum >> PLACE; ranks grow with (cell, offset)
     block_offset (blocks,), tap_offset (taps,) int32: a unit's offset is their sum
-    starts (cells + 1,): the ranks at which cells begin. Units whose tap only ever sees padding rank behind the last cell, at offset 0.
+    starts (cells + 1,): the keys at which cells begin. Units whose tap only ever sees padding rank behind the last cell, at offset 0.
     """
 
     def __init__(self, problem: GatherConv, taps: list[list[tuple[int, int, int]]], unreached: list[int]):
@@ -86,19 +88,19 @@ class Places:
         each = -(-problem.section_channels // problem.source_block)  # blocks of a section
         most = max(len(unreached), *(len(reached) for reached in taps))
         cell_ranks, pass_ranks = each * most, problem.sections * groups * each * most
-        self.group_rank = np.arange(groups) * cell_ranks
+        self.group_key = np.arange(groups) * cell_ranks << PLACE
         section, within = np.divmod(np.arange(blocks), each)
-        self.block_rank = section * (groups * cell_ranks) + within * most
+        self.block_key = section * (groups * cell_ranks) + within * most << PLACE
         self.block_offset = (np.arange(blocks) * (problem.source_block * image.channel_elems)).astype(np.int32)
         count = sum(map(len, taps)) + len(unreached)
-        self.tap_rank, self.tap_offset = np.zeros(count, np.int64), np.zeros(count, np.int32)
+        self.tap_key, self.tap_offset = np.zeros(count, np.int64), np.zeros(count, np.int32)
         for number, reached in enumerate(taps):
             for turn, (tap, y, x) in enumerate(reached):
-                self.tap_rank[tap] = number * pass_ranks + turn
+                self.tap_key[tap] = number * pass_ranks + turn << PLACE
                 self.tap_offset[tap] = (y + image.halo[0]) * image.row_elems + (x + image.halo[1]) * image.vector
         for turn, tap in enumerate(unreached):
-            self.tap_rank[tap] = len(taps) * pass_ranks + turn
-        self.starts = np.arange(problem.cells + 1) * cell_ranks
+            self.tap_key[tap] = len(taps) * pass_ranks + turn << PLACE
+        self.starts = np.arange(problem.cells + 1) * cell_ranks << PLACE
         self._all_reached = not unreached
 
     @classmethod
@@ -121,28 +123,51 @@ class Places:
             left -= {tap for _, _, tap in reached}
         return cls(problem, taps, sorted(left))
 
-    def sort(self, group: np.ndarray, block: np.ndarray, tap: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(order that sorts the units, pointers, offsets in that order); the arrays are broadcast together and say what each unit is."""
-        rank = (self.group_rank[group] + self.block_rank[block] + self.tap_rank[tap]).ravel()
-        offset = self.block_offset[block] + self.tap_offset[tap]
+    def sort(self, keys: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(order that sorts units of such keys and offsets, pointers, offsets in that order)."""
         # One sort of numbers that carry their own place takes a third of the time of argsort.
-        ranked = np.sort(rank << 32 | np.arange(len(rank)))
-        order = ranked & 0xFFFFFFFF
-        offsets = np.broadcast_to(offset, np.broadcast_shapes(group.shape, offset.shape)).ravel()[order]
-        pointers = np.searchsorted(ranked, self.starts << 32).astype(np.int32)
+        ranked = keys + np.arange(len(keys))
+        ranked.sort()
+        order = ranked & (1 << PLACE) - 1
+        offsets = offsets.take(order)
+        pointers = np.searchsorted(ranked, self.starts).astype(np.int32)
         if not self._all_reached:
             offsets[pointers[-1]:] = 0
         return order, pointers, offsets
 
+    def of_cells(self, swapped: bool) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`sort` for cells of a grid, told by their row and their place in it.
 
-def cells_of(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(place in the grid, row, column, tap) of every live cell, int32, in order of place. keep (rows, columns, kh, kw) bool."""
-    place = np.flatnonzero(keep).astype(np.int32)  # NumPy divides int32 by a number ten times as fast as int64
-    each, taps = keep[0].size, keep[0, 0].size
-    row = place // each
-    rest = place - row * each
-    column = rest // taps
-    return place, row, column, rest - column * taps
+        swapped: whether the grid's rows are blocks of source channels and its columns the groups, not the other way round
+        """
+        first, second = (self.block_key, self.group_key) if swapped else (self.group_key, self.block_key)
+        rest_key = (second[:, None] + self.tap_key).ravel()
+        if swapped:
+            rest_offset = np.tile(self.tap_offset, len(self.group_key))
+            return lambda row, rest: self.sort(first.take(row) + rest_key.take(rest), self.block_offset.take(row) + rest_offset.take(rest))
+        rest_offset = (self.block_offset[:, None] + self.tap_offset).ravel()
+        return lambda row, rest: self.sort(first.take(row) + rest_key.take(rest), rest_offset.take(rest))
+
+
+def cells_of(keep: np.ndarray) -> np.ndarray:
+    """Places of the live cells of a grid, int32, ascending."""
+    return np.flatnonzero(keep).astype(np.int32)
+
+
+def listed(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the distinct ones of `order`, ascending; where in it each stands). Cells that kernels hold twice are found once."""
+    keys = order.astype(np.int64) << PLACE
+    keys += np.arange(len(order))
+    keys.sort()
+    cells, places = (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
+    again = cells[1:] == cells[:-1]
+    return (np.delete(cells, np.flatnonzero(again)), np.delete(places, np.flatnonzero(again))) if again.any() else (cells, places)
+
+
+def divide(cells: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """divmod of int32, which NumPy divides ten times as fast as int64."""
+    quotient = cells // size
+    return quotient, cells - quotient * size
 
 
 def inverse(order: np.ndarray) -> np.ndarray:
@@ -150,6 +175,11 @@ def inverse(order: np.ndarray) -> np.ndarray:
     places = np.empty(len(order), np.int32)
     places[order] = np.arange(len(order), dtype=np.int32)
     return places
+
+
+def expand(units: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Places of the cells of units that have len(cells) each: `cells` says which of its own comes when."""
+    return ((units * len(cells))[:, None] + cells.astype(units.dtype)).ravel()
 
 
 def gather_units(dense: np.ndarray, order: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
@@ -167,19 +197,9 @@ def scatter_units(values: np.ndarray, order: np.ndarray, grid: tuple[int, ...], 
     return np.ascontiguousarray(cut.reshape(*grid, sources, rows).transpose(0, 5, 1, 4, 2, 3).reshape(shape))
 
 
-def old_places(old_order: np.ndarray, new_order: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """Where each unit of the new order stands in the old one; one place behind its end for those that are not both in it and in `stays`.
-
-    stays  bool, by place in the grid; its true ones are in `old_order`
-    """
-    place = np.empty(stays.size, np.int32)  # read where it was written only
-    place[old_order] = np.arange(len(old_order), dtype=np.int32)
-    return np.where(stays.ravel()[new_order], place[new_order], len(old_order))
-
-
 def carry_over(array: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """`array` (old units, elems) in the new order that `old_places` told of: units in both keep their entries, new ones start at 0."""
-    return np.concatenate([array, np.zeros((1, array.shape[1]), array.dtype)])[places]
+    """The units of `array` (units, elems) at `places`, in that order; one place behind its end are new ones, which start at 0."""
+    return np.concatenate([array, np.zeros((1, array.shape[1]), array.dtype)]).take(places, axis=0)
 
 
 def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool, dtype: str = "float32") -> Image:

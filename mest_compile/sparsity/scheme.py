@@ -1,26 +1,28 @@
 """What a sparsity scheme is: which units a layer's weight falls into, and which sets of live units are legal.
 
 A layer's mask is `keep`, a bool grid (groups, sources, kh, kw) of *cells*: the blocks of weights that the kernels load together. A scheme's
-*unit*, what it keeps or drops whole, is one cell or several. *Energy* is the squared importance of a cell's weights, summed.
+*unit*, what it keeps or drops whole, is one cell or several. *Energy* is the squared importance of a cell's weights, summed. Who mutates
+lists live cells, int32 places in the grid, ascending: at usual sparsities that is less work than whole grids.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import reduce
 from math import prod
 from typing import ClassVar
 
 import numpy as np
 
 from mest_compile.errors import SparsityError, StateError, UsageError
-from mest_compile.mutation import grow, prune
+from mest_compile.mutation import newcomers, strongest
 from mest_compile.spec import LayerSpec
 
 
 class Scheme(ABC):
     """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the grid.
 
-    spans  axes of the grid that a unit covers from end to end; () when a unit is one cell
+    spans  axes of the grid that a unit covers from end to end, all but one; () when a unit is one cell
     """
 
     name: ClassVar[str]
@@ -95,16 +97,42 @@ class Scheme(ABC):
 
     def prune(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
         """The `live` units of most energy among those in `keep`. Raises SparsityError, InputError (NaN)."""
-        alive = self._alive(keep)
-        return self._cells(prune(alive.ravel(), self._sums(energy), live).reshape(alive.shape), keep.shape)
+        cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
+        kept.ravel()[cells[self.survivors(layer, cells, energy.ravel()[cells], live)]] = True
+        return kept
 
     def grow(self, layer: LayerSpec, keep: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None = None) -> np.ndarray:
         """`keep` with dead units added until `live` live: those of most energy, or without one drawn evenly.
 
         Raises SparsityError, CapacityError.
         """
-        alive, scores = self._alive(keep), None if energy is None else self._sums(energy)
-        return self._cells(grow(alive.ravel(), live, rng, scores).reshape(alive.shape), keep.shape)
+        grown = np.array(keep, order="C")
+        grown.ravel()[self.newcomers(layer, np.flatnonzero(keep).astype(np.int32), live, rng, energy)] = True
+        return grown
+
+    # The same for who lists live cells.
+
+    def units(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
+        """Which units live, ascending: each one's place on the axis of the grid that units do not span, or in the grid."""
+        return self._alive(cells.reshape(self._listed(layer, cells))).ravel() // self._strides(layer)[self._axis] if self.spans else cells
+
+    def survivors(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
+        """`prune`: (cells,) bool, which of the cells stay. energy (cells,)."""
+        shape = self._listed(layer, cells)
+        energy = self._sums(energy.reshape(shape))
+        stays = strongest(energy, live, prod(self.grid(layer)) // self.unit_cells(layer))
+        return np.broadcast_to(stays.reshape([1 if axis in self.spans else size for axis, size in enumerate(shape)]), shape).ravel()
+
+    def newcomers(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
+        """`grow`: the cells that are added. energy: a grid or None."""
+        grid = self.grid(layer)
+        units = newcomers(self.units(layer, cells), prod(grid) // self.unit_cells(layer), live, rng,
+                          None if energy is None else self._sums(energy)).astype(np.int32)
+        if not self.spans:
+            return units
+        places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
+                  for axis, (size, stride) in enumerate(zip(grid, self._strides(layer), strict=True))]
+        return reduce(np.add, np.ix_(*places)).ravel()
 
     # Masks of weights.
 
@@ -119,7 +147,7 @@ class Scheme(ABC):
             raise StateError(f"{layer.name}: the mask has shape {mask.shape}, the weight {layer.weight_shape}")
         rows, sources = self.block(layer)
         keep = mask[::rows, ::sources].astype(bool)
-        if not np.array_equal(self.expand(layer, self._cells(self._units(keep), keep.shape)), mask.astype(bool)):
+        if not np.array_equal(self.expand(layer, np.broadcast_to(self._units(keep), keep.shape)), mask.astype(bool)):
             raise StateError(f"{layer.name}: the mask is not made of whole units of scheme {self}; build it with the scheme's own mutation")
         if not keep.any():
             raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
@@ -139,9 +167,21 @@ class Scheme(ABC):
             energy = energy.sum(0, keepdims=True)  # by itself: NumPy is four times as slow over first and last axes at once
         return energy.sum(self.spans).ravel() if self.spans else energy.ravel()
 
-    @staticmethod
-    def _cells(units: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-        return units if units.shape == grid else np.broadcast_to(units, grid).copy()
+    @property
+    def _axis(self) -> int:
+        """Of the grid, the one that units do not span."""
+        return ({0, 1, 2, 3} - set(self.spans)).pop()
+
+    def _strides(self, layer: LayerSpec) -> list[int]:
+        """How far neighbours on each axis of the grid are apart."""
+        grid = self.grid(layer)
+        return [prod(grid[axis + 1:]) for axis in range(len(grid))]
+
+    def _listed(self, layer: LayerSpec, cells: np.ndarray) -> tuple[int, ...]:
+        """The shape of listed cells: the grid without its dead units, where that is one."""
+        if not self.spans:
+            return cells.shape
+        return tuple(size if axis in self.spans else len(cells) // self.unit_cells(layer) for axis, size in enumerate(self.grid(layer)))
 
 
 def check_sparsity(layer: LayerSpec, sparsity: float) -> None:

@@ -17,6 +17,7 @@ PATTERNS = np.array([[[cell == "x" for cell in row] for row in rows.split()] for
     "xx. xx. ...", ".xx xx. ...", "xx. .xx ...", ".xx .xx ...",
     "... xx. xx.", "... xx. .xx", "... .xx xx.", "... .xx .xx")])
 _LIVE_CELLS, _CELLS = 4, 9
+_TAPS = np.array([np.flatnonzero(pattern) for pattern in PATTERNS])
 
 
 @scheme("pattern")
@@ -53,27 +54,30 @@ class Pattern(Scheme):
         return out * max(1, min(inputs, round(inputs * share)))
 
     def count(self, layer, keep):
-        return int(_alive(keep).sum())
+        return int(keep[:, :, 1, 1].sum())  # every pattern holds the centre
 
     def start(self, layer, energy, live):
         """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
         kept = np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
         return self.prune(layer, PATTERNS[kept.argmax(2)], energy, live)
 
-    def prune(self, layer, keep, energy, live):
-        scores = np.where(keep, energy, 0.0).reshape(-1, _CELLS) @ np.ones(_CELLS)
-        return keep & prune_rows(_alive(keep), scores.reshape(keep.shape[:2]), _each(layer, live))[:, :, None, None]
+    def units(self, layer, cells):
+        return cells[::_LIVE_CELLS] // _CELLS
 
-    def grow(self, layer, keep, live, rng, energy=None):
+    def survivors(self, layer, cells, energy, live):
+        scores = sum(energy.reshape(layer.weight_shape[0], -1, _LIVE_CELLS).transpose(2, 0, 1))  # several times as fast as .sum(2)
+        return np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live)).ravel(), _LIVE_CELLS)
+
+    def newcomers(self, layer, cells, live, rng, energy):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
         patterns have most.
         """
-        alive, grown = _alive(keep), keep.copy()
+        alive = np.zeros(layer.weight_shape[:2], bool)
+        alive.ravel()[self.units(layer, cells)] = True
         kept = None if energy is None else np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
-        new = grow_rows(alive, _each(layer, live), rng, None if kept is None else kept.max(2)) & ~alive
-        chosen = rng.integers(len(PATTERNS), size=int(new.sum())) if kept is None else kept.argmax(2)[new]
-        grown[new] = PATTERNS[chosen]
-        return grown
+        new = np.flatnonzero(grow_rows(alive, _each(layer, live), rng, None if kept is None else kept.max(2)) & ~alive)
+        chosen = rng.integers(len(PATTERNS), size=len(new)) if kept is None else kept.reshape(-1, len(PATTERNS))[new].argmax(1)
+        return ((new * _CELLS)[:, None] + _TAPS[chosen]).ravel().astype(np.int32)
 
     def collapse(self, layer, mask):
         keep = Scheme.collapse(self, layer, mask)
@@ -92,11 +96,6 @@ class Pattern(Scheme):
 def _kernels(keep: np.ndarray) -> np.ndarray:
     """(out, in) bool: which kernels live."""
     return np.any(keep, (2, 3))
-
-
-def _alive(keep: np.ndarray) -> np.ndarray:
-    """`_kernels` of a legal `keep`, a view: every pattern holds the centre."""
-    return keep[:, :, 1, 1]
 
 
 def _each(layer, live: int) -> int:
