@@ -2,7 +2,7 @@
 
     python benchmarks/reindex.py
 
-writes benchmarks/results/reindex.json: milliseconds of a mutation that moves 2% of all weights in every sparse layer, of a step, and their ratio.
+writes benchmarks/results/reindex.json: milliseconds of a mutation that moves 2% of all weights, of a step, and their ratio.
 """
 
 from __future__ import annotations

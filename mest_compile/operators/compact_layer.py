@@ -5,6 +5,8 @@ Live channels stay where they are in memory and are listed; nobody writes or rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from mest_compile.graph.program import Buffer
     from mest_compile.sparsity.layer import Layer
     from mest_compile.spec import LayerSpec, Node
+
+Indexed = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up more often, and two suffice for eight accumulators
 
@@ -82,19 +86,19 @@ class CompactFamily(KernelFamily):
         forward, backward = self.problems(layer, program)
         # A neighbour that has the flags does not touch what is dead; otherwise dead results are written, as 0.
         spared = any(buffer.name == f"{spec.name}:alive" for call in program.calls for buffer in call.buffers)
-        places = Places.forward(spec, forward)
-        transposed = None if backward is None else Places.transposed(spec, backward)
+        here_indexed = _indexer(spec, forward, Places.forward(spec, forward))
+        there_indexed = None if backward is None else _indexer(spec, backward, Places.transposed(spec, backward), transposed=True)
 
         def index(cells: np.ndarray) -> LayerIndex:
             alive = np.zeros(spec.weight_shape[0 if on_rows else 1], bool)
             alive[layer.scheme.units(spec, cells)] = True
-            pointers, offsets, sort = _dense_index(spec, forward, places, alive)
+            pointers, offsets, sort = here_indexed(np.flatnonzero(alive))
             arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, alive, spared)}
             if spared:
                 arrays["alive"] = alive.astype(np.int32)
             if backward is not None:
-                assert transposed is not None
-                pointers, offsets, there = _dense_index(spec, backward, transposed, alive, transposed=True)
+                assert there_indexed is not None
+                pointers, offsets, there = there_indexed(np.flatnonzero(alive))
                 arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": inverse(sort)[there],
                            **_lists("transposed_", backward, alive, spared or backward.accumulate)}
             return LayerIndex(sort, arrays)
@@ -149,13 +153,20 @@ def _blocks(layer: Layer, transposed: bool = False) -> tuple[int, int, int, int]
     return (LISTED_ROWS, loads_shared(sources), live, 0) if on_rows != transposed else (loads_shared(rows), 1, 0, live)
 
 
-def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, alive: np.ndarray,
-                 transposed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _indexer(spec: LayerSpec, problem: GatherConv, places: Places, transposed: bool = False) -> Callable[[np.ndarray], Indexed]:
+    """`_dense_index` of live channels. Where no sources are listed it is the same for all masks with as many of them, and kept."""
+    if problem.sources_live:
+        return lambda live: _dense_index(spec, problem, places, live, transposed)
+    of_as_many = lru_cache(1)(lambda count: _dense_index(spec, problem, places, np.arange(count), transposed))
+    return lambda live: of_as_many(len(live))
+
+
+def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, live: np.ndarray, transposed: bool) -> Indexed:
     """(pointers, offsets, which of the live cells in order of place each value is, [unit, source channel, row]) of a problem.
 
     Its units are every group of rows at each block of sources and each tap, those that are listed being the live ones.
     """
-    live, taps = np.flatnonzero(alive), spec.weight_shape[2] * spec.weight_shape[3]
+    taps = spec.weight_shape[2] * spec.weight_shape[3]
     result_channels = len(live) if problem.rows_live else problem.result.channels
     source_channels = len(live) if problem.sources_live else problem.source.channels
     by_row, by_source = (taps, result_channels * taps) if transposed else (source_channels * taps, taps)

@@ -11,7 +11,7 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, listed, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, inverse, merge, scatter_units
 
 
 class HeldState:
@@ -19,12 +19,14 @@ class HeldState:
 
     held   name -> buffer of all arrays that outlive a call
     order  weight name -> where each live cell lies in the grid, in value order: the mask
+    cells  weight name -> (its live cells, ascending; where in the value array each stands)
     """
 
     def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
         """programs: of the step, the training program first; shapes: torch name -> shape."""
         self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
         self.order: dict[str, np.ndarray] = {}
+        self.cells: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
@@ -34,6 +36,7 @@ class HeldState:
         """Takes another runner, whose arrays are all 0 and which has no masks yet."""
         self._runner = runner
         self.order.clear()
+        self.cells.clear()
         for buffer in self.held.values():
             if buffer.elems is not None:
                 self.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -62,10 +65,6 @@ class HeldState:
         layer = self._layers[name]
         return layer.scheme.expand(layer.spec, self.keep(name)).reshape(self._shapes[name])
 
-    def cells(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(the layer's live cells, ascending; where in the value array each stands)."""
-        return listed(self.order[name])
-
     def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
@@ -79,12 +78,13 @@ class HeldState:
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
         self.order[name] = cells.take(index.sort)
+        self.cells[name] = cells, inverse(index.sort)[:len(cells)]  # a cell that kernels hold twice stands at the last of its places
         self.transpose(name)
 
     def move(self, name: str, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> None:
         """`install` of those of `cells` that stay, and of new ones that start at 0: of a unit that died and was drawn again as well."""
-        places = np.concatenate([stay[1], np.full(len(new), len(self.order[name]))])
-        cells, turn = listed(np.concatenate([stay[0], new]))
+        places = np.concatenate([stay[1], np.full(len(new), len(self.order[name]), np.int32)])
+        cells, turn = merge(stay[0], new)
         self.install(name, cells, places.take(turn))
 
     def transpose(self, name: str) -> None:

@@ -154,14 +154,12 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
     return np.flatnonzero(keep).astype(np.int32)
 
 
-def listed(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the distinct ones of `order`, ascending; where in it each stands). Cells that kernels hold twice are found once."""
-    keys = order.astype(np.int64) << PLACE
-    keys += np.arange(len(order))
-    keys.sort()
-    cells, places = (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
-    again = cells[1:] == cells[:-1]
-    return (np.delete(cells, np.flatnonzero(again)), np.delete(places, np.flatnonzero(again))) if again.any() else (cells, places)
+def merge(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(both ascending lists of cells as one; where in the two, one behind the other, each stands)."""
+    keys = np.concatenate([first, second]).astype(np.int64) << PLACE
+    keys += np.arange(len(keys))
+    keys.sort(kind="stable")  # of two ascending runs this is a merge
+    return (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
 
 
 def divide(cells: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
