@@ -21,6 +21,7 @@ from mest_compile.planning import plan_layers
 from mest_compile.records import LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity import parse_scheme
+from mest_compile.tuning import session
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
 from mest_compile.tuning.search import to_database
 from mest_compile.tuning.session import Session
@@ -166,10 +167,22 @@ def test_a_search_spends_its_trials_on_distinct_candidates_and_a_finished_one_no
     assert len(trials) == len(set(trials)) == first.measured
     assert first.finished and any(task.trials == 12 for task in first.tasks) and all(task.trials <= 12 for task in first.tasks)
     assert all(task.best_seconds <= task.default_seconds for task in first.tasks)
-    # MetaSchedule's search cannot be repeated by its seed: where it ended with trials to spare, another may find what it had not.
-    again, spare = run(), {task.name: 12 - task.trials for task in first.tasks}
-    assert again.finished and again.measured <= sum(spare.values())
-    assert all(after == before for before, after in zip(first.tasks, again.tasks, strict=True) if spare[before.name] == 0)
+    again = run()
+    assert again.finished and again.measured == 0 and again.tasks == first.tasks
+
+
+def test_trials_that_a_search_leaves_are_drawn_from_the_space_and_repeat_with_their_seed(target, builder, tmp_path, monkeypatch):
+    train, _, layers = planned(target, "mlp")
+    monkeypatch.setattr(session, "search", lambda *ignored: None)
+
+    def knobs(name, seed):
+        log = LogFile(tmp_path / name)
+        done = Session(train, layers, target, Clock(target, RunnerOptions()), log, Records(target, [log.path]), builder).run(12, seed=seed)
+        assert done.finished and max(task.trials for task in done.tasks) == 12
+        return [(line.key, line.knobs) for line in map(Record.from_line, log.path.read_text().splitlines())]
+
+    first = knobs("a", 0)
+    assert first == knobs("b", 0) != knobs("c", 1)
 
 
 def test_records_become_meta_schedule_records_and_back(target, tmp_path):

@@ -7,6 +7,7 @@ goes on behind the last record.
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -118,13 +119,13 @@ class Session:
         for number, task in enumerate(unsearched):
             self._stage("preparing", number, len(unsearched))
             self._prepare(task)
-            if _size(task) <= trials:
-                self._try_all(task)
-        unsearched = [task for task in unsearched if _size(task) > trials]
-        if unsearched:
-            spaces = [Space(task, number) for number, task in enumerate(unsearched)]
-            search(spaces, [self._weight(task) for task in unsearched], trials, [self._spent(task) for task in unsearched],
-                   [self._known(task).records for task in unsearched], self.runner, self._report, self._out_of_time, seed)
+        searched = [task for task in unsearched if _size(task) > trials]
+        if searched:
+            spaces = [Space(task, number) for number, task in enumerate(searched)]
+            search(spaces, [self._weight(task) for task in searched], trials, [self._spent(task) for task in searched],
+                   [self._known(task).records for task in searched], self.runner, self._report, self._out_of_time, seed)
+        for task in unsearched:
+            self._fill(task, trials, seed)
         if self.runner.measure is Measure.MODELLED:  # the same whenever it is asked for
             return not self._out_of_time()
         wanted = CONFIRMED if self.in_step is None else IN_STEP
@@ -143,12 +144,17 @@ class Session:
             self._confirm(task)
         return not self._out_of_time()
 
-    def _try_all(self, task: Task) -> None:
-        """Every candidate of a space that is smaller than the trials."""
-        space, tried = task.space(), self._known(task).tried
-        for values in product(*space.values()):
+    def _fill(self, task: Task, trials: int, seed: int) -> None:
+        """Tries candidates that nobody tried, evenly drawn, until the task had its trials: a search may end early, a space be smaller."""
+        space = task.space()
+        untried = list(product(*space.values()))
+        random.Random(f"{seed} {task.name}").shuffle(untried)
+        for values in untried:
+            known = self._known(task).tried
+            if len(known) >= trials or self._out_of_time():
+                return
             knobs = {name: value for (name, choices), value in zip(space.items(), values) if value != choices[0]}
-            if json.dumps(plain(knobs), sort_keys=True) not in tried and not self._out_of_time():
+            if json.dumps(plain(knobs), sort_keys=True) not in known:
                 self._attempt(task, knobs)
 
     def _prepare(self, task: Task) -> None:
