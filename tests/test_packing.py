@@ -15,6 +15,7 @@ from mest_compile.sparsity.packing import (
     gather_units,
     gradient_halo,
     image_of,
+    listed,
     merge,
     scatter_units,
     source_halo,
@@ -90,3 +91,10 @@ def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
 def test_two_ascending_lists_become_one_that_says_where_each_entry_stood():
     cells, places = merge(np.array([4, 7, 9], np.int32), np.array([1, 8], np.int32))
     assert cells.tolist() == [1, 4, 7, 8, 9] and places.tolist() == [3, 0, 1, 4, 2] and cells.dtype == np.int32
+
+
+def test_live_cells_are_listed_once_with_where_they_stand():
+    cells, places = listed(np.array([9, 4, 7], np.int32))
+    assert cells.tolist() == [4, 7, 9] and places.tolist() == [1, 2, 0] and cells.dtype == np.int32
+    cells, places = listed(np.array([9, 4, 9, 4, 7], np.int32))
+    assert cells.tolist() == [4, 7, 9] and places.tolist() == [3, 4, 2]

@@ -179,7 +179,8 @@ def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, live: np.
     offsets = np.broadcast_to(places.block_offset[blocks][:, None] + places.tap_offset, units)
     order, pointers, offsets = places.sort(keys.ravel(), offsets.ravel())
     there = (rows * by_row)[:, None, None, None] + ((sources * by_source)[:, None] + np.arange(taps)[:, None])[..., None]
-    return pointers, offsets, there.reshape(-1, problem.source_block * problem.row_block).take(order, axis=0).ravel()
+    there = there.reshape(-1, problem.source_block * problem.row_block).astype(np.int32)
+    return pointers, offsets, there.take(order, axis=0).ravel()
 
 
 def _pairs(alive: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, inverse, merge, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, listed, merge, scatter_units
 
 
 class HeldState:
@@ -19,14 +19,12 @@ class HeldState:
 
     held   name -> buffer of all arrays that outlive a call
     order  weight name -> where each live cell lies in the grid, in value order: the mask
-    cells  weight name -> (its live cells, ascending; where in the value array each stands)
     """
 
     def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
         """programs: of the step, the training program first; shapes: torch name -> shape."""
         self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
         self.order: dict[str, np.ndarray] = {}
-        self.cells: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
@@ -36,7 +34,6 @@ class HeldState:
         """Takes another runner, whose arrays are all 0 and which has no masks yet."""
         self._runner = runner
         self.order.clear()
-        self.cells.clear()
         for buffer in self.held.values():
             if buffer.elems is not None:
                 self.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -65,6 +62,10 @@ class HeldState:
         layer = self._layers[name]
         return layer.scheme.expand(layer.spec, self.keep(name)).reshape(self._shapes[name])
 
+    def cells(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(the layer's live cells, ascending; where in the value array each stands)."""
+        return listed(self.order[name])
+
     def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
@@ -78,7 +79,6 @@ class HeldState:
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
         self.order[name] = cells.take(index.sort)
-        self.cells[name] = cells, inverse(index.sort)[:len(cells)]  # a cell that kernels hold twice stands at the last of its places
         self.transpose(name)
 
     def move(self, name: str, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
 from mest_compile.runtime.state import HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import cells_of
+from mest_compile.sparsity.packing import cells_of, listed
 from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -307,7 +307,7 @@ class TrainStep:
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
-            cells = self._state.cells[name]
+            cells = self._state.cells(name)
             fates[name] = self._exchange(name, cells, keep.ravel()[cells[0]], cells_of(keep & ~self._state.keep(name)))
         return self._report(fates, start)
 
@@ -330,7 +330,7 @@ class TrainStep:
         changes = []
         for name in self._sparse_layers():
             spec, scheme = layers[name].spec, layers[name].scheme
-            cells, places = self._state.cells[name]
+            cells, places = self._state.cells(name)
             score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
@@ -410,7 +410,7 @@ class TrainStep:
                 raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
-            self._state.install(name, np.unique(order))  # kernels may hold a cell twice
+            self._state.install(name, listed(order)[0])
             self._moved(name)
             assert np.array_equal(order, self._state.order[name]), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():

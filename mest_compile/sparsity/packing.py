@@ -154,6 +154,16 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
     return np.flatnonzero(keep).astype(np.int32)
 
 
+def listed(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the distinct ones of `order`, ascending; where in it each stands, the last of its places): kernels may hold a cell twice."""
+    keys = order.astype(np.int64) << PLACE
+    keys += np.arange(len(order))
+    keys.sort()
+    cells, places = (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
+    again = cells[1:] == cells[:-1]
+    return (np.delete(cells, np.flatnonzero(again)), np.delete(places, np.flatnonzero(again))) if again.any() else (cells, places)
+
+
 def merge(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(both ascending lists of cells as one; where in the two, one behind the other, each stands)."""
     keys = np.concatenate([first, second]).astype(np.int64) << PLACE
