@@ -41,44 +41,27 @@ def importance(weights: np.ndarray, gradients: np.ndarray | None, importance_lam
     return np.abs(weights) + np.asarray(importance_lambda, weights.dtype) * np.abs(gradients)
 
 
-def prune(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
-    """A copy of `keep` in which only the `live` live units of highest score stay; of equal scores the lower index stays.
+def prune(scores: np.ndarray, live: int, units: int) -> np.ndarray:
+    """Which live units stay, (alive,) bool: the `live` of highest score; of equal scores the first.
 
-    keep    (units,) bool
-    scores  (units,) float; those of dead units are not looked at
-    live    units that stay alive
-    Raises SparsityError when fewer than `live` units are alive, InputError when a live unit's score is NaN.
+    scores  (alive,) float, of the live units
+    units   live and dead
+    Raises SparsityError when fewer than `live` units are alive, InputError when a score is NaN.
     """
-    if scores.shape != keep.shape:
-        raise InputError(f"prune needs one score a unit: {keep.shape}, not {scores.shape}")
-    alive = np.flatnonzero(keep)
-    kept = np.zeros_like(keep)
-    kept[alive[strongest(scores[alive], live, keep.size)]] = True
-    return kept
-
-
-def strongest(scores: np.ndarray, live: int, units: int) -> np.ndarray:
-    """`prune` for who lists live units: (alive,) bool, the `live` of highest score; of equal scores the first. units: live and dead."""
     if not 0 <= live <= scores.size:
         raise SparsityError(f"cannot prune to {live} live units: {scores.size} of {units} are alive")
     _check_scores(scores)
     return _best(scores[None], live)[0]
 
 
-def grow(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
-    """A copy of `keep` with `live` units alive, the new ones drawn evenly from the dead, or those of highest score.
+def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+    """Dead units that join the live ones until there are `live`, ascending: drawn evenly, or those of highest score.
 
-    keep    (units,) bool
-    scores  (units,) float; of equal scores the lower index grows. None: the generator chooses
+    A unit that was pruned is as likely to be drawn again as any other dead one. It counts as new: its weights start at 0.
+    alive   the live units, ascending; units: live and dead
+    scores  (units,) float; of equal scores the lower unit grows. None: the generator chooses
     Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already.
     """
-    grown = keep.copy()
-    grown[newcomers(np.flatnonzero(keep), keep.size, live, rng, scores)] = True
-    return grown
-
-
-def newcomers(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
-    """`grow` for who lists live units: those that join them, ascending like `alive`. units: live and dead."""
     count = live - alive.size
     if live > units:
         raise CapacityError(f"cannot grow to {live} live units: there are {units}")
@@ -93,7 +76,7 @@ def newcomers(alive: np.ndarray, units: int, live: int, rng: np.random.Generator
 
 
 def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
-    """`prune` of every row of `keep` (rows, units) at once, each to `live` live units. Raises as `prune` does."""
+    """A copy of a mask (rows, units) that `prune` was applied to row by row, each to `live` live units. Raises as `prune` does."""
     fewest = int(keep.sum(1).min())
     if not 0 <= live <= fewest:
         raise SparsityError(f"cannot prune to {live} live units a row: a row has only {fewest} alive")
@@ -102,7 +85,7 @@ def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
 
 
 def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
-    """`grow` of every row of `keep` (rows, units) at once, each to `live` live units. Raises as `grow` does."""
+    """A copy of a mask (rows, units) that `grow` was applied to row by row, each to `live` live units. Raises as `grow` does."""
     most = int(keep.sum(1).max())
     if live > keep.shape[1]:
         raise CapacityError(f"cannot grow to {live} live units a row: there are {keep.shape[1]}")
@@ -128,12 +111,3 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
         room = equal.sum(1, keepdims=True) - (chosen.sum(1, keepdims=True) - count)
         chosen &= ~equal | (np.cumsum(equal, axis=1, dtype=np.int32) <= room)
     return chosen
-
-
-def mutate(keep: np.ndarray, scores: np.ndarray, prune_live: int, grow_live: int, rng: np.random.Generator) -> np.ndarray:
-    """`keep` pruned to `prune_live` live units, then grown to `grow_live`.
-
-    A pruned unit is as likely to be drawn again as any other dead one. It counts as new: who holds weights resets those of
-    units that `prune` drops, not only of those that differ between `keep` and the result.
-    """
-    return grow(prune(keep, scores, prune_live), grow_live, rng)

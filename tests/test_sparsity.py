@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import grow_grid, prune_grid
 
-from mest_compile.errors import SparsityError, StateError, UnknownName, UsageError
+from mest_compile.errors import InputError, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.sparsity import parse_scheme, scheme_names
 from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.schemes.pattern import PATTERNS
@@ -81,11 +82,11 @@ def test_mutations_keep_whole_units_the_best_of_them_and_exactly_as_many_as_aske
         check_best(np.ones(layer.weight_shape, bool), mask, weight)
     for _ in range(2):
         weight = rng.standard_normal(layer.weight_shape)
-        pruned = scheme.prune(layer, keep, scheme.energy(layer, weight), prune_live)
+        pruned = prune_grid(scheme, layer, keep, scheme.energy(layer, weight), prune_live)
         smaller = check(pruned, prune_live)
         assert not (smaller & ~mask).any()
         check_best(mask, smaller, weight)
-        keep = scheme.grow(layer, pruned, grow_live, rng)
+        keep = grow_grid(scheme, layer, pruned, grow_live, rng)
         mask = check(keep, grow_live)
         grown = unit_sums(name, mask & ~smaller)  # only whole units are new: a live kernel keeps its pattern
         assert not (smaller & ~mask).any() and set(np.unique(grown)) <= {0, live_unit_elems(name, layer)}
@@ -133,13 +134,18 @@ def test_grown_kernels_are_drawn_evenly_and_so_are_their_patterns():
     scheme, layer, rng = parse_scheme("pattern"), spec(400, 5, 3), np.random.default_rng(5)
     keep = np.zeros(scheme.grid(layer), bool)
     keep[:, 0] = PATTERNS[3]
-    grown = scheme.grow(layer, keep, 800, rng)
+    grown = grow_grid(scheme, layer, keep, 800, rng)
     assert np.array_equal(grown[:, 0], keep[:, 0])
     places = grown[:, 1:].any((2, 3)).sum(0)
     patterns = np.array([(grown[:, 1:] == pattern).all((2, 3)).sum() for pattern in PATTERNS])
     for counts in (places, patterns):  # binomial: five standard deviations
         share = 1 / len(counts)
         assert counts.sum() == 400 and (abs(counts - 400 * share) < 5 * np.sqrt(400 * share * (1 - share))).all()
+
+
+def test_an_energy_that_is_not_one_a_cell_is_refused():
+    with pytest.raises(InputError, match="one energy a cell"):
+        parse_scheme("unstructured").prune(CONV, np.arange(9, dtype=np.int32), np.ones(8), 4)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.55])
@@ -158,7 +164,7 @@ def test_pattern_refuses_a_number_of_kernels_that_filters_cannot_share():
     scheme = parse_scheme("pattern")
     keep = scheme.start(CONV, scheme.energy(CONV, np.ones(CONV.weight_shape)), 16)
     with pytest.raises(SparsityError, match="17 kernels cannot be shared evenly by 8 filters"):
-        scheme.grow(CONV, keep, 17, np.random.default_rng(0))
+        grow_grid(scheme, CONV, keep, 17, np.random.default_rng(0))
 
 
 def test_a_block_that_does_not_divide_the_layer_is_refused():

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from masks import grow, prune
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mest_compile import mutation
 from mest_compile.errors import InputError, MestError, SparsityError, StateError, UsageError
-from mest_compile.mutation import Phase
+from mest_compile.mutation import Phase, importance
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
 from mest_compile.runtime import checkpoint
@@ -44,7 +44,7 @@ class SoftmaxStep:
         self.input_shape, self.batch, self.classes, self.target_sparsity = shape, shape[0], classes, sparsity
         units = math.prod(shape[1:]) * classes
         weight = np.random.default_rng(seed).standard_normal(units).astype(np.float32) * 0.01
-        keep = mutation.prune(np.ones(units, bool), abs(weight), self._live(sparsity))
+        keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
 
@@ -70,9 +70,9 @@ class SoftmaxStep:
 
     def mutate(self, prune_to=0.9, grow_to=0.85, importance_lambda=0.0, rng=None):
         self.mutations.append((prune_to, grow_to))
-        scores = mutation.importance(self.state["weight"], self.state["momentum"], importance_lambda)
-        pruned = mutation.prune(self.state["keep"], scores, self._live(prune_to))
-        keep = mutation.grow(pruned, self._live(grow_to), rng)
+        scores = importance(self.state["weight"], self.state["momentum"], importance_lambda)
+        pruned = prune(self.state["keep"], scores, self._live(prune_to))
+        keep = grow(pruned, self._live(grow_to), rng)
         fate = "unchanged" if (keep == self.state["keep"]).all() else "re-indexed"
         self.state = {"weight": self.state["weight"] * pruned, "momentum": self.state["momentum"] * pruned, "keep": keep}
         return Report({"weight": fate}, 0.25)

@@ -334,9 +334,9 @@ class TrainStep:
             score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
-            stays = scheme.survivors(spec, cells, energy, min(fewest_units[name], len(cells) // scheme.unit_cells(spec)))
+            stays = scheme.prune(spec, cells, energy, min(fewest_units[name], len(cells) // scheme.unit_cells(spec)))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            new = scheme.newcomers(spec, cells[stays], most_units[name], rng, wanted)
+            new = scheme.grow(spec, cells[stays], most_units[name], rng, wanted)
             changes.append((name, (cells, places), stays, new))
         for name, listing, stays, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
             fates[name] = self._exchange(name, listing, stays, new)

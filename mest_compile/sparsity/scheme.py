@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mest_compile.errors import SparsityError, StateError, UsageError
-from mest_compile.mutation import newcomers, strongest
+from mest_compile import mutation
+from mest_compile.errors import InputError, SparsityError, StateError, UsageError
 from mest_compile.spec import LayerSpec
 
 
@@ -93,41 +93,34 @@ class Scheme(ABC):
 
     def start(self, layer: LayerSpec, energy: np.ndarray, live: int) -> np.ndarray:
         """The first mask: the `live` units of most energy."""
-        return self.prune(layer, np.ones(self.grid(layer), bool), energy, live)
+        return self._pruned(layer, np.ones(self.grid(layer), bool), energy, live)
 
-    def prune(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
-        """The `live` units of most energy among those in `keep`. Raises SparsityError, InputError (NaN)."""
-        cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
-        kept.ravel()[cells[self.survivors(layer, cells, energy.ravel()[cells], live)]] = True
-        return kept
-
-    def grow(self, layer: LayerSpec, keep: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None = None) -> np.ndarray:
-        """`keep` with dead units added until `live` live: those of most energy, or without one drawn evenly.
-
-        Raises SparsityError, CapacityError.
-        """
-        grown = np.array(keep, order="C")
-        grown.ravel()[self.newcomers(layer, np.flatnonzero(keep).astype(np.int32), live, rng, energy)] = True
-        return grown
-
-    # The same for who lists live cells.
+    # Mutation. Live cells are listed, as the module says.
 
     def units(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
         """Which units live, ascending: each one's place on the axis of the grid that units do not span, or in the grid."""
         return self._alive(cells.reshape(self._listed(layer, cells))).ravel() // self._strides(layer)[self._axis] if self.spans else cells
 
-    def survivors(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
-        """`prune`: (cells,) bool, which of the cells stay. energy (cells,)."""
+    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
+        """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy.
+
+        energy (cells,). Raises SparsityError, InputError (NaN, or not one a cell).
+        """
+        if energy.shape != cells.shape:
+            raise InputError(f"{layer.name}: prune needs one energy a cell: {cells.shape}, not {energy.shape}")
         shape = self._listed(layer, cells)
         energy = self._sums(energy.reshape(shape))
-        stays = strongest(energy, live, prod(self.grid(layer)) // self.unit_cells(layer))
+        stays = mutation.prune(energy, live, prod(self.grid(layer)) // self.unit_cells(layer))
         return np.broadcast_to(stays.reshape([1 if axis in self.spans else size for axis, size in enumerate(shape)]), shape).ravel()
 
-    def newcomers(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
-        """`grow`: the cells that are added. energy: a grid or None."""
+    def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
+        """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn evenly.
+
+        Raises SparsityError, CapacityError.
+        """
         grid = self.grid(layer)
-        units = newcomers(self.units(layer, cells), prod(grid) // self.unit_cells(layer), live, rng,
-                          None if energy is None else self._sums(energy)).astype(np.int32)
+        units = mutation.grow(self.units(layer, cells), prod(grid) // self.unit_cells(layer), live, rng,
+                              None if energy is None else self._sums(energy)).astype(np.int32)
         if not self.spans:
             return units
         places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
@@ -152,6 +145,12 @@ class Scheme(ABC):
         if not keep.any():
             raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
         return keep
+
+    def _pruned(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
+        """`prune` of a grid, into a grid."""
+        cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
+        kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live)]] = True
+        return kept
 
     def _units(self, keep: np.ndarray) -> np.ndarray:
         """Which units live; the axes that they span have length 1."""

@@ -59,16 +59,16 @@ class Pattern(Scheme):
     def start(self, layer, energy, live):
         """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
         kept = np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
-        return self.prune(layer, PATTERNS[kept.argmax(2)], energy, live)
+        return self._pruned(layer, PATTERNS[kept.argmax(2)], energy, live)
 
     def units(self, layer, cells):
         return cells[::_LIVE_CELLS] // _CELLS
 
-    def survivors(self, layer, cells, energy, live):
+    def prune(self, layer, cells, energy, live):
         scores = sum(energy.reshape(layer.weight_shape[0], -1, _LIVE_CELLS).transpose(2, 0, 1))  # several times as fast as .sum(2)
         return np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live)).ravel(), _LIVE_CELLS)
 
-    def newcomers(self, layer, cells, live, rng, energy):
+    def grow(self, layer, cells, live, rng, energy):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
         patterns have most.
         """

@@ -1,0 +1,32 @@
+"""Decisions about listed units and cells, told as masks."""
+
+import numpy as np
+
+from mest_compile import mutation
+
+
+def prune(keep, scores, live):
+    """keep (units,) bool, scores (units,): a copy of `keep` in which `live` units stay."""
+    alive, kept = np.flatnonzero(keep), np.zeros_like(keep)
+    kept[alive[mutation.prune(scores[alive], live, keep.size)]] = True
+    return kept
+
+
+def grow(keep, live, rng, scores=None):
+    """A copy of `keep` with `live` units alive."""
+    grown = keep.copy()
+    grown[mutation.grow(np.flatnonzero(keep), keep.size, live, rng, scores)] = True
+    return grown
+
+
+def prune_grid(scheme, layer, keep, energy, live):
+    """The same of a scheme's grid."""
+    cells, kept = np.flatnonzero(keep), np.zeros(keep.shape, bool)
+    kept.ravel()[cells[scheme.prune(layer, cells, energy.ravel()[cells], live)]] = True
+    return kept
+
+
+def grow_grid(scheme, layer, keep, live, rng, energy=None):
+    grown = keep.copy()
+    grown.ravel()[scheme.grow(layer, np.flatnonzero(keep), live, rng, energy)] = True
+    return grown
