@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mest_compile.runtime import checkpoint
 
 KILLS = int(os.environ.get("MEST_KILLS", "2"))
-CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds", "kernel_seconds"}
+CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds", "kernel_seconds", "kernels"}
 MAIN = [sys.executable, "-c", "from mest_compile.cli import main; main()", "train"]
 RECIPE = """
 epochs = 8
@@ -35,7 +37,7 @@ every = 2
 model = "mlp"
 width = 512
 data = "digits"
-scheme = "block"
+scheme = "{scheme}"
 sparsity = 0.8
 """
 
@@ -53,6 +55,8 @@ def without_clock(metrics):
     kept = {key: value for key, value in metrics.items() if key not in CLOCKED}
     if kept["mutation"]:
         kept["mutation"] = {key: value for key, value in kept["mutation"].items() if key != "seconds"}
+        layers = Counter(kept["mutation"]["layers"])  # whether specialized kernels are worth compiling is decided by times
+        kept["mutation"]["layers"] = {"unchanged": layers["unchanged"], "moved": layers.total() - layers["unchanged"]}
     return kept
 
 
@@ -75,15 +79,19 @@ def assert_same(one, other):
             np.testing.assert_array_equal(array, others[name], name)
 
 
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(("scheme", "options"), [("block", []), ("filter", ["--specialize"])])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, scheme, options):
     seed = random.randrange(2**32)
     print("seed", seed)
     moments = random.Random(seed)
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE)
-    finish(start("--recipe", recipe, "--out", tmp_path / "warm"))  # kernels are in the cache from here on
+    recipe.write_text(RECIPE.replace("{scheme}", scheme))
+    finish(start("--recipe", recipe, "--out", tmp_path / "warm", *options))  # kernels are in the cache from here on
     began = time.perf_counter()
-    finish(start("--recipe", recipe, "--out", tmp_path / "whole"))
+    process = start("--recipe", recipe, "--out", tmp_path / "whole", *options)
+    until_begun(process, tmp_path / "whole")
+    start_seconds = time.perf_counter() - began
+    finish(process)
     seconds, wanted = time.perf_counter() - began, outcome(tmp_path / "whole")
     assert_same(outcome(tmp_path / "warm"), wanted)
     assert wanted[1][0][0]["extra/sieve.kept"].sum() < len(wanted[1][0][0]["extra/sieve.kept"])
@@ -91,25 +99,30 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
     kills = torn = runs = 0
     while kills < KILLS:
         folder = tmp_path / f"run{runs}"
-        process = start("--recipe", recipe, "--out", folder)
-        while not (folder / "checkpoint.safetensors").exists():  # what is killed before it has begun has nothing to resume
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.002)
-        stale = set()
-        while kills < KILLS and lives(process, folder, moments, writing=kills % 2 == 1, seconds=seconds):
+        process = start("--recipe", recipe, "--out", folder, *options)
+        until_begun(process, folder)
+        stale, left = set(), seconds - start_seconds
+        while kills < KILLS and lives(process, folder, moments, writing=kills % 2 == 1, seconds=left):
             before = scratch(folder)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
             torn += bool(scratch(folder) & (before - stale))
             stale = scratch(folder)
-            process = start("--resume", folder)
+            process, left = start("--resume", folder), seconds
         finish(process)
         assert_same(outcome(folder), wanted)
         assert not scratch(folder)  # what killed writers leave goes
         runs += 1
     print(f"{kills} kills, {torn} of them in the middle of writing a checkpoint, {runs} runs")
     assert torn or KILLS < 10
+
+
+def until_begun(process, folder):
+    """What is killed before it has begun has nothing to resume."""
+    while not (folder / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
 
 
 def scratch(folder):

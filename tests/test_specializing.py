@@ -124,6 +124,30 @@ def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_ne
     step._specializer.workers.close()
 
 
+def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers_once_there_is(tmp_path, monkeypatch):
+    """As when a run is resumed under masks of unequal rows; what was never measured is, when it is compiled."""
+    monkeypatch.setattr("mest_compile.workers.SHARE", 1.0)
+    measured = []
+    monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure",
+                        lambda self, place, source, seconds: measured.append(place.phase) or Times(1.0, 2.0 if place.phase == "grad_weight"
+                                                                                                   else 0.1, seconds))
+    step = small_step("unstructured", tmp_path)
+    name = next(name for name in step.masks() if name.startswith("layer3.2"))
+    equal = np.zeros_like(step.masks()[name])
+    equal.reshape(len(equal), -1)[:, ::6] = True
+    assert all(planned.source is None for planned in step.plan() if planned.layer == name)
+    step.specialize()
+    compiled = step._compiled.builder.compiled
+    measured.clear()
+    report = step.set_masks({name: equal})
+    assert report.layers[name] == "recompiled" and not measured
+    until(lambda: step._specializer.poll() is not None and not step._specializer.waiting())
+    assert measured and step._compiled.builder.compiled == compiled
+    assert step._specializer.running(name) == "specialized"
+    assert not any(place[1].endswith("grad_weight") for place in step._specializer._states[name].running)  # measured to be slower
+    step._specializer.workers.close()
+
+
 def test_a_damaged_cache_entry_is_compiled_by_workers_and_not_by_the_training_thread(folder, always, caplog):
     step = small_step("channel", folder)
     step.specialize()

@@ -68,6 +68,10 @@ class _State:
     running: dict[tuple[str, str], str] = field(default_factory=dict)
     wanted: dict[tuple[str, str], KernelSource] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> dict[tuple[str, str], KernelSource]:
+        return {place: source for place, source in self.wanted.items() if place not in self.running}
+
 
 class Specializer:
     """The specialized kernels of one step.
@@ -95,6 +99,7 @@ class Specializer:
         self._failed: set[str] = set()  # keys of specialized kernels that are not asked for again
         self._damaged: set[str] = set()  # keys of those whose cache entry was
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
+        self._compile_seconds: dict[str, float] = {}  # key of a specialized kernel -> what it took a worker
         self.history: dict[str, LayerTimes] = {}
 
     def plan(self, layers: Iterable[str] | None = None) -> list[Planned]:
@@ -133,11 +138,9 @@ class Specializer:
 
     def begin(self) -> None:
         """Plans, and exchanges what is chosen at once: before the first step there is nothing to wait beside."""
-        for name in list(self._places):
-            if all(planned.source is None for planned in self.plan([name])):
-                del self._places[name]  # masks that leave nothing to bake do not come to
-            else:
-                self._want(name)
+        self.plan()
+        for name in self._places:
+            self._want(name)
         missing = [source for state in self._states.values() for source in state.wanted.values() if not self._builder.has(source)]
         if missing:
             self.workers.wait(missing)
@@ -147,8 +150,6 @@ class Specializer:
         """Called when a layer's index has changed. Kernels whose structure is no longer the layer's make room for the indexed ones at
         once. Whether others take their place, now or when they are compiled.
         """
-        if name not in self._places:
-            return False
         state, before = self._states[name], dict(self._states[name].running)
         self._want(name)
         kept = {place: key for place, key in before.items() if place in state.wanted and state.wanted[place].key == key}
@@ -160,13 +161,13 @@ class Specializer:
             self._exchange(indexed)
             self._note(name).exchange_seconds += time.perf_counter() - start
             state.running = kept
-        missing = [source for place, source in state.wanted.items() if place not in state.running]
-        self.workers.ask(source for source in missing if not self._builder.has(source))
-        return bool(missing)
+        self.workers.ask(source for source in state.missing.values() if not self._builder.has(source))
+        return bool(state.missing)
 
     def poll(self) -> list[str]:
         """Puts in place what has been compiled since; the layers it did so for. Cheap when there is nothing."""
         for built in self.workers.done():
+            self._compile_seconds[built.key] = built.seconds
             if built.problem:
                 self._failed.add(built.key)
             for name, state in self._states.items():
@@ -179,9 +180,13 @@ class Specializer:
                     self._note(name).compile_seconds += built.seconds
         exchanged = []
         for name, state in self._states.items():
-            missing = {place: source for place, source in state.wanted.items() if place not in state.running}
+            missing = state.missing
             if not missing or not all(self._builder.has(source) for source in missing.values()):
                 continue
+            if self._measure_new(name):
+                self._want(name)
+                if not (missing := state.missing):
+                    continue
             start = time.perf_counter()
             found = {place: self._builder.find(source) for place, source in missing.items()}
             if damaged := [missing[place] for place, kernel in found.items() if kernel is None]:
@@ -208,7 +213,7 @@ class Specializer:
 
     def waiting(self) -> bool:
         """Whether any layer waits for a kernel."""
-        return any(state.wanted.keys() - state.running.keys() for state in self._states.values())
+        return any(state.missing for state in self._states.values())
 
     def report(self) -> dict[str, LayerTimes]:
         """{layer: times} since the last report, of layers that were compiled or exchanged."""
@@ -222,12 +227,25 @@ class Specializer:
         return self.history.setdefault(name, LayerTimes())
 
     def _want(self, name: str) -> None:
+        """What the layer is to run on: of measured calls what was chosen, of others the specialized kernel, to measure it."""
         state = self._states[name]
         state.wanted = {}
-        for place, planned in zip(self._places[name], self.plan([name])):
-            if planned.choice.variant == "specialized":
-                assert planned.source is not None
-                state.wanted[place.program, place.call.name] = planned.source
+        for place in self._places[name]:
+            source = self._source(name, place)
+            if isinstance(source, str) or source.key in self._failed:
+                continue
+            if place.key not in self._gains or choose(self._gains[place.key], self._steps).variant == "specialized":
+                state.wanted[place.program, place.call.name] = source
+
+    def _measure_new(self, name: str) -> bool:
+        """Measures what the layer wants and nobody had compiled when all was planned; whether there was any."""
+        wanted, found = self._states[name].wanted, False
+        for place in self._places[name]:
+            source = wanted.get((place.program, place.call.name))
+            if source is not None and place.key not in self._gains and self._builder.find(source) is not None:
+                self._gains[place.key] = self._measure(place, source, self._compile_seconds.get(source.key, 0.0))
+                found = True
+        return found
 
     def _source(self, name: str, place: Place) -> KernelSource | str:
         """The specialized kernel of a call under the layer's present mask, or why there is none."""
