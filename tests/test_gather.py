@@ -10,6 +10,7 @@ from mest_compile.hardware import find_target
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 from mest_compile.registry import SCHEDULES
 from mest_compile.spec import Image
+from mest_compile.specializing import Structure, specialized, structure_of
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")
@@ -30,12 +31,15 @@ def builder(tmp_path_factory):
     return Builder(folder=tmp_path_factory.mktemp("kernels"))
 
 
-def call(builder: Builder, kernel: str, problem, *arrays: np.ndarray, **knobs) -> list[np.ndarray]:
-    """Runs a kernel; every array as it is afterwards."""
+def call(builder: Builder, kernel: str, problem, *arrays: np.ndarray, structure: Structure | None = None, **knobs) -> list[np.ndarray]:
+    """Runs a kernel; every array as it is afterwards. One that has `structure` baked in is given pointers that say there are no units."""
     import tvm
 
+    source = kernel_source(kernel, problem, TARGET, **knobs)
+    if structure is not None:
+        source, arrays = specialized(source, problem, structure), (np.zeros_like(arrays[0]), *arrays[1:])
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(array).ravel()) for array in arrays]
-    builder.function(kernel_source(kernel, problem, TARGET, **knobs))(*tensors)
+    builder.function(source)(*tensors)
     return [tensor.numpy().reshape(array.shape) for tensor, array in zip(tensors, arrays, strict=True)]
 
 
@@ -118,8 +122,11 @@ def check_grad(builder: Builder, problem: GatherGrad, index: Index, rng: np.rand
     assert_close(got, wanted, scale, problem.delta.height * problem.delta.width * problem.delta.lanes)
 
 
-def random_problem(seed: int, taps: int = 1):
-    """(GatherConv, GatherGrad, Index): a convolution of random sizes whose units have `taps` neighbouring taps."""
+def random_problem(seed: int, taps: int = 1, live: float | None = None):
+    """(GatherConv, GatherGrad, Index): a convolution of random sizes whose units have `taps` neighbouring taps.
+
+    live  share of units; None: any
+    """
     rng = np.random.default_rng(seed)
     pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
     row_block, source_block = pick(1, 1, 2, 4, 8), pick(1, 1, 2, 4) if taps == 1 else 1
@@ -135,7 +142,7 @@ def random_problem(seed: int, taps: int = 1):
     conv = GatherConv(source, result, row_block, source_block, (stride, stride), (Pass((height, width)),), section, accumulate=accumulate,
                       bias=not accumulate and bool(rng.integers(2)), statistics=statistics, taps=taps)
     index = random_index(rng, source, (stride, stride), source_block, conv.groups, (conv.sections, section), [(height, width)], kernel,
-                         pick(0.1, 0.3, 1.0), taps)
+                         live or pick(0.1, 0.3, 1.0), taps)
     return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section, taps), index
 
 
@@ -167,6 +174,29 @@ def test_units_of_neighbouring_taps(builder, seed, taps):
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+def even_index(rng: np.random.Generator, full: Index, conv: GatherConv) -> Index:
+    """Of all units some of every section, as many in each of its groups; the last section may have another number of them."""
+    units = np.diff(full.pointers).reshape(conv.sections, conv.groups)
+    counts = np.repeat([rng.integers(1, units[:-1].min(initial=units.min()) + 1), rng.integers(1, units[-1].min() + 1)],
+                       [conv.sections - 1, 1])
+    offsets = [np.sort(rng.choice(run, counts[cell // conv.groups], replace=False))
+               for cell, run in enumerate(np.split(full.offsets, full.pointers[1:-1]))]
+    return Index(np.concatenate([[0], np.repeat(counts, conv.groups).cumsum()]).astype(np.int32), np.concatenate(offsets))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_specialized_kernels_of_random_sizes(builder, seed):
+    taps = (1, 1, 2, 3)[seed % 4]
+    conv, grad, full = random_problem(seed, taps, live=1.0)
+    rng = np.random.default_rng(seed)
+    index = even_index(rng, full, conv)
+    structure = structure_of(conv, index.pointers)
+    print("seed", seed, conv, structure)
+    assert isinstance(structure, Structure) and structure == structure_of(grad, index.pointers)
+    check_conv(builder, conv, index, rng, structure=structure)
+    check_grad(builder, grad, index, rng, structure=structure)
 
 
 @pytest.mark.parametrize("live", [0.0, 0.02, 1.0])
