@@ -94,7 +94,8 @@ def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
     tiles: list[tuple[int, int, int, int] | None] = [None]
     if len(grids) == 1:
         grid, = grids
-        for rows in divisors(problem.row_block):
+        # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
+        for rows in [problem.row_block] if problem.rows_live else divisors(problem.row_block):
             tiles += [(rows, high, wide, deep) for high in divisors(grid[0])[:2] for wide in divisors(grid[1])
                       for deep in divisors(problem.result.slices)[:3]
                       if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE

@@ -151,7 +151,11 @@ def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], ind
         image = buffer.image
         return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
     if buffer.elems is None:
-        return _whole(rng, masked_elems(buffer, layers, {name: len(indices[name].sort)}))
+        order, there = indices[name].sort, indices[name].arrays.get("transposed_from")
+        if there is None:
+            return _whole(rng, masked_elems(buffer, layers, {name: len(order)}))
+        # A cell may be held twice, to fill up a list of rows, and then with one value.
+        return _whole(rng, int(order.max()) + 1).take(order.take(there) if part == "transposed" else order)
     if buffer.dtype == "int32":
         return rng.integers(0, 2, buffer.elems).astype(np.int32)
     return _whole(rng, buffer.elems) if exact else rng.uniform(0.5, 1.5, buffer.elems).astype(np.float32)
