@@ -1,5 +1,7 @@
 """A step whose memory is planned for its densest phase: what mutations keep, whatever the scheme, and what they are refused."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from test_step import make_batches
 
 import mest_compile as mest
 from mest_compile.errors import BudgetError, CapacityError, UsageError
+from mest_compile.models import build_model
 from mest_compile.mutation import Phase
 from mest_compile.recipe import Recipe
+from mest_compile.registry import FAMILIES
+from mest_compile.sparsity.packing import cells_of
 from mest_compile.training import Trainer
 
 SHAPE, START, DENSEST = (8, 3, 8, 8), 0.8, 0.65
@@ -135,3 +140,18 @@ def test_a_budget_holds_in_the_densest_phase(scheme):
 def test_a_capacity_that_is_none_is_refused(grow_to):
     with pytest.raises(UsageError, match="at most the model's 0.8"):
         make("unstructured", grow_to=grow_to)
+
+
+@pytest.mark.parametrize("scheme", ["filter", "channel", "unstructured"])
+def test_what_a_layer_keeps_for_the_next_mutation_is_counted(scheme):
+    step = mest.compile(build_model("resnet20", SHAPE, 10, 32), SHAPE, scheme=scheme, sparsity=0.5, threads=1)
+    name = next(name for name in step.masks() if name.startswith("layer3.2"))
+    layer = step._compiled.layers[name]
+    family = FAMILIES.find(layer.kernels)
+    index, cells = family.indexer(layer, step._compiled.train), cells_of(step._state.keep(name))
+    tracemalloc.start()
+    held = len(index(cells).sort)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    said = 4 * (family.kept_elems(layer, held) - held)  # the mask itself is the step's
+    assert said <= kept <= 1.02 * said + 8192 and (said > 4 * held) == (scheme != "unstructured")

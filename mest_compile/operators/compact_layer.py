@@ -117,6 +117,11 @@ class CompactFamily(KernelFamily):
         filter_cells = layer.scheme.unit_cells(layer.spec)
         return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
 
+    def kept_elems(self, layer, cells):
+        """And the index of as many live channels, of the phases that list their rows."""
+        listed_rows = "offsets" if layer.scheme.spans[0] == 1 else "transposed_offsets"
+        return 2 * cells + self.index_elems(layer, listed_rows, cells)
+
     def sections(self, spec, scheme, target, activations):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         on_rows = scheme.spans[0] == 1

@@ -122,6 +122,10 @@ class KernelFamily(ABC):
         """Cells of the layer's value array when `cells` live: kernels may hold some of them twice."""
         return cells
 
+    def kept_elems(self, layer: Layer, cells: int) -> int:
+        """int32 elements that a step keeps of a layer for the next mutation: where each of its held cells lies in the mask."""
+        return cells
+
     @abstractmethod
     def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str) -> tuple[int, int]:
         """Source channels of a section of the index, forward and transposed, as the device's schedule wants them.
