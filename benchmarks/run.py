@@ -42,8 +42,9 @@ def full() -> Iterator[tuple[Case, str]]:
     for scheme in ("unstructured", "block:4x1"):
         for rival in ("torch", "mest-one-thread"):
             yield replace(WIDE, scheme=scheme, threads=2), rival
-    for scheme in ("block:4x1", "pattern"):
-        yield replace(WIDE, scheme=scheme), "mest-untuned"
+    for net in (WIDE, NARROW, Case("vgg11")):
+        for scheme in SCHEMES:
+            yield replace(net, scheme=scheme), "mest-untuned"
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:
