@@ -308,7 +308,7 @@ class TrainStep:
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
             cells = self._state.cells(name)
-            fates[name] = self._exchange(name, cells, keep.ravel()[cells[0]], cells_of(keep & ~self._state.keep(name)))
+            fates[name] = self._exchange(name, cells, np.flatnonzero(keep.ravel()[cells[0]]), cells_of(keep & ~self._state.keep(name)))
         return self._report(fates, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
@@ -334,9 +334,10 @@ class TrainStep:
             score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
-            stays = scheme.prune(spec, cells, energy, min(fewest_units[name], len(cells) // scheme.unit_cells(spec)))
+            fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
+            stays = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            new = scheme.grow(spec, cells[stays], most_units[name], rng, wanted)
+            new = scheme.grow(spec, cells.take(stays), most_units[name], rng, wanted)
             changes.append((name, (cells, places), stays, new))
         for name, listing, stays, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
             fates[name] = self._exchange(name, listing, stays, new)
@@ -481,10 +482,10 @@ class TrainStep:
         return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
 
     def _exchange(self, name: str, cells: tuple[np.ndarray, np.ndarray], stays: np.ndarray, new: np.ndarray) -> str:
-        """Lets those of `HeldState.cells` that stay and new ones live, where that changes anything; the layer's fate."""
-        if not len(new) and stays.all():
+        """Lets those of `HeldState.cells` at `stays` and new ones live, where that changes anything; the layer's fate."""
+        if not len(new) and len(stays) == len(cells[0]):
             return "unchanged"
-        self._state.move(name, (cells[0][stays], cells[1][stays]), new)
+        self._state.move(name, (cells[0].take(stays), cells[1].take(stays)), new)
         return "recompiled" if self._moved(name) else "re-indexed"
 
     def _moved(self, name: str) -> bool:

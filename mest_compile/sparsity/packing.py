@@ -186,8 +186,11 @@ def inverse(order: np.ndarray) -> np.ndarray:
 
 
 def expand(units: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Places of the cells of units that have len(cells) each: `cells` says which of its own comes when."""
-    return ((units * len(cells))[:, None] + cells.astype(units.dtype)).ravel()
+    """Places of the cells of units that have len(cells) each, a few: `cells` says which of its own comes when."""
+    first, places = units * len(cells), np.empty((len(units), len(cells)), units.dtype)
+    for turn, cell in enumerate(cells.tolist()):  # NumPy adds columns several times as fast as so short rows
+        np.add(first, cell, out=places[:, turn])
+    return places.ravel()
 
 
 def gather_units(dense: np.ndarray, order: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
