@@ -1,4 +1,4 @@
-"""The tables of speeds in the README and docs/benchmarks.md, out of the files in benchmarks/results:
+"""The tables of speeds in the README, docs/benchmarks.md and docs/tuning.md, out of the files in benchmarks/results:
 `python benchmarks/readme_table.py` puts them between their markers.
 """
 
@@ -21,7 +21,7 @@ from mest_compile.speedtable import Row, SpeedTable
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 OTHERS = {"avx512": "AVX-512 table", "zen5": "Zen 5 table"}  # some of the same cases on machines with wider vectors
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DOCUMENT, TUNING = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tuning.md"
 embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
@@ -69,7 +69,8 @@ def pages() -> dict[Path, str]:
     for name, what in OTHERS.items():
         document = documents.embed(document, pairs(read(name), headline=True), what=what)
     document = documents.embed(document, threads.table(read("zen5-threads")), what="threads table")
-    return {README: embed(README.read_text(encoding="utf-8"), table(full)), DOCUMENT: document}
+    tuning = documents.embed(TUNING.read_text(encoding="utf-8"), pairs(read("tuning"), headline=True), what="tuning table")
+    return {README: embed(README.read_text(encoding="utf-8"), table(full)), DOCUMENT: document, TUNING: tuning}
 
 
 def main() -> None:
