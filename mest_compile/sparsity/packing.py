@@ -160,8 +160,11 @@ def listed(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys += np.arange(len(order))
     keys.sort()
     cells, places = (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
-    again = cells[1:] == cells[:-1]
-    return (np.delete(cells, np.flatnonzero(again)), np.delete(places, np.flatnonzero(again))) if again.any() else (cells, places)
+    last = np.append(cells[1:] != cells[:-1], True)
+    if last.all():
+        return cells, places
+    distinct = np.flatnonzero(last)
+    return cells.take(distinct), places.take(distinct)
 
 
 def merge(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
