@@ -41,9 +41,9 @@ def row_case(shape, step=(1, 1)):
     return rng, source, result, index, found, rows, channels, count
 
 
-def lists(channels, count, structure):
-    """Arguments of a kernel with listed rows; one with their number baked in is told that there are none."""
-    return channels, count if structure is None else np.zeros_like(count)
+def structured(problem, pointers, count, baked):
+    """(number of live groups that a kernel is told, what else `call` is): with the number baked in it is told that there are none."""
+    return (np.zeros_like(count), {"structure": structure_of(problem, pointers, int(count[0]))}) if baked else (count, {})
 
 
 def values_of(rng, index, rows: np.ndarray) -> np.ndarray:
@@ -57,20 +57,23 @@ def values_of(rng, index, rows: np.ndarray) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("baked", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("step", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_convolution_writes_live_rows_and_leaves_the_others(builder, shape, step, accumulate, baked):  # noqa: F811
+def test_convolution_writes_live_rows_and_leaves_the_others(builder, shape, step, accumulate):  # noqa: F811
+    check_live_rows(builder, shape, step, accumulate)
+
+
+def check_live_rows(builder, shape, step, accumulate, baked=False):  # noqa: F811
+    """baked: of the kernel with the layer's structure in it."""
     rng, source, result, index, pointers, rows, channels, count = row_case(shape, step)
     values, (live, sections) = values_of(rng, index, rows), shape[1::3]
     problem = GatherConv(source, result, LISTED_ROWS, 1, step, (Pass(shape[2]),), sections[1], accumulate=accumulate, rows_live=live)
     x, before = activation(rng, source), activation(rng, result)
     dead = np.setdiff1d(np.arange(result.channels), rows)
     before[:, dead] = np.nan
-    structure = structure_of(problem, pointers, int(count[0])) if baked else None
-    *_, got = call(builder, "compact.conv", problem, pointers, index.offsets, values, *lists(channels, count, structure), x, before.copy(),
-                   structure=structure)
+    count, special = structured(problem, pointers, count, baked)
+    *_, got = call(builder, "compact.conv", problem, pointers, index.offsets, values, channels, count, x, before.copy(), **special)
 
     # The same rows one after another, none listed.
     plain = replace(problem, result=replace(result, channels=len(rows)), rows_live=0)
@@ -98,17 +101,20 @@ def test_statistics_are_those_of_live_rows(builder, shape):  # noqa: F811
     assert np.isnan(np.delete(sums, alive, axis=2)).all()
 
 
-@pytest.mark.parametrize("baked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weight_gradient_of_live_rows(builder, shape, baked):  # noqa: F811
+def test_weight_gradient_of_live_rows(builder, shape):  # noqa: F811
+    check_gradient_of_live_rows(builder, shape)
+
+
+def check_gradient_of_live_rows(builder, shape, baked=False):  # noqa: F811
     rng, source, delta, index, pointers, rows, channels, count = row_case(shape)
     live, sections = shape[1::3]
     problem = GatherGrad(source, delta, LISTED_ROWS, 1, (1, 1), sections[1], rows_live=live)
     x, dy = activation(rng, source), activation(rng, delta, gradient=True)
     dy[:, np.setdiff1d(np.arange(delta.channels), rows)] = np.nan
-    structure = structure_of(problem, pointers, int(count[0])) if baked else None
-    got = call(builder, "compact.grad", problem, pointers, index.offsets, *lists(channels, count, structure), x, dy,
-               np.zeros((len(index.offsets), 1, LISTED_ROWS), np.float32), structure=structure)[-1]
+    count, special = structured(problem, pointers, count, baked)
+    got = call(builder, "compact.grad", problem, pointers, index.offsets, channels, count, x, dy,
+               np.zeros((len(index.offsets), 1, LISTED_ROWS), np.float32), **special)[-1]
     plain = replace(problem, delta=replace(delta, channels=len(rows)), rows_live=0)
     wanted = gather_grad_reference(plain, index.pointers, index.offsets, x, dy[:, rows])
     scale = gather_grad_reference(plain, index.pointers, index.offsets, np.abs(x), np.abs(dy[:, rows]))

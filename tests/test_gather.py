@@ -10,7 +10,7 @@ from mest_compile.hardware import find_target
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 from mest_compile.registry import SCHEDULES
 from mest_compile.spec import Image
-from mest_compile.specializing import Structure, specialized, structure_of
+from mest_compile.specializing import Structure, specialized
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")
@@ -174,29 +174,6 @@ def test_units_of_neighbouring_taps(builder, seed, taps):
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))
-
-
-def even_index(rng: np.random.Generator, full: Index, conv: GatherConv) -> Index:
-    """Of all units some of every section, as many in each of its groups; the last section may have another number of them."""
-    units = np.diff(full.pointers).reshape(conv.sections, conv.groups)
-    counts = np.repeat([rng.integers(1, units[:-1].min(initial=units.min()) + 1), rng.integers(1, units[-1].min() + 1)],
-                       [conv.sections - 1, 1])
-    offsets = [np.sort(rng.choice(run, counts[cell // conv.groups], replace=False))
-               for cell, run in enumerate(np.split(full.offsets, full.pointers[1:-1]))]
-    return Index(np.concatenate([[0], np.repeat(counts, conv.groups).cumsum()]).astype(np.int32), np.concatenate(offsets))
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_specialized_kernels_of_random_sizes(builder, seed):
-    taps = (1, 1, 2, 3)[seed % 4]
-    conv, grad, full = random_problem(seed, taps, live=1.0)
-    rng = np.random.default_rng(seed)
-    index = even_index(rng, full, conv)
-    structure = structure_of(conv, index.pointers)
-    print("seed", seed, conv, structure)
-    assert isinstance(structure, Structure) and structure == structure_of(grad, index.pointers)
-    check_conv(builder, conv, index, rng, structure=structure)
-    check_grad(builder, grad, index, rng, structure=structure)
 
 
 @pytest.mark.parametrize("live", [0.0, 0.02, 1.0])
