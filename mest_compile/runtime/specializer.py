@@ -102,9 +102,9 @@ class Specializer:
         self._compile_seconds: dict[str, float] = {}  # key of a specialized kernel -> what it took a worker
         self.history: dict[str, LayerTimes] = {}
 
-    def plan(self, layers: Iterable[str] | None = None) -> list[Planned]:
+    def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
-        found = {name: [self._source(name, place) for place in self._places[name]] for name in layers or self._places}
+        found = {name: [self._source(name, place) for place in self._places[name]] for name in self._places}
         unknown: dict[str, tuple[Place, KernelSource]] = {}
         for name in found:
             for place, source in zip(self._places[name], found[name]):

@@ -307,8 +307,10 @@ class TrainStep:
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
-            cells = self._state.cells(name)
-            fates[name] = self._exchange(name, cells, np.flatnonzero(keep.ravel()[cells[0]]), cells_of(keep & ~self._state.keep(name)))
+            cells, places = self._state.cells(name)
+            stays = np.flatnonzero(keep.ravel()[cells])
+            fates[name] = self._exchange(name, len(cells), (cells.take(stays), places.take(stays)),
+                                         cells_of(keep & ~self._state.keep(name)))
         return self._report(fates, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
@@ -337,10 +339,10 @@ class TrainStep:
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
             stays = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            new = scheme.grow(spec, cells.take(stays), most_units[name], rng, wanted)
-            changes.append((name, (cells, places), stays, new))
-        for name, listing, stays, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
-            fates[name] = self._exchange(name, listing, stays, new)
+            stay = cells.take(stays), places.take(stays)
+            changes.append((name, len(cells), stay, scheme.grow(spec, stay[0], most_units[name], rng, wanted)))
+        for name, before, stay, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
+            fates[name] = self._exchange(name, before, stay, new)
         return self._report(fates, start)
 
     def check_room(self, grow_to: float) -> dict[str, int]:
@@ -481,11 +483,13 @@ class TrainStep:
     def _report(self, fates: dict[str, str], begun: tuple[float, int]) -> MutationReport:
         return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
 
-    def _exchange(self, name: str, cells: tuple[np.ndarray, np.ndarray], stays: np.ndarray, new: np.ndarray) -> str:
-        """Lets those of `HeldState.cells` at `stays` and new ones live, where that changes anything; the layer's fate."""
-        if not len(new) and len(stays) == len(cells[0]):
+    def _exchange(self, name: str, before: int, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> str:
+        """Lets those of `before` live cells that `stay`, as `HeldState.cells` lists them, and new ones live, where that changes anything.
+        Returns the layer's fate.
+        """
+        if not len(new) and len(stay[0]) == before:
             return "unchanged"
-        self._state.move(name, (cells[0].take(stays), cells[1].take(stays)), new)
+        self._state.move(name, stay, new)
         return "recompiled" if self._moved(name) else "re-indexed"
 
     def _moved(self, name: str) -> bool:
