@@ -18,7 +18,7 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
               target: Target) -> dict[str, int]:
     """{kind: bytes, "total": bytes}.
 
-    live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps what `kept_elems` says
+    live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps what `kept_bytes` says
     activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and what kernels allocate: partial
                  sums of the weight gradient of the largest layer, vector lanes times threads' shares of every live weight, and copies in
                  float32 of what is stored in less
@@ -27,8 +27,7 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
     for buffer in _held((train, predict)):
         elems = buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live_units)
         found[buffer.kind] += elems * ITEM_BYTES[buffer.dtype]
-    found["indices"] += sum(FAMILIES.find(layers[name].kernels).kept_elems(layers[name], cells)
-                            for name, cells in live_units.items()) * ITEM_BYTES["int32"]
+    found["indices"] += sum(FAMILIES.find(layers[name].kernels).kept_bytes(layers[name], cells) for name, cells in live_units.items())
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
     most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mest_compile.operators.family import KernelFamily
+from mest_compile.operators.family import INDEX_BYTES, KernelFamily
 from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.optimizer import CopyValues
 from mest_compile.registry import SCHEDULES, family
@@ -20,8 +20,8 @@ from mest_compile.sparsity.packing import (
     Places,
     gradient_halo,
     image_of,
-    inverse,
     parity_passes,
+    places_of,
     reaching_passes,
     source_halo,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mest_compile.sparsity.layer import Layer
     from mest_compile.spec import LayerSpec, Node
 
-Indexed = tuple[np.ndarray, np.ndarray, np.ndarray]
+Indexed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up more often, and two suffice for eight accumulators
 
@@ -92,16 +92,16 @@ class CompactFamily(KernelFamily):
         def index(cells: np.ndarray) -> LayerIndex:
             alive = np.zeros(spec.weight_shape[0 if on_rows else 1], bool)
             alive[layer.scheme.units(spec, cells)] = True
-            pointers, offsets, sort = here_indexed(np.flatnonzero(alive))
-            arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, alive, spared)}
+            live, dead = np.flatnonzero(alive), np.flatnonzero(~alive)
+            pointers, offsets, sort, places = here_indexed(live)
+            arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, live, dead, spared)}
             if spared:
                 arrays["alive"] = alive.astype(np.int32)
-            if backward is not None:
-                assert there_indexed is not None
-                pointers, offsets, there = there_indexed(np.flatnonzero(alive))
-                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": inverse(sort)[there],
-                           **_lists("transposed_", backward, alive, spared or backward.accumulate)}
-            return LayerIndex(sort, arrays)
+            if there_indexed is not None and backward is not None:
+                pointers, offsets, there, _ = there_indexed(live)
+                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": places.take(there).astype(np.int32),
+                           **_lists("transposed_", backward, live, dead, spared or backward.accumulate)}
+            return LayerIndex(sort, places, arrays)
 
         return index
 
@@ -117,10 +117,10 @@ class CompactFamily(KernelFamily):
         filter_cells = layer.scheme.unit_cells(layer.spec)
         return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
 
-    def kept_elems(self, layer, cells):
-        """And the index of as many live channels, of the phases that list their rows."""
+    def kept_bytes(self, layer, cells):
+        """And the index of as many live channels, of the phase that lists its rows."""
         listed_rows = "offsets" if layer.scheme.spans[0] == 1 else "transposed_offsets"
-        return 2 * cells + self.index_elems(layer, listed_rows, cells)
+        return super().kept_bytes(layer, cells) + INDEX_BYTES * (cells + self.index_elems(layer, listed_rows, cells))
 
     def sections(self, spec, scheme, target, activations):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
@@ -167,7 +167,8 @@ def _indexer(spec: LayerSpec, problem: GatherConv, places: Places, transposed: b
 
 
 def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, live: np.ndarray, transposed: bool) -> Indexed:
-    """(pointers, offsets, which of the live cells in order of place each value is, [unit, source channel, row]) of a problem.
+    """(pointers, offsets, which of the live cells in order of place each value is, [unit, source channel, row], and, of a forward pass,
+    `LayerIndex.places`) of a problem.
 
     Its units are every group of rows at each block of sources and each tap, those that are listed being the live ones.
     """
@@ -180,28 +181,27 @@ def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, live: np.
     rows, sources = rows.reshape(-1, problem.row_block), np.arange(source_channels).reshape(-1, problem.source_block)
     blocks = live if problem.sources_live else np.arange(len(sources))
     units = len(rows), len(sources), taps
-    keys = places.group_key[:len(rows), None, None] + places.block_key[blocks][:, None] + places.tap_key
+    keys = places.group_key[:len(rows), None, None] + (places.block_key[blocks][:, None] + places.tap_key)
     offsets = np.broadcast_to(places.block_offset[blocks][:, None] + places.tap_offset, units)
     order, pointers, offsets = places.sort(keys.ravel(), offsets.ravel())
     there = (rows * by_row)[:, None, None, None] + ((sources * by_source)[:, None] + np.arange(taps)[:, None])[..., None]
-    there = there.reshape(-1, problem.source_block * problem.row_block).astype(np.int32)
-    return pointers, offsets, there.take(order, axis=0).ravel()
+    there = there.astype(np.int32).reshape(-1, problem.source_block * problem.row_block).take(order, axis=0).ravel()
+    return pointers, offsets, there, None if transposed else places_of(there, result_channels * source_channels * taps)
 
 
-def _pairs(alive: np.ndarray) -> np.ndarray:
-    """(groups, LISTED_ROWS): the live channels; the last one again where the last group is not full."""
-    live = np.flatnonzero(alive)
-    return np.concatenate([live, np.repeat(live[-1:], -len(live) % LISTED_ROWS)]).reshape(-1, LISTED_ROWS)
+def _lists(prefix: str, problem: GatherConv, live: np.ndarray, dead: np.ndarray, spared: bool) -> dict[str, np.ndarray]:
+    """Lists of the live rows, then the dead ones, which are written without any unit unless they are spared, or of the live sources.
 
-
-def _filled(channels: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([channels, np.repeat(channels[-1:], size - len(channels))]).astype(np.int32)
-
-
-def _lists(prefix: str, problem: GatherConv, alive: np.ndarray, spared: bool) -> dict[str, np.ndarray]:
-    """Lists of the live rows, then the dead ones, which are written without any unit unless they are spared, or of the live sources."""
+    Rows are listed in groups of LISTED_ROWS, the last live and the last dead group filled up with its last row.
+    """
     if problem.sources_live:
-        return {f"{prefix}sources": _filled(np.flatnonzero(alive), problem.source.channels)}
-    live, dead = _pairs(alive), _pairs(~alive)
-    return {f"{prefix}channels": _filled(np.concatenate([live, dead]).ravel(), problem.groups * problem.row_block),
-            f"{prefix}live_groups": np.array([len(live) + (0 if spared else len(dead))], np.int32)}
+        listed = np.empty(problem.source.channels, np.int32)
+        listed[:len(live)], listed[len(live):] = live, live[-1]
+        return {f"{prefix}sources": listed}
+    listed, groups = np.empty(problem.groups * problem.row_block, np.int32), []
+    for rows in (live, dead):
+        start = sum(groups) * LISTED_ROWS
+        groups.append(-(-len(rows) // LISTED_ROWS))
+        if len(rows):
+            listed[start:start + len(rows)], listed[start + len(rows):] = rows, rows[-1]
+    return {f"{prefix}channels": listed, f"{prefix}live_groups": np.array([groups[0] if spared else sum(groups)], np.int32)}

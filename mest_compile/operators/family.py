@@ -13,7 +13,7 @@ from mest_compile.operators.gather import GatherConv
 from mest_compile.operators.optimizer import Sgd
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity.packing import cells_of
-from mest_compile.spec import LayerSpec, Node
+from mest_compile.spec import ITEM_BYTES, LayerSpec, Node
 
 if TYPE_CHECKING:
     from mest_compile.graph.lowering import Lowering
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mest_compile.sparsity.layer import Layer
     from mest_compile.sparsity.packing import LayerIndex
     from mest_compile.sparsity.scheme import Scheme
+
+
+INDEX_BYTES = ITEM_BYTES["int32"]
 
 
 class KernelFamily(ABC):
@@ -122,9 +125,11 @@ class KernelFamily(ABC):
         """Cells of the layer's value array when `cells` live: kernels may hold some of them twice."""
         return cells
 
-    def kept_elems(self, layer: Layer, cells: int) -> int:
-        """int32 elements that a step keeps of a layer for the next mutation: where each of its held cells lies in the mask."""
-        return cells
+    def kept_bytes(self, layer: Layer, cells: int) -> int:
+        """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells long, and where in the
+        value array each of them stands.
+        """
+        return (INDEX_BYTES + np.min_scalar_type(cells).itemsize) * cells
 
     @abstractmethod
     def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +14,13 @@ from mest_compile.registry import SCHEDULES, family
 from mest_compile.sparsity.packing import (
     LayerIndex,
     Places,
+    Runs,
     divide,
     gradient_halo,
     image_of,
     inverse,
     parity_passes,
+    places_of,
     reaching_passes,
     source_halo,
 )
@@ -46,18 +47,17 @@ def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool
 
 def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | None) -> Callable[[np.ndarray], LayerIndex]:
     """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
-    there_sorted = None if backward is None else Places.transposed(spec, backward).of_cells(swapped=True)
-    here_sorted = Places.forward(spec, forward).of_cells(swapped=False)
-    row_cells = spec.weight_shape[1] // forward.source_block * prod(spec.weight_shape[2:])
+    runs, there_sorted = Runs(spec, forward), None if backward is None else Places.transposed(spec, backward).of_swapped()
 
     def index(cells: np.ndarray) -> LayerIndex:
-        row, rest = divide(cells, row_cells)
-        sort, pointers, offsets = here_sorted(row, rest)
-        arrays = {"pointers": pointers, "offsets": offsets}
+        row, rest = divide(cells, runs.row_cells)
+        sort, pointers = runs.sort(cells)
+        rest = rest.take(sort)
+        arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
         if there_sorted is not None:  # roles swap: output channels are the source now
-            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest.take(sort))
+            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest)
             arrays["permutation"] = inverse(there)
-        return LayerIndex(sort, arrays)
+        return LayerIndex(sort, places_of(sort, len(cells)), arrays)
 
     return index
 

@@ -10,7 +10,7 @@ from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, Places, divide, expand, inverse
+from mest_compile.sparsity.packing import LayerIndex, Places, divide, expand, inverse, places_of
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class PatternGroupsFamily(GatherFamily):
                 there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(backward, transposed, channel, row, tap[:, -1],
                                                                                              shape)
                 arrays["permutation"] = expand(inverse(there)[sort], forth[::-1])
-            return LayerIndex(expand(sort, forth), arrays)
+            sort = expand(sort, forth)
+            return LayerIndex(sort, places_of(sort, len(cells)), arrays)
 
         return index
 

@@ -9,7 +9,7 @@ import numpy as np
 from mest_compile.operators.gather import GatherGrad
 from mest_compile.operators.gather_layer import GatherFamily, forward_problem, gradient_problem
 from mest_compile.registry import family
-from mest_compile.sparsity.packing import LayerIndex, Places, divide, expand, inverse
+from mest_compile.sparsity.packing import LayerIndex, Places, Runs, divide, expand, inverse, places_of
 
 PAIR = 2
 
@@ -36,21 +36,22 @@ class PatternFamily(GatherFamily):
 
     def indexer(self, layer, program):
         forward, backward = self.problems(layer, program)
-        here_sorted = Places.forward(layer.spec, forward).of_cells(swapped=False)
-        there_sorted = None if backward is None else Places.transposed(layer.spec, backward).of_cells(swapped=True)
-        row_cells = layer.spec.weight_elems // layer.spec.weight_shape[0]
+        runs = Runs(layer.spec, forward)
+        there_sorted = None if backward is None else Places.transposed(layer.spec, backward).of_swapped()
         forth = np.arange(PAIR)
 
         def index(cells: np.ndarray) -> LayerIndex:
             # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap of a pair.
-            row, rest = divide(cells[::PAIR], row_cells)
-            sort, pointers, offsets = here_sorted(row, rest)
-            arrays = {"pointers": pointers, "offsets": offsets}
+            left = np.ascontiguousarray(cells[::PAIR])
+            row, rest = divide(left, runs.row_cells)
+            sort, pointers = runs.sort(left)
+            rest = rest.take(sort)
+            arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
             if there_sorted is not None:  # in reverse, the right tap comes first
-                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort),
-                                                                                                  rest.take(sort) + (PAIR - 1))
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest + (PAIR - 1))
                 arrays["permutation"] = expand(inverse(there), forth[::-1])
-            return LayerIndex(expand(sort, forth), arrays)
+            sort = expand(sort, forth)
+            return LayerIndex(sort, places_of(sort, len(cells)), arrays)
 
         return index
 

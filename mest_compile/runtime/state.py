@@ -11,20 +11,22 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, listed, merge, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, merge, scatter_units
 
 
 class HeldState:
     """The arrays of one step on a runner, and their translation to torch's names and shapes and back.
 
     held   name -> buffer of all arrays that outlive a call
-    order  weight name -> where each live cell lies in the grid, in value order: the mask
+    cells  weight name -> where the live cells lie in the grid, (live,) int32, ascending: the mask
+    places weight name -> where in the value array each of them stands
     """
 
     def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
         """programs: of the step, the training program first; shapes: torch name -> shape."""
         self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
-        self.order: dict[str, np.ndarray] = {}
+        self.cells: dict[str, np.ndarray] = {}
+        self.places: dict[str, np.ndarray] = {}
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
@@ -33,7 +35,8 @@ class HeldState:
     def start_on(self, runner: Runner) -> None:
         """Takes another runner, whose arrays are all 0 and which has no masks yet."""
         self._runner = runner
-        self.order.clear()
+        self.cells.clear()
+        self.places.clear()
         for buffer in self.held.values():
             if buffer.elems is not None:
                 self.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
@@ -54,7 +57,7 @@ class HeldState:
         """The layer's mask, a bool array of its scheme's grid."""
         layer = self._layers[name]
         keep = np.zeros(layer.scheme.grid(layer.spec), bool)
-        keep.ravel()[self.order[name]] = True
+        keep.ravel()[self.cells[name]] = True
         return keep
 
     def mask(self, name: str) -> np.ndarray:
@@ -62,9 +65,10 @@ class HeldState:
         layer = self._layers[name]
         return layer.scheme.expand(layer.spec, self.keep(name)).reshape(self._shapes[name])
 
-    def cells(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(the layer's live cells, ascending; where in the value array each stands)."""
-        return listed(self.order[name])
+    def order(self, name: str) -> np.ndarray:
+        """Where each cell of the value array lies in the grid."""
+        cells = self.cells[name]
+        return cells.take(self._index[name](cells).sort)
 
     def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
@@ -78,13 +82,16 @@ class HeldState:
                      carry_over(self.get(name + suffix).reshape(-1, elems), places.take(index.sort)))
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
-        self.order[name] = cells.take(index.sort)
+        self.cells[name], self.places[name] = cells, index.places
         self.transpose(name)
 
-    def move(self, name: str, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> None:
-        """`install` of those of `cells` that stay, and of new ones that start at 0: of a unit that died and was drawn again as well."""
-        places = np.concatenate([stay[1], np.full(len(new), len(self.order[name]), np.int32)])
-        cells, turn = merge(stay[0], new)
+    def move(self, name: str, stay: np.ndarray, new: np.ndarray) -> None:
+        """`install` of those of `cells` that stay, told by their places in that list, and of new ones that start at 0: of a unit that died
+        and was drawn again as well.
+        """
+        behind = len(self.get(name)) // self._layers[name].scheme.cell_elems(self._layers[name].spec)
+        places = np.concatenate([self.places[name].take(stay).astype(np.int32), np.full(len(new), behind, np.int32)])
+        cells, turn = merge(self.cells[name].take(stay), new)
         self.install(name, cells, places.take(turn))
 
     def transpose(self, name: str) -> None:
@@ -95,9 +102,10 @@ class HeldState:
             permutation = self.get(f"{name}:permutation")
             layer = self._layers[name]
             rows, sources = layer.scheme.block(layer.spec)
-            values = self.get(name).reshape(-1, sources, rows)
-            turned = np.empty((len(values), rows, sources), np.float32)
-            turned[permutation] = values.transpose(0, 2, 1)
+            values = self.get(name).reshape(-1, sources, rows).transpose(0, 2, 1)
+            values = values.reshape(-1, rows * sources) if rows * sources > 1 else values.ravel()  # NumPy moves plain numbers faster
+            turned = np.empty_like(values)
+            turned[permutation] = values
             self.put(f"{name}:transposed", turned)
 
     # Torch's names and shapes.
@@ -116,7 +124,7 @@ class HeldState:
         for buffer in self._dense:
             self.put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
         for name, layer in self._layers.items():
-            self.put(name, gather_units(as_conv(state[name]), self.order[name], layer.scheme.grid(layer.spec)))
+            self.put(name, gather_units(as_conv(state[name]), self.order(name), layer.scheme.grid(layer.spec)))
             self.transpose(name)
 
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
@@ -131,7 +139,8 @@ class HeldState:
                     start += size
         for name, layer in self._layers.items():
             grid = layer.scheme.grid(layer.spec)
-            dense = scatter_units(self.get(name + suffix), self.order[name], grid, layer.spec.weight_shape)
+            values = self.get(name + suffix).reshape(-1, layer.scheme.cell_elems(layer.spec)).take(self.places[name], axis=0)
+            dense = scatter_units(values, self.cells[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(self._shapes[name])
         return found
 

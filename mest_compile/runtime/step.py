@@ -20,7 +20,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.runner import Runner
 from mest_compile.runtime.state import HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import cells_of, listed
+from mest_compile.sparsity.packing import cells_of
 from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
 from mest_compile.spec import SGD, ForwardGraph
 
@@ -155,12 +155,12 @@ class TrainStep:
 
         at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound count as they are
         """
-        units = {name: len(order) for name, order in self._state.order.items()}
+        layers = self._compiled.layers
+        units = {name: len(cells) // layers[name].scheme.unit_cells(layers[name].spec) for name, cells in self._state.cells.items()}
         if at_capacity:
-            room = {name: layer.capacity for name, layer in self._compiled.layers.items() if layer.capacity is not None}
-            units |= held_cells({name: self._compiled.layers[name] for name in room}, room)
+            units |= {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
         target = self._compiled.facts.target
-        return footprint(self._compiled.train, self._compiled.predict, self._compiled.layers, units, target)
+        return footprint(self._compiled.train, self._compiled.predict, layers, held_cells(layers, units), target)
 
     # Running.
 
@@ -195,8 +195,8 @@ class TrainStep:
         gradients = self._state.of_kinds("gradients")
         squares = 0.0
         for name, array in gradients.items():
-            order = self._state.order.get(name.removesuffix(":gradient"))
-            once = array if order is None else array.reshape(len(order), -1)[np.unique(order, return_index=True)[1]]
+            layer = self._compiled.layers.get(weight := name.removesuffix(":gradient"))
+            once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self._state.places[weight]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
         if norm > most:
@@ -307,10 +307,8 @@ class TrainStep:
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
         fates = dict.fromkeys(sparse, "unchanged")
         for name, keep in keeps.items():
-            cells, places = self._state.cells(name)
-            stays = np.flatnonzero(keep.ravel()[cells])
-            fates[name] = self._exchange(name, len(cells), (cells.take(stays), places.take(stays)),
-                                         cells_of(keep & ~self._state.keep(name)))
+            stay = np.flatnonzero(keep.ravel()[self._state.cells[name]])
+            fates[name] = self._exchange(name, stay, cells_of(keep & ~self._state.keep(name)))
         return self._report(fates, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
@@ -332,17 +330,16 @@ class TrainStep:
         changes = []
         for name in self._sparse_layers():
             spec, scheme = layers[name].spec, layers[name].scheme
-            cells, places = self._state.cells(name)
+            cells, places = self._state.cells[name], self._state.places[name]
             score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
-            stays = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
+            stay = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            stay = cells.take(stays), places.take(stays)
-            changes.append((name, len(cells), stay, scheme.grow(spec, stay[0], most_units[name], rng, wanted)))
-        for name, before, stay, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
-            fates[name] = self._exchange(name, before, stay, new)
+            changes.append((name, stay, scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)))
+        for name, stay, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
+            fates[name] = self._exchange(name, stay, new)
         return self._report(fates, start)
 
     def check_room(self, grow_to: float) -> dict[str, int]:
@@ -390,7 +387,7 @@ class TrainStep:
         """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
         held = {f"held/{name}": array for name, array in self._state.of_kinds("values", "optimizer", "gradients").items()
                 if not name.endswith(":transposed")}
-        orders = {f"order/{name}": order for name, order in self._state.order.items()}
+        orders = {f"order/{name}": self._state.order(name) for name in self._state.cells}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
         facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
@@ -413,9 +410,9 @@ class TrainStep:
                 raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
-            self._state.install(name, listed(order)[0])
+            self._state.install(name, np.unique(order))
             self._moved(name)
-            assert np.array_equal(order, self._state.order[name]), f"{name}: units are ordered otherwise than when {path} was written"
+            assert np.array_equal(order, self._state.order(name)), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():
             if name.startswith("held/"):
                 self._state.put(name.removeprefix("held/"), array)
@@ -483,11 +480,11 @@ class TrainStep:
     def _report(self, fates: dict[str, str], begun: tuple[float, int]) -> MutationReport:
         return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
 
-    def _exchange(self, name: str, before: int, stay: tuple[np.ndarray, np.ndarray], new: np.ndarray) -> str:
-        """Lets those of `before` live cells that `stay`, as `HeldState.cells` lists them, and new ones live, where that changes anything.
+    def _exchange(self, name: str, stay: np.ndarray, new: np.ndarray) -> str:
+        """Lets those live cells that `stay`, told by their places in the list of them, and new ones live, where that changes anything.
         Returns the layer's fate.
         """
-        if not len(new) and len(stay[0]) == before:
+        if not len(new) and len(stay) == len(self._state.cells[name]):
             return "unchanged"
         self._state.move(name, stay, new)
         return "recompiled" if self._moved(name) else "re-indexed"

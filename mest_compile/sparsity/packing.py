@@ -18,12 +18,14 @@ class LayerIndex:
     """Index arrays of one layer under one mask.
 
     sort    which of the live cells, listed by place in the grid, stands at each place of the value array
+    places  (live cells,), the narrowest unsigned type: where in it each stands, the last of its places where kernels hold it twice
     arrays  part of the layer's held index buffer -> int32 array. In the gather family: pointers, offsets of the forward pass and the
             weight gradient; where there is an input gradient transposed_pointers, transposed_offsets, and permutation (cells,), the
             place of each cell in the transposed order
     """
 
     sort: np.ndarray
+    places: np.ndarray
     arrays: Mapping[str, np.ndarray]
 
 
@@ -135,36 +137,44 @@ class Places:
             offsets[pointers[-1]:] = 0
         return order, pointers, offsets
 
-    def of_cells(self, swapped: bool) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`sort` for cells of a grid, told by their row and their place in it.
+    def of_swapped(self) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`sort` for cells told by their row of the grid, which is a block of source channels here, and their place in that row."""
+        rest_key = (self.group_key[:, None] + self.tap_key).ravel()
+        rest_offset = np.tile(self.tap_offset, len(self.group_key))
+        return lambda row, rest: self.sort(self.block_key.take(row) + rest_key.take(rest),
+                                           self.block_offset.take(row) + rest_offset.take(rest))
 
-        swapped: whether the grid's rows are blocks of source channels and its columns the groups, not the other way round
-        """
-        first, second = (self.block_key, self.group_key) if swapped else (self.group_key, self.block_key)
-        rest_key = (second[:, None] + self.tap_key).ravel()
-        if swapped:
-            rest_offset = np.tile(self.tap_offset, len(self.group_key))
-            return lambda row, rest: self.sort(first.take(row) + rest_key.take(rest), self.block_offset.take(row) + rest_offset.take(rest))
-        rest_offset = (self.block_offset[:, None] + self.tap_offset).ravel()
-        return lambda row, rest: self.sort(first.take(row) + rest_key.take(rest), rest_offset.take(rest))
+
+class Runs:
+    """The forward pass's order of cells, section by section: runs of neighbours in the grid move as a whole, so nothing is sorted.
+
+    row_cells  cells of a row of the grid
+    offsets    (row_cells,) int32: the offset of a unit that is the cell there, whatever its row
+    """
+
+    def __init__(self, layer: LayerSpec, problem: GatherConv):
+        places = Places.forward(layer, problem)
+        self.offsets = (places.block_offset[:, None] + places.tap_offset).ravel()
+        self.row_cells = len(self.offsets)
+        section_cells = -(-problem.section_channels // problem.source_block) * len(places.tap_offset)
+        firsts = np.arange(problem.groups)[:, None] * self.row_cells + np.arange(problem.sections) * section_cells
+        self._shape, self._firsts = firsts.shape, firsts.ravel().astype(np.int32)
+
+    def sort(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(order that sorts ascending cells, pointers); cells may be the first ones of units that lie within a run."""
+        starts = np.searchsorted(cells, self._firsts)
+        counts = np.append(starts[1:], len(cells)) - starts
+        starts, counts = (array.reshape(self._shape).T.ravel() for array in (starts, counts))
+        pointers = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=pointers[1:])
+        order = np.repeat(starts - pointers[:-1], counts)
+        order += np.arange(len(cells))
+        return order, pointers
 
 
 def cells_of(keep: np.ndarray) -> np.ndarray:
     """Places of the live cells of a grid, int32, ascending."""
     return np.flatnonzero(keep).astype(np.int32)
-
-
-def listed(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the distinct ones of `order`, ascending; where in it each stands, the last of its places): kernels may hold a cell twice."""
-    keys = order.astype(np.int64) << PLACE
-    keys += np.arange(len(order))
-    keys.sort()
-    cells, places = (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
-    last = np.append(cells[1:] != cells[:-1], True)
-    if last.all():
-        return cells, places
-    distinct = np.flatnonzero(last)
-    return cells.take(distinct), places.take(distinct)
 
 
 def merge(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,6 +195,14 @@ def inverse(order: np.ndarray) -> np.ndarray:
     """int32: where each of what `order` sorts stands afterwards."""
     places = np.empty(len(order), np.int32)
     places[order] = np.arange(len(order), dtype=np.int32)
+    return places
+
+
+def places_of(sort: np.ndarray, cells: int) -> np.ndarray:
+    """`LayerIndex.places` of a `LayerIndex.sort` of so many cells."""
+    dtype = np.min_scalar_type(len(sort))
+    places = np.empty(cells, dtype)
+    places[sort] = np.arange(len(sort), dtype=dtype)  # of a cell that is held twice NumPy keeps the last
     return places
 
 
