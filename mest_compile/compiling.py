@@ -23,7 +23,7 @@ from mest_compile.hardware import Target, find_target
 from mest_compile.linkers import is_foreign
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
-from mest_compile.planning import meet_budget, plan_layers, warn_beyond_memory
+from mest_compile.planning import meet_budget, plan_layers, usually_recomputed, warn_beyond_memory
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
@@ -95,7 +95,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     if tuned != target:
         target, records = tuned, records.for_target(tuned)
         layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
-    recomputed: frozenset[str] = frozenset()
+    recomputed = usually_recomputed(fuse(graph), target)
     if grow_to is not None or memory_budget is not None:
         start = overall_sparsity(layers)
         layers = with_room(layers, start if grow_to is None else grow_to)

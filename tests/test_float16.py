@@ -132,7 +132,8 @@ def test_ten_steps_of_a_deep_net_are_near_torch():
 def test_activations_take_half_the_bytes_and_everything_else_as_many():
     half, full = compiled().memory(), compiled("float32").memory()
     assert 0.5 <= half["activations"] / full["activations"] < 0.505  # moments stay float32
-    assert half["total"] < 0.65 * full["total"]
+    assert half["workspace"] < full["workspace"]
+    assert full["total"] - half["total"] > full["activations"] - half["activations"] >= 0.495 * full["activations"]
     assert {kind: half[kind] for kind in ("values", "gradients", "optimizer", "batch")} == \
         {kind: full[kind] for kind in ("values", "gradients", "optimizer", "batch")}
 
@@ -151,7 +152,7 @@ def test_copies_that_kernels_make_are_counted():
 def test_a_budget_is_met_with_the_same_bits():
     step = compiled()
     lean = compiled(memory_budget=int(0.9 * step.memory()["total"]))
-    assert lean.describe()["recomputed"] and not step.describe()["recomputed"]
+    assert len(lean.describe()["recomputed"]) > len(step.describe()["recomputed"])
     for batch in make_batches(SHAPE, 10, 3):
         assert lean(*batch).loss == step(*batch).loss
 

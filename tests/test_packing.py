@@ -15,8 +15,8 @@ from mest_compile.sparsity.packing import (
     gather_units,
     gradient_halo,
     image_of,
-    listed,
     merge,
+    places_of,
     scatter_units,
     source_halo,
 )
@@ -56,6 +56,7 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     backward = gradient_problem(layer, result, source, False)
     index = gather_indexer(spec, forward, backward)(cells_of(keep))
     order = np.flatnonzero(keep)[index.sort]
+    np.testing.assert_array_equal(index.sort[index.places], np.arange(len(order)))
     values = gather_units(weight.detach().numpy(), order, layer.scheme.grid(spec)).astype(np.float64)
     got = gather_conv_reference(forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source))
     np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
@@ -93,8 +94,7 @@ def test_two_ascending_lists_become_one_that_says_where_each_entry_stood():
     assert cells.tolist() == [1, 4, 7, 8, 9] and places.tolist() == [3, 0, 1, 4, 2] and cells.dtype == np.int32
 
 
-def test_live_cells_are_listed_once_with_where_they_stand():
-    cells, places = listed(np.array([9, 4, 7], np.int32))
-    assert cells.tolist() == [4, 7, 9] and places.tolist() == [1, 2, 0] and cells.dtype == np.int32
-    cells, places = listed(np.array([9, 4, 9, 4, 7], np.int32))
-    assert cells.tolist() == [4, 7, 9] and places.tolist() == [3, 4, 2]
+def test_cells_that_are_held_twice_are_found_at_their_last_place():
+    assert places_of(np.array([2, 0, 1]), 3).tolist() == [1, 2, 0] and places_of(np.arange(256), 256).dtype == np.uint16
+    places = places_of(np.array([2, 0, 2, 0, 1]), 3)
+    assert places.tolist() == [3, 4, 2] and places.dtype == np.uint8

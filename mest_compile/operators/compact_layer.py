@@ -99,7 +99,8 @@ class CompactFamily(KernelFamily):
                 arrays["alive"] = alive.astype(np.int32)
             if there_indexed is not None and backward is not None:
                 pointers, offsets, there, _ = there_indexed(live)
-                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets, "transposed_from": places.take(there).astype(np.int32),
+                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets,
+                           "transposed_from": places.take(there).astype(np.int32),
                            **_lists("transposed_", backward, live, dead, spared or backward.accumulate)}
             return LayerIndex(sort, places, arrays)
 
@@ -198,10 +199,9 @@ def _lists(prefix: str, problem: GatherConv, live: np.ndarray, dead: np.ndarray,
         listed = np.empty(problem.source.channels, np.int32)
         listed[:len(live)], listed[len(live):] = live, live[-1]
         return {f"{prefix}sources": listed}
-    listed, groups = np.empty(problem.groups * problem.row_block, np.int32), []
-    for rows in (live, dead):
-        start = sum(groups) * LISTED_ROWS
-        groups.append(-(-len(rows) // LISTED_ROWS))
+    listed = np.empty(problem.groups * problem.row_block, np.int32)
+    live_groups, dead_groups = (-(-len(rows) // LISTED_ROWS) for rows in (live, dead))
+    for start, rows in ((0, live), (live_groups * LISTED_ROWS, dead)):
         if len(rows):
             listed[start:start + len(rows)], listed[start + len(rows):] = rows, rows[-1]
-    return {f"{prefix}channels": listed, f"{prefix}live_groups": np.array([groups[0] if spared else sum(groups)], np.int32)}
+    return {f"{prefix}channels": listed, f"{prefix}live_groups": np.array([live_groups + (0 if spared else dead_groups)], np.int32)}

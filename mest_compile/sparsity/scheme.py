@@ -68,7 +68,8 @@ class Scheme(ABC):
 
     def unit_cells(self, layer: LayerSpec) -> int:
         """Live cells of one unit that lives."""
-        return prod(self.grid(layer)[axis] for axis in self.spans)
+        grid = self.grid(layer)
+        return prod([grid[axis] for axis in self.spans])
 
     def energy(self, layer: LayerSpec, importance: np.ndarray) -> np.ndarray:
         """Squared importance of every cell in float64. (out, in, kh, kw) -> grid. Its root over a unit is the L2 norm MEST ranks by."""
@@ -99,7 +100,10 @@ class Scheme(ABC):
 
     def units(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
         """Which units live, ascending: each one's place on the axis of the grid that units do not span, or in the grid."""
-        return self._alive(cells.reshape(self._listed(layer, cells))).ravel() // self._strides(layer)[self._axis] if self.spans else cells
+        if not self.spans:
+            return cells
+        grid = self.grid(layer)
+        return self._alive(cells.reshape(self._listed(grid, cells))).ravel() // _strides(grid)[self._axis]
 
     def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
         """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy.
@@ -108,10 +112,12 @@ class Scheme(ABC):
         """
         if energy.shape != cells.shape:
             raise InputError(f"{layer.name}: prune needs one energy a cell: {cells.shape}, not {energy.shape}")
-        shape = self._listed(layer, cells)
-        energy = self._sums(energy.reshape(shape))
-        stays = mutation.prune(energy, live, prod(self.grid(layer)) // self.unit_cells(layer))
-        return np.broadcast_to(stays.reshape([1 if axis in self.spans else size for axis, size in enumerate(shape)]), shape).ravel()
+        grid = self.grid(layer)
+        listed = energy.reshape(self._listed(grid, cells))
+        stays = mutation.prune(self._sums(listed), live, self._grid_units(grid))
+        if not self.spans:
+            return stays
+        return np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape).ravel()
 
     def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
         """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn evenly.
@@ -119,12 +125,12 @@ class Scheme(ABC):
         Raises SparsityError, CapacityError.
         """
         grid = self.grid(layer)
-        units = mutation.grow(self.units(layer, cells), prod(grid) // self.unit_cells(layer), live, rng,
+        units = mutation.grow(self.units(layer, cells), self._grid_units(grid), live, rng,
                               None if energy is None else self._sums(energy)).astype(np.int32)
         if not self.spans:
             return units
         places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
-                  for axis, (size, stride) in enumerate(zip(grid, self._strides(layer), strict=True))]
+                  for axis, (size, stride) in enumerate(zip(grid, _strides(grid), strict=True))]
         return reduce(np.add, np.ix_(*places)).ravel()
 
     # Masks of weights.
@@ -169,18 +175,20 @@ class Scheme(ABC):
     @property
     def _axis(self) -> int:
         """Of the grid, the one that units do not span."""
-        return ({0, 1, 2, 3} - set(self.spans)).pop()
+        return 6 - sum(self.spans)
 
-    def _strides(self, layer: LayerSpec) -> list[int]:
-        """How far neighbours on each axis of the grid are apart."""
-        grid = self.grid(layer)
-        return [prod(grid[axis + 1:]) for axis in range(len(grid))]
+    def _grid_units(self, grid: tuple[int, ...]) -> int:
+        """Units of it, live and dead."""
+        return grid[self._axis] if self.spans else prod(grid)
 
-    def _listed(self, layer: LayerSpec, cells: np.ndarray) -> tuple[int, ...]:
+    def _listed(self, grid: tuple[int, ...], cells: np.ndarray) -> tuple[int, ...]:
         """The shape of listed cells: the grid without its dead units, where that is one."""
-        if not self.spans:
-            return cells.shape
-        return tuple(size if axis in self.spans else len(cells) // self.unit_cells(layer) for axis, size in enumerate(self.grid(layer)))
+        return tuple(size if axis in self.spans else -1 for axis, size in enumerate(grid)) if self.spans else cells.shape
+
+
+def _strides(grid: tuple[int, ...]) -> list[int]:
+    """How far neighbours on each axis of the grid are apart."""
+    return [prod(grid[axis + 1:]) for axis in range(len(grid))]
 
 
 def check_sparsity(layer: LayerSpec, sparsity: float) -> None:
