@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import cold
 import pytest
 import threads
 
@@ -189,3 +190,10 @@ def test_what_a_second_thread_gains_is_measured_by_operator(monkeypatch):
     lines = threads.table({"schemes": {"block:4x1": made_up}}).splitlines()
     assert lines[2:] == ["| block:4x1 | whole step | 100.0 | 50.0 | 2.00 |", "| block:4x1 | a | 99.5 | 49.7 | 2.00 |",
                          "| block:4x1 | all others | 0.5 | 0.3 | 1.67 |"]
+
+
+def test_what_kernels_wait_for_memory_is_measured(monkeypatch):
+    monkeypatch.setattr(cold, "CASE", Case("resnet20", (8, 3, 32, 32), width=8))
+    found = cold.measure("block:4x1", rounds=2)
+    assert {"gather.conv forward", "gather.conv grad_input", "gather.grad grad_weight"} <= set(found)
+    assert all(set(times) == set(cold.STATES) and min(times.values()) > 0 for times in found.values())

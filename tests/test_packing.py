@@ -85,7 +85,7 @@ def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_sha
 
 
 def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
-    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), np.array([1, 3, 0]))
+    moved = carry_over(np.array([[1.0, 2], [3, 4], [5, 6]]), np.array([1, -1, 0]))
     np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])
 
 

@@ -73,7 +73,7 @@ class HeldState:
     def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
-        places  where in the value array each stands now, one behind its end for those that start at 0; None: all do
+        places  where in the value array each stands now, -1 for those that start at 0; None: all do
         """
         index = self._index[name](cells)
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
@@ -89,8 +89,8 @@ class HeldState:
         """`install` of those of `cells` that stay, told by their places in that list, and of new ones that start at 0: of a unit that died
         and was drawn again as well.
         """
-        behind = len(self.get(name)) // self._layers[name].scheme.cell_elems(self._layers[name].spec)
-        places = np.concatenate([self.places[name].take(stay).astype(np.int32), np.full(len(new), behind, np.int32)])
+        places = np.full(len(stay) + len(new), -1)
+        places[:len(stay)] = self.places[name].take(stay)
         cells, turn = merge(self.cells[name].take(stay), new)
         self.install(name, cells, places.take(turn))
 

@@ -230,7 +230,7 @@ def scatter_units(values: np.ndarray, order: np.ndarray, grid: tuple[int, ...], 
 
 
 def carry_over(array: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The units of `array` (units, elems) at `places`, in that order; one place behind its end are new ones, which start at 0."""
+    """The units of `array` (units, elems) at `places`, in that order; at -1 are new ones, which start at 0."""
     return np.concatenate([array, np.zeros((1, array.shape[1]), array.dtype)]).take(places, axis=0)
 
 

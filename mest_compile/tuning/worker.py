@@ -38,7 +38,7 @@ def check_and_time(arrays_path: str, library: str, symbol: str, repeats: int, th
 def _check_and_time(function: Any, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
     import tvm
 
-    arrays, copies = _tensors(Path(arrays_path))
+    arrays, copies = copies_of(Path(arrays_path))
     tvm.get_global_func("runtime.config_threadpool")(1, threads)
     for tensor, array in zip(copies[0], arrays.arguments):
         tensor.copyfrom(array)
@@ -57,7 +57,7 @@ def _check_and_time(function: Any, arrays_path: str, repeats: int, threads: int)
     return None, seconds
 
 
-def _tensors(path: Path) -> tuple[Arrays, list[list[Any]]]:
+def copies_of(path: Path) -> tuple[Arrays, list[list[Any]]]:
     """The arguments, and as many copies of them on the device as are never in cache together."""
     import tvm
 

@@ -1,0 +1,83 @@
+"""How long convolution kernels wait for memory: each with its images in cache, and with images that have to be fetched.
+
+    python benchmarks/cold.py
+
+writes benchmarks/results/cold.json: per scheme and kind of kernel, milliseconds of a step's calls on one thread, called again on the same
+arrays, on others in turn, more than the caches hold, and on others of which the call before has just left what it leaves in a step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mest_compile as mest
+from mest_compile.benchmark import machine
+from mest_compile.building import Builder
+from mest_compile.contestants import Case
+from mest_compile.models import build_model
+from mest_compile.runfolder import write_json
+from mest_compile.tuning.task import Task, prepare, tasks_of
+from mest_compile.tuning.worker import copies_of
+
+CASE, SCHEMES, ROUNDS = Case("resnet32", width=32), ("block:4x1", "pattern", "unstructured"), 40
+RESULT = Path(__file__).parent / "results" / "cold.json"
+STATES = ("cached", "fetched", "as in a step")
+
+
+def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
+    """{kernel and phase: {state: ms of all its calls}} of the kernels that a step runs on."""
+    model = build_model(CASE.model, CASE.input_shape, CASE.classes, CASE.width, CASE.seed)
+    builder = Builder()
+    step = mest.compile(model, CASE.input_shape, scheme=scheme, sparsity=CASE.sparsity, threads=1, builder=builder)
+    target, choices = step._compiled.facts.target, step.kernel_choices()
+    found: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STATES, 0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks_of(step.program, step.layers, target, Path(folder)):
+            prepare(task, step.program, step.layers, builder)
+            kernel = builder.function(task.source(choices[task.name].knobs))
+            for state, seconds in _seconds(task, kernel, rounds).items():
+                found[f"{task.kernel} {task.name.rpartition('.')[2]}"][state] += round(1e3 * task.calls * seconds, 3)
+    return dict(found)
+
+
+def _seconds(task: Task, kernel: Any, rounds: int) -> dict[str, float]:
+    import tvm
+
+    tvm.get_global_func("runtime.config_threadpool")(1, 1)
+    arrays, copies = copies_of(task.arrays)
+    seconds: dict[str, list[float]] = {state: [] for state in STATES}
+    for turn in range(rounds):
+        for state, times in seconds.items():
+            copy = copies[turn % len(copies)]
+            if state == "cached":
+                kernel(*copies[0])
+                copy = copies[0]
+            elif state == "as in a step":
+                copy = copies[(turn + len(copies) // 2) % len(copies)]
+                for place in arrays.warm:
+                    copy[place].copyfrom(arrays.arguments[place])
+            start = time.perf_counter()
+            kernel(*copy)
+            times.append(time.perf_counter() - start)
+    return {state: statistics.median(times) for state, times in seconds.items()}
+
+
+def main() -> None:
+    found = {}
+    for scheme in SCHEMES:
+        found[scheme] = measure(scheme, ROUNDS)
+        print(scheme, json.dumps(found[scheme], indent=1), flush=True)
+    write_json(RESULT, {"command": "python benchmarks/cold.py", "machine": machine(), "rounds": ROUNDS, "milliseconds": found,
+                        "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "numpy")},
+                        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+
+
+if __name__ == "__main__":
+    main()
