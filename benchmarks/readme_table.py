@@ -20,7 +20,7 @@ from mest_compile.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
-OTHERS = {"avx512": "AVX-512 table", "zen5": "Zen 5 table"}  # some of the same cases on machines with wider vectors
+OTHERS = {"avx2": "AVX2 table", "avx512": "AVX-512 table"}  # the same cases, or some of them, on machines with narrower multipliers
 DOCUMENT, TUNING = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tuning.md"
 embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table

@@ -211,12 +211,12 @@ class Builder:
         """The kernel of a library. From a file of its own: who damages or evicts a cached one takes nothing from under a running
         kernel, and what runs is what was checked.
         """
-        import tvm
+        import tvm_ffi
 
         with tempfile.TemporaryDirectory(dir=self.folder if self.folder.is_dir() and os.access(self.folder, os.W_OK) else None) as scratch:
             path = Path(scratch) / "kernel.so"
             path.write_bytes(content)
-            return tvm.runtime.load_module(str(path))[source.symbol]
+            return tvm_ffi.load_module(path, keep_module_alive=False)[source.symbol]  # else it would outlive the step
 
     def _new_library(self, source: KernelSource) -> Any:
         start = time.perf_counter()

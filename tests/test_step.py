@@ -1,8 +1,10 @@
 """Whole steps against masked dense torch: same masks, same SGD, same numbers."""
 
+import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,19 @@ def test_a_unit_that_dies_and_is_drawn_again_starts_at_zero():
 def small_step(**options):
     torch.manual_seed(1)
     return mest.compile(build_model("resnet20", (8, 3, 8, 8), width=8), (8, 3, 8, 8), **{"scheme": "block", "sparsity": 0.8, **options})
+
+
+def test_kernels_go_with_their_step():
+    def loaded() -> set[str]:
+        return {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "kernel.so" in line}
+
+    gc.collect()
+    before, step = loaded(), small_step(threads=1)
+    step(*make_batches((8, 3, 8, 8), 10, 1)[0])
+    its = loaded() - before
+    del step
+    gc.collect()
+    assert its and not its & loaded()
 
 
 def test_correct_says_which_examples_the_largest_logit_gets_right():

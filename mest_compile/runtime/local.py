@@ -37,10 +37,9 @@ class LocalRunner:
         self._views: dict[str, np.ndarray] = {}  # of the tensors' memory: TVM's own copies cost more than most arrays of a layer
         self._arguments: dict[str, list] = {}
         self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
-        for program in {program.name: program for program, _ in programs.values()}.values():
-            for call in program.calls:
-                tvm.register_global_func(kernel_name(prefix, program, call.name), kernels[program.name][call.name], override=True)
-        tvm.register_global_func(f"{prefix}.arena", lambda *storages: ask_for_huge_pages(storages), override=True)
+        self._functions = {kernel_name(prefix, program, call.name): kernels[program.name][call.name]
+                           for program in {program.name: program for program, _ in programs.values()}.values() for call in program.calls}
+        self._functions[f"{prefix}.arena"] = lambda *storages: ask_for_huge_pages(storages)
 
         def name(program: Program, call: str) -> str:
             return kernel_name(prefix, program, call)
@@ -67,7 +66,7 @@ class LocalRunner:
         """Puts other kernels in place of some: {(program name, call name): callable}."""
         programs = {program.name: program for program, _ in self._programs.values()}
         for (program, call), kernel in kernels.items():
-            self._tvm.register_global_func(kernel_name(self._prefix, programs[program], call), kernel, override=True)
+            self._functions[kernel_name(self._prefix, programs[program], call)] = kernel
         self._machine = self._new_machine()
 
     def run(self, function: str) -> None:
@@ -111,10 +110,19 @@ class LocalRunner:
         return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
     def _new_machine(self) -> Any:
-        """A virtual machine looks every kernel up by its name once, when it is made."""
+        """A virtual machine looks every kernel up by its global name once, when it is made. The names go again, or kernels would outlive
+        their step: a process that compiles many has no room for the mappings of some ten thousand libraries.
+        """
         from tvm import relax
+        from tvm_ffi.registry import remove_global_func
 
-        return relax.VirtualMachine(self._executable, self._device)
+        for name, function in self._functions.items():
+            self._tvm.register_global_func(name, function, override=True)
+        try:
+            return relax.VirtualMachine(self._executable, self._device)
+        finally:
+            for name in self._functions:
+                remove_global_func(name)
 
 
 def ask_for_huge_pages(storages: Iterable[Any]) -> None:
