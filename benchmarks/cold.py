@@ -43,8 +43,8 @@ def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
             prepare(task, step.program, step.layers, builder)
             kernel = builder.function(task.source(choices[task.name].knobs))
             for state, seconds in _seconds(task, kernel, rounds).items():
-                found[f"{task.kernel} {task.name.rpartition('.')[2]}"][state] += round(1e3 * task.calls * seconds, 3)
-    return dict(found)
+                found[f"{task.kernel} {task.name.rpartition('.')[2]}"][state] += 1e3 * task.calls * seconds
+    return {kind: {state: round(times[state], 1) for state in STATES} for kind, times in found.items()}
 
 
 def _seconds(task: Task, kernel: Any, rounds: int) -> dict[str, float]:
