@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,7 @@ class TrainStep:
         self._runner = compiled.runner()
         self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
         self._state.check(state)
+        self._units_at = cache(lambda overall: units_at(compiled.layers, overall))  # mutations ask for the same few sparsities
         for name, layer in compiled.layers.items():
             energy = layer.scheme.energy(layer.spec, as_conv(state[name]))
             keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity))
@@ -325,7 +327,7 @@ class TrainStep:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         rng = self._rng if rng is None else rng
         layers = self._compiled.layers
-        fewest_units, most_units = units_at(layers, prune_to), self.check_room(grow_to)
+        fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
         fates = {}
         changes = []
         for name in self._sparse_layers():
@@ -344,7 +346,7 @@ class TrainStep:
 
     def check_room(self, grow_to: float) -> dict[str, int]:
         """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
-        units = units_at(self._compiled.layers, grow_to)
+        units = self._units_at(grow_to)
         for name, count in units.items():
             self._compiled.layers[name].check_room(count, grow_to)
         return units

@@ -158,13 +158,12 @@ class Runs:
         self.row_cells = len(self.offsets)
         section_cells = -(-problem.section_channels // problem.source_block) * len(places.tap_offset)
         firsts = np.arange(problem.groups)[:, None] * self.row_cells + np.arange(problem.sections) * section_cells
-        self._shape, self._firsts = firsts.shape, firsts.ravel().astype(np.int32)
+        self._shape, self._bounds = firsts.shape, np.append(firsts, problem.groups * self.row_cells).astype(np.int32)
 
     def sort(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(order that sorts ascending cells, pointers); cells may be the first ones of units that lie within a run."""
-        starts = np.searchsorted(cells, self._firsts)
-        counts = np.append(starts[1:], len(cells)) - starts
-        starts, counts = (array.reshape(self._shape).T.ravel() for array in (starts, counts))
+        bounds = np.searchsorted(cells, self._bounds)
+        starts, counts = (array.reshape(self._shape).T.ravel() for array in (bounds[:-1], bounds[1:] - bounds[:-1]))
         pointers = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=pointers[1:])
         order = np.repeat(starts - pointers[:-1], counts)
