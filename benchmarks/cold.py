@@ -3,7 +3,7 @@
     python benchmarks/cold.py
 
 writes benchmarks/results/cold.json: per scheme and kind of kernel, milliseconds of a step's calls on one thread, called again on the same
-arrays, on others in turn, more than the caches hold, and on others of which the call before has just left what it leaves in a step.
+arrays, on others in turn, more than the caches hold, and as tuning has them: on others of which is cached what the call before touches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mest_compile.tuning.worker import copies_of
 
 CASE, SCHEMES, ROUNDS = Case("resnet32", width=32), ("block:4x1", "pattern", "unstructured"), 40
 RESULT = Path(__file__).parent / "results" / "cold.json"
-STATES = ("cached", "fetched", "as in a step")
+STATES = ("cached", "fetched", "as tuning has them")
 
 
 def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
@@ -59,7 +59,7 @@ def _seconds(task: Task, kernel: Any, rounds: int) -> dict[str, float]:
             if state == "cached":
                 kernel(*copies[0])
                 copy = copies[0]
-            elif state == "as in a step":
+            elif state == "as tuning has them":
                 copy = copies[(turn + len(copies) // 2) % len(copies)]
                 for place in arrays.warm:
                     copy[place].copyfrom(arrays.arguments[place])
