@@ -11,7 +11,7 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, merge, scatter_units
+from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, merge, scatter_units
 
 
 class HeldState:
@@ -70,7 +70,7 @@ class HeldState:
         cells = self.cells[name]
         return cells.take(self._index[name](cells).sort)
 
-    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> None:
+    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> LayerIndex:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
         places  where in the value array each stands now, -1 for those that start at 0; None: all do
@@ -84,6 +84,7 @@ class HeldState:
             self.put(f"{name}:{part}", array)
         self.cells[name], self.places[name] = cells, index.places
         self.transpose(name)
+        return index
 
     def move(self, name: str, stay: np.ndarray, new: np.ndarray) -> None:
         """`install` of those of `cells` that stay, told by their places in that list, and of new ones that start at 0: of a unit that died

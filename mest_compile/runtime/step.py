@@ -412,9 +412,10 @@ class TrainStep:
                 raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
-            self._state.install(name, np.unique(order))
+            cells = np.unique(order)
+            index = self._state.install(name, cells)
             self._moved(name)
-            assert np.array_equal(order, self._state.order(name)), f"{name}: units are ordered otherwise than when {path} was written"
+            assert np.array_equal(order, cells[index.sort]), f"{name}: units are ordered otherwise than when {path} was written"
         for name, array in arrays.items():
             if name.startswith("held/"):
                 self._state.put(name.removeprefix("held/"), array)

@@ -103,7 +103,7 @@ class Scheme(ABC):
         if not self.spans:
             return cells
         grid = self.grid(layer)
-        return self._alive(cells.reshape(self._listed(grid, cells))).ravel() // _strides(grid)[self._axis]
+        return self._alive(cells.reshape(self._listed(grid))).ravel() // _strides(grid)[self._axis]
 
     def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
         """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy.
@@ -113,10 +113,10 @@ class Scheme(ABC):
         if energy.shape != cells.shape:
             raise InputError(f"{layer.name}: prune needs one energy a cell: {cells.shape}, not {energy.shape}")
         grid = self.grid(layer)
-        listed = energy.reshape(self._listed(grid, cells))
-        stays = mutation.prune(self._sums(listed), live, self._grid_units(grid))
         if not self.spans:
-            return stays
+            return mutation.prune(energy, live, prod(grid))
+        listed = energy.reshape(self._listed(grid))
+        stays = mutation.prune(self._sums(listed), live, grid[self._axis])
         return np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape).ravel()
 
     def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
@@ -125,7 +125,7 @@ class Scheme(ABC):
         Raises SparsityError, CapacityError.
         """
         grid = self.grid(layer)
-        units = mutation.grow(self.units(layer, cells), self._grid_units(grid), live, rng,
+        units = mutation.grow(self.units(layer, cells), grid[self._axis] if self.spans else prod(grid), live, rng,
                               None if energy is None else self._sums(energy)).astype(np.int32)
         if not self.spans:
             return units
@@ -177,13 +177,9 @@ class Scheme(ABC):
         """Of the grid, the one that units do not span."""
         return 6 - sum(self.spans)
 
-    def _grid_units(self, grid: tuple[int, ...]) -> int:
-        """Units of it, live and dead."""
-        return grid[self._axis] if self.spans else prod(grid)
-
-    def _listed(self, grid: tuple[int, ...], cells: np.ndarray) -> tuple[int, ...]:
-        """The shape of listed cells: the grid without its dead units, where that is one."""
-        return tuple(size if axis in self.spans else -1 for axis, size in enumerate(grid)) if self.spans else cells.shape
+    def _listed(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of listed cells of units that span axes: the grid without its dead units."""
+        return tuple(size if axis in self.spans else -1 for axis, size in enumerate(grid))
 
 
 def _strides(grid: tuple[int, ...]) -> list[int]:

@@ -30,9 +30,9 @@ def compile_check_and_time(source: KernelSource, arrays_path: str, repeats: int,
 
 def check_and_time(arrays_path: str, library: str, symbol: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
     """(what is wrong with the answer, or None; seconds of each run)."""
-    import tvm
+    import tvm_ffi
 
-    return _check_and_time(tvm.runtime.load_module(library)[symbol], arrays_path, repeats, threads)
+    return _check_and_time(tvm_ffi.load_module(library, keep_module_alive=False)[symbol], arrays_path, repeats, threads)
 
 
 def _check_and_time(function: Any, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
