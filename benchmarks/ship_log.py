@@ -1,7 +1,7 @@
 """Takes a tuning log into autotune_logs/: `python benchmarks/ship_log.py LOG [--target local]`.
 
 Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain; a shipped log that is
-there already is joined. What cannot be trusted is left out, as everywhere.
+there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left out, as everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mest_compile.hardware import Target, find_target
-from mest_compile.records import Measure, Record, Records, is_foreign, plain
+from mest_compile.records import Measure, Record, Records, cpu_of, is_foreign, plain
 
 FOLDER = Path(__file__).resolve().parent.parent / "autotune_logs"
 
@@ -39,6 +39,16 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
     return [Record.from_line(line) for line in kept]
 
 
+def elsewhere(target: Target, path: Path) -> list[Record]:
+    """The shipped records of other CPU models."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = Record.from_line(line)
+        if record.cpu != cpu_of(target):
+            found.append(record)
+    return found
+
+
 def _trusted(line: str, target: Target) -> Record | None:
     """The record, of any vector width, or None."""
     try:
@@ -57,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     target = find_target(chosen.target)
     path = chosen.folder / f"{target.name}.jsonl"
-    records = condensed(target, [path, *chosen.log])
+    records = elsewhere(target, path) + condensed(target, [path, *chosen.log])
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(record.to_line() + "\n" for record in records), encoding="utf-8")
     os.replace(temporary, path)

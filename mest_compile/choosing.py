@@ -1,4 +1,4 @@
-"""Which knobs each kernel of a step is compiled with, and how wide its vectors are: what tuning found out, applied."""
+"""Which knobs each kernel of a step is compiled with, how wide its vectors are, how indices are cut: what tuning found out, applied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from mest_compile.building import KernelSource, kernel_source, knob_space
 from mest_compile.graph.program import Call, Program
 from mest_compile.hardware import Target
-from mest_compile.records import STEP, Choice, Records, knobs_from, plain, text_digest
+from mest_compile.records import SECTIONS, STEP, Choice, Records, key_of, knobs_from, plain, text_digest
+from mest_compile.registry import FAMILIES
 from mest_compile.sparsity.layer import Layer
 
 Choices = dict[str, dict[str, Choice]]  # program name -> call name -> choice
@@ -51,6 +52,43 @@ def choose_vector(layers: Mapping[str, Layer], target: Target, records: Records)
         return text_digest(STEP) if batch % vector == 0 else None
 
     return widened(target, records.best(STEP, facts, 0, fits).knobs.get("vector", target.vector))
+
+
+def section_facts(layer: Layer, activations: str) -> dict[str, Any]:
+    """What records of sections know a layer by."""
+    batch, channels, height, width = layer.spec.input_shape
+    return {"source": {"batch": batch, "channels": channels, "height": height, "width": width},
+            "result": {"channels": layer.spec.weight_shape[0]}, "kernel": list(layer.spec.weight_shape[2:]),
+            "stride": list(layer.spec.stride), "scheme": str(layer.scheme), "activations": activations}
+
+
+def with_sections(layer: Layer, target: Target, activations: str, caches: tuple[int, int]) -> Layer:
+    """The layer with its index cut so that a tile reads so many first-level caches full of a section, forward and transposed."""
+    forward, transposed = FAMILIES.find(layer.kernels).sections(layer.spec, layer.scheme, target, activations, caches)
+    return replace(layer, section_channels=forward, transposed_section_channels=transposed)
+
+
+def section_knobs(layers: Mapping[str, Layer], records: Records, activations: str) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+    """{key of a kind of section and a layer: how that is cut}, as was fastest for such layers."""
+    found = {}
+    for layer in layers.values():
+        facts, live = section_facts(layer, activations), live_cells(layer)
+        for kind in SECTIONS:
+            digest = text_digest(kind)
+            found[key_of(kind, facts, live)] = records.best(kind, facts, live, lambda _, digest=digest: digest).knobs  # type: ignore[misc]
+    return found
+
+
+def choose_sections(layers: Mapping[str, Layer], target: Target, records: Records, activations: str) -> dict[str, Layer]:
+    """The layers with their indices cut as was fastest for such layers; as they are where none was timed."""
+    knobs = section_knobs(layers, records, activations)
+
+    def cut(layer: Layer) -> Layer:
+        facts, live = section_facts(layer, activations), live_cells(layer)
+        forward, transposed = (knobs[key_of(kind, facts, live)].get("caches", 1) for kind in SECTIONS)
+        return with_sections(layer, target, activations, (forward, transposed))
+
+    return {name: cut(layer) for name, layer in layers.items()}
 
 
 def choose_knobs(programs: Sequence[Program], layers: Mapping[str, Layer], target: Target, records: Records) -> Choices:

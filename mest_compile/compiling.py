@@ -14,7 +14,7 @@ import numpy as np
 
 from mest_compile import choosing
 from mest_compile.building import Builder
-from mest_compile.choosing import choose_knobs, choose_vector, remembered
+from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
 from mest_compile.facts import Facts
 from mest_compile.graph.fusing import fuse
@@ -90,11 +90,14 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
     records = records or Records.of(target)
-    layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
-    tuned = choose_vector(layers, target, records)
+
+    def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
+        return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
+
+    tuned = choose_vector(planned(sparsity, target), target, records)
     if tuned != target:
         target, records = tuned, records.for_target(tuned)
-        layers = plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
+    layers = choose_sections(planned(sparsity, target), target, records, activations)
     recomputed = usually_recomputed(fuse(graph), target)
     if grow_to is not None or memory_budget is not None:
         start = overall_sparsity(layers)
@@ -103,7 +106,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     if memory_budget is not None:
         recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations)
         if raised is not None:
-            layers = plan_layers(graph, scheme, raised, distribution, dense_layers, target, activations)
+            layers = choose_sections(planned(raised, target), target, records, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
     facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
     return _make(facts, state, builder, device, records)

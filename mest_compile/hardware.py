@@ -90,6 +90,11 @@ class Target:
             raise TargetError(f"target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to \"opencl\" and only to it")
 
     @property
+    def vectors(self) -> tuple[int, ...]:
+        """Widths that may be the fastest for a step: where registers hold 16 floats multipliers may hold 8, and 8 suit some steps."""
+        return tuple(sorted({self.vector, 8, 16})) if self.tvm_fields.get("mcpu") == "x86-64-v4" else (self.vector,)
+
+    @property
     def limits(self) -> Gpu:
         """`gpu`, where there must be one. Raises TargetError on a CPU."""
         if self.gpu is None:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 IN_STEP = "in step"   # the message of records whose seconds are those of the calls within a whole step
 STEP = "step"         # the "kernel" of records that time a whole training step
+SECTIONS = ("sections.forward", "sections.grad_input")  # the "kernels" of records that time a layer whose index is cut otherwise
 SIZES = frozenset({"channels", "height", "width", "batch", "section_channels", "rows_live", "sources_live", "live", "chunks", "count",
                    "flop"})
 IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
@@ -282,10 +283,10 @@ class FixedRecords(Records):
 
     def __init__(self, target: Target, knobs: Mapping[tuple[str, str, int], Mapping[str, Any]]):
         super().__init__(target)
-        self._knobs = knobs
+        self.knobs = knobs
 
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
-        found = self._knobs.get(key_of(kernel, problem, live))
+        found = self.knobs.get(key_of(kernel, problem, live))
         return Choice() if found is None else Choice(found, "exact")
 
 

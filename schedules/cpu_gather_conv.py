@@ -59,15 +59,15 @@ def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[in
     return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
 
 
-def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, target: Target) -> int:
-    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in the first-level
-    cache, so that all groups of result channels read it from there. Sections of a layer are of about the same size.
+def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int) -> int:
+    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in `cache_bytes`, usually
+    the first-level cache, so that all groups of result channels read it from there. Sections of a layer are of about the same size.
 
     kernel  (height, width) of the taps, pixels
     """
     patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
     blocks = source.channels // source_block
-    sections = -(-blocks // max(target.l1_bytes // patch_bytes // source_block, 1))
+    sections = -(-blocks // max(cache_bytes // patch_bytes // source_block, 1))
     return -(-blocks // sections) * source_block
 
 

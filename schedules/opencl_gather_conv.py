@@ -21,7 +21,7 @@ from mest_compile.spec import Image
 MOST_PIECES = 4  # groups of channels that a work-group computes one after another: they share where its pixels are
 
 
-def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, target: Target) -> int:
+def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int) -> int:
     """All source channels are one section: a GPU hides the way to memory behind other work-groups, not in a cache."""
     return source.channels
 

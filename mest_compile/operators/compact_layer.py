@@ -123,14 +123,14 @@ class CompactFamily(KernelFamily):
         listed_rows = "offsets" if layer.scheme.spans[0] == 1 else "transposed_offsets"
         return super().kept_bytes(layer, cells) + INDEX_BYTES * (cells + self.index_elems(layer, listed_rows, cells))
 
-    def sections(self, spec, scheme, target, activations):
+    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         on_rows = scheme.spans[0] == 1
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
         out, inputs = spec.weight_shape[:2]
-        return (rule(source, spec.stride, spec.weight_shape[2:], loads_shared(inputs) if on_rows else 1, target),
-                rule(delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), target))
+        return (rule(source, spec.stride, spec.weight_shape[2:], loads_shared(inputs) if on_rows else 1, caches[0] * target.l1_bytes),
+                rule(delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes))
 
     def _alive(self, layer: Layer, low: Lowering, channels: int) -> Buffer:
         return self.hold(layer, low, "alive", "indices", channels)

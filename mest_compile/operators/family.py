@@ -132,10 +132,12 @@ class KernelFamily(ABC):
         return (INDEX_BYTES + np.min_scalar_type(cells).itemsize) * cells
 
     @abstractmethod
-    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str) -> tuple[int, int]:
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str,
+                 caches: tuple[int, int] = (1, 1)) -> tuple[int, int]:
         """Source channels of a section of the index, forward and transposed, as the device's schedule wants them.
 
         activations  what the source of the forward pass is stored as
+        caches       first-level caches full that a tile may read of a section, forward and transposed
         """
 
 

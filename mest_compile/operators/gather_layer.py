@@ -96,12 +96,13 @@ class GatherFamily(KernelFamily):
     def index_elems(self, layer, part, cells):
         return cells
 
-    def sections(self, spec, scheme, target, activations):
+    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
         rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
-        return rule(source, spec.stride, spec.weight_shape[2:], sources, target), rule(delta, (1, 1), spec.weight_shape[2:], rows, target)
+        return (rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
+                rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes))
 
     def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
         return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),

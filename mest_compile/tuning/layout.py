@@ -1,0 +1,88 @@
+"""How a step's values lie in memory and how its indices are cut: what decides the kernels' problems, and is settled before they are tuned.
+
+Both are timed in whole untuned steps: vector widths by the step, sections by the calls of each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from mest_compile.choosing import live_cells, section_facts, step_facts, widened, with_sections
+from mest_compile.hardware import Target
+from mest_compile.records import SECTIONS, STEP, FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, target_facts, text_digest
+from mest_compile.sparsity.layer import Layer
+
+ROUNDS = 7          # in which whole steps of every layout take turns
+CACHES = (1, 2, 8)  # first-level caches full of a section: what stays there, a little more, and all that the second-level cache allows
+
+Compile = Callable[[Target, Records], Any]  # a step of the model for that target, with those records
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Target, compiled: Compile, batch: Batch, log: LogFile,
+                 records: Records) -> None:
+    """Records how long steps take with each vector width, unless each was timed before."""
+    facts = step_facts(layers)
+    knobs = {vector: {} if vector == target.vector else {"vector": vector} for vector in vectors}
+    if _tried(records, STEP, facts, 0, knobs.values()):
+        return
+    wide = {vector: widened(target, vector) for vector in vectors}
+    steps = {vector: compiled(wide[vector], Records(wide[vector])) for vector in vectors}
+    seconds: dict[int, list[float]] = {vector: [] for vector in vectors}
+    for turn in range(ROUNDS + 1):
+        for vector, step in steps.items():
+            start = perf_counter()
+            step(*batch)
+            if turn:
+                seconds[vector].append(perf_counter() - start)
+    for vector, found in seconds.items():
+        _note(log, records, STEP, facts, 0, target, knobs[vector], found)
+
+
+def time_sections(layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch, log: LogFile,
+                  records: Records) -> None:
+    """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to."""
+    alike: dict[tuple[str, tuple], list[str]] = {}
+    for name, layer in layers.items():
+        cut = {(size.section_channels, size.transposed_section_channels)
+               for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)}
+        for kind, sizes in zip(SECTIONS, zip(*cut, strict=True), strict=True):
+            if len(set(sizes)) > 1:
+                alike.setdefault((kind, key_of(kind, section_facts(layer, activations), live_cells(layer))), []).append(name)
+    knobs: dict[int, dict[str, Any]] = {caches: {} if caches == 1 else {"caches": caches} for caches in CACHES}
+    if all(_tried(records, kind, section_facts(layers[names[0]], activations), live_cells(layers[names[0]]), knobs.values())
+           for (kind, _), names in alike.items()):
+        return
+    steps = {caches: compiled(target, FixedRecords(target, {key: knobs[caches] for _, key in alike})) for caches in CACHES}
+    seconds: dict[tuple[int, str, tuple], list[float]] = {(caches, *kind): [] for caches in CACHES for kind in alike}
+    for _ in range(ROUNDS):
+        for caches, step in steps.items():
+            profile = step.profile(*batch, 1)
+            for (kind, key), names in alike.items():
+                seconds[caches, kind, key].append(sum(profile[call] for name in names for call in _calls(step, name, kind)) / len(names))
+    for (caches, kind, key), found in seconds.items():
+        layer = layers[alike[kind, key][0]]
+        _note(log, records, kind, section_facts(layer, activations), live_cells(layer), target, knobs[caches], found)
+
+
+def _calls(step: Any, name: str, kind: str) -> list[str]:
+    """Names of the calls that read the index of a layer which `kind` cuts."""
+    pointers = f"{name}:{'pointers' if kind == SECTIONS[0] else 'transposed_pointers'}"
+    return [call.name for call in step.program.calls if call.buffers[0].name == pointers]
+
+
+def _tried(records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]) -> bool:
+    ranked = [known for _, known, _ in records.trials(kernel, facts, live).ranking()]
+    return all(one in ranked for one in knobs)
+
+
+def _note(log: LogFile, records: Records, kernel: str, facts: Mapping[str, Any], live: int, target: Target, knobs: Mapping[str, Any],
+          seconds: Sequence[float]) -> None:
+    record = Record(kernel, facts, live, target_facts(target), records.cpu, knobs, Outcome.OK, Measure.MEASURED, tuple(seconds),
+                    text_digest(kernel))
+    log.append(record)
+    records.add(record)
