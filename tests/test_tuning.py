@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import ship_log
 
 import mest_compile as mest
 from mest_compile.building import Builder, kernel_source, knob_space
@@ -18,10 +20,11 @@ from mest_compile.graph.lowering import lower
 from mest_compile.hardware import find_target
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
-from mest_compile.records import LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
+from mest_compile.records import SECTIONS, LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning import session
+from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
 from mest_compile.tuning.search import to_database
 from mest_compile.tuning.session import Session
@@ -247,6 +250,60 @@ def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builde
                           (seconds,), text_digest("step")))
     assert choose_vector(layers, target, Records(target, [log.path])) == widened(target, 4)
     assert choose_vector(layers, target, Records(target)) == target
+
+
+def test_sections_are_cut_as_was_fastest_for_such_layers_and_a_step_stays_the_same(target, builder, tmp_path):
+    """Timed in whole steps, noted once, replayed without timing; what a step computes, and what its checkpoint holds, does not change."""
+    small = replace(target, l1_bytes=4096)  # so that sections make a difference to small layers
+    log = LogFile(tmp_path / "local.jsonl")
+    model = build_model("resnet20", SHAPE, 10, 16, 0)
+    images, labels = np.random.default_rng(0).standard_normal(SHAPE, np.float32), np.arange(8)
+
+    def compiled(target, records):
+        return mest.compile(model, SHAPE, sparsity=0.8, target=target, threads=1, records=records, builder=builder)
+
+    train, _, layers = planned(small, "resnet20", 16)
+    time_sections(train, layers, "float32", small, compiled, (images, labels), log, Records(small, [log.path]))
+    records = [Record.from_line(line) for line in log.path.read_text().splitlines()]
+    assert {record.kernel for record in records} == set(SECTIONS)
+    assert {record.knobs.get("caches", 1) for record in records} == set(CACHES)
+    assert all(len(record.seconds) == ROUNDS and min(record.seconds) > 0 for record in records)
+    time_sections(train, layers, "float32", small, compiled, (images, labels), log, Records(small, [log.path]))
+    assert len(log.path.read_text().splitlines()) == len(records), "what is on record was timed again"
+
+    forced = LogFile(tmp_path / "forced.jsonl")  # as if the largest sections had been the fastest forward, and the smallest backward
+    for record in records:
+        quick = max(CACHES) if record.kernel == SECTIONS[0] else 1
+        forced.append(replace(record, seconds=(0.1,) if record.knobs.get("caches", 1) == quick else (1.0,)))
+    usual, cut = compiled(small, Records(small)), compiled(small, Records(small, [forced.path]))
+    sizes = {name: (layer.section_channels, cut.layers[name].section_channels) for name, layer in usual.layers.items()}
+    assert any(before < after for before, after in sizes.values()) and all(before <= after for before, after in sizes.values())
+    assert all(layer.transposed_section_channels == cut.layers[name].transposed_section_channels for name, layer in usual.layers.items())
+    for step in (usual, cut):
+        step(images, labels)
+        step.mutate(0.82, 0.8, rng=np.random.default_rng(1))
+    np.testing.assert_allclose(cut(images, labels).loss, usual(images, labels).loss, rtol=1e-5)
+    usual.save(tmp_path / "usual.safetensors")
+    cut.restore(tmp_path / "usual.safetensors")
+    for name, array in usual.state_dict().items():
+        np.testing.assert_array_equal(cut.state_dict()[name], array)
+    np.testing.assert_allclose(cut(images, labels).loss, usual(images, labels).loss, rtol=1e-5)
+    for name, array in usual.state_dict().items():  # momentum came along as well
+        np.testing.assert_allclose(cut.state_dict()[name], array, rtol=1e-4, atol=1e-5)
+
+
+def test_shipping_a_log_keeps_what_other_cpus_recorded(target, tmp_path):
+    mine = Record("gather.conv", {"channels": 32}, 100, target_facts(target), Records(target).cpu, {}, Outcome.OK, Measure.MEASURED,
+                  (2.0,), "text")
+    better, other = replace(mine, knobs={"run": 8}, seconds=(1.0,)), replace(mine, cpu="another", seconds=(9.0,))
+    slower = replace(mine, knobs={"run": 1}, seconds=(3.0,))
+    LogFile(tmp_path / "local.jsonl").append(other)
+    for record in (mine, better, slower):
+        LogFile(tmp_path / "new.jsonl").append(record)
+    for _ in range(2):  # the second time changes nothing
+        assert ship_log.main([str(tmp_path / "new.jsonl"), "--folder", str(tmp_path)]) == 0
+        kept = [Record.from_line(line) for line in (tmp_path / "local.jsonl").read_text().splitlines()]
+        assert {(record.cpu, record.seconds) for record in kept} == {("another", (9.0,)), (mine.cpu, (2.0,)), (mine.cpu, (1.0,))}
 
 
 def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_path):

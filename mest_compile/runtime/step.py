@@ -407,18 +407,24 @@ class TrainStep:
 
     def _restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict]:
         mine, theirs = self._compiled.document, facts
-        for fact, what in (("graph", "model"), ("layers", "sparsity scheme or dense layers")):
-            if mine[fact] != theirs.get(fact):
-                raise StateError(f"checkpoint {path} is of another {what}; load it with mest.load, or compile the step as then")
+        if mine["graph"] != theirs.get("graph"):
+            raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
+        if _masks(mine) != _masks(theirs):
+            raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
+                             f"step as then")
+        held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
             cells = np.unique(order)
-            index = self._state.install(name, cells)
+            ours = cells[self._state.install(name, cells).sort]
             self._moved(name)
-            assert np.array_equal(order, cells[index.sort]), f"{name}: units are ordered otherwise than when {path} was written"
-        for name, array in arrays.items():
-            if name.startswith("held/"):
-                self._state.put(name.removeprefix("held/"), array)
+            if not np.array_equal(order, ours):  # tuning since then has cut the index otherwise, or a device has other kernels
+                sort = np.argsort(order, kind="stable")
+                there = sort[np.searchsorted(order, ours, sorter=sort)]
+                for part in (name, f"{name}:gradient", f"{name}:momentum"):
+                    held[part] = held[part].reshape(len(order), -1)[there]
+        for name, array in held.items():
+            self._state.put(name, array)
         for name in self._compiled.layers:
             self._state.transpose(name)
         self._rng.bit_generator.state = facts["rng"]
@@ -495,6 +501,11 @@ class TrainStep:
     def _moved(self, name: str) -> bool:
         """Tells who specializes kernels of a layer's new mask; whether others are compiled for it."""
         return self._specializer is not None and self._specializer.changed(name)
+
+
+def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a document says of layers, but for what only orders their values."""
+    return [{fact: value for fact, value in layer.items() if fact not in ("kernels", "sections")} for layer in facts.get("layers", ())]
 
 
 def _numpy(array: Any, dtype: type, what: str) -> np.ndarray:

@@ -78,7 +78,8 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     if by_steps:
         if progress:
             progress.on_stage("timing whole steps by size of sections", 0, 1)
-        time_sections(planned(target), request.activations, target, compiled, batch, log, records)
+        program, _ = lower(fuse(graph), planned(target), target, activations=request.activations)
+        time_sections(program, planned(target), request.activations, target, compiled, batch, log, records)
     sections = section_knobs(planned(target), records, request.activations)
     layers = choose_sections(planned(target), target, records, request.activations)
     train, _ = lower(fuse(graph), layers, target, activations=request.activations)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.choosing import live_cells, section_facts, step_facts, widened, with_sections
+from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
 from mest_compile.records import SECTIONS, STEP, FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
@@ -43,15 +44,18 @@ def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Ta
         _note(log, records, STEP, facts, 0, target, knobs[vector], found)
 
 
-def time_sections(layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch, log: LogFile,
-                  records: Records) -> None:
-    """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to."""
+def time_sections(program: Program, layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch,
+                  log: LogFile, records: Records) -> None:
+    """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to.
+
+    program  the training step, however its indices are cut
+    """
     alike: dict[tuple[str, tuple], list[str]] = {}
     for name, layer in layers.items():
         cut = {(size.section_channels, size.transposed_section_channels)
                for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)}
         for kind, sizes in zip(SECTIONS, zip(*cut, strict=True), strict=True):
-            if len(set(sizes)) > 1:
+            if len(set(sizes)) > 1 and _calls(program, name, kind):
                 alike.setdefault((kind, key_of(kind, section_facts(layer, activations), live_cells(layer))), []).append(name)
     knobs: dict[int, dict[str, Any]] = {caches: {} if caches == 1 else {"caches": caches} for caches in CACHES}
     if all(_tried(records, kind, section_facts(layers[names[0]], activations), live_cells(layers[names[0]]), knobs.values())
@@ -63,16 +67,16 @@ def time_sections(layers: Mapping[str, Layer], activations: str, target: Target,
         for caches, step in steps.items():
             profile = step.profile(*batch, 1)
             for (kind, key), names in alike.items():
-                seconds[caches, kind, key].append(sum(profile[call] for name in names for call in _calls(step, name, kind)) / len(names))
+                seconds[caches, kind, key].append(sum(profile[call] for name in names for call in _calls(program, name, kind)) / len(names))
     for (caches, kind, key), found in seconds.items():
         layer = layers[alike[kind, key][0]]
         _note(log, records, kind, section_facts(layer, activations), live_cells(layer), target, knobs[caches], found)
 
 
-def _calls(step: Any, name: str, kind: str) -> list[str]:
+def _calls(program: Program, name: str, kind: str) -> list[str]:
     """Names of the calls that read the index of a layer which `kind` cuts."""
     pointers = f"{name}:{'pointers' if kind == SECTIONS[0] else 'transposed_pointers'}"
-    return [call.name for call in step.program.calls if call.buffers[0].name == pointers]
+    return [call.name for call in program.calls if call.buffers[0].name == pointers]
 
 
 def _tried(records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]) -> bool:
