@@ -6,7 +6,7 @@ the row serves all images of a kernel; only the row's start differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,20 +75,32 @@ class Text:
 Body = Callable[[str, str, str | None], list[str]]
 
 
-def walk_row(text: Text, image: Image, body: Body) -> None:
+def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = ()) -> None:
     """Statements for every vector of a row: body(offset in the row, slot, live).
 
     `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples, otherwise the
     condition under which the lane does.
+    fetched  what `fetch` gives, before the vector at `{at}`
     """
     main, rest = divmod(image.width, UNROLL)
     vector, live = image.vector, None if image.batch == image.lanes else "i < examples"
     if main:
-        with text.nest(f"for t in T.serial({main})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
-            text(*body(f"t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+        with text.nest(f"for t in T.serial({main})", f"for j in T.unroll({UNROLL})"):
+            text(*(statement.format(at=f"t * {UNROLL * vector} + j * {vector}") for statement in fetched))
+            with text.nest(f"for i in T.vectorized({vector})"):
+                text(*body(f"t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
     if rest:
         with text.nest(f"for j in T.unroll({rest})", f"for i in T.vectorized({vector})"):
             text(*body(f"{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+
+
+def fetch(ahead: int, images: dict[str, Image], written: str | None = None) -> list[str]:
+    """Asks for what images hold `ahead` bytes behind a vector, as `walk_row` takes it; 0: nothing. written: which one is to be written."""
+    def one(name: str) -> str:
+        element = f"{name}[{name}_row + {{at}} + {ahead // images[name].item_bytes}]"
+        return f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({element}), {int(name == written)}, 3, 1))"
+
+    return [one(name) for name in images] if ahead else []
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def planned(target, model="resnet20", width=8, scheme="block:4x1", sparsity=0.8)
 
 @pytest.mark.parametrize(("scheme", "sparsity"), [("block:4x1", 0.8), ("pattern", 0.8), ("filter", 0.6), ("channel", 0.6)])  # 3 of 8 live
 def test_every_choice_of_every_knob_keeps_the_meaning(target, builder, tmp_path, scheme, sparsity):
-    """Each value of the small knobs once, beside random ones of the others; answers are whole numbers, so equal means equal."""
+    """Each value of the small knobs once, beside random ones of the others; answers of convolutions are whole numbers, so equal means
+    equal."""
     import tvm
 
     train, _, layers = planned(target, scheme=scheme, sparsity=sparsity)
@@ -64,11 +65,11 @@ def test_every_choice_of_every_knob_keeps_the_meaning(target, builder, tmp_path,
     kinds = {}
     for task in tasks:
         kinds.setdefault((task.kernel, len(getattr(task.problem, "passes", ())), getattr(task.problem, "accumulate", None)), task)
-    assert {kernel.rpartition(".")[2] for kernel, _, _ in kinds} == {"conv", "grad"}
+    assert {kernel.rpartition(".")[2] for kernel, _, _ in kinds} == {"conv", "grad", "forward", "backward"}
     for task in kinds.values():
         prepare(task, train, layers, builder)
         space, arrays = task.space(), task.load()
-        assert arrays.wanted and arrays.allowed == 0
+        assert arrays.wanted and (arrays.allowed == 0) == (not task.kernel.startswith("batch_norm."))
         rounds = min(max(len(values) for values in space.values()), 4)
         columns = {name: [*rng.permutation(len(values)), *rng.integers(0, len(values), rounds)] for name, values in space.items()}
         for turn in range(rounds):
