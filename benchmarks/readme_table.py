@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 OTHERS = {"avx2": "AVX2 table", "avx512": "AVX-512 table"}  # the same cases, or some of them, on machines with narrower multipliers
 DOCUMENT, TUNING = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tuning.md"
+TUNED = {"tuning": "tuning table", "tuning-zen5": "Zen 5 tuning table"}
 embed = partial(documents.embed, what="speed table")
 HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
@@ -69,7 +70,9 @@ def pages() -> dict[Path, str]:
     for name, what in OTHERS.items():
         document = documents.embed(document, pairs(read(name), headline=True), what=what)
     document = documents.embed(document, threads.table(read("zen5-threads")), what="threads table")
-    tuning = documents.embed(TUNING.read_text(encoding="utf-8"), pairs(read("tuning"), headline=True), what="tuning table")
+    tuning = TUNING.read_text(encoding="utf-8")
+    for name, what in TUNED.items():
+        tuning = documents.embed(tuning, pairs(read(name), headline=True), what=what)
     return {README: embed(README.read_text(encoding="utf-8"), table(full)), DOCUMENT: document, TUNING: tuning}
 
 

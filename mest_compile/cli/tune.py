@@ -34,7 +34,8 @@ def tune(
     key: Annotated[str | None, typer.Option(help="Key that the devices are listed under.")] = None,
     devices: Annotated[int | None, typer.Option(help="Devices of that key that may measure at once; default: all. Without a tracker: "
                                                      "emulators.", min=1)] = None,
-    vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16; "
+                                                "default: those that the CPU may gain from.")] = None,
     runner: Annotated[str | None, typer.Option("--runner", "--measure", help="Who measures: local, rpc, or for an ARM target without a "
                                                "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,

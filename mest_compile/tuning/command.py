@@ -22,10 +22,13 @@ from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
 from mest_compile.records import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.sparsity import parse_scheme
-from mest_compile.tuning.layout import ROUNDS, time_sections, time_vectors
+from mest_compile.tuning.layout import time_sections, time_vectors
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.session import Progress, Session, SessionResult
 from mest_compile.tuning.task import Task
+
+
+FINAL_ROUNDS = 15  # in which whole steps of all finalists take turns: with fewer, luck chooses among knobs that differ by a few percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def time_in_steps(request: Request, target: Target, sections: Mapping[tuple[str,
     calls = {task: [call.name for call in steps[0].program.calls
                     if (call.kernel, call.problem, live_of(call, steps[0].layers)) == (task.kernel, task.problem, task.live)]
              for choice in choices for task in choice}
-    for _ in range(ROUNDS):
+    for _ in range(FINAL_ROUNDS):
         for step, seconds in zip(steps, found):
             profile = step.profile(images, labels, 1)
             for task, known in seconds.items():
