@@ -27,7 +27,6 @@ from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.session import Progress, Session, SessionResult
 from mest_compile.tuning.task import Task
 
-
 FINAL_ROUNDS = 15  # in which whole steps of all finalists take turns: with fewer, luck chooses among knobs that differ by a few percent
 
 
