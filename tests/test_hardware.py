@@ -42,6 +42,13 @@ def test_vectors_wider_than_eight_floats_are_used_where_the_batch_fills_them(vec
     assert replace(find_target("avx2"), vector=vector).for_batch(batch).vector == used
 
 
+def test_tuning_compares_widths_where_registers_may_be_wider_than_multipliers():
+    narrow = find_target("avx2")
+    wide = replace(narrow, llvm=(("kind", "llvm"), ("mcpu", "x86-64-v4")))
+    assert narrow.vectors == (8,) and wide.vectors == (8, 16) == replace(wide, vector=16).vectors
+    assert find_target("cortex-a76").vectors == (4,)
+
+
 @pytest.mark.parametrize("batch, vector", [(16, 16), (24, 8)])
 def test_a_step_takes_the_vector_that_its_batch_fills(batch, vector):
     shape = (batch, 3, 8, 8)

@@ -58,6 +58,22 @@ def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
         assert np.abs(got[name] - gradient).max() <= 1e-3 * scale, name
 
 
+@pytest.mark.parametrize("scheme", ["pattern", "filter"])
+def test_a_checkpoint_of_the_device_goes_on_here(scheme, tmp_path):
+    """Its kernels order values otherwise, and may hold some of them twice."""
+    there, here = compiled(scheme)[0], compiled(scheme, target="local")[0]
+    batches = make_batches(SHAPE, 10, 4)
+    for batch in batches[:2]:
+        there(*batch, lr=0.01)
+        there.mutate(prune_to=0.93, grow_to=0.9)
+    there.save(tmp_path / "a.safetensors")
+    here.restore(tmp_path / "a.safetensors")
+    before = here.state_dict()
+    assert all(np.array_equal(before[name], array) for name, array in there.state_dict().items())
+    for batch in batches[2:]:  # the second loss tells of momentum
+        np.testing.assert_allclose(here(*batch, lr=0.01).loss, there(*batch, lr=0.01).loss, rtol=1e-4)
+
+
 def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
     split = load("digits")
     step, _ = compiled("block", (64, *split.train.images.shape[1:]), 16)

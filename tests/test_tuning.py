@@ -24,7 +24,7 @@ from mest_compile.records import SECTIONS, LogFile, Measure, Outcome, Record, Re
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning import session
-from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections
+from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
 from mest_compile.tuning.search import to_database
 from mest_compile.tuning.session import Session
@@ -251,6 +251,24 @@ def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builde
                           (seconds,), text_digest("step")))
     assert choose_vector(layers, target, Records(target, [log.path])) == widened(target, 4)
     assert choose_vector(layers, target, Records(target)) == target
+
+
+def test_steps_of_every_width_take_turns_and_the_fastest_is_taken(target, tmp_path):
+    from mest_compile.choosing import choose_vector, widened
+
+    _, _, layers = planned(target, "mlp")
+    log, called = LogFile(tmp_path / "local.jsonl"), []
+
+    def compiled(target, records):
+        def step():
+            called.append(target.vector)
+            time.sleep({4: 0.001, 8: 0.02}[target.vector])
+        return step
+
+    for _ in range(2):  # the second time everything is on record
+        time_vectors([8, 4], layers, target, compiled, (), log, Records(target, [log.path]))
+        assert called == [8, 4] * (ROUNDS + 1)
+    assert choose_vector(layers, target, Records(target, [log.path])) == widened(target, 4)
 
 
 def test_sections_are_cut_as_was_fastest_for_such_layers_and_a_step_stays_the_same(target, builder, tmp_path):

@@ -71,17 +71,13 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     by_steps = kind.measure is Measure.MEASURED and kind.whole_steps
     compiled, batch = partial(_compiled, request), _batch(request)
     if by_steps and len(vectors) > 1:
-        if progress:
-            progress.on_stage("timing whole steps by vector width", 0, 1)
-        time_vectors(vectors, planned(target), target, compiled, batch, log, records)
+        time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress)
     told = request.vectors and (len(vectors) == 1 or not by_steps)
     target = widened(target, vectors[0]) if told else choose_vector(planned(target), target, records)
     records = records.for_target(target)
     if by_steps:
-        if progress:
-            progress.on_stage("timing whole steps by size of sections", 0, 1)
         program, _ = lower(fuse(graph), planned(target), target, activations=request.activations)
-        time_sections(program, planned(target), request.activations, target, compiled, batch, log, records)
+        time_sections(program, planned(target), request.activations, target, compiled, batch, log, records, progress)
     sections = section_knobs(planned(target), records, request.activations)
     layers = choose_sections(planned(target), target, records, request.activations)
     train, _ = lower(fuse(graph), layers, target, activations=request.activations)

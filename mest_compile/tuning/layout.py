@@ -16,6 +16,7 @@ from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
 from mest_compile.records import SECTIONS, STEP, FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
+from mest_compile.tuning.session import Progress
 
 ROUNDS = 7          # in which whole steps of every layout take turns
 CACHES = (1, 2, 8)  # first-level caches full of a section: what stays there, a little more, and all that the second-level cache allows
@@ -25,12 +26,14 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Target, compiled: Compile, batch: Batch, log: LogFile,
-                 records: Records) -> None:
+                 records: Records, progress: Progress | None = None) -> None:
     """Records how long steps take with each vector width, unless each was timed before."""
     facts = step_facts(layers)
     knobs = {vector: {} if vector == target.vector else {"vector": vector} for vector in vectors}
     if _tried(records, STEP, facts, 0, knobs.values()):
         return
+    if progress:
+        progress.on_stage("timing whole steps by vector width", 0, 1)
     wide = {vector: widened(target, vector) for vector in vectors}
     steps = {vector: compiled(wide[vector], Records(wide[vector])) for vector in vectors}
     seconds: dict[int, list[float]] = {vector: [] for vector in vectors}
@@ -45,7 +48,7 @@ def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Ta
 
 
 def time_sections(program: Program, layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch,
-                  log: LogFile, records: Records) -> None:
+                  log: LogFile, records: Records, progress: Progress | None = None) -> None:
     """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to.
 
     program  the training step, however its indices are cut
@@ -61,6 +64,8 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
     if all(_tried(records, kind, section_facts(layers[names[0]], activations), live_cells(layers[names[0]]), knobs.values())
            for (kind, _), names in alike.items()):
         return
+    if progress:
+        progress.on_stage("timing whole steps by size of sections", 0, 1)
     steps = {caches: compiled(target, FixedRecords(target, {key: knobs[caches] for _, key in alike})) for caches in CACHES}
     seconds: dict[tuple[int, str, tuple], list[float]] = {(caches, *kind): [] for caches in CACHES for kind in alike}
     for _ in range(ROUNDS):
