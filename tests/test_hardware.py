@@ -17,6 +17,7 @@ AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
 
 @pytest.mark.parametrize("line, found", [
     (f"flags\t\t: {AVX512} avx512_vp2intersect avx_vnni", ("x86-64-v4", 16)),  # Zen 5
+    (f"flags\t\t: {AVX512} avx_vnni amx_tile", ("x86-64-v4", 16)),             # Sapphire Rapids
     (f"flags\t\t: {AVX512} avx512_vp2intersect", ("x86-64-v4", 8)),            # Tiger Lake
     (f"flags\t\t: {AVX512}", ("x86-64-v4", 8)),
     (f"flags\t\t: {AVX2}", ("x86-64-v3", 8)),
@@ -27,6 +28,16 @@ def test_feature_flags_decide_cpu_and_vector(tmp_path, monkeypatch, line, found)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     assert host_cpu() == found
+
+
+def test_avx512_code_needs_no_more_than_avx512(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {AVX512}\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "host_machine", lambda: "x86_64")
+    wide = replace(find_target("avx2"), llvm=(("kind", "llvm"), ("mcpu", "x86-64-v4")))
+    assert hardware.lacking_features(wide) == []
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {AVX2}\n")
+    assert hardware.lacking_features(wide) == ["avx512bw", "avx512dq", "avx512f", "avx512vl"]
 
 
 def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):
