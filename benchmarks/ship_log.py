@@ -1,7 +1,7 @@
 """Takes a tuning log into autotune_logs/: `python benchmarks/ship_log.py LOG [--target local]`.
 
-Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain; a shipped log that is
-there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left out, as everywhere.
+Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain, of steps of every vector
+width; a shipped log that is there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left out, as everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mest_compile.hardware import Target, find_target
-from mest_compile.records import Measure, Record, Records, cpu_of, is_foreign, plain
+from mest_compile.records import STEP, Measure, Record, Records, cpu_of, is_foreign, plain
 
 FOLDER = Path(__file__).resolve().parent.parent / "autotune_logs"
 
@@ -35,7 +35,7 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
         ranking = trials.trials(first.kernel, first.problem, first.live).ranking()
         if ranking:
             wanted = ({}, plain(ranking[0][1]))
-            kept += dict.fromkeys(record.to_line() for record in records if plain(record.knobs) in wanted)
+            kept += dict.fromkeys(record.to_line() for record in records if first.kernel == STEP or plain(record.knobs) in wanted)
     return [Record.from_line(line) for line in kept]
 
 
