@@ -1,7 +1,8 @@
 """Takes a tuning log into autotune_logs/: `python benchmarks/ship_log.py LOG [--target local]`.
 
 Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain, of steps of every vector
-width; a shipped log that is there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left out, as everywhere.
+width; a shipped log that is there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left
+out, as everywhere.
 """
 
 from __future__ import annotations
