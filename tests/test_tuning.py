@@ -175,6 +175,28 @@ def test_a_search_spends_its_trials_on_distinct_candidates_and_a_finished_one_no
     assert again.finished and again.measured == 0 and again.tasks == first.tasks
 
 
+def test_the_final_times_every_finalist_among_several_draws_of_its_neighbours_and_decides(target, builder, tmp_path):
+    class Watch(Clock):
+        measure = Measure.MEASURED
+
+    train, _, layers = planned(target, "mlp")
+    log, finals = LogFile(tmp_path / "local.jsonl"), []
+
+    def in_step(choices):
+        finals.append(choices)
+        return [{task: [2.0 if knobs else 1.0] * 3 for task, knobs in choice.items()} for choice in choices]
+
+    records = Records(target, [log.path])
+    done = Session(train, layers, target, Watch(target, RunnerOptions()), log, records, builder, in_step=in_step).run(12)
+    assert len(finals) == session.DRAWS and all(not task.knobs for task in done.tasks), "whole steps said that the defaults are fastest"
+    timed = [{task.name: sorted(repr(choice[task]) for choice in choices if task in choice) for task in choices[0]} for choices in finals]
+    assert all(found == timed[0] for found in timed)
+    assert all("{}" in found and len(found) == len(set(found)) for found in timed[0].values())
+    assert max(map(len, timed[0].values())) == session.STEP_FINALISTS + 1
+    rows = [[[repr(knobs) for knobs in choice.values()] for choice in choices if {} in choice.values()] for choices in finals]
+    assert rows[0] != rows[1] and any(set(row) != {"{}"} for row in rows[0]), "the defaults stood beside each other alone"
+
+
 def test_trials_that_a_search_leaves_are_drawn_from_the_space_and_repeat_with_their_seed(target, builder, tmp_path, monkeypatch):
     train, _, layers = planned(target, "mlp")
     monkeypatch.setattr(session, "search", lambda *ignored: None)

@@ -27,7 +27,7 @@ from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.session import Progress, Session, SessionResult
 from mest_compile.tuning.task import Task
 
-FINAL_ROUNDS = 15  # in which whole steps of all finalists take turns: with fewer, luck chooses among knobs that differ by a few percent
+FINAL_ROUNDS = 5  # of each draw, in which whole steps take turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from mest_compile.tuning.task import Task, prepare, tasks_of
 FINALISTS = 3            # kernels of a task that are timed again beside the default one, in turns
 ROUNDS = 5               # of these turns
 STEP_FINALISTS = 6       # kernels of a task that are timed within whole steps
+DRAWS = 3                # among as many draws of the other tasks' kernels
 CONFIRMED = "confirmed"  # the message of records of a second look
 SMALL_SHARE = 0.004      # of the step: kernels below are left on their defaults
 
@@ -181,16 +182,20 @@ class Session:
             self._note(task, one, Timing(Outcome.OK, tuple(found), CONFIRMED))
 
     def _confirm_in_step(self, tasks: list[Task]) -> None:
-        """Times the finalists of all tasks within whole steps, in turns: step i has every task's i-th, step 0 the defaults."""
+        """Times the finalists of all tasks within whole steps, in turns; each step has one of every task's, drawn by lot.
+
+        What a kernel finds in the caches depends on its neighbours' knobs, so each of its own is timed among several draws of those.
+        """
         assert self.in_step is not None
         finalists = {task: [{}, *[knobs for _, knobs, _ in self._known(task).ranking(by_themselves=True) if knobs][:STEP_FINALISTS]]
                      for task in tasks}
-        chosen: list[dict[Task, dict[str, Any]]] = [{task: knobs[place] for task, knobs in finalists.items() if place < len(knobs)}
-                                                    for place in range(STEP_FINALISTS + 1)]
-        seconds = self.in_step([choice for choice in chosen if choice])
-        for choice, found in zip(chosen, seconds):
-            for task, knobs in choice.items():
-                self._note(task, knobs, Timing(Outcome.OK, tuple(found[task]), IN_STEP))
+        for draw in range(DRAWS):
+            rng = random.Random(draw)
+            drawn: dict[Task, list[dict[str, Any]]] = {task: rng.sample(knobs, len(knobs)) for task, knobs in finalists.items()}
+            chosen = [{task: knobs[place] for task, knobs in drawn.items() if place < len(knobs)} for place in range(STEP_FINALISTS + 1)]
+            for choice, found in zip(chosen, self.in_step([choice for choice in chosen if choice])):
+                for task, knobs in choice.items():
+                    self._note(task, knobs, Timing(Outcome.OK, tuple(found[task]), IN_STEP))
 
     def _attempt(self, task: Task, knobs: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
