@@ -297,13 +297,13 @@ def test_sections_are_cut_as_was_fastest_for_such_layers_and_a_step_stays_the_sa
     """Timed in whole steps, noted once, replayed without timing; what a step computes, and what its checkpoint holds, does not change."""
     small = replace(target, l1_bytes=4096)  # so that sections make a difference to small layers
     log = LogFile(tmp_path / "local.jsonl")
-    model = build_model("resnet20", SHAPE, 10, 16, 0)
+    model = build_model("mlp", SHAPE, 10, 64, 0)
     images, labels = np.random.default_rng(0).standard_normal(SHAPE, np.float32), np.arange(8)
 
     def compiled(target, records):
         return mest.compile(model, SHAPE, sparsity=0.8, target=target, threads=1, records=records, builder=builder)
 
-    train, _, layers = planned(small, "resnet20", 16)
+    train, _, layers = planned(small, "mlp", 64)
     time_sections(train, layers, "float32", small, compiled, (images, labels), log, Records(small, [log.path]))
     records = [Record.from_line(line) for line in log.path.read_text().splitlines()]
     assert {record.kernel for record in records} == set(SECTIONS)
