@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +25,8 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
     """The records worth shipping, problems in order of first appearance."""
     by_key: dict[tuple, list[Record]] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            record = _trusted(line, target)
-            if record is not None:
+        for record in _records(path):
+            if _trusted(record, target):
                 by_key.setdefault((*record.key, record.target["vector"]), []).append(record)
     kept: list[str] = []
     for records in by_key.values():
@@ -42,22 +43,20 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
 
 def elsewhere(target: Target, path: Path) -> list[Record]:
     """The shipped records of other CPU models."""
-    found = []
+    return [record for record in _records(path) if record.cpu != cpu_of(target)]
+
+
+def _records(path: Path) -> Iterator[Record]:
+    """Those of a log, if there is one, that are whole and unchanged."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        record = Record.from_line(line)
-        if record.cpu != cpu_of(target):
-            found.append(record)
-    return found
+        with suppress(ValueError):
+            yield Record.from_line(line)
 
 
-def _trusted(line: str, target: Target) -> Record | None:
-    """The record, of any vector width, or None."""
-    try:
-        record = Record.from_line(line)
-    except ValueError:
-        return None
+def _trusted(record: Record, target: Target) -> bool:
+    """Whether it was measured here, with vectors of any width."""
     wide = replace(target, vector=record.target.get("vector", target.vector))
-    return record if record.measure is Measure.MEASURED and not is_foreign(record, wide) else None
+    return record.measure is Measure.MEASURED and not is_foreign(record, wide)
 
 
 def main(arguments: list[str] | None = None) -> int:

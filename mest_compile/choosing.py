@@ -70,12 +70,13 @@ def with_sections(layer: Layer, target: Target, activations: str, caches: tuple[
 
 def section_knobs(layers: Mapping[str, Layer], records: Records, activations: str) -> dict[tuple[str, str, int], Mapping[str, Any]]:
     """{key of a kind of section and a layer: how that is cut}, as was fastest for such layers."""
-    found = {}
+    found: dict[tuple[str, str, int], Mapping[str, Any]] = {}
     for layer in layers.values():
         facts, live = section_facts(layer, activations), live_cells(layer)
         for kind in SECTIONS:
-            digest = text_digest(kind)
-            found[key_of(kind, facts, live)] = records.best(kind, facts, live, lambda _, digest=digest: digest).knobs  # type: ignore[misc]
+            key, digest = key_of(kind, facts, live), text_digest(kind)
+            if key not in found:  # many layers of a net are alike
+                found[key] = records.best(kind, facts, live, lambda _, digest=digest: digest).knobs  # type: ignore[misc]
     return found
 
 

@@ -94,10 +94,12 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
         return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
 
-    tuned = choose_vector(planned(sparsity, target), target, records)
+    layers = planned(sparsity, target)
+    tuned = choose_vector(layers, target, records)
     if tuned != target:
         target, records = tuned, records.for_target(tuned)
-    layers = choose_sections(planned(sparsity, target), target, records, activations)
+        layers = planned(sparsity, target)
+    layers = choose_sections(layers, target, records, activations)
     recomputed = usually_recomputed(fuse(graph), target)
     if grow_to is not None or memory_budget is not None:
         start = overall_sparsity(layers)

@@ -283,10 +283,10 @@ class FixedRecords(Records):
 
     def __init__(self, target: Target, knobs: Mapping[tuple[str, str, int], Mapping[str, Any]]):
         super().__init__(target)
-        self.knobs = knobs
+        self._knobs = knobs
 
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
-        found = self.knobs.get(key_of(kernel, problem, live))
+        found = self._knobs.get(key_of(kernel, problem, live))
         return Choice() if found is None else Choice(found, "exact")
 
 

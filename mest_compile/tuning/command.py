@@ -74,12 +74,12 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
         time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress)
     told = request.vectors and (len(vectors) == 1 or not by_steps)
     target = widened(target, vectors[0]) if told else choose_vector(planned(target), target, records)
-    records = records.for_target(target)
+    records, layers = records.for_target(target), planned(target)
     if by_steps:
-        program, _ = lower(fuse(graph), planned(target), target, activations=request.activations)
-        time_sections(program, planned(target), request.activations, target, compiled, batch, log, records, progress)
-    sections = section_knobs(planned(target), records, request.activations)
-    layers = choose_sections(planned(target), target, records, request.activations)
+        program, _ = lower(fuse(graph), layers, target, activations=request.activations)
+        time_sections(program, layers, request.activations, target, compiled, batch, log, records, progress)
+    sections = section_knobs(layers, records, request.activations)
+    layers = choose_sections(layers, target, records, request.activations)
     train, _ = lower(fuse(graph), layers, target, activations=request.activations)
     runner = kind(target, options)
     try:

@@ -53,29 +53,30 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
 
     program  the training step, however its indices are cut
     """
-    alike: dict[tuple[str, tuple], list[str]] = {}
+    alike: dict[tuple[str, str, int], list[str]] = {}  # key of a kind of section and a layer -> layers
     for name, layer in layers.items():
         cut = {(size.section_channels, size.transposed_section_channels)
                for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)}
         for kind, sizes in zip(SECTIONS, zip(*cut, strict=True), strict=True):
             if len(set(sizes)) > 1 and _calls(program, name, kind):
-                alike.setdefault((kind, key_of(kind, section_facts(layer, activations), live_cells(layer))), []).append(name)
+                alike.setdefault(key_of(kind, section_facts(layer, activations), live_cells(layer)), []).append(name)
+    facts = {key: section_facts(layers[names[0]], activations) for key, names in alike.items()}
     knobs: dict[int, dict[str, Any]] = {caches: {} if caches == 1 else {"caches": caches} for caches in CACHES}
-    if all(_tried(records, kind, section_facts(layers[names[0]], activations), live_cells(layers[names[0]]), knobs.values())
-           for (kind, _), names in alike.items()):
+    if all(_tried(records, kind, facts[kind, text, live], live, knobs.values()) for kind, text, live in alike):
         return
     if progress:
         progress.on_stage("timing whole steps by size of sections", 0, 1)
-    steps = {caches: compiled(target, FixedRecords(target, {key: knobs[caches] for _, key in alike})) for caches in CACHES}
-    seconds: dict[tuple[int, str, tuple], list[float]] = {(caches, *kind): [] for caches in CACHES for kind in alike}
+    steps = {caches: compiled(target, FixedRecords(target, dict.fromkeys(alike, knobs[caches]))) for caches in CACHES}
+    calls = {key: [call for name in names for call in _calls(program, name, key[0])] for key, names in alike.items()}
+    seconds: dict[int, dict[tuple, list[float]]] = {caches: {key: [] for key in alike} for caches in CACHES}
     for _ in range(ROUNDS):
         for caches, step in steps.items():
             profile = step.profile(*batch, 1)
-            for (kind, key), names in alike.items():
-                seconds[caches, kind, key].append(sum(profile[call] for name in names for call in _calls(program, name, kind)) / len(names))
-    for (caches, kind, key), found in seconds.items():
-        layer = layers[alike[kind, key][0]]
-        _note(log, records, kind, section_facts(layer, activations), live_cells(layer), target, knobs[caches], found)
+            for key, names in alike.items():
+                seconds[caches][key].append(sum(profile[call] for call in calls[key]) / len(names))
+    for caches, of in seconds.items():
+        for (kind, text, live), found in of.items():
+            _note(log, records, kind, facts[kind, text, live], live, target, knobs[caches], found)
 
 
 def _calls(program: Program, name: str, kind: str) -> list[str]:
