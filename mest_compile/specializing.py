@@ -17,7 +17,7 @@ import numpy as np
 from mest_compile.building import KernelSource
 from mest_compile.operators.gather import GatherConv, GatherGrad
 
-MOST_RUNS = 3  # of sections of equal length, one behind the other; with more of them nothing is gained
+MOST_COPIES = 3  # loops over sections of equal length, each of which is code of its own; with more of them nothing is gained
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_gr
     found = tuple(int(count) for count in counts[:, 0])
     if min(found) == 0:
         return "a section of it has no units"
-    if sum(1 for _ in itertools.groupby(found)) > MOST_RUNS:
+    if sum(1 for _ in itertools.groupby(found)) > MOST_COPIES:
         return f"its {len(found)} sections differ in length"
     return Structure(found, live_groups or 0)
 
@@ -56,32 +56,31 @@ def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_gr
 def specialized(source: KernelSource, problem: GatherConv | GatherGrad, structure: Structure) -> KernelSource:
     """The kernel of `source` with `structure` baked in; equal structures give equal kernels.
 
-    Sections of several lengths share one loop, whose length is chosen a section: a loop for each would take half as long again to compile.
+    Neighbouring sections of equal length share one loop over them, so a layer whose last section alone is shorter has two.
     """
     groups, lines = structure.groups or problem.groups, source.text.split("\n")
     (head,) = (number for number, line in enumerate(lines) if _SECTIONS.match(line))
-    indent = re.match(" *", lines[head]).group()  # type: ignore[union-attr]
+    indent, names, extents = _SECTIONS.match(lines[head]).group(1, 2, 3)  # type: ignore[union-attr]
     end = next((number for number in range(head + 1, len(lines)) if not lines[number].startswith(indent + " ")), len(lines))
-    count, begun, first, units = "", "", 0, 0  # the section and the unit that the next run begins at
-    for length, run in itertools.groupby(structure.counts):
-        each, last = length * groups, first + len(list(run))
-        start = f"section * {each}" + (f" + {units - first * each}" if units != first * each else "")
-        more = last < problem.sections
-        count += f"T.Select(section < {last}, {length}, " if more else str(length) + ")" * count.count("Select")
-        begun += f"T.Select(section < {last}, {start}, " if more else start + ")" * begun.count("Select")
-        first, units = last, units + (last - first) * each
-    body = lines[head + 1:end]
-    if len(set(structure.counts)) > 1:
-        body = [re.match(" *", body[0]).group() + f"section_units: T.let = {count}", *body]  # type: ignore[union-attr]
-        count = "section_units"
-    baked = _COUNT.sub(count, "\n".join(body))
-    text = "\n".join([*lines[:head + 1], _POINTER.sub(rf"({begun} + (\1 - section * {problem.groups}) * {count})", baked), *lines[end:]])
+    body = "\n".join(lines[head + 1:end])
+    loops, first, begun = [], 0, 0  # the section and the unit that the next loop begins at
+    for count, run in itertools.groupby(structure.counts):
+        many = len(list(run))
+        loops.append(f"{indent}for section in T.serial({first}, {first + many}):")
+        if names:
+            loops.append(f"{indent} for {names} in T.{'grid' if ',' in names else 'serial'}({extents}):")
+        # Unit (index - section * all groups) of a section, sections of `groups` groups standing without a gap.
+        base = f"{begun - first * groups * count} + " if begun != first * groups * count else ""
+        gap = f" - section * {(problem.groups - groups) * count}" if groups < problem.groups else ""
+        loops.append(_POINTER.sub(rf"({base}(\1) * {count}{gap})", _COUNT.sub(str(count), body)))
+        first, begun = first + many, begun + many * groups * count
+    text = "\n".join([*lines[:head], *loops, *lines[end:]])
     if structure.groups:
         text = text.replace("live_groups[0]", str(structure.groups))
     assert not _POINTER.search(text), f"{source.kernel} reads pointers outside its loop over sections"
     return replace(source, text=text, checked=False)  # it takes the arguments of the indexed one, which was
 
 
-_SECTIONS = re.compile(r" *for section(?: in T\.serial|, [a-z, ]+ in T\.grid)\(")
+_SECTIONS = re.compile(r"^( *)for section(?: in T\.serial\(\d+\)|, ([a-z, ]+) in T\.grid\(\d+, (.*)\)):$")
 _POINTER = re.compile(r"\bpointers\[([^\[\]]*)\]")
 _COUNT = re.compile(r"\(pointers\[([^\[\]]*) \+ 1\] - pointers\[\1\]\)")
