@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ SHORTENED = {  # put behind the text's own options, which they override
     "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],
     "tune": ["--model", "mlp", "--width", "16", "--batch", "8", "--trials", "2", "--log", "log.jsonl"],
     "bench": ["--model", "resnet20", "--width", "8", "--batch", "8", "--repeats", "1"],
-    "analyze": ["--model", "vgg11", "--width", "4", "--batch", "4"],
+    "analyze": ["--model", "mlp", "--width", "16", "--batch", "4"],
+    "plan": ["--model", "mlp", "--width", "16"],
 }
 
 
@@ -42,8 +44,17 @@ def commands() -> list[str]:
     return sorted(set(found) - set(COVERED_ELSEWHERE))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run that has ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = run_cli(["train", *SHORTENED["train"], "--out", "run"], folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[:60])
-def test_command_runs(command, tmp_path):
+def test_command_runs(command, tmp_path, trained):
     program, *arguments = shlex.split(command)
     lacking = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
     if (arguments[:1] == ["analyze"] or "--measure" in arguments) and lacking:
@@ -56,7 +67,7 @@ def test_command_runs(command, tmp_path):
         done = run([sys.executable, *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
     elif "--resume" in arguments or arguments[0] == "report":
-        assert run_cli(["train", *SHORTENED["train"], "--out", *arguments[-1:]], tmp_path).returncode == 0
+        shutil.copytree(trained, tmp_path / arguments[-1])
         done = run_cli(arguments, tmp_path)
         assert done.returncode == 0, done.stderr
     else:

@@ -18,7 +18,7 @@ from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Arrays, Task
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
-TRIALS = 8
+TRIALS = 4
 
 
 def test_tune_for_a_device_with_little_local_memory(tmp_path):
