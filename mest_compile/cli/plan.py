@@ -36,7 +36,7 @@ def plan(
     with stderr_console().status("compiling and timing"):
         step = mest.compile(build_model(model, shape, 10, width, seed), shape, scheme=scheme, sparsity=sparsity,
                             distribution=distribution, target=target, threads=threads, seed=seed)
-        planned = [one for one in step.plan(steps_between_mutations) if one.program == "train"]
+        planned = step.plan(steps_between_mutations)
     saved = sum(one.times.indexed_seconds - one.times.specialized_seconds for one in planned
                 if one.times and one.choice.variant == "specialized")
     chosen = sum(one.choice.variant == "specialized" for one in planned)

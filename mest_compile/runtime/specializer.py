@@ -23,9 +23,9 @@ REPEATS = 9  # timings of each kernel, in turns; their median counts
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A kernel call of a layer: (program, call) is where its kernel is exchanged."""
+    """A kernel call of a layer; at: (program, call), where its kernel is exchanged."""
 
-    program: str
+    at: tuple[str, str]
     call: Call
     indexed: KernelSource
 
@@ -42,10 +42,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One call of the plan, of the program "train" or "predict". source: the specialized kernel; None where there is nothing to bake."""
+    """One call of the plan. source: the specialized kernel; None where there is nothing to bake."""
 
     layer: str
-    program: str
     phase: str
     choice: Choice
     source: KernelSource | None = None
@@ -74,23 +73,24 @@ class _State:
 
 
 class Specializer:
-    """The specialized kernels of one step.
+    """The specialized kernels of one step. Evaluation stays on the indexed ones: a plan counts steps.
 
+    program   for training
     exchange  puts kernels in place: {(program, call): callable}
     get       a copy of a held buffer's array
     steps     between two mutations, None without
     """
 
-    def __init__(self, programs: Iterable[Program], layers: Iterable[str], sources: Mapping[tuple[str, str], KernelSource],
+    def __init__(self, program: Program, layers: Iterable[str], sources: Mapping[tuple[str, str], KernelSource],
                  exchange: Callable[[Mapping[tuple[str, str], Any]], None], get: Callable[[str], np.ndarray], builder: Builder,
                  steps: int | None, threads: int, workers: Workers | None = None):
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
-        for program in programs:
-            for call in program.calls:
-                layer = call.buffers[0].name.partition(":")[0]
-                if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
-                    self._places[layer].append(Place(program.name, call, sources[program.name, call.name]))
+        for call in program.calls:
+            layer = call.buffers[0].name.partition(":")[0]
+            if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
+                at = program.name, call.name
+                self._places[layer].append(Place(at, call, sources[at]))
         self._exchange, self._get, self._builder = exchange, get, builder
         self._steps, self._threads = steps, threads
         self.workers = workers or Workers(builder.folder)
@@ -122,13 +122,13 @@ class Specializer:
         for name in found:
             for place, source in zip(self._places[name], found[name]):
                 if isinstance(source, str):
-                    planned.append(Planned(name, place.program, place.phase, Choice("indexed", source)))
+                    planned.append(Planned(name, place.phase, Choice("indexed", source)))
                 elif place.key not in self._gains or source.key in self._failed:
                     why = "its specialized kernel does not compile"
-                    planned.append(Planned(name, place.program, place.phase, Choice("indexed", why)))
+                    planned.append(Planned(name, place.phase, Choice("indexed", why)))
                 else:
                     times = self._gains[place.key]
-                    planned.append(Planned(name, place.program, place.phase, choose(times, self._steps), source, times=times))
+                    planned.append(Planned(name, place.phase, choose(times, self._steps), source, times=times))
         return planned
 
     def candidates(self, layers: Iterable[str]) -> list[KernelSource]:
@@ -156,8 +156,7 @@ class Specializer:
         stale = before.keys() - kept.keys()
         if stale:
             start = time.perf_counter()
-            indexed = {(place.program, place.call.name): self._builder.function(place.indexed) for place in self._places[name]
-                       if (place.program, place.call.name) in stale}
+            indexed = {place.at: self._builder.function(place.indexed) for place in self._places[name] if place.at in stale}
             self._exchange(indexed)
             self._note(name).exchange_seconds += time.perf_counter() - start
             state.running = kept
@@ -235,13 +234,13 @@ class Specializer:
             if isinstance(source, str) or source.key in self._failed:
                 continue
             if place.key not in self._gains or choose(self._gains[place.key], self._steps).variant == "specialized":
-                state.wanted[place.program, place.call.name] = source
+                state.wanted[place.at] = source
 
     def _measure_new(self, name: str) -> bool:
         """Measures what the layer wants and nobody had compiled when all was planned; whether there was any."""
         wanted, found = self._states[name].wanted, False
         for place in self._places[name]:
-            source = wanted.get((place.program, place.call.name))
+            source = wanted.get(place.at)
             if source is not None and place.key not in self._gains and self._builder.find(source) is not None:
                 self._gains[place.key] = self._measure(place, source, self._compile_seconds.get(source.key, 0.0))
                 found = True
@@ -255,7 +254,7 @@ class Specializer:
         structure = structure_of(problem, self._get(pointers), live)
         if isinstance(structure, str):
             return structure
-        known = self._baked.setdefault((place.program, place.call.name), {})
+        known = self._baked.setdefault(place.at, {})
         if structure not in known:
             known[structure] = specialized(place.indexed, problem, structure)
         return known[structure]

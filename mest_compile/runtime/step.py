@@ -380,7 +380,7 @@ class TrainStep:
             raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
         from mest_compile.runtime.specializer import Specializer
 
-        return Specializer((compiled.train, compiled.predict), compiled.layers, compiled.sources, exchange, self._state.get,
+        return Specializer(compiled.train, compiled.layers, compiled.sources, exchange, self._state.get,
                            compiled.builder, steps, compiled.facts.threads)
 
     # Files.
