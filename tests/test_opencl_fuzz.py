@@ -4,6 +4,7 @@ import pytest
 from test_fuzz import SCHEMES, check_random_layer
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+pytestmark = pytest.mark.usefixtures("quick_opencl_compiler")
 SEEDS = range(27, 27 + len(SCHEMES))  # other layers than the CPU's; each scheme once
 
 
