@@ -47,12 +47,6 @@ def port(folder):
 
 
 @pytest.fixture
-def quick_opencl_compiler(monkeypatch):
-    """PoCL compiles every kernel for every size of work-group; without its optimizer that takes half the time."""
-    monkeypatch.setenv("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
-
-
-@pytest.fixture
 def mest_compile_command(capsys):
     """A function that runs `mest-compile ...` in this process."""
     from mest_compile.cli import main

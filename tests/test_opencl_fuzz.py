@@ -4,7 +4,6 @@ import pytest
 from test_fuzz import SCHEMES, check_random_layer
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
-pytestmark = pytest.mark.usefixtures("quick_opencl_compiler")
 SEEDS = range(27, 27 + len(SCHEMES))  # other layers than the CPU's; each scheme once
 
 

@@ -12,7 +12,6 @@ from mest_compile.building import Builder, kernel_source
 from mest_compile.graph.program import Buffer, Call, Program
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
-pytestmark = pytest.mark.usefixtures("quick_opencl_compiler")
 
 TARGET = hardware.find_target("opencl")
 CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache",  # its threads and caches,

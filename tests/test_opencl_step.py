@@ -35,7 +35,6 @@ def compiled(scheme, shape=SHAPE, width=8, **options):
     return mest.compile(model, shape, **chosen), model
 
 
-@pytest.mark.usefixtures("quick_opencl_compiler")
 @pytest.mark.parametrize("scheme", ["block", "pattern", "unstructured", "filter", "channel"])
 def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
     optimizer = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)

@@ -78,6 +78,7 @@ def test_specialized_kernels_give_the_same_bits_before_during_and_after_an_excha
     special.specialize()
     running = {name for name in special.layers if special._specializer.running(name) == "specialized"}
     assert len(running) > 10
+    assert {program for state in special._specializer._states.values() for program, _ in state.running} == {"train"}
     fates = set()
     for turn, grow_to in enumerate((0.8, 0.7, 0.7, 0.8)):
         assert plain(*batch(turn)).loss == special(*batch(turn)).loss
