@@ -58,9 +58,10 @@ def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
         assert np.abs(got[name] - gradient).max() <= 1e-3 * scale, name
 
 
-def test_a_checkpoint_of_the_device_goes_on_here(tmp_path):
-    """Its kernels order values otherwise."""
-    there, here = compiled("pattern")[0], compiled("pattern", target="local")[0]
+@pytest.mark.parametrize("scheme", ["pattern", "filter"])
+def test_a_checkpoint_of_the_device_goes_on_here(scheme, tmp_path):
+    """Its kernels order values otherwise, and may hold some of them twice."""
+    there, here = compiled(scheme)[0], compiled(scheme, target="local")[0]
     batches = make_batches(SHAPE, 10, 4)
     for batch in batches[:2]:
         there(*batch, lr=0.01)

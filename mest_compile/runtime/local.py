@@ -62,11 +62,10 @@ class LocalRunner:
         """A copy of the array of that name."""
         return self._views[name].copy()
 
-    def exchange(self, kernels: Mapping[tuple[str, str], Any]) -> None:
-        """Puts other kernels in place of some: {(program name, call name): callable}."""
-        programs = {program.name: program for program, _ in self._programs.values()}
-        for (program, call), kernel in kernels.items():
-            self._functions[kernel_name(self._prefix, programs[program], call)] = kernel
+    def exchange(self, kernels: Mapping[str, Any]) -> None:
+        """Puts other kernels in place of some of the training program's: {call name: callable}."""
+        program, _ = self._programs["train"]
+        self._functions |= {kernel_name(self._prefix, program, call): kernel for call, kernel in kernels.items()}
         self._machine = self._new_machine()
 
     def run(self, function: str) -> None:

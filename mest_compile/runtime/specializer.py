@@ -23,11 +23,14 @@ REPEATS = 9  # timings of each kernel, in turns; their median counts
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A kernel call of a layer; at: (program, call), where its kernel is exchanged."""
+    """A kernel call of a layer, by whose name its kernel is exchanged."""
 
-    at: tuple[str, str]
     call: Call
     indexed: KernelSource
+
+    @property
+    def name(self) -> str:
+        return self.call.name
 
     @property
     def key(self) -> str:
@@ -37,7 +40,7 @@ class Place:
     @property
     def phase(self) -> str:
         """ "forward", "recompute", "grad_weight", "grad_input" """
-        return self.call.name.rpartition(".")[2]
+        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,40 +65,40 @@ class LayerTimes:
 
 @dataclass(slots=True)
 class _State:
-    """running: (program, call) -> key of the specialized kernel that runs; wanted: the one that is to."""
+    """running: call -> key of the specialized kernel that runs; wanted: the one that is to."""
 
-    running: dict[tuple[str, str], str] = field(default_factory=dict)
-    wanted: dict[tuple[str, str], KernelSource] = field(default_factory=dict)
+    running: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, KernelSource] = field(default_factory=dict)
 
     @property
-    def missing(self) -> dict[tuple[str, str], KernelSource]:
-        return {place: source for place, source in self.wanted.items() if place not in self.running}
+    def missing(self) -> dict[str, KernelSource]:
+        return {call: source for call, source in self.wanted.items() if call not in self.running}
 
 
 class Specializer:
     """The specialized kernels of one step. Evaluation stays on the indexed ones: a plan counts steps.
 
     program   for training
-    exchange  puts kernels in place: {(program, call): callable}
+    sources   (program, call) -> what its kernel was compiled from
+    exchange  puts kernels of the program in place: {call: callable}
     get       a copy of a held buffer's array
     steps     between two mutations, None without
     """
 
     def __init__(self, program: Program, layers: Iterable[str], sources: Mapping[tuple[str, str], KernelSource],
-                 exchange: Callable[[Mapping[tuple[str, str], Any]], None], get: Callable[[str], np.ndarray], builder: Builder,
+                 exchange: Callable[[Mapping[str, Any]], None], get: Callable[[str], np.ndarray], builder: Builder,
                  steps: int | None, threads: int, workers: Workers | None = None):
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
         for call in program.calls:
             layer = call.buffers[0].name.partition(":")[0]
             if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
-                at = program.name, call.name
-                self._places[layer].append(Place(at, call, sources[at]))
+                self._places[layer].append(Place(call, sources[program.name, call.name]))
         self._exchange, self._get, self._builder = exchange, get, builder
         self._steps, self._threads = steps, threads
         self.workers = workers or Workers(builder.folder)
         self._states = {name: _State() for name in names}
-        self._baked: dict[tuple[str, str], dict[Structure, KernelSource]] = {}
+        self._baked: dict[str, dict[Structure, KernelSource]] = {}
         self._failed: set[str] = set()  # keys of specialized kernels that are not asked for again
         self._damaged: set[str] = set()  # keys of those whose cache entry was
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
@@ -115,7 +118,7 @@ class Specializer:
         for key, (place, source) in unknown.items():
             if key in built and built[key].problem:
                 self._failed.add(key)
-                log.warning("%s stays on its indexed kernel: %s", place.call.name, built[key].problem)
+                log.warning("%s stays on its indexed kernel: %s", place.name, built[key].problem)
             elif place.key not in self._gains:
                 self._gains[place.key] = self._measure(place, source, built[key].seconds if key in built else 0.0)
         planned = []
@@ -152,11 +155,11 @@ class Specializer:
         """
         state, before = self._states[name], dict(self._states[name].running)
         self._want(name)
-        kept = {place: key for place, key in before.items() if place in state.wanted and state.wanted[place].key == key}
+        kept = {call: key for call, key in before.items() if call in state.wanted and state.wanted[call].key == key}
         stale = before.keys() - kept.keys()
         if stale:
             start = time.perf_counter()
-            indexed = {place.at: self._builder.function(place.indexed) for place in self._places[name] if place.at in stale}
+            indexed = {place.name: self._builder.function(place.indexed) for place in self._places[name] if place.name in stale}
             self._exchange(indexed)
             self._note(name).exchange_seconds += time.perf_counter() - start
             state.running = kept
@@ -170,11 +173,11 @@ class Specializer:
             if built.problem:
                 self._failed.add(built.key)
             for name, state in self._states.items():
-                of_layer = [place for place, source in state.wanted.items() if source.key == built.key]
+                of_layer = [call for call, source in state.wanted.items() if source.key == built.key]
                 if of_layer and built.problem:
                     log.warning("%s stays on its indexed kernels: %s", name, built.problem)
-                    for place in of_layer:
-                        del state.wanted[place]
+                    for call in of_layer:
+                        del state.wanted[call]
                 elif of_layer:
                     self._note(name).compile_seconds += built.seconds
         exchanged = []
@@ -187,12 +190,12 @@ class Specializer:
                 if not (missing := state.missing):
                     continue
             start = time.perf_counter()
-            found = {place: self._builder.find(source) for place, source in missing.items()}
-            if damaged := [missing[place] for place, kernel in found.items() if kernel is None]:
+            found = {call: self._builder.find(source) for call, source in missing.items()}
+            if damaged := [missing[call] for call, kernel in found.items() if kernel is None]:
                 self._compile_again(name, damaged)
                 continue
             self._exchange(found)
-            state.running |= {place: source.key for place, source in missing.items()}
+            state.running |= {call: source.key for call, source in missing.items()}
             note = self._note(name)
             note.exchange_seconds += time.perf_counter() - start
             note.recompiled += len({source.key for source in missing.values()})
@@ -206,7 +209,7 @@ class Specializer:
             log.warning("%s stays on its indexed kernels: they are damaged in the cache time and again", name)
             self._failed |= hopeless
             wanted = self._states[name].wanted
-            self._states[name].wanted = {place: source for place, source in wanted.items() if source.key not in hopeless}
+            self._states[name].wanted = {call: source for call, source in wanted.items() if source.key not in hopeless}
         self._damaged |= {source.key for source in damaged}
         self.workers.ask(source for source in damaged if source.key not in hopeless)
 
@@ -234,13 +237,13 @@ class Specializer:
             if isinstance(source, str) or source.key in self._failed:
                 continue
             if place.key not in self._gains or choose(self._gains[place.key], self._steps).variant == "specialized":
-                state.wanted[place.at] = source
+                state.wanted[place.name] = source
 
     def _measure_new(self, name: str) -> bool:
         """Measures what the layer wants and nobody had compiled when all was planned; whether there was any."""
         wanted, found = self._states[name].wanted, False
         for place in self._places[name]:
-            source = wanted.get(place.at)
+            source = wanted.get(place.name)
             if source is not None and place.key not in self._gains and self._builder.find(source) is not None:
                 self._gains[place.key] = self._measure(place, source, self._compile_seconds.get(source.key, 0.0))
                 found = True
@@ -254,7 +257,7 @@ class Specializer:
         structure = structure_of(problem, self._get(pointers), live)
         if isinstance(structure, str):
             return structure
-        known = self._baked.setdefault(place.at, {})
+        known = self._baked.setdefault(place.name, {})
         if structure not in known:
             known[structure] = specialized(place.indexed, problem, structure)
         return known[structure]
