@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 
 import cold
 import pytest
@@ -38,7 +37,7 @@ def test_both_sides_take_turns_and_are_measured():
     seen = []
     comparison = compare(SMALL, ours="torch", rival="torch", repeats=2, warmup=1, progress=lambda *now: seen.append(now))
     for figures in (comparison.ours, comparison.rival):
-        assert len(figures.round_seconds) == 2 and 0 < min(figures.round_seconds) and max(figures.round_seconds) < 10
+        assert len(figures.round_seconds) == 2 and min(figures.round_seconds) > 0
         assert math.isfinite(figures.last_loss) and 50 * 2**20 < figures.import_bytes < figures.warm_bytes
         # At the least the weights, gradients and momentum of a first layer with 3 * 32 * 32 inputs.
         assert figures.training_peak_bytes > 3 * 4 * 3 * 32 * 32 * 64
@@ -52,11 +51,10 @@ def test_both_sides_take_turns_and_are_measured():
     ({"repeats": 0}, UsageError, "repeats"),
     ({"warmup": 0}, UsageError, "warmup"),
 ])
-def test_misuse_is_noticed_before_a_process_starts(options, error, said):
-    began = time.perf_counter()
+def test_misuse_is_noticed_before_a_process_starts(options, error, said, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(error, match=said):
         compare(SMALL, **options)
-    assert time.perf_counter() - began < 0.5
 
 
 def test_an_error_of_one_side_names_it():

@@ -22,15 +22,22 @@ finally:
 """
 
 
-def test_help_loads_neither_torch_nor_tvm_and_takes_less_than_half_a_second():
-    seconds = []
+def test_help_loads_neither_torch_nor_tvm_and_costs_little_beside_what_it_is_written_with():
+    ratios = []
     for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
-        after = os.times()
-        assert done.returncode == 0 and "train" in done.stdout and done.stdout.splitlines()[-1] == "[]"
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.5, seconds
+        beside = cpu_seconds("import typer.rich_utils")[0]
+        seconds, said = cpu_seconds(HELP)
+        assert "train" in said and said.splitlines()[-1] == "[]"
+        ratios.append(seconds / beside)
+    assert min(ratios) < 3, ratios
+
+
+def cpu_seconds(program: str) -> tuple[float, str]:
+    """What a Python program takes of the processor, and what it prints."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system, done.stdout
 
 
 def test_version(mest_compile_command):
