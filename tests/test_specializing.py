@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mest_compile as mest
-from mest_compile.building import Builder, KernelSource
+from mest_compile.building import Builder, KernelSource, kernel_source
 from mest_compile.errors import BuildError
 from mest_compile.graph.emitting import kernel_name
 from mest_compile.models import build_model
@@ -303,6 +303,39 @@ def test_every_structure_of_a_layer_compiles(folder):
         source = specialized(place.indexed, problem, structure)
         assert "pointers[" not in source.text.partition("def kernel")[2], structure
         assert callable(Builder.compile_here(source)), structure
+
+
+@pytest.mark.parametrize(("scheme", "knobs"), [("channel", {"together": 4}), ("filter", {"several": 5}), ("channel", {"several": 4})])
+def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bits_stay(scheme, knobs, folder):
+    import tvm
+
+    step, kernel, rng = small_step(scheme, folder), "compact.conv" if "together" in knobs else "compact.grad", np.random.default_rng(0)
+    (several,), left, compared = knobs.values(), set(), set()
+    for name, places in step._new_specializer(None)._places.items():
+        for place in (place for place in places if place.call.kernel == kernel):
+            problem, buffers = place.call.problem, place.call.buffers
+            pointers, lists = (buffers[0].name.replace("pointers", part) for part in ("pointers", "live_groups"))
+            structure = structure_of(problem, step._state.get(pointers), step._state.get(lists)[0] if problem.rows_live else None)
+            if isinstance(structure, str):
+                continue
+            indexed = kernel_source(kernel, problem, place.indexed.target, **knobs)
+            special = specialized(indexed, problem, structure)
+            if special.key in compared:
+                continue
+            compared.add(special.key)
+            left |= {count % several for count in structure.counts}
+            assert "for round" not in special.text and len(special.text) < len(indexed.text), name
+            arrays = [step._state.get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems).astype(buffer.dtype)
+                      for buffer in buffers]
+            results = []
+            for source in (indexed, special):
+                tensors = [tvm.runtime.tensor(array) for array in arrays]
+                Builder.compile_here(source)(*tensors)
+                results.append([tensor.numpy() for tensor in tensors])
+            for one, other in zip(*results, strict=True):
+                np.testing.assert_array_equal(one, other, name)
+            assert any((one != array).any() for one, array in zip(results[0], arrays, strict=True)), name
+    assert max(left) > 0, left  # of some a rest is left over
 
 
 def test_a_run_that_is_loaded_goes_on_bit_for_bit_on_whichever_kernels(folder, tmp_path, always):
