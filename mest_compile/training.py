@@ -243,7 +243,7 @@ class Trainer:
         for name, mask in self.step.masks().items():
             self._survivors[name] = self._survivors[name] & mask.ravel()
         return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds,
-                "uploaded_bytes": report.uploaded_bytes}
+                "reindex_seconds": report.reindex_seconds, "uploaded_bytes": report.uploaded_bytes}
 
     def _steps_between_mutations(self, examples: int) -> int | None:
         """Fewest steps between two mutations of the recipe; None where there is at most one."""

@@ -34,6 +34,7 @@ class Result:
 class Report:
     layers: dict
     seconds: float
+    reindex_seconds: float
     uploaded_bytes: int = 0
 
 
@@ -75,7 +76,7 @@ class SoftmaxStep:
         keep = grow(pruned, self._live(grow_to), rng)
         fate = "unchanged" if (keep == self.state["keep"]).all() else "re-indexed"
         self.state = {"weight": self.state["weight"] * pruned, "momentum": self.state["momentum"] * pruned, "keep": keep}
-        return Report({"weight": fate}, 0.25)
+        return Report({"weight": fate}, 0.25, 0.125)
 
     def sparsity(self):
         return {"weight": 1 - float(self.state["keep"].mean())}
@@ -163,7 +164,7 @@ def test_training_learns_and_reports(tmp_path):
     assert last["sparsity"] == {"weight": pytest.approx(0.9, abs=1e-6)}
     assert run.history[0]["mutation"] is None
     assert run.history[1]["mutation"] == {"prune_to": 0.9, "grow_to": 0.8, "layers": {"re-indexed": 1}, "seconds": 0.25,
-                                          "uploaded_bytes": 0}
+                                          "reindex_seconds": 0.125, "uploaded_bytes": 0}
     assert run.history[5]["mutation"]["layers"] == {"unchanged": 1}
 
 

@@ -78,11 +78,17 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class MutationReport:
-    """layers: {weight name: "unchanged" | "re-indexed" | "recompiled"}; seconds: of the whole mutation; uploaded_bytes: what went to
-    another device for it, 0 where there is none."""
+    """What a mutation did, and what it took of the thread that trains.
+
+    layers           {weight name: "unchanged" | "re-indexed" | "recompiled"}
+    seconds          of the whole mutation
+    reindex_seconds  of these, once all units were chosen: for the index arrays and what moves with them, weights, momentum and gradients
+    uploaded_bytes   what went to another device, 0 where there is none
+    """
 
     layers: dict[str, str]
     seconds: float
+    reindex_seconds: float
     uploaded_bytes: int = 0
 
 
@@ -307,11 +313,9 @@ class TrainStep:
             keeps[name] = layer.scheme.collapse(layer.spec, as_conv(np.asarray(mask)))
             units = layer.scheme.count(layer.spec, keeps[name])
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
-        fates = dict.fromkeys(sparse, "unchanged")
-        for name, keep in keeps.items():
-            stay = np.flatnonzero(keep.ravel()[self._state.cells[name]])
-            fates[name] = self._exchange(name, stay, cells_of(keep & ~self._state.keep(name)))
-        return self._report(fates, start)
+        changes = {name: (np.flatnonzero(keep.ravel()[self._state.cells[name]]), cells_of(keep & ~self._state.keep(name)))
+                   for name, keep in keeps.items()}
+        return self._exchange_all(changes, start)
 
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
                gradients: Mapping[str, np.ndarray] | None = None) -> MutationReport:
@@ -328,8 +332,7 @@ class TrainStep:
         rng = self._rng if rng is None else rng
         layers = self._compiled.layers
         fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
-        fates = {}
-        changes = []
+        changes = {}
         for name in self._sparse_layers():
             spec, scheme = layers[name].spec, layers[name].scheme
             cells, places = self._state.cells[name], self._state.places[name]
@@ -339,10 +342,8 @@ class TrainStep:
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
             stay = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            changes.append((name, stay, scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)))
-        for name, stay, new in changes:  # nothing is changed before all layers were asked, any of which may refuse
-            fates[name] = self._exchange(name, stay, new)
-        return self._report(fates, start)
+            changes[name] = stay, scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)
+        return self._exchange_all(changes, start)  # nothing is changed before all layers were asked, any of which may refuse
 
     def check_room(self, grow_to: float) -> dict[str, int]:
         """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
@@ -486,8 +487,12 @@ class TrainStep:
         """Clock and bytes sent before a mutation."""
         return time.perf_counter(), self._runner.uploaded_bytes
 
-    def _report(self, fates: dict[str, str], begun: tuple[float, int]) -> MutationReport:
-        return MutationReport(fates, time.perf_counter() - begun[0], self._runner.uploaded_bytes - begun[1])
+    def _exchange_all(self, changes: Mapping[str, tuple[np.ndarray, np.ndarray]], begun: tuple[float, int]) -> MutationReport:
+        """changes: {weight name: arguments of `_exchange`}; the other layers stay as they are."""
+        chosen = time.perf_counter()
+        fates = {name: self._exchange(name, *changes[name]) if name in changes else "unchanged" for name in self._sparse_layers()}
+        end = time.perf_counter()
+        return MutationReport(fates, end - begun[0], end - chosen, self._runner.uploaded_bytes - begun[1])
 
     def _exchange(self, name: str, stay: np.ndarray, new: np.ndarray) -> str:
         """Lets those live cells that `stay`, told by their places in the list of them, and new ones live, where that changes anything.
