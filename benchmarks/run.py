@@ -45,6 +45,8 @@ def full() -> Iterator[tuple[Case, str]]:
     for net in (WIDE, NARROW, Case("vgg11")):
         for scheme in SCHEMES:
             yield replace(net, scheme=scheme), "mest-untuned"
+    for scheme in ("block:4x1", "pattern"):  # tuned on one thread
+        yield replace(WIDE, scheme=scheme, threads=2), "mest-untuned"
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:
