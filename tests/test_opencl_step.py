@@ -77,7 +77,7 @@ def test_a_checkpoint_of_the_device_goes_on_here(scheme, tmp_path):
 def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
     split = load("digits")
     step, _ = compiled("block", (64, *split.train.images.shape[1:]), 16)
-    recipe = Recipe(25, "em_s", lr=0.1, sieve=SieveRule(drop=0.2))
+    recipe = Recipe(14, "em_s", lr=0.1, sieve=SieveRule(drop=0.2))
     run = Trainer(step, recipe, tmp_path / "run").fit(split.train, split.test)
     assert run.test_accuracy >= 0.97
     assert sum(metrics["mutation"] is not None for metrics in run.history) > 10
