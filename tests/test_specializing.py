@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -310,21 +311,16 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
     import tvm
 
     step, rng = small_step("channel", folder), np.random.default_rng(0)
-    left, compared = set(), set()
-    for name, places in step._new_specializer(None)._places.items():
+    specializer, left, compared = step._new_specializer(None), set(), set()
+    for name, places in specializer._places.items():
         for place in places:
             call, (knob, several) = place.call, ("together", 4) if isinstance(place.call.problem, GatherConv) else ("several", 5)
-            pointers, lists = (call.buffers[0].name.replace("pointers", part) for part in ("pointers", "live_groups"))
-            live = step._state.get(lists)[0] if call.problem.rows_live else None
-            structure = structure_of(call.problem, step._state.get(pointers), live)
-            if isinstance(structure, str):
-                continue
             indexed = kernel_source(call.kernel, call.problem, place.indexed.target, **{knob: several})
-            special = specialized(indexed, call.problem, structure)
-            if (call.kernel, structure.counts) in compared:
+            special = specializer._source(name, replace(place, indexed=indexed))
+            if isinstance(special, str) or special.key in compared:
                 continue
-            compared.add((call.kernel, structure.counts))
-            left |= {(knob, count % several > 0) for count in structure.counts}
+            compared.add(special.key)
+            left |= {(knob, int(count) % several > 0) for count in np.diff(step._state.get(call.buffers[0].name))}
             assert "for round" not in special.text and "for unit in T.serial(0)" not in special.text, name
             assert all(map(eval, re.findall(r"for several in T\.serial\((.*)\):", special.text))), name
             arrays = [step._state.get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems).astype(buffer.dtype)
