@@ -47,6 +47,7 @@ def full() -> Iterator[tuple[Case, str]]:
             yield replace(net, scheme=scheme), "mest-untuned"
     for scheme in ("block:4x1", "pattern"):  # tuned on one thread
         yield replace(WIDE, scheme=scheme, threads=2), "mest-untuned"
+        yield replace(WIDE, scheme=scheme), "mest-avx2"
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:

@@ -152,6 +152,11 @@ def _build_mest_untuned(case: Case) -> Built:
     return _build_mest(case, tuned=False)
 
 
+def _build_mest_for_avx2(case: Case) -> Built:
+    """Our step untuned, and compiled for any machine with AVX2, whatever this one has beyond that."""
+    return _build_mest_untuned(replace(case, target="avx2"))
+
+
 def _build_mest_dense(case: Case) -> Built:
     """Our step with all weights alive."""
     return _build_mest(replace(case, scheme="dense", sparsity=0.0))
@@ -330,6 +335,7 @@ OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
 CONTESTANTS = {
     "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
     "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
+    "mest-avx2": Contestant(_load_mest, _build_mest_for_avx2, OUR_PACKAGES, _build_mest_for_avx2),
     "mest-dense": Contestant(_load_mest, _build_mest_dense, OUR_PACKAGES, _build_mest_dense),
     "mest-float32": Contestant(_load_mest, _build_mest_in_float32, OUR_PACKAGES, _build_mest_in_float32),
     "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),

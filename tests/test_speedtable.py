@@ -215,7 +215,7 @@ def test_published_cases_have_keys_of_their_own_and_can_be_compiled_for(reposito
     assert len({run.key(case, rival) for case, rival in cases}) == len(cases)
     assert {case.model for case, _ in cases} == {"resnet32", "vgg11", "mlp"} and {case.threads for case, _ in cases} == {1, 2}
     assert {rival for _, rival in cases} == {"torch", "torch-compile", "sparseprop", "onnxruntime-training", "mest-one-thread",
-                                             "mest-untuned"}
+                                             "mest-untuned", "mest-avx2"}
 
 
 def test_the_readme_shows_the_recorded_table(repository):
