@@ -89,9 +89,11 @@ def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():
     np.testing.assert_array_equal(moved, [[3, 4], [0, 0], [1, 2]])
 
 
-def test_two_ascending_lists_become_one_that_says_where_each_entry_stood():
-    cells, places = merge(np.array([4, 7, 9], np.int32), np.array([1, 8], np.int32))
-    assert cells.tolist() == [1, 4, 7, 8, 9] and places.tolist() == [3, 0, 1, 4, 2] and cells.dtype == np.int32
+def test_new_cells_go_among_the_old_ones_which_tell_where_they_stood():
+    cells, places = merge(np.array([4, 7, 9], np.int32), np.array([2, 0, 1], np.uint8), np.array([1, 8], np.int32))
+    assert cells.tolist() == [1, 4, 7, 8, 9] and places.tolist() == [-1, 2, 0, -1, 1] and cells.dtype == np.int32
+    cells, places = merge(np.array([], np.int32), np.array([], np.uint8), np.array([3], np.int32))
+    assert cells.tolist() == [3] and places.tolist() == [-1]
 
 
 def test_cells_that_are_held_twice_are_found_at_their_last_place():

@@ -77,9 +77,10 @@ class HeldState:
         """
         index = self._index[name](cells)
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
+        stood = None if places is None else places.take(index.sort)
         for suffix in ("", ":gradient", ":momentum"):
-            self.put(name + suffix, np.zeros(len(index.sort) * elems, np.float32) if places is None else
-                     carry_over(self.get(name + suffix).reshape(-1, elems), places.take(index.sort)))
+            self.put(name + suffix, np.zeros(len(index.sort) * elems, np.float32) if stood is None else
+                     carry_over(self.get(name + suffix).reshape(-1, elems), stood))
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
         self.cells[name], self.places[name] = cells, index.places
@@ -90,10 +91,7 @@ class HeldState:
         """`install` of those of `cells` that stay, told by their places in that list, and of new ones that start at 0: of a unit that died
         and was drawn again as well.
         """
-        places = np.full(len(stay) + len(new), -1)
-        places[:len(stay)] = self.places[name].take(stay)
-        cells, turn = merge(self.cells[name].take(stay), new)
-        self.install(name, cells, places.take(turn))
+        self.install(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new))
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""

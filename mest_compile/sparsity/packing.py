@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -176,12 +177,14 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
     return np.flatnonzero(keep).astype(np.int32)
 
 
-def merge(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(both ascending lists of cells as one; where in the two, one behind the other, each stands)."""
-    keys = np.concatenate([first, second]).astype(np.int64) << PLACE
-    keys += np.arange(len(keys))
+def merge(cells: np.ndarray, places: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ascending cells and new ones, ascending too, as one list; where each stood): `places` of the old ones, -1 of the new ones."""
+    keys, count = np.empty(len(cells) + len(new), np.int64), len(cells)
+    halves = keys.view(np.int32).reshape(-1, 2)
+    place, cell = halves.T if sys.byteorder == "little" else halves.T[::-1]  # the cell is the upper half, which sorts
+    cell[:count], place[:count], cell[count:], place[count:] = cells, places, new, -1
     keys.sort(kind="stable")  # of two ascending runs this is a merge
-    return (keys >> PLACE).astype(np.int32), keys & (1 << PLACE) - 1
+    return cell.copy(), place.astype(np.intp)
 
 
 def divide(cells: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
