@@ -137,6 +137,28 @@ def test_environments_script_makes_what_contestants_ask_for(repository):
     assert f'torch="{torch}"' in script
 
 
+def test_our_own_rivals_are_the_same_step_but_for_what_they_are_named_for(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(name):
+        def compile(model, input_shape, **options):
+            options["tuned"] = (records := options.pop("records")) is None or bool(records.paths)
+            raise Asked(options)
+
+        monkeypatch.setattr(mest, "compile", compile)
+        with pytest.raises(Asked) as caught:
+            CONTESTANTS[name].build(Case("mlp", (8, 3, 8, 8), scheme="block", sparsity=0.9, threads=2, activations="float16"))
+        return {key: value for key, value in caught.value.args[0].items() if key != "builder"}
+
+    ours = asked("mest")
+    assert ours["tuned"] and ours["target"] == "local"
+    named = {"mest-untuned": {"tuned": False}, "mest-avx2": {"tuned": False, "target": "avx2"}, "mest-one-thread": {"threads": 1},
+             "mest-float32": {"activations": "float32"}, "mest-dense": {"scheme": "dense", "sparsity": 0.0}}
+    for name, differs in named.items():
+        assert asked(name) == ours | differs, name
+
+
 def test_rivals_get_the_masks_that_our_step_starts_with():
     import mest_compile as mest
 

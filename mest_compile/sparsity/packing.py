@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -179,9 +178,8 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
 
 def merge(cells: np.ndarray, places: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ascending cells and new ones, ascending too, as one list; where each stood): `places` of the old ones, -1 of the new ones."""
-    keys, count = np.empty(len(cells) + len(new), np.int64), len(cells)
-    halves = keys.view(np.int32).reshape(-1, 2)
-    place, cell = halves.T if sys.byteorder == "little" else halves.T[::-1]  # the cell is the upper half, which sorts
+    keys, count = np.empty(len(cells) + len(new), "<i8"), len(cells)
+    place, cell = keys.view("<i4").reshape(-1, 2).T  # the cell is the upper half, which sorts
     cell[:count], place[:count], cell[count:], place[count:] = cells, places, new, -1
     keys.sort(kind="stable")  # of two ascending runs this is a merge
     return cell.copy(), place.astype(np.intp)
