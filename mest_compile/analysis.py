@@ -171,7 +171,8 @@ def convolutions(program: Program, layers: Mapping[str, Layer]) -> dict[tuple[st
 def call_arrays(call: Call, layer: Layer, program: Program, seed: int = 0) -> list[np.ndarray]:
     """Arrays that a layer's call takes: the index of a random legal mask at the layer's sparsity, random values, zero halos."""
     rng = np.random.default_rng(seed)
-    keep = layer.scheme.start(layer.spec, rng.random(layer.scheme.grid(layer.spec)), layer.scheme.live_units(layer.spec, layer.sparsity))
+    keep = layer.scheme.start(layer.spec, rng.random(layer.scheme.grid(layer.spec)), layer.scheme.live_units(layer.spec, layer.sparsity),
+                              rng)
     index = FAMILIES.find(layer.kernels).index(layer, keep, program)
     return [_array(buffer, layer, index, rng) for buffer in call.buffers]
 

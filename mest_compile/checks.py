@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from mest_compile.errors import MestError, UsageError
+import numpy as np
+
+from mest_compile.errors import BudgetError, MestError, UsageError
 
 FLOAT32_MOST = 3.4028234663852886e38  # the largest finite one
+MIB = 2**20
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -36,6 +40,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def shape(name: str, value: Any, error: type[MestError] = UsageError) -> tuple[int, ...]:
+    """`value` as (N, C, H, W) or (N, features), sizes of 1 or more. Raises `error`."""
+    sizes = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
+    if len(sizes) not in (2, 4) or any(isinstance(size, bool) or not isinstance(size, Integral) or size < 1 for size in sizes):
+        raise error(f"{name} is {shown(value)}; wanted (N, C, H, W) or (N, features), whole numbers of 1 or more")
+    return tuple(map(int, sizes))
+
+
 def names(name: str, value: Any, also: str = "", error: type[MestError] = UsageError) -> list[str]:
     """`value` as a list of strings. Raises `error`: a single string is no list of its letters."""
     listed = isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
@@ -49,6 +61,14 @@ def flag(name: str, value: Any, error: type[MestError] = UsageError) -> bool:
     if not isinstance(value, bool):
         raise error(f"{name} is {shown(value)}; wanted True or False")
     return value
+
+
+def memory(need_bytes: int, what: str, also: str = "") -> None:
+    """Raises BudgetError when this machine has less memory than that: before anything tries to get it."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need_bytes > there:
+        raise BudgetError(f"{what} needs {need_bytes / MIB:,.0f} MiB, this machine has {there / MIB:,.0f} MiB; use a smaller batch, image "
+                          f"or model{also}")
 
 
 def shown(value: Any) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile import choosing
+from mest_compile import checks, choosing
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
@@ -23,16 +24,23 @@ from mest_compile.hardware import Target, find_target
 from mest_compile.linkers import is_foreign
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
-from mest_compile.planning import meet_budget, plan_layers, usually_recomputed, warn_beyond_memory
+from mest_compile.planning import (
+    meet_budget,
+    plan_layers,
+    say_what_stays_dense,
+    usually_recomputed,
+    warn_beyond_memory,
+)
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import DIGITS, overall_sparsity, with_room
+from mest_compile.sparsity.room import overall_sparsity, with_room
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
-from mest_compile.spec import SGD
+from mest_compile.spec import FLOAT_BYTES, SGD
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +69,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     scheme         name, "name:arguments" or a scheme object
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other layers dense
     distribution   "uniform" or "erk"
-    dense_layers   names that stay dense; None: the first layer, 1x1 convolutions on images, the classifier
+    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts, the classifier, and what the log
+                   names because the scheme is for larger kernels
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
                    exported, but needs a device to run
     threads        None: all cores
@@ -82,14 +91,20 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     """
     from mest_compile.frontend import import_model
 
-    scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
-    if not 0 <= label_smoothing < 1:
-        raise UsageError(f"label_smoothing is {label_smoothing}; wanted a share of 0 or more and below 1")
-    input_shape = _check_shape(input_shape)
+    scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer)
+    input_shape, seed = checks.shape("input_shape", input_shape), checks.whole("seed", seed)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, below=1)
+    if memory_budget is not None:
+        memory_budget = checks.whole("memory_budget", memory_budget, 1, ", in bytes, or None for no bound")
+    elif checks.flag("lower_density", lower_density):
+        raise UsageError("lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out")
+    grow_to = None if grow_to is None else checks.number("grow_to", grow_to, below=1, also=", or None")
+    _check_objects(builder, device, records)
+    checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
     target = target.for_batch(input_shape[0])
-    threads = _check_threads(threads, target)
+    threads = _check_threads(threads, target.cores)
     graph, state = import_model(model, input_shape)
-    records = records or Records.of(target)
+    records = Records.of(target) if records is None else records.for_target(target)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
         return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
@@ -110,6 +125,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         if raised is not None:
             layers = choose_sections(planned(raised, target), target, records, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
+    if not isinstance(scheme, Dense):
+        say_what_stays_dense(layers)
     facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
     return _make(facts, state, builder, device, records)
 
@@ -118,13 +135,14 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
     that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
     """
+    _check_objects(builder, device, None)
     arrays, document = checkpoint.read(path)
     try:
         facts = Facts.from_json(document)
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, document.get("knobs", {}))
+    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, document.get("knobs", {}))
     step._restore(arrays, document, path)
     return step
 
@@ -170,7 +188,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     train, predict = programs
     if target.device == "opencl":
         check_buffers(programs, target)
-    warn_beyond_memory(train, predict, facts.layers, target)
+    warn_beyond_memory(train, predict, facts.layers, target, here=device is None and target.device == "cpu" and not is_foreign(target))
     choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]
@@ -217,19 +235,28 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])
 
 
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        found = tuple(int(size) for size in shape)
-    except (TypeError, ValueError):
-        found = ()
-    if len(found) not in (2, 4) or min(found) < 1:
-        raise UsageError(f"input_shape is {shape!r}; wanted (N, C, H, W) or (N, features), whole numbers of 1 or more")
-    return found
+def _check_threads(threads: int | None, usual: int) -> int:
+    return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
 
 
-def _check_threads(threads: int | None, target: Target) -> int:
-    if threads is None:
-        return target.cores
-    if not isinstance(threads, int) or threads < 1:
-        raise UsageError(f"threads is {threads!r}; wanted a whole number of 1 or more, or None for all cores")
-    return threads
+def _check_optimizer(optimizer: SGD | None) -> SGD:
+    if optimizer is None:
+        return SGD()
+    if not isinstance(optimizer, SGD):
+        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted mest.SGD(lr, momentum, weight_decay, nesterov), the only rule "
+                         f"that steps are compiled with, or None for its defaults")
+    return optimizer
+
+
+def _check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
+    if builder is not None and not isinstance(builder, Builder):
+        raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.building.Builder, or None for the user's cache folder")
+    if records is not None and not isinstance(records, Records):
+        raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.Records, or None for the user's and the "
+                         f"shipped ones")
+    if device is not None:
+        from mest_compile.runtime.remote import Device
+
+        if not isinstance(device, Device):
+            raise UsageError(f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; what to compile "
+                             f"for is told by target")

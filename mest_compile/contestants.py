@@ -250,38 +250,22 @@ def _build_sparseprop(case: Case) -> Built:
 
 def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     """{weight name: bool array}: the masks that our step of the case starts with when its scheme is unstructured."""
-    import torch
-
-    from mest_compile.planning import default_dense_layers
+    from mest_compile.frontend import from_torch
+    from mest_compile.planning import layer_specs
+    from mest_compile.sparsity.defaults import default_dense_layers
     from mest_compile.sparsity.distributions import distribute
     from mest_compile.sparsity.schemes.unstructured import Unstructured
-    from mest_compile.spec import LayerSpec
 
-    specs: list[LayerSpec] = []
-
-    def note(name: str):
-        def hook(module, inputs, output):
-            pad = (1,) * (4 - module.weight.dim())
-            place = {} if pad else {"stride": module.stride, "padding": module.padding}
-            specs.append(LayerSpec(f"{name}.weight", (*module.weight.shape, *pad), (*inputs[0].shape, *pad), **place))  # type: ignore[arg-type]
-        return hook
-
-    hooks = [part.register_forward_hook(note(name)) for name, part in model.named_modules()
-             if isinstance(part, torch.nn.Conv2d | torch.nn.Linear)]
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(case.input_shape))
-    finally:
-        model.train()
-        for hook in hooks:
-            hook.remove()
-    dense, scheme, weights = default_dense_layers(specs), Unstructured(), dict(model.named_parameters())
+    graph, weights = from_torch(model, case.input_shape)
+    specs, scheme, rng = layer_specs(graph), Unstructured(), np.random.default_rng(case.seed)
+    dense = default_dense_layers(graph, specs, scheme)
     sparse = [spec for spec in specs if spec.name not in dense]
     share = distribute(case.distribution, sparse, case.sparsity)
     masks = {}
     for spec in sparse:
-        weight = weights[spec.name].detach().numpy()
-        keep = scheme.start(spec, scheme.energy(spec, weight.reshape(spec.weight_shape)), scheme.live_units(spec, share[spec.name]))
+        weight = weights[spec.name]
+        energy = scheme.energy(spec, weight.reshape(spec.weight_shape))
+        keep = scheme.start(spec, energy, scheme.live_units(spec, share[spec.name]), rng)
         masks[spec.name] = scheme.expand(spec, keep).reshape(weight.shape)
     return masks
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mest_compile import checks
 from mest_compile.errors import TargetError, UnknownName
 
 # LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide instead.
@@ -179,6 +180,8 @@ def find_target(target: str | Path | Target) -> Target:
     """A Target from its name, a TOML file's path, or itself. Raises UnknownName, TargetError."""
     if isinstance(target, Target):
         return target
+    if not isinstance(target, str | Path):
+        raise TargetError(f"target is {checks.shown(target)}; wanted a name, the path of a TOML file, or a mest.Target")
     path = Path(target)
     if path.suffix == ".toml":
         if not path.is_file():

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mest_compile import checks
 from mest_compile.errors import SpecError, UnknownName
+from mest_compile.spec import FLOAT_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +32,38 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int = 10, widt
 
     input_shape  (N, C, H, W), `mlp` also (N, features); N is not used
     width        channels of the first stage (`mlp`: hidden features); None: the model's own
-    Raises UnknownName, SpecError.
+    Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory).
     """
-    if name not in MODELS:
-        raise UnknownName(f"no model {name!r}; there are: {', '.join(model_names())}")
-    width = MODELS[name].width if width is None else width
-    if width < 1 or classes < 2:
-        raise SpecError(f"a width of 1 or more and 2 or more classes are wanted, got width {width} and {classes} classes")
+    if not isinstance(name, str) or name not in MODELS:
+        raise UnknownName(f"no model {checks.shown(name)}; there are: {', '.join(model_names())}")
+    width = MODELS[name].width if width is None else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
+    classes, seed = checks.whole("classes", classes, 2, error=SpecError), checks.whole("seed", seed)
+    input_shape = checks.shape("input_shape", input_shape, SpecError)
     if len(input_shape) not in ((2, 4) if name == "mlp" else (4,)):
         raise SpecError(f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if name == 'mlp' else ''}, got {input_shape}")
     import torch
 
     with torch.random.fork_rng(devices=[]):
+        _check_memory(name, MODELS[name], input_shape, classes, width)
         torch.manual_seed(seed)
-        module = MODELS[name].make(tuple(input_shape), classes, width)
+        module = MODELS[name].make(input_shape, classes, width)
         for part in module.modules():
             if isinstance(part, torch.nn.Conv2d):      # as MEST does; linear layers and BatchNorm keep torch's own
                 torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     return module
+
+
+def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes: int, width: int) -> None:
+    """Raises BudgetError when this machine has no room for the weights, none of which are made for that."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            elems = sum(weight.numel() for weight in model.make(input_shape, classes, width).parameters())
+    except (RuntimeError, OverflowError, TypeError) as problem:  # torch tells sizes by 64 bits
+        raise SpecError(f"{name} with a width of {width} and {classes} classes has more weights than torch can count; "
+                        f"give it a smaller width") from problem
+    checks.memory(FLOAT_BYTES * elems, f"{name} with a width of {width}")
 
 
 def _mlp(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:

@@ -41,26 +41,37 @@ def importance(weights: np.ndarray, gradients: np.ndarray | None, importance_lam
     return np.abs(weights) + np.asarray(importance_lambda, weights.dtype) * np.abs(gradients)
 
 
-def prune(scores: np.ndarray, live: int, units: int) -> np.ndarray:
-    """Which live units stay, (alive,) bool: the `live` of highest score; of equal scores the first.
+def prune(scores: np.ndarray, live: int, units: int, rng: np.random.Generator, bounds: np.ndarray | None = None) -> np.ndarray:
+    """Which live units stay, (alive,) bool: the `live` of highest score; of equal scores the generator chooses.
 
     scores  (alive,) float, of the live units
     units   live and dead
-    Raises SparsityError when fewer than `live` units are alive, InputError when a score is NaN.
+    bounds  (filters + 1,): the live units of filter n are those from bounds[n] to bounds[n + 1]. The best of each stays first, so that
+            no filter dies while `live` is enough for all; where it is not, filters keep one or none. None: filters do not count
+    Raises SparsityError when fewer than `live` units are alive, InputError when a score is NaN or infinite.
     """
     if not 0 <= live <= scores.size:
         raise SparsityError(f"cannot prune to {live} live units: {scores.size} of {units} are alive")
     _check_scores(scores)
-    return _best(scores[None], live)[0]
+    chosen = _best(scores[None], live, rng)[0]
+    if bounds is None or not (_empty(np.flatnonzero(chosen), bounds) & (np.diff(bounds) > 0)).any():
+        return chosen
+    first = _best_of_each(scores, bounds, rng)
+    lifted = np.full(scores.shape, -np.inf) if live < len(first) else scores.astype(np.float64)
+    lifted[first] = scores[first] if live < len(first) else np.inf
+    return _best(lifted[None], live, rng)[0]
 
 
-def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None,
+         filters: int = 1) -> np.ndarray:
     """Dead units that join the live ones until there are `live`, ascending: drawn evenly, or those of highest score.
 
-    A unit that was pruned is as likely to be drawn again as any other dead one. It counts as new: its weights start at 0.
-    alive   the live units, ascending; units: live and dead
-    scores  (units,) float; of equal scores the lower unit grows. None: the generator chooses
-    Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already.
+    A unit that was pruned is as likely to be drawn again as any other dead one, and counts as new.
+    alive    the live units, ascending; units: live and dead
+    scores   (units,) float; of equal scores the generator chooses. None: it chooses all
+    filters  that the units lie in, one after the other, as many in each: one without a live unit gets one before the others grow
+    Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already, InputError when
+    a score is NaN or infinite.
     """
     count = live - alive.size
     if live > units:
@@ -68,20 +79,36 @@ def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, sco
     if count < 0:
         raise SparsityError(f"cannot grow to {live} live units: {alive.size} of {units} are alive already; prune first")
     if scores is not None:
+        _check_scores(scores)
+    each = units // filters
+    dead = np.flatnonzero(_empty(alive, np.arange(filters + 1, dtype=alive.dtype) * each)) if filters > 1 else np.array([], int)
+    if not len(dead) or not count:
+        return _grown(alive, units, count, rng, scores)
+    wanted = rng.random((len(dead), each)) if scores is None else scores.reshape(filters, each)[dead]
+    place = choices(wanted, rng)
+    chosen = _best(wanted[None, np.arange(len(dead)), place], min(count, len(dead)), rng)[0]
+    first = (dead * each + place)[chosen]
+    merged = np.sort(np.concatenate([alive, first.astype(alive.dtype)]))
+    return np.sort(np.concatenate([first, _grown(merged, units, count - len(first), rng, scores)]))
+
+
+def _grown(alive: np.ndarray, units: int, count: int, rng: np.random.Generator, scores: np.ndarray | None) -> np.ndarray:
+    """`count` dead units, wherever they lie."""
+    if scores is not None:
         dead = np.delete(np.arange(units), alive)
-        return np.sort(dead[np.argsort(-scores[dead], kind="stable")[:count]])
+        return dead[_best(scores[dead][None], count, rng)[0]]
     # Listing the dead would cost more than all the rest: the one with n dead before it stands behind the live ones with n or fewer.
     drawn = np.sort(rng.choice(units - alive.size, size=count, replace=False))
     return drawn + np.searchsorted(alive - np.arange(alive.size), drawn, side="right")
 
 
-def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int) -> np.ndarray:
+def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
     """A copy of a mask (rows, units) that `prune` was applied to row by row, each to `live` live units. Raises as `prune` does."""
     fewest = int(keep.sum(1).min())
     if not 0 <= live <= fewest:
         raise SparsityError(f"cannot prune to {live} live units a row: a row has only {fewest} alive")
     _check_scores(scores[keep])
-    return _best(np.where(keep, scores, -np.inf), live)
+    return _best(np.where(keep, scores, -np.inf), live, rng)
 
 
 def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
@@ -91,16 +118,31 @@ def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.
         raise CapacityError(f"cannot grow to {live} live units a row: there are {keep.shape[1]}")
     if live < most:
         raise SparsityError(f"cannot grow to {live} live units a row: a row has {most} alive already; prune first")
-    return _best(np.where(keep, np.inf, rng.random(keep.shape) if scores is None else scores), live)
+    if scores is not None:
+        _check_scores(scores)
+    return _best(np.where(keep, np.inf, rng.random(keep.shape) if scores is None else scores), live, rng)
+
+
+def choices(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Where along the last axis the highest score stands; of equal ones the generator chooses."""
+    highest = scores == scores.max(-1, keepdims=True)
+    if np.count_nonzero(highest) > highest[..., 0].size:
+        return np.where(highest, rng.random(scores.shape), -1.0).argmax(-1)
+    return highest.argmax(-1)
+
+
+def _empty(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Which stretches, each from one bound to the next, hold none of the ascending places."""
+    return np.diff(np.searchsorted(places, bounds)) == 0
 
 
 def _check_scores(scores: np.ndarray) -> None:
-    if scores.size and np.isnan(scores.max()):  # the largest is NaN when any is
-        raise InputError("a live unit's score is NaN: the weights or gradients have diverged; lower the learning rate")
+    if scores.size and not np.isfinite(scores.max()):  # the largest is NaN when any is
+        raise InputError("a unit's score is NaN or infinite: the weights or gradients have diverged; lower the learning rate")
 
 
-def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """(rows, units) bool: the `count` of highest score in every row; of equal scores the lower index."""
+def _best(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, units) bool: the `count` of highest score in every row; of equal scores the generator chooses, which nothing else asks."""
     if count == 0:
         return np.zeros(scores.shape, bool)
     place = scores.shape[1] - count
@@ -108,6 +150,20 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
     chosen = scores >= worst
     if np.count_nonzero(chosen) > count * len(scores):
         equal = scores == worst
-        room = equal.sum(1, keepdims=True) - (chosen.sum(1, keepdims=True) - count)
-        chosen &= ~equal | (np.cumsum(equal, axis=1, dtype=np.int32) <= room)
+        room = count - (chosen.sum(1) - equal.sum(1))
+        chosen &= ~equal
+        rows, units = np.nonzero(equal)
+        order = np.argsort(rows + rng.random(len(rows)))  # shuffled within each row
+        order = order[np.arange(len(rows)) - np.searchsorted(rows, rows) < room[rows]]
+        chosen[rows[order], units[order]] = True
     return chosen
+
+
+def _best_of_each(scores: np.ndarray, bounds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Place of the highest score of each stretch, empty ones left out; of equal ones the generator chooses."""
+    lengths = np.diff(bounds)
+    starts, lengths = bounds[:-1][lengths > 0], lengths[lengths > 0]
+    highest = np.flatnonzero(scores == np.repeat(np.maximum.reduceat(scores, starts), lengths))
+    stretch = np.searchsorted(starts, highest, side="right") - 1
+    order = np.argsort(stretch + rng.random(len(highest))) if len(highest) > len(starts) else np.arange(len(highest))
+    return highest[order[np.searchsorted(stretch, np.arange(len(starts)))]]

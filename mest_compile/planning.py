@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from mest_compile.errors import BudgetError, SparsityError, TargetError, UnknownName, UsageError
+from mest_compile import checks
+from mest_compile.errors import BudgetError, SparsityError, SpecError, TargetError, UnknownName, UsageError
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.lowering import lower, recomputable
 from mest_compile.graph.program import Program
 from mest_compile.hardware import Target, find_target, target_names
 from mest_compile.operators.family import family_for
 from mest_compile.registry import FAMILIES
-from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.defaults import default_dense_layers
+from mest_compile.sparsity.distributions import DIGITS, check_distribution, distribute
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import DIGITS, held_cells, overall_sparsity, units_at
+from mest_compile.sparsity.room import held_cells, overall_sparsity, sparse_layers, units_at
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.spec import ACTIVATIONS, ForwardGraph, LayerSpec
@@ -37,29 +39,14 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
     return specs
 
 
-def default_dense_layers(specs: Sequence[LayerSpec]) -> list[str]:
-    """What MEST (arXiv:2110.14032) leaves dense: the first convolution, 1x1 convolutions on images (downsampling), the classifier."""
-    images = [spec for spec in specs if spec.input_shape[2:] != (1, 1)]
-    small = [spec for spec in images if spec.weight_shape[2:] == (1, 1)]
-    return list(dict.fromkeys(spec.name for spec in [*images[:1], *small, specs[-1]]))
-
-
 def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
                 dense_layers: Sequence[str] | None, target: Target, activations: str = "float32") -> dict[str, Layer]:
     """{weight name: Layer}. activations: what values are stored as. Raises SparsityError, UnknownName, UsageError, TargetError."""
     check_activations(activations, target)
     specs = layer_specs(graph)
-    names = [spec.name for spec in specs]
-    if isinstance(scheme, Dense) and isinstance(sparsity, float | int) and sparsity != 0:
-        raise SparsityError(f"scheme dense has sparsity 0, not {sparsity}; pass sparsity=0, or choose another scheme")
-    dense = default_dense_layers(specs) if dense_layers is None else [_weight_name(name, names, "dense_layers") for name in dense_layers]
-    sparse = [spec for spec in specs if spec.name not in dense]
-    if isinstance(sparsity, Mapping):
-        share = {_weight_name(name, names, "sparsity"): float(value) for name, value in sparsity.items()}
-    elif isinstance(sparsity, int | float):
-        share = distribute(distribution, sparse, float(sparsity))
-    else:
-        raise UsageError(f"sparsity is a number or {{layer: number}}, not {type(sparsity).__name__}")
+    if not specs:
+        raise SpecError("the model has no convolution and no linear layer, so there is nothing to train sparsely; give one that has")
+    share = _shares(graph, specs, scheme, sparsity, distribution, dense_layers)
     layers = {}
     for spec in specs:
         chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
@@ -71,10 +58,48 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
     return layers
 
 
+def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
+            dense_layers: Sequence[str] | None) -> dict[str, float]:
+    """{weight name: sparsity} of the layers that are not dense. What is said twice and differs is refused."""
+    known = [spec.name for spec in specs]
+    check_distribution(distribution)
+    also = ", or None for the first convolution, the 1x1 convolutions of shortcuts and the classifier"
+    dense = None if dense_layers is None else [_weight_name(name, known, "dense_layers")
+                                               for name in checks.names("dense_layers", dense_layers, also)]
+    if not isinstance(sparsity, Mapping):
+        overall = checks.number("sparsity", sparsity, below=1, also=", or {layer name: number}", error=SparsityError)
+        if isinstance(scheme, Dense) and overall != 0:
+            raise SparsityError(f"scheme dense has sparsity 0, not {overall:g}; pass sparsity=0, or choose another scheme")
+        left = default_dense_layers(graph, specs, scheme) if dense is None else dense
+        return distribute(distribution, [spec for spec in specs if spec.name not in left], overall)
+    if distribution != "uniform":
+        raise UsageError(f"distribution {distribution!r} spreads one sparsity over the layers, but sparsity says each layer's; "
+                         f"give sparsity as a number, or leave distribution out")
+    share: dict[str, float] = {}
+    for layer, value in sparsity.items():
+        name = _weight_name(layer, known, "sparsity")
+        if name in share:
+            raise UsageError(f"sparsity names {name} twice; name it once")
+        if name in (dense or ()):
+            raise UsageError(f"sparsity names {name}, and so does dense_layers; leave it out of one of them")
+        share[name] = checks.number(f"{name}: sparsity", value, below=1, error=SparsityError)
+    return share
+
+
+def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
+    """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in such."""
+    sparse = sparse_layers(layers)
+    inside, every = (sum(layer.spec.weight_elems for layer in some.values()) for some in (sparse, layers))
+    if 2 * inside < every:
+        dense = ", ".join(name for name in layers if name not in sparse)
+        log.warning("%s of the weights are in sparse layers, so that the sparsity of all is %.3f; dense are: %s. dense_layers says "
+                    "which are", f"{inside / every:.0%}" if inside else "none", overall_sparsity(layers) * inside / every, dense)
+
+
 def check_activations(activations: str, target: Target) -> None:
     """Whether a target can store values so. Raises UsageError, TargetError."""
-    if activations not in ACTIVATIONS:
-        raise UsageError(f"activations is {activations!r}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
+    if not isinstance(activations, str) or activations not in ACTIVATIONS:
+        raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
     if activations == "float16" and not target.float16:
         able = ", ".join(name for name in target_names() if find_target(name).float16)
         raise TargetError(f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that are used; "
@@ -88,11 +113,8 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
 
     excess  by how much mutations grow beyond the sparsity that the model starts with
     activations  what values are stored as
-    Raises BudgetError, UsageError.
+    Raises BudgetError.
     """
-    if not isinstance(budget_bytes, int) or budget_bytes < 1:
-        raise UsageError(f"memory_budget is {budget_bytes!r}; wanted a whole number of bytes of 1 or more, or None")
-
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
         units = room if sparsity is None else units_at(layers, round(max(0.0, sparsity - excess), DIGITS))
         train, predict = programs[recomputed]
@@ -125,12 +147,16 @@ def usually_recomputed(graph: ForwardGraph, target: Target) -> frozenset[str]:
     return recomputable(graph)[0] if target.device == "cpu" else frozenset()
 
 
-def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, Layer], target: Target) -> None:
+def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, Layer], target: Target, here: bool) -> None:
     """Says in the log when the step, at its densest, needs more than the smallest device that the target stands for has. It is no error:
     the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
+
+    here  the step is to run on this machine. Raises BudgetError when that has not as much memory.
     """
     room = {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
     need = footprint(train, predict, layers, held_cells(layers, room), target)["total"]
+    if here:
+        checks.memory(need, "the step", " or compile with a memory_budget")
     if target.memory_bytes is not None and need > target.memory_bytes:
         log.warning("the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller batch or model, "
                     "or memory_budget, which computes values again instead of keeping them",
@@ -142,4 +168,4 @@ def _weight_name(name: str, names: Sequence[str], where: str) -> str:
     for candidate in (name, f"{name}.weight"):
         if candidate in names:
             return candidate
-    raise UnknownName(f"{where} names {name!r}, which is no layer of the model; layers: {', '.join(names)}")
+    raise UnknownName(f"{where} names {checks.shown(name)}, which is no layer of the model; layers: {', '.join(names)}")

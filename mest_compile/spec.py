@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
 
+from mest_compile import checks
 from mest_compile.errors import SpecError
 
 FLOAT_BYTES = 4
 ITEM_BYTES = {"float32": 4, "float16": 2, "int32": 4}
+MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
 ACTIVATIONS = ("float32", "float16")  # what forward values may be stored as
 
 
@@ -35,6 +38,9 @@ class LayerSpec:
         if self.weight_shape[1] != self.input_shape[1]:
             raise SpecError(f"{self.name}: the weight takes {self.weight_shape[1]} channels, "
                             f"the input has {self.input_shape[1]}")
+        if self.weight_elems > MOST_ELEMS:
+            raise SpecError(f"{self.name}: the weight has {self.weight_elems:,} elements; wanted at most {MOST_ELEMS:,}, which "
+                            f"31 bits tell apart: make the layer narrower")
         if min(self.output_size) < 1:
             raise SpecError(f"{self.name}: a {self.input_shape[2]}x{self.input_shape[3]} input is too small for "
                             f"a {self.weight_shape[2]}x{self.weight_shape[3]} kernel with padding {self.padding}")
@@ -61,8 +67,9 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self):
-        if not (self.lr >= 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):
-            raise SpecError(f"SGD needs lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, got {self}")
+        for name, below in (("lr", inf), ("momentum", 1.0), ("weight_decay", inf)):
+            object.__setattr__(self, name, checks.number(f"SGD: {name}", getattr(self, name), below=below, error=SpecError))
+        checks.flag("SGD: nesterov", self.nesterov, error=SpecError)
         if self.nesterov and self.momentum == 0:
             raise SpecError("nesterov needs a momentum above 0")
 

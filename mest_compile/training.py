@@ -21,6 +21,7 @@ from mest_compile.errors import DeviceLost, InputError, MestError, StateError, U
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder, machine
 from mest_compile.sieve import Sieve
+from mest_compile.sparsity.distributions import together
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,7 @@ def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 def target_sparsity(step: Any) -> float:
     """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has none."""
     targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
-    zeros = sum(targets[name] * count for name, count in elems.items())
-    return round(zeros / max(1, sum(elems.values())), 6)  # six digits: a sum of 0.9 * count is to read 0.9 again
+    return together({name: targets[name] for name in elems}, elems)
 
 
 class Trainer:
@@ -179,7 +179,7 @@ class Trainer:
         trained = self._train(epoch, train)
         evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
         metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
-                   "survival": self._survival(), "sparsity": self.step.sparsity(), "memory_bytes": self.step.memory()}
+                   "survival": self._survival(), **self._sparsity(), "memory_bytes": self.step.memory()}
         if self.specialize:
             metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
         self._keep(run, metrics, data)
@@ -254,6 +254,12 @@ class Trainer:
     def _survival(self) -> dict[str, float]:
         """{layer: share of the weights that lived at the start and have lived ever since}."""
         return {name: int(mask.sum()) / self._first_live[name] for name, mask in self._survivors.items()}
+
+    def _sparsity(self) -> dict[str, Any]:
+        """Of every sparse layer, and of all of them together, weighted by their weights; None when there are none."""
+        layers = self.step.sparsity()
+        elems = {name: mask.size for name, mask in self._survivors.items()}
+        return {"sparsity": layers, "overall_sparsity": together(layers, elems) if layers else None}
 
     def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
         if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):

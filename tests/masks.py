@@ -5,10 +5,10 @@ import numpy as np
 from mest_compile import mutation
 
 
-def prune(keep, scores, live):
+def prune(keep, scores, live, rng):
     """keep (units,) bool, scores (units,): a copy of `keep` in which `live` units stay."""
     alive, kept = np.flatnonzero(keep), np.zeros_like(keep)
-    kept[alive[mutation.prune(scores[alive], live, keep.size)]] = True
+    kept[alive[mutation.prune(scores[alive], live, keep.size, rng)]] = True
     return kept
 
 
@@ -19,10 +19,10 @@ def grow(keep, live, rng, scores=None):
     return grown
 
 
-def prune_grid(scheme, layer, keep, energy, live):
+def prune_grid(scheme, layer, keep, energy, live, rng):
     """The same of a scheme's grid."""
     cells, kept = np.flatnonzero(keep), np.zeros(keep.shape, bool)
-    kept.ravel()[cells[scheme.prune(layer, cells, energy.ravel()[cells], live)]] = True
+    kept.ravel()[cells[scheme.prune(layer, cells, energy.ravel()[cells], live, rng)]] = True
     return kept
 
 

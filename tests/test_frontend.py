@@ -12,7 +12,9 @@ from torch import nn
 from mest_compile.errors import DataError, SpecError, UnknownName, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch, import_model
 from mest_compile.models import build_model, model_names
-from mest_compile.planning import default_dense_layers, layer_specs
+from mest_compile.planning import layer_specs
+from mest_compile.sparsity.defaults import default_dense_layers
+from mest_compile.sparsity.schemes.unstructured import Unstructured
 
 
 def run_node(node, state, x, other):
@@ -339,10 +341,10 @@ def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
 
 def test_first_convolution_downsamples_and_classifier_stay_dense():
     graph, _ = import_model("resnet20", (2, 3, 8, 8))
-    dense = default_dense_layers(layer_specs(graph))
+    dense = default_dense_layers(graph, layer_specs(graph), Unstructured())
     assert sorted(dense) == ["conv1.weight", "fc.weight", "layer2.0.downsample.0.weight", "layer3.0.downsample.0.weight"]
     graph, _ = import_model("mlp", (2, 20))
-    assert default_dense_layers(layer_specs(graph)) == ["fc3.weight"]
+    assert default_dense_layers(graph, layer_specs(graph), Unstructured()) == ["fc3.weight"]
 
 
 def test_importing_the_frontend_loads_neither_torch_nor_tvm():

@@ -1,13 +1,16 @@
 """Mutation decisions, as properties of any mask, scores and counts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masks import grow, prune
 
+from mest_compile import mutation
 from mest_compile.errors import CapacityError, InputError, SparsityError
-from mest_compile.mutation import Phase, grow_rows, importance, prune_rows
+from mest_compile.mutation import Phase, choices, grow_rows, importance, prune_rows
 
 many = settings(deadline=None, max_examples=60)  # no deadline: the cores are shared
 
@@ -23,13 +26,14 @@ def scored_masks(draw):
 
 @many
 @given(scored_masks(), st.data())
-def test_prune_keeps_the_best_live_units_and_of_equals_the_first(case, data):
+def test_prune_keeps_the_best_live_units_and_repeats_with_its_seed(case, data):
     keep, scores = case
     live = data.draw(st.integers(0, int(keep.sum())))
     before = keep.copy(), scores.copy()
-    kept = prune(keep, scores, live)
-    wanted = sorted(np.flatnonzero(keep), key=lambda unit: (-scores[unit], unit))[:live]
-    assert sorted(wanted) == np.flatnonzero(kept).tolist()
+    kept = prune(keep, scores, live, np.random.default_rng(3))
+    assert kept.sum() == live and not (kept & ~keep).any()
+    assert sorted(scores[kept]) == sorted(scores[keep])[keep.sum() - live:]
+    assert (kept == prune(keep, scores, live, np.random.default_rng(3))).all()
     assert (keep == before[0]).all() and (scores == before[1]).all()
 
 
@@ -52,8 +56,9 @@ def test_mutate_meets_its_live_count_and_never_loses_the_best(case, data, seed):
     pruned = data.draw(st.integers(0, int(keep.sum())))
     live = data.draw(st.integers(pruned, keep.size))
     before = keep.copy()
-    mutated = grow(prune(keep, scores, pruned), live, np.random.default_rng(seed))
-    assert mutated.sum() == live and mutated[prune(keep, scores, pruned)].all()
+    kept = prune(keep, scores, pruned, np.random.default_rng(seed))
+    mutated = grow(kept, live, np.random.default_rng(seed))
+    assert mutated.sum() == live and mutated[kept].all()
     assert (keep == before).all()
 
 
@@ -73,9 +78,9 @@ def test_impossible_counts_are_errors(case):
     keep, scores = case
     rng, alive = np.random.default_rng(0), int(keep.sum())
     with pytest.raises(SparsityError, match=f"{alive} of {keep.size} are alive"):
-        prune(keep, scores, alive + 1)
+        prune(keep, scores, alive + 1, rng)
     with pytest.raises(SparsityError):
-        prune(keep, scores, -1)
+        prune(keep, scores, -1, rng)
     with pytest.raises(CapacityError, match=f"there are {keep.size}"):
         grow(keep, keep.size + 1, rng)
     assume(alive)
@@ -83,11 +88,14 @@ def test_impossible_counts_are_errors(case):
         grow(keep, alive - 1, rng)
 
 
-def test_nan_scores_of_live_units_are_refused_and_of_dead_ones_ignored():
-    keep, scores = np.array([True, True, False]), np.array([1.0, 2.0, np.nan])
-    assert prune(keep, scores, 1).tolist() == [False, True, False]
-    with pytest.raises(InputError, match="NaN"):
-        prune(~keep, scores, 1)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_are_refused_of_live_units_and_of_those_that_may_grow(bad):
+    keep, scores, rng = np.array([True, True, False]), np.array([1.0, 2.0, bad]), np.random.default_rng(0)
+    assert prune(keep, scores, 1, rng).tolist() == [False, True, False]
+    for refused in (lambda: prune(~keep, scores, 1, rng), lambda: grow(keep, 3, rng, scores),
+                    lambda: grow_rows(keep[None], 3, rng, scores[None])):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            refused()
 
 
 def test_importance_counts_the_gradient_when_asked_to():
@@ -114,11 +122,14 @@ def test_rows_are_pruned_and_grown_like_single_masks(data, seed):
     keep = np.stack([rng.permutation(np.arange(units) < alive) for _ in range(rows)])
     scores = rng.integers(0, 4, keep.shape).astype(float)
     live = data.draw(st.integers(0, alive))
-    pruned = prune_rows(keep, scores, live)
-    np.testing.assert_array_equal(pruned, [prune(*row, live) for row in zip(keep, scores, strict=True)])
+    pruned = prune_rows(keep, scores, live, rng)
+    assert (pruned.sum(1) == live).all() and not (pruned & ~keep).any()
     most = data.draw(st.integers(live, units))
     best = grow_rows(pruned, most, rng, scores)
-    np.testing.assert_array_equal(best, [grow(row, most, rng, score) for row, score in zip(pruned, scores, strict=True)])
+    assert (best.sum(1) == most).all() and (best | ~pruned).all()
+    for row, kept, grown, score in zip(keep, pruned, best, scores, strict=True):
+        assert sorted(score[kept]) == sorted(score[prune(row, score, live, rng)])
+        assert sorted(score[grown]) == sorted(score[grow(kept, most, rng, score)])
     drawn = grow_rows(pruned, most, np.random.default_rng(seed))
     assert (drawn.sum(1) == most).all() and (drawn | ~pruned).all()
     np.testing.assert_array_equal(drawn, grow_rows(pruned, most, np.random.default_rng(seed)))
@@ -127,10 +138,74 @@ def test_rows_are_pruned_and_grown_like_single_masks(data, seed):
 def test_rows_that_cannot_be_are_errors():
     keep, rng = np.array([[True, True, False], [True, False, False]]), np.random.default_rng(0)
     with pytest.raises(SparsityError, match="a row has only 1 alive"):
-        prune_rows(keep, np.ones((2, 3)), 2)
+        prune_rows(keep, np.ones((2, 3)), 2, rng)
     with pytest.raises(InputError, match="NaN"):
-        prune_rows(keep, np.array([[1, np.nan, 1], [1, 1, 1]]), 1)
+        prune_rows(keep, np.array([[1, np.nan, 1], [1, 1, 1]]), 1, rng)
     with pytest.raises(SparsityError, match="prune first"):
         grow_rows(keep, 1, rng)
     with pytest.raises(CapacityError, match="there are 3"):
         grow_rows(keep, 4, rng)
+
+
+# Ties, and filters.
+
+EVEN = 5 * np.sqrt(2000 * 0.25 * 0.75)  # five standard deviations of a binomial: of 2000 draws of 2 out of 8
+
+
+def test_equal_scores_are_drawn_evenly_whatever_decides():
+    scores, keep, rng = np.array([5.0, 1, 1, 1, 1, 1, 1, 1, 1, 0]), np.ones(10, bool), np.random.default_rng(0)
+    dead = np.arange(10) == 9
+    decisions = {"prune": lambda: prune(keep, scores, 3, rng), "prune_rows": lambda: prune_rows(keep[None], scores[None], 3, rng)[0],
+                 "grow": lambda: grow(dead, 4, rng, scores) & ~dead,
+                 "grow_rows": lambda: grow_rows(dead[None], 4, rng, scores[None])[0] & ~dead}
+    for name, decide in decisions.items():
+        counts = sum(decide().astype(int) for _ in range(2000))
+        assert counts[0] == 2000 and counts[9] == 0, name
+        assert (abs(counts[1:9] - 500) < EVEN).all(), (name, counts)
+    counts = np.bincount([int(choices(np.array([[1.0, 1, 0, 1]]), rng)[0]) for _ in range(3000)], minlength=4)
+    assert counts[2] == 0 and (abs(counts[[0, 1, 3]] - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
+
+
+def test_where_no_scores_are_equal_the_generator_is_not_asked():
+    scores, rng = np.random.default_rng(1).permutation(40).astype(float), np.random.default_rng(0)
+    before = rng.bit_generator.state
+    mutation.prune(scores, 12, 40, rng, np.arange(0, 41, 4))
+    prune_rows(np.ones((4, 10), bool), scores.reshape(4, 10), 3, rng)
+    grow(scores < 20, 30, rng, scores)
+    choices(scores.reshape(4, 10), rng)
+    assert rng.bit_generator.state == before
+
+
+@many
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.data(), st.integers(0, 2**32))
+def test_no_filter_dies_while_there_are_units_for_all(lengths, data, seed):
+    """lengths: live units of each filter of 6 units. The counts are exact, and of the rest the best stay."""
+    rng = np.random.default_rng(seed)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    scores = rng.integers(0, 9, bounds[-1]).astype(float)
+    live = data.draw(st.integers(0, int(bounds[-1])))
+    stay = mutation.prune(scores, live, 6 * len(lengths), rng, bounds)
+    each = np.array([stay[start:end].sum() for start, end in pairwise(bounds)])
+    alive = np.count_nonzero(lengths)
+    assert stay.sum() == live == each.sum()
+    assert np.count_nonzero(each) == min(live, alive)
+    for start, end in pairwise(bounds):
+        if stay[start:end].any():
+            assert scores[start:end][stay[start:end]].max() == scores[start:end].max()
+    others = [score for start, end in pairwise(bounds) for score in sorted(scores[start:end][stay[start:end]])[:-1]]
+    assert not others or stay.all() or min(others) >= scores[~stay].max()  # those beside each filter's best
+
+
+@many
+@given(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.data(), st.integers(0, 2**32))
+def test_a_dead_filter_grows_first(filters, each, scored, data, seed):
+    rng = np.random.default_rng(seed)
+    keep = rng.random((filters, each)) < 0.3
+    live = data.draw(st.integers(int(keep.sum()), keep.size))
+    scores = rng.integers(0, 3, keep.size).astype(float) if scored else None
+    new = mutation.grow(np.flatnonzero(keep), keep.size, live, rng, scores, filters)
+    grown = keep.copy()
+    grown.ravel()[new] = True
+    assert (np.diff(new) > 0).all() and not keep.ravel()[new].any()
+    assert grown.sum() == live
+    assert grown.any(1).sum() == min(filters, keep.any(1).sum() + live - keep.sum())

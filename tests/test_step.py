@@ -300,7 +300,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"sparsity": 1.2}, "0 <= sparsity < 1"), ({"scheme": "blok"}, "no scheme"), ({"target": "toaster"}, "no target"),
+    ({"sparsity": 1.2}, "sparsity is 1.2; wanted"), ({"scheme": "blok"}, "no scheme"), ({"target": "toaster"}, "no target"),
     ({"dense_layers": ["conv9"]}, "no layer"), ({"dense_layers": []}, "multiples of 4 output"), ({"threads": 0}, "threads"),
     ({"scheme": "dense"}, "sparsity 0"), ({"distribution": "magic"}, "no distribution"),
 ])

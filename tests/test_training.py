@@ -72,7 +72,7 @@ class SoftmaxStep:
     def mutate(self, prune_to=0.9, grow_to=0.85, importance_lambda=0.0, rng=None):
         self.mutations.append((prune_to, grow_to))
         scores = importance(self.state["weight"], self.state["momentum"], importance_lambda)
-        pruned = prune(self.state["keep"], scores, self._live(prune_to))
+        pruned = prune(self.state["keep"], scores, self._live(prune_to), rng)
         keep = grow(pruned, self._live(grow_to), rng)
         fate = "unchanged" if (keep == self.state["keep"]).all() else "re-indexed"
         self.state = {"weight": self.state["weight"] * pruned, "momentum": self.state["momentum"] * pruned, "keep": keep}

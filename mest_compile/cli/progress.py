@@ -50,8 +50,8 @@ class TrainingProgress:
         parts = [f"epoch {metrics['epoch']}/{self._epochs}", f"loss {metrics['loss']:.4f}", f"train {metrics['train_accuracy']:.2%}",
                  "test -" if tested is None else f"test {tested:.2%}", f"{metrics['images_per_second']:.0f} images/s"]
         state = [] if tested is None else [f"test {tested:.2%}"]
-        if sparsity := metrics["sparsity"]:
-            state.append(f"sparsity {sum(sparsity.values()) / len(sparsity):.3f}")
+        if (sparsity := metrics["overall_sparsity"]) is not None:
+            state.append(f"sparsity {sparsity:.3f}")
             parts.append(state[-1])
         if mutation := metrics["mutation"]:
             fates = ", ".join(f"{count} {fate}" for fate, count in mutation["layers"].items())

@@ -70,10 +70,11 @@ class HeldState:
         cells = self.cells[name]
         return cells.take(self._index[name](cells).sort)
 
-    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None) -> LayerIndex:
+    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None) -> LayerIndex:
         """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
-        places  where in the value array each stands now, -1 for those that start at 0; None: all do
+        places  where in the value array each stands now, -1 for new ones; None: all are new
+        start   (new cells, weights of a cell) float32: what the new ones start at; None: 0
         """
         index = self._index[name](cells)
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
@@ -81,17 +82,21 @@ class HeldState:
         for suffix in ("", ":gradient", ":momentum"):
             self.put(name + suffix, np.zeros(len(index.sort) * elems, np.float32) if stood is None else
                      carry_over(self.get(name + suffix).reshape(-1, elems), stood))
+        if start is not None and places is not None and stood is not None:
+            values, new = self.get(name).reshape(-1, elems), stood < 0
+            values[new] = start[(np.cumsum(places < 0) - 1).take(index.sort)[new]]
+            self.put(name, values)
         for part, array in index.arrays.items():
             self.put(f"{name}:{part}", array)
         self.cells[name], self.places[name] = cells, index.places
         self.transpose(name)
         return index
 
-    def move(self, name: str, stay: np.ndarray, new: np.ndarray) -> None:
-        """`install` of those of `cells` that stay, told by their places in that list, and of new ones that start at 0: of a unit that died
-        and was drawn again as well.
+    def move(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None = None) -> None:
+        """`install` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that died and was drawn
+        again as well.
         """
-        self.install(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new))
+        self.install(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new), start)
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 
 
+# Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at; None: 0.
+Change = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What the compiler hands to a step.
@@ -108,7 +112,7 @@ class TrainStep:
         self._units_at = cache(lambda overall: units_at(compiled.layers, overall))  # mutations ask for the same few sparsities
         for name, layer in compiled.layers.items():
             energy = layer.scheme.energy(layer.spec, as_conv(state[name]))
-            keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity))
+            keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), self._rng)
             self._state.install(name, cells_of(keep))
         self._state.fill(state)
 
@@ -313,7 +317,7 @@ class TrainStep:
             keeps[name] = layer.scheme.collapse(layer.spec, as_conv(np.asarray(mask)))
             units = layer.scheme.count(layer.spec, keeps[name])
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
-        changes = {name: (np.flatnonzero(keep.ravel()[self._state.cells[name]]), cells_of(keep & ~self._state.keep(name)))
+        changes = {name: (np.flatnonzero(keep.ravel()[self._state.cells[name]]), cells_of(keep & ~self._state.keep(name)), None)
                    for name, keep in keeps.items()}
         return self._exchange_all(changes, start)
 
@@ -332,7 +336,7 @@ class TrainStep:
         rng = self._rng if rng is None else rng
         layers = self._compiled.layers
         fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
-        changes = {}
+        changes: dict[str, Change] = {}
         for name in self._sparse_layers():
             spec, scheme = layers[name].spec, layers[name].scheme
             cells, places = self._state.cells[name], self._state.places[name]
@@ -340,10 +344,26 @@ class TrainStep:
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
-            stay = np.flatnonzero(scheme.prune(spec, cells, energy, fewest))
+            stay = np.flatnonzero(scheme.prune(spec, cells, energy, fewest, rng))
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            changes[name] = stay, scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)
+            new = scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)
+            changes[name] = stay, new, self._start_of(name, stay, new, rng)
         return self._exchange_all(changes, start)  # nothing is changed before all layers were asked, any of which may refuse
+
+    def _start_of(self, name: str, stay: np.ndarray, new: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """What new cells start at: 0, next to live ones. A filter all of whose weights are 0 may get no gradient: the normalisation behind
+        it gives its bias, and a ReLU nothing where that is not above 0. So those of one that has none left are drawn as large as the
+        layer's weights are. (new, weights of a cell) float32; None: all start at 0. Ours: MEST and RigL start all at 0.
+        """
+        layer = self._compiled.layers[name]
+        revived = layer.scheme.revived(layer.spec, self._state.cells[name].take(stay), new)
+        if not revived.any():
+            return None
+        elems = layer.scheme.cell_elems(layer.spec)
+        living = self._state.get(name).reshape(-1, elems).take(self._state.places[name].take(stay), axis=0)
+        start = np.zeros((len(new), elems), np.float32)
+        start[revived] = rng.standard_normal((int(revived.sum()), elems)) * np.sqrt(np.square(living, dtype=np.float64).mean())
+        return start
 
     def check_room(self, grow_to: float) -> dict[str, int]:
         """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
@@ -487,20 +507,20 @@ class TrainStep:
         """Clock and bytes sent before a mutation."""
         return time.perf_counter(), self._runner.uploaded_bytes
 
-    def _exchange_all(self, changes: Mapping[str, tuple[np.ndarray, np.ndarray]], begun: tuple[float, int]) -> MutationReport:
+    def _exchange_all(self, changes: Mapping[str, Change], begun: tuple[float, int]) -> MutationReport:
         """changes: {weight name: arguments of `_exchange`}; the other layers stay as they are."""
         chosen = time.perf_counter()
         fates = {name: self._exchange(name, *changes[name]) if name in changes else "unchanged" for name in self._sparse_layers()}
         end = time.perf_counter()
         return MutationReport(fates, end - begun[0], end - chosen, self._runner.uploaded_bytes - begun[1])
 
-    def _exchange(self, name: str, stay: np.ndarray, new: np.ndarray) -> str:
+    def _exchange(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None) -> str:
         """Lets those live cells that `stay`, told by their places in the list of them, and new ones live, where that changes anything.
-        Returns the layer's fate.
+        start: what the new ones start at, None: 0. Returns the layer's fate.
         """
         if not len(new) and len(stay) == len(self._state.cells[name]):
             return "unchanged"
-        self._state.move(name, stay, new)
+        self._state.move(name, stay, new, start)
         return "recompiled" if self._moved(name) else "re-indexed"
 
     def _moved(self, name: str) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from mest_compile.errors import SparsityError, UnknownName
 from mest_compile.spec import LayerSpec
 
+DIGITS = 6  # of a sparsity that was computed: 0.9 - 0.05 is to read 0.85
+ROUNDING = 1e-9  # densities this close to 1 are 1: sums of so many terms are no more exact
+
 
 def uniform(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
     """The same sparsity in every layer. Source: MEST."""
@@ -18,6 +21,8 @@ def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
 
     Source: Evci et al., RigL, arXiv:1911.11134, section 3.
     """
+    if sparsity == 0.0:
+        return {layer.name: 0.0 for layer in layers}
     raw = {layer.name: sum(layer.weight_shape) / layer.weight_elems for layer in layers}
     elems = {layer.name: layer.weight_elems for layer in layers}
     live = (1.0 - sparsity) * sum(elems.values())
@@ -27,13 +32,19 @@ def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
         if not rest:
             return {name: 0.0 for name in raw}
         scale = (live - sum(elems[name] for name in full)) / sum(raw[name] * elems[name] for name in rest)
-        over = {name for name in rest if scale * raw[name] > 1.0}
+        over = {name for name in rest if scale * raw[name] > 1.0 - ROUNDING}
         if not over:
             return {name: 0.0 if name in full else 1.0 - scale * raw[name] for name in raw}
         full |= over
 
 
 _DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
+
+
+def together(share: Mapping[str, float], elems: Mapping[str, int]) -> float:
+    """The sparsity of all layers together, of `share` ({layer: sparsity}) and `elems` ({layer: weights}); 0 when there are none."""
+    zeros = sum(sparsity * elems[name] for name, sparsity in share.items())
+    return round(zeros / max(1, sum(elems[name] for name in share)), DIGITS)
 
 
 def rescaled(share: Mapping[str, float], elems: Mapping[str, int], overall: float) -> dict[str, float]:
@@ -50,6 +61,11 @@ def distribute(name: str, layers: Sequence[LayerSpec], sparsity: float) -> dict[
     """{weight name: sparsity}. Raises UnknownName, SparsityError (sparsity outside [0, 1))."""
     if not 0.0 <= sparsity < 1.0:
         raise SparsityError(f"sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)")
-    if name not in _DISTRIBUTIONS:
-        raise UnknownName(f"no distribution {name!r}; there are: {', '.join(sorted(_DISTRIBUTIONS))}")
+    check_distribution(name)
     return _DISTRIBUTIONS[name](layers, sparsity)
+
+
+def check_distribution(name: str) -> None:
+    """Raises UnknownName."""
+    if not isinstance(name, str) or name not in _DISTRIBUTIONS:
+        raise UnknownName(f"no distribution {name!r}; there are: {', '.join(sorted(_DISTRIBUTIONS))}")

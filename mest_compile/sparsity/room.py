@@ -7,11 +7,9 @@ from dataclasses import replace
 
 from mest_compile.errors import UsageError
 from mest_compile.registry import FAMILIES
-from mest_compile.sparsity.distributions import rescaled
+from mest_compile.sparsity.distributions import rescaled, together
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.schemes.dense import Dense
-
-DIGITS = 6  # of a sparsity that was computed: 0.9 - 0.05 is to read 0.85
 
 
 def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -29,9 +27,7 @@ def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
 def overall_sparsity(layers: Mapping[str, Layer]) -> float:
     """The sparsity that the sparse layers start with, all of them together; 0 when there are none."""
     sparse = sparse_layers(layers)
-    elems = _elems(sparse)
-    zeros = sum(layer.sparsity * elems[name] for name, layer in sparse.items())
-    return round(zeros / max(1, sum(elems.values())), DIGITS)
+    return together({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse))
 
 
 def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:

@@ -23,10 +23,12 @@ class Scheme(ABC):
     """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the grid.
 
     spans  axes of the grid that a unit covers from end to end, all but one; () when a unit is one cell
+    pointwise  whether 1x1 kernels can have it
     """
 
     name: ClassVar[str]
     spans: ClassVar[tuple[int, ...]] = ()
+    pointwise: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, arguments: str) -> Scheme:
@@ -92,9 +94,9 @@ class Scheme(ABC):
         """Live units of a legal `keep`."""
         return int(self._alive(keep).sum())
 
-    def start(self, layer: LayerSpec, energy: np.ndarray, live: int) -> np.ndarray:
-        """The first mask: the `live` units of most energy."""
-        return self._pruned(layer, np.ones(self.grid(layer), bool), energy, live)
+    def start(self, layer: LayerSpec, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
+        """The first mask: the `live` units of most energy that `prune` leaves of all."""
+        return self._pruned(layer, np.ones(self.grid(layer), bool), energy, live, rng)
 
     # Mutation. Live cells are listed, as the module says.
 
@@ -105,33 +107,47 @@ class Scheme(ABC):
         grid = self.grid(layer)
         return self._alive(cells.reshape(self._listed(grid))).ravel() // _strides(grid)[self._axis]
 
-    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
-        """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy.
+    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
+        """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy; of equals the generator chooses.
 
-        energy (cells,). Raises SparsityError, InputError (NaN, or not one a cell).
+        A filter that lives keeps its best unit while `live` is enough for all, where units do not span filters.
+        energy (cells,). Raises SparsityError, InputError (NaN, infinite, or not one a cell).
         """
         if energy.shape != cells.shape:
             raise InputError(f"{layer.name}: prune needs one energy a cell: {cells.shape}, not {energy.shape}")
         grid = self.grid(layer)
         if not self.spans:
-            return mutation.prune(energy, live, prod(grid))
+            return mutation.prune(energy, live, prod(grid), rng, self._filters(layer, cells))
         listed = energy.reshape(self._listed(grid))
-        stays = mutation.prune(self._sums(listed), live, grid[self._axis])
+        stays = mutation.prune(self._sums(listed), live, grid[self._axis], rng)
         return np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape).ravel()
 
     def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
         """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn evenly.
 
-        Raises SparsityError, CapacityError.
+        A filter without a live unit gets one before others do, where units do not span filters.
+        Raises SparsityError, CapacityError, InputError.
         """
         grid = self.grid(layer)
-        units = mutation.grow(self.units(layer, cells), grid[self._axis] if self.spans else prod(grid), live, rng,
-                              None if energy is None else self._sums(energy)).astype(np.int32)
         if not self.spans:
-            return units
+            return mutation.grow(cells, prod(grid), live, rng, None if energy is None else energy.ravel(), grid[0]).astype(np.int32)
+        units = mutation.grow(self.units(layer, cells), grid[self._axis], live, rng,
+                              None if energy is None else self._sums(energy)).astype(np.int32)
         places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
                   for axis, (size, stride) in enumerate(zip(grid, _strides(grid), strict=True))]
         return reduce(np.add, np.ix_(*places)).ravel()
+
+    def revived(self, layer: LayerSpec, stay: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Which of the new cells lie in filters that none of those that stay lie in, (new,) bool. Both ascending."""
+        empty = np.diff(self._filters(layer, stay)) == 0
+        if not empty.any():
+            return np.zeros(len(new), bool)
+        return empty.take(new // prod(self.grid(layer)[1:]))
+
+    def _filters(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
+        """(groups + 1,): where in a list of cells each group of filters begins, and where the last ends."""
+        groups, *rest = self.grid(layer)
+        return np.searchsorted(cells, np.arange(groups + 1, dtype=cells.dtype) * prod(rest))
 
     # Masks of weights.
 
@@ -152,10 +168,10 @@ class Scheme(ABC):
             raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
         return keep
 
-    def _pruned(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int) -> np.ndarray:
+    def _pruned(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
         """`prune` of a grid, into a grid."""
         cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
-        kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live)]] = True
+        kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live, rng)]] = True
         return kept
 
     def _units(self, keep: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], ind
     if name in layers and name not in indices:
         layer = layers[name]
         energy = rng.random(layer.scheme.grid(layer.spec))
-        keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity))
+        keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
         indices[name] = FAMILIES.find(layer.kernels).index(layer, keep, program)
     if buffer.kind == "indices":
         return indices[name].arrays[part].ravel()

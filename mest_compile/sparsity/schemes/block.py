@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from mest_compile import checks
 from mest_compile.errors import UsageError
 from mest_compile.registry import scheme
 from mest_compile.sparsity.scheme import Scheme
@@ -21,7 +22,9 @@ class Block(Scheme):
     name = "block"
 
     def __post_init__(self):
-        if self.rows < 1 or self.columns < 1 or self.rows * self.columns > 16:
+        object.__setattr__(self, "rows", checks.whole("Block: rows", self.rows, 1))
+        object.__setattr__(self, "columns", checks.whole("Block: columns", self.columns, 1))
+        if self.rows * self.columns > 16:
             raise UsageError(f"a block of {self.rows}x{self.columns} weights; wanted 1x1 to 16 weights, such as 4x1")
 
     @classmethod

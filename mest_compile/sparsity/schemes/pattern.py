@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mest_compile.errors import SparsityError, StateError
-from mest_compile.mutation import grow_rows, prune_rows
+from mest_compile.mutation import choices, grow_rows, prune_rows
 from mest_compile.registry import scheme
 from mest_compile.sparsity.scheme import Scheme, check_sparsity
 
@@ -29,6 +29,7 @@ class Pattern(Scheme):
     """
 
     name = "pattern"
+    pointwise = False
 
     def block(self, layer):
         return 1, 1
@@ -56,17 +57,17 @@ class Pattern(Scheme):
     def count(self, layer, keep):
         return int(keep[:, :, 1, 1].sum())  # every pattern holds the centre
 
-    def start(self, layer, energy, live):
+    def start(self, layer, energy, live, rng):
         """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
         kept = np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
-        return self._pruned(layer, PATTERNS[kept.argmax(2)], energy, live)
+        return self._pruned(layer, PATTERNS[choices(kept, rng)], energy, live, rng)
 
     def units(self, layer, cells):
         return cells[::_LIVE_CELLS] // _CELLS
 
-    def prune(self, layer, cells, energy, live):
+    def prune(self, layer, cells, energy, live, rng):
         scores = sum(energy.reshape(layer.weight_shape[0], -1, _LIVE_CELLS).transpose(2, 0, 1))  # several times as fast as .sum(2)
-        return np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live)).ravel(), _LIVE_CELLS)
+        return np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live), rng).ravel(), _LIVE_CELLS)
 
     def grow(self, layer, cells, live, rng, energy):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
@@ -76,7 +77,7 @@ class Pattern(Scheme):
         alive.ravel()[self.units(layer, cells)] = True
         kept = None if energy is None else np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
         new = np.flatnonzero(grow_rows(alive, _each(layer, live), rng, None if kept is None else kept.max(2)) & ~alive)
-        chosen = rng.integers(len(PATTERNS), size=len(new)) if kept is None else kept.reshape(-1, len(PATTERNS))[new].argmax(1)
+        chosen = rng.integers(len(PATTERNS), size=len(new)) if kept is None else choices(kept.reshape(-1, len(PATTERNS))[new], rng)
         return ((new * _CELLS)[:, None] + _TAPS[chosen]).ravel().astype(np.int32)
 
     def collapse(self, layer, mask):

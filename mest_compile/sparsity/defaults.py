@@ -1,0 +1,54 @@
+"""Which layers stay dense when nobody says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mest_compile.sparsity.scheme import Scheme
+from mest_compile.spec import ForwardGraph, LayerSpec, Node
+
+
+def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme) -> list[str]:
+    """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of shortcuts, the classifier.
+    A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
+
+    specs: of the graph's layers, in order.
+    """
+    convolutions = {node.params["weight"]: node for node in graph.nodes if node.op == "conv2d"}
+    first = next(iter(convolutions), specs[-1].name)
+    small = [spec.name for spec in specs if spec.name in convolutions and spec.weight_shape[2:] == (1, 1)]
+    left = [name for name in small if not scheme.pointwise or _is_shortcut(graph, convolutions[name])]
+    return list(dict.fromkeys([first, *left, specs[-1].name]))
+
+
+def _is_shortcut(graph: ForwardGraph, convolution: Node) -> bool:
+    """Whether what it gives is added to what a path of more layers made of the same value."""
+    nodes = {node.name: node for node in graph.nodes}
+    starts = _before(convolution.inputs[0], nodes)
+    for node in graph.nodes:
+        if node.op == "add":
+            for mine, others in ((mine, [other for other in node.inputs if other != mine]) for mine in node.inputs):
+                if _before(mine, nodes)[-1] == convolution.name and any(_layers_between(starts, other, nodes) > 1 for other in others):
+                    return True
+    return False
+
+
+def _before(name: str, nodes: dict[str, Node]) -> list[str]:
+    """A value and those before it that normalisation, activations and pools made it of, up to a layer, an addition or the input."""
+    found = [name]
+    while name in nodes and nodes[name].op not in ("conv2d", "linear", "add"):
+        name = nodes[name].inputs[0]
+        found.append(name)
+    return found
+
+
+def _layers_between(starts: Sequence[str], end: str, nodes: dict[str, Node]) -> int:
+    """The most layers on a path from one of `starts` to `end`; -1 when there is none."""
+    most = {"input": 0 if "input" in starts else -1}
+    for name, node in nodes.items():
+        before = max(most[source] for source in node.inputs)
+        passed = before + (node.op in ("conv2d", "linear")) if before >= 0 else -1
+        most[name] = max(passed, 0 if name in starts else -1)
+        if name == end:
+            break
+    return most[end]
