@@ -30,3 +30,17 @@ def grow_grid(scheme, layer, keep, live, rng, energy=None):
     grown = keep.copy()
     grown.ravel()[scheme.grow(layer, np.flatnonzero(keep), live, rng, energy)] = True
     return grown
+
+
+def survivors(weights, masks, after, grown):
+    """{weight name: bool}: which weights live before and after a mutation and were kept. {name: array} of weights and masks, before and
+    after; no live weight was 0 before, so that those that died and were drawn again differ.
+    """
+    return {name: masks[name] & mask & (after[name] == weights[name]) for name, mask in grown.items()}
+
+
+def assert_starts(weights, mask, stay):
+    """New weights are 0, but for those in filters of which none stays: of these none is."""
+    revived = mask & ~stay.any(tuple(range(1, mask.ndim)), keepdims=True)
+    assert weights[revived].all() and not weights[mask & ~stay & ~revived].any()
+    return revived

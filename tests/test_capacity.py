@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from masks import assert_starts, survivors
 from test_schemes_step import Small
 from test_sparsity import live_unit_elems, unit_sums
 from test_step import make_batches
@@ -54,28 +55,26 @@ def test_whatever_phases_come_units_are_exact_legal_within_capacity_and_only_sur
     for batch in batches:
         step(*batch, lr=0.002)
         filled = {name: rng.standard_normal(mask.shape).astype(np.float32) * mask for name, mask in step.masks().items()}
-        step.load_state_dict(step.state_dict() | filled)  # no live weight is 0, so that what is 0 after the mutation is new
+        step.load_state_dict(step.state_dict() | filled)  # no live weight is 0, so that what stays can be told
         weights, momentum, masks = state_of(step)
         grow_to, prune_to = sorted(rng.uniform(DENSEST, 0.95, 2))
         grow_to = DENSEST if rng.random() < 0.3 else grow_to
         step.mutate(prune_to, grow_to, importance_lambda=rng.choice([0.0, 0.5]), rng=rng)
         after, moved, grown = state_of(step)
-        units = {}
+        units, stay = {}, survivors(weights, masks, after, grown)
         for name, mask in grown.items():
             layer = step.layers[name]
             elems, before = unit_sums(scheme, conv(mask)), unit_sums(scheme, conv(masks[name]))
             units[name] = np.count_nonzero(elems)
             wanted = [layer.scheme.live_units(layer.spec, sparsity) for sparsity in (prune_to, grow_to)]
-            survivors = unit_sums(scheme, conv(after[name] != 0)) > 0
+            stayed = unit_sums(scheme, conv(stay[name])) > 0
             assert units[name] == wanted[1] <= layer.capacity, name
-            assert np.count_nonzero(survivors) == min(wanted[0], np.count_nonzero(before)), name
+            assert np.count_nonzero(stayed) == min(wanted[0], np.count_nonzero(before)), name
             assert set(np.unique(elems)) == {0, live_unit_elems(scheme, layer.spec)}, name
             layer.scheme.collapse(layer.spec, conv(mask))  # patterns are of the eight, filters balanced
-            lives = after[name] != 0
-            assert masks[name][lives].all()
-            for new, old in ((after, weights), (moved, momentum)):
-                np.testing.assert_array_equal(new[name][lives], old[name][lives])
-                assert not new[name][~lives].any(), name
+            assert_starts(after[name], mask, stay[name])
+            np.testing.assert_array_equal(moved[name], np.where(stay[name], momentum[name], 0))
+            assert not after[name][~mask].any(), name
         for name in weights.keys() - grown.keys():  # biases, batch_norm, dense layers
             np.testing.assert_array_equal(after[name], weights[name])
         for name in momentum.keys() - grown.keys():
@@ -137,9 +136,9 @@ def test_a_budget_holds_in_the_densest_phase(scheme):
         make(scheme, memory_budget=10**9, grow_to=None).mutate(START, 0.7)
 
 
-@pytest.mark.parametrize("grow_to", [0.9, -0.1])
-def test_a_capacity_that_is_none_is_refused(grow_to):
-    with pytest.raises(UsageError, match="at most the model's 0.8"):
+@pytest.mark.parametrize("grow_to, message", [(0.9, "at most the model's 0.8"), (-0.1, "wanted a finite number of 0 or more")])
+def test_a_capacity_that_is_none_is_refused(grow_to, message):
+    with pytest.raises(UsageError, match=message):
         make("unstructured", grow_to=grow_to)
 
 

@@ -45,7 +45,7 @@ class SoftmaxStep:
         self.input_shape, self.batch, self.classes, self.target_sparsity = shape, shape[0], classes, sparsity
         units = math.prod(shape[1:]) * classes
         weight = np.random.default_rng(seed).standard_normal(units).astype(np.float32) * 0.01
-        keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity))
+        keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity), np.random.default_rng(seed))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
 
