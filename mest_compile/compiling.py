@@ -69,8 +69,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     scheme         name, "name:arguments" or a scheme object
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other layers dense
     distribution   "uniform" or "erk"
-    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts, the classifier, and what the log
-                   names because the scheme is for larger kernels
+    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with "pattern", which is for 3x3
+                   kernels, all 1x1 ones) and the classifier. The log says when that is more than half of the weights
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
                    exported, but needs a device to run
     threads        None: all cores

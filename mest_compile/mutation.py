@@ -41,35 +41,47 @@ def importance(weights: np.ndarray, gradients: np.ndarray | None, importance_lam
     return np.abs(weights) + np.asarray(importance_lambda, weights.dtype) * np.abs(gradients)
 
 
-def prune(scores: np.ndarray, live: int, units: int, rng: np.random.Generator, bounds: np.ndarray | None = None) -> np.ndarray:
+def prune(scores: np.ndarray, live: int, units: int, rng: np.random.Generator) -> np.ndarray:
     """Which live units stay, (alive,) bool: the `live` of highest score; of equal scores the generator chooses.
 
     scores  (alive,) float, of the live units
     units   live and dead
-    bounds  (filters + 1,): the live units of filter n are those from bounds[n] to bounds[n + 1]. The best of each stays first, so that
-            no filter dies while `live` is enough for all; where it is not, filters keep one or none. None: filters do not count
     Raises SparsityError when fewer than `live` units are alive, InputError when a score is NaN or infinite.
     """
     if not 0 <= live <= scores.size:
         raise SparsityError(f"cannot prune to {live} live units: {scores.size} of {units} are alive")
     _check_scores(scores)
-    chosen = _best(scores[None], live, rng)[0]
-    if bounds is None or not (_empty(np.flatnonzero(chosen), bounds) & (np.diff(bounds) > 0)).any():
-        return chosen
-    first = _best_of_each(scores, bounds, rng)
-    lifted = np.full(scores.shape, -np.inf) if live < len(first) else scores.astype(np.float64)
-    lifted[first] = scores[first] if live < len(first) else np.inf
-    return _best(lifted[None], live, rng)[0]
+    return _best(scores[None], live, rng)[0]
 
 
-def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None,
-         filters: int = 1) -> np.ndarray:
+def prune_filters(scores: np.ndarray, live: int, units: int, rng: np.random.Generator,
+                  bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the live units that stay, filters that none of them lies in), both ascending: `prune`, but no filter dies while `live` is
+    enough for all that live, and where it is not none keeps more than one unit.
+
+    bounds  (filters + 1,): the live units of filter n stand from bounds[n] to bounds[n + 1]
+    Raises as `prune` does. Ours.
+    """
+    stay = np.flatnonzero(prune(scores, live, units, rng))
+    ends = np.searchsorted(stay, bounds)
+    if (ends[1:] > ends[:-1]).all():
+        return stay, np.array([], np.intp)
+    if ((ends[1:] == ends[:-1]) & (bounds[1:] > bounds[:-1])).any():
+        best = _best_of_each(scores, bounds, rng)
+        few = live < len(best)
+        lifted = np.full(scores.shape, -np.inf) if few else scores.astype(np.float64)
+        lifted[best] = scores[best] if few else np.inf
+        stay = np.flatnonzero(_best(lifted[None], live, rng))
+        ends = np.searchsorted(stay, bounds)
+    return stay, np.flatnonzero(ends[1:] == ends[:-1])
+
+
+def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
     """Dead units that join the live ones until there are `live`, ascending: drawn evenly, or those of highest score.
 
     A unit that was pruned is as likely to be drawn again as any other dead one, and counts as new.
-    alive    the live units, ascending; units: live and dead
-    scores   (units,) float; of equal scores the generator chooses. None: it chooses all
-    filters  that the units lie in, one after the other, as many in each: one without a live unit gets one before the others grow
+    alive   the live units, ascending; units: live and dead
+    scores  (units,) float; of equal scores the generator chooses. None: it chooses all
     Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already, InputError when
     a score is NaN or infinite.
     """
@@ -80,26 +92,29 @@ def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, sco
         raise SparsityError(f"cannot grow to {live} live units: {alive.size} of {units} are alive already; prune first")
     if scores is not None:
         _check_scores(scores)
-    each = units // filters
-    dead = np.flatnonzero(_empty(alive, np.arange(filters + 1, dtype=alive.dtype) * each)) if filters > 1 else np.array([], int)
-    if not len(dead) or not count:
-        return _grown(alive, units, count, rng, scores)
-    wanted = rng.random((len(dead), each)) if scores is None else scores.reshape(filters, each)[dead]
-    place = choices(wanted, rng)
-    chosen = _best(wanted[None, np.arange(len(dead)), place], min(count, len(dead)), rng)[0]
-    first = (dead * each + place)[chosen]
-    merged = np.sort(np.concatenate([alive, first.astype(alive.dtype)]))
-    return np.sort(np.concatenate([first, _grown(merged, units, count - len(first), rng, scores)]))
-
-
-def _grown(alive: np.ndarray, units: int, count: int, rng: np.random.Generator, scores: np.ndarray | None) -> np.ndarray:
-    """`count` dead units, wherever they lie."""
-    if scores is not None:
         dead = np.delete(np.arange(units), alive)
         return dead[_best(scores[dead][None], count, rng)[0]]
     # Listing the dead would cost more than all the rest: the one with n dead before it stands behind the live ones with n or fewer.
     drawn = np.sort(rng.choice(units - alive.size, size=count, replace=False))
     return drawn + np.searchsorted(alive - np.arange(alive.size), drawn, side="right")
+
+
+def grow_filters(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None,
+                 dead: np.ndarray, each: int) -> np.ndarray:
+    """`grow`, but filters without a live unit get one each before others grow.
+
+    dead  those filters, ascending; each: units of every filter, of which filter n has those from n * each
+    Raises as `grow` does. Ours.
+    """
+    if not len(dead) or live <= alive.size:
+        return grow(alive, units, live, rng, scores)
+    if scores is not None:
+        _check_scores(scores)
+    wanted = rng.random((len(dead), each)) if scores is None else scores.reshape(-1, each)[dead]
+    place = choices(wanted, rng)
+    chosen = _best(wanted[None, np.arange(len(dead)), place], min(live - alive.size, len(dead)), rng)[0]
+    first = (dead * each + place)[chosen]
+    return np.sort(np.concatenate([first, grow(np.sort(np.concatenate([alive, first])), units, live, rng, scores)]))
 
 
 def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
@@ -129,11 +144,6 @@ def choices(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if np.count_nonzero(highest) > highest[..., 0].size:
         return np.where(highest, rng.random(scores.shape), -1.0).argmax(-1)
     return highest.argmax(-1)
-
-
-def _empty(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Which stretches, each from one bound to the next, hold none of the ascending places."""
-    return np.diff(np.searchsorted(places, bounds)) == 0
 
 
 def _check_scores(scores: np.ndarray) -> None:

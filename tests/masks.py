@@ -22,13 +22,14 @@ def grow(keep, live, rng, scores=None):
 def prune_grid(scheme, layer, keep, energy, live, rng):
     """The same of a scheme's grid."""
     cells, kept = np.flatnonzero(keep), np.zeros(keep.shape, bool)
-    kept.ravel()[cells[scheme.prune(layer, cells, energy.ravel()[cells], live, rng)]] = True
+    kept.ravel()[cells[scheme.prune(layer, cells, energy.ravel()[cells], live, rng)[0]]] = True
     return kept
 
 
 def grow_grid(scheme, layer, keep, live, rng, energy=None):
     grown = keep.copy()
-    grown.ravel()[scheme.grow(layer, np.flatnonzero(keep), live, rng, energy)] = True
+    dead = np.flatnonzero(~keep.any((1, 2, 3)))
+    grown.ravel()[scheme.grow(layer, np.flatnonzero(keep), live, rng, energy, dead)] = True
     return grown
 
 

@@ -169,7 +169,7 @@ def test_equal_scores_are_drawn_evenly_whatever_decides():
 def test_where_no_scores_are_equal_the_generator_is_not_asked():
     scores, rng = np.random.default_rng(1).permutation(40).astype(float), np.random.default_rng(0)
     before = rng.bit_generator.state
-    mutation.prune(scores, 12, 40, rng, np.arange(0, 41, 4))
+    mutation.prune_filters(scores, 30, 40, rng, np.array([0, 10, 25, 40]))
     prune_rows(np.ones((4, 10), bool), scores.reshape(4, 10), 3, rng)
     grow(scores < 20, 30, rng, scores)
     choices(scores.reshape(4, 10), rng)
@@ -184,10 +184,12 @@ def test_no_filter_dies_while_there_are_units_for_all(lengths, data, seed):
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     scores = rng.integers(0, 9, bounds[-1]).astype(float)
     live = data.draw(st.integers(0, int(bounds[-1])))
-    stay = mutation.prune(scores, live, 6 * len(lengths), rng, bounds)
+    stay = np.zeros(len(scores), bool)
+    places, dead = mutation.prune_filters(scores, live, 6 * len(lengths), rng, bounds)
+    stay[places] = True
     each = np.array([stay[start:end].sum() for start, end in pairwise(bounds)])
     alive = np.count_nonzero(lengths)
-    assert stay.sum() == live == each.sum()
+    assert stay.sum() == live == each.sum() and (np.diff(places) > 0).all() and (np.flatnonzero(each == 0) == dead).all()
     assert np.count_nonzero(each) == min(live, alive)
     for start, end in pairwise(bounds):
         if stay[start:end].any():
@@ -203,7 +205,7 @@ def test_a_dead_filter_grows_first(filters, each, scored, data, seed):
     keep = rng.random((filters, each)) < 0.3
     live = data.draw(st.integers(int(keep.sum()), keep.size))
     scores = rng.integers(0, 3, keep.size).astype(float) if scored else None
-    new = mutation.grow(np.flatnonzero(keep), keep.size, live, rng, scores, filters)
+    new = mutation.grow_filters(np.flatnonzero(keep), keep.size, live, rng, scores, np.flatnonzero(~keep.any(1)), each)
     grown = keep.copy()
     grown.ravel()[new] = True
     assert (np.diff(new) > 0).all() and not keep.ravel()[new].any()

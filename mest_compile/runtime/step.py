@@ -344,22 +344,21 @@ class TrainStep:
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
-            stay = np.flatnonzero(scheme.prune(spec, cells, energy, fewest, rng))
+            stay, dead = scheme.prune(spec, cells, energy, fewest, rng)
             wanted = None if gradients is None else scheme.energy(spec, as_conv(np.asarray(gradients[name])))
-            new = scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted)
-            changes[name] = stay, new, self._start_of(name, stay, new, rng)
+            new = scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted, dead)
+            changes[name] = stay, new, self._start_of(name, stay, new, dead, rng)
         return self._exchange_all(changes, start)  # nothing is changed before all layers were asked, any of which may refuse
 
-    def _start_of(self, name: str, stay: np.ndarray, new: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    def _start_of(self, name: str, stay: np.ndarray, new: np.ndarray, dead: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         """What new cells start at: 0, next to live ones. A filter all of whose weights are 0 may get no gradient: the normalisation behind
-        it gives its bias, and a ReLU nothing where that is not above 0. So those of one that has none left are drawn as large as the
-        layer's weights are. (new, weights of a cell) float32; None: all start at 0. Ours: MEST and RigL start all at 0.
+        it gives its bias, and a ReLU nothing where that is not above 0. So those of `dead`, the groups of filters of which nothing stays,
+        are drawn as large as the layer's weights are. (new, weights of a cell) float32; None: all start at 0. Ours: MEST's start at 0.
         """
-        layer = self._compiled.layers[name]
-        revived = layer.scheme.revived(layer.spec, self._state.cells[name].take(stay), new)
-        if not revived.any():
+        if not len(dead) or not len(new):
             return None
-        elems = layer.scheme.cell_elems(layer.spec)
+        layer = self._compiled.layers[name]
+        elems, revived = layer.scheme.cell_elems(layer.spec), layer.scheme.lie_in(layer.spec, new, dead)
         living = self._state.get(name).reshape(-1, elems).take(self._state.places[name].take(stay), axis=0)
         start = np.zeros((len(new), elems), np.float32)
         start[revived] = rng.standard_normal((int(revived.sum()), elems)) * np.sqrt(np.square(living, dtype=np.float64).mean())

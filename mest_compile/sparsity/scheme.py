@@ -8,7 +8,7 @@ lists live cells, int32 places in the grid, ascending: at usual sparsities that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import reduce
+from functools import cache, reduce
 from math import prod
 from typing import ClassVar
 
@@ -107,47 +107,46 @@ class Scheme(ABC):
         grid = self.grid(layer)
         return self._alive(cells.reshape(self._listed(grid))).ravel() // _strides(grid)[self._axis]
 
-    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
-        """Which of the live cells stay, (cells,) bool: those of the `live` units of most energy; of equals the generator chooses.
+    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int,
+              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(places in the list of the live cells that stay, groups of filters that none of these lies in), both ascending: the `live` units
+        of most energy; of equals the generator chooses. A filter that lives keeps its best unit while `live` is enough for all, where
+        units are smaller than filters.
 
-        A filter that lives keeps its best unit while `live` is enough for all, where units do not span filters.
         energy (cells,). Raises SparsityError, InputError (NaN, infinite, or not one a cell).
         """
         if energy.shape != cells.shape:
             raise InputError(f"{layer.name}: prune needs one energy a cell: {cells.shape}, not {energy.shape}")
         grid = self.grid(layer)
         if not self.spans:
-            return mutation.prune(energy, live, prod(grid), rng, self._filters(layer, cells))
+            bounds = np.searchsorted(cells, _filter_starts(grid[0], prod(grid[1:])))
+            return mutation.prune_filters(energy, live, prod(grid), rng, bounds)
         listed = energy.reshape(self._listed(grid))
         stays = mutation.prune(self._sums(listed), live, grid[self._axis], rng)
-        return np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape).ravel()
+        kept = np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape)
+        groups = np.arange(0 if 0 in self.spans else grid[0])  # units that span filters leave none dead; others here are whole filters
+        return np.flatnonzero(kept), np.delete(groups, self.units(layer, cells)[stays]) if len(groups) else groups
 
-    def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None) -> np.ndarray:
+    def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None,
+             dead: np.ndarray) -> np.ndarray:
         """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn evenly.
 
-        A filter without a live unit gets one before others do, where units do not span filters.
+        dead  groups of filters without a live unit, as `prune` gives them, which get one each before others do
         Raises SparsityError, CapacityError, InputError.
         """
         grid = self.grid(layer)
         if not self.spans:
-            return mutation.grow(cells, prod(grid), live, rng, None if energy is None else energy.ravel(), grid[0]).astype(np.int32)
+            scores = None if energy is None else energy.ravel()
+            return mutation.grow_filters(cells, prod(grid), live, rng, scores, dead, prod(grid[1:])).astype(np.int32)
         units = mutation.grow(self.units(layer, cells), grid[self._axis], live, rng,
                               None if energy is None else self._sums(energy)).astype(np.int32)
         places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
                   for axis, (size, stride) in enumerate(zip(grid, _strides(grid), strict=True))]
         return reduce(np.add, np.ix_(*places)).ravel()
 
-    def revived(self, layer: LayerSpec, stay: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Which of the new cells lie in filters that none of those that stay lie in, (new,) bool. Both ascending."""
-        empty = np.diff(self._filters(layer, stay)) == 0
-        if not empty.any():
-            return np.zeros(len(new), bool)
-        return empty.take(new // prod(self.grid(layer)[1:]))
-
-    def _filters(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
-        """(groups + 1,): where in a list of cells each group of filters begins, and where the last ends."""
-        groups, *rest = self.grid(layer)
-        return np.searchsorted(cells, np.arange(groups + 1, dtype=cells.dtype) * prod(rest))
+    def lie_in(self, layer: LayerSpec, cells: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Which cells lie in one of the groups of filters, (cells,) bool."""
+        return np.isin(cells // prod(self.grid(layer)[1:]), groups)
 
     # Masks of weights.
 
@@ -171,7 +170,7 @@ class Scheme(ABC):
     def _pruned(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
         """`prune` of a grid, into a grid."""
         cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
-        kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live, rng)]] = True
+        kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live, rng)[0]]] = True
         return kept
 
     def _units(self, keep: np.ndarray) -> np.ndarray:
@@ -201,6 +200,12 @@ class Scheme(ABC):
 def _strides(grid: tuple[int, ...]) -> list[int]:
     """How far neighbours on each axis of the grid are apart."""
     return [prod(grid[axis + 1:]) for axis in range(len(grid))]
+
+
+@cache
+def _filter_starts(groups: int, each: int) -> np.ndarray:
+    """Where in the grid each group of filters begins, and the last ends."""
+    return np.arange(groups + 1, dtype=np.int32) * np.int32(each)
 
 
 def check_sparsity(layer: LayerSpec, sparsity: float) -> None:

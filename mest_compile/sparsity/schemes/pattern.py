@@ -67,9 +67,10 @@ class Pattern(Scheme):
 
     def prune(self, layer, cells, energy, live, rng):
         scores = sum(energy.reshape(layer.weight_shape[0], -1, _LIVE_CELLS).transpose(2, 0, 1))  # several times as fast as .sum(2)
-        return np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live), rng).ravel(), _LIVE_CELLS)
+        stays = np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live), rng).ravel(), _LIVE_CELLS)
+        return np.flatnonzero(stays), np.array([], np.intp)  # every filter keeps a kernel
 
-    def grow(self, layer, cells, live, rng, energy):
+    def grow(self, layer, cells, live, rng, energy, dead):
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
         patterns have most.
         """
