@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import mest_compile as mest
-from mest_compile import compiling
+from mest_compile import compiling, frontend
 from mest_compile.errors import BudgetError, MestError, SpecError, UnknownName
+from mest_compile.frontend import import_model
 from mest_compile.models import build_model
 from mest_compile.spec import LayerSpec
 
@@ -54,8 +55,14 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def imported():
+    return import_model(net(), SHAPE)
+
+
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in REFUSED.items() for value in values])
-def test_what_cannot_be_meant_is_one_line_that_names_the_argument(name, value, monkeypatch):
+def test_what_cannot_be_meant_is_one_line_that_names_the_argument(name, value, monkeypatch, imported):
+    monkeypatch.setattr(frontend, "import_model", lambda model, input_shape: imported)
     monkeypatch.setattr(compiling, "_make", None)  # nothing may be compiled
     with pytest.raises(MestError, match=name) as caught:
         compiled(**{name: value})

@@ -131,12 +131,16 @@ def test_the_spare_units_of_a_sparser_net_are_spread_over_all_rows_by_the_seed()
     weight = net[0].weight.data
     weight *= weight.abs() > weight.abs().flatten().kthvalue(int(0.95 * weight.numel())).values
 
-    def mask(seed):
-        return mest.compile(net, (8, 32), scheme="unstructured", sparsity=0.8, seed=seed, threads=1).masks()["0.weight"]
+    layer, scheme = LayerSpec("0.weight", (32, 32, 1, 1), (8, 32, 1, 1)), parse_scheme("unstructured")
 
-    one, other = mask(0), mask(1)
-    assert (mask(0) == one).all() and (one != other).any()
-    for found in (one, other):
+    def start(seed):
+        energy = scheme.energy(layer, weight.numpy().reshape(layer.weight_shape))
+        return scheme.start(layer, energy, scheme.live_units(layer, 0.8), np.random.default_rng(seed)).reshape(32, 32)
+
+    one, other = start(0), start(1)
+    assert (start(0) == one).all() and (one != other).any()
+    step = mest.compile(net, (8, 32), scheme="unstructured", sparsity=0.8, seed=1, threads=1)
+    for found in (one, step.masks()["0.weight"]):
         assert found.sum() == round(0.2 * 1024) and found[weight.numpy() != 0].all()
         assert 1 <= found.sum(1).min() and found.sum(1).max() < 16
 
