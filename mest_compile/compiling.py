@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile import choosing
+from mest_compile import checks, choosing, exclusive
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
@@ -82,13 +82,15 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     """
     from mest_compile.frontend import import_model
 
+    exclusive.this_process()
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
     if not 0 <= label_smoothing < 1:
         raise UsageError(f"label_smoothing is {label_smoothing}; wanted a share of 0 or more and below 1")
     input_shape = _check_shape(input_shape)
     target = target.for_batch(input_shape[0])
-    threads = _check_threads(threads, target)
-    graph, state = import_model(model, input_shape)
+    threads = _check_threads(threads, target.cores)
+    with exclusive.COMPILER:
+        graph, state = import_model(model, input_shape)
     records = records or Records.of(target)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
@@ -118,13 +120,14 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
     that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
     """
+    exclusive.this_process()
     arrays, document = checkpoint.read(path)
     try:
         facts = Facts.from_json(document)
     except (KeyError, TypeError) as problem:
         raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, document.get("knobs", {}))
+    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, document.get("knobs", {}))
     step._restore(arrays, document, path)
     return step
 
@@ -159,7 +162,9 @@ def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
         return _make(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
 
-    return TrainStep(_compile(facts, builder, device, tuned), state, dense)
+    with exclusive.COMPILER:
+        compiled = _compile(facts, builder, device, tuned)
+    return TrainStep(compiled, state, dense)
 
 
 def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned) -> Compiled:
@@ -180,9 +185,10 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         return sources[program.name][call].symbol
 
     def library() -> bytes:
-        if target.device == "opencl":
-            return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
-        return link_step(functions, symbol, builder.objects(every), target)
+        with exclusive.COMPILER:
+            if target.device == "opencl":
+                return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
+            return link_step(functions, symbol, builder.objects(every), target)
 
     def kernels() -> dict[str, dict[str, Any]]:
         built = builder.build(every)
@@ -227,9 +233,5 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def _check_threads(threads: int | None, target: Target) -> int:
-    if threads is None:
-        return target.cores
-    if not isinstance(threads, int) or threads < 1:
-        raise UsageError(f"threads is {threads!r}; wanted a whole number of 1 or more, or None for all cores")
-    return threads
+def _check_threads(threads: int | None, usual: int) -> int:
+    return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")

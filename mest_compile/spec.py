@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
 
+from mest_compile import checks
 from mest_compile.errors import SpecError
 
 FLOAT_BYTES = 4
@@ -61,8 +63,9 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self):
-        if not (self.lr >= 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):
-            raise SpecError(f"SGD needs lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, got {self}")
+        for name, below in (("lr", inf), ("momentum", 1.0), ("weight_decay", inf)):
+            object.__setattr__(self, name, checks.number(f"SGD: {name}", getattr(self, name), below=below, error=SpecError))
+        checks.flag("SGD: nesterov", self.nesterov, error=SpecError)
         if self.nesterov and self.momentum == 0:
             raise SpecError("nesterov needs a momentum above 0")
 
