@@ -65,8 +65,8 @@ def mask(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise StateError(f"{name}: the mask has shape {found.shape}, the weight {tuple(shape)}")
     live = found == 1
     if odd := np.count_nonzero(~live & (found != 0)):
-        raise StateError(f"{name}: a mask is True where a weight lives, else False, or 1 and 0; {odd} values are others: compare scores with "
-                         "a threshold first")
+        raise StateError(f"{name}: a mask is True where a weight lives, else False, or 1 and 0; {odd} values are others: compare scores "
+                         "with a threshold first")
     return live
 
 
@@ -74,7 +74,7 @@ def gradients(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
     """{weight name: float32 array} of all of `shapes`. Raises InputError; values must be finite."""
     if not isinstance(value, Mapping) or shapes.keys() - value.keys():
         missing = sorted(shapes) if not isinstance(value, Mapping) else sorted(shapes.keys() - value.keys())
-        raise InputError(f"gradients lack {shortened(missing)}; wanted {{weight name: array}} of every sparse layer, as dense_gradients gives")
+        raise InputError(f"gradients lack {shortened(missing)}; wanted {{weight name: array}} of every sparse layer")
     found = {name: array(value[name], np.float32, f"gradients of {name}") for name in shapes}
     for name, shape in shapes.items():
         if found[name].shape != tuple(shape):

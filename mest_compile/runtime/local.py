@@ -33,7 +33,9 @@ class LocalRunner:
     def __init__(self, kernels: Mapping[str, Mapping[str, Any]], programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], target: Target,
                  threads: int):
         import tvm
+        import tvm_ffi
 
+        tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)  # else Ctrl-C where TVM calls us comes out as a RuntimeError
         self._tvm, self._device = tvm, tvm.cpu(0)
         self._programs, self._threads = programs, threads
         # Each with a view of its memory: TVM's own copies cost more than most arrays of a layer.
