@@ -215,7 +215,7 @@ def test_an_interrupted_change_on_a_device_is_finished_or_the_device_is_lost_and
         step.restore(tmp_path / "first")
         lines = lines_of(lambda: step.mutate(0.7, 0.6))
         new, told = outcome(step, batch), 0
-        for place in random.Random(2).choices(range(1, lines + 1), k=max(3, PLACES // 10)):
+        for place in random.Random(2).choices(range(1, lines + 1), k=max(3, PLACES // 13)):
             step.restore(tmp_path / "first")
             Interruption(place).of(lambda: step.mutate(0.7, 0.6))
             try:

@@ -153,6 +153,8 @@ class Session:
 
     def lost(self) -> str | None:
         """Why the device is gone; None: it is not. The link's process ends with the connection."""
+        if not self.close.alive:
+            return "the session was closed, by close() or by Ctrl-C in the middle of an exchange; call step.reconnect(), then restore"
         try:
             self._link.wait(2)
         except subprocess.TimeoutExpired:
