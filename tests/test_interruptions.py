@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from device import emulated
+from test_specializing import always  # noqa: F401
 from torch import nn
 
 import mest_compile as mest
@@ -203,6 +204,30 @@ def test_what_a_device_refuses_in_the_middle_is_finished_by_the_next_call(proble
     with pytest.raises(problem):
         step.mutate(0.7, 0.6, rng=np.random.default_rng(1))
     assert outcome(step, batch) == new
+
+
+def test_an_interrupted_change_leaves_no_specialized_kernel_of_another_mask(batch, always, tmp_path):  # noqa: F811
+    """What runs afterwards, specialized or not, gives what indexed kernels give."""
+    step, plain = compiled(scheme="filter"), compiled(scheme="filter")
+    step.specialize()
+    for name in ("first", "second"):
+        step(*batch, lr=0.1)
+        step.save(tmp_path / name)
+        step.mutate(0.6, 0.4, rng=np.random.default_rng(0))
+    wanted = {}
+    for name in ("first", "second"):
+        plain.restore(tmp_path / name)
+        wanted[name] = outcome(plain, batch)
+    step.restore(tmp_path / "first")
+    lines = lines_of(lambda: step.restore(tmp_path / "second"))
+    for place in random.Random(3).choices(range(1, lines + 1), k=max(1, PLACES // 4)):
+        step.restore(tmp_path / "first")
+        Interruption(place).of(lambda: step.restore(tmp_path / "second"))
+        Interruption(place // 20).of(lambda: step(*batch, lr=0.0))  # which puts in place what has been compiled since
+        step.restore(tmp_path / "first") if place % 2 else step.restore(tmp_path / "second")
+        assert outcome(step, batch) == wanted["first" if place % 2 else "second"], place
+    assert any(step._specializer.running(name) == "specialized" for name in step.layers)
+    step._specializer.workers.close()
 
 
 @pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
