@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile import checks, choosing
+from mest_compile import checks, choosing, exclusive
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
@@ -91,6 +91,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     """
     from mest_compile.frontend import import_model
 
+    exclusive.this_process()
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer)
     input_shape, seed = checks.shape("input_shape", input_shape), checks.whole("seed", seed)
     label_smoothing = checks.number("label_smoothing", label_smoothing, below=1)
@@ -103,7 +104,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
     target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target.cores)
-    graph, state = import_model(model, input_shape)
+    with exclusive.COMPILER:
+        graph, state = import_model(model, input_shape)
     records = Records.of(target) if records is None else records.for_target(target)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
@@ -135,6 +137,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
     that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
     """
+    exclusive.this_process()
     _check_objects(builder, device, None)
     arrays, document = checkpoint.read(path)
     try:
@@ -177,7 +180,9 @@ def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
         return _make(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
 
-    return TrainStep(_compile(facts, builder, device, tuned), state, dense)
+    with exclusive.COMPILER:
+        compiled = _compile(facts, builder, device, tuned)
+    return TrainStep(compiled, state, dense)
 
 
 def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned) -> Compiled:
@@ -198,9 +203,10 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         return sources[program.name][call].symbol
 
     def library() -> bytes:
-        if target.device == "opencl":
-            return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
-        return link_step(functions, symbol, builder.objects(every), target)
+        with exclusive.COMPILER:
+            if target.device == "opencl":
+                return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
+            return link_step(functions, symbol, builder.objects(every), target)
 
     def kernels() -> dict[str, dict[str, Any]]:
         built = builder.build(every)

@@ -2,10 +2,13 @@
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mest_compile.errors import DuplicateName, UnknownName
+
+_loading = threading.RLock()  # one for all: a plug-in may be in two registries
 
 
 class Registry(dict[str, Any]):
@@ -15,19 +18,25 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.kind = kind
         self.package = package
-        self._loaded = False
+        self._begun = self._loaded = False
 
     def load(self) -> "Registry":
-        """Imports every module of the package once; returns self."""
+        """Imports every module of the package once; returns self, with all there is: another thread waits until it is there."""
         if not self._loaded:
-            self._loaded = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+            with _loading:
+                if not self._begun:  # a plug-in may ask for others while it is imported
+                    self._begun = True
+                    try:
+                        package = importlib.import_module(self.package)
+                        for module in pkgutil.iter_modules(package.__path__):
+                            importlib.import_module(f"{self.package}.{module.name}")
+                        self._loaded = True
+                    finally:
+                        self._begun = self._loaded  # what was interrupted begins anew
         return self
 
     def add(self, name: str, item: Any) -> None:
-        if name in self:
+        if name in self and _origin(item) != _origin(self[name]):  # a file whose import was interrupted is imported again
             raise DuplicateName(f"{self.kind} {name!r} is registered twice; is its file imported twice?")
         self[name] = item
 
@@ -43,6 +52,12 @@ class Registry(dict[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
+
+
+def _origin(item: Any) -> tuple[str, str]:
+    """Module and name of what a plug-in is, or is an instance of."""
+    made = item if hasattr(item, "__qualname__") else type(item)
+    return made.__module__, made.__qualname__
 
 
 SCHEMES = Registry("scheme", "mest_compile.sparsity.schemes")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile import __version__
+from mest_compile import __version__, checks, exclusive
 from mest_compile.elf import read_library
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, StateError, TargetError, UsageError
 from mest_compile.facts import Facts
@@ -92,6 +92,7 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
     """
     from mest_compile.runtime.step import Compiled, TrainStep
 
+    exclusive.this_process()
     path = Path(path)
     manifest = _read_manifest(path)
     try:
@@ -105,7 +106,7 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
         raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
                          f"than those of {__version__}, which is installed here; use the same version on both sides")
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
-    wanted = facts.threads if threads is None else threads
+    wanted = facts.threads if threads is None else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
     runner = partial(LibraryRunner, path / LIBRARY, functions, min(wanted, len(os.sched_getaffinity(0))), find_runtime(path, runtime))
 
     def dense() -> TrainStep:
@@ -198,7 +199,7 @@ class LibraryRunner:
         self._ffi = tvm_ffi
         try:
             self._runtime = ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-            module = tvm_ffi.load_module(str(library.resolve()))
+            module = tvm_ffi.load_module(str(library.resolve()), keep_module_alive=False)  # else it would outlive the step
         except (OSError, RuntimeError) as problem:
             raise DeviceError(f"{library} cannot be loaded: {problem}") from problem
         self._programs, self._threads = programs, threads
@@ -206,28 +207,27 @@ class LibraryRunner:
         self._machine = module["vm_load_executable"]()
         self._machine["vm_initialization"](CPU, 0, POOLED)
         self._functions = {name: self._machine[name] for name in programs}
-        self._arrays: dict[str, np.ndarray] = {}
-        self._tensors: dict[str, Any] = {}
+        self._held: dict[str, tuple[np.ndarray, Any]] = {}  # with the tensor in its memory
         self._arguments: dict[str, list] = {}
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Copies an array, flat, into the one of that name; a new size makes a new one."""
-        flat, there = np.asarray(array).ravel(), self._arrays.get(name)
-        if there is None or there.size != flat.size or there.dtype != flat.dtype:
-            self._arrays[name] = there = _aligned(flat.size, flat.dtype)
-            self._tensors[name] = self._ffi.from_dlpack(there)
-            self._arguments.clear()
-        there[...] = flat
+        flat, held = np.asarray(array).ravel(), self._held.get(name)
+        if held is None or held[0].size != flat.size or held[0].dtype != flat.dtype:
+            self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
+            there = _aligned(flat.size, flat.dtype)
+            self._held[name] = held = there, self._ffi.from_dlpack(there)
+        held[0][...] = flat
 
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name."""
-        return self._arrays[name].copy()
+        return self._held[name][0].copy()
 
     def run(self, function: str) -> None:
         """Runs one of `programs`."""
         self._threadpool(1, self._threads)
         if function not in self._arguments:
-            self._arguments[function] = [self._tensors[buffer.name] for buffer in self._programs[function][0].held()]
+            self._arguments[function] = [self._held[buffer.name][1] for buffer in self._programs[function][0].held()]
         self._functions[function](*self._arguments[function])
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from mest_compile import exclusive
 from mest_compile.graph.emitting import emit, kernel_name
 from mest_compile.graph.program import Program, Stage
 from mest_compile.hardware import Target
 
 _numbers = itertools.count()
+_naming = threading.Lock()  # TVM's table of global names is the process's
 
 
 class LocalRunner:
@@ -30,11 +33,13 @@ class LocalRunner:
     def __init__(self, kernels: Mapping[str, Mapping[str, Any]], programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], target: Target,
                  threads: int):
         import tvm
+        import tvm_ffi
 
+        tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)  # else Ctrl-C where TVM calls us comes out as a RuntimeError
         self._tvm, self._device = tvm, tvm.cpu(0)
         self._programs, self._threads = programs, threads
-        self._tensors: dict[str, Any] = {}
-        self._views: dict[str, np.ndarray] = {}  # of the tensors' memory: TVM's own copies cost more than most arrays of a layer
+        # Each with a view of its memory: TVM's own copies cost more than most arrays of a layer.
+        self._held: dict[str, tuple[Any, np.ndarray]] = {}
         self._arguments: dict[str, list] = {}
         self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
         self._functions = {kernel_name(prefix, program, call.name): kernels[program.name][call.name]
@@ -44,23 +49,25 @@ class LocalRunner:
         def name(program: Program, call: str) -> str:
             return kernel_name(prefix, program, call)
 
-        self._executable = tvm.compile(emit(programs, name, f"{prefix}.arena"), target=target.to_tvm())
+        with exclusive.COMPILER:
+            self._executable = tvm.compile(emit(programs, name, f"{prefix}.arena"), target=target.to_tvm())
+        self._executable.mod.clear_imports()  # an object without code, which TVM would link, load and never let go
         self._machine = self._new_machine()
         self._machine["arena"]()
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Copies an array, flat, into the tensor of that name; a new size makes a new tensor."""
-        view = self._views.get(name)
-        if view is not None and view.size == array.size:
-            view[...] = array.reshape(-1)
+        held = self._held.get(name)
+        if held is not None and held[1].size == array.size:
+            held[1][...] = array.reshape(-1)
             return
-        tensor = self._tensors[name] = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
-        self._views[name] = np.from_dlpack(tensor)
-        self._arguments.clear()
+        self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
+        tensor = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
+        self._held[name] = tensor, np.from_dlpack(tensor)
 
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name."""
-        return self._views[name].copy()
+        return self._held[name][1].copy()
 
     def exchange(self, kernels: Mapping[str, Any]) -> None:
         """Puts other kernels in place of some of the training program's: {call name: callable}."""
@@ -72,7 +79,7 @@ class LocalRunner:
         """Runs one of `programs`."""
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
         if function not in self._arguments:
-            self._arguments[function] = [self._tensors[buffer.name] for buffer in self._programs[function][0].held()]
+            self._arguments[function] = [self._held[buffer.name][0] for buffer in self._programs[function][0].held()]
         self._machine[function](*self._arguments[function])
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
@@ -89,22 +96,16 @@ class LocalRunner:
                 passes[-1][name] = time.perf_counter() - begun[name]
             return 0  # go on
 
-        watched, usual = self._new_machine(), self._machine
-        whole = []
-        try:
-            self._machine = watched
+        watched, whole = self._new_machine(), []
+        self.run(function)
+        watched[function](*self._arguments[function])
+        watched.set_instrument(watch)
+        for _ in range(repeats):
+            passes.append({})
+            watched[function](*self._arguments[function])
+            start = time.perf_counter()
             self.run(function)
-            watched.set_instrument(watch)
-            for _ in range(repeats):
-                passes.append({})
-                self._machine = watched
-                self.run(function)
-                self._machine = usual
-                start = time.perf_counter()
-                self.run(function)
-                whole.append(time.perf_counter() - start)
-        finally:
-            self._machine = usual
+            whole.append(time.perf_counter() - start)
         seconds = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
         return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
@@ -115,13 +116,14 @@ class LocalRunner:
         from tvm import relax
         from tvm_ffi.registry import remove_global_func
 
-        for name, function in self._functions.items():
-            self._tvm.register_global_func(name, function, override=True)
-        try:
-            return relax.VirtualMachine(self._executable, self._device)
-        finally:
-            for name in self._functions:
-                remove_global_func(name)
+        with _naming:
+            try:
+                for name, function in self._functions.items():
+                    self._tvm.register_global_func(name, function, override=True)
+                return relax.VirtualMachine(self._executable, self._device)
+            finally:
+                for name in self._functions:
+                    remove_global_func(name)
 
 
 def ask_for_huge_pages(storages: Iterable[Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from mest_compile.errors import DeviceError, NotInstalled
 from mest_compile.graph.program import Buffer, Call, Program
 from mest_compile.opencl_kernels import Launch, OpenclKernel
+from mest_compile.runtime.changes import uninterrupted
 
 FLAGS = "-cl-std=CL1.2"
 RESULTS = frozenset({"loss", "correct", "logits"})  # what a caller asks for behind a run
@@ -101,10 +102,11 @@ class OpenclRunner:
         """Copies a flat array to the device under that name, without waiting. A new size makes a new buffer."""
         flat = np.array(array).ravel()  # a copy: the caller may change the array before it is on the device
         if self._elems.get(name) != (flat.size, flat.dtype):
+            self._elems.pop(name, None)  # until there is one: an interruption leaves none that is not what is said of it
+            self._ready.clear()
             with self._errors(f"{name} cannot be allocated"):
                 self._held[name] = self._new(flat.nbytes)
             self._elems[name] = flat.size, flat.dtype
-            self._ready.clear()
         self._results.pop(name, None)
         if flat.size:
             with self._errors(f"{name} cannot be uploaded"):
@@ -131,9 +133,10 @@ class OpenclRunner:
         """Starts "train", "gradients" or "predict" and, behind it, the way back of its results: the first `get` waits, others need not."""
         if name not in self._ready:
             self._ready[name] = self._prepare(name)
-        for kernel, launch, call in self._ready[name]:
-            with self._errors(f"{call} ({launch.name}) cannot be launched"):
-                self._launch(kernel, launch)
+        with uninterrupted():
+            for kernel, launch, call in self._ready[name]:
+                with self._errors(f"{call} ({launch.name}) cannot be launched"):
+                    self._launch(kernel, launch)
         self._results, self._arrived = {}, False
         program, stages = self._programs[name]
         there = {buffer.name for call in program.calls if call.stage in stages for buffer in call.buffers}

@@ -153,6 +153,8 @@ class Session:
 
     def lost(self) -> str | None:
         """Why the device is gone; None: it is not. The link's process ends with the connection."""
+        if not self.close.alive:
+            return "the session was closed, by close() or by Ctrl-C in the middle of an exchange; call step.reconnect(), then restore"
         try:
             self._link.wait(2)
         except subprocess.TimeoutExpired:
@@ -210,8 +212,8 @@ class RemoteRunner:
         """Sends an array, flat; does not wait until it is there."""
         flat, there = np.ascontiguousarray(array).ravel(), self._tensors.get(name)
         if there is None or there.shape[0] != flat.size or there.dtype != flat.dtype:
-            self._tensors[name] = there = self._new(name, flat)
             self._arguments.clear()
+            self._tensors[name] = there = self._new(name, flat)
         self._send(name, flat, there)
 
     def put_ahead(self, name: str, array: np.ndarray) -> None:
@@ -223,9 +225,9 @@ class RemoteRunner:
 
     def turn(self) -> None:
         """What was sent ahead is the present from now on."""
+        self._arguments.clear()
         for name, tensor in self._ahead.items():
             self._tensors[name], self._ahead[name] = tensor, self._tensors[name]
-        self._arguments.clear()
 
     def get(self, name: str) -> np.ndarray:
         """A copy of the array, after all that was asked for before is done."""
@@ -276,6 +278,9 @@ class RemoteRunner:
             if (lost := self._session.lost()) is not None:
                 raise DeviceLost(f"device {device} is lost: {lost}") from problem
             raise DeviceError(f"device {device}: {what}: {last_line(problem)}. Is the target that of the device?") from problem
+        except BaseException:  # Ctrl-C in the middle of a packet, or of an answer, which the next question would get
+            self.close()
+            raise
 
 
 def last_line(problem: Exception) -> str:

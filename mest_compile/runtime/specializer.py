@@ -194,8 +194,9 @@ class Specializer:
             if damaged := [missing[call] for call, kernel in found.items() if kernel is None]:
                 self._compile_again(name, damaged)
                 continue
-            self._exchange(found)
+            # Said first: a kernel that runs and is not said to would stay when the structure changes.
             state.running |= {call: source.key for call, source in missing.items()}
+            self._exchange(found)
             note = self._note(name)
             note.exchange_seconds += time.perf_counter() - start
             note.recompiled += len({source.key for source in missing.values()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +12,23 @@ from mest_compile.graph.program import Buffer, Program
 from mest_compile.registry import FAMILIES
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import LayerIndex, carry_over, gather_units, merge, scatter_units
+from mest_compile.sparsity.packing import carry_over, gather_units, merge, scatter_units
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """What a layer is to hold under other masks, ready to be written.
+
+    cells, places  as `HeldState` has them
+    order          where each cell of the value array lies in the grid
+    arrays         name -> array: values, gradients, momentum, index
+    """
+
+    name: str
+    cells: np.ndarray
+    places: np.ndarray
+    order: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 class HeldState:
@@ -34,12 +51,12 @@ class HeldState:
 
     def start_on(self, runner: Runner) -> None:
         """Takes another runner, whose arrays are all 0 and which has no masks yet."""
-        self._runner = runner
-        self.cells.clear()
-        self.places.clear()
         for buffer in self.held.values():
             if buffer.elems is not None:
-                self.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
+                runner.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
+        self.cells.clear()
+        self.places.clear()
+        self._runner = runner
 
     def put(self, name: str, array: np.ndarray) -> None:
         self._runner.put(name, array)
@@ -50,6 +67,11 @@ class HeldState:
     def of_kinds(self, *kinds: str) -> dict[str, np.ndarray]:
         """Copies of the arrays of some kinds, by name."""
         return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
+
+    def own(self) -> list[str]:
+        """Names of what the state consists of: all else is made from it, or is a batch's."""
+        return [name for name, buffer in self.held.items()
+                if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")]
 
     # Masks.
 
@@ -70,8 +92,8 @@ class HeldState:
         cells = self.cells[name]
         return cells.take(self._index[name](cells).sort)
 
-    def install(self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None) -> LayerIndex:
-        """Makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
+    def arranged(self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None) -> Arrangement:
+        """What makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
 
         places  where in the value array each stands now, -1 for new ones; None: all are new
         start   (new cells, weights of a cell) float32: what the new ones start at; None: 0
@@ -79,24 +101,33 @@ class HeldState:
         index = self._index[name](cells)
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
         stood = None if places is None else places.take(index.sort)
+        arrays = {f"{name}:{part}": array for part, array in index.arrays.items()}
         for suffix in ("", ":gradient", ":momentum"):
-            self.put(name + suffix, np.zeros(len(index.sort) * elems, np.float32) if stood is None else
-                     carry_over(self.get(name + suffix).reshape(-1, elems), stood))
+            arrays[name + suffix] = (np.zeros(len(index.sort) * elems, np.float32) if stood is None else
+                                     carry_over(self.get(name + suffix).reshape(-1, elems), stood))
         if start is not None and places is not None and stood is not None:
-            values, new = self.get(name).reshape(-1, elems), stood < 0
+            values, new = arrays[name].reshape(-1, elems), stood < 0
             values[new] = start[(np.cumsum(places < 0) - 1).take(index.sort)[new]]
-            self.put(name, values)
-        for part, array in index.arrays.items():
-            self.put(f"{name}:{part}", array)
-        self.cells[name], self.places[name] = cells, index.places
-        self.transpose(name)
-        return index
+        return Arrangement(name, cells, index.places, cells.take(index.sort), arrays)
 
-    def move(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None = None) -> None:
-        """`install` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that died and was drawn
+    def moved(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None = None) -> Arrangement:
+        """`arranged` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that died and was drawn
         again as well.
         """
-        self.install(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new), start)
+        return self.arranged(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new), start)
+
+    def install(self, arrangement: Arrangement) -> None:
+        """Makes it what the layer holds."""
+        self.cells[arrangement.name], self.places[arrangement.name] = arrangement.cells, arrangement.places
+        self.write(arrangement.arrays)
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Puts arrays by name, and brings up to date what is made from them."""
+        for name, array in arrays.items():
+            self.put(name, array)
+        for name in self._layers:
+            if name in arrays:
+                self.transpose(name)
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
@@ -124,13 +155,13 @@ class HeldState:
             if tuple(state[name].shape) != tuple(shape):
                 raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
 
-    def fill(self, state: Mapping[str, np.ndarray]) -> None:
-        """Sets every parameter and statistic; of weights what the masks keep."""
-        for buffer in self._dense:
-            self.put(buffer.name, np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts]))
+    def filling(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What to write to set every parameter and statistic; of weights what the masks keep."""
+        arrays = {buffer.name: np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts])
+                  for buffer in self._dense}
         for name, layer in self._layers.items():
-            self.put(name, gather_units(as_conv(state[name]), self.order(name), layer.scheme.grid(layer.spec)))
-            self.transpose(name)
+            arrays[name] = gather_units(as_conv(state[name]), self.order(name), layer.scheme.grid(layer.spec))
+        return arrays
 
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
         """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape, 0 at dead weights."""

@@ -1,0 +1,95 @@
+"""What a caller hands to a step: read as arrays, or refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mest_compile import checks
+from mest_compile.errors import InputError, MestError, StateError
+
+_NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
+
+
+def array(value: Any, dtype: type, what: str, error: type[MestError] = InputError) -> np.ndarray:
+    """A C-ordered numpy array of a numpy array, torch tensor or nested list; whole numbers where int64 is wanted. Raises `error`."""
+    try:
+        found = np.asarray(_of_torch(value) if hasattr(value, "detach") else value)
+        if dtype is np.int64 and found.dtype.kind not in "iu":
+            raise error(f"{what} have type {found.dtype}; wanted whole numbers")
+        if found.dtype.kind in _NO_NUMBERS:
+            raise error(f"{what} have type {found.dtype}; wanted real numbers")
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            raise error(f"{what} have masked values; fill them first, for example by .filled(0)")
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
+            return np.ascontiguousarray(found, dtype)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise error(f"{what} are no array of numbers ({' '.join(str(problem).split())})") from problem
+
+
+def _of_torch(tensor: Any) -> Any:
+    """Its numbers. Raises TypeError, ValueError or RuntimeError, as torch does, where there are none."""
+    tensor = tensor.detach()
+    if tensor.device.type == "meta":
+        raise TypeError("a tensor on the meta device has none")
+    tensor = tensor.cpu()
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError):  # what numpy has no word for: sparse, negated or conjugated views, bfloat16
+        tensor = tensor.to_dense().resolve_conj().resolve_neg()
+        return (tensor if tensor.is_complex() else tensor.float()).numpy()
+
+
+def mapping(value: Any, what: str) -> Mapping[str, Any]:
+    """Raises StateError when it is none."""
+    if not isinstance(value, Mapping):
+        raise StateError(f"{what} is {checks.shown(value)}; wanted a dict {{name: array}}")
+    return value
+
+
+def state(value: Any) -> dict[str, np.ndarray]:
+    """{torch name: float32 array} of a state_dict, batch counters left out. Raises StateError; values must be finite."""
+    found = {str(name): array(one, np.float32, str(name), StateError) for name, one in mapping(value, "the state").items()
+             if not str(name).endswith("num_batches_tracked")}
+    if bad := [name for name, one in found.items() if not np.isfinite(one).all()]:
+        raise StateError(f"the state has values that are NaN or infinite in float32: in {shortened(bad)}; load an earlier one")
+    return found
+
+
+def mask(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A bool array of that shape. Raises StateError when `value` is no mask of the layer."""
+    found = array(value, np.float32, f"{name}: the mask's values", StateError)
+    if found.shape != tuple(shape):
+        raise StateError(f"{name}: the mask has shape {found.shape}, the weight {tuple(shape)}")
+    live = found == 1
+    if odd := np.count_nonzero(~live & (found != 0)):
+        raise StateError(f"{name}: a mask is True where a weight lives, else False, or 1 and 0; {odd} values are others: compare scores "
+                         "with a threshold first")
+    return live
+
+
+def gradients(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{weight name: float32 array} of all of `shapes`. Raises InputError; values must be finite."""
+    if not isinstance(value, Mapping) or shapes.keys() - value.keys():
+        missing = sorted(shapes) if not isinstance(value, Mapping) else sorted(shapes.keys() - value.keys())
+        raise InputError(f"gradients lack {shortened(missing)}; wanted {{weight name: array}} of every sparse layer")
+    found = {name: array(value[name], np.float32, f"gradients of {name}") for name in shapes}
+    for name, shape in shapes.items():
+        if found[name].shape != tuple(shape):
+            raise InputError(f"gradients of {name} have shape {found[name].shape}, the weight {tuple(shape)}")
+        if not np.isfinite(found[name]).all():
+            raise InputError(f"gradients of {name} have values that are NaN or infinite; lower the learning rate")
+    return found
+
+
+def finite(images: np.ndarray) -> None:
+    """Raises InputError."""
+    if not np.isfinite(images).all():
+        raise InputError(f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first")
+
+
+def shortened(names: list[str]) -> str:
+    """The first three."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

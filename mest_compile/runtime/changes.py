@@ -1,0 +1,59 @@
+"""Changes of a step that are made whole, whatever interrupts them: a list of what is left to do, which is done before anything else."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# A part may be called again when it was interrupted: it writes the same however often, or it writes nothing and returns the parts that do.
+Part = Callable[[], "Sequence[Part] | None"]
+
+
+class Changes:
+    """What is left of a change of a step. Ctrl-C, or any other exception, leaves the change before its first part or to be finished."""
+
+    def __init__(self) -> None:
+        self._left: tuple[Part, ...] = ()
+
+    def begin(self, *parts: Part) -> None:
+        """Makes `parts` what is left to do, in place of what was, and does nothing of it yet."""
+        self._left = parts
+
+    def make(self, *parts: Part) -> None:
+        """`begin`, and `finish`."""
+        self._left = parts
+        self.finish()
+
+    def finish(self) -> None:
+        """Does what is left. Whatever a part raises stays left with it."""
+        while left := self._left:
+            more = left[0]() or ()
+            if self._left is left:  # otherwise a signal's handler came in between and has finished
+                self._left = (*more, *left[1:])
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block is done; pressed twice it does not wait. For what is quick and cannot be done again."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is None or threading.current_thread() is not threading.main_thread():  # not Python's, or never interrupted
+        yield
+        return
+    pressed: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) == 2:
+            signal.signal(signal.SIGINT, usual)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if len(pressed) == 1:
+            signal.raise_signal(signal.SIGINT)
