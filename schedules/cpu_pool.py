@@ -49,6 +49,11 @@ def _share(problem: Pool) -> str:
     return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
 
 
+def _larger(tap: str, best: str, then: str, otherwise: str) -> str:
+    """`then` where a tap takes the place of the best value so far, which NaN always does and nothing but NaN takes from it, as in torch."""
+    return f'T.Select({tap} <= T.float32("inf"), T.Select({tap} > {best}, {then}, {otherwise}), {then})'
+
+
 def _forward(problem: Pool, start: str, step: str, last: str) -> str:
     x, y = problem.x, problem.y
     text = Text(array("x", x), array("y", y))
@@ -68,7 +73,7 @@ def _forward(problem: Pool, start: str, step: str, last: str) -> str:
 
 @schedule("max_pool2d.forward", device="cpu")
 def max_pool_forward(problem: Pool, target: Target) -> str:
-    return _forward(problem, 'T.float32("-inf")', "T.max(value[i], {})", "value[i]")
+    return _forward(problem, 'T.float32("-inf")', _larger("{0}", "value[i]", "{0}", "value[i]"), "value[i]")
 
 
 @schedule("avg_pool2d.forward", device="cpu")
@@ -105,20 +110,21 @@ def _give(problem: MaxPoolBackward | AvgPoolBackward, share: str) -> str:
 
 @schedule("max_pool2d.backward", device="cpu")
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
-    """Finds the window's maximum again, then walks the window until it meets it."""
+    """Finds again which tap of a window is its maximum, then gives each tap what is its own."""
     x, vector = problem.forward.x, f"for i in T.vectorized({problem.dx.vector})"
     text = Text(array("dy", problem.dy), array("x", x), array("dx", problem.dx))
     tap = widened(x, _tap("x", x))
     with _each_window_of_gradient(text, problem):
         text.local("best", x.vector)
-        text.local("open", x.vector)  # dy until the maximum has been met, 0 from then on
+        text.local("winner", x.vector, "int32")
+        text.local("value", x.vector)
         with text.nest(vector):
-            text('best[i] = T.float32("-inf")', f"open[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+            text('best[i] = T.float32("-inf")', "winner[i] = 0", f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+        number_of = f"ky * {problem.forward.kernel[1]} + kx"
         with _each_tap(text, problem.forward), text.nest(vector):
-            text(f"best[i] = T.max(best[i], {tap})")
+            text(f"winner[i] = {_larger(tap, 'best[i]', number_of, 'winner[i]')}", f"best[i] = {_larger(tap, 'best[i]', tap, 'best[i]')}")
         with _each_tap(text, problem.forward), text.nest(vector):
-            found = f"{tap} == best[i]"
-            text(_give(problem, f"T.Select({found}, open[i], T.float32(0))"), f"open[i] = T.Select({found}, T.float32(0), open[i])")
+            text(_give(problem, f"T.Select(winner[i] == {number_of}, value[i], T.float32(0))"))
     return str(text)
 
 

@@ -91,8 +91,6 @@ def image_import(problem: ImageImport, target: Target) -> str:
         with text.nest(f"for i in T.unroll({layout.vector})"):
             lane = "first + i" if layout.batch == layout.lanes else f"T.min(first + i, {layout.batch - 1})"
             value = f"images[({lane}) * {example} + (c * {layout.height} + h) * {layout.width} + w]"
-            if layout.batch < layout.lanes:
-                value = f"T.Select(first + i < {layout.batch}, {value}, T.float32(0))"
             text(f"result[start + i] = {value}")
     return str(text)
 

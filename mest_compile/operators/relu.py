@@ -21,7 +21,8 @@ class ReluForward:
 
 @dataclass(frozen=True, slots=True)
 class ReluBackward:
-    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = dy where y > 0, else 0.
+    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = 0 where y <= 0, else dy: behind a NaN too, as torch
+    has it.
 
     accumulate  dx += instead
     """
@@ -37,7 +38,7 @@ def forward_reference(x: np.ndarray) -> np.ndarray:
 
 
 def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return dy.astype(np.float64) * (y > 0)
+    return np.where(y <= 0, 0, dy.astype(np.float64))
 
 
 @operator("relu")
