@@ -38,7 +38,6 @@ from mest_compile.schedules.cpu_rows import (
     zero,
 )
 
-
 INFINITE = 'T.float64("inf")'
 
 

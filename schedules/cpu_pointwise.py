@@ -8,7 +8,19 @@ from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.relu import ReluBackward, ReluForward
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Chunks, Text, array, buffer, channel_sums, each_row, narrowed, passed, pointwise, rectified, widened
+from mest_compile.schedules.cpu_rows import (
+    Chunks,
+    Text,
+    array,
+    buffer,
+    channel_sums,
+    each_row,
+    narrowed,
+    passed,
+    pointwise,
+    rectified,
+    widened,
+)
 
 
 @schedule("relu.forward", device="cpu")

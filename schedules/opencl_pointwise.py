@@ -10,7 +10,7 @@ from mest_compile.operators.image import ImageCopy, ImageExport, ImageImport, Ze
 from mest_compile.operators.relu import ReluBackward, ReluForward
 from mest_compile.registry import schedule
 from mest_compile.schedules.opencl_sums import ChannelSums
-from mest_compile.schedules.opencl_text import Text, at, image, plane_vectors, scalars, zeros
+from mest_compile.schedules.opencl_text import Text, at, image, passed, plane_vectors, rectified, scalars, zeros
 from mest_compile.spec import Image
 
 
@@ -25,14 +25,13 @@ def pointwise(images: dict[str, Image], result: str, value: str, target: Target,
 
 @schedule("relu.forward", device="opencl")
 def relu_forward(problem: ReluForward, target: Target) -> str:
-    return pointwise({"x": problem.x, "y": problem.y}, "y", f"T.max({{x}}, {zeros(problem.y.vector)})", target)
+    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}", problem.y.vector), target)
 
 
 @schedule("relu.backward", device="opencl")
 def relu_backward(problem: ReluBackward, target: Target) -> str:
-    zero = zeros(problem.y.vector)
     images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
-    return pointwise(images, "dx", f"T.Select({{y}} > {zero}, {{dy}}, {zero})", target, problem.accumulate)
+    return pointwise(images, "dx", passed("{y}", "{dy}", problem.y.vector), target, problem.accumulate)
 
 
 @schedule("add.forward", device="opencl")

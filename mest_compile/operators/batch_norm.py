@@ -19,7 +19,6 @@ from mest_compile.operators.image import ImageCopy
 from mest_compile.registry import operator
 from mest_compile.spec import Image, Node
 
-
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most 1e-6 of them, and
 # of the variance as many times that; channels of nets on standardised data stay below, so that the second look at z costs them nothing.
 FAR = 64

@@ -176,7 +176,8 @@ class TrainStep:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
-        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does.
+        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does: by NaN
+        where it is NaN.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
         Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then. Raises DeviceLost
         when the device is gone.
@@ -207,7 +208,7 @@ class TrainStep:
             once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self._state.places[weight]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
-        if norm > most:
+        if not norm <= most:
             for name, array in gradients.items():
                 self._state.put(name, array * np.float32(most / norm))
 
@@ -219,7 +220,7 @@ class TrainStep:
         images = _numpy(images, np.float32, "images")
         if images.shape[1:] != self.input_shape[1:] or len(images) == 0:
             raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}), n 1 or more")
-        _check_finite(images)
+        _check_range(images, self._compiled.facts.activations)
         logits = np.empty((len(images), self.classes), np.float32)
         for start in range(0, len(images), self.batch):
             part = images[start:start + self.batch]
@@ -480,7 +481,7 @@ class TrainStep:
             raise InputError(f"labels have shape {labels.shape}; wanted ({self.batch},)")
         if labels.min() < 0 or labels.max() >= self.classes:
             raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
-        _check_finite(images)
+        _check_range(images, self._compiled.facts.activations)
         return images.ravel(), labels.astype(np.int32)
 
     def _begin(self) -> tuple[float, int]:
@@ -526,6 +527,11 @@ def _numpy(array: Any, dtype: type, what: str) -> np.ndarray:
         raise InputError(f"{what} are no array of numbers ({problem})") from problem
 
 
-def _check_finite(images: np.ndarray) -> None:
+def _check_range(images: np.ndarray, activations: str) -> None:
+    """activations: what the step stores images as."""
     if not np.isfinite(images).all():
         raise InputError(f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first")
+    most = float(np.finfo(activations).max)
+    if activations != "float32" and (largest := float(np.abs(images).max())) > most:
+        raise InputError(f"image values go up to {largest:g} in magnitude; activations=\"{activations}\" holds {most:g} at most: scale the "
+                         "images, or compile with activations=\"float32\"")
