@@ -142,7 +142,7 @@ def forward_reference(z, moments, weight, bias, residual=None, relu: bool = Fals
     y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(bias)
     if residual is not None:
         y = y + residual
-    return np.maximum(y, 0) if relu else y
+    return np.where(y < 0, 0, y) if relu else y
 
 
 def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

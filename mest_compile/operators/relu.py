@@ -34,7 +34,7 @@ class ReluBackward:
 
 
 def forward_reference(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x.astype(np.float64), 0)
+    return np.where(x < 0, 0, x.astype(np.float64))  # of -0 and NaN torch makes what they are
 
 
 def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
