@@ -163,7 +163,8 @@ def pools(kernel, rng, dtype) -> Iterator:
         for accumulate in (False, True) if padding else (False,):
             before = start if accumulate else 0
             if kernel.startswith("max"):
-                yield (pool.MaxPoolBackward(problem, result, shape, accumulate), [pack(result, dy, 0), pack(shape, x), pack(shape, start, 0)],
+                yield (pool.MaxPoolBackward(problem, result, shape, accumulate),
+                       [pack(result, dy, 0), pack(shape, x), pack(shape, start, 0)],
                        {2: (shape, pool.max_backward_reference(problem, dy, x) + before)})
             else:
                 yield (pool.AvgPoolBackward(problem, result, shape, accumulate), [pack(result, dy, 0), pack(shape, start, 0)],
