@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from mest_compile.hardware import Target
 from mest_compile.operators.batch_norm import (
+    FAR,
     BatchNormBackward,
     BatchNormForward,
     BatchNormFrozen,
@@ -23,16 +24,21 @@ from mest_compile.schedules.cpu_rows import (
     buffer,
     channel_sums,
     each_row,
+    fenced,
     fetch,
     fold,
     frame_row,
     loop,
     narrowed,
     number,
+    passed,
+    rectified,
     walk_row,
     widened,
     zero,
 )
+
+INFINITE = 'T.float64("inf")'
 
 
 @schedule("batch_norm.moments", device="cpu")
@@ -56,6 +62,25 @@ def _store_moments(text: Text, problem: BatchNormMoments, mean: str, squares: st
          f'moments[{2 * channels} + c] = T.cast({squares} * {number(1 / (count - 1), "float64")}, "float32")')
 
 
+def _finite(value: str) -> str:
+    """0 in the place of NaN and infinity: distances from these would be NaN where the sum of the values is infinite."""
+    return f'T.Select(T.abs({value}) < T.float32("inf"), {value}, T.float32(0))'
+
+
+def _add_distances(text: Text, chunks: Chunks) -> None:
+    """Fills `chunk_sums` (channels * chunks, 2): the sum of distances of z from `near`, and of their squares."""
+    image, width = chunks.image, UNROLL * chunks.image.vector
+
+    def body(at: str, slot: str, live: str | None) -> list[str]:
+        distance = f"({widened(image, f'z[z_row + {at}]')} - near[0])"
+        if live:
+            distance = f"T.Select({live}, {distance}, T.float32(0))"
+        square = f"partial[{width} + {slot}]"
+        return [f"partial[{slot}] = partial[{slot}] + {distance}", f"{square} = {square} + {distance} * {distance}"]
+
+    channel_sums(text, chunks, {"z": image}, 2, body)
+
+
 def _moments_of_values(problem: BatchNormMoments) -> str:
     """Sums of distances from a nearby value, in one pass; chunks are joined in float64.
 
@@ -67,11 +92,9 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
     text = Text(array("z", image), buffer("moments", 3 * image.channels), *_flags(problem, "alive"))
     text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count * 2},), "float64")')
 
-    def z(row: str, at: str) -> str:
-        return widened(image, f"z[{row} + {at}]")
-
-    def live_value(value: str, live: str | None) -> str:
-        return f"T.Select({live}, {value}, T.float32(0))" if live else value
+    def sample(at: str, slot: str, live: str | None) -> list[str]:
+        value = widened(image, f"z[sample_row + {at}]")
+        return [f"sample[{slot}] = sample[{slot}] + " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
 
     with chunks.each(text):
         text.local("near", 1)
@@ -80,18 +103,12 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
             text("sample[i] = T.float32(0)")
         with text.nest("for r in T.serial(1)"):
             chunks.set_row(text, "first", {"sample": image})
-            walk_row(text, image, lambda at, slot, live: [f"sample[{slot}] = sample[{slot}] + {live_value(z('sample_row', at), live)}"])
+            walk_row(text, image, sample)
         text("near[0] = T.float32(0)")
         with text.nest(f"for i in T.serial({UNROLL * vector})"):
             text("near[0] = near[0] + sample[i]")
-        text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")')
-
-        def body(at: str, slot: str, live: str | None) -> list[str]:
-            distance = live_value(f"({z('z_row', at)} - near[0])", live)
-            square = f"partial[{UNROLL * vector} + {slot}]"
-            return [f"partial[{slot}] = partial[{slot}] + {distance}", f"{square} = {square} + {distance} * {distance}"]
-
-        channel_sums(text, chunks, {"z": image}, 2, body)
+        text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")', f"near[0] = {_finite('near[0]')}")
+        _add_distances(text, chunks)
         text(f'values: T.let = T.cast({chunks.values("first", "rows")}, "float64")',
              "chunk_sums[n * 2 + 1] = chunk_sums[n * 2 + 1] - chunk_sums[n * 2] * chunk_sums[n * 2] / values",
              'chunk_sums[n * 2] = T.cast(near[0], "float64") + chunk_sums[n * 2] / values')
@@ -105,17 +122,17 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
         with text.nest(f"for k in T.serial({chunks.count})"):
             text(f"mean[0] = mean[0] + chunk_sums[{at}] * {share} * {number(1 / problem.count, 'float64')}")
         with text.nest(f"for k in T.serial({chunks.count})"):
-            text(f"squares[0] = squares[0] + T.max(chunk_sums[{at} + 1], T.float64(0)) + "
+            text(f"squares[0] = squares[0] + T.max(T.float64(0), chunk_sums[{at} + 1]) + "
                  f"{share} * (chunk_sums[{at}] - mean[0]) * (chunk_sums[{at}] - mean[0])")
         _store_moments(text, problem, "mean[0]", "squares[0]")
     return str(text)
 
 
 def _moments_of_sums(problem: BatchNormMoments) -> str:
-    """Joins the sums that a convolution left in its epilogue."""
-    channels, vector = problem.z.channels, problem.z.vector
+    """Joins the sums that a convolution left in its epilogue. A channel whose mean is far from 0 is looked at once more."""
+    channels, vector, count = problem.z.channels, problem.z.vector, number(problem.count, "float64")
     elems = problem.chunks * 2 * channels * vector
-    text = Text(buffer("statistics", elems), buffer("moments", 3 * channels), *_flags(problem, "alive"))
+    text = Text(buffer("statistics", elems), array("z", problem.z), buffer("moments", 3 * channels), *_flags(problem, "alive"))
     with text.nest(f"for c in {loop(channels, elems)}"):
         text.local("total", 2 * vector, "float64")
         text.local("sums", 2, "float64")
@@ -129,8 +146,16 @@ def _moments_of_sums(problem: BatchNormMoments) -> str:
             text("sums[s] = T.float64(0)")
             with text.nest(f"for i in T.serial({vector})"):
                 text(f"sums[s] = sums[s] + total[s * {vector} + i]")
-        text(f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}",
-             f"sums[1] = T.max(sums[1] - sums[0] * sums[0] * {number(problem.count, 'float64')}, T.float64(0))")
+        text(f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}", f"sums[1] = sums[1] - sums[0] * sums[0] * {count}",
+             f"far: T.let = T.Select(sums[0] * sums[0] * {number(problem.count / FAR, 'float64')} <= sums[1], sums[1], {INFINITE})")
+        with text.nest(f"if far == {INFINITE}"), _if(text, "alive" if problem.alive else None):
+            text.local("near", 1)
+            text.local("chunk_sums", 2, "float64")
+            text('near[0] = T.cast(sums[0], "float32")', f"near[0] = {_finite('near[0]')}",
+                 "n: T.let = 0", "first: T.let = 0", f"rows: T.let = {problem.z.slices * problem.z.height}")
+            _add_distances(text, Chunks(problem.z))
+            text(f"sums[0] = T.cast(near[0], \"float64\") + chunk_sums[0] / {count}",
+                 f"sums[1] = T.max(T.float64(0), chunk_sums[1] - chunk_sums[0] * chunk_sums[0] / {count})")
         _store_moments(text, problem, "sums[0]", "sums[1]")
     return str(text)
 
@@ -201,7 +226,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0
         def body(at: str, slot: str, live: str | None) -> list[str]:
             z = widened(problem.z, f"z[z_row + {at}]") if there else "T.float32(0)"
             value = _normalised(z) + (f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else "")
-            return [f"y[y_row + {at}] = {narrowed(problem.y, f'T.max({value}, T.float32(0))' if problem.relu else value)}"]
+            return [f"y[y_row + {at}] = {narrowed(problem.y, rectified(value) if problem.relu else value)}"]
 
         walk_row(text, problem.y, body, fetch(ahead, images if there else {name: images[name] for name in images if name != "z"}, "y"))
 
@@ -238,16 +263,15 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
     def gradient(at: str, z: str) -> str:
         """dy, masked where that is not done in place."""
         if problem.relu and not problem.y:
-            return f"T.Select({_normalised(z)} > T.float32(0), {dy(at)}, T.float32(0))"
+            return passed(_normalised(z), dy(at))
         return dy(at)
 
     def add_up(there: bool) -> None:
         def add(at: str, slot: str, live: str | None) -> list[str]:
-            # A factor: a Select that keeps or clears what it overwrites becomes masked stores, 0.30 ms instead of 0.13 for 128x8x8x64.
             mask = []
             if problem.y:
-                kept = f"T.Select({widened(problem.y, f'y[y_row + {at}]')} > T.float32(0), T.float32(1), T.float32(0))"
-                mask = [f"dy[dy_row + {at}] = {narrowed(image, f'{dy(at)} * {kept}')}"]
+                kept = fenced(passed(widened(problem.y, f"y[y_row + {at}]"), dy(at)))
+                mask = [f"dy[dy_row + {at}] = {narrowed(image, kept)}"]
             z = z_there(at) if there else "T.float32(0)"
             square = f"partial[{width} + {slot}] = partial[{width} + {slot}] + {gradient(at, z)} * ({z} - mean)"
             return [*mask, f"partial[{slot}] = partial[{slot}] + {gradient(at, z)}", *([square] if there else [])]

@@ -17,9 +17,8 @@ def image_import(problem: ImageImport, target: Target) -> str:
 
     def load(lane: str, pixel: str) -> str:
         number = lane if image.batch == image.lanes else f"T.min({lane}, examples - 1)"
-        value = (f"images[(plane // {image.channels} * {vector} + {number}) * {example}"
-                 f" + (c * {image.height} + h) * {image.width} + {pixel}]")
-        return value if image.batch == image.lanes else f"T.Select({lane} < examples, {value}, T.float32(0))"
+        return (f"images[(plane // {image.channels} * {vector} + {number}) * {example}"
+                f" + (c * {image.height} + h) * {image.width} + {pixel}]")
 
     with each_row(text, {"result": image}):
         text.local("tile", vector * vector)

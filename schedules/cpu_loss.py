@@ -22,6 +22,8 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
     share = problem.smoothing / classes
     # Without smoothing only the label's logit counts: 0 times what another one is below the largest need not be 0.
     add = "chosen[0] + {wanted} * ({logit} - best[0])" if share else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"
+    # NaN is the largest, the first one of several.
+    larger = f'T.Select({logit} <= T.float32("inf"), {logit} > best[0], best[0] <= T.float32("inf"))'
     wanted = f"T.Select(k == labels[n], {number(1 - problem.smoothing + share)}, {number(share)})"
     with text.nest(f"for n in {loop(batch, batch * classes)}"):
         text.local("best", 1)
@@ -29,7 +31,7 @@ def cross_entropy(problem: CrossEntropy, target: Target) -> str:
         text.local("total", 1)
         text.local("chosen", 1)
         text(f"best[0] = {first}", "winner[0] = 0", "total[0] = T.float32(0)", "chosen[0] = T.float32(0)")
-        with text.nest(f"for k in T.serial({classes})", f"if {logit} > best[0]"):
+        with text.nest(f"for k in T.serial({classes})", f"if {larger}"):
             text(f"best[0] = {logit}", "winner[0] = k")
         with text.nest(f"for k in T.serial({classes})"):
             text(f"{gradient} = T.exp({logit} - best[0])", f"total[0] = total[0] + {gradient}",

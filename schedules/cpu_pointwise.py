@@ -8,18 +8,30 @@ from mest_compile.operators.bias import BiasGradient
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.relu import ReluBackward, ReluForward
 from mest_compile.registry import schedule
-from mest_compile.schedules.cpu_rows import Chunks, Text, array, buffer, channel_sums, each_row, narrowed, pointwise, widened
+from mest_compile.schedules.cpu_rows import (
+    Chunks,
+    Text,
+    array,
+    buffer,
+    channel_sums,
+    each_row,
+    narrowed,
+    passed,
+    pointwise,
+    rectified,
+    widened,
+)
 
 
 @schedule("relu.forward", device="cpu")
 def relu_forward(problem: ReluForward, target: Target) -> str:
-    return pointwise({"x": problem.x, "y": problem.y}, "y", "T.max({x}, T.float32(0))")
+    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}"))
 
 
 @schedule("relu.backward", device="cpu")
 def relu_backward(problem: ReluBackward, target: Target) -> str:
     images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
-    return pointwise(images, "dx", "T.Select({y} > T.float32(0), {dy}, T.float32(0))", problem.accumulate)
+    return pointwise(images, "dx", passed("{y}", "{dy}"), problem.accumulate)
 
 
 @schedule("add.forward", device="cpu")

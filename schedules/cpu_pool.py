@@ -49,18 +49,20 @@ def _share(problem: Pool) -> str:
     return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
 
 
-def _forward(problem: Pool, start: str, step: str, last: str) -> str:
+def _forward(problem: Pool, steps: dict[str, tuple[str, str]], last: str) -> str:
+    """steps: name of a vector -> (what it is at first, what a tap makes of it)."""
     x, y = problem.x, problem.y
     text = Text(array("x", x), array("y", y))
     vector = f"for i in T.vectorized({x.vector})"
     with each_row(text, {"y": y}):
         with text.nest(f"for w in T.serial({y.width})"):
             _set_window(text, problem)
-            text.local("value", x.vector)
+            for name in steps:
+                text.local(name, x.vector)
             with text.nest(vector):
-                text(f"value[i] = {start}")
+                text(*(f"{name}[i] = {start}" for name, (start, _) in steps.items()))
             with _each_tap(text, problem), text.nest(vector):
-                text(f"value[i] = {step.format(widened(x, _tap('x', x)))}")
+                text(*(f"{name}[i] = {step.format(widened(x, _tap('x', x)))}" for name, (_, step) in steps.items()))
             with text.nest(vector):
                 text(f"{_pixel('y', y)} = {narrowed(y, last)}")
     return str(text)
@@ -68,12 +70,14 @@ def _forward(problem: Pool, start: str, step: str, last: str) -> str:
 
 @schedule("max_pool2d.forward", device="cpu")
 def max_pool_forward(problem: Pool, target: Target) -> str:
-    return _forward(problem, 'T.float32("-inf")', "T.max(value[i], {})", "value[i]")
+    """NaN stays, as in torch: T.max passes over it, but the sum of squares is NaN where a tap is, and nowhere else."""
+    steps = {"value": ('T.float32("-inf")', "T.max(value[i], {0})"), "squares": ("T.float32(0)", "squares[i] + {0} * {0}")}
+    return _forward(problem, steps, 'T.Select(squares[i] <= T.float32("inf"), value[i], squares[i])')
 
 
 @schedule("avg_pool2d.forward", device="cpu")
 def avg_pool_forward(problem: Pool, target: Target) -> str:
-    return _forward(problem, "T.float32(0)", "value[i] + {}", f"value[i] * {_share(problem)}")
+    return _forward(problem, {"value": ("T.float32(0)", "value[i] + {}")}, f"value[i] * {_share(problem)}")
 
 
 def _written_once(problem: Pool) -> bool:
@@ -105,20 +109,25 @@ def _give(problem: MaxPoolBackward | AvgPoolBackward, share: str) -> str:
 
 @schedule("max_pool2d.backward", device="cpu")
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
-    """Finds the window's maximum again, then walks the window until it meets it."""
+    """Finds again which tap of a window is its maximum, then gives each tap what is its own.
+
+    As in torch the last NaN of a window is: in the place of a NaN `best` is infinite, so that only another NaN is not <= it.
+    """
     x, vector = problem.forward.x, f"for i in T.vectorized({problem.dx.vector})"
     text = Text(array("dy", problem.dy), array("x", x), array("dx", problem.dx))
     tap = widened(x, _tap("x", x))
     with _each_window_of_gradient(text, problem):
         text.local("best", x.vector)
-        text.local("open", x.vector)  # dy until the maximum has been met, 0 from then on
+        text.local("winner", x.vector, "int32")
+        text.local("value", x.vector)
         with text.nest(vector):
-            text('best[i] = T.float32("-inf")', f"open[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+            text('best[i] = T.float32("-inf")', "winner[i] = 0", f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+        number_of = f"ky * {problem.forward.kernel[1]} + kx"
         with _each_tap(text, problem.forward), text.nest(vector):
-            text(f"best[i] = T.max(best[i], {tap})")
+            text(f"winner[i] = T.Select({tap} <= best[i], winner[i], {number_of})",
+                 f'best[i] = T.max(T.Select({tap} < T.float32("inf"), {tap}, T.float32("inf")), best[i])')
         with _each_tap(text, problem.forward), text.nest(vector):
-            found = f"{tap} == best[i]"
-            text(_give(problem, f"T.Select({found}, open[i], T.float32(0))"), f"open[i] = T.Select({found}, T.float32(0), open[i])")
+            text(_give(problem, f"T.Select(winner[i] == {number_of}, value[i], T.float32(0))"))
     return str(text)
 
 

@@ -36,6 +36,23 @@ def narrowed(image: Image, value: str) -> str:
     return value if image.dtype == "float32" else f'T.cast({value}, "{image.dtype}")'
 
 
+def rectified(value: str) -> str:
+    """ReLU as torch has it: NaN and -0 stay. T.max(a, b) is a > b ? a : b, so the other order would make 0 of NaN."""
+    return f"T.max(T.float32(0), {value})"
+
+
+def passed(y: str, dy: str) -> str:
+    """The gradient before a ReLU whose result is `y`. As in torch it is dy behind a NaN, which is not <= 0."""
+    return f"T.Select({y} <= T.float32(0), T.float32(0), {dy})"
+
+
+def fenced(value: str) -> str:
+    """A float32 as it is. Without the fence a Select that keeps or clears what it overwrites becomes masked stores, which take twice as
+    long (0.30 ms instead of 0.13 for 128x8x8x64).
+    """
+    return f'T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", {value})'
+
+
 def number(value: float, dtype: str = "float32") -> str:
     return f"T.{dtype}({float(value)!r})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware import Target
 from mest_compile.operators.batch_norm import (
+    FAR,
     BatchNormBackward,
     BatchNormForward,
     BatchNormFrozen,
@@ -15,11 +16,14 @@ from mest_compile.schedules.opencl_sums import ChannelSums, fold, lane_of, tree
 from mest_compile.schedules.opencl_text import (
     Text,
     at,
+    finite,
     full,
     image,
-    lanes_alive,
     number,
+    only_examples,
+    passed,
     plane_vectors,
+    rectified,
     scalars,
     vector_type,
     vectors,
@@ -49,13 +53,11 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
     cut = ChannelSums(layout, target)
     text = Text(image("z", layout), scalars("moments", 3 * layout.channels), *flags(layout.channels, alive=problem.alive))
     text.scratch("chunk_facts", layout.channels * cut.count * 4)
-    alive = lanes_alive(layout, f"place // {layout.height * layout.width}")
     living = "alive[c] != 0" if problem.alive else ""
     first = f"z[c * {plane_vectors(layout)} + {layout.halo[0] * layout.columns + layout.halo[1]}]"
 
     def distance(origin: str) -> str:
-        value = f"({at('z', layout)} - {full(origin, vector)})"
-        return f"{value} * {alive}" if alive else value
+        return only_examples(layout, f"place // {layout.height * layout.width}", f"({at('z', layout)} - {full(origin, vector)})")
 
     with text.groups(cut.size, layout.channels * cut.count):
         text.private("sums", 2, vector_type(vector))
@@ -69,11 +71,12 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
         text(f"sums[0] = {zeros(vector)}")
         with text.nest(*([f"if {living}"] if living else [])):
             text(f"sums[0] = {first}")
-        text(f"value[0] = {lane_of('sums[0]', 0, vector)}")
+        text(f"value[0] = {lane_of('sums[0]', 0, vector)}", f"value[0] = {finite('value[0]')}")
         cut.start(text, 2)
         cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('value[0]')}"], living)
         cut.share_out(text, 1)
-        text("sums[0] = shared_0[0]", f"middle[0] = value[0] + {fold('sums[0]', vector)} / {count}")
+        text("sums[0] = shared_0[0]", f"middle[0] = value[0] + {fold('sums[0]', vector)} / {count}",
+             f"middle[0] = {finite('middle[0]', 'value[0]')}")
         text.barrier()
         cut.start(text, 2)
         cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('middle[0]')}",
@@ -84,7 +87,7 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
             rest, squares = (fold(f"sums[{s}]", vector) for s in range(2))
             text("chunk_facts[block * 4] = value[0]", f"chunk_facts[block * 4 + 1] = {count}",
                  f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
-                 f"chunk_facts[block * 4 + 3] = T.max({squares} - {rest} * {rest} / {count}, T.float32(0))")
+                 f"chunk_facts[block * 4 + 3] = {rectified(f'({squares} - {rest} * {rest} / {count})', 1)}")
     with text.each(layout.channels, target.limits.threads):
         text.private("mean", 1)
         text.private("squares", 1)
@@ -99,10 +102,12 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
 
 
 def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
-    """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances of its own."""
+    """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances of its own. Where
+    the channel's mean is far from 0, distances of z from it decide.
+    """
     layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
     width, channels = problem.count // (chunks * vector), layout.channels
-    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), scalars("moments", 3 * channels),
+    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), image("z", layout), scalars("moments", 3 * channels),
                 *flags(channels, alive=problem.alive))
     living = ["alive[block] != 0"] if problem.alive else []
     size = whole_groups(chunks, target.limits.threads)
@@ -112,36 +117,48 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
         return f"(statistics[({chunk}) * {2 * channels} + block] * {share})"
 
     with text.groups(size, channels):
-        text.private("value", 1)
-        text.private("mean", 1)
-        text.private("sums", 1, vector_type(vector))
-        text.shared(1, size, vector_type(vector))
+        for name in "value", "mean", "squares", "rest", "origin":
+            text.private(name, 1)
+        text.private("sums", 2, vector_type(vector))
+        text.shared(2, size, vector_type(vector))
         text(f"sums[0] = {zeros(vector)}")
         with text.nest(*(f"if {condition}" for condition in living)):
             text(f"sums[0] = {mean_of('0')}")
-        text(f"value[0] = {lane_of('sums[0]', 0, vector)}")
+        text(f"value[0] = {lane_of('sums[0]', 0, vector)}", f"value[0] = {finite('value[0]')}")
 
-        def total(term: str) -> str:
-            """Sum of `term` over all chunks k and lanes."""
-            text(f"sums[0] = {zeros(vector)}")
-            with text.nest(f"for turn in T.serial({-(-chunks // size)})"):
+        def total(items: int, terms: list[str], *conditions: str) -> list[str]:
+            """Sums of `terms` over all items k and lanes."""
+            text(*(f"sums[{s}] = {zeros(vector)}" for s in range(len(terms))))
+            with text.nest(*(f"if {condition}" for condition in [*living, *conditions]), f"for turn in T.serial({-(-items // size)})"):
                 text(f"k: T.let = turn * {size} + lane")
-                with text.nest(f"if {' and '.join([f'k < {chunks}', *living])}"):
-                    text(f"sums[0] = sums[0] + {term}")
-            text("shared_0[lane] = sums[0]")
-            tree(text, 1, size)
-            text("sums[0] = shared_0[0]")
-            return fold("sums[0]", vector)
+                with text.nest(f"if k < {items}"):
+                    text(*(f"sums[{s}] = sums[{s}] + {term}" for s, term in enumerate(terms)))
+            text(*(f"shared_{s}[lane] = sums[{s}]" for s in range(len(terms))))
+            tree(text, len(terms), size)
+            text(*(f"sums[{s}] = shared_{s}[0]" for s in range(len(terms))))
+            text.barrier()
+            return [fold(f"sums[{s}]", vector) for s in range(len(terms))]
 
         away = f"({mean_of('k')} - {full('value[0]', vector)})"
-        text(f"mean[0] = {total(away)} * {number(1 / (chunks * vector))}")
-        text.barrier()
+        (found,) = total(chunks, [away])
+        text(f"mean[0] = {found} * {number(1 / (chunks * vector))}")
         row_sum, row_squares = (f"statistics[(k * 2 + {s}) * {channels} + block]" for s in range(2))
         apart = f"({away} - {full('mean[0]', vector)})"
-        within = f"T.max({row_squares} - {row_sum} * {mean_of('k')}, {zeros(vector)})"
-        squares = total(f"({within} + {apart} * {apart} * {full(number(width), vector)})")
+        within = rectified(f"({row_squares} - {row_sum} * {mean_of('k')})", vector)
+        (found,) = total(chunks, [f"({within} + {apart} * {apart} * {full(number(width), vector)})"])
+        whole = "(value[0] + mean[0])"
+        text(f"squares[0] = {found}", f"origin[0] = {finite(whole)}", f"rest[0] = {whole} - origin[0]",
+             f"far: T.let = T.Select({whole} * {whole} * {number(problem.count / FAR)} <= {finite('squares[0]', 'T.float32(-1)')}, 0, 1)")
+        pixels = layout.height * layout.width
+        place = (f"(k // {pixels} * {channels} + block) * {plane_vectors(layout)} + (k % {pixels} // {layout.width} + {layout.halo[0]})"
+                 f" * {layout.columns} + k % {layout.width} + {layout.halo[1]}")
+        distance = f"(z[{place}] - {full('origin[0]', vector)})"
+        rest, squares = total(layout.slices * pixels, [distance, f"{distance} * {distance}"], "far == 1")
+        with text.nest("if far == 1"):
+            text(f"rest[0] = {rest} * {number(1 / problem.count)}",
+                 f"squares[0] = {rectified(f'({squares} - rest[0] * rest[0] * {number(problem.count)})', 1)}")
         with text.nest("if lane == 0"):
-            _store_moments(text, problem, "block", "value[0] + mean[0]", squares)
+            _store_moments(text, problem, "block", "origin[0] + rest[0]", "squares[0]")
     return str(text)
 
 
@@ -206,7 +223,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     with text.each_framed(y, target.limits.threads) as real, text.nest(*(["if read[c] != 0"] if problem.read else [])):
         with text.nest(f"if {real}"):
             text(*_set_facts(z.channels), *load)
-            text(f"{at('y', y)} = " + (f"T.max({value}, {zeros(vector)})" if problem.relu else value))
+            text(f"value: T.let = {value}", f"{at('y', y)} = {rectified('value', vector) if problem.relu else 'value'}")
         with text.nest("else"):
             text(f"{at('y', y)} = {zeros(vector)}")
     return str(text)
@@ -226,11 +243,11 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     load_dy, dy_here = _held("read", at("dy", dy), "dy_here", vector, problem.read)
     gradient = dy_here
     if problem.relu and not problem.y:
-        gradient = f"T.Select({_normalised(z_here, vector)} > {zeros(vector)}, {gradient}, {zeros(vector)})"
+        gradient = passed(_normalised(z_here, vector), gradient, vector)
 
     def add() -> list[str]:
         there = at("dy", dy)
-        mask = [f"{there} = T.Select({at('y', problem.y)} > {zeros(vector)}, {there}, {zeros(vector)})"] if problem.y else []
+        mask = [f"{there} = {passed(at('y', problem.y), there, vector)}"] if problem.y else []
         return [*mask, *load_z, *load_dy, f"sums[0] = sums[0] + {gradient}",
                 f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}"]
 
@@ -240,10 +257,8 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
         text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
     if dz:
         mean_dy, slope = full(f"(sums_out[c] * {share})", vector), full(f"(sums_out[{channels} + c] * {share} * inverse)", vector)
-        value = f"{full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope})"
-        lanes = lanes_alive(dz, f"plane // {channels}")
-        if lanes:
-            value = f"{lanes} * ({value})"
+        value = only_examples(dz, f"plane // {channels}",
+                              f"({full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope}))")
         written = ["if alive[c] != 0"] if problem.alive else []
         if problem.accumulate or problem.in_place:
             with text.each_pixel(dz, target.limits.threads), text.nest(*written):

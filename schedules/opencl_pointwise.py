@@ -10,7 +10,7 @@ from mest_compile.operators.image import ImageCopy, ImageExport, ImageImport, Ze
 from mest_compile.operators.relu import ReluBackward, ReluForward
 from mest_compile.registry import schedule
 from mest_compile.schedules.opencl_sums import ChannelSums
-from mest_compile.schedules.opencl_text import Text, at, image, plane_vectors, scalars, zeros
+from mest_compile.schedules.opencl_text import Text, at, image, passed, plane_vectors, rectified, scalars, zeros
 from mest_compile.spec import Image
 
 
@@ -25,14 +25,13 @@ def pointwise(images: dict[str, Image], result: str, value: str, target: Target,
 
 @schedule("relu.forward", device="opencl")
 def relu_forward(problem: ReluForward, target: Target) -> str:
-    return pointwise({"x": problem.x, "y": problem.y}, "y", f"T.max({{x}}, {zeros(problem.y.vector)})", target)
+    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}", problem.y.vector), target)
 
 
 @schedule("relu.backward", device="opencl")
 def relu_backward(problem: ReluBackward, target: Target) -> str:
-    zero = zeros(problem.y.vector)
     images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
-    return pointwise(images, "dx", f"T.Select({{y}} > {zero}, {{dy}}, {zero})", target, problem.accumulate)
+    return pointwise(images, "dx", passed("{y}", "{dy}", problem.y.vector), target, problem.accumulate)
 
 
 @schedule("add.forward", device="opencl")
@@ -91,8 +90,6 @@ def image_import(problem: ImageImport, target: Target) -> str:
         with text.nest(f"for i in T.unroll({layout.vector})"):
             lane = "first + i" if layout.batch == layout.lanes else f"T.min(first + i, {layout.batch - 1})"
             value = f"images[({lane}) * {example} + (c * {layout.height} + h) * {layout.width} + w]"
-            if layout.batch < layout.lanes:
-                value = f"T.Select(first + i < {layout.batch}, {value}, T.float32(0))"
             text(f"result[start + i] = {value}")
     return str(text)
 

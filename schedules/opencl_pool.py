@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from mest_compile.hardware import Target
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
 from mest_compile.registry import schedule
-from mest_compile.schedules.opencl_text import Text, at, full, image, number, plane_vectors, vector_type, zeros
+from mest_compile.schedules.opencl_text import Text, at, full, image, infinity, number, plane_vectors, vector_type, zeros
 from mest_compile.spec import Image
 
 _AXES = (("h", "top", "tall", 0), ("w", "left", "wide", 1))  # pixel, window's corner, window's size
@@ -48,7 +48,9 @@ def _forward(problem: Pool, start: str, step: str, last: str, target: Target) ->
 
 @schedule("max_pool2d.forward", device="opencl")
 def max_pool_forward(problem: Pool, target: Target) -> str:
-    return _forward(problem, full("T.float32(-3.4028234663852886e38)", problem.x.vector), "T.max(value[0], {})", "value[0]", target)
+    vector = problem.x.vector
+    larger = f"T.Select({{0}} <= {infinity(vector)}, T.Select({{0}} > value[0], {{0}}, value[0]), {{0}})"  # NaN stays, as in torch
+    return _forward(problem, full('T.float32("-inf")', vector), larger, "value[0]", target)
 
 
 @schedule("avg_pool2d.forward", device="opencl")
@@ -83,7 +85,9 @@ def _store(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> None:
 
 @schedule("max_pool2d.backward", device="opencl")
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
-    """A pixel has a window's gradient where no earlier value of the window is as large and no later one is larger."""
+    """A pixel has a window's gradient where no earlier value of the window is as large and no later one is larger. NaN is larger than any
+    number and, as in torch, than the NaN before it.
+    """
     x, dx, vector = problem.forward.x, problem.dx, problem.dx.vector
     text = Text(image("dy", problem.dy), image("x", x), image("dx", dx))
     with text.each_pixel(dx, target.limits.threads):
@@ -93,10 +97,12 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
         with _each_window_of(text, problem.forward):
             text(f"open[0] = {_result('dy', problem.dy)}")
             with text.nest("for ky in T.serial(tall)", "for kx in T.serial(wide)"):
+                tap, here = _tap("x", x), at("x", x)
                 with text.nest("if top + ky < h or (top + ky == h and left + kx < w)"):
-                    text(f"open[0] = T.Select({_tap('x', x)} >= {at('x', x)}, {zeros(vector)}, open[0])")
-                with text.nest("else"):
-                    text(f"open[0] = T.Select({_tap('x', x)} > {at('x', x)}, {zeros(vector)}, open[0])")
+                    text(f"open[0] = T.Select({tap} < {here}, open[0], T.Select({here} <= {infinity(vector)}, {zeros(vector)}, open[0]))")
+                with text.nest("else", "if top + ky > h or left + kx > w"):
+                    least = f"T.Select({here} <= {infinity(vector)}, {here}, {infinity(vector)})"
+                    text(f"open[0] = T.Select({tap} <= {least}, open[0], {zeros(vector)})")
             text("total[0] = total[0] + open[0]")
         _store(text, problem)
     return str(text)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from mest_compile.spec import Image
 
 POSITION = "plane * {plane} + (h + {top}) * {columns} + w + {left}"
@@ -35,7 +37,11 @@ def image(name: str, layout: Image) -> str:
 
 
 def number(value: float) -> str:
-    return f"T.float32({float(value)!r})"
+    """A constant, exactly: TVM prints seven digits, and what they do not tell is given by its bits."""
+    single = np.float32(value)
+    if np.float32(f"{single:.6e}") == single:
+        return f"T.float32({float(single)!r})"
+    return f'T.call_pure_extern("float32", "as_float", T.uint32({int(single.view(np.uint32))}))'
 
 
 def full(value: str, vector: int) -> str:
@@ -47,18 +53,37 @@ def zeros(vector: int) -> str:
     return full("T.float32(0)", vector)
 
 
+def infinity(vector: int) -> str:
+    return full('T.float32("inf")', vector)
+
+
+def rectified(value: str, vector: int) -> str:
+    """ReLU as torch has it: NaN and -0 stay. OpenCL's max may give either of NaN and a number."""
+    return f"T.Select({value} < {zeros(vector)}, {zeros(vector)}, {value})"
+
+
+def passed(y: str, dy: str, vector: int) -> str:
+    """The gradient before a ReLU whose result is `y`. As in torch it is dy behind a NaN, which is not <= 0."""
+    return f"T.Select({y} <= {zeros(vector)}, {zeros(vector)}, {dy})"
+
+
+def finite(value: str, otherwise: str = "T.float32(0)") -> str:
+    """A single number, or what stands in the place of NaN and infinity."""
+    return f'T.Select(T.abs({value}) < T.float32("inf"), {value}, {otherwise})'
+
+
 def slots(start: str, vector: int) -> str:
     """Index of `vector` single numbers from `start` on."""
     return f"T.Ramp({start}, 1, {vector})" if vector > 1 else start
 
 
-def lanes_alive(layout: Image, slice_number: str) -> str | None:
-    """A vector of 1 where the lane holds an example and 0 where it does not; None where all do."""
+def only_examples(layout: Image, slice_number: str, value: str) -> str:
+    """A vector with 0 in lanes that hold no example."""
     if layout.batch == layout.lanes:
-        return None
+        return value
     vector = layout.vector
     left = full(f'T.cast({layout.batch} - ({slice_number}) * {vector}, "float32")', vector)
-    return f"T.max(T.min({left} - T.Ramp(T.float32(0), T.float32(1), {vector}), {full('T.float32(1)', vector)}), {zeros(vector)})"
+    return f"T.Select({left} > T.Ramp(T.float32(0), T.float32(1), {vector}), {value}, {zeros(vector)})"
 
 
 def plane_vectors(layout: Image) -> int:

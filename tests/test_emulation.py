@@ -8,6 +8,7 @@ import neon
 import numpy as np
 import pytest
 import test_gather
+import test_nonfinite
 
 import mest_compile as mest
 from mest_compile import cycles, emulation
@@ -56,6 +57,18 @@ def executions(monkeypatch, target, seeds, taps=1):
                                                        ("cortex-x1", [4], 1), ("android-arm64", [4], 1)])
 def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seeds, taps):
     assert all(execution.instructions > 1000 for execution in executions(monkeypatch, find_target(target), seeds, taps))
+
+
+@needs_arm
+@pytest.mark.parametrize("kernel", ["relu.forward", "relu.backward", "max_pool2d.forward", "max_pool2d.backward", "batch_norm.moments",
+                                    "batch_norm.forward", "batch_norm.backward"])
+def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
+    def call(_, kernel, problem, *arrays):
+        found = emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
+        return [after.reshape(before.shape) for after, before in zip(found, arrays, strict=True)]
+
+    monkeypatch.setattr(test_nonfinite, "call", call)
+    test_nonfinite.test_a_kernel_gives_what_its_reference_gives(None, kernel, "float32")
 
 
 @pytest.mark.skipif(bool(emulation.missing_tools(emulation.MACHINES["armv7"])), reason="needs qemu-arm and gcc-arm-linux-gnueabihf")

@@ -16,7 +16,7 @@ import mest_compile as mest
 from mest_compile import cycles, emulation
 from mest_compile.analysis import emulate
 from mest_compile.building import Builder, kernel_source
-from mest_compile.errors import TargetError, UsageError
+from mest_compile.errors import InputError, TargetError, UsageError
 from mest_compile.facts import Facts
 from mest_compile.graph.footprint import footprint
 from mest_compile.graph.fusing import fuse
@@ -251,3 +251,15 @@ def test_ten_steps_on_the_emulated_device_are_those_of_this_machine(tmp_path):
 def test_the_page_has_the_tables_of_the_recorded_figures():
     page = float16.DOCUMENT.read_text()
     assert float16.embed(page, float16.table(json.loads(float16.FILE.read_text()))) == page, "run python benchmarks/float16.py"
+
+
+def test_images_beyond_what_float16_holds_are_refused():
+    step = compiled(model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), shape=(2, 3, 2, 2), scheme="dense", sparsity=0)
+    images, labels = np.full((2, 3, 2, 2), -65504, np.float32), np.array([0, 1])
+    before = step.state_dict()
+    assert np.isfinite(step.predict(images)).all()
+    images[1, 2, 1, 1] = 65535
+    for refused in (lambda: step(images, labels), lambda: step.predict(images), lambda: step.gradients(images, labels)):
+        with pytest.raises(InputError, match="65535.*float16.*65504"):
+            refused()
+    assert all(np.array_equal(array, before[name]) for name, array in step.state_dict().items())

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mest_compile import hardware
@@ -14,9 +15,10 @@ from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.models import build_model
-from mest_compile.opencl_kernels import OpenclKernel, compile_opencl_library
+from mest_compile.opencl_kernels import OpenclKernel, compile_opencl, compile_opencl_library
 from mest_compile.operators.loss import CrossEntropy
 from mest_compile.planning import plan_layers
+from mest_compile.schedules.opencl_text import number
 from mest_compile.sparsity import parse_scheme
 from mest_compile.spec import Image
 
@@ -97,3 +99,27 @@ def test_a_library_with_a_kernel_beyond_the_limits_is_not_built(target):
     small = replace(there, gpu=replace(there.gpu, local_bytes=16))
     with pytest.raises(BuildError, match="bytes of local memory"):
         compile_opencl_library({source.symbol: source.text}, small)
+
+
+def test_constants_arrive_with_all_their_digits():
+    """TVM prints seven; what these do not tell is given by its bits."""
+    there = hardware.find_target("opencl")
+    for value in (1 / 3, 1 / 7, 0.1, 1e-5, 2.0**-30, 16777215, -1 / 9, 0.25, 3):
+        text = "\n".join(['@T.prim_func(s_tir=True)', 'def kernel(y: T.Buffer((1,), "float32")):',
+                          '    T.func_attr({"tirx.noalias": True, "mest.scratch": ""})',
+                          '    for block in T.thread_binding(1, thread="blockIdx.x"):',
+                          '        for lane in T.thread_binding(1, thread="threadIdx.x"):', f"            y[0] = {number(value)} * y[0]"])
+        source = compile_opencl(text, "k", there).source
+        (bits, digits), = re.findall(r"as_float\(\(uint\)(\d+)\)|(-?\d\.\d+e[+-]\d+)f", source)
+        assert (np.uint32(bits).view(np.float32) if bits else np.float32(digits)) == np.float32(value)
+
+
+def test_no_kernel_of_a_step_has_a_constant_that_is_cut():
+    there = hardware.find_target("opencl")
+    graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
+    layers = plan_layers(graph, parse_scheme("dense"), 0.0, "uniform", None, there)
+    programs = lower(fuse(graph), layers, there, frozenset(), 0.1)
+    texts = {kernel_source(call.kernel, call.problem, there).text for program in programs for call in program.calls}
+    found = {float(constant.strip('"')) for text in texts for constant in re.findall(r"T\.float32\(([^()]*)\)", text)}
+    assert len(found) > 3
+    assert not [value for value in found if np.float32(f"{value:.6e}") != np.float32(value)]

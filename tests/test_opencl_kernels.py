@@ -65,6 +65,7 @@ def shaped_launch(builder, kernel, problem, *arrays, **knobs):
 
 _gather.call = shaped_launch
 _compact = on_opencl("test_compact", test_gather=_gather)
+_nonfinite = on_opencl("test_nonfinite", test_gather=_gather, test_compact=_compact, test_operators=_operators)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def run(builder):
     return lambda kernel, problem, *arrays: launch(builder, kernel, problem, *arrays)
 
 
-for _module in (_operators, _gather, _compact):
+for _module in (_operators, _gather, _compact, _nonfinite):
     globals().update({name: item for name, item in vars(_module).items() if name.startswith("test_") and name not in CPU_ONLY})
 
 

@@ -19,12 +19,17 @@ from mest_compile.operators.image import ImageCopy
 from mest_compile.registry import operator
 from mest_compile.spec import Image, Node
 
+# Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most 1e-6 of them, and
+# of the variance as many times that; channels of nets on standardised data stay below, so that the second look at z costs them nothing.
+FAR = 64
+
 
 @dataclass(frozen=True, slots=True)
 class BatchNormMoments:
-    """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), moments.
+    """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), z, moments.
 
-    chunks  where not 0, z is not read: statistics holds, per chunk and lane, the sum of z and the sum of its squares
+    chunks  where not 0, statistics holds, per chunk and lane, the sum of z and the sum of its squares; z is only read where these do not
+            say how far values are from each other: of channels whose mean is more than sqrt(FAR) standard deviations from 0
     alive   a last argument, (channels,) int32: z of a channel that is 0 there was not written and counts as 0
     """
 
@@ -85,7 +90,7 @@ class BatchNormBackward:
     """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`, alive only if `alive`, read only if
     `read`.
 
-    relu  a ReLU follows: dy counts where y > 0
+    relu  a ReLU follows: dy counts except where y <= 0
     y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
           Without it, y is computed again from z.
     dz    None where nothing before the operator needs a gradient
@@ -137,12 +142,12 @@ def forward_reference(z, moments, weight, bias, residual=None, relu: bool = Fals
     y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(bias)
     if residual is not None:
         y = y + residual
-    return np.maximum(y, 0) if relu else y
+    return np.where(y < 0, 0, y) if relu else y
 
 
 def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(masked dy, sums (2, C), dz) in float64; `y` (C, H, W, N) where a ReLU gave it, else None."""
-    masked = dy.astype(np.float64) * (1 if y is None else y > 0)
+    masked = dy.astype(np.float64) if y is None else np.where(y <= 0, 0, dy.astype(np.float64))
     normal = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1])
     sums = np.stack([masked.sum((1, 2, 3)), (masked * normal).sum((1, 2, 3))])
     mean_dy, mean_dyz = (_by_channel(row / normal[0].size) for row in sums)
@@ -168,8 +173,8 @@ class BatchNorm:
             statistics = low.statistics(node.inputs[0])
             chunks = statistics.elems // (2 * channels * z.image.vector) if statistics else 0
             alive = low.written(node.inputs[0])
-            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), statistics or z, moments,
-                     *([alive] if alive else []))
+            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), *([statistics] if statistics else []), z,
+                     moments, *([alive] if alive else []))
             low.call_statistics("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)

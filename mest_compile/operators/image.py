@@ -11,7 +11,9 @@ from mest_compile.spec import Image
 
 @dataclass(frozen=True, slots=True)
 class ImageImport:
-    """Kernel "image.import": images (N, C, H, W) float32, result (result.elems,). Lanes without an example become 0."""
+    """Kernel "image.import": images (N, C, H, W) float32, result (result.elems,). Lanes without an example repeat the last one:
+    what the network makes of them is finite where that is.
+    """
 
     result: Image
 

@@ -17,7 +17,7 @@ from mest_compile.spec import Image
 class CrossEntropy:
     """Kernel "loss.cross_entropy": logits (logits.elems,), labels (N,) int32, loss (1,), correct (N,) int32, dlogits (dlogits.elems,).
 
-    correct[n] is 1 where the first largest logit is the label's. dlogits is 0 in lanes without an example.
+    correct[n] is 1 where the first largest logit is the label's; NaN is larger than any number. dlogits is 0 in lanes without an example.
     """
 
     logits: Image
@@ -30,7 +30,8 @@ def cross_entropy_reference(logits: np.ndarray, labels: np.ndarray, smoothing: f
     scores = logits.astype(np.float64)[:, 0, 0]
     shifted = scores - scores.max(0)
     wanted = (np.arange(len(scores))[:, None] == labels) * (1 - smoothing) + smoothing / len(scores)
-    loss = (np.log(np.exp(shifted).sum(0)) - (shifted * wanted).sum(0)).mean()
+    chosen = np.where(wanted > 0, shifted * wanted, 0).sum(0)  # what is not wanted does not count, however small it is
+    loss = (np.log(np.exp(shifted).sum(0)) - chosen).mean()
     gradient = (np.exp(shifted) / np.exp(shifted).sum(0) - wanted) / len(labels)
     return float(loss), scores.argmax(0) == labels, gradient[:, None, None]
 

@@ -41,7 +41,7 @@ class Pool:
 class MaxPoolBackward:
     """Kernel "max_pool2d.backward": dy (dy.elems,), x (forward.x.elems,), dx (dx.elems,).
 
-    The gradient of a window goes to its first largest value in reading order, as torch has it.
+    The gradient of a window goes to its first largest value in reading order, where there are NaN to the last of them, as torch has it.
     accumulate  dx +=
     """
 
@@ -102,7 +102,9 @@ def max_backward_reference(problem: Pool, dy: np.ndarray, x: np.ndarray) -> np.n
     channels, examples = np.indices((len(x), x.shape[-1]))
     for row, column, rows, columns in _windows(problem):
         width = columns.stop - columns.start
-        first = x[:, rows, columns].reshape(len(x), -1, x.shape[-1]).argmax(1)
+        taps = x[:, rows, columns].reshape(len(x), -1, x.shape[-1])
+        lost = np.isnan(taps)
+        first = np.where(lost.any(1), taps.shape[1] - 1 - lost[:, ::-1].argmax(1), taps.argmax(1))
         out[channels, rows.start + first // width, columns.start + first % width, examples] += dy[:, row, column]
     return out
 

@@ -21,7 +21,8 @@ class ReluForward:
 
 @dataclass(frozen=True, slots=True)
 class ReluBackward:
-    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = dy where y > 0, else 0.
+    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = 0 where y <= 0, else dy: behind a NaN too, as torch
+    has it.
 
     accumulate  dx += instead
     """
@@ -33,11 +34,11 @@ class ReluBackward:
 
 
 def forward_reference(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x.astype(np.float64), 0)
+    return np.where(x < 0, 0, x.astype(np.float64))  # of -0 and NaN torch makes what they are
 
 
 def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return dy.astype(np.float64) * (y > 0)
+    return np.where(y <= 0, 0, dy.astype(np.float64))
 
 
 @operator("relu")

@@ -84,10 +84,14 @@ def gradients(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
     return found
 
 
-def finite(images: np.ndarray) -> None:
-    """Raises InputError."""
+def within_range(images: np.ndarray, activations: str) -> None:
+    """Raises InputError for what is not finite, also as the step stores images: activations."""
     if not np.isfinite(images).all():
         raise InputError(f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first")
+    most = float(np.finfo(activations).max)
+    if activations != "float32" and (largest := float(np.abs(images).max())) > most:
+        raise InputError(f"image values go up to {largest:g} in magnitude; activations=\"{activations}\" holds {most:g} at most: scale the "
+                         "images, or compile with activations=\"float32\"")
 
 
 def shortened(names: list[str]) -> str:

@@ -216,7 +216,8 @@ class TrainStep:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
-        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does; above 0.
+        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does: by NaN
+        where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
         Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then. Raises DeviceLost
         when the device is gone.
@@ -249,7 +250,7 @@ class TrainStep:
             once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self._state.places[weight]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
-        if norm > most:
+        if not norm <= most:
             for name, array in gradients.items():
                 self._state.put(name, array * np.float32(most / norm))
 
@@ -262,7 +263,7 @@ class TrainStep:
         images = arguments.array(images, np.float32, "images")
         if images.shape[1:] != self.input_shape[1:] or len(images) == 0:
             raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}), n 1 or more")
-        arguments.finite(images)
+        arguments.within_range(images, self._compiled.facts.activations)
         logits = np.empty((len(images), self.classes), np.float32)
         for start in range(0, len(images), self.batch):
             part = images[start:start + self.batch]
@@ -592,7 +593,7 @@ class TrainStep:
             raise InputError(f"labels have shape {labels.shape}; wanted ({self.batch},)")
         if labels.min() < 0 or labels.max() >= self.classes:
             raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
-        arguments.finite(images)
+        arguments.within_range(images, self._compiled.facts.activations)
         return images.ravel(), labels.astype(np.int32)
 
     def _begin(self) -> tuple[float, int]:

@@ -1,0 +1,374 @@
+"""NaN, infinity and -0 go through every kernel as through its reference, which says what torch says."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_compact import SHAPES as COMPACT_SHAPES
+from test_compact import row_case, values_of
+from test_gather import TARGET, VECTOR, activation, builder, call, random_problem  # noqa: F401 (builder is a fixture)
+from test_operators import HALO, make, pack
+
+from mest_compile.operators import add, batch_norm, bias, flatten, image, loss, optimizer, pool, relu
+from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
+from mest_compile.registry import SCHEDULES
+from mest_compile.spec import Image
+from mest_compile.specializing import structure_of
+
+EPS = np.finfo(np.float32).eps
+KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))
+DTYPES = ["float32", *(["float16"] if TARGET.float16 else [])]
+KEEP_SIGNS = {"image.import", "image.export", "flatten.forward", "relu.forward"}
+SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, np.nan, np.inf, -np.inf, -0.0], np.float32)
+CASES = {}  # kernel -> function(rng, dtype) that yields (problem, arrays, {number of an array: what it must be afterwards})
+
+
+def case(*kernels):
+    """Registers a function(kernel, rng, dtype) for kernels."""
+    def register(function):
+        CASES.update(dict.fromkeys(kernels, function))
+        return function
+
+    return register
+
+
+def salted(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
+    """A copy with each special value at two places, or fewer in a small array."""
+    found = values.astype(np.float32)
+    places = rng.choice(found.size, min(len(SPECIAL), found.size // 2), replace=False)
+    found.reshape(-1)[places] = SPECIAL[: len(places)]
+    return found
+
+
+def draw(rng: np.random.Generator, layout: Image) -> np.ndarray:
+    """Salted values (C, H, W, N), as `layout` holds them."""
+    values = rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch))
+    return salted(rng, values).astype(layout.dtype).astype(np.float32)
+
+
+def agree(got: np.ndarray, wanted: np.ndarray, dtype: str) -> None:
+    """NaN where NaN is wanted, the very infinities, and numbers but for rounding."""
+    assert got.shape == wanted.shape
+    numbers = np.isfinite(wanted)
+    assert np.array_equal(got[~numbers], wanted[~numbers].astype(np.float32), equal_nan=True), "not the same NaN and infinities"
+    assert np.isfinite(got[numbers]).all(), "NaN or infinity in the place of a number"
+    scale = np.abs(wanted[numbers]).max(initial=0)
+    assert np.abs(got[numbers] - wanted[numbers]).max(initial=0) <= scale * (200 * EPS if dtype == "float32" else 4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_gives_what_its_reference_gives(builder, kernel, dtype):  # noqa: F811
+    rng = np.random.default_rng(11)
+    met = 0
+    with np.errstate(all="ignore"):
+        for problem, arrays, wanted in CASES[kernel](kernel, rng, dtype):
+            results = call(builder, kernel, problem, *arrays)
+            for place, want in wanted.items():
+                layout, values = want if isinstance(want, tuple) else (None, want)
+                got = results[place] if layout is None else layout.unpack(results[place].astype(np.float32))
+                agree(got.reshape(values.shape), np.asarray(values, np.float64), dtype)
+                if kernel in KEEP_SIGNS:
+                    assert np.array_equal(np.signbit(got.reshape(values.shape)[values == 0]), np.signbit(values[values == 0]))
+                met += np.count_nonzero(~np.isfinite(values))
+    assert met or kernel == "image.zero_halo"
+
+
+@pytest.mark.skipif(TARGET.device != "cpu", reason="only kernels for the CPU are specialized")
+@pytest.mark.parametrize("kernel", ["gather.conv", "gather.grad"])
+def test_a_kernel_with_a_structure_baked_in_gives_the_same(builder, kernel):  # noqa: F811
+    with np.errstate(all="ignore"):
+        for problem, arrays, wanted in gathered(kernel, np.random.default_rng(3), "float32", live=1.0):
+            structure = structure_of(problem, arrays[0])
+            results, plain = call(builder, kernel, problem, *arrays, structure=structure), call(builder, kernel, problem, *arrays)
+            assert all(np.array_equal(results[place], plain[place], equal_nan=True) for place in wanted)
+            assert not all(np.isfinite(results[place]).all() for place in wanted)
+
+
+def test_the_comparator_notices():
+    wanted = np.array([1.0, np.nan, np.inf, -np.inf])
+    agree(wanted.astype(np.float32), wanted, "float32")
+    for place, wrong in ((0, np.nan), (0, 1.1), (1, 0.0), (2, -np.inf), (3, np.nan)):
+        got = wanted.astype(np.float32)
+        got[place] = wrong
+        with pytest.raises(AssertionError):
+            agree(got, wanted, "float32")
+
+
+def shapes(dtype: str) -> tuple[Image, Image]:
+    """A batch that leaves lanes empty, and the same with another halo."""
+    shape = make(9, 6, 5, 7, (1, 1, 1, 1), dtype)
+    return shape, replace(shape, halo=(0, 0, 2, 1))
+
+
+# Pointwise
+
+
+@case("image.import", "image.export", "image.zero_halo", "image.copy", "flatten.forward", "flatten.backward", "add.forward",
+      "relu.forward", "relu.backward")
+def pointwise(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    here, there, room = pack(shape, x, 0), pack(other, start, 0), pack(shape, start, 0)
+    if kernel == "image.import":
+        yield image.ImageImport(shape), [np.moveaxis(x, -1, 0), room], {1: (shape, image.import_reference(np.moveaxis(x, -1, 0)))}
+    elif kernel == "image.export":
+        logits = make(9, 1, 1, 7, dtype=dtype)
+        values = draw(rng, logits)
+        yield image.ImageExport(logits), [pack(logits, values), np.zeros((7, 9), np.float32)], {1: image.export_reference(values)}
+    elif kernel == "image.zero_halo":
+        yield image.ZeroHalo(shape), [here], {0: np.where(here == HALO, 0, here)}
+    elif kernel == "image.copy":
+        yield image.ImageCopy(shape, other, True), [here, there], {1: (other, x + start)}
+    elif kernel.startswith("flatten"):
+        flat = make(9 * 30, 1, 1, 7, dtype=dtype)
+        if kernel == "flatten.forward":
+            yield flatten.Flatten(shape, flat), [here, np.zeros(flat.elems, dtype)], {1: (flat, flatten.forward_reference(x))}
+        else:
+            yield flatten.Flatten(shape, flat, True), [pack(flat, flatten.forward_reference(x), 0), room], {1: (shape, x + start)}
+    elif kernel == "add.forward":
+        yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
+    elif kernel == "relu.forward":
+        yield relu.ReluForward(other, shape), [pack(other, x), room], {1: (shape, relu.forward_reference(x))}
+    else:
+        for accumulate in (False, True):
+            yield (relu.ReluBackward(shape, shape, other, accumulate), [pack(shape, dy, 0), here, there],
+                   {2: (other, relu.backward_reference(dy, x) + (start if accumulate else 0))})
+
+
+@case("bias.gradient")
+def bias_gradient(kernel, rng, dtype) -> Iterator:
+    shape, _ = shapes(dtype)
+    dy = draw(rng, shape)
+    yield bias.BiasGradient(shape), [pack(shape, dy, 0), np.zeros(9, np.float32)], {1: bias.gradient_reference(dy)}
+
+
+# Pools
+
+
+@case("max_pool2d.forward", "max_pool2d.backward", "avg_pool2d.forward", "avg_pool2d.backward")
+def pools(kernel, rng, dtype) -> Iterator:
+    for window, stride, padding in ((2, 2, 0), (3, 2, 1)):
+        shape = make(9, 6, 6, 7, (1, 1, 1, 1), dtype)
+        size = (6 + 2 * padding - window) // stride + 1
+        result = replace(shape, height=size, width=size, halo=(0, 0, 0, 0))
+        problem = pool.Pool(shape, result, (window, window), (stride, stride), (padding, padding))
+        x, start, dy = draw(rng, shape).round(0), rng.standard_normal((9, 6, 6, 7)).astype(dtype), draw(rng, result)
+        x[0, :, :, 0], x[1, :4, :4, 1], x[2, 0:2, 0:2, 2] = -np.inf, np.nan, [[1, np.nan], [np.inf, np.nan]]
+        if kernel.endswith("forward"):
+            reference = pool.max_forward_reference if kernel.startswith("max") else pool.avg_forward_reference
+            yield problem, [pack(shape, x), pack(result, dy)], {1: (result, reference(problem, x))}
+            continue
+        for accumulate in (False, True) if padding else (False,):
+            before = start if accumulate else 0
+            if kernel.startswith("max"):
+                yield (pool.MaxPoolBackward(problem, result, shape, accumulate),
+                       [pack(result, dy, 0), pack(shape, x), pack(shape, start, 0)],
+                       {2: (shape, pool.max_backward_reference(problem, dy, x) + before)})
+            else:
+                yield (pool.AvgPoolBackward(problem, result, shape, accumulate), [pack(result, dy, 0), pack(shape, start, 0)],
+                       {1: (shape, pool.avg_backward_reference(problem, dy) + before)})
+
+
+@case("global_avg_pool.forward", "global_avg_pool.backward")
+def global_pool(kernel, rng, dtype) -> Iterator:
+    shape, _ = shapes(dtype)
+    one = make(9, 1, 1, 7, dtype=dtype)
+    x, y = draw(rng, shape), draw(rng, one)
+    problem = pool.GlobalPool(shape, one)
+    if kernel.endswith("forward"):
+        yield problem, [pack(shape, x), pack(one, y)], {1: (one, pool.global_forward_reference(x))}
+    else:
+        yield problem, [pack(one, y, 0), pack(shape, x, 0)], {1: (shape, pool.global_backward_reference(problem, y))}
+
+
+# Batch normalisation
+
+
+def by_channel(rng, layout: Image) -> np.ndarray:
+    """Values whose channels have one special value each, at several places, or none; the last one is constant."""
+    values = rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch)).astype(layout.dtype).astype(np.float32)
+    for channel, special in enumerate((np.nan, np.inf, -np.inf, -0.0)):
+        values[channel, 0, 0, 0] = values[channel, -1, -1, -1] = special
+    values[4, 0, 0, 1], values[4, 1, 1, 0], values[5, 1, 2, 2], values[-1] = np.inf, -np.inf, np.inf, 3
+    return values
+
+
+@case("batch_norm.moments")
+def moments(kernel, rng, dtype) -> Iterator:
+    shape, room = make(9, 6, 5, 7, (1, 1, 1, 1), dtype), np.zeros(27, np.float32)
+    z = by_channel(rng, shape)
+    yield batch_norm.BatchNormMoments(shape, 1e-5), [pack(shape, z), room], {1: batch_norm.moments_reference(z, 1e-5)}
+    shape = make(9, 6, 5, 16, (1, 0, 0, 1), dtype)
+    z = by_channel(rng, shape)
+    lanes = z.reshape(9, -1, shape.width, shape.slices, shape.vector)
+    statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 3, 0, 1, 4).astype(np.float32)
+    yield (batch_norm.BatchNormMoments(shape, 1e-5, shape.height * shape.slices), [statistics, pack(shape, z), room],
+           {2: batch_norm.moments_reference(z, 1e-5)})
+
+
+@case("batch_norm.running", "batch_norm.frozen")
+def statistics_kept(kernel, rng, dtype) -> Iterator:
+    known, mean, variance = salted(rng, rng.random((3, 9))), salted(rng, rng.random(9)), salted(rng, rng.random(9))
+    if kernel.endswith("running"):
+        wanted = batch_norm.running_reference(known, mean, variance, 0.3)
+        yield batch_norm.BatchNormRunning(9, 0.3), [known, mean, variance], {1: wanted[0], 2: wanted[1]}
+    else:
+        yield (batch_norm.BatchNormFrozen(9, 1e-3), [mean, variance, np.zeros((3, 9), np.float32)],
+               {2: batch_norm.frozen_reference(mean, variance, 1e-3)})
+
+
+@case("batch_norm.forward", "batch_norm.backward")
+def batch_norms(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    z, dy, residual = draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    known = rng.standard_normal((3, 9)).astype(np.float32)
+    affine = rng.standard_normal((2, 9)).astype(np.float32)
+    known[0, 0], known[1, 1], known[0, 2], affine[0, 3], affine[1, 4] = np.nan, np.nan, np.inf, np.inf, np.nan
+    facts = [known, affine]
+    for relued, added in ((False, False), (True, False), (True, True)):
+        y = batch_norm.forward_reference(z, known, affine[1], affine[0], residual if added else None, relued)
+        if kernel.endswith("forward"):
+            problem = batch_norm.BatchNormForward(shape, other, relued, shape if added else None)
+            arrays = [pack(shape, z), *facts, *([pack(shape, residual)] if added else []), pack(other, z)]
+            yield problem, arrays, {len(arrays) - 1: (other, y)}
+            continue
+        y = y.astype(dtype).astype(np.float32)
+        masked, sums, dz = batch_norm.backward_reference(dy, z, known, affine[1], y if relued else None)
+        problem = batch_norm.BatchNormBackward(shape, shape, shape, relued, shape if added else None)
+        there = [pack(shape, y)] if added else []
+        arrays = [pack(shape, dy, 0), pack(shape, z), *facts, *there, np.zeros(18, np.float32), pack(shape, z, 0)]
+        yield problem, arrays, {0: (shape, masked if added else dy), len(arrays) - 2: sums, len(arrays) - 1: (shape, dz)}
+        if relued and not added:
+            problem = batch_norm.BatchNormBackward(shape, shape, None, relued, in_place=True)
+            yield problem, arrays[:-1], {0: (shape, dz), 4: sums}
+
+
+# Loss and optimizer
+
+
+@case("loss.cross_entropy")
+def losses(kernel, rng, dtype) -> Iterator:
+    shape = make(6, 1, 1, 1)
+    inf, nan = np.inf, np.nan
+    rows = ([0, 1, 2, -0.0, 5, 1], [0, nan, 2, 9, nan, 1], [nan, 1, 2, 3, 4, 5], [0, inf, 1, 2, 3, 4], [-inf, 1, 2, -inf, 0, 1], [-inf] * 6,
+            [0, inf, nan, 1, 2, inf])
+    for smoothing in (0.0, 0.1):
+        for row in rows:
+            for label in (0, 1, 4) if smoothing == 0 else (1,):
+                logits, labels = np.array(row, np.float32)[:, None, None, None], np.array([label], np.int32)
+                value, correct, dlogits = loss.cross_entropy_reference(logits, labels, smoothing)
+                yield (loss.CrossEntropy(shape, shape, smoothing),
+                       [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
+                       {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)})
+
+
+@case("optimizer.sgd", "optimizer.sgd_units", "optimizer.copy")
+def optimizers(kernel, rng, dtype) -> Iterator:
+    values, gradients, momentum = (salted(rng, rng.standard_normal(48)) for _ in range(3))
+    if kernel == "optimizer.copy":
+        places = rng.permutation(48).astype(np.int32)
+        yield optimizer.CopyValues(), [values, places, np.zeros(48, np.float32)], {2: values[places]}
+        return
+    for nesterov in (0, 1):
+        hyper = np.array([0.1, 0.9, 1e-2, nesterov], np.float32)
+        new, moved = optimizer.sgd_reference(values, gradients, momentum, hyper)
+        if kernel == "optimizer.sgd":
+            yield optimizer.Sgd(), [values, gradients, momentum, hyper], {0: new, 2: moved}
+        else:
+            problem, permutation = optimizer.SgdUnits(2, 3), rng.permutation(8).astype(np.int32)
+            yield (problem, [values, gradients, momentum, hyper, permutation, np.zeros_like(values)],
+                   {0: new, 2: moved, 5: optimizer.transposed_reference(problem, new, permutation)})
+
+
+# Convolutions
+
+
+def with_dtype(problem, dtype: str):
+    """A convolution whose activations are stored as `dtype`."""
+    changed = {name: replace(getattr(problem, name), dtype=dtype) for name in ("source", "result") if hasattr(problem, name)}
+    return replace(problem, **changed)
+
+
+def spoil(rng, array: np.ndarray, inside: tuple = ...) -> np.ndarray:
+    """A copy with one NaN, one infinity and one -0 among `inside`."""
+    found = array.copy()
+    part = found[inside]
+    for special in (np.nan, np.inf, -0.0):
+        part[tuple(rng.integers(0, part.shape))] = special
+    found[inside] = part
+    return found
+
+
+def convolved(rng, problem: GatherConv, reference) -> tuple[list, dict]:
+    """(source, result before, statistics if any; what they must be), reference(source, before) gives the result."""
+    source = spoil(rng, activation(rng, problem.source), problem.source.interior)
+    before = rng.standard_normal(problem.result.shape).astype(problem.result.dtype)
+    result = reference(source, before)
+    arrays, wanted = [source, before], {1: result}
+    if problem.statistics:
+        inside = result[problem.result.interior].astype(problem.result.dtype).astype(np.float64)
+        sums = np.stack([(inside**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)], 2)
+        arrays.append(np.zeros((problem.result.slices * problem.result.height, 2, problem.result.channels, VECTOR), np.float32))
+        wanted[2] = sums.reshape(arrays[2].shape)
+    return arrays, wanted
+
+
+@case("gather.conv", "pattern.conv", "gather.grad", "pattern.grad")
+def gathered(kernel, rng, dtype, live=0.3) -> Iterator:
+    for seed in (1, 6):  # with statistics, with several sections
+        conv, grad, index = random_problem(seed, 2 if kernel.startswith("pattern") else 1, live)
+        conv, grad, facts = with_dtype(conv, dtype), with_dtype(grad, dtype), [index.pointers, index.offsets]
+        if kernel.endswith("conv"):
+            values = spoil(rng, rng.standard_normal((len(index.offsets), conv.unit[0], conv.row_block)).astype(np.float32))
+            offset = [rng.standard_normal(conv.result.channels).astype(np.float32)] if conv.bias else []
+            arrays, wanted = convolved(rng, conv, lambda *ends: gather_conv_reference(conv, *facts, values, *ends, *offset))  # noqa: B023
+            first = 3 + len(offset)
+            yield conv, [*facts, values, *offset, *arrays], {first + place: array for place, array in wanted.items()}
+        else:
+            source = spoil(rng, activation(rng, grad.source), grad.source.interior)
+            delta = activation(rng, grad.delta, gradient=True)
+            delta[0, 0, grad.delta.halo[0], grad.delta.halo[1], 0] = np.inf
+            found = gather_grad_reference(grad, *facts, source, delta)
+            yield grad, [*facts, source, delta, np.zeros(found.shape, np.float32)], {4: found}
+
+
+@case("compact.conv", "compact.grad")
+def compacted(kernel, rng, dtype) -> Iterator:
+    shape = COMPACT_SHAPES[1]
+    _, source, result, index, pointers, rows, channels, count = row_case(shape)
+    live, sections = shape[1::3]
+    problem = with_dtype(GatherConv(source, result, 2, 1, (1, 1), (Pass(shape[2]),), sections[1], rows_live=live), dtype)
+    plain = replace(problem, result=replace(problem.result, channels=len(rows)), rows_live=0)
+    x = spoil(rng, activation(rng, problem.source), problem.source.interior)
+    if kernel == "compact.conv":
+        values = values_of(rng, index, rows)
+        values[0] = np.inf
+        before = np.zeros(problem.result.shape, dtype)
+        wanted = before.astype(np.float64)
+        wanted[:, rows] = gather_conv_reference(plain, index.pointers, index.offsets, values, x, before[:, rows])
+        yield problem, [pointers, index.offsets, values, channels, count, x, before], {6: wanted}
+        return
+    dy = activation(rng, result, gradient=True)
+    grad = GatherGrad(problem.source, result, 2, 1, (1, 1), sections[1], rows_live=live)
+    wanted = gather_grad_reference(replace(grad, delta=plain.result, rows_live=0), index.pointers, index.offsets, x, dy[:, rows])
+    yield grad, [pointers, index.offsets, channels, count, x, dy, np.zeros(wanted.shape, np.float32)], {6: wanted}
+
+
+@case("pattern_groups.conv", "pattern_groups.grad")
+def pattern_groups(kernel, rng, dtype) -> Iterator:
+    import test_opencl_patterns as patterns
+
+    _, problem, *facts = patterns.case((5, 7), (8, 8), 8, (1, 1, 1, 1), 0.3, statistics=True)
+    if kernel.endswith("conv"):
+        values = spoil(rng, rng.standard_normal((len(facts[1]), problem.taps)).astype(np.float32))
+        arrays, wanted = convolved(rng, problem.gather,
+                                   lambda source, before: patterns.grouped_conv_reference(problem, *facts, values, source, before, None))
+        yield problem, [*facts, values, *arrays], {3 + place: array for place, array in wanted.items()}
+        return
+    gather = problem.gather
+    grad = patterns.GroupedGrad(GatherGrad(gather.source, gather.result, 1, 1, (1, 1), 5), patterns.SHAPES)
+    source, delta = spoil(rng, activation(rng, gather.source), gather.source.interior), activation(rng, gather.result, gradient=True)
+    wanted = patterns.grouped_grad_reference(grad, *facts, source, delta)
+    yield grad, [*facts, source, delta, np.zeros(wanted.shape, np.float32)], {4: wanted}
