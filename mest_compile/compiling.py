@@ -16,7 +16,7 @@ from mest_compile import choosing
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
-from mest_compile.facts import Facts
+from mest_compile.facts import Facts, read_facts
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
@@ -119,10 +119,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
     """
     arrays, document = checkpoint.read(path)
-    try:
-        facts = Facts.from_json(document)
-    except (KeyError, TypeError) as problem:
-        raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
+    facts = read_facts(document, f"checkpoint {path}")
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
     step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, document.get("knobs", {}))
     step._restore(arrays, document, path)

@@ -58,6 +58,14 @@ def _ratio(*said: str) -> float | None:
     return int(said[0]) / int(said[1])
 
 
+def forbids_execution(folder: Path) -> bool:
+    """Whether code in that folder's files cannot be loaded (mounted "noexec"); False where the system does not tell."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
+    except (OSError, AttributeError):
+        return False
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text()
