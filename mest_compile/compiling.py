@@ -20,6 +20,7 @@ from mest_compile.facts import Facts, read_facts
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
+from mest_compile.host import cores
 from mest_compile.linkers import is_foreign
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 # TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores would give one.
-os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 
 Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 

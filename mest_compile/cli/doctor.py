@@ -145,8 +145,11 @@ def _host_target() -> Check:
 
 
 def _threads() -> Check:
-    usable = len(os.sched_getaffinity(0))
+    from mest_compile.host import cores, cpu_quota
+
+    usable, quota = cores(), cpu_quota()
     limits = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "TVM_NUM_THREADS") if name in os.environ]
+    limits += [] if quota is None else [f"a quota of {quota:g} cores"]
     return Check("threads", "ok", ", ".join([f"{usable} of {os.cpu_count()} cores usable", *limits]))
 
 
