@@ -27,6 +27,7 @@ from mest_compile.opencl_kernels import check_buffers
 from mest_compile.planning import meet_budget, plan_layers, usually_recomputed, warn_beyond_memory
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
+from mest_compile.retargeting import retargeted
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
@@ -115,14 +116,25 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     return _make(facts, state, builder, device, records)
 
 
-def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None) -> TrainStep:
+def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
+         target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
-    that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
+    that goes on gives the same numbers.
+
+    device  as in `compile`
+    target, batch  to go on with weights, masks, momentum and statistics on another device, or with so many examples a step; kernels and
+            threads are then chosen as `compile` does. None: as it was saved
+    Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """
     arrays, document = checkpoint.read(path)
     facts = read_facts(document, f"checkpoint {path}")
+    tuned: Tuned = document.get("knobs", {})
+    if target is not None or batch is not None:
+        where = facts.target if target is None else find_target(target)
+        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch)
+        document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, document.get("knobs", {}))
+    step = _make(replace(facts, threads=threads or facts.threads), zeros, builder, device, tuned)
     step._restore(arrays, document, path)
     return step
 

@@ -45,6 +45,7 @@ class LocalRunner:
             return kernel_name(prefix, program, call)
 
         self._executable = tvm.compile(emit(programs, name, f"{prefix}.arena"), target=target.to_tvm())
+        self._executable.mod.clear_imports()  # an object without code, which TVM would link, load and never let go
         self._machine = self._new_machine()
         self._machine["arena"]()
 
