@@ -87,6 +87,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), optimizer or SGD()
     if not 0 <= label_smoothing < 1:
         raise UsageError(f"label_smoothing is {label_smoothing}; wanted a share of 0 or more and below 1")
+    if lower_density and memory_budget is None:
+        raise UsageError("lower_density says what may give way to a memory_budget; pass one, or leave lower_density out")
     input_shape = _check_shape(input_shape)
     target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target)

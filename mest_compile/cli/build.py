@@ -42,6 +42,10 @@ def build(
     given = given_options(context)
     if checkpoint is not None and (others := sorted(given - {"checkpoint", "out", "target", "batch", "threads", "as_json"})):
         raise UsageError(f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model")
+    if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
+        raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
+    if scheme == "dense" and "sparsity" in given and sparsity:
+        raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
             step = mest.load(checkpoint, threads=threads, target=target if "target" in given else None,

@@ -182,7 +182,7 @@ def _cache_folder() -> Check:
     from mest_compile.folders import cache_folder, cache_folders
     from mest_compile.host import forbids_execution
 
-    folder, wanted = cache_folder(), next(cache_folders())
+    folder, spare = cache_folder(), list(cache_folders())[-1]
     remedy = "every start compiles again; set XDG_CACHE_HOME to a folder of yours"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,8 +192,9 @@ def _cache_folder() -> Check:
         free = shutil.disk_usage(folder).free
     except OSError as problem:
         return Check("cache folder", "warn", f"{folder} cannot be written ({problem.strerror}): {remedy}")
-    if folder != wanted:
-        return Check("cache folder", "warn", f"{folder}, as {wanted} cannot be used: it may be gone with the next start of the machine")
+    if folder == spare:
+        return Check("cache folder", "warn", f"{folder}, as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used; it may be "
+                     "gone with the machine's next start")
     if free < LEAST_CACHE_BYTES:
         return Check("cache folder", "warn", f"{folder} has {free / 2**20:.0f} MiB left; when it is full {remedy}")
     if forbids_execution(folder):
