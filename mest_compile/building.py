@@ -16,18 +16,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from mest_compile.cpu_kernels import PASSES, compile_cpu
 from mest_compile.errors import BuildError, MestError
+from mest_compile.folders import cache_folder, digest
 from mest_compile.hardware import Target
-from mest_compile.linkers import link_here
+from mest_compile.host import cores
+from mest_compile.linkers import link_here, scratch_folder
+from mest_compile.loading import load_library
 from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
 from mest_compile.registry import SCHEDULES
 
@@ -81,20 +83,22 @@ def knob_space(kernel: str, problem: Any, target: Target) -> dict[str, tuple]:
 
 @dataclass(slots=True)
 class Builder:
-    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next.
+    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next. A folder that can only be read is read from;
+    one that is full, forbids execution or is not there costs no more than the cache.
 
     most_bytes        that `folder` may hold: beyond it the entries go that were used longest ago
     compiled, loaded  how many kernels were compiled, and how many came from disk
     seconds           spent compiling, added up over threads
     """
 
-    folder: Path = field(default_factory=lambda: platformdirs.user_cache_path("mest-compile") / "kernels")
+    folder: Path = field(default_factory=lambda: cache_folder() / "kernels")
     most_bytes: int = MOST_BYTES
     compiled: int = 0
     loaded: int = 0
     seconds: float = 0.0
     _ready: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _refused: bool = False  # whether the log says that the folder cannot be written
 
     def build(self, sources: Iterable[KernelSource]) -> dict[str, Any]:
         """key -> callable, for every source, compiled side by side: LLVM and the linker run outside Python's lock. Raises BuildError."""
@@ -117,14 +121,16 @@ class Builder:
 
     def has(self, source: KernelSource) -> bool:
         """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
-        return source.key in self._ready or any(path.suffix != ".o" for path in
-                                                self.folder.joinpath(source.key[:2]).glob(f"{source.key}.*"))
+        return source.key in self._ready or any(path.suffix != ".o" for path in self._there(f"{source.key[:2]}/{source.key}.*"))
 
     def store(self, source: KernelSource) -> None:
-        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError."""
+        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError, also where it cannot be
+        kept.
+        """
         suffix = ".json" if source.target.device == "opencl" else ".so"
         if not any(self._entries(source.key, suffix)):
-            self._keep(source.key, suffix, self._content(self._new_library(source), source))
+            if not self._keep(source.key, suffix, self._content(self._new_library(source), source)):
+                raise BuildError(f"the kernel cache {self.folder} cannot be written, through which another process would get the kernel")
             if self.compiled % STORED_PER_EVICTION == 0:
                 self._evict()
 
@@ -152,7 +158,7 @@ class Builder:
         if not self._ready.keys() >= {source.key for source in sources}:
             import tvm  # noqa: F401  # before the threads, which would all wait for it
             from tvm.script import tirx  # noqa: F401
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+        with ThreadPoolExecutor(cores()) as workers:
             found = list(workers.map(get, sources))
         if self.compiled > before:
             self._evict()
@@ -169,17 +175,26 @@ class Builder:
 
     def _entries(self, key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
         """Whole entries of the cache for that key; damaged ones are removed."""
-        for path in self.folder.joinpath(key[:2]).glob(f"{key}.{'?' * 32}{suffix}"):
+        for path in self._there(f"{key[:2]}/{key}.{'?' * 32}{suffix}"):
             try:
                 content = path.read_bytes()
-                os.utime(path)  # "used", for the order of eviction
             except OSError:  # another process has just removed it
                 continue
-            if path.suffixes[0] == f".{_digest(content)}":
+            if path.suffixes[0] == f".{digest(content)}":
+                with suppress(OSError):  # where it can only be read
+                    os.utime(path)  # "used", for the order of eviction
                 yield path, content
                 continue
             log.warning("cached kernel %s is damaged; compiling it again", path.name)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _there(self, pattern: str) -> list[Path]:
+        """Files in the folder; none when it cannot be looked into."""
+        try:
+            return list(self.folder.glob(pattern))
+        except OSError:
+            return []
 
     def _from_disk(self, source: KernelSource) -> Any:
         for path, content in self._entries(source.key, ".json" if source.target.device == "opencl" else ".so"):
@@ -200,7 +215,11 @@ class Builder:
             self._keep(source.key, ".json", content)
             return library
         self._keep(source.key, ".so", content)
-        return self._load(content, source)
+        try:
+            return self._load(content, source)
+        except (OSError, RuntimeError) as problem:
+            raise BuildError(f"kernel {source.kernel} cannot be loaded, neither from {self.folder} nor from the temporary folder "
+                             f"({_cause(problem)}); set TMPDIR to a folder that can be written and executed from") from problem
 
     @staticmethod
     def _content(library: Any, source: KernelSource) -> bytes:
@@ -208,15 +227,8 @@ class Builder:
         return library.to_json().encode() if isinstance(library, OpenclKernel) else link_here(_object_code(library), source.target)
 
     def _load(self, content: bytes, source: KernelSource) -> Any:
-        """The kernel of a library. From a file of its own: who damages or evicts a cached one takes nothing from under a running
-        kernel, and what runs is what was checked.
-        """
-        import tvm_ffi
-
-        with tempfile.TemporaryDirectory(dir=self.folder if self.folder.is_dir() and os.access(self.folder, os.W_OK) else None) as scratch:
-            path = Path(scratch) / "kernel.so"
-            path.write_bytes(content)
-            return tvm_ffi.load_module(path, keep_module_alive=False)[source.symbol]  # else it would outlive the step
+        """The kernel of a library: what was checked, whatever becomes of the cached file. It goes with its last user."""
+        return load_library(content, [self.folder])[source.symbol]
 
     def _new_library(self, source: KernelSource) -> Any:
         start = time.perf_counter()
@@ -233,17 +245,21 @@ class Builder:
             self.seconds += time.perf_counter() - start
         return library
 
-    def _keep(self, key: str, suffix: str, content: bytes) -> None:
-        """Writes an entry under a temporary name; a folder that cannot be written costs only the cache."""
+    def _keep(self, key: str, suffix: str, content: bytes) -> bool:
+        """Writes an entry under a temporary name; whether that went well."""
         folder = self.folder / key[:2]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
                 made = Path(scratch) / f"kernel{suffix}"
                 made.write_bytes(content)
-                os.replace(made, folder / f"{key}.{_digest(content)}{suffix}")
+                os.replace(made, folder / f"{key}.{digest(content)}{suffix}")
+                return True
         except OSError as problem:
-            log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+            if not self._refused:
+                self._refused = True
+                log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+            return False
 
     @staticmethod
     def compile_object(source: KernelSource, path: Path) -> None:
@@ -258,7 +274,7 @@ class Builder:
     def _evict(self) -> None:
         """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
         entries = []
-        for path in self.folder.glob("??/*.*"):
+        for path in self._there("??/*.*"):
             try:
                 facts = path.stat()
             except OSError:  # another process has just removed it
@@ -268,7 +284,8 @@ class Builder:
         for _, size, path in sorted(entries):
             if total <= self.most_bytes:
                 return
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             total -= size
 
 
@@ -280,8 +297,8 @@ def _made(source: KernelSource) -> Any:
 
 
 def _object_code(library: Any) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "kernel.o"
+    with scratch_folder() as scratch:
+        path = scratch / "kernel.o"
         library.write_to_file(str(path))
         return path.read_bytes()
 
@@ -293,10 +310,6 @@ def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:
         raise
     except Exception as problem:  # of TVM's many types
         raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _cause(problem: Exception) -> str:

@@ -17,10 +17,11 @@ from mest_compile import checks, choosing, exclusive
 from mest_compile.building import Builder
 from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
 from mest_compile.errors import StateError, UsageError
-from mest_compile.facts import Facts
+from mest_compile.facts import Facts, read_facts
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
+from mest_compile.host import cores
 from mest_compile.linkers import is_foreign
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
@@ -33,6 +34,7 @@ from mest_compile.planning import (
 )
 from mest_compile.records import Records
 from mest_compile.registry import FAMILIES
+from mest_compile.retargeting import retargeted
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.distributions import DIGITS
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 # TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores would give one.
-os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 
 Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -133,19 +135,27 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     return _make(facts, state, builder, device, records)
 
 
-def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None) -> TrainStep:
+def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
+         target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
-    that goes on gives the same numbers. device: as in `compile`. Raises StateError, BuildError, DeviceError.
+    that goes on gives the same numbers.
+
+    device  as in `compile`
+    target, batch  to go on with weights, masks, momentum and statistics on another device, or with so many examples a step; kernels and
+            threads are then chosen as `compile` does. None: as it was saved
+    Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """
     exclusive.this_process()
     _check_objects(builder, device, None)
     arrays, document = checkpoint.read(path)
-    try:
-        facts = Facts.from_json(document)
-    except (KeyError, TypeError) as problem:
-        raise StateError(f"checkpoint {path} lacks {problem}; it is of another version of mest-compile") from problem
+    facts = read_facts(document, f"checkpoint {path}")
+    tuned: Tuned = document.get("knobs", {})
+    if target is not None or batch is not None:
+        where = facts.target if target is None else find_target(target)
+        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch)
+        document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, document.get("knobs", {}))
+    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, tuned)
     step._restore(arrays, document, path)
     return step
 

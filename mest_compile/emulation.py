@@ -7,7 +7,6 @@ The two helper programs are built from the C files of `native/` when they are fi
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -17,11 +16,11 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
 from mest_compile.building import KernelSource
 from mest_compile.cpu_kernels import compile_cpu
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError
+from mest_compile.folders import cache_folder, kept_file
 from mest_compile.hardware import Target
 
 LIMIT_SECONDS = 300  # of one kernel; one that needs longer has too large a problem for emulation
@@ -175,15 +174,12 @@ def _helpers(machine: Machine) -> tuple[Path, Path]:
 
 def _built(text: str, name: str, compiler: list[str], libraries: list[str]) -> Path:
     key = hashlib.sha256("\0".join([text, *compiler, *libraries]).encode()).hexdigest()[:16]
-    path = platformdirs.user_cache_path("mest-compile") / "native" / f"{key}-{name}"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, made = Path(folder) / "source.c", Path(folder) / name
+
+    def build(path: Path) -> None:
+        source = path.with_name("source.c")
         source.write_text(text)
-        done = subprocess.run([*compiler, str(source), "-o", str(made), *libraries], capture_output=True, text=True)
+        done = subprocess.run([*compiler, str(source), "-o", str(path), *libraries], capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{compiler[0]} cannot build {name}: {' '.join(done.stderr.split())}")
-        os.replace(made, path)
-    return path
+
+    return kept_file(cache_folder() / "native", key, name, build)

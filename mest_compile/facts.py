@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mest_compile.errors import MestError, StateError
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.graph.program import Program
@@ -68,6 +69,14 @@ class Facts:
                   for spec, entry in zip(specs, facts["layers"], strict=True)}
         return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
                    facts["label_smoothing"], facts.get("activations", "float32"))
+
+
+def read_facts(document: Mapping[str, Any], where: str) -> Facts:
+    """The facts that `where`, a file whose digest was right, holds. Raises StateError when another version wrote it."""
+    try:
+        return Facts.from_json(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, MestError) as problem:
+        raise StateError(f"{where} lacks {problem}; it is of another version of mest-compile") from problem
 
 
 def _plain(value: Any) -> Any:

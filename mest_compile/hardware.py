@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import tomllib
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from mest_compile import checks
 from mest_compile.errors import TargetError, UnknownName
+from mest_compile.host import cores
 
 # LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide instead.
 # AVX-512 code on 8 floats where the multipliers are 8 wide (Zen 4: with 16 a step of the wide ResNet-32 takes 264 ms instead of 207, block,
@@ -211,7 +211,7 @@ def _complete_from_host(target: Target) -> Target:
     llvm = dict(target.llvm) | {"mcpu": cpu}
     return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if cpu == "generic" else 16,  # "generic": NEON
                    l1_bytes=_cache_bytes(1) or target.l1_bytes, l2_bytes=_cache_bytes(2) or target.l2_bytes,
-                   cores=len(os.sched_getaffinity(0)), float16=cpu not in _NARROW)
+                   cores=cores(), float16=cpu not in _NARROW)
 
 
 def host_cpu() -> tuple[str, int]:

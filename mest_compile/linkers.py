@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +64,23 @@ def find_linker(target: Target) -> Linker:
                        f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that goes with the block. Raises BuildError where no file can be written or read in the block."""
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as problem:
+        raise BuildError(f"the temporary folder cannot be used ({problem}); make room there, or set TMPDIR to another") from problem
+
+
 def link_here(code: bytes, target: Target) -> bytes:
     """A shared library of an object, for processes that have loaded TVM, and with it all that a kernel may need.
 
     Raises BuildError, NotInstalled.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        part, made = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+    with scratch_folder() as scratch:
+        part, made = scratch / "kernel.o", scratch / "kernel.so"
         part.write_bytes(code)
         run_linker(find_linker(target), ["-shared", "--strip-all", str(part), "-o", str(made)])
         return made.read_bytes()
@@ -76,7 +88,10 @@ def link_here(code: bytes, target: Target) -> bytes:
 
 def run_linker(linker: Linker, arguments: list[str]) -> None:
     """Raises BuildError with what it said."""
-    done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+    try:
+        done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+    except OSError as problem:
+        raise BuildError(f"{linker.name} cannot be started: {problem}") from problem
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise BuildError(f"{linker.name} cannot link: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mest_compile.errors import BuildError
 from mest_compile.graph.emitting import emit
 from mest_compile.graph.program import Program, Stage
 from mest_compile.hardware import Target
-from mest_compile.linkers import find_linker, run_linker, triple_of
+from mest_compile.linkers import find_linker, run_linker, scratch_folder, triple_of
 from mest_compile.opencl_kernels import compile_opencl_library
 
 # What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
@@ -45,16 +44,16 @@ def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol
     """
     import tvm
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         paths = {}
         for name, content in objects.items():
-            paths[name] = Path(scratch) / f"{name}.o"
+            paths[name] = scratch / f"{name}.o"
             paths[name].write_bytes(content)
         executable = _executable(functions, symbol, target)
         # One object stands for all: that there is one tells TVM that the library's own functions belong to the executable.
         first = next(iter(paths))
         executable.import_module(tvm.runtime.load_static_library(str(paths[first]), [first]))
-        return link([*paths.values(), _packed(executable, target, Path(scratch))], target, Path(scratch))
+        return link([*paths.values(), _packed(executable, target, scratch)], target, scratch)
 
 
 def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
@@ -74,8 +73,8 @@ def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
         executable.import_module(kernels)
         return _link_opencl(kernels, executable, processor)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "executable"
+    with scratch_folder() as folder:
+        path = folder / "executable"
         executable.write_to_file(str(path))
         facts = json.dumps([__version__, sorted(texts), processor.tvm_fields]).encode()
         return keep(hashlib.sha256(facts + path.read_bytes()).hexdigest(), make)
@@ -83,8 +82,7 @@ def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
 
 def _link_opencl(kernels: Any, root: Any, processor: Target) -> bytes:
     """kernels: what launches, with OpenCL C; root: what loading the library gives, these themselves or an executable that imports them."""
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         kernels.write_to_file(str(scratch / "kernels.o"))
         return link([scratch / "kernels.o", _packed(root, processor, scratch)], processor, scratch)
 
@@ -114,10 +112,10 @@ def link_kernel(source: KernelSource, path: Path, system_calls: Collection[str] 
         kernels = compile_opencl_library({source.symbol: source.text}, source.target)
         path.write_bytes(_link_opencl(kernels, kernels, source.target.processor))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / "kernel.o"
+    with scratch_folder() as scratch:
+        made = scratch / "kernel.o"
         Builder.compile_object(source, made)
-        path.write_bytes(link([made], source.target, Path(scratch), system_calls))
+        path.write_bytes(link([made], source.target, scratch, system_calls))
 
 
 def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: Collection[str] = ()) -> bytes:

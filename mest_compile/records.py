@@ -10,7 +10,6 @@ foreign     a record of another device, CPU or TVM version: its times say nothin
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ import platformdirs
 
 from mest_compile.errors import StateError
 from mest_compile.hardware import Target
+from mest_compile.host import wait_exclusive
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +260,9 @@ class Records:
             content = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return
+        except OSError as problem:
+            log.warning("%s cannot be read (%s); nothing is taken from it", path, problem.strerror)
+            return
         lines = content.split("\n")
         for number, line in enumerate(lines, 1):
             if not line:
@@ -301,7 +304,7 @@ class LogFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                wait_exclusive(file)
                 torn = b""
                 if file.seek(0, os.SEEK_END):
                     file.seek(-1, os.SEEK_END)

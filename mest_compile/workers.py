@@ -27,6 +27,7 @@ from typing import Any
 from mest_compile.building import Builder, KernelSource
 from mest_compile.errors import BuildError
 from mest_compile.hardware import Target
+from mest_compile.host import cores
 
 log = logging.getLogger(__name__)
 SHARE = 0.05          # of the time: a step of the wide ResNet-32 takes 1.02 times as long then (docs/planning.md)
@@ -51,7 +52,7 @@ class Workers:
 
     def __init__(self, folder: Path, count: int | None = None, share: float | None = None):
         self.folder = folder
-        self.count = count or max(1, len(os.sched_getaffinity(0)) // 2)
+        self.count = count or max(1, cores() // 2)
         self.share = share or SHARE
         self._hurry = threading.Event()  # somebody waits: no rests
         self.started = False

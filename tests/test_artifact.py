@@ -168,9 +168,13 @@ print("tvm_ffi" in sys.modules)
 
 def edit(path, **changes):
     manifest = json.loads((path / artifact.MANIFEST).read_text())
-    for key, value in changes.items():
-        manifest[key] = value
-    (path / artifact.MANIFEST).write_text(json.dumps(manifest))
+    sign(path, manifest | changes)
+
+
+def sign(path, manifest):
+    """Writes a manifest as whoever made it would have."""
+    manifest.pop("digest")
+    (path / artifact.MANIFEST).write_text(json.dumps(manifest | {"digest": artifact._digest(manifest)}))
 
 
 def flip(path):
@@ -190,7 +194,7 @@ def foreign(path):
 def newer_cpu(path):
     manifest = json.loads((path / artifact.MANIFEST).read_text())
     manifest["facts"]["target"]["llvm"] = [["kind", "llvm"], ["mcpu", "x86-64-v4"]]
-    (path / artifact.MANIFEST).write_text(json.dumps(manifest))
+    sign(path, manifest)
 
 
 DAMAGE = {

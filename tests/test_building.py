@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,77 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert imports(builder.function(SOURCE))
     assert "cannot be written" in caplog.text
+
+
+def refuse(*arguments, **options):
+    raise OSError(30, "Read-only file system")
+
+
+def test_a_cache_that_can_only_be_read_is_hit(tmp_path, monkeypatch):
+    Builder(tmp_path).build(sources(3))
+    again = Builder(tmp_path, most_bytes=0)
+
+    def below(real):
+        return lambda path, *rest, **options: refuse() if str(path).startswith(str(tmp_path)) else real(path, *rest, **options)
+    for name in ("utime", "mkdir", "unlink", "replace"):
+        monkeypatch.setattr(os, name, below(getattr(os, name)))
+    assert imports(again.build(sources(3))[sources(1)[0].key]) and (again.compiled, again.loaded) == (0, 3)
+    assert len(again.build(sources(4))) == 4 and again.compiled == 1  # what there is no room for is not evicted, and nothing is raised
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_compiled_again(tmp_path, monkeypatch):
+    Builder(tmp_path).function(SOURCE)
+    library = next(tmp_path.rglob("*.so"))
+    library.write_bytes(library.read_bytes()[:1000])
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert imports(Builder(tmp_path).function(SOURCE))
+
+
+def full(monkeypatch, folder):
+    """Every file that is written below `folder` finds the disk full."""
+    def write(path, content, real=Path.write_bytes):
+        if path.is_relative_to(folder):
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+def test_a_full_disk_costs_the_cache_and_one_line(tmp_path, monkeypatch, caplog):
+    full(monkeypatch, tmp_path)
+    builder = Builder(tmp_path)
+    assert all(builder.build(sources(3)).values()) and imports(builder.function(SOURCE))
+    assert caplog.text.count("cannot be written") == 1
+    with pytest.raises(BuildError, match="cannot be written, through which another process"):
+        builder.store(sources(4)[3])
+
+
+def test_a_cache_without_execution_is_read_and_its_kernels_run_from_elsewhere(tmp_path, monkeypatch):
+    import tvm_ffi
+
+    def load(path, real=tvm_ffi.load_module, **options):
+        if Path(path).is_relative_to(tmp_path):
+            raise RuntimeError("failed to map segment from shared object")
+        return real(path, **options)
+    monkeypatch.setattr(tvm_ffi, "load_module", load)
+    Builder(tmp_path).function(SOURCE)
+    again = Builder(tmp_path)
+    assert imports(again.function(SOURCE)) and again.compiled == 0
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))  # and nowhere is left
+    with pytest.raises(BuildError, match="cannot be loaded, neither from"):
+        Builder(tmp_path / "other").function(SOURCE)
+
+
+def test_a_folder_that_nobody_may_look_into_is_an_empty_one(tmp_path, monkeypatch):
+    Builder(tmp_path).function(SOURCE)
+    monkeypatch.setattr(Path, "glob", refuse)
+    builder = Builder(tmp_path)
+    assert not builder.has(SOURCE) and builder.find(SOURCE) is None and imports(builder.function(SOURCE))
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(BuildError, match="temporary folder cannot be used .*make room there, or set TMPDIR"):
+        Builder(tmp_path).function(SOURCE)
 
 
 def test_a_kernel_that_no_schedule_makes_is_named():

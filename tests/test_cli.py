@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,6 +88,59 @@ def test_doctor_finds_this_machine_fit(mest_compile_command):
     status = {check["name"]: check["status"] for check in ran.document}
     assert ran.code == 0 and "fail" not in status.values()
     assert {status[name] for name in ("apache-tvm", "apache-tvm-ffi", "torch", "tvm", "target local")} == {"ok"} and "OpenCL" in status
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    ("temporary", "as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used"), ("file", "cannot be written (Not a directory)"),
+    ("full", "MiB left; when it is full every start compiles again"), ("noexec", "is mounted noexec"), ("well", "GiB free")])
+def test_doctor_looks_at_the_cache(how, said, tmp_path, monkeypatch):
+    from mest_compile import folders, host
+    from mest_compile.cli import doctor
+
+    (tmp_path / "file").write_text("")
+    place, spare = tmp_path / ("file/under" if how == "file" else how), tmp_path / "temporary"
+    monkeypatch.setattr(folders, "cache_folder", lambda: place)
+    monkeypatch.setattr(folders, "cache_folders", lambda: iter([place, spare]))
+    monkeypatch.setattr(host, "forbids_execution", lambda folder: how == "noexec")
+    free = {"full": 2**20}.get(how, 2**33)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    found = doctor._cache_folder()
+    assert said in found.detail and found.status == ("ok" if how == "well" else "warn")
+
+
+def test_doctor_compiles_a_kernel_with_the_linker_that_it_names(monkeypatch):
+    from mest_compile import linkers
+    from mest_compile.cli import doctor
+
+    assert doctor._kernel().status == "ok"
+    monkeypatch.setattr(linkers, "linkers", lambda architecture: [])
+    found = doctor._kernel()
+    assert found.status == "fail" and "pip install ziglang" in found.detail
+
+
+def test_doctor_counts_the_cores_of_a_quota(monkeypatch):
+    from mest_compile import host
+    from mest_compile.cli import doctor
+
+    monkeypatch.setattr(host, "cpu_quota", lambda: 1.5)
+    assert doctor._threads().detail.startswith("1 of ") and "a quota of 1.5 cores" in doctor._threads().detail
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("build", "--out", "x", "--model", "net.onnx", "--width", 8), "an .onnx file has its width already"),
+    (("build", "--out", "x", "--model", "net.onnx", "--classes", 8), "an .onnx file has its classes already"),
+    (("build", "--out", "x", "--scheme", "dense", "--sparsity", 0.5), "scheme dense has no zeros"),
+    (("bench", "--profile", "--vs", "torch"), "--profile times our step alone"),
+    (("tracker", "--query", "127.0.0.1:1", "--port", 9), "listens nowhere; leave out --port"),
+    (("tune", "--key", "phone"), "--tracker and --key go together"),
+    (("tune", "--tracker", "127.0.0.1:1", "--key", "phone", "--runner", "local"), "the local runner asks no tracker"),
+    (("train", "--lower-density"), "may give way to a memory_budget"),
+])
+def test_an_option_that_would_not_be_used_is_refused(arguments, said, mest_compile_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = mest_compile_command(*arguments)
+    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1, ran.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_fails_when_a_package_has_the_wrong_version(mest_compile_command, monkeypatch):

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width, given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.errors import UsageError
 
 
 def bench(
+    context: typer.Context,
     model: BuiltIn = "resnet32",
     width: Width = None,
     batch: Batch = 64,
@@ -37,6 +39,8 @@ def bench(
     """
     from mest_compile.contestants import Case
 
+    if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
+        raise UsageError(f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare")
     case = Case(model=model, input_shape=(batch, 3, 32, 32), width=width, scheme=scheme, sparsity=sparsity, distribution=distribution,
                 target=target, threads=threads, seed=seed, memory_budget=memory_budget, activations=activations)
     if profile:

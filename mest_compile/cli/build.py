@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
+from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width, given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
 
 
 def build(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
     model: Model = "resnet20",
     width: Width = None,
@@ -29,8 +30,8 @@ def build(
                                                            "meet them.", min=1)] = None,
     grow_to: Annotated[float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint of a run that was compiled for the same target; "
-                                                         "takes no other option but --out and --json.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, with its weights, masks and momentum; of the other "
+                                                         "options only --target, --batch and --threads can change what it was.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build an artifact that trains on a device without the compiler."""
@@ -38,9 +39,17 @@ def build(
     from mest_compile.models import build_model
     from mest_compile.runtime.artifact import size_bytes
 
-    with stderr_console().status(f"building for {target}"):
+    given = given_options(context)
+    if checkpoint is not None and (others := sorted(given - {"checkpoint", "out", "target", "batch", "threads", "as_json"})):
+        raise UsageError(f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model")
+    if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
+        raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
+    if scheme == "dense" and "sparsity" in given and sparsity:
+        raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
+    with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
-            step = mest.load(checkpoint)
+            step = mest.load(checkpoint, threads=threads, target=target if "target" in given else None,
+                             batch=batch if "batch" in given else None)
         else:
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)

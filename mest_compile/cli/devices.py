@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.cli.options import given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import DeviceError, UsageError
 
@@ -40,6 +41,7 @@ def find_device(tracker: str | None, key: str | None) -> Device | None:
 
 
 def tracker(
+    context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for devices that are not this machine.")] = LOCAL,
     port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9190,
     query: Annotated[str | None, typer.Option(help="host:port of a tracker: list its devices instead of being one.")] = None,
@@ -47,6 +49,8 @@ def tracker(
 ) -> None:
     """Keep a list of devices that serve, until interrupted."""
     if query is not None:
+        if others := sorted(given_options(context) & {"host", "port"}):
+            raise UsageError(f"--query asks another tracker and listens nowhere; leave out --{others[0]}")
         _show(query, as_json)
         return
     from tvm.rpc.tracker import PopenTrackerServerState

@@ -16,6 +16,8 @@ import typer
 from mest_compile.cli.output import Json, print_json, print_table
 from mest_compile.errors import MestError
 
+LEAST_CACHE_BYTES = 100 * 2**20  # some thousands of kernels
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -27,7 +29,7 @@ class Check:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: packages, compiler, target, threads, cache. Exit code 1 when something needed is missing."""
+    """Check this machine: packages, compiler, linker, target, threads, cache. Exit code 1 when something needed is missing."""
     checks = list(_checks())
     if as_json:
         print_json([asdict(check) for check in checks])
@@ -42,7 +44,7 @@ def _checks() -> Iterator[Check]:
     yield from _packages()
     yield _tvm_runs()
     yield _torch_build()
-    yield _c_compiler()
+    yield _kernel()
     yield _arm_linker()
     yield _arm_model()
     yield _opencl()
@@ -95,11 +97,24 @@ def _torch_build() -> Check:
     return Check("torch build", "ok", "CPU")
 
 
-def _c_compiler() -> Check:
-    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if found:
-        return Check("C compiler", "ok", found)
-    return Check("C compiler", "warn", "no cc, gcc or clang: compiled kernels cannot be linked into shared libraries")
+def _kernel() -> Check:
+    """One small kernel all the way: compiled, linked, loaded."""
+    from mest_compile.building import Builder, kernel_source
+    from mest_compile.hardware import find_target
+    from mest_compile.linkers import find_linker
+    from mest_compile.operators.image import ImageImport
+    from mest_compile.spec import Image
+
+    try:
+        target = find_target("local")
+        linker = find_linker(target)
+        with tempfile.TemporaryDirectory() as folder:
+            Builder(Path(folder)).function(kernel_source("image.import", ImageImport(Image(2, 3, 3, 8)), target))
+    except MestError as problem:
+        return Check("kernel", "fail", str(problem))
+    except OSError as problem:
+        return Check("kernel", "fail", f"no temporary folder can be written ({problem}); set TMPDIR to one that can")
+    return Check("kernel", "ok", f"compiled, linked by {linker.name}, loaded")
 
 
 def _arm_linker() -> Check:
@@ -145,8 +160,11 @@ def _host_target() -> Check:
 
 
 def _threads() -> Check:
-    usable = len(os.sched_getaffinity(0))
+    from mest_compile.host import cores, cpu_quota
+
+    usable, quota = cores(), cpu_quota()
     limits = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "TVM_NUM_THREADS") if name in os.environ]
+    limits += [] if quota is None else [f"a quota of {quota:g} cores"]
     return Check("threads", "ok", ", ".join([f"{usable} of {os.cpu_count()} cores usable", *limits]))
 
 
@@ -161,13 +179,24 @@ def _huge_pages() -> Check:
 
 
 def _cache_folder() -> Check:
-    from platformdirs import user_cache_path
+    from mest_compile.folders import cache_folder, cache_folders
+    from mest_compile.host import forbids_execution
 
-    folder = user_cache_path("mest-compile")
+    folder, spare = cache_folder(), list(cache_folders())[-1]
+    remedy = "every start compiles again; set XDG_CACHE_HOME to a folder of yours"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+            file.flush()
+        free = shutil.disk_usage(folder).free
     except OSError as problem:
-        return Check("cache folder", "warn", f"{folder} cannot be written ({problem.strerror}): every start compiles again")
-    return Check("cache folder", "ok", str(folder))
+        return Check("cache folder", "warn", f"{folder} cannot be written ({problem.strerror}): {remedy}")
+    if folder == spare:
+        return Check("cache folder", "warn", f"{folder}, as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used; it may be "
+                     "gone with the machine's next start")
+    if free < LEAST_CACHE_BYTES:
+        return Check("cache folder", "warn", f"{folder} has {free / 2**20:.0f} MiB left; when it is full {remedy}")
+    if forbids_execution(folder):
+        return Check("cache folder", "warn", f"{folder} is mounted noexec: kernels are loaded from the temporary folder instead")
+    return Check("cache folder", "ok", f"{folder}, {free / 2**30:.1f} GiB free")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import UsageError
@@ -57,6 +58,8 @@ def tune(
         widths = [int(part) for part in vectors.split(",")] if vectors else None
     except ValueError as problem:
         raise UsageError(f"--vectors {vectors}; wanted whole numbers with commas between them") from problem
+    if find_device(tracker, key) is not None and runner not in (None, "rpc"):
+        raise UsageError(f"the {runner} runner asks no tracker; leave out --tracker and --key, or --runner for their devices to measure")
     request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     with TuningProgress(stderr_console()) as progress:

@@ -5,10 +5,13 @@ Kernels are looked up by name when a virtual machine is made, so one of them is 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mest_compile.graph.program import Buffer, Program, Stage
+
+_LOCK = threading.Lock()  # TVM keeps one stack of builders for all threads
 
 
 def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
@@ -21,6 +24,11 @@ def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Cal
     A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns 0, which
     unlike an object needs no releasing at the far end of a link.
     """
+    with _LOCK:
+        return _emitted(functions, symbol, arena)
+
+
+def _emitted(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], arena: str | None) -> Any:
     from tvm import relax
 
     builder = relax.BlockBuilder()

@@ -2,13 +2,14 @@
 
 step.so            kernels and the virtual machine's executable
 state.safetensors  a checkpoint: weights, momentum, statistics, masks
-manifest.json      format, versions, what the step was compiled from, size and digest of the files
+manifest.json      format, versions, what the step was compiled from, size and digest of the files, and a digest of all that
 Index arrays are made from the masks when the artifact is opened, and by every mutation: kernels read them, nothing is compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import json
@@ -26,15 +27,18 @@ import numpy as np
 from mest_compile import __version__, checks, exclusive
 from mest_compile.elf import read_library
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, StateError, TargetError, UsageError
-from mest_compile.facts import Facts
+from mest_compile.facts import Facts, read_facts
 from mest_compile.graph.program import FUNCTIONS, Program, Stage
 from mest_compile.hardware import host_machine, lacking_features
+from mest_compile.host import cores
+from mest_compile.loading import load_library
 from mest_compile.runfolder import write_json
+from mest_compile.runtime import checkpoint
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
-FORMAT = "mest-compile artifact 1"
+FORMAT = "mest-compile artifact 2"
 LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
 RUNTIME = "libtvm_runtime.so"
 ALIGN_BYTES = 64  # of every array: vectorised kernels assume it
@@ -53,30 +57,60 @@ def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"{path} is there and is no artifact; pass another path")
     content = compiled.library()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        place = path.resolve()  # where a link leads
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch) / "new"
+            made.mkdir()
+            _write(made / LIBRARY, content)
+            step.save(made / STATE)
+            manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
+                        "facts": dict(compiled.document), "functions": _signatures(compiled.train, compiled.predict),
+                        "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)}}
+            manifest["digest"] = _digest(manifest)
+            write_json(made / MANIFEST, manifest)
+            made.chmod(0o755)
+            _take_place(made, place, Path(f"{scratch}.old"))
     except OSError as problem:
-        raise UsageError(f"artifact {path} cannot be written: {problem.strerror}") from problem
-    try:
-        (made / LIBRARY).write_bytes(content)
-        step.save(made / STATE)
-        manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
-                    "facts": dict(compiled.document), "functions": _signatures(compiled.train, compiled.predict),
-                    "files": {name: _facts_of(made / name) for name in (LIBRARY, STATE)}}
-        write_json(made / MANIFEST, manifest)
-        made.chmod(0o755)
-        if path.exists():
-            old = made.with_name(made.name + ".old")
-            os.replace(path, old)
-            os.replace(made, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(made, path)
-    except OSError as problem:
-        raise UsageError(f"artifact {path} cannot be written: {problem.strerror}") from problem
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        raise UsageError(f"artifact {path} cannot be written: {problem.strerror}; one that was there is untouched") from problem
     return manifest
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _take_place(made: Path, path: Path, old: Path) -> None:
+    """Gives a folder the name `path`. What had that name waits under the name `old`, and gets its own again when the new one cannot take
+    its place. Others may do the same at the same time: the last one's is left.
+    """
+    while not _moved(made, path):
+        try:
+            os.replace(path, old)
+            done = _moved(made, path)
+        except FileNotFoundError:  # another one is quicker
+            continue
+        except BaseException:
+            if old.exists() and not _moved(old, path):
+                shutil.rmtree(old, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        if done:
+            return
+
+
+def _moved(folder: Path, path: Path) -> bool:
+    """Gives a folder the name `path`; False when a folder has it that is not empty."""
+    try:
+        os.replace(folder, path)
+        return True
+    except OSError as problem:
+        if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
 
 
 def size_bytes(manifest: Mapping[str, Any]) -> int:
@@ -94,27 +128,24 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
 
     exclusive.this_process()
     path = Path(path)
-    manifest = _read_manifest(path)
-    try:
-        facts = Facts.from_json(manifest["facts"])
-        signatures = manifest["functions"]
-    except (KeyError, TypeError) as problem:
-        raise StateError(f"{path / MANIFEST} lacks {problem}; the artifact is of another version of mest-compile") from problem
-    _check_host(path, facts)
+    manifest, files = _read(path)
+    facts = read_facts(manifest["facts"], f"artifact {path}")
+    _check_host(path, files[LIBRARY], facts)
     train, predict = facts.lower()
-    if signatures != _signatures(train, predict):
+    if manifest["functions"] != _signatures(train, predict):
         raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
                          f"than those of {__version__}, which is installed here; use the same version on both sides")
     functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
     wanted = facts.threads if threads is None else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
-    runner = partial(LibraryRunner, path / LIBRARY, functions, min(wanted, len(os.sched_getaffinity(0))), find_runtime(path, runtime))
+    module = _load(path, files[LIBRARY], find_runtime(path, runtime))
+    runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
 
     def dense() -> TrainStep:
         raise DeviceError("gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set")
 
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
     step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)
-    step.restore(path / STATE)
+    step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
     return step
 
 
@@ -138,24 +169,34 @@ def find_runtime(path: Path, given: str | os.PathLike | None = None) -> Path | s
                            "pass its path") from problem
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(manifest, content of each file), of which every byte that decides anything is what was written. Raises StateError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest.get("format") != FORMAT:
             raise StateError(f"{path} is of format {manifest.get('format')!r}, this version reads {FORMAT!r}")
-        for name, wanted in manifest["files"].items():
-            if _facts_of(path / name) != wanted:
+        if manifest.pop("digest") != _digest(manifest):
+            raise ValueError("it is not what was written")
+        files = {name: (path / name).read_bytes() for name in (LIBRARY, STATE)}
+        for name, content in files.items():
+            if _facts_of(content) != manifest["files"][name]:
                 raise StateError(f"{path / name} is not what was built (size or SHA-256 differ); copy the artifact again")
-        return manifest
+        return manifest, files
     except FileNotFoundError as problem:
         raise StateError(f"{path} is no whole artifact: {Path(problem.filename).name} is missing; make one with "
                          "mest-compile build") from problem
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
-        raise StateError(f"{path / MANIFEST} is damaged ({problem!r}); copy the artifact again") from problem
+    except OSError as problem:
+        raise StateError(f"artifact {path} cannot be read: {Path(problem.filename or path).name}: {problem.strerror}") from problem
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
+        raise StateError(f"{path / MANIFEST} is damaged ({problem}); copy the artifact again") from problem
 
 
-def _facts_of(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says but its digest, whatever its layout as text."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _facts_of(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -164,10 +205,10 @@ def _signatures(train: Program, predict: Program) -> dict[str, list[list[Any]]]:
     return {program.name: [[buffer.name, buffer.dtype, buffer.elems] for buffer in program.held()] for program in (train, predict)}
 
 
-def _check_host(path: Path, facts: Facts) -> None:
+def _check_host(path: Path, library: bytes, facts: Facts) -> None:
     """Raises TargetError when this machine is not one that the library was compiled for."""
     try:
-        machine = read_library((path / LIBRARY).read_bytes(), str(path / LIBRARY)).machine
+        machine = read_library(library, str(path / LIBRARY)).machine
     except BuildError as problem:
         raise StateError(str(problem)) from problem
     if machine != host_machine():
@@ -178,30 +219,38 @@ def _check_host(path: Path, facts: Facts) -> None:
                           f"lacks {', '.join(lacking)}: build it for a target that does without")
 
 
+def _load(path: Path, library: bytes, runtime: Path | str) -> Any:
+    """The module of a library, which needs TVM's runtime: `runtime`, unless this process has one, for there can be only one. Raises
+    NotInstalled, DeviceError.
+    """
+    # One thread would be tied to a core, with all threads that it starts; and TVM takes half of the cores for second threads of others.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
+    try:
+        import tvm_ffi
+    except ImportError as problem:
+        raise NotInstalled(f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1") from problem
+    try:
+        if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # stays, as libraries do that ctypes opens
+        return load_library(library, [path.resolve().parent])
+    except (OSError, RuntimeError) as problem:
+        raise DeviceError(f"{path / LIBRARY} cannot be loaded: {problem}") from problem
+
+
 class LibraryRunner:
     """A step's arrays and a shared library in this process, through tvm_ffi alone.
 
-    library   path of what `linking.link_step` made
+    module    what `linking.link_step` made, loaded
     programs  what `run` runs, by name: a program and the stages of it
-    runtime   TVM's runtime library
     """
 
     uploaded_bytes = 0  # nothing leaves this process
 
-    def __init__(self, library: Path, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int, runtime: Path | str):
-        # One thread would be tied to a core, with all threads that it starts; and TVM takes half of the cores for second threads of others.
-        os.environ.setdefault("TVM_BIND_THREADS", "0")
-        os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-        try:
-            import tvm_ffi
-        except ImportError as problem:
-            raise NotInstalled(f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1") from problem
-        self._ffi = tvm_ffi
-        try:
-            self._runtime = ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-            module = tvm_ffi.load_module(str(library.resolve()), keep_module_alive=False)  # else it would outlive the step
-        except (OSError, RuntimeError) as problem:
-            raise DeviceError(f"{library} cannot be loaded: {problem}") from problem
+    def __init__(self, module: Any, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int):
+        import tvm_ffi
+
+        self._ffi, self._module = tvm_ffi, module
         self._programs, self._threads = programs, threads
         self._threadpool = tvm_ffi.get_global_func("runtime.config_threadpool")
         self._machine = module["vm_load_executable"]()

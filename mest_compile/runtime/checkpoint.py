@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from mest_compile.errors import StateError
 from mest_compile.runtime import tensorfile
 
-FORMAT = "mest-compile checkpoint 2"
+FORMAT = "mest-compile checkpoint 3"
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
     content = tensorfile.pack(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with scratch.open("wb") as file:
                 file.write(content)
@@ -40,10 +41,10 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
 
 
 def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
-    """Of all contents: a disk that loses the middle of a file leaves a file that can be parsed."""
-    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    """Of all contents, and of what they are read as: a disk that loses the middle of a file leaves a file that can be parsed."""
+    described = [[name, str(arrays[name].dtype), arrays[name].shape] for name in sorted(arrays)]
+    digest = hashlib.blake2b(json.dumps([facts, described]).encode(), digest_size=16)
     for name in sorted(arrays):
-        digest.update(name.encode())
         digest.update(arrays[name].data)
     return digest.hexdigest()
 
@@ -51,14 +52,23 @@ def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, facts). Raises StateError for a file that is missing, cut short, changed or not ours."""
     path = Path(path)
-    if not path.is_file():
-        raise StateError(f"no checkpoint {path}; give the path of a file that step.save or a training run wrote")
     try:
-        arrays, header = tensorfile.unpack(path.read_bytes())
+        if not path.is_file():
+            raise StateError(f"no checkpoint {path}; give the path of a file that step.save or a training run wrote")
+        content = path.read_bytes()
+    except OSError as problem:
+        raise StateError(f"checkpoint {path} cannot be read ({problem.strerror}); take an older one") from problem
+    return unpack(content, path)
+
+
+def unpack(content: bytes, path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same of a checkpoint's content; path: where it is from."""
+    try:
+        arrays, header = tensorfile.unpack(content)
         if header.get("format") != FORMAT:
             raise StateError(f"{path} is a safetensors file, but not a {FORMAT!r}; it says {header.get('format')!r}")
         if header["digest"] != _digest(arrays, header["facts"]):
             raise ValueError("its content is not what was written")
         return arrays, json.loads(header["facts"])
-    except (OSError, ValueError, KeyError, RecursionError) as problem:
+    except (ValueError, KeyError, RecursionError) as problem:
         raise StateError(f"checkpoint {path} is damaged or cut short ({problem}); take an older one") from problem

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
-
 from mest_compile.errors import NotInstalled
+from mest_compile.folders import cache_folder, kept_file
 
 SOURCE = Path(__file__).with_name("opencl_device.cc")
 PACKAGES = "g++ opencl-c-headers ocl-icd-libopencl1"  # Debian's; libOpenCL is the loader of drivers, or a phone GPU's driver itself
@@ -23,18 +20,11 @@ LIBRARIES = ("-lOpenCL", "-l:libOpenCL.so.1")  # the first is there with develop
 def opencl_runtime(folder: Path | None = None) -> Path:
     """The library that gives TVM's runtime OpenCL, for this machine; compiled where `folder`, the user's cache, does not have it yet.
 
-    Raises NotInstalled when there is no C++ compiler, no OpenCL headers or no OpenCL library.
+    Raises NotInstalled when there is no C++ compiler, no OpenCL headers or no OpenCL library, BuildError when no folder can be written.
     """
     versions = [metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")]
     key = hashlib.sha256(SOURCE.read_bytes() + repr(versions).encode()).hexdigest()[:24]
-    made = (folder or platformdirs.user_cache_path("mest-compile")) / f"libtvm_opencl.{key}.so"
-    if not made.is_file():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-            part = Path(scratch) / made.name
-            _compile(part)
-            os.replace(part, made)
-    return made
+    return kept_file(folder or cache_folder(), key, "libtvm_opencl.so", _compile)
 
 
 def _compile(path: Path) -> None:

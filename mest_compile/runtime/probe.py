@@ -5,6 +5,7 @@ Any TVM RPC server can be asked: a kernel reads the device's files.
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -78,9 +79,10 @@ def check(session: Session, target: Target) -> DeviceFacts:
 def _ask(session: Any, target: Target) -> DeviceFacts:
     """session: TVM's own. Raises what TVM does when the device does not run code for the target."""
     symbol, library = _reader(target)
-    session.upload(bytearray(library), "probe.so")
-    read = session.load_module("probe.so")[symbol]
-    session.remove("probe.so")
+    name = f"probe.{secrets.token_hex(8)}.so"
+    session.upload(bytearray(library), name)
+    read = session.load_module(name)[symbol]
+    session.remove(name)
     cpuinfo, kernel = (_read(session, read, path) for path in (CPUINFO, KERNEL))
     try:
         clock = str(session.get_function(CLOCK)())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import socket
 import struct
 import subprocess
@@ -196,9 +197,11 @@ class RemoteRunner:
             check(self._session, target)
             with self._told("the step cannot be loaded"):
                 remote = self._session.rpc
-                remote.upload(bytearray(library), "step.so")
+                name = f"step.{secrets.token_hex(8)}.so"  # servers may share a folder, and nobody writes into what another one runs
+                remote.upload(bytearray(library), name)
                 self.uploaded_bytes += len(library)
-                self._module = remote.load_module("step.so")
+                self._module = remote.load_module(name)
+                remote.remove(name)
                 self._machine = self._module["vm_load_executable"]()
                 cpu = [] if kind == "cpu" else [DEVICE_TYPES["cpu"], 0, POOLED]
                 self._machine["vm_initialization"](DEVICE_TYPES[kind], 0, POOLED, *cpu)

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -45,13 +46,22 @@ def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     texts, data = header.pop("__metadata__", {}), memoryview(content)[8 + size:]
-    arrays = {}
-    for name, facts in header.items():
-        try:
-            dtype, shape, (start, end) = np.dtype(_NAMES[facts["dtype"]]), tuple(facts["shape"]), facts["data_offsets"]
-        except (KeyError, TypeError) as problem:
-            raise ValueError(f"{name} is not described ({problem!r})") from problem
-        if not 0 <= start <= end <= len(data) or end - start != prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} is not all there")
-        arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape).copy()
-    return arrays, texts
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("its texts are no table of texts")
+    return {name: _array(name, facts, data) for name, facts in header.items()}, texts
+
+
+def _array(name: str, facts: Any, data: memoryview) -> np.ndarray:
+    """A copy of the array that the header's `facts` describe. Raises ValueError when they describe none."""
+    try:
+        dtype, shape, (start, end) = np.dtype(_NAMES[facts["dtype"]]), tuple(facts["shape"]), facts["data_offsets"]
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"{name} is not described ({problem!r})") from problem
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, end)):
+        raise ValueError(f"{name} has sizes that are none")
+    if not start <= end <= len(data) or end - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is not all there")
+    try:
+        return np.frombuffer(data[start:end], dtype).reshape(shape).copy()
+    except OverflowError as problem:  # of a shape such as (0, 2**64)
+        raise ValueError(f"{name} has a size beyond all arrays") from problem
