@@ -161,7 +161,8 @@ class Recipe:
             raise UsageError(f"sieve must be a SieveRule or None, not {checks.shown(self.sieve)}")
         first, every = self.sieve.first(self.epochs), self.sieve.every
         if first >= self.epochs:
-            raise UsageError(f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or leave the sieve out")
+            raise UsageError(f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or leave the "
+                             f"sieve out")
         if every is not None and first + every >= self.epochs:
             raise UsageError(f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there would be no "
                              f"second one; lower it or leave it out")

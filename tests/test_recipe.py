@@ -196,8 +196,8 @@ def test_a_table_run_that_says_nonsense_is_refused(tmp_path, text, message):
         Recipe.run_options(path)
 
 
-WRONG = [[], {}, "", "1", b"1", None, 1, 2, -1, 0.5, -0.5, True, math.nan, math.inf, 10**30, 1j, object(), [[]], [{}], [{"until_epoch": []}],
-         {"drop": []}, {"drop": 0.1, "every": "a"}, [{"until_epoch": 10, "prune_to": [], "grow_to": 0.5}]]
+WRONG = [[], {}, "", "1", b"1", None, 1, 2, -1, 0.5, -0.5, True, math.nan, math.inf, 10**30, 1j, object(), [[]], [{}],
+         [{"until_epoch": []}], {"drop": []}, {"drop": 0.1, "every": "a"}, [{"until_epoch": 10, "prune_to": [], "grow_to": 0.5}]]
 
 
 @pytest.mark.parametrize("key", [*Recipe.__dataclass_fields__, "drop", "forgets_at_most", "after_epoch", "every"])

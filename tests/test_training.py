@@ -19,6 +19,7 @@ from mest_compile.mutation import Phase, importance
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
 from mest_compile.runtime import checkpoint
+from mest_compile.spec import SGD
 from mest_compile.training import Trainer, target_sparsity
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
@@ -48,6 +49,7 @@ class SoftmaxStep:
         keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
+        self.optimizer, self.asked_lr = SGD(), None
 
     def _live(self, sparsity):
         return round(math.prod(self.input_shape[1:]) * self.classes * (1 - sparsity))
@@ -83,6 +85,9 @@ class SoftmaxStep:
 
     def memory(self):
         return {"values": int(self.state["keep"].sum()) * 4, "total": 4096}
+
+    def not_finite(self):
+        return [name for name, array in self.state.items() if not np.isfinite(array).all()]
 
     def describe(self):
         return {"target": "local", "threads": 1, "seed": 0, "schemes": {"weight": "unstructured"},
@@ -180,7 +185,7 @@ def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
     folder = tmp_path / "deep" / "run"
     run = Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST)
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.previous.safetensors",
-                                                              "checkpoint.safetensors", "metrics.jsonl", "recipe.json", "run.json"]
+                                                              "checkpoint.safetensors", "lock", "metrics.jsonl", "recipe.json", "run.json"]
     assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
     facts = json.loads((folder / "run.json").read_text())
     assert facts["seed"] == 0 and facts["step"]["target"] == "local" and set(facts["versions"]) == {"mest-compile", "numpy"}

@@ -52,7 +52,8 @@ class Dataset:
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
         channels = self.images.shape[1:2]
-        if self.mean.shape != channels or self.std.shape != channels or not (np.isfinite(self.mean) & (0 < self.std) & (self.std < np.inf)).all():
+        fit = self.mean.shape == channels == self.std.shape
+        if not fit or not (np.isfinite(self.mean) & (0 < self.std) & (self.std < np.inf)).all():
             raise DataError(f"{self.name}: mean and std must be {channels[0]} finite numbers each, a channel's, std above 0; "
                             f"not {self.mean}, {self.std}")
 
@@ -66,8 +67,9 @@ class Dataset:
         """
         if like is not None:
             if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
-                raise DataError(f"{name}: images are {images.shape[1:]} {images.dtype}, "
-                                f"those of {like.name} {like.images.shape[1:]} {like.images.dtype}{turned(images.shape[1:], like.images.shape[1:])}")
+                found, wanted = images.shape[1:], like.images.shape[1:]
+                raise DataError(f"{name}: images are {found} {images.dtype}, "
+                                f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}")
             return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
@@ -142,7 +144,8 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
     if images.ndim not in (2, 3, 4):
         raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
     if images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] == images.shape[2] > 4:
-        raise DataError(f"{name}: images must be (n, C, H, W), not {images.shape}{turned(images.shape[1:], images.shape[3:] + images.shape[1:3])}")
+        found = images.shape[1:]
+        raise DataError(f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}")
     with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
         images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
