@@ -109,7 +109,7 @@ def target_sparsity(step: Any) -> float:
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more arrays are"
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 class Trainer:
