@@ -20,7 +20,9 @@ _results: list[TextIO] = []  # where results go while `results_alone` keeps stdo
 def guarded(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code. What the caller can mend is one line on stderr; other exceptions are faults of ours."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except MestError as error:
         return complain(error, error.exit_code)
     except KeyboardInterrupt:

@@ -254,8 +254,7 @@ def test_what_train_cannot_mean_is_one_line_and_writes_nothing(mest_compile_comm
 @pytest.mark.parametrize("command", ["train", "bench", "table", "analyze", "build", "tune", "plan", "report", "serve"])
 def test_an_empty_argument_is_refused_in_every_command(mest_compile_command, command):
     ran = mest_compile_command(command, "--target", "")
-    assert (ran.code, ran.out, ran.err) == (2, "", "error: --target is given an empty text; leave it out, or look whether a variable is not "
-                                                   "set\n")
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("error: --target is given an empty text; ") and ran.err.count("\n") == 1
 
 
 def raising(problem):
@@ -308,12 +307,13 @@ def test_with_json_nothing_else_reaches_stdout(tmp_path):
     assert all(f"a line of {who}" in done.stderr for who in ("Python", "C", "a child"))
 
 
-def test_a_reader_that_has_heard_enough_ends_the_command_quietly():
-    code = "import sys; from mest_compile.cli import main; sys.stdin.read(); main(['models', '--json'])"
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"]])
+def test_a_reader_that_has_heard_enough_ends_the_command_quietly(arguments):
+    code = f"import sys; from mest_compile.cli import main; sys.stdin.read(); main({arguments})"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     process.stdout.close()
-    assert "Traceback" not in process.communicate("")[1]
+    assert process.communicate("")[1] == "" and process.returncode == 1
 
 
 @pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.ondevice"])

@@ -314,7 +314,7 @@ def in_both_places(content, offset, value):
     lambda content, start: content[:start + 40] + bytes(40) + content[start + 80:],
     lambda content, start: in_both_places(content, 8, 99),  # an unknown method
     lambda content, start: in_both_places(content, 6, 1),   # said to be encrypted
-    lambda content, start: content[:-30], lambda content, start: b"", lambda content, start: b"no zip", lambda content, start: content[40:]])
+    lambda content, start: content[:-30], lambda content, start: content[40:], lambda content, start: b"", lambda content, start: b"no zip"])
 def test_a_damaged_file_of_arrays_is_named(tmp_path, damage):
     for part in ("train", "test"):
         np.savez_compressed(tmp_path / part, images=RNG.random((20, 1, 8, 8)), labels=np.arange(20))

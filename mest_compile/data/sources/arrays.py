@@ -19,7 +19,7 @@ def arrays(folder: Path | None) -> Split:
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return file["images"], file["labels"]
     except Exception as problem:  # of damaged bytes numpy, zipfile and the unpackers raise whatever meets them
         said = " ".join(str(problem).split()) or type(problem).__name__
