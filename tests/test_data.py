@@ -314,7 +314,8 @@ def in_both_places(content, offset, value):
     lambda content, start: content[:start + 40] + bytes(40) + content[start + 80:],
     lambda content, start: in_both_places(content, 8, 99),  # an unknown method
     lambda content, start: in_both_places(content, 6, 1),   # said to be encrypted
-    lambda content, start: content[:-30], lambda content, start: content[40:], lambda content, start: b"", lambda content, start: b"no zip"])
+    lambda content, start: content[:-30], lambda content, start: content[40:],
+    lambda content, start: b"", lambda content, start: b"no zip"])
 def test_a_damaged_file_of_arrays_is_named(tmp_path, damage):
     for part in ("train", "test"):
         np.savez_compressed(tmp_path / part, images=RNG.random((20, 1, 8, 8)), labels=np.arange(20))
@@ -403,7 +404,8 @@ def test_only_data_sets_known_to_allow_it_are_mirrored(tmp_path):
     write_images(tmp_path / "images")
     assert load("cifar10", tmp_path / "cifar").train.flip and load("fashion-mnist", tmp_path / "fashion").train.flip
     assert not load("folder", tmp_path / "images").train.flip and not load("digits").train.flip
-    assert not as_dataset((bytes_of(3, 1, 8, 8), np.arange(3))).flip
+    plain = as_dataset((bytes_of(3, 1, 8, 8), np.arange(3)))
+    assert not plain.flip and not Dataset(plain.images, plain.labels, 3, plain.mean, plain.std, "plain").flip
     split = load("cifar10", tmp_path / "cifar")
     assert split.train.describe() != replace(split.train, flip=False).describe()
 
