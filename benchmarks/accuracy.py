@@ -33,6 +33,7 @@ from mest_compile.recipe import Recipe
 from mest_compile.runfolder import write_atomically, write_json
 from mest_compile.runtime import checkpoint
 from mest_compile.sieve import SieveRule
+from mest_compile.spec import SGD
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy.json", ROOT / "docs" / "results.md"
@@ -91,6 +92,7 @@ class TorchStep:
 
         torch.set_num_threads(1)
         self.input_shape, self.batch, self.classes = shape, shape[0], classes
+        self.optimizer, self.asked_lr = SGD(lr=LR), None
         self._torch = torch
         self._model = build_model(MODEL, shape, classes, WIDTH, seed).to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
@@ -129,6 +131,9 @@ class TorchStep:
 
     def describe(self) -> dict[str, Any]:
         return {"sparsity": {}}
+
+    def not_finite(self) -> list[str]:
+        return [name for name, value in self._model.state_dict().items() if not bool(self._torch.isfinite(value).all())]
 
     def check_room(self, grow_to: float) -> None:
         pass
@@ -172,7 +177,7 @@ def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
     if run.method == "torch":
         return TorchStep(shape, classes, run.seed)
     return mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
-                        optimizer=mest.SGD(lr=LR), threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity),
+                        threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity),
                         activations=run.activations)
 
 

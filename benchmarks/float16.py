@@ -45,7 +45,7 @@ def accuracy() -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ACTIVATIONS}
     for seed in SEEDS:
         for name, runs in found.items():
-            recipe = mest.Recipe(epochs=EPOCHS, method="em_s", seed=seed)
+            recipe = mest.Recipe(epochs=EPOCHS, method="em_s", lr=0.1, seed=seed)
             step = mest.compile(build_model(MODEL, shape, 10, None, seed), shape, scheme="block:4x1", sparsity=0.9, seed=seed, threads=1,
                                 optimizer=mest.SGD(lr=recipe.lr), grow_to=recipe.densest(0.9), activations=name)
             run = mest.Trainer(step, recipe).fit(split.train, split.test)

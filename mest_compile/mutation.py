@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mest_compile import checks
 from mest_compile.errors import CapacityError, InputError, SparsityError
 
 
@@ -25,10 +26,11 @@ class Phase:
     grow_to: float
 
     def __post_init__(self):
+        object.__setattr__(self, "until_epoch", checks.whole("until_epoch", self.until_epoch, 1, error=SparsityError))
+        for name in ("prune_to", "grow_to"):
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), error=SparsityError))
         if not 0 <= self.grow_to <= self.prune_to < 1:
             raise SparsityError(f"a phase needs 0 <= grow_to <= prune_to < 1, not grow_to {self.grow_to}, prune_to {self.prune_to}")
-        if self.until_epoch < 1:
-            raise SparsityError(f"a phase ends at epoch 1 or later, not {self.until_epoch}")
 
 
 def importance(weights: np.ndarray, gradients: np.ndarray | None, importance_lambda: float) -> np.ndarray:

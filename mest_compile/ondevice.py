@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mest_compile.commandline import INTERRUPTED, guarded, print_result, refuse_empty, results_alone
 from mest_compile.data import Split, load
-from mest_compile.errors import MestError, UsageError
+from mest_compile.errors import UsageError
 from mest_compile.recipe import Recipe
 from mest_compile.runtime.artifact import open_artifact
 from mest_compile.training import Trainer
+
+# Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
+WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "as_json"))
+WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "lr", "seed", "out", "recipe"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,14 @@ def open_job(job: Job) -> tuple[Trainer, Split]:
     return Trainer(step, job.recipe, job.out) if job.resume is None else Trainer.resume(job.resume, step), split
 
 
+def check_artifact_options(given: Set[str]) -> None:
+    """Raises UsageError for an option that would be dropped. given: names of those on the command line."""
+    if others := sorted(given - WITH_ARTIFACT):
+        raise UsageError(f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact")
+    if "resume" in given and (others := sorted(given - WITH_RESUME)):
+        raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
+
+
 class Lines:
     """One line an epoch on stderr."""
 
@@ -59,35 +73,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                                                  "and a machine with the compiler.")
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train from an artifact")
     train.add_argument("--artifact", type=Path, required=True, help="folder that `mest-compile build` wrote")
-    train.add_argument("--data", default="digits", help="digits, fashion-mnist, cifar10, cifar100, arrays, folder")
+    train.add_argument("--data", default="digits", help="digits (the default), fashion-mnist, cifar10, cifar100, arrays, folder")
     train.add_argument("--data-folder", type=Path)
-    train.add_argument("--recipe", type=Path, help="recipe as TOML; options given beside it are not used")
-    train.add_argument("--method", default="em", help="em, em_s, set or static")
-    train.add_argument("--epochs", type=int, default=10)
-    train.add_argument("--lr", type=float, default=0.1)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", type=Path, default=Path("run"), help="run folder")
+    train.add_argument("--recipe", type=Path, help="recipe as TOML; options given beside it override it")
+    train.add_argument("--method", help="em (the default), em_s, set or static")
+    train.add_argument("--epochs", type=int, help="passes over the training set, 10 by default")
+    train.add_argument("--lr", type=float, help="highest learning rate; default: the artifact's")
+    train.add_argument("--seed", type=int, help="of shuffling, augmentation and mutation, 0 by default")
+    train.add_argument("--out", type=Path, help="run folder, by default: run")
     train.add_argument("--resume", type=Path, help="continue the run in this folder")
     train.add_argument("--threads", type=int)
     train.add_argument("--runtime", type=Path, help="TVM's libtvm_runtime.so")
-    train.add_argument("--json", action="store_true", help="print the result as one JSON document")
-    given = parser.parse_args(arguments)
+    train.add_argument("--json", action="store_true", dest="as_json", help="print the result as one JSON document")
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def run() -> int:
+        refuse_empty(arguments)
+        given = parser.parse_args(arguments)
+        with results_alone() if given.as_json else nullcontext():
+            return _train(given)
+
+    return guarded(run)
+
+
+def _train(given: argparse.Namespace) -> int:
+    said = {name: value for name, value in vars(given).items() if value not in (None, False) and name != "command"}
+    check_artifact_options(said.keys())
+    if given.threads is not None and given.threads < 1:
+        raise UsageError(f"--threads is {given.threads}; wanted 1 or more")
+    settings = {name: said[name] for name in ("epochs", "method", "lr", "seed") if name in said}
+    recipe = replace(Recipe.from_file(given.recipe), **settings) if given.recipe else Recipe(**{"epochs": 10, **settings})
+    trainer, split = open_job(Job(given.artifact, given.data, given.out or Path("run"), recipe, given.data_folder, given.resume,
+                                  given.threads, given.runtime))
+    trainer.progress = Lines()
+    print(trainer.about(split.train, split.test), file=sys.stderr, flush=True)
     try:
-        recipe = Recipe.from_file(given.recipe) if given.recipe else Recipe(given.epochs, given.method, lr=given.lr, seed=given.seed)
-        if given.threads is not None and given.threads < 1:
-            raise UsageError(f"--threads is {given.threads}; wanted 1 or more")
-        trainer, split = open_job(Job(given.artifact, given.data, given.out, recipe, given.data_folder, given.resume, given.threads,
-                                      given.runtime))
-        trainer.progress = Lines()
         run = trainer.fit(split.train, split.test)
-    except MestError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
-        print(f"interrupted; continue with --resume {given.resume or given.out}", file=sys.stderr)
-        return 130
-    if given.json:
-        print(json.dumps({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "epochs": run.history}))
+        if trainer.folder is None or trainer.folder.stamp() is None:
+            raise
+        print(f"interrupted; continue with --resume {trainer.folder.path}", file=sys.stderr)
+        return INTERRUPTED
+    if given.as_json:
+        print_result(json.dumps({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "epochs": run.history}))
     else:
         tested = "" if run.test_accuracy is None else f"test accuracy {run.test_accuracy:.2%}; "
         print(f"{tested}run folder {run.folder}")

@@ -13,13 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mest_compile.errors import SparsityError, UnknownName, UsageError
+from mest_compile import checks
+from mest_compile.errors import MestError, SparsityError, UnknownName, UsageError
 from mest_compile.mutation import Phase
 from mest_compile.sieve import SieveRule
 
 # The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
-PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES = 160, 5, (90, 120)
+PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES, PAPER_LR = 160, 5, (90, 120), 0.1
 
+MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
 # SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three quarters.
 DROP_SHARE, RIGL_END = 0.3, 0.75
@@ -73,6 +75,9 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 RUN_OPTIONS: dict[str, type] = {"model": str, "width": int, "data": str, "scheme": str, "sparsity": float, "distribution": str,
                                 "batch": int, "memory_budget": int}
 _KINDS = {str: "string", int: "whole number", float: "number"}
+# Keys that are looked for in a recipe and belong elsewhere.
+ELSEWHERE = ({key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")}
+             | {key: "it belongs into the table [run]" for key in RUN_OPTIONS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Recipe:
 
     epochs             whole passes over the training set
     method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead weights)
-    lr                 learning rate at its highest
+    lr                 learning rate at its highest; None: the one of the step's optimizer
     lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs; "constant".
                        It moves with every iteration, not only between epochs.
     lr_final           where the schedule ends; "step" and "constant" do not go below it
@@ -92,14 +97,15 @@ class Recipe:
     clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
     importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
     sieve              when which examples are dropped; None: all stay
-    augment            shift, and mirror where the data set allows it
+    augment            shift, and mirror
+    mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow it
     seed               of shuffling, augmentation and mutation
     eval_every         epochs between evaluations; the last epoch is always evaluated
     """
 
     epochs: int
     method: str = "em"
-    lr: float = 0.1
+    lr: float | None = None
     lr_schedule: str = "cosine"
     lr_final: float = 4e-8
     warmup_epochs: int = 0
@@ -112,37 +118,54 @@ class Recipe:
     augment: bool = True
     seed: int = 0
     eval_every: int = 1
+    mirror: bool | None = None
 
     def __post_init__(self):
-        _check_whole("epochs", self.epochs, 1)
-        _check_whole("warmup_epochs", self.warmup_epochs, 0)
-        _check_whole("seed", self.seed, 0)
-        _check_whole("eval_every", self.eval_every, 1)
-        if self.mutate_every is not None:
-            _check_whole("mutate_every", self.mutate_every, 1)
-        _check_number("lr", self.lr)
-        _check_number("lr_final", self.lr_final)
-        _check_number("importance_lambda", self.importance_lambda)
-        _check_number("label_smoothing", self.label_smoothing)
-        if self.label_smoothing >= 1:
-            raise UsageError(f"label_smoothing must be a share below 1, not {self.label_smoothing}")
-        if self.clip_norm is not None:
-            _check_number("clip_norm", self.clip_norm)
-            if self.clip_norm == 0:
-                raise UsageError("clip_norm must be above 0; leave it out for no bound")
-        if self.sieve is not None and not isinstance(self.sieve, SieveRule):
-            raise UsageError(f"sieve must be a SieveRule or None, not {self.sieve!r}")
-        if not isinstance(self.augment, bool):
-            raise UsageError(f"augment must be true or false, not {self.augment!r}")
-        if self.lr <= 0 or self.lr_final > self.lr:
+        for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
+            self._check(checks.whole, name, low)
+        for name in ("lr", "lr_final", "importance_lambda", "clip_norm"):
+            self._check(checks.number, name)
+        self._check(checks.number, "label_smoothing", 0.0, 1.0)
+        for name in ("augment", "mirror"):
+            self._check(checks.flag, name)
+        for name, most in ("epochs", MOST_EPOCHS), ("seed", MOST_SEED):
+            if getattr(self, name) > most:
+                raise UsageError(f"{name} is {checks.shown(getattr(self, name))}; wanted at most {most}")
+        if self.clip_norm == 0:
+            raise UsageError("clip_norm must be above 0; leave it out for no bound")
+        if self.lr is not None and (self.lr == 0 or self.lr_final > self.lr):
             raise UsageError(f"lr must be above 0 and at least lr_final, not lr {self.lr}, lr_final {self.lr_final}")
         if self.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs must be below epochs ({self.epochs}), not {self.warmup_epochs}")
-        if self.method not in METHODS:
-            raise UnknownName(f"no method {self.method!r}; there are: {', '.join(METHODS)}")
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise UnknownName(f"no lr_schedule {self.lr_schedule!r}; there are: {', '.join(LR_SCHEDULES)}")
+        for name, known in ("method", METHODS), ("lr_schedule", LR_SCHEDULES):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise UnknownName(f"no {name} {checks.shown(value)}; there are: {', '.join(known)}")
+        if self.mirror and not self.augment:
+            raise UsageError("mirror is part of the augmentation, which augment = false turns off; leave one of the two out")
+        if self.mutate_every is not None and self.mutate_every >= self.epochs > 1:
+            raise UsageError(f"mutate_every is {self.mutate_every} of {self.epochs} epochs: it would never act; lower it or leave it out")
+        self._check_sieve()
         self._check_phases()
+
+    def _check(self, kind: Callable[..., Any], name: str, *bounds: float) -> None:
+        """Makes the field what `kind` makes of it; None stays where it is the default."""
+        value = getattr(self, name)
+        if value is not None or type(self).__dataclass_fields__[name].default is not None:
+            object.__setattr__(self, name, kind(name, value, *bounds))
+
+    def _check_sieve(self):
+        if self.sieve is None:
+            return
+        if not isinstance(self.sieve, SieveRule):
+            raise UsageError(f"sieve must be a SieveRule or None, not {checks.shown(self.sieve)}")
+        first, every = self.sieve.first(self.epochs), self.sieve.every
+        if first >= self.epochs:
+            raise UsageError(f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or leave the "
+                             f"sieve out")
+        if every is not None and first + every >= self.epochs:
+            raise UsageError(f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there would be no "
+                             f"second one; lower it or leave it out")
 
     def _check_phases(self):
         if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
@@ -185,44 +208,62 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one."""
+        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one, and wrong values."""
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{where} is no table of settings: {checks.shown(data)}")
         _check_keys(cls, data, where)
         sieve = data.get("sieve")
         if sieve is not None:
             if not isinstance(sieve, Mapping):
                 raise UsageError(f"{where}: sieve must be a table, for example [sieve] with drop = 0.15")
             _check_keys(SieveRule, sieve, f"{where}, sieve")
-            sieve = SieveRule(**sieve)
         phases = data.get("phases", ())
         if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
             raise UsageError(f"{where}: phases must be a list of tables with until_epoch, prune_to and grow_to")
         for phase in phases:
             _check_keys(Phase, phase, f"{where}, phases")
-            _check_whole("until_epoch", phase["until_epoch"], 1)
-            _check_number("prune_to", phase["prune_to"])
-            _check_number("grow_to", phase["grow_to"])
-        return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases), "sieve": sieve})
+        try:
+            rule = None if sieve is None else SieveRule(**sieve)
+            return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases), "sieve": rule})
+        except MestError as problem:
+            raise type(problem)(f"{where}: {problem}") from problem
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives an equal recipe back."""
         return {**dataclasses.asdict(self), "phases": [dataclasses.asdict(phase) for phase in self.phases]}
 
-    def resolved(self, sparsity: float) -> Recipe:
-        """This recipe with mutate_every and phases filled in for a model whose sparse layers together start at `sparsity`.
+    def resolved(self, sparsity: float, lr: float | None = None) -> Recipe:
+        """This recipe with what it leaves open filled in, for a model whose sparse layers together start at `sparsity`.
 
+        lr  the rate of the step's optimizer, for a recipe without one
         Raises SparsityError when the method needs a sparse model, or the first phase cannot be pruned to.
         """
-        phases_of = METHODS[self.method]
-        interval = self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
+        phases_of, rate = METHODS[self.method], lr if self.lr is None else self.lr
         if phases_of is None:
-            return dataclasses.replace(self, mutate_every=interval)
+            return dataclasses.replace(self, lr=rate)
+        interval = self._interval()
         if not 0 < sparsity < 1:
             raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")
         phases = self.phases or phases_of(sparsity, self.epochs, interval)
         if phases[0].prune_to < sparsity:
             raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
                                 f"raise its prune_to")
-        return dataclasses.replace(self, mutate_every=interval, phases=phases)
+        return dataclasses.replace(self, mutate_every=interval, phases=phases, lr=rate)
+
+    def idle(self) -> list[str]:
+        """What this recipe, not yet resolved, asks for and what will never happen; a line each."""
+        if METHODS[self.method] is None:
+            given = [name for name in ("mutate_every", "importance_lambda") if getattr(self, name)]
+            return [f"{name} is {getattr(self, name)}, but the method {self.method!r} never mutates" for name in given]
+        if self.epochs == 1:
+            return [f"the method {self.method!r} mutates between epochs: in 1 epoch it never does"]
+        if self.phases and self.phases[0].until_epoch <= self._interval():
+            return [f"the phase until epoch {self.phases[0].until_epoch} never acts: the first mutation comes after epoch "
+                    f"{min(self._interval(), self.phases[0].until_epoch)}"]
+        return []
+
+    def _interval(self) -> int:
+        return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
 
     def densest(self, sparsity: float) -> float:
         """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be planned for."""
@@ -249,7 +290,9 @@ class Recipe:
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
     def lr_at(self, epoch: int, iteration: int, iterations: int) -> float:
-        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0)."""
+        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). Raises UsageError when there is no lr yet."""
+        if self.lr is None:
+            raise UsageError("the recipe has no lr and no step that has one; give it lr")
         if epoch < self.warmup_epochs:
             return self.lr * (epoch + (iteration + 1) / iterations) / self.warmup_epochs
         done = (epoch + iteration / iterations - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
@@ -263,7 +306,7 @@ class Recipe:
 
 def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe:
     """The paper's recipe for a method at a target sparsity, its 160-epoch schedule scaled to `epochs`."""
-    return Recipe(epochs=epochs, method=method, **settings).resolved(sparsity)
+    return Recipe(**{"epochs": epochs, "method": method, "lr": PAPER_LR, **settings}).resolved(sparsity)
 
 
 def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
@@ -278,7 +321,7 @@ def _read_toml(path: str | os.PathLike) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
         raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
 
 
@@ -286,17 +329,8 @@ def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
-            raise UsageError(f"{where}: unknown key {key!r}; did you mean {get_close_matches(key, fields, 1, 0)[0]!r}?")
+            hint = ELSEWHERE.get(key) or f"did you mean {get_close_matches(str(key), fields, 1, 0)[0]!r}?"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in data:
             raise UsageError(f"{where}: the key {name!r} is missing")
-
-
-def _check_whole(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UsageError(f"{name} must be a whole number of at least {low}, not {value!r}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise UsageError(f"{name} must be a number of at least 0, not {value!r}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mest_compile import checks
 from mest_compile.errors import StateError, UsageError
 from mest_compile.runfolder import RunFolder, write_atomically
+from mest_compile.runtime import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,7 @@ STYLE = ("body{font-family:sans-serif;margin:2em auto;max-width:60em} td{padding
 
 def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     """The run in one JSON-able dict. epochs: its metrics. Raises StateError when it has no run with at least one whole epoch."""
-    recipe, run = folder.read_recipe(), folder.read_run()
+    recipe, run = folder.read_facts()
     if not epochs:
         raise StateError(f"{folder.path} holds a run without a whole epoch; wait for its first one")
     last = epochs[-1]
@@ -44,13 +46,52 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     }
 
 
+def read_epochs(folder: RunFolder) -> Epochs:
+    """The metrics of a run's whole epochs. Raises StateError where they are damaged, or not what the checkpoint knows under its digest."""
+    try:
+        kept = checkpoint.read(folder.checkpoint)[1]["extra"]["history"]
+    except (StateError, KeyError, TypeError):  # a copy without it, or one that is damaged itself: it vouches for nothing
+        kept = []
+    epochs = folder.read_metrics()
+    for number, metrics in enumerate(epochs, 1):
+        if wrong := next((name for name, right in NEEDED.items() if name not in metrics or not right(metrics[name])), None):
+            raise StateError(f"{folder.metrics} is damaged: {wrong} of line {number} is {checks.shown(metrics.get(wrong))}; {REMEDY}")
+    if epochs[:len(kept)] != kept:
+        raise StateError(f"{folder.metrics} is damaged: it is not what the checkpoint says; {REMEDY}")
+    if any(epochs[0][name].keys() != metrics[name].keys() for name in ("sparsity", "survival") for metrics in epochs):
+        raise StateError(f"{folder.metrics} is damaged: its lines are of other layers; {REMEDY}")
+    return epochs
+
+
+def _number(value: Any) -> bool:
+    return checks.is_number(value) and abs(value) < checks.FLOAT32_MOST
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _with(value: Any, rights: Mapping[str, Callable[[Any], bool]]) -> bool:
+    return isinstance(value, dict) and all(name in value and right(value[name]) for name, right in rights.items())
+
+
+REMEDY = "mest-compile train --resume writes it anew"
+# What is shown of a line of metrics.jsonl, and whether it can be.
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("epoch", "loss", "train_accuracy", "train_seconds", "iterations", "iterations_saved"), _number),
+    "test_accuracy": lambda value: value is None or _number(value),
+    "mutation": lambda value: value is None or _with(value, {"seconds": _number}),
+    "sieve": lambda value: value is None or _with(value, {"dropped": _number, "counts": _numbers}),
+    "sparsity": _numbers, "survival": _numbers, "memory_bytes": lambda value: _numbers(value) and "total" in value}
+
+
 def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, Any]:
     """Writes report.html and its plots as PNG to `out`, by default RUN/report; returns `summary` with the files' names under "files".
 
     Raises StateError when `path` holds no run, UsageError when `out` cannot be written.
     """
     folder = RunFolder(path)
-    epochs = folder.read_metrics()
+    epochs = read_epochs(folder)
     facts = summary(folder, epochs)
     out = folder.path / "report" if out is None else Path(out)
     pictures = {name: _png(draw, epochs) for name, (_, draw) in PLOTS.items() if _has(name, epochs)}

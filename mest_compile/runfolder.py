@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mest_compile import host
 from mest_compile.errors import StateError, UsageError
 
 
@@ -21,6 +23,7 @@ class RunFolder:
     metrics.jsonl (one line an epoch)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that one be damaged)
     best.safetensors (best test accuracy among models at their target sparsity)
+    lock (held by who trains)
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -34,30 +37,54 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
 
     def require_free(self) -> None:
-        """Raises UsageError when the folder already holds a run or cannot be written; writes nothing."""
-        for file in (self.recipe, self.run, self.metrics, self.checkpoint, self.best):
-            if file.exists():
-                raise UsageError(f"{self.path} already holds a run ({file.name}); pass --resume or another --out")
-        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        """Raises UsageError when the folder already holds a run or cannot be written; writes nothing.
+
+        What a run left that ended before its first checkpoint is no run: nothing of it can be gone on from.
+        """
+        with self._refused():
+            for file in (self.checkpoint, self.previous, self.best, self.metrics):
+                if file.exists() and (file != self.metrics or file.stat().st_size):
+                    raise UsageError(f"{self.path} already holds a run ({file.name}); pass --resume or another --out")
+            there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UsageError(f"cannot write the run to {self.path}: {there} is no folder that can be written; pass another --out")
 
-    def begin(self, recipe: dict[str, Any], run: dict[str, Any]) -> None:
-        """Makes the folder and writes what is known before the first epoch. Raises UsageError when it holds a run or cannot be written."""
-        self.require_free()
-        try:
+    def make(self) -> None:
+        """Makes the folder where it is not. Raises UsageError."""
+        with self._refused():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.recipe, recipe)
-            write_json(self.run, run)
-            write_atomically(self.metrics, "")
-        except OSError as problem:
-            raise UsageError(f"cannot write the run to {self.path}: {problem.strerror}; pass another --out") from problem
 
-    def write_source(self, source: dict[str, Any]) -> None:
-        """Where the data and the device of a run that is about to begin are from. Raises StateError."""
-        with _told(self.source):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.source, source)
+    def begin(self, recipe: dict[str, Any], run: dict[str, Any], source: dict[str, Any] | None = None) -> None:
+        """Writes what is known before the first epoch. Raises UsageError when the folder holds a run or cannot be written.
+
+        source  where the data and the device are from, for `mest-compile train --resume`
+        """
+        self.require_free()
+        self.remove_torn()
+        with self._refused():
+            write_atomically(self.metrics, "")
+            write_json(self.recipe, recipe)
+            write_json(self.run, run | {"digest": _digest(recipe, run)})
+            if source is not None:
+                write_json(self.source, source)
+            else:
+                self.source.unlink(missing_ok=True)
+
+    def lock(self) -> host.Lock:
+        """The right to train in the folder, which ends with the process at the latest. Raises StateError when somebody else has it."""
+        with _told(self.path):
+            lock = host.exclusive(self.path / "lock")
+        if lock is None:
+            raise StateError(f"{self.path}: another training is at work in this folder; let it end or stop it, or pass another --out")
+        return lock
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Changes whenever a checkpoint is written; None: there is none."""
+        try:
+            facts = self.checkpoint.stat()
+        except OSError:
+            return None
+        return facts.st_ino, facts.st_mtime_ns
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Raises StateError when the disk is full or the folder cannot be written."""
@@ -88,30 +115,73 @@ class RunFolder:
 
     def read_recipe(self) -> dict[str, Any]:
         """Raises StateError when the folder holds no run, or a damaged one."""
-        return self._read(self.recipe)
+        return _read(self.recipe)
 
-    def read_run(self) -> dict[str, Any]:
-        """What run.json says. Raises StateError when the folder holds no run, or a damaged one."""
-        return self._read(self.run)
+    def read_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(recipe, run) as they were written. Raises StateError when the folder holds no run, or one that was changed since."""
+        recipe, run = _read(self.recipe), _read(self.run)
+        if run.pop("digest", None) != _digest(recipe, run):
+            raise StateError(f"{self.run} and {self.recipe.name} are not what was written: one is damaged, edited or of an older version; "
+                             f"take them from a copy of the run")
+        return recipe, run
+
+    def read_source(self) -> dict[str, Any]:
+        """{"data", "data_folder", ...}: what `begin` was given. Raises StateError where it is missing or damaged."""
+        if self.recipe.is_file() and not self.source.exists():
+            raise StateError(f"{self.path} holds a run without {self.source.name}: go on with --artifact and --data where it was begun "
+                             f"from an artifact, with mest.Trainer.resume where in Python")
+        source = _read(self.source)
+        texts = [source.get("data"), *(source.get(key, "") for key in ("tracker", "key")), source.get("data_folder", "") or ""]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(source.get("specialize", False), bool):
+            raise StateError(f"{self.source} is damaged: it holds the keys data and data_folder, each a text")
+        return source
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One dict an epoch; a last line that a stopped run did not finish is left out. Raises StateError."""
-        try:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except OSError as problem:
-            raise StateError(f"{self.path} holds no run: {self.metrics.name} cannot be read ({problem.strerror})") from problem
-        except ValueError as problem:
-            raise StateError(f"{self.metrics} is damaged: {problem}") from problem
+        lines = _text(self.metrics).split("\n")
+        return [_table(line, self.metrics) for line in lines[:-1]]
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """Raises UsageError for what the system says against a run in this folder."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except OSError as problem:
-            raise StateError(f"{self.path} holds no run: {path.name} cannot be read ({problem.strerror}); "
-                             f"give the folder of an earlier train") from problem
-        except ValueError as problem:
-            raise StateError(f"{path} is damaged: {problem}") from problem
+            yield
+        except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
+            said = getattr(problem, "strerror", problem)
+            raise UsageError(f"cannot write the run to {self.path}: {said}; pass another --out") from problem
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return _table(_text(path), path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise StateError(f"{path} is damaged: {problem}") from problem
+    except (OSError, ValueError) as problem:
+        raise StateError(f"{path.parent} holds no run: {path.name} cannot be read ({getattr(problem, 'strerror', problem)}); "
+                         f"give the folder of an earlier train") from problem
+
+
+def _table(text: str, path: Path) -> dict[str, Any]:
+    """The JSON table in a text of the file `path`."""
+    try:
+        found = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as problem:
+        raise StateError(f"{path} is damaged: {problem}") from problem
+    if not isinstance(found, dict):
+        raise StateError(f"{path} is damaged: it holds no table")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _digest(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps([recipe, run], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -138,7 +208,7 @@ def _name(path: Path, name: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", errors="replace") as file:  # a name that is not UTF-8 is shown with question marks
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

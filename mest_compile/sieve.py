@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile import checks
 from mest_compile.errors import StateError, UsageError
 
 # MEST counts in the first 70 of 160 epochs, then drops.
@@ -39,18 +40,23 @@ class SieveRule:
     def __post_init__(self):
         if (self.drop is None) == (self.forgets_at_most is None):
             raise UsageError("a sieve takes either drop (share of the examples) or forgets_at_most (forgetting events), one of the two")
-        if self.drop is not None and (isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)) or not 0 < self.drop < 1):
-            raise UsageError(f"the sieve's drop must be a share between 0 and 1, not {self.drop!r}")
+        if self.drop is not None:
+            if not checks.is_number(self.drop) or not 0 < self.drop < 1:
+                raise UsageError(f"the sieve's drop must be a share between 0 and 1, not {checks.shown(self.drop)}")
+            object.__setattr__(self, "drop", float(self.drop))
         if self.drop is not None and self.every is not None and self.drop > 0.5:
             raise UsageError(f"a repeated sieve drops others than the last time and so at most half of the examples, not {self.drop}")
         for name, low in ("forgets_at_most", 0), ("after_epoch", 1), ("every", 1):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise UsageError(f"the sieve's {name} must be a whole number of at least {low}, not {value!r}")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checks.whole(f"the sieve's {name}", getattr(self, name), low))
+
+    def first(self, epochs: int) -> int:
+        """Epochs of `epochs` before the first drop."""
+        return max(1, round(PAPER_SHARE * epochs)) if self.after_epoch is None else self.after_epoch
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether examples are dropped before `epoch` (counted from 0) of `epochs`."""
-        first = max(1, round(PAPER_SHARE * epochs)) if self.after_epoch is None else self.after_epoch
+        first = self.first(epochs)
         return epoch == first or self.every is not None and epoch > first and (epoch - first) % self.every == 0
 
 
@@ -82,23 +88,27 @@ class Sieve:
         self.right[indices] = correct
         self.learned[indices] |= correct
 
-    def drop(self, rule: SieveRule, rng: np.random.Generator) -> dict[str, Any]:
+    def drop(self, rule: SieveRule, rng: np.random.Generator, at_least: int = 0) -> dict[str, Any]:
         """Drops by the rule and says what came of it, ready for JSON. Examples dropped before come back.
 
+        at_least  examples that stay whatever the rule says, those forgotten most often: a batch. "spared": how many owe it that they do
         Of equally often forgotten examples the generator chooses, so that data sets sorted by class do not lose one class.
         A share is met exactly, unless fewer trained examples were ever right.
         """
         before = self.kept
         candidates = np.flatnonzero(before & self.learned)
+        shuffled = rng.permutation(candidates)
+        ranked = shuffled[np.argsort(self.forgets[shuffled], kind="stable")]
         if rule.drop is None:
-            chosen = candidates[self.forgets[candidates] <= rule.forgets_at_most]
+            chosen = ranked[self.forgets[ranked] <= rule.forgets_at_most]
         else:
-            shuffled = rng.permutation(candidates)
-            ranked = shuffled[np.argsort(self.forgets[shuffled], kind="stable")]
             chosen = ranked[:round(rule.drop * self.examples)]
+        spared = max(0, len(chosen) - max(0, self.examples - at_least))
+        chosen = chosen[:len(chosen) - spared]
         self.kept = np.ones(self.examples, bool)
         self.kept[chosen] = False
-        return {"dropped": len(chosen), "returned": int((~before).sum()), "kept": int(self.kept.sum()), "counts": self.histogram()}
+        return {"dropped": len(chosen), "returned": int((~before).sum()), "kept": int(self.kept.sum()), "spared": spared,
+                "counts": self.histogram()}
 
     def histogram(self) -> dict[str, int]:
         """{forgetting events: examples}; examples that were never right count as "never learned"."""

@@ -7,8 +7,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 
 from mest_compile import __version__
 from mest_compile.data import Dataset, as_dataset, batches
+from mest_compile.data.examples import turned
 from mest_compile.errors import DeviceLost, InputError, MestError, StateError, UsageError
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder, machine
@@ -107,20 +108,33 @@ def target_sparsity(step: Any) -> float:
     return together({name: targets[name] for name in elems}, elems)
 
 
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
 class Trainer:
     """Trains a compiled step by a recipe.
 
     out       folder for the run's files (RunFolder names them), or None to write nothing
     progress  told about every batch and epoch
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the same bits
+    The learning rate is the recipe's, or where it has none that of the step's optimizer.
+    Raises UsageError where both were given and differ, or label_smoothing does, SparsityError and CapacityError where the recipe does not
+    fit the step. `source` goes into the folder of a run that begins.
     """
 
     def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None,
                  specialize: bool = False):
+        if not isinstance(recipe, Recipe):
+            raise UsageError(f"recipe is a {type(recipe).__name__}; wanted a mest.Recipe, such as Recipe.from_dict or from_file give")
+        if None not in (recipe.lr, step.asked_lr) and recipe.lr != step.asked_lr:
+            raise UsageError(f"the recipe's lr is {recipe.lr:g}, that of the optimizer which the step was compiled with {step.asked_lr:g}; "
+                             f"leave one of the two out")
         self.step = step
         self.specialize = specialize
+        self.source: dict[str, Any] | None = None
         target = target_sparsity(step)
-        self.recipe = recipe.resolved(target)
+        self.recipe = recipe.resolved(target, step.optimizer.lr)
         step.check_room(recipe.densest(target))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
@@ -131,7 +145,9 @@ class Trainer:
         self._sieve: Sieve | None = None
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
+        self._idle = recipe.idle()
         self._resumed: Sequence[Any] | None = None  # (extra, arrays) of a checkpoint
+        self._stamp: tuple[int, int] | None = None  # of that checkpoint
 
     @classmethod
     def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None) -> Trainer:
@@ -142,26 +158,63 @@ class Trainer:
         Raises StateError when `out` holds no run, its recipe was edited, or no checkpoint is whole.
         """
         folder = RunFolder(out)
-        recipe = folder.read_recipe()
-        step, extra, arrays = _restored(folder, step, device)
-        if extra.get("recipe") != recipe:
+        recipe = Recipe.from_dict(folder.read_recipe(), where=str(folder.recipe))
+        if folder.stamp() is None and not folder.previous.exists():
+            raise StateError(f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out")
+        with folder.lock():
+            step, extra, arrays = _restored(folder, step, device)
+            stamp = folder.stamp()
+        if Recipe.from_dict(extra["recipe"], where=str(folder.checkpoint)) != recipe:
             raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
-        trainer = cls(step, Recipe.from_dict(recipe, where=str(folder.recipe)), out, progress)
-        trainer._resumed = extra, arrays
+        trainer = cls(step, recipe, out, progress)
+        trainer._resumed, trainer._stamp = (extra, arrays), stamp
         return trainer
 
     def fit(self, train_set: Any, test_set: Any) -> Run:
         """Trains to the recipe's last epoch and returns the run.
 
         train_set, test_set  a Dataset, (images, labels) arrays or a torch Dataset (see data.as_dataset)
-        Raises InputError when the data do not fit the step, UsageError when the folder holds a run, MestError when the loss
-        is no longer finite. However training ends, the checkpoint of the last whole epoch stays.
+        Raises InputError when the data do not fit the step, UsageError when the folder holds a run, StateError when somebody else trains
+        in it, MestError when the loss, a weight or a statistic is no longer finite. However training ends, the checkpoint of the last
+        whole epoch stays.
         """
         train = as_dataset(train_set, classes=self.step.classes, name="training set")
         test = as_dataset(test_set, like=train, name="test set")
         self._check_data(train)
         self._check_data(test)
+        if len(train) < self.step.batch:
+            raise InputError(f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a smaller one")
+        if self.recipe.mirror is not None:
+            train = replace(train, flip=self.recipe.mirror)
+        with self._alone():
+            return self._fit(train, test)
+
+    def about(self, train: Dataset, test: Dataset) -> str:
+        """One line on what is about to be trained, what the data go through and what will never happen."""
+        mirrored = train.flip if self.recipe.mirror is None else self.recipe.mirror
+        said = f"shifted by up to {train.pad} pixels, {'' if mirrored else 'not '}mirrored" if self.recipe.augment else "not augmented"
+        line = (f"{train.name}: {len(train)} examples to train, {len(test)} to test; images {said}; method {self.recipe.method}; "
+                f"lr {self.recipe.lr:g}, {self.recipe.lr_schedule}")
+        return "; ".join([line, *self._idle])
+
+    def _alone(self) -> Any:
+        """A context in which nobody else trains in the folder."""
+        if self.folder is None:
+            return nullcontext()
+        if self._resumed is None:
+            self.folder.require_free()
+            self.folder.make()
+            return self.folder.lock()
+        lock = self.folder.lock()
+        if self.folder.stamp() != self._stamp:
+            lock.release()
+            raise StateError(f"{self.folder.path} has gone on since it was resumed here; resume it again")
+        return lock
+
+    def _fit(self, train: Dataset, test: Dataset) -> Run:
+        log.info(self.about(train, test))
         run, data = self._begin(train, test)
+        self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says
         if self.specialize:
             self.step.specialize(self._steps_between_mutations(len(train)))
         while len(run.history) < self.recipe.epochs:
@@ -177,6 +230,8 @@ class Trainer:
         epoch = len(run.history)
         mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
         trained = self._train(epoch, train)
+        if broken := self.step.not_finite():
+            raise self._diverged(f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch)
         evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
         metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
                    "survival": self._survival(), **self._sparsity(), "memory_bytes": self.step.memory()}
@@ -210,8 +265,9 @@ class Trainer:
         if self._resumed is not None:
             extra, arrays = self._resumed
             if extra["data"] != data:
-                raise StateError(f"the run was trained on {extra['data']['train']['name']}; this is other data: "
-                                 f"{train.name}, {len(train)} examples. A run resumes on its own data")
+                part = next(part for part in data if extra["data"].get(part) != data[part])
+                raise StateError(f"the run was trained on {extra['data'][part]['name']}; this is other data: {data[part]['name']}, "
+                                 f"{data[part]['examples']} examples. A run resumes on its own data, labels and order included")
             run.history, run.best = list(extra["history"]), extra["best"]
             if self._sieve:
                 self._sieve.restore(arrays)
@@ -221,10 +277,12 @@ class Trainer:
             assert self.folder is not None
             self.folder.remove_torn()
             self.folder.rewrite_metrics(run.history)
-        elif self.folder:
+        if broken := self.step.not_finite():
+            raise self._diverged(f"{_some(broken)} not finite before training", len(run.history))
+        if self._resumed is None and self.folder:
             self.folder.begin(self.recipe.to_dict(), {"seed": self.recipe.seed, "data": data, "step": self.step.describe(),
                                                       "machine": machine(),
-                                                      "versions": {"mest-compile": __version__, "numpy": np.__version__}})
+                                                      "versions": {"mest-compile": __version__, "numpy": np.__version__}}, self.source)
             self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
         return run, data
 
@@ -264,7 +322,11 @@ class Trainer:
     def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
         if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):
             return None
-        return self._sieve.drop(self.recipe.sieve, np.random.default_rng([self.recipe.seed, epoch, SIEVE]))
+        said = self._sieve.drop(self.recipe.sieve, np.random.default_rng([self.recipe.seed, epoch, SIEVE]), self.step.batch)
+        if said["spared"]:
+            log.warning("the sieve would have left %d examples, less than a batch of %d; the %d forgotten most stay as well",
+                        said["kept"] - said["spared"], self.step.batch, said["spared"])
+        return said
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
         step, rng = self.step, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
@@ -281,8 +343,8 @@ class Trainer:
                 result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
                 step_seconds += perf_counter() - called
                 if not math.isfinite(result.loss):
-                    raise MestError(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}; "
-                                    f"lower lr or add warmup_epochs. The last whole epoch's checkpoint is intact")
+                    raise self._diverged(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, "
+                                         f"learning rate {lr:.3g}", epoch)
                 if self._sieve:
                     self._sieve.count(examples, result.correct)
                 loss += float(result.loss)
@@ -301,7 +363,8 @@ class Trainer:
         for start in range(0, len(test), batch):
             images = test.normalise(test.images[start:start + batch])
             logits = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
-            correct += int(np.count_nonzero(logits.argmax(1) == test.labels[start:start + batch]))
+            answers = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))  # no number is the largest beside NaN
+            correct += int(np.count_nonzero(answers == test.labels[start:start + batch]))
         return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
@@ -319,6 +382,12 @@ class Trainer:
             self.folder.keep_previous()
             self._save(self.folder.checkpoint, run, data)
 
+    def _diverged(self, what: str, epochs: int) -> MestError:
+        """What came after `epochs` whole ones."""
+        whole = f"Epoch {epochs} is the last whole one" if epochs else "No epoch is whole"
+        kept = f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}" if self.folder else ""
+        return MestError(f"{what}; lower lr or add warmup_epochs. {whole}{kept}")
+
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
         arrays = {f"survivors.{name}": np.packbits(mask) for name, mask in self._survivors.items()}
         self.step.save(path, {"epoch": len(run.history), "recipe": self.recipe.to_dict(), "data": data, "best": run.best,
@@ -328,8 +397,8 @@ class Trainer:
     def _check_data(self, data: Dataset) -> None:
         wanted, found = tuple(self.step.input_shape[1:]), data.images.shape[1:]
         if wanted != found and wanted != (math.prod(found),):
-            raise InputError(f"the step takes images of shape {wanted}, {data.name} has {found}; "
-                             f"compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})")
+            raise InputError(f"the step takes images of shape {wanted}, {data.name} has {found}" + (turned(found, wanted) or
+                             f"; compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})"))
         if data.classes > self.step.classes:
             raise InputError(f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
                              f"give the model as many outputs")

@@ -25,7 +25,7 @@ from mest_compile.training import Trainer
 
 SHAPE = (64, 1, 8, 8)
 RECIPE = Recipe(epochs=3, method="em", lr=0.05, mutate_every=1)
-OPTIONS = ["--data", "arrays", "--epochs", "3", "--lr", "0.05", "--threads", "1", "--json"]
+OPTIONS = ["--data", "arrays", "--threads", "1", "--json"]
 HEAVY = ("tvm", "torch", "typer", "rich", "safetensors", "platformdirs", "packaging", "pandas", "sklearn", "matplotlib", "PIL", "tornado")
 
 
@@ -107,7 +107,8 @@ def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_co
         made = tmp_path / "made"
         compiled("arm_cpu").export(made)
     device, run = Device(tmp_path, kind, made), tmp_path / "run"
-    process = device.start("train", "--artifact", device.artifact, "--data-folder", data, *OPTIONS, "--out", run)
+    asked = ["train", "--artifact", device.artifact, "--data-folder", data, *OPTIONS]
+    process = device.start(*asked, "--epochs", 3, "--lr", 0.05, "--out", run)
     for _ in range(4000):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 1:
             break
@@ -115,7 +116,7 @@ def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_co
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    code, out, err = device.run("train", "--artifact", device.artifact, "--data-folder", data, *OPTIONS, "--resume", run)
+    code, out, err = device.run(*asked, "--resume", run)
     assert code == 0, err
     history = json.loads(out)["epochs"]
     assert sum(epoch["iterations"] for epoch in history) >= 50

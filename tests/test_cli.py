@@ -171,6 +171,7 @@ def trained(tmp_path_factory):
                            "--seed", "3", "--out", str(folder), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert "digits: 1442 examples to train, 355 to test; images shifted by up to 1 pixels, not mirrored; method em; lr 0.1, " in done.stderr
     return folder, json.loads(done.stdout)
 
 
@@ -285,6 +286,12 @@ def test_options_override_the_recipe_file_and_dense_needs_no_method(mest_compile
     (["--data", "cifar10"], 1, "--data-folder"),
     (["--method", "snip"], 2, "no method 'snip'"),
     (["--sieve", "1.5"], 2, "share between 0 and 1"),
+    (["--out", ""], 2, "--out is given an empty text"),
+    (["--data-folder", " "], 2, "--data-folder is given an empty text"),
+    (["--recipe="], 2, "--recipe is given an empty text"),
+    (["--out", "a" * 300], 2, "File name too long"),
+    (["--lr", "1e39"], 2, "lr is 1e+39"),
+    (["--lr", "nan"], 2, "lr is nan"),
     (["--distribution", "bell"], 2, "bell"),
     (["--recipe", "absent.toml"], 2, "absent.toml"),
     (["--resume", "absent"], 1, "absent"),
@@ -296,6 +303,98 @@ def test_what_train_cannot_mean_is_one_line_and_writes_nothing(mest_compile_comm
     ran = mest_compile_command("train", *given)
     assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and said in ran.err, ran.err
     assert ran.code == code and ran.out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "bench", "table", "analyze", "build", "tune", "plan", "report", "serve"])
+def test_an_empty_argument_is_refused_in_every_command(mest_compile_command, command):
+    ran = mest_compile_command(command, "--target", "")
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("error: --target is given an empty text; ") and ran.err.count("\n") == 1
+
+
+def raising(problem):
+    def fail(*_, **__):
+        raise problem
+
+    return fail
+
+
+EVERYWHERE = [("mest_compile.data.load", ["train"]), ("mest_compile.compile", ["train"]), ("mest_compile.compile", ["plan"]),
+              ("mest_compile.compile", ["build", "--out", "a"]), ("mest_compile.benchmark.compare", ["bench"]),
+              ("mest_compile.tuning.command.tune", ["tune"]), ("mest_compile.speedtable.speed_table", ["table"]),
+              ("mest_compile.reporting.write_report", ["report", "a"]), ("mest_compile.models.build_model", ["analyze"])]
+FAULTS = [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
+          (PermissionError(13, "Permission denied"), 1, "Permission denied"), (MemoryError(), 1, "not enough memory")]
+
+
+@pytest.mark.parametrize(("where", "arguments", "problem", "code", "said"), [
+    *((*place, *FAULTS[0]) for place in EVERYWHERE), *((*EVERYWHERE[0], *fault) for fault in FAULTS[1:])])
+def test_an_everyday_fault_anywhere_is_one_line(mest_compile_command, tmp_path, monkeypatch, where, arguments, problem, code, said):
+    import mest_compile
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(mest_compile.__dict__, "compile", mest_compile.compile)  # so that undoing leaves no name behind
+    monkeypatch.setattr(where, raising(problem))
+    ran = mest_compile_command(*arguments)
+    assert ran.code == code and ran.out == "" and ran.err.splitlines()[-1].startswith("error: ") and said in ran.err.splitlines()[-1]
+
+
+def test_an_interrupted_run_says_how_to_go_on_where_there_is_something_to_go_on_from(mest_compile_command, tmp_path, monkeypatch):
+    from mest_compile.training import Trainer
+
+    monkeypatch.setattr(Trainer, "_train", raising(KeyboardInterrupt()))
+    ran = mest_compile_command("train", *TINY, "--out", tmp_path / "run")
+    assert ran.code == 130 and "error: interrupted" in ran.err
+    assert f"continue with: mest-compile train --resume {tmp_path}/run" in ran.err.replace("\n", " ")
+    monkeypatch.setattr(Trainer, "_begin", raising(KeyboardInterrupt()))
+    ran = mest_compile_command("train", *TINY, "--out", tmp_path / "other")
+    assert ran.code == 130 and "error: interrupted" in ran.err and "continue with" not in ran.err
+
+
+def test_with_json_nothing_else_reaches_stdout(tmp_path):
+    code = ("import os, subprocess, sys, mest_compile.cli.listing as listing; from mest_compile.cli import main\n"
+            "show = listing._show\n"
+            "def noisy(*a):\n"
+            " print('a line of Python'); os.write(1, b'a line of C'); subprocess.run(['echo', 'a line of a child']); show(*a)\n"
+            "listing._show = noisy; main(['models', '--json'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)
+    assert all(f"a line of {who}" in done.stderr for who in ("Python", "C", "a child"))
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"]])
+def test_a_reader_that_has_heard_enough_ends_the_command_quietly(arguments):
+    code = f"import sys; from mest_compile.cli import main; sys.stdin.read(); main({arguments})"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    assert process.communicate("")[1] == "" and process.returncode == 1
+
+
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.ondevice"])
+@pytest.mark.parametrize(("options", "said"), [
+    (["--resume", "run", "--lr", "0.1"], "leave out --lr"), (["--resume", "run", "--out", "other"], "leave out --out"),
+    (["--out", ""], "--out is given an empty text"), (["--threads", "0"], "threads"), (["--recipe", "absent.toml"], "absent.toml")])
+def test_both_command_lines_of_an_artifact_refuse_alike(capsys, main, options, said):
+    import importlib
+
+    try:
+        code = importlib.import_module(main).main(["train", "--artifact", "absent", *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
+def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
+    from mest_compile import ondevice
+    from mest_compile.errors import DataError
+
+    (tmp_path / "recipe.toml").write_text('epochs = 9\nmethod = "static"\nlr = 0.05\n')
+    jobs = []
+    monkeypatch.setattr(ondevice, "open_job", lambda job: jobs.append(job) or raising(DataError("enough"))())
+    assert ondevice.main(["train", "--artifact", "a", "--recipe", str(tmp_path / "recipe.toml"), "--epochs", "3"]) == 1
+    assert ondevice.main(["train", "--artifact", "a"]) == 1
+    assert (jobs[0].recipe.epochs, jobs[0].recipe.method, jobs[0].recipe.lr) == (3, "static", 0.05)
+    assert (jobs[1].recipe.epochs, jobs[1].recipe.method, jobs[1].recipe.lr) == (10, "em", None)
 
 
 def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):

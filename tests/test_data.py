@@ -3,6 +3,7 @@
 import gzip
 import struct
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,6 +262,159 @@ def test_a_test_set_is_normalised_like_its_training_set():
 def test_data_that_is_no_data_set_is_refused(data, message):
     with pytest.raises(DataError, match=message):
         as_dataset(data)
+
+
+LABELS = {"float": [0.7, 1.7], "whole floats": [0.0, 1.0], "complex": [0 + 1j, 1], "text": ["0", "1"], "bool": [False, True],
+          "date": np.array([0, 1], "M8[D]"), "beyond int64": np.array([0, 2**63], np.uint64), "negative": [0, -1], "vectors": [[0], [1]],
+          "masked": np.ma.array([0, 1], mask=[True, False])}
+IMAGES = {"complex": np.ones((2, 1, 4, 4), complex), "masked": np.ma.array(np.ones((2, 1, 4, 4)), mask=True),
+          "int": np.ones((2, 1, 4, 4), int),
+          "bool": np.ones((2, 1, 4, 4), bool), "text": np.full((2, 1, 4, 4), "a"), "beyond float32": np.full((2, 1, 4, 4), 1e39),
+          "channels last": np.zeros((2, 8, 8, 3), np.uint8), "one channel last": np.zeros((2, 28, 28, 1), np.uint8)}
+
+
+@pytest.mark.parametrize("where", ["Python", "files"])
+@pytest.mark.parametrize(("kind", "name"), [*(("labels", name) for name in LABELS), *(("images", name) for name in IMAGES)])
+def test_arrays_that_would_change_silently_are_refused_in_python_and_in_files_alike(tmp_path, where, kind, name):
+    images, labels = np.zeros((2, 1, 4, 4), np.uint8), np.array([0, 1])
+    images, labels = (images, LABELS[name]) if kind == "labels" else (IMAGES[name], labels)
+    if where == "Python":
+        with pytest.raises(DataError) as caught:
+            as_dataset((images, labels))
+    elif name == "masked":
+        pytest.skip("a file of arrays has no masks")
+    else:
+        for part in ("train", "test"):
+            np.savez(tmp_path / part, images=images, labels=labels)
+        with pytest.raises(DataError) as caught:
+            load("arrays", tmp_path)
+    assert "\n" not in str(caught.value)
+    if "last" in name:
+        assert "their channels are last: give images.transpose(0, 3, 1, 2)" in str(caught.value)
+
+
+def test_arrays_in_files_are_read_as_arrays_in_python(tmp_path):
+    images, labels = RNG.random((6, 5, 7)), np.array([0, 1, 2, 0, 1, 2], np.uint8)
+    for part in ("train", "test"):
+        np.savez_compressed(tmp_path / part, images=images, labels=labels)
+    split, wanted = load("arrays", tmp_path), as_dataset((images, labels))
+    for data in (split.train, split.test):
+        assert (data.images == wanted.images).all() and (data.labels == wanted.labels).all() and not data.flip
+
+
+def in_both_places(content, offset, value):
+    """Another byte of an entry of a zip file, where it stands and in the list at the end."""
+    changed, listed = bytearray(content), content.index(b"PK\1\2")
+    changed[offset] = changed[listed + offset + 2] = value
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content, start: content[:start] + b"\x07" + content[start + 1:],  # a block of no known type
+    lambda content, start: content[:start + 40] + bytes(40) + content[start + 80:],
+    lambda content, start: in_both_places(content, 8, 99),  # an unknown method
+    lambda content, start: in_both_places(content, 6, 1),   # said to be encrypted
+    lambda content, start: content[:-30], lambda content, start: content[40:],
+    lambda content, start: b"", lambda content, start: b"no zip"])
+def test_a_damaged_file_of_arrays_is_named(tmp_path, damage):
+    for part in ("train", "test"):
+        np.savez_compressed(tmp_path / part, images=RNG.random((20, 1, 8, 8)), labels=np.arange(20))
+    path = tmp_path / "train.npz"
+    content = path.read_bytes()
+    changed = damage(content, 30 + len("images.npy") + content[28])
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match=r"train\.npz cannot be read .*; write it with np.savez") as caught:
+        load("arrays", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_random_damages_of_a_file_of_arrays_are_refused_or_harmless(tmp_path):
+    images, labels, rng = RNG.random((20, 1, 8, 8)).astype(np.float32), np.arange(20), np.random.default_rng(0)
+    for part in ("train", "test"):
+        np.savez_compressed(tmp_path / part, images=images, labels=labels)
+    path = tmp_path / "train.npz"
+    content, refused = path.read_bytes(), 0
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            data = load("arrays", tmp_path).train
+            assert (data.images == images).all() and (data.labels == labels).all()
+        except DataError:
+            refused += 1
+    assert refused > 100
+
+
+ODD = {"no label": lambda image: (image, None), "text": lambda image: (image, "a"), "NaN": lambda image: (image, float("nan")),
+       "half": lambda image: (image, 0.5), "vector": lambda image: (image, np.array([0, 1])), "too large": lambda image: (image, 2**70),
+       "unsigned": lambda image: (image, np.uint64(2**63)), "complex": lambda image: (image, 1j),
+       "date": lambda image: (image, np.datetime64(0, "D")), "image alone": lambda image: image[0], "nothing": lambda image: (),
+       "no image": lambda image: (None, 0), "a table": lambda image: {"a": 1}, "meta": lambda image: (image.to("meta"), 0),
+       "complex image": lambda image: (image * 1j, 0), "a list": lambda image: ([[1], [2, 3]], 0),
+       "masked": lambda image: (np.ma.array(image.numpy(), mask=True), 0), "table of colours": lambda image: (Image.new("P", (8, 8)), 0)}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_examples_are_refused_in_one_line_that_names_them(name):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DataError, match="arrays: ") as caught:
+        as_dataset(Pairs([ODD[name](torch.ones(1, 8, 8))] * 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_are_read_as_what_they_are_however_they_are_stored():
+    torch = pytest.importorskip("torch")
+    image = torch.rand(1, 8, 8)
+    stored = image.to_sparse(), torch._neg_view(-image), image.clone().requires_grad_(), image.double(), image[None].expand(3, 1, 8, 8)[1]
+    for tensor in stored:
+        assert (as_dataset(Pairs([(tensor, torch.tensor([1])), (tensor, np.int16(0))])).images == image.numpy()).all()
+        both = torch.stack([tensor.to_dense() if tensor.is_sparse else tensor] * 2)
+        assert (as_dataset((both, torch.tensor([0, 1]))).images == image.numpy()).all()
+    assert (as_dataset(Pairs([(image.bfloat16(), 0)])).images == image.bfloat16().float().numpy()).all()
+
+
+@pytest.mark.parametrize(("first", "second"), [(np.uint8, np.float32), (np.float32, np.uint8), (np.uint8, np.int64)])
+def test_examples_of_mixed_types_are_refused(first, second):
+    items = [(np.zeros((1, 8, 8), first), 0), (np.full((1, 8, 8), 300).astype(second), 1)]
+    with pytest.raises(DataError, match=r"example 1 is .*, example 0 is .*; all must be alike"):
+        as_dataset(Pairs(items))
+
+
+def test_images_of_more_than_8_bits_are_not_cut(tmp_path):
+    write_images(tmp_path, "L")
+    Image.fromarray(np.full((5, 6), 40000, np.uint16)).save(tmp_path / "train" / "bee" / "1.png")
+    with pytest.raises(DataError, match=r"bee/1.png has more than 8 bits a pixel"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"std": np.zeros(1, np.float32)}, {"mean": np.full(1, np.nan, np.float32)},
+                                    {"mean": np.zeros(2, np.float32)}])
+def test_statistics_that_no_image_can_be_divided_by_are_refused(change):
+    with pytest.raises(DataError, match="mean and std must be 1 finite numbers"):
+        replace(as_dataset((bytes_of(3, 1, 8, 8), np.arange(3))), **change)
+
+
+def test_only_data_sets_known_to_allow_it_are_mirrored(tmp_path):
+    for name in ("cifar", "fashion", "images"):
+        (tmp_path / name).mkdir()
+    write_cifar10(tmp_path / "cifar")
+    write_fashion(tmp_path / "fashion")
+    write_images(tmp_path / "images")
+    assert load("cifar10", tmp_path / "cifar").train.flip and load("fashion-mnist", tmp_path / "fashion").train.flip
+    assert not load("folder", tmp_path / "images").train.flip and not load("digits").train.flip
+    plain = as_dataset((bytes_of(3, 1, 8, 8), np.arange(3)))
+    assert not plain.flip and not Dataset(plain.images, plain.labels, 3, plain.mean, plain.std, "plain").flip
+    split = load("cifar10", tmp_path / "cifar")
+    assert split.train.describe() != replace(split.train, flip=False).describe()
+
+
+def test_what_tells_data_apart_covers_labels_and_order():
+    images, labels = bytes_of(9, 1, 8, 8), np.arange(9)
+    crc = as_dataset((images, labels)).describe()["crc32"]
+    assert as_dataset((images.copy(), labels.copy())).describe()["crc32"] == crc
+    assert as_dataset((images, labels[::-1])).describe()["crc32"] != crc and as_dataset((images[::-1], labels)).describe()["crc32"] != crc
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -148,3 +148,19 @@ def test_a_sieve_of_other_data_is_refused():
     with pytest.raises(StateError, match="not one of 5 examples"):
         sieve.restore(Sieve(4).arrays())
     assert RECIPE.sieve is None
+
+
+@pytest.mark.parametrize("rule", [SieveRule(forgets_at_most=9), SieveRule(drop=0.99)])
+def test_a_rule_that_leaves_less_than_a_batch_spares_those_forgotten_most(rule):
+    sieve = sieve_of([[1] * 50, [1] * 40 + [0] * 10, [1] * 50])  # the last ten were forgotten once
+    said = sieve.drop(rule, np.random.default_rng(0), at_least=8)
+    assert said["kept"] == 8 and said["spared"] in (7, 8) and said["dropped"] == 42
+    assert np.flatnonzero(sieve.kept).min() >= 40
+
+
+def test_a_run_whose_sieve_would_leave_too_little_goes_on_with_a_batch_and_says_so(caplog):
+    step = SoftmaxStep(shape=(64, 1, 8, 8))
+    run = Trainer(step, sieving(SieveRule(forgets_at_most=100, after_epoch=5))).fit(TRAIN, TEST)
+    said = run.history[5]["sieve"]
+    assert len(run.history) == 6 and run.history[5]["iterations"] == 1 and said["kept"] == 64 and said["spared"] > 0
+    assert f"would have left {64 - said['spared']} examples, less than a batch of 64" in caplog.text

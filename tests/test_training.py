@@ -14,11 +14,13 @@ from masks import grow, prune
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mest_compile.data import Dataset, as_dataset
 from mest_compile.errors import InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.mutation import Phase, importance
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
 from mest_compile.runtime import checkpoint
+from mest_compile.spec import SGD
 from mest_compile.training import Trainer, target_sparsity
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
@@ -48,6 +50,7 @@ class SoftmaxStep:
         keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity), np.random.default_rng(seed))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
+        self.optimizer, self.asked_lr = SGD(), None
 
     def _live(self, sparsity):
         return round(math.prod(self.input_shape[1:]) * self.classes * (1 - sparsity))
@@ -83,6 +86,9 @@ class SoftmaxStep:
 
     def memory(self):
         return {"values": int(self.state["keep"].sum()) * 4, "total": 4096}
+
+    def not_finite(self):
+        return [name for name, array in self.state.items() if not np.isfinite(array).all()]
 
     def describe(self):
         return {"target": "local", "threads": 1, "seed": 0, "schemes": {"weight": "unstructured"},
@@ -180,7 +186,7 @@ def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
     folder = tmp_path / "deep" / "run"
     run = Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST)
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.previous.safetensors",
-                                                              "checkpoint.safetensors", "metrics.jsonl", "recipe.json", "run.json"]
+                                                              "checkpoint.safetensors", "lock", "metrics.jsonl", "recipe.json", "run.json"]
     assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
     facts = json.loads((folder / "run.json").read_text())
     assert facts["seed"] == 0 and facts["step"]["target"] == "local" and set(facts["versions"]) == {"mest-compile", "numpy"}
@@ -284,6 +290,11 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
     with pytest.raises(StateError, match="this is other data"):
         Trainer.resume(tmp_path / "run", SoftmaxStep()).fit(sample(200, seed=8), TEST)
+    order = np.random.default_rng(0).permutation(50)
+    with pytest.raises(StateError, match="trained on test set; this is other data: test set, 50 examples"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep()).fit(TRAIN, (TEST[0], TEST[1][order]))
+    with pytest.raises(StateError, match="its own data, labels and order included"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep()).fit((TRAIN[0], TRAIN[1][::-1]), TEST)
     path = tmp_path / "run" / "recipe.json"
     text = path.read_text()
     path.write_text(text.replace('"lr": 0.05', '"lr": 0.06'))
@@ -307,12 +318,138 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path, loss):
     assert len(lines(tmp_path / "run")) == 1
 
 
+class Poisoned(SoftmaxStep):
+    """Its losses stay finite while one weight or one momentum does not, after some batch."""
+
+    def __init__(self, batch, name, value):
+        super().__init__()
+        self.at, self.name, self.value = batch, name, value
+
+    def __call__(self, images, labels, lr=0.1, ahead=None):
+        result = super().__call__(images, labels, lr)
+        if len(self.rates) == self.at:
+            self.state[self.name][0] = self.value
+        return replace(result, loss=1.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", math.nan), ("weight", -math.inf), ("momentum", math.inf)])
+@pytest.mark.parametrize(("batch", "said"), [(24, "Epoch 1 is the last whole one, .*checkpoint.safetensors holds the model after it"),
+                                             (12, "No epoch is whole, .*checkpoint.safetensors holds the model before training")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_whose_weights_are_no_numbers_is_no_success_however_good_its_loss(tmp_path, name, value, batch, said):
+    with pytest.raises(MestError, match=f"{name} is not finite after epoch .*, learning rate .*; lower lr .*{said}"):
+        Trainer(Poisoned(batch, name, value), LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        step = SoftmaxStep()
+        step.restore(path)
+        assert not step.not_finite(), path
+    run = Trainer.resume(tmp_path / "run", SoftmaxStep()).fit(TRAIN, TEST)
+    assert len(run.history) == 6
+
+
+def test_a_model_that_holds_nan_is_not_trained(tmp_path):
+    step = SoftmaxStep()
+    step.state["weight"][3] = math.nan
+    with pytest.raises(MestError, match="weight is not finite before training"):
+        Trainer(step, RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    assert not step.rates and not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_every_array_that_a_checkpoint_holds_is_looked_at(compiled):
+    arrays = compiled._state.of_kinds("values", "optimizer", "gradients")
+    assert compiled.not_finite() == [] and len(arrays) > 6
+    for name, array in arrays.items():
+        compiled._state.put(name, np.where(np.arange(array.size) == array.size - 1, np.inf, array).astype(array.dtype))
+        assert compiled.not_finite() == [name]
+        compiled._state.put(name, array)
+
+
+def test_an_answer_that_is_no_number_is_no_right_one():
+    class Lost(SoftmaxStep):
+        def predict(self, images):
+            return np.full((len(images), 10), np.nan, np.float32)
+
+    trainer = Trainer(Lost(), RECIPE)
+    data = as_dataset((TEST[0], np.zeros(len(TEST[1]), int)), classes=10)
+    assert trainer._evaluate(data)["test_accuracy"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A small compiled step whose optimizer was given a rate."""
+    import mest_compile as mest
+    from mest_compile.models import build_model
+
+    return mest.compile(build_model("mlp", (16, 1, 8, 8), 10, 16, 0), (16, 1, 8, 8), scheme="unstructured", sparsity=0.5, threads=1,
+                        optimizer=SGD(lr=1e-4, momentum=0.8))
+
+
+def test_the_rate_is_the_optimizers_where_the_recipe_has_none(compiled, tmp_path):
+    import mest_compile as mest
+
+    plain = Recipe(1, "static", lr_schedule="constant")
+    run = Trainer(compiled, plain).fit(TRAIN, TEST)
+    assert run.history[0]["lr"] == run.recipe.lr == 1e-4
+    assert Trainer(compiled, replace(plain, lr=1e-4)).recipe.lr == 1e-4
+    with pytest.raises(UsageError, match="the recipe's lr is 0.05, that of the optimizer .* 0.0001; leave one of the two out"):
+        Trainer(compiled, replace(plain, lr=0.05))
+    compiled.save(tmp_path / "step.safetensors")  # a step from a file can be trained on at another rate
+    assert Trainer(mest.load(tmp_path / "step.safetensors"), replace(plain, lr=0.05)).recipe.lr == 0.05
+    assert Trainer(mest.load(tmp_path / "step.safetensors"), plain).recipe.lr == 1e-4
+    assert Trainer(SoftmaxStep(), plain).recipe.lr == 0.1
+
+
+def test_what_is_no_recipe_is_one_line():
+    with pytest.raises(UsageError, match="recipe is a dict; wanted a mest.Recipe"):
+        Trainer(SoftmaxStep(), {"epochs": 1})
+
+
+def test_a_run_says_what_its_data_go_through_and_what_never_happens(caplog):
+    caplog.set_level("INFO", "mest_compile.training")
+    Trainer(SoftmaxStep(), Recipe(1, "em", lr=0.05)).fit(TRAIN, TEST)
+    assert ("training set: 200 examples to train, 50 to test; images shifted by up to 1 pixels, not mirrored; method em; lr 0.05, cosine; "
+            "the method 'em' mutates between epochs: in 1 epoch it never does") in caplog.text
+    data = as_dataset(TRAIN), as_dataset(TEST)
+    assert "pixels, mirrored" in Trainer(SoftmaxStep(), replace(RECIPE, mirror=True)).about(*data)
+    assert "images not augmented" in Trainer(SoftmaxStep(), LEARNABLE).about(*data)
+
+
+@pytest.mark.parametrize(("mirror", "known", "wanted"), [(None, False, False), (None, True, True), (True, False, True),
+                                                         (False, True, False)])
+def test_images_are_mirrored_where_that_is_known_to_be_right_or_asked_for(mirror, known, wanted):
+    shown = []
+
+    class Seeing(SoftmaxStep):
+        def __call__(self, images, labels, lr=0.1, ahead=None):
+            shown.extend(images.copy())
+            return super().__call__(images, labels, lr)
+
+    images = np.zeros((64, 1, 8, 8), np.float32)
+    images[:, :, 2:6, 5] = 1  # to the right, and a shift by one pixel leaves it there
+    data = Dataset.of(images, np.arange(64) % 10, "arrows", flip=known)
+    Trainer(Seeing(), Recipe(1, "static", lr=0.01, mirror=mirror)).fit(data, data)
+    left = [image[0, :, :4].any() for image in shown]
+    assert any(left) == wanted and not all(left)
+
+
+def test_images_with_their_channels_last_are_told_apart(tmp_path):
+    step = SoftmaxStep(shape=(16, 3, 8, 6))
+    images = np.zeros((40, 8, 6, 3), np.uint8)
+    with pytest.raises(InputError, match=r"takes images of shape \(3, 8, 6\), .* has \(8, 6, 3\); their channels are last: "
+                                         r"give images.transpose\(0, 3, 1, 2\)"):
+        Trainer(step, RECIPE, tmp_path / "run").fit((images, np.arange(40) % 10), (images, np.arange(40) % 10))
+
+
+def test_less_than_a_batch_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="training set: 15 examples do not fill one batch of 16"):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit((TRAIN[0][:15], TRAIN[1][:15]), TEST)
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_do_not_fit_the_step_are_refused_before_anything_is_written(tmp_path):
     trainer = Trainer(SoftmaxStep(shape=(16, 1, 9, 9)), RECIPE, tmp_path / "run")
     with pytest.raises(InputError, match=r"shape \(1, 9, 9\), training set has \(1, 8, 8\); compile with input_shape=\(16, 1, 8, 8\)"):
         trainer.fit(TRAIN, TEST)
-    from mest_compile.data import as_dataset
-
     with pytest.raises(InputError, match="tells 4 classes apart, training set has 10"):
         Trainer(SoftmaxStep(classes=4), RECIPE, tmp_path / "run").fit(as_dataset(TRAIN, name="training set"), TEST)
     assert not (tmp_path / "run").exists()
@@ -397,12 +534,12 @@ class CheckedStep(SoftmaxStep):
     """Its checkpoints are mest_compile's own."""
 
     def save(self, path, extra, arrays=None):
-        checkpoint.write(path, {**self.state, **(arrays or {})}, extra)
+        checkpoint.write(path, {**self.state, **(arrays or {})}, {"extra": extra})
 
     def restore(self, path):
-        arrays, extra = checkpoint.read(path)
+        arrays, facts = checkpoint.read(path)
         self.state = {name: arrays.pop(name) for name in self.state}
-        return extra, arrays
+        return facts["extra"], arrays
 
 
 def flip_a_bit(path):
@@ -432,7 +569,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_not_the_run(tmp_path, damage, c
     run = trainer.fit(TRAIN, TEST)
     assert without_clock(run.history) == without_clock(wanted.history) and lines(folder) == run.history
     assert all((step.state[name] == whole.state[name]).all() for name in whole.state)
-    assert checkpoint.read(folder / "checkpoint.previous.safetensors")[1]["epoch"] == 5
+    assert checkpoint.read(folder / "checkpoint.previous.safetensors")[1]["extra"]["epoch"] == 5
 
     for path in folder.glob("checkpoint*"):
         damage(path)

@@ -6,15 +6,14 @@ Nothing here or in the modules imported below loads torch or tvm: that happens i
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from mest_compile import __version__
 from mest_compile.cli import analyze, bench, build, demo, devices, doctor, listing, plan, report, table, train, tune
-from mest_compile.errors import MestError
-
-LONGEST_LINE = 600  # what TVM says can be long; the beginning tells what happened
+from mest_compile.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
 
 app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,19 +37,22 @@ def _about(version: Annotated[bool, typer.Option("--version", callback=_show_ver
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits. Whatever the caller can mend is one line on stderr; other exceptions are faults of ours."""
+    given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    sys.exit(guarded(lambda: _run(given)))
+
+
+def _run(arguments: list[str]) -> int:
+    refuse_empty(arguments)
     try:
-        code = app(arguments, prog_name="mest-compile", standalone_mode=False)
-    except MestError as error:
-        code = _complain(error, error.exit_code)
+        with results_alone() if "--json" in arguments else nullcontext():
+            code = app(arguments, prog_name="mest-compile", standalone_mode=False)
     except typer.TyperException as error:
-        code = _complain(error.format_message(), error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", 130)
-    sys.exit(code or 0)
-
-
-def _complain(problem: object, exit_code: int) -> int:
-    line = " ".join(str(problem).split())
-    if line:  # empty when typer has just printed the help
-        print("error:", line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ...", file=sys.stderr)
-    return exit_code
+        return complain(error.format_message(), error.exit_code)
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    if code == INTERRUPTED:  # typer tells it so
+        raise KeyboardInterrupt
+    return code or 0

@@ -129,6 +129,7 @@ def _wait(start: Callable[[], Any], what: str, host: str, port: int, as_json: bo
     except KeyboardInterrupt:
         for session in multiprocessing.active_children():
             session.kill()
+        print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # TVM's threads would keep the process, and its port, alive
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mest_compile.commandline import print_result
+
 WIDTH_OF_A_FILE = 200  # characters; rich would fold at 80 where there is no terminal
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
@@ -16,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 
 def print_json(document: Any) -> None:
     """The command's whole result, on stdout."""
-    print(json.dumps(document, indent=2))
+    print_result(json.dumps(document, indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
-from mest_compile.errors import StateError, UsageError
+from mest_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +61,7 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     sieve: Annotated[float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")] = None,
     batch: Batch = 64,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.1, or the artifact's.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     target: TargetName = "local",
     tracker: Annotated[str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")] = None,
@@ -83,14 +82,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
-    from mest_compile.ondevice import Job
+    from mest_compile.ondevice import Job, check_artifact_options
     from mest_compile.recipe import Recipe
     from mest_compile.sieve import SieveRule
     from mest_compile.sparsity import parse_scheme
 
     given = {name for name in context.params if _is_given(context, name)}
     if artifact is not None:
-        _check_artifact_options(given)
+        check_artifact_options(given)
     elif resume is not None:
         if others := sorted(given - {"resume", "as_json"}):
             raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
@@ -123,13 +122,6 @@ def train(
                             activations=activations, out=out, tracker=tracker, key=key, specialize=specialize)), as_json)
 
 
-def _check_artifact_options(given: set[str]) -> None:
-    allowed = {"artifact", "runtime", "data", "data_folder", "method", "epochs", "sieve", "lr", "threads", "seed", "out", "resume",
-               "recipe", "as_json"}
-    if others := sorted(given - allowed):
-        raise UsageError(f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact")
-
-
 def _run_artifact(job: Job) -> Run:
     from mest_compile.ondevice import open_job
 
@@ -137,7 +129,7 @@ def _run_artifact(job: Job) -> Run:
     trainer, split = open_job(job)
     with TrainingProgress(console, trainer.step.batch) as progress:
         trainer.progress = progress
-        return _fit(trainer, split, console)
+        return _fit(trainer, split, console, f"--artifact {job.artifact} --data {job.data} ")
 
 
 def _new_folder(name: str) -> Path:
@@ -169,7 +161,7 @@ def start_run(request: Request) -> Run:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
-        folder.write_source(source)
+        trainer.source = source
         return _fit(trainer, split, console)
 
 
@@ -179,15 +171,9 @@ def continue_run(folder: Path) -> Run:
     from mest_compile.runfolder import RunFolder
     from mest_compile.training import Trainer
 
-    path = RunFolder(folder).source
-    try:
-        source = json.loads(path.read_text())
-        split = load(source["data"], source["data_folder"])
-        device = find_device(source.get("tracker"), source.get("key"))
-    except FileNotFoundError as problem:
-        raise StateError(f"{folder} holds no run to resume ({path.name} is missing); give the folder of an earlier train") from problem
-    except (ValueError, KeyError, TypeError) as problem:
-        raise StateError(f"{path} is damaged ({problem!r}); it holds the keys data and data_folder") from problem
+    source = RunFolder(folder).read_source()
+    split = load(source["data"], source.get("data_folder"))
+    device = find_device(source.get("tracker"), source.get("key"))
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
         trainer = Trainer.resume(folder, device=device)
@@ -196,12 +182,16 @@ def continue_run(folder: Path) -> Run:
         return _fit(trainer, split, console)
 
 
-def _fit(trainer: Trainer, split: Split, console: Console) -> Run:
+def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> Run:
+    """origin: what to give beside --resume."""
+    console.print(trainer.about(split.train, split.test), highlight=False, markup=False, soft_wrap=True)
     try:
         return trainer.fit(split.train, split.test)
     except KeyboardInterrupt:
         assert trainer.folder is not None
-        console.print(f"stopped; continue with: mest-compile train --resume {trainer.folder.path}", markup=False, soft_wrap=True)
+        if trainer.folder.stamp() is not None:
+            console.print(f"stopped; continue with: mest-compile train {origin}--resume {trainer.folder.path}", markup=False,
+                          soft_wrap=True)
         raise
     finally:
         trainer.step.close()
@@ -219,8 +209,9 @@ def _compile(request: Request, split: Split) -> Any:
         model = request.model
     else:
         model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
+    optimizer = mest.SGD() if request.recipe.lr is None else mest.SGD(lr=request.recipe.lr)
     return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
-                        optimizer=mest.SGD(lr=request.recipe.lr), target=request.target, threads=request.threads, seed=request.recipe.seed,
+                        optimizer=optimizer, target=request.target, threads=request.threads, seed=request.recipe.seed,
                         label_smoothing=request.recipe.label_smoothing, memory_budget=request.memory_budget,
                         lower_density=request.lower_density, grow_to=request.recipe.densest(request.sparsity),
                         activations=request.activations, device=find_device(request.tracker, request.key))

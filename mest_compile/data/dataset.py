@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.data.examples import array_of, gather, labels_of, turned
 from mest_compile.errors import DataError
 from mest_compile.registry import Registry
 
@@ -24,7 +25,7 @@ class Dataset:
     images     (n, channels, height, width) uint8 or float32
     labels     (n,) int64, in [0, classes)
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
-    flip       whether a mirrored image keeps its label: a digit's does not
+    flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
     Raises DataError when these contradict each other.
     """
 
@@ -34,7 +35,7 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
     name: str
-    flip: bool = True
+    flip: bool = False
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
@@ -50,10 +51,15 @@ class Dataset:
                             f"found {self.labels.min()}..{self.labels.max()}")
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
+        channels = self.images.shape[1:2]
+        fit = self.mean.shape == channels == self.std.shape
+        if not fit or not (np.isfinite(self.mean) & (0 < self.std) & (self.std < np.inf)).all():
+            raise DataError(f"{self.name}: mean and std must be {channels[0]} finite numbers each, a channel's, std above 0; "
+                            f"not {self.mean}, {self.std}")
 
     @classmethod
     def of(cls, images: np.ndarray, labels: np.ndarray, name: str, *, classes: int | None = None,
-           like: Dataset | None = None, flip: bool = True) -> Dataset:
+           like: Dataset | None = None, flip: bool = False) -> Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are taken as they are.
 
         classes  None: the largest label + 1
@@ -61,8 +67,9 @@ class Dataset:
         """
         if like is not None:
             if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
-                raise DataError(f"{name}: images are {images.shape[1:]} {images.dtype}, "
-                                f"those of {like.name} {like.images.shape[1:]} {like.images.dtype}")
+                found, wanted = images.shape[1:], like.images.shape[1:]
+                raise DataError(f"{name}: images are {found} {images.dtype}, "
+                                f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}")
             return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
@@ -86,7 +93,7 @@ class Dataset:
         """JSON-able facts; `crc32` tells whether another data set holds the same examples in the same order."""
         crc = zlib.crc32(np.ascontiguousarray(self.labels).data, zlib.crc32(np.ascontiguousarray(self.images).data))
         return {"name": self.name, "examples": len(self), "shape": list(self.images.shape[1:]), "classes": self.classes,
-                "mean": self.mean.tolist(), "std": self.std.tolist(), "crc32": f"{crc:08x}"}
+                "mirrored": self.flip, "mean": self.mean.tolist(), "std": self.std.tolist(), "crc32": f"{crc:08x}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,50 +126,30 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i] -> (image, int).
-          Images are (C, H, W) each; (H, W) is taken as one channel, (features,) as 1x1 images. float64 becomes float32.
+          Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel, (features,) as 1x1 images. Floating point
+          becomes float32. Labels are whole numbers of 0 or more.
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
     """
     if isinstance(data, Dataset):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and hasattr(data[0], "shape"):
-        images, labels = np.asarray(data[0]), np.asarray(data[1])
+        images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name)
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        images, labels = _gather(data, name)
+        images, labels = gather(data, name)
     else:
         raise DataError(f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{name}: labels must be integers, not {labels.dtype}")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}")
+        raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}; convert them")
     if images.ndim not in (2, 3, 4):
         raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
-    images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    if images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] == images.shape[2] > 4:
+        found = images.shape[1:]
+        raise DataError(f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}")
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+        images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
-    return Dataset.of(images, labels.astype(np.int64, copy=False), name, classes=classes, like=like)
-
-
-def _gather(data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    images: np.ndarray | None = None
-    labels = np.empty(len(data), np.int64)
-    for i in range(len(data)):
-        try:
-            image, label = data[i]
-        except (TypeError, ValueError) as problem:
-            raise DataError(f"{name}: example {i} must be a pair (image, label)") from problem
-        # A PIL image, what torchvision gives without a transform, has its channels last.
-        array = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) if hasattr(image, "getbands") else np.asarray(image)
-        if images is None:
-            images = np.empty((len(data), *array.shape), array.dtype)
-        if array.shape != images.shape[1:]:
-            raise DataError(f"{name}: example {i} is {array.shape}, example 0 is {images.shape[1:]}; all must be alike")
-        images[i] = array
-        if int(label) != label:
-            raise DataError(f"{name}: the label of example {i} must be an integer, not {label!r}")
-        labels[i] = int(label)
-    if images is None:
-        raise DataError(f"{name}: there are no examples")
-    return images, labels
+    return Dataset.of(images, labels, name, classes=classes, like=like)
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -133,6 +133,7 @@ class TrainStep:
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
         self._ahead: tuple[Any, Any] | None = None
+        self._from_file = False
         self._runner = compiled.runner()
         self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
         self._state.check(state)
@@ -168,6 +169,12 @@ class TrainStep:
         return self._compiled.optimizer
 
     @property
+    def asked_lr(self) -> float | None:
+        """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is nobody's wish now."""
+        rate = self._compiled.optimizer.lr
+        return None if self._from_file or rate == SGD().lr else rate
+
+    @property
     def program(self) -> Program:
         """The training step's kernel calls, in order."""
         return self._compiled.train
@@ -195,6 +202,12 @@ class TrainStep:
     def sparsity(self) -> dict[str, float]:
         """{weight name: share of weights that are zero now}, sparse layers only."""
         return {name: 1.0 - float(self._state.keep(name).mean()) for name in self._sparse_layers()}
+
+    @in_turn
+    def not_finite(self) -> list[str]:
+        """Which arrays hold NaN or infinity, of the live weights, statistics, momentum and gradients; none when training is sound."""
+        held = self._state.of_kinds("values", "optimizer", "gradients")
+        return [name for name, array in held.items() if not np.isfinite(array).all()]
 
     @in_turn
     def memory(self, at_capacity: bool = False) -> dict[str, int]:
@@ -513,6 +526,7 @@ class TrainStep:
                 raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
             self._changes.make(*changed, partial(_set_state, self._rng, rng.bit_generator.state))
+            self._from_file = True
         return extra, {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
 
     def _held_by(self, arrays: Mapping[str, np.ndarray], path: str | Path) -> list[Part]:

@@ -9,6 +9,7 @@ from mest_compile.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")
+DEEP_MODES = ("I", "F")
 
 
 @source("folder")
@@ -57,6 +58,8 @@ def _common_form(paths: list[Path]) -> tuple[str, tuple[int, int]]:
     grey, size = True, None
     for path in paths:
         with _open(path) as image:
+            if image.mode.startswith(DEEP_MODES):
+                raise DataError(f"{path} has more than 8 bits a pixel (mode {image.mode}), which would be cut off; save it with 8 bits")
             grey = grey and image.mode in GREY_MODES
             size = size or image.size
             if image.size != size:

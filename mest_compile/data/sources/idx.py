@@ -20,7 +20,7 @@ def fashion_mnist(folder: Path | None) -> Split:
     where = DEBIAN_FOLDER if folder is None else folder
     if not where.is_dir():
         raise DataError(f"fashion-mnist: no folder {where}; give --data-folder or apt-get install dataset-fashion-mnist")
-    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10)
+    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True)
     return Split(train, Dataset.of(*_pair(where, "t10k"), "fashion-mnist test", like=train))
 
 
