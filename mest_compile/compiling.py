@@ -20,7 +20,7 @@ from mest_compile.facts import Facts
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
-from mest_compile.linkers import is_foreign
+from mest_compile.linkers import obstacle
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
 from mest_compile.planning import meet_budget, plan_layers, usually_recomputed, warn_beyond_memory
@@ -197,10 +197,10 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         from mest_compile.runtime.opencl import OpenclRunner
 
         runner = partial(OpenclRunner, kernels(), functions)
-    elif is_foreign(target):
+    elif why := obstacle(target):
         from mest_compile.runtime.store import StoreRunner
 
-        runner = partial(StoreRunner, target.name)
+        runner = partial(StoreRunner, target.name, why)
     else:
         from mest_compile.runtime.local import LocalRunner
 

@@ -324,7 +324,7 @@ def test_a_library_needs_nothing_but_libc_and_libm(target):
 
 def test_a_step_for_another_machine_does_not_run_here():
     step = compiled()
-    with pytest.raises(mest.MestError, match="cannot run what is compiled for arm_cpu; give device=mest.rpc"):
+    with pytest.raises(mest.MestError, match="cannot run what is compiled for arm_cpu .*; give device=mest.rpc"):
         step(*make_batches(SHAPE, 10, 1)[0])
 
 

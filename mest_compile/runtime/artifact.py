@@ -28,7 +28,7 @@ from mest_compile.elf import read_library
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, StateError, TargetError, UsageError
 from mest_compile.facts import Facts
 from mest_compile.graph.program import FUNCTIONS, Program, Stage
-from mest_compile.hardware import host_machine, lacking_features
+from mest_compile.hardware import host_machine, lacking_features, needed_features
 from mest_compile.runfolder import write_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
         (made / LIBRARY).write_bytes(content)
         step.save(made / STATE)
         manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
-                    "facts": dict(compiled.document), "functions": _signatures(compiled.train, compiled.predict),
+                    "facts": dict(compiled.document), "features": sorted(needed_features(compiled.facts.target)),
+                    "functions": _signatures(compiled.train, compiled.predict),
                     "files": {name: _facts_of(made / name) for name in (LIBRARY, STATE)}}
         write_json(made / MANIFEST, manifest)
         made.chmod(0o755)
@@ -96,10 +97,10 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
     manifest = _read_manifest(path)
     try:
         facts = Facts.from_json(manifest["facts"])
-        signatures = manifest["functions"]
+        signatures, features = manifest["functions"], manifest["features"]
     except (KeyError, TypeError) as problem:
         raise StateError(f"{path / MANIFEST} lacks {problem}; the artifact is of another version of mest-compile") from problem
-    _check_host(path, facts)
+    _check_host(path, facts, features)
     train, predict = facts.lower()
     if signatures != _signatures(train, predict):
         raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
@@ -163,8 +164,8 @@ def _signatures(train: Program, predict: Program) -> dict[str, list[list[Any]]]:
     return {program.name: [[buffer.name, buffer.dtype, buffer.elems] for buffer in program.held()] for program in (train, predict)}
 
 
-def _check_host(path: Path, facts: Facts) -> None:
-    """Raises TargetError when this machine is not one that the library was compiled for."""
+def _check_host(path: Path, facts: Facts, features: list[str]) -> None:
+    """Raises TargetError when this machine is not one that the library was compiled for. features: that its code may use."""
     try:
         machine = read_library((path / LIBRARY).read_bytes(), str(path / LIBRARY)).machine
     except BuildError as problem:
@@ -172,7 +173,7 @@ def _check_host(path: Path, facts: Facts) -> None:
     if machine != host_machine():
         raise TargetError(f"artifact {path} is for {machine}, target {facts.target.name!r}; this machine is {host_machine()}: build it for "
                           "this machine's target")
-    if lacking := lacking_features(facts.target):
+    if lacking := lacking_features(features):
         raise TargetError(f"artifact {path} is for {facts.target.tvm_fields.get('mcpu')}, target {facts.target.name!r}; this machine's CPU "
                           f"lacks {', '.join(lacking)}: build it for a target that does without")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mest_compile.building import KernelSource
 from mest_compile.errors import DeviceLost, MestError, TargetError
-from mest_compile.hardware import Target, cpu_features, needed_features
+from mest_compile.hardware import Target, cpu_features, lacking_in, needed_features
 from mest_compile.linking import link_kernel, triple_of
 from mest_compile.records import cpu_model
 from mest_compile.runtime.remote import Session, last_line
@@ -54,7 +54,7 @@ class DeviceFacts:
     def lacks(self, target: Target) -> list[str]:
         """Features that code for the target may use and the device does not have, so far as it can be told."""
         known = self.features and not self.emulated
-        return sorted(needed_features(target.processor) - self.features) if known else []
+        return lacking_in(needed_features(target), self.features) if known else []
 
 
 def check(session: Session, target: Target) -> DeviceFacts:
