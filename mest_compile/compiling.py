@@ -89,7 +89,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     target = target.for_batch(input_shape[0])
     threads = _check_threads(threads, target)
     graph, state = import_model(model, input_shape)
-    records = records or Records.of(target)
+    records = _of_machine(records or Records.of(target), device)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
         return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
@@ -112,6 +112,22 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
     facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
     return _make(facts, state, builder, device, records)
+
+
+def _of_machine(records: Records, device: Device | None) -> Records:
+    """The records of the machine that the step will run on. It is only asked what it is where there are records that it decides between."""
+    if device is None and records.target.device == "cpu":
+        return records
+    records = records.on("")
+    if not records.measured():
+        return records
+    if device is not None:
+        from mest_compile.runtime.probe import machine_of
+
+        return records.on(machine_of(device, records.target))
+    from mest_compile.runtime.opencl import machine
+
+    return records.on(machine(records.target.limits.name))
 
 
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None) -> TrainStep:
@@ -194,9 +210,10 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
         runner = partial(RemoteRunner, device, library(), functions, threads, target)
     elif target.device == "opencl":
-        from mest_compile.runtime.opencl import OpenclRunner
+        from mest_compile.runtime.opencl import OpenclRunner, find_device
 
-        runner = partial(OpenclRunner, kernels(), functions)
+        found = find_device(target.limits.name)
+        runner = partial(OpenclRunner, kernels(), functions, found)
     elif why := obstacle(target):
         from mest_compile.runtime.store import StoreRunner
 

@@ -40,6 +40,7 @@ class Gpu:
     local_bytes     local memory of a work-group
     most_buffer_bytes  of one buffer
     most_image_side  pixels of a side of a 2D image; no kernel here reads images. The default is the least that OpenCL 1.2 allows
+    name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the first device
     gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
     """
 
@@ -51,8 +52,11 @@ class Gpu:
     gflops: float
     gigabytes_per_second: float
     most_image_side: int = 8192
+    name: str | None = None
 
     def __post_init__(self):
+        if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
+            raise TargetError(f"gpu.name is {self.name!r}; wanted a part of the device's name, or none for any device")
         if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
             raise TargetError(f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}")
 
@@ -140,14 +144,14 @@ class Target:
 
 
 _ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm", "armv8l": "arm"}
-# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX) or only an operating system
-# uses does not matter.
+# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or what only an operating
+# system uses, does not matter.
 _IN_LOOPS = re.compile(r"s?sse|avx(?!10)|fma|xop|f16c|bmi|tbm|lzcnt|popcnt|movbe|cmov|gfni|egpr")
 # What Linux calls what LLVM calls otherwise; of ARM what matters here.
 _LINUX_NAMES = {"bmi": ("bmi1",), "lzcnt": ("abm",), "sse3": ("pni",), "egpr": ("apx",)}
-_LINUX_NAMES_OF_ARM = {"aarch64": {"neon": ("asimd",), "lse": ("atomics",), "fullfp16": ("fphp", "asimdhp"), "dotprod": ("asimddp",),
-                                   "sve": ("sve",)},
-                       "arm": {"neon": ("neon",), "vfp4": ("vfpv4",)}}
+_LINUX_NAMES_OF_ARM: dict[str, dict[str, tuple[str, ...]]] = {
+    "aarch64": {"neon": ("asimd",), "lse": ("atomics",), "fullfp16": ("fphp", "asimdhp"), "dotprod": ("asimddp",), "sve": ("sve",)},
+    "arm": {"neon": ("neon",), "vfp4": ("vfpv4",)}}
 # Bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
 _HWCAP = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
 _AT_HWCAP = 16

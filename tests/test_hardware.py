@@ -65,7 +65,8 @@ def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_i
         assert hardware.lacking_features(hardware.needed_features(x86(mcpu=host_cpu()[0]))) == []
 
 
-@pytest.mark.parametrize("llvm, lacks", [({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]), ({"mcpu": "bdver4"}, ["fma4", "sse4a", "tbm", "xop"]),
+@pytest.mark.parametrize("llvm, lacks", [({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]),
+                                         ({"mcpu": "bdver4"}, ["fma4", "sse4a", "tbm", "xop"]),
                                          ({"mcpu": "x86-64-v3", "mattr": ("+xop", "-sse4a", "-fma4")}, []),
                                          ({"mcpu": "x86-64-v3", "mattr": ("+avx512f",)}, ["avx512f"]), ({"mattr": ("+avx2",)}, []),
                                          ({"mcpu": "znver3"}, ["sse4a"]), ({"mcpu": "haswell"}, []), ({}, [])])
@@ -96,16 +97,16 @@ def test_a_target_file_for_another_cpu_is_refused_before_anything_runs(foreign_f
     with pytest.raises(mest.MestError, match="cannot run what is compiled for other .this machine's CPU lacks .*xop.; give device="):
         step(np.ones((8, 64), np.float32), np.arange(8) % 4)
     assert not list((tmp_path / "cache").glob("*"))
-    for command in (["train", "--data", "digits", "--model", "mlp", "--out", tmp_path / "run"], ["tune", "--model", "mlp", "--log", tmp_path / "log"],
-                    ["table", "--model", "mlp", "--schemes", "block"]):
-        ran = mest_compile_command(*command, "--target", foreign_file)
-        assert ran.code == 2 and "xop" in ran.err and "--tracker" in ran.err, command
+    for command in (["train", "--data", "digits", "--out", tmp_path / "run"], ["tune", "--log", tmp_path / "log"], ["table"]):
+        ran = mest_compile_command(*command, "--model", "mlp", "--target", foreign_file)
+        assert ran.code == 2 and "xop" in ran.err and "tracker and" in ran.err.replace("--", ""), command
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.toml"]
 
 
 def test_lists_of_features_work_wherever_targets_do(tmp_path):
     text = (resources.files("mest_compile.targets") / "avx2.toml").read_text()
-    (tmp_path / "more.toml").write_text(text.replace('mcpu = "x86-64-v3"', 'mtriple = "x86_64-linux-gnu"\nmcpu = "x86-64-v2"\nmattr = ["+avx2", "+fma"]'))
+    llvm = 'mtriple = "x86_64-linux-gnu"\nmcpu = "x86-64-v2"\nmattr = ["+avx2", "+fma"]'
+    (tmp_path / "more.toml").write_text(text.replace('mcpu = "x86-64-v3"', llvm))
     target = find_target(tmp_path / "more.toml")
     assert {"avx2", "fma"} <= hardware.needed_features(target) and target.tvm_fields["mattr"] == ["+avx2", "+fma"]
     if linkers("x86_64"):

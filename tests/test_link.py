@@ -219,8 +219,8 @@ def test_a_key_that_the_tracker_would_take_apart_is_refused_where_it_is_given(ke
     assert check_key("pi-4_b.home") == "pi-4_b.home"
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1", "::1:9190", "a b:9190", ":9190", "[]:9190", "a:²", "a:0", "a:99999", "a:" + "9" * 5000, "a:-1",
-                                  None])
+@pytest.mark.parametrize("text", ["127.0.0.1", "::1:9190", "a b:9190", ":9190", "[]:9190", "a:²", "a:0", "a:99999", "a:" + "9" * 5000,
+                                  "a:-1", None])
 def test_an_address_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match=r"wanted host:port, such as 127.0.0.1:9190 or \[::1\]:9190"):
         mest.rpc(text, "k")

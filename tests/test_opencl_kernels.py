@@ -41,14 +41,14 @@ def on_opencl(name, **imported):
 
 def launch(builder, kernel, problem, *arrays, **knobs):
     """Runs a kernel on flat copies of the arrays; returns them as they are afterwards."""
-    from mest_compile.runtime.opencl import OpenclRunner
+    from mest_compile.runtime.opencl import OpenclRunner, find_device
 
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat))
     call = Call("call", kernel, problem, buffers, "forward")
     program = Program("train", [call])
     built = builder.function(kernel_source(kernel, problem, TARGET, **knobs))
-    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))})
+    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}, find_device())
     for buffer, array in zip(buffers, flat, strict=True):
         runner.put(buffer.name, array)
     runner.run("train")

@@ -157,8 +157,8 @@ def start_run(request: Request) -> Run:
     folder.require_free()
     target = find_target(request.target)
     if find_device(request.tracker, request.key) is None and (why := obstacle(target)):
-        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, or build an "
-                         "artifact and train there")
+        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, "
+                         "or build an artifact and train there")
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)
