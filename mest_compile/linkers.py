@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mest_compile.errors import BuildError, NotInstalled
 from mest_compile.hardware import Target, host_machine, lacking_features, needed_features
+from mest_compile.programs import run_program
 
 _PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
 _PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
@@ -91,7 +91,7 @@ def link_here(code: bytes, target: Target) -> bytes:
 
 def run_linker(linker: Linker, arguments: list[str]) -> None:
     """Raises BuildError with what it said."""
-    done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+    done = run_program([*linker.command, *arguments])
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise BuildError(f"{linker.name} cannot link: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -154,8 +154,8 @@ def damages(content, rng):
         line = lines[number]
         place = rng.randrange(len(line))
         before, behind, end = line[:place], line[place + 1:], b"\n" * (number + 1 < len(lines))
-        spoilt = rng.choice([before + bytes([rng.randrange(256)]) + behind, before + end, before + behind, before + b"\n" + line[place:], b"",
-                             line[:-1], line + line, line[:-1] + rng.choice([b"\r", b"\0", b"x", b"}", b" "]),
+        spoilt = rng.choice([before + bytes([rng.randrange(256)]) + behind, before + end, before + behind, before + b"\n" + line[place:],
+                             b"", line[:-1], line + line, line[:-1] + rng.choice([b"\r", b"\0", b"x", b"}", b" "]),
                              line.replace(b'"digest": "', b'"digest": "0', 1)])
         yield b"".join([*lines[:number], spoilt, *lines[number + 1:]])
 

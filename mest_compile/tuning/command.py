@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
 
     time_limit  seconds from now
     """
-    deadline = Deadline.after(time_limit)
+    started, deadline = monotonic(), Deadline.after(time_limit)
     target = find_target(request.target).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
     if kind.whole_steps and (why := obstacle(target)):
@@ -70,7 +71,8 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     vectors = _vectors(request, target)
     runner = kind(target, options)
     try:
-        return _tune(request, target, runner, vectors, trials, deadline, progress)
+        result = _tune(request, target, runner, vectors, trials, deadline, progress)
+        return replace(result, seconds=monotonic() - started)
     finally:
         runner.close()
 
