@@ -157,29 +157,30 @@ def test_a_right_answer_is_taken_over_ipv4_and_ipv6():
 
 
 def spoilt_answers():
-    """Answers that a tracker does not give: some thought of, many drawn."""
-    yield from (b"\0", b"\0\0\0\0", struct.pack("<i", -5), struct.pack("<i", 2**31 - 1), *map(sized, (
+    """(answer, whether it may be harmless) of answers that a tracker does not give: some thought of, many drawn."""
+    yield from ((answer, False) for answer in (b"\0", b"\0\0\0\0", struct.pack("<i", -5), struct.pack("<i", 2**31 - 1), *map(sized, (
         b"hello", b"null", b"0", b"[]", b"[0]", b"[0, {}]", b'[-1, "not now"]', b"[0, null]", b"\xff\xfe", b"[" * 100_000,
         b'[0, {"server_info": 3, "queue_info": {}}]', b'[0, {"server_info": [{"key": "a"}], "queue_info": {}}]',
         b'[0, {"server_info": [{"key": 1, "addr": ["a", 1]}], "queue_info": {}}]', b'[0, {"server_info": [], "queue_info": []}]',
-        b'[0, {"server_info": [], "queue_info": {"a": {"free": "many", "pending": 0}}}]')))
+        b'[0, {"server_info": [], "queue_info": {"a": {"free": "many", "pending": 0}}}]'))))
     rng, whole = random.Random(0), json.dumps([0, LISTED]).encode()
     for _ in range(80):
         spoilt = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(spoilt))
             spoilt[place:place + rng.randint(0, 3)] = rng.choice([b"", b"[", b"}", b'"', b"null", b"-", bytes([rng.randrange(256)])])
-        yield sized(bytes(spoilt))
+        yield sized(bytes(spoilt)), True
 
 
 def test_a_tracker_that_answers_nonsense_is_one_line():
     with listening(lambda end: tracking(answers[0])(end)) as at:
-        for answer in spoilt_answers():
+        for answer, harmless in spoilt_answers():
             answers = [answer]
             for ask in (lambda: tracker.summary(at), lambda: tracker.request(at, "k", 2.0)):
                 try:
                     found = ask()
-                    assert set(found) == set(LISTED), "damage that is none"
+                    assert harmless and all(isinstance(entry["key"], str) and len(entry["addr"]) == 2 for entry in found["server_info"])
+                    assert all(isinstance(entry["free"] + entry["pending"], int) for entry in found["queue_info"].values())
                 except OSError as problem:
                     assert len(str(problem)) < 200 and "\n" not in str(problem), answer
 
@@ -200,11 +201,12 @@ def test_a_tracker_that_drips_has_one_deadline(monkeypatch):
         tracking(struct.pack("<i", 1000))(end)
         dripping(end)
 
-    with listening(slow) as at:
-        began = time.monotonic()
-        with pytest.raises(TimeoutError, match="no whole answer within 0.3 s"):
-            tracker.summary(at)
-        assert time.monotonic() - began < 3
+    for answer in (slow, lambda end: time.sleep(4)):
+        with listening(answer) as at:
+            began = time.monotonic()
+            with pytest.raises(TimeoutError, match="no whole answer within 0.3 s"):
+                tracker.summary(at)
+            assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "a\tb", "a:b", "a\n", "a\x00", "a\u00a0b", None, 5])
