@@ -251,6 +251,9 @@ class FixedRecords(Records):
         super().__init__(target)
         self._knobs = knobs
 
+    def on(self, cpu: str) -> FixedRecords:
+        return self
+
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
         found = self._knobs.get(key_of(kernel, problem, live))
         return Choice() if found is None else Choice(found, "exact")

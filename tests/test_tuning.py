@@ -13,6 +13,7 @@ import pytest
 import ship_log
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.building import Builder, kernel_source, knob_space
 from mest_compile.choosing import choose_knobs
 from mest_compile.frontend import import_model
@@ -349,6 +350,35 @@ def test_shipping_a_log_keeps_what_other_cpus_recorded(target, tmp_path):
         assert ship_log.main([str(tmp_path / "new.jsonl"), "--folder", str(tmp_path)]) == 0
         kept = [Record.from_line(line) for line in (tmp_path / "local.jsonl").read_text().splitlines()]
         assert {(record.cpu, record.seconds) for record in kept} == {("another", (9.0,)), (mine.cpu, (2.0,)), (mine.cpu, (1.0,))}
+
+
+def test_shipping_a_log_of_boards_keeps_the_best_of_each(tmp_path):
+    phone = find_target("cortex-a76")
+    facts = ("gather.conv", {"channels": 32}, 100, target_facts(phone))
+    for cpu, seconds in (("a Pi 5", (2.0, 1.0, 3.0)), ("a phone", (0.2, 0.3, 0.1))):
+        for run, second in enumerate(seconds):
+            knobs = {"run": run} if run else {}
+            LogFile(tmp_path / "new.jsonl").append(Record(*facts, cpu, knobs, Outcome.OK, Measure.MEASURED, (second,), "text"))
+    for _ in range(2):
+        assert ship_log.main([str(tmp_path / "new.jsonl"), "--target", "cortex-a76", "--folder", str(tmp_path)]) == 0
+        kept = [Record.from_line(line) for line in (tmp_path / "cortex-a76.jsonl").read_text().splitlines()]
+        found = sorted((record.cpu, *record.seconds) for record in kept)
+        assert found == [("a Pi 5", 1.0), ("a Pi 5", 2.0), ("a phone", 0.1), ("a phone", 0.2)]
+
+
+def test_a_step_for_a_device_has_the_records_of_that_device_which_is_asked_once_there_are_some(tmp_path, monkeypatch):
+    target, device, asked = find_target("cortex-a76"), mest.rpc("127.0.0.1:9190", "phone"), []
+    monkeypatch.setattr("mest_compile.runtime.probe.machine_of", lambda *given: asked.append(given) or "a phone")
+    log = LogFile(tmp_path / "log.jsonl")
+    assert compiling._of_machine(Records(target, [log.path]), device).cpu == "" and not asked
+    for cpu, knobs, seconds in (("a Pi 5", {}, 1.0), ("a Pi 5", {"run": 4}, 2.0), ("a phone", {}, 3.0), ("a phone", {"run": 4}, 2.0)):
+        log.append(Record("gather.conv", {"channels": 32}, 100, target_facts(target), cpu, knobs, Outcome.OK, Measure.MEASURED, (seconds,),
+                          "text"))
+    records = compiling._of_machine(Records(target, [log.path]), device)
+    assert asked == [(device, target)] and records.cpu == "a phone"
+    assert records.best("gather.conv", {"channels": 32}, 100, lambda knobs: "text").knobs == {"run": 4}
+    here = Records(find_target("local"), [log.path])
+    assert compiling._of_machine(here, None) is here and len(asked) == 1
 
 
 class Sleeper(Clock):
