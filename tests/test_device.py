@@ -329,7 +329,7 @@ def test_a_step_for_another_machine_does_not_run_here():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("127.0.0.1", "phone"), "wanted host:port"), (("127.0.0.1:9190", ""), "the key under which"),
+    (("127.0.0.1", "phone"), "wanted host:port"), (("127.0.0.1:9190", ""), "without blanks and colons"),
     (("127.0.0.1:9190", "phone", 0), "more than 0"), (("127.0.0.1:123456", "phone"), "wanted host:port"),
 ])
 def test_what_cannot_be_a_device_is_refused(arguments, message):
