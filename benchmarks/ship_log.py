@@ -27,14 +27,14 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
     for path in paths:
         for record in _records(path):
             if _trusted(record, target):
-                by_key.setdefault((*record.key, record.target["vector"]), []).append(record)
+                by_key.setdefault((*record.key, record.target["vector"], record.cpu), []).append(record)
     kept: list[str] = []
     for records in by_key.values():
         trials = Records(target)
         for record in records:
             trials.add(record)
         first = records[0]
-        ranking = trials.trials(first.kernel, first.problem, first.live).ranking()
+        ranking = trials.trials(first.kernel, first.problem, first.live, cpu=first.cpu).ranking()
         if ranking:
             wanted = ({}, plain(ranking[0][1]))
             kept += dict.fromkeys(record.to_line() for record in records if first.kernel == STEP or plain(record.knobs) in wanted)
@@ -42,8 +42,9 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
 
 
 def elsewhere(target: Target, path: Path) -> list[Record]:
-    """The shipped records of other CPU models."""
-    return [record for record in _records(path) if record.cpu != cpu_of(target)]
+    """The shipped records of other machines than this one; none where the target is not this machine: then `condensed` has those of all."""
+    here = cpu_of(target)
+    return [record for record in _records(path) if here and record.cpu != here]
 
 
 def _records(path: Path) -> Iterator[Record]:
@@ -54,7 +55,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _trusted(record: Record, target: Target) -> bool:
-    """Whether it was measured here, with vectors of any width."""
+    """Whether it was measured here, or for a target that is not this machine on any, with vectors of any width."""
     wide = replace(target, vector=record.target.get("vector", target.vector))
     return record.measure is Measure.MEASURED and not is_foreign(record, wide)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 from mest_compile.contestants import Built, Case, find_contestant, find_interpreter, run_miniature
 from mest_compile.errors import MestError, UsageError
 
+ANSWER_SECONDS = 3600  # that a contestant may take for one answer; compiling a step takes minutes
 TURN_SECONDS = 0.25    # a turn lasts about this long; a shorter one would mostly time the caches refilling after the other's turn
 SETTLE_SECONDS = 0.02  # thread pools spin for some milliseconds after their last task and would steal the other's core
 
@@ -197,6 +199,11 @@ class _Runner:
         assert self._process.stdin and self._process.stdout
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
+            there = select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]
+            if not there:
+                self._process.kill()
+                raise MestError(f"the {self.name} process of the benchmark has not answered for {ANSWER_SECONDS} s, and was killed; it was "
+                                f"asked for {json.dumps(request)[:100]}")
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""

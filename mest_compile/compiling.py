@@ -22,7 +22,7 @@ from mest_compile.graph.fusing import fuse
 from mest_compile.graph.program import FUNCTIONS, Program
 from mest_compile.hardware import Target, find_target
 from mest_compile.host import cores
-from mest_compile.linkers import is_foreign
+from mest_compile.linkers import is_foreign, obstacle
 from mest_compile.linking import link_opencl_step, link_step
 from mest_compile.opencl_kernels import check_buffers
 from mest_compile.planning import (
@@ -108,7 +108,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     threads = _check_threads(threads, target.cores)
     with exclusive.COMPILER:
         graph, state = import_model(model, input_shape)
-    records = Records.of(target) if records is None else records.for_target(target)
+    records = _of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
         return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
@@ -135,6 +135,22 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     return _make(facts, state, builder, device, records)
 
 
+def _of_machine(records: Records, device: Device | None) -> Records:
+    """The records of the machine that the step will run on. It is only asked what it is where there are records that it decides between."""
+    if device is None and records.target.device == "cpu":
+        return records
+    records = records.on("")
+    if not records.measured():
+        return records
+    if device is not None:
+        from mest_compile.runtime.probe import machine_of
+
+        return records.on(machine_of(device, records.target))
+    from mest_compile.runtime.opencl import machine
+
+    return records.on(machine(records.target.limits.name))
+
+
 def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
          target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
     """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
@@ -152,7 +168,8 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     tuned: Tuned = document.get("knobs", {})
     if target is not None or batch is not None:
         where = facts.target if target is None else find_target(target)
-        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch)
+        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch,
+                                  lambda target: _of_machine(Records.of(target), device))
         document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
     step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, tuned)
@@ -228,13 +245,14 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
         runner = partial(RemoteRunner, device, library(), functions, threads, target)
     elif target.device == "opencl":
-        from mest_compile.runtime.opencl import OpenclRunner
+        from mest_compile.runtime.opencl import OpenclRunner, find_device
 
-        runner = partial(OpenclRunner, kernels(), functions)
-    elif is_foreign(target):
+        found = find_device(target.limits.name)
+        runner = partial(OpenclRunner, kernels(), functions, found)
+    elif why := obstacle(target):
         from mest_compile.runtime.store import StoreRunner
 
-        runner = partial(StoreRunner, target.name)
+        runner = partial(StoreRunner, target.name, why)
     else:
         from mest_compile.runtime.local import LocalRunner
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ENVIRONMENTS = Path(__file__).resolve().parent.parent / "benchmarks" / "environments"
 PROGRAM, STEP = "model.pt2", "step.safetensors"  # what a folder given as Case.model holds
 SWAPPED_ABOVE = 0.8                              # SparseProp leaves layers dense that are not sparser than this
+SPARSEPROP_VECTOR = 8                            # examples that its convolution takes at a time; those left over it leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,11 +232,14 @@ def _load_sparseprop() -> None:
 
 def _build_sparseprop(case: Case) -> Built:
     """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel is slower."""
+    if case.sparsity <= SWAPPED_ABOVE:
+        raise UsageError(f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {case.sparsity}")
+    if left := case.input_shape[0] % SPARSEPROP_VECTOR:
+        raise UsageError(f"SparseProp's convolution takes {SPARSEPROP_VECTOR} examples at a time and would leave out the last {left} of "
+                         f"{case.input_shape[0]}, without a word; give a batch that is a multiple of {SPARSEPROP_VECTOR}")
     import torch
     from sparseprop.utils import swap_modules_with_sparse
 
-    if case.sparsity <= SWAPPED_ABOVE:
-        raise UsageError(f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {case.sparsity}")
     torch.set_num_threads(case.threads)
     model = torch_model(case)
     with torch.no_grad():

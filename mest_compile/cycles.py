@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mest_compile.emulation import Execution
 from mest_compile.errors import DeviceError, NotInstalled, TargetError
 from mest_compile.hardware import Target
+from mest_compile.programs import run_program
 
 VERSION = 19         # of LLVM: older ones model Neoverse and newer Cortex cores by the pipeline of an A57; figures of versions differ
 PACKAGE = "llvm-19"  # Debian's
@@ -98,8 +98,7 @@ def disassemble(words: tuple[int, ...]) -> list[str]:
     """Assembly text of each instruction; where a branch leads is left out, and calls are branches: LLVM would add 100 cycles for each."""
     check_tools()
     content = " ".join(f"0x{byte:02x}" for word in words for byte in word.to_bytes(4, "little"))
-    done = subprocess.run([f"llvm-mc-{VERSION}", "--disassemble", "--triple=aarch64", "-mattr=+all"], input=content, capture_output=True,
-                          text=True)
+    done = run_program([f"llvm-mc-{VERSION}", "--disassemble", "--triple=aarch64", "-mattr=+all"], content)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip() and not line.strip().startswith(".")]
     if done.returncode or len(lines) != len(words):
         raise DeviceError(f"llvm-mc-{VERSION} reads {len(lines)} of {len(words)} instructions: {' '.join(done.stderr.split())[:200]}")
@@ -114,9 +113,8 @@ def analyse(blocks: Sequence[list[str]], core: str) -> list[float]:
     check_tools()
     text = "".join(f"# LLVM-MCA-BEGIN block{number}\n" + "\n".join(lines) + f"\n# LLVM-MCA-END block{number}\n"
                    for number, lines in enumerate(blocks))
-    done = subprocess.run([f"llvm-mca-{VERSION}", "-mtriple=aarch64-linux-gnu", f"-mcpu={core}", "-mattr=+all", f"-iterations={ITERATIONS}",
-                           "-all-views=false", "-summary-view", "-skip-unsupported-instructions=lack-sched"],
-                          input=text, capture_output=True, text=True)
+    done = run_program([f"llvm-mca-{VERSION}", "-mtriple=aarch64-linux-gnu", f"-mcpu={core}", "-mattr=+all", f"-iterations={ITERATIONS}",
+                        "-all-views=false", "-summary-view", "-skip-unsupported-instructions=lack-sched"], text)
     found = [int(cycles) / ITERATIONS for cycles in re.findall(r"^Total Cycles:\s+(\d+)", done.stdout, re.MULTILINE)]
     if done.returncode or len(found) != len(blocks):
         said = " ".join(done.stderr.split())[:200]

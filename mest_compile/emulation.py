@@ -22,6 +22,7 @@ from mest_compile.cpu_kernels import compile_cpu
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError
 from mest_compile.folders import cache_folder, kept_file
 from mest_compile.hardware import Target
+from mest_compile.programs import run_program
 
 LIMIT_SECONDS = 300  # of one kernel; one that needs longer has too large a problem for emulation
 _CODES = {"i": 0, "f": 2}  # DLPack's
@@ -178,7 +179,7 @@ def _built(text: str, name: str, compiler: list[str], libraries: list[str]) -> P
     def build(path: Path) -> None:
         source = path.with_name("source.c")
         source.write_text(text)
-        done = subprocess.run([*compiler, str(source), "-o", str(path), *libraries], capture_output=True, text=True)
+        done = run_program([*compiler, source, "-o", path, *libraries])
         if done.returncode:
             raise BuildError(f"{compiler[0]} cannot build {name}: {' '.join(done.stderr.split())}")
 

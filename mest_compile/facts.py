@@ -61,7 +61,7 @@ class Facts:
                            {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["graph"]["nodes"])
         graph = ForwardGraph(nodes, tuple(facts["graph"]["input_shape"]),
                              {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()})
-        target = Target(**{**facts["target"], "llvm": tuple((key, value) for key, value in facts["target"]["llvm"]),
+        target = Target(**{**facts["target"], "llvm": _tuples(facts["target"]["llvm"]),
                            "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
         specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
         layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,11 @@ from mest_compile.host import cores
 # multipliers has, or has together, tell.
 CPUINFO = Path("/proc/cpuinfo")
 _NARROW = ("x86-64-v2",)  # knows no float16
-_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+_AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
+_AVX512 = _AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 _CPU_BY_FLAGS = ((_AVX512 | {"avx512_vp2intersect", "avx_vnni"}, "x86-64-v4", 16), (_AVX512 | {"amx_tile"}, "x86-64-v4", 16),
                  (_AVX512, "x86-64-v4", 8),
-                 ({"avx2", "fma", "bmi2", "f16c"}, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
+                 (_AVX2, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Gpu:
     local_bytes     local memory of a work-group
     most_buffer_bytes  of one buffer
     most_image_side  pixels of a side of a 2D image; no kernel here reads images. The default is the least that OpenCL 1.2 allows
+    name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the first device
     gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
     """
 
@@ -48,8 +53,11 @@ class Gpu:
     gflops: float
     gigabytes_per_second: float
     most_image_side: int = 8192
+    name: str | None = None
 
     def __post_init__(self):
+        if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
+            raise TargetError(f"gpu.name is {self.name!r}; wanted a part of the device's name, or none for any device")
         if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
             raise TargetError(f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}")
 
@@ -60,7 +68,7 @@ class Target:
 
     name    of its TOML file
     device  kind of device, which picks the schedules: "cpu" or "opencl"
-    llvm    TVM target fields (kind, mcpu, mtriple, ...), as sorted pairs
+    llvm    TVM target fields (kind, mcpu, mtriple, ...), as sorted pairs; lists (mattr) as tuples
     vector  float32 elements of a vector register
     registers  vector registers
     l1_bytes, l2_bytes  data cache of one core
@@ -74,7 +82,7 @@ class Target:
 
     name: str
     device: str
-    llvm: tuple[tuple[str, str], ...]
+    llvm: tuple[tuple[str, str | tuple[str, ...]], ...]
     vector: int
     registers: int
     l1_bytes: int
@@ -118,9 +126,9 @@ class Target:
         return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
 
     @property
-    def tvm_fields(self) -> dict[str, str]:
+    def tvm_fields(self) -> dict[str, Any]:
         """What tvm.target.Target takes."""
-        return dict(self.llvm)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.llvm}
 
     def to_tvm(self) -> Any:
         """TVM's target. Raises TargetError when LLVM does not know the CPU: it would print a line and compile for any CPU of its kind."""
@@ -137,10 +145,16 @@ class Target:
 
 
 _ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm", "armv8l": "arm"}
-# What LLVM may use for an ARM CPU beyond its architecture's base: bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
-_ARM_FEATURES = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20}
-_ARMV8_2 = ("asimd", "atomics", "fphp", "asimdhp", "asimddp")
-_FEATURES_OF = {"cortex-a76": _ARMV8_2, "cortex-x1": _ARMV8_2, "cortex-a55": _ARMV8_2, "cortex-a7": ("neon", "vfpv4")}
+# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or what only an operating
+# system uses, does not matter.
+_IN_LOOPS = re.compile(r"s?sse|avx(?!10)|fma|xop|f16c|bmi|tbm|lzcnt|popcnt|movbe|cmov|gfni|egpr")
+# What Linux calls what LLVM calls otherwise; of ARM what matters here.
+_LINUX_NAMES = {"bmi": ("bmi1",), "lzcnt": ("abm",), "sse3": ("pni",), "egpr": ("apx",)}
+_LINUX_NAMES_OF_ARM: dict[str, dict[str, tuple[str, ...]]] = {
+    "aarch64": {"neon": ("asimd",), "lse": ("atomics",), "fullfp16": ("fphp", "asimdhp"), "dotprod": ("asimddp",), "sve": ("sve",)},
+    "arm": {"neon": ("neon",), "vfp4": ("vfpv4",)}}
+# Bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
+_HWCAP = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
 _AT_HWCAP = 16
 
 
@@ -150,24 +164,45 @@ def host_machine() -> str:
     return _ALIASES.get(machine, machine)
 
 
-def lacking_features(target: Target) -> list[str]:
-    """CPU features that code for the target may use and this machine, of the target's architecture, does not have."""
-    needed = needed_features(target)
+def lacking_features(needed: Collection[str]) -> list[str]:
+    """Those of `needed_features` that this machine, of the target's architecture, does not have."""
     if host_machine() == "aarch64":
         tell = ctypes.CDLL(None).getauxval  # not /proc/cpuinfo: under emulation that is another machine's
         tell.restype = ctypes.c_ulong
         has = tell(ctypes.c_ulong(_AT_HWCAP))
-        return [name for name in sorted(needed) if not has & _ARM_FEATURES[name]]
-    return sorted(needed - _cpu_flags())
+        return [name for name in sorted(needed) if name in _HWCAP and not has & _HWCAP[name]]
+    return lacking_in(needed, _cpu_flags())
 
 
-def needed_features(target: Target) -> set[str]:
-    """CPU features, as the kernel names them, that code for the target may use."""
-    cpu = target.tvm_fields.get("mcpu", "")
-    machine = target.tvm_fields.get("mtriple", host_machine())
-    if machine.startswith(("aarch64", "arm")):
-        return set(_FEATURES_OF.get(cpu, ("asimd",) if machine.startswith("aarch64") else ("neon",)))
-    return min((flags for flags, name, _ in _CPU_BY_FLAGS if name == cpu), key=len, default=set())  # others tell of wide multipliers
+def lacking_in(needed: Collection[str], features: Collection[str]) -> list[str]:
+    """Those of `needed_features` that are not among a machine's, as its kernel lists them."""
+    return sorted(set(needed) - {_joined(name) for name in features})
+
+
+def needed_features(target: Target) -> frozenset[str]:
+    """CPU features, by the kernel's names without dots and dashes, that LLVM may use in code for the target.
+
+    Raises TargetError when LLVM does not know the CPU.
+    """
+    return _needed(target.processor) if "mcpu" in target.tvm_fields or "mattr" in target.tvm_fields else frozenset()
+
+
+@cache
+def _needed(target: Target) -> frozenset[str]:
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    found = set(map(str, llvm_get_cpu_features(target.to_tvm())))
+    machine = target.tvm_fields.get("mtriple", host_machine()).partition("-")[0]
+    for start, names in _LINUX_NAMES_OF_ARM.items():
+        if machine.startswith(start):
+            return frozenset(name for feature in found & names.keys() for name in names[feature])
+    used = filter(_IN_LOOPS.match, found)
+    return frozenset(_joined(name) for feature in used for name in _LINUX_NAMES.get(feature, (feature,)))
+
+
+def _joined(name: str) -> str:
+    """"avx512_bf16", as the kernel has it, and "avx512bf16", as LLVM has it, are one; "sse4_1" and "sse4.1" too."""
+    return re.sub(r"[._-]", "", name)
 
 
 def target_names() -> list[str]:
@@ -195,7 +230,8 @@ def find_target(target: str | Path | Target) -> Target:
 def _read(name: str, text: str) -> Target:
     try:
         fields = tomllib.loads(text)
-        found = Target(name=name, device=fields["device"], llvm=tuple(sorted(fields["llvm"].items())), vector=fields["vector"],
+        llvm = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["llvm"].items()}
+        found = Target(name=name, device=fields["device"], llvm=tuple(sorted(llvm.items())), vector=fields["vector"],
                        registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
                        gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
                        cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"),

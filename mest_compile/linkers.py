@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mest_compile.errors import BuildError, NotInstalled
-from mest_compile.hardware import Target, host_machine
+from mest_compile.hardware import Target, host_machine, lacking_features, needed_features
+from mest_compile.programs import run_program
 
 _PACKAGES = {"aarch64": "gcc-aarch64-linux-gnu", "arm": "gcc-arm-linux-gnueabihf", "x86_64": "gcc"}
 _PREFIXES = {"aarch64": "aarch64-linux-gnu-", "arm": "arm-linux-gnueabihf-", "x86_64": "x86_64-linux-gnu-"}
@@ -37,10 +37,25 @@ def triple_of(target: Target) -> tuple[str, str]:
     return "arm" if architecture.startswith("arm") else architecture, "android" if "android" in triple else "gnu"
 
 
+def is_native(target: Target) -> bool:
+    """Whether the target's CPU is of this machine's architecture and system."""
+    return triple_of(target) == (host_machine(), "gnu")
+
+
 def is_foreign(target: Target) -> bool:
-    """Whether this machine cannot run what is compiled for the target. An OpenCL device is one that it may have."""
-    architecture, system = triple_of(target)
-    return architecture != host_machine() or system != "gnu"
+    """Whether this machine cannot run what is compiled for the target."""
+    return bool(obstacle(target))
+
+
+def obstacle(target: Target) -> str:
+    """Why this machine cannot run what is compiled for the target; "": it can. An OpenCL device is one that it may have.
+
+    Raises TargetError when LLVM does not know the CPU.
+    """
+    if not is_native(target):
+        return f"that is for {' and '.join(triple_of(target))}, this machine is {host_machine()} and gnu"
+    lacking = lacking_features(needed_features(target))
+    return f"this machine's CPU lacks {', '.join(lacking)}" if lacking else ""
 
 
 def linkers(architecture: str) -> list[Linker]:
@@ -89,7 +104,7 @@ def link_here(code: bytes, target: Target) -> bytes:
 def run_linker(linker: Linker, arguments: list[str]) -> None:
     """Raises BuildError with what it said."""
     try:
-        done = subprocess.run([*linker.command, *arguments], capture_output=True, text=True)
+        done = run_program([*linker.command, *arguments])
     except OSError as problem:
         raise BuildError(f"{linker.name} cannot be started: {problem}") from problem
     if done.returncode:

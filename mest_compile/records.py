@@ -1,35 +1,50 @@
 """Tuning records: which knobs of a schedule were tried for which kernel, how that ended, and which are the best. Needs no tvm.
 
-A log is a file of JSON lines, one a target (`local.jsonl`), only ever appended to: the user's own in `folder()`, shipped ones in
-autotune_logs/. What is read is judged line by line, and what cannot be trusted is left out and counted:
+There is a log for each target (`local.jsonl`): the user's own in `folder()`, shipped ones in autotune_logs/. What cannot be trusted is
+left out and counted:
 
 torn        a last line without its end: the process that wrote it was killed; the next line written starts on a line of its own
 damaged     a line that is no record, or whose digest is not that of its content: a time, or anything else, was edited
-foreign     a record of another device, CPU or TVM version: its times say nothing about this one
+foreign     a record of another device, machine or TVM version: its times say nothing about this one
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import platformdirs
 
-from mest_compile.errors import StateError
 from mest_compile.hardware import Target
-from mest_compile.host import wait_exclusive
+from mest_compile.linkers import is_native
+from mest_compile.record import (
+    Damaged,
+    LogFile,
+    Measure,
+    Outcome,
+    Record,
+    key_of,
+    knobs_from,
+    knobs_text,
+    plain,
+    problem_key,
+    read_log,
+    text_digest,
+    tvm_version,
+)
+
+__all__ = ["COUNTED", "IN_STEP", "MODEL_UNIT", "SECTIONS", "STEP", "Choice", "FixedRecords", "LogFile", "Measure", "Outcome", "Record",
+           "Records", "Trials", "cpu_of", "folder", "host_model", "is_foreign", "key_of", "knobs_from", "machine_model", "plain", "shipped",
+           "target_facts", "text_digest", "tvm_version", "unit_of", "user_log"]
 
 log = logging.getLogger(__name__)
 
@@ -39,85 +54,10 @@ SECTIONS = ("sections.forward", "sections.grad_input")  # the "kernels" of recor
 SIZES = frozenset({"channels", "height", "width", "batch", "section_channels", "rows_live", "sources_live", "live", "chunks", "count",
                    "flop"})
 IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
+CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
 FARTHEST = 4.0        # doublings of sizes, all together, up to which another problem is near
 COUNTED = "instructions"  # begins the `cpu` of records that are ranked by executed instructions
 MODEL_UNIT = 1e-9     # "seconds" of a modelled cycle or an executed instruction in records, as if the core ran at 1 GHz
-
-
-@cache
-def tvm_version() -> str:
-    return metadata.version("apache-tvm")
-
-
-class Outcome(Enum):
-    """How a trial ended. Only OK can win."""
-
-    OK = "ok"
-    BUILD_FAILED = "build-failed"
-    WRONG = "wrong-answer"
-    TIMED_OUT = "timed-out"
-    CRASHED = "crashed"
-
-
-class Measure(Enum):
-    """Where a record's seconds come from. MEASURED beats MODELLED; EMULATED says nothing about a device and is never used to choose."""
-
-    MEASURED = "measured"
-    MODELLED = "modelled"
-    EMULATED = "emulated"
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One trial.
-
-    kernel, problem  "gather.conv" and its sizes, as `plain` gives them
-    live     live cells of the layer it was timed with, 0 where there are none
-    target   `target_facts`
-    cpu      model of the CPU that it ran on, "" where the target's name says it; of a modelled record the model, of an emulated one
-             what was behind the emulation: clocks of their own
-    knobs    those that are not the schedule's defaults
-    seconds  of each run, empty unless the outcome is OK
-    text     digest of the kernel's text: a schedule that changed since gives another
-    message  what went wrong
-    """
-
-    kernel: str
-    problem: Mapping[str, Any]
-    live: int
-    target: Mapping[str, Any]
-    cpu: str
-    knobs: Mapping[str, Any]
-    outcome: Outcome
-    measure: Measure
-    seconds: tuple[float, ...]
-    text: str
-    tvm: str = field(default_factory=tvm_version)
-    message: str = ""
-
-    def to_line(self) -> str:
-        """One JSON line, its digest last."""
-        facts = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        facts |= {"outcome": self.outcome.value, "measure": self.measure.value}
-        content = json.dumps(plain(facts), sort_keys=True)
-        return f'{content[:-1]}, "digest": "{_digest(content)}"}}'
-
-    @classmethod
-    def from_line(cls, line: str) -> Record:
-        """Raises ValueError on a line that is no record or was changed since it was written."""
-        try:
-            facts = json.loads(line)
-            digest = facts.pop("digest")
-            if digest != _digest(json.dumps(facts, sort_keys=True)):
-                raise ValueError("its content is not what its digest was taken of")
-            return cls(**facts | {"outcome": Outcome(facts["outcome"]), "measure": Measure(facts["measure"]),
-                                  "seconds": tuple(map(float, facts["seconds"])), "knobs": knobs_from(facts["knobs"])})
-        except (AttributeError, KeyError, TypeError) as problem:
-            raise ValueError(f"it is no tuning record ({problem!r})") from problem
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return _key(self.kernel, self.problem, self.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +82,7 @@ class Trials:
 
     seconds  knobs -> seconds of runs by themselves; in_step: within whole steps, which alone decide where there are any
     wrong    knobs that once failed; tried: all of them
+    late     knobs -> the longest limit within which they did not end; in_time: the longest that those had which did
     """
 
     kernel: str
@@ -152,15 +93,21 @@ class Trials:
     text: dict[str, str] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     tried: set[str] = field(default_factory=set)
+    late: dict[str, float] = field(default_factory=dict)
+    in_time: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        knobs = json.dumps(plain(record.knobs), sort_keys=True)
+        knobs, limit = knobs_text(record.knobs), record.limit_seconds or 0.0
         self.tried.add(knobs)
         self.records.append(record)
+        if record.outcome is Outcome.TIMED_OUT:
+            self.late[knobs] = max(limit, self.late.get(knobs, 0.0))
+            return
         if record.outcome is not Outcome.OK:
             self.wrong.add(knobs)  # once wrong is wrong, whatever other runs of it gave
             return
+        self.in_time[knobs] = max(limit, self.in_time.get(knobs, 0.0))
         if self.text.get(knobs) != record.text:  # the schedule changed in between
             self.seconds[knobs], self.text[knobs] = [], record.text
             self.in_step.pop(knobs, None)
@@ -169,18 +116,36 @@ class Trials:
         else:
             self.seconds[knobs] += record.seconds
 
+    def decided(self, limit_seconds: float) -> Trials:
+        """Without what timed out within a shorter limit than this one, which decides nothing."""
+        open_ = {knobs for knobs, limit in self.late.items() if limit < limit_seconds and knobs not in self.wrong | self.in_time.keys()}
+        records = [record for record in self.records if knobs_text(record.knobs) not in open_]
+        return replace(self, tried=self.tried - open_, records=records) if open_ else self
+
+    def beside(self, unbuilt: Trials) -> Trials:
+        """With what could not be built."""
+        return replace(self, wrong=self.wrong | unbuilt.wrong, tried=self.tried | unbuilt.tried, records=[*unbuilt.records, *self.records])
+
+    def _failed(self, knobs: str) -> bool:
+        return knobs in self.wrong or knobs in self.late and self.late[knobs] >= self.in_time[knobs]
+
     def ranking(self, by_themselves: bool = False) -> list[tuple[float, dict[str, Any], str]]:
         """(median seconds, knobs, digest of the text), fastest first; by_themselves: whatever whole steps said."""
         times = self.seconds if by_themselves else self.in_step or self.seconds
-        found = [(median(seconds), knobs) for knobs, seconds in times.items() if seconds and knobs not in self.wrong]
+        found = [(median(seconds), knobs) for knobs, seconds in times.items() if seconds and not self._failed(knobs)]
         return [(seconds, knobs_from(json.loads(knobs)), self.text[knobs]) for seconds, knobs in sorted(found)]
 
 
 class Records:
-    """The trustworthy records of one target. Reads `paths` when first asked."""
+    """The trustworthy records of one target. Reads `paths` when first asked.
 
-    def __init__(self, target: Target, paths: Iterable[Path] = ()):
+    cpu  the machine whose times count, by `machine_model`; None: `cpu_of` the target. "": not known; then the machine that most records
+         are of comes first, and those of two are never compared
+    """
+
+    def __init__(self, target: Target, paths: Iterable[Path] = (), cpu: str | None = None):
         self.target, self.paths = target, tuple(paths)
+        self.cpu = cpu_of(target) if cpu is None else cpu
         self.left_out: Counter[str] = Counter()
         self._trials: dict[tuple[Measure, str], dict[tuple[str, str, int], Trials]] = {}  # by clock: seconds of two are never compared
         self._read = False
@@ -190,37 +155,60 @@ class Records:
         """The shipped and the user's records of `target`."""
         return cls(target, [shipped(target), user_log(target)])
 
-    @property
-    def cpu(self) -> str:
-        """Model of the CPU that the records are of."""
-        return cpu_of(self.target)
-
     def for_target(self, target: Target) -> Records:
-        """The same logs, read for another target."""
-        return Records(target, self.paths)
+        """The same logs, read for another target on the same machine."""
+        return Records(target, self.paths, self.cpu)
+
+    def on(self, cpu: str) -> Records:
+        """The same logs, read for that machine."""
+        return self if cpu == self.cpu else Records(self.target, self.paths, cpu)
 
     def load(self) -> Records:
         if not self._read:
             self._read = True
-            for path in self.paths:
-                for record in self._trusted(path):
-                    self.add(record)
+            doubted = {verdict for path in self.paths for verdict in self._load(path)}
+            for trials in (trials for clock in self._trials.values() for trials in clock.values()):
+                trials.wrong |= {knobs for kernel, knobs in doubted if kernel == trials.kernel}
         return self
 
+    def _load(self, path: Path) -> set[tuple[str, str]]:
+        """What damaged lines may have said that it failed."""
+        doubted = set()
+        for found in read_log(path):
+            if isinstance(found, Damaged):
+                self.left_out["torn" if found.torn else "damaged"] += 1
+                if not found.torn:
+                    log.warning("%s, line %d is left out: %s", path, found.number, found.problem)
+                if found.verdict is not None:
+                    doubted.add(found.verdict)
+            elif is_foreign(found, self.target, self.cpu):
+                self.left_out["foreign"] += 1
+            else:
+                self.add(found)
+        return doubted
+
     def add(self, record: Record) -> None:
-        clock = self._trials.setdefault((record.measure, record.cpu), {})
+        clock = self._trials.setdefault((record.measure, "" if record.measure is Measure.UNMEASURED else record.cpu), {})
         clock.setdefault(record.key, Trials(record.kernel, record.problem, record.live)).add(record)
 
     def trials(self, kernel: str, problem: Any, live: int, measure: Measure = Measure.MEASURED, cpu: str | None = None) -> Trials:
-        """What is known of this very problem by one clock; cpu: None for that of the target."""
+        """What is known of this very problem by one clock; cpu: None for that of the target. What does not build does not by any."""
         facts = plain(problem)
-        clock = self.load()._trials.get((measure, self.cpu if cpu is None else cpu), {})
-        return clock.get(_key(kernel, facts, live)) or Trials(kernel, facts, live)
+        key = problem_key(kernel, facts, live)
+        known = self.load()._trials.get((measure, self.cpu if cpu is None else cpu), {}).get(key) or Trials(kernel, facts, live)
+        unbuilt = self._trials.get((Measure.UNMEASURED, ""), {}).get(key)
+        return known if unbuilt is None else known.beside(unbuilt)
+
+    def measured(self) -> list[str]:
+        """The machines that measured records are of, the one with most records first."""
+        counts = Counter({cpu: sum(len(trials.records) for trials in clock.values())
+                          for (measure, cpu), clock in self.load()._trials.items() if measure is Measure.MEASURED})
+        return sorted(counts, key=lambda cpu: (-counts[cpu], cpu))
 
     def _clocks(self) -> list[tuple[Measure, str]]:
         """Those that decide, the best first: measured times, modelled cycles, executed instructions."""
         modelled = [cpu for measure, cpu in self.load()._trials if measure is Measure.MODELLED]
-        return [(Measure.MEASURED, self.cpu),
+        return [*((Measure.MEASURED, cpu) for cpu in ([self.cpu] if self.cpu else self.measured())),
                 *((Measure.MODELLED, cpu) for cpu in sorted(modelled, key=lambda cpu: (cpu.startswith(COUNTED), cpu)))]
 
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
@@ -255,31 +243,6 @@ class Records:
                         found.append((distance, number, trials))
         return [trials for _, _, trials in sorted(found, key=lambda entry: entry[:2])]
 
-    def _trusted(self, path: Path) -> Iterable[Record]:
-        try:
-            content = path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return
-        except OSError as problem:
-            log.warning("%s cannot be read (%s); nothing is taken from it", path, problem.strerror)
-            return
-        lines = content.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                record = Record.from_line(line)
-            except ValueError as problem:
-                torn = number == len(lines)
-                self.left_out["torn" if torn else "damaged"] += 1
-                if not torn:
-                    log.warning("%s, line %d is left out: %s", path, number, problem)
-                continue
-            if is_foreign(record, self.target):
-                self.left_out["foreign"] += 1
-            else:
-                yield record
-
 
 class FixedRecords(Records):
     """Records that name one set of knobs for each (kernel, problem, live) of `knobs`, by `key_of`, and the defaults for the rest."""
@@ -288,32 +251,12 @@ class FixedRecords(Records):
         super().__init__(target)
         self._knobs = knobs
 
+    def on(self, cpu: str) -> FixedRecords:
+        return self
+
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
         found = self._knobs.get(key_of(kernel, problem, live))
         return Choice() if found is None else Choice(found, "exact")
-
-
-class LogFile:
-    """Appends records to a log; several processes may. Each record is one write, on the disk before the next trial begins."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, record: Record) -> None:
-        """Raises StateError when the log cannot be written."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab+") as file:
-                wait_exclusive(file)
-                torn = b""
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    torn = b"" if file.read(1) == b"\n" else b"\n"
-                file.write(torn + record.to_line().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as problem:
-            raise StateError(f"the log {self.path} cannot be written: {problem.strerror}; pass another --log") from problem
 
 
 def folder() -> Path:
@@ -335,34 +278,45 @@ def target_facts(target: Target) -> dict[str, Any]:
     return {"device": target.device, "llvm": plain(target.llvm), "vector": target.vector}
 
 
-def is_foreign(record: Record, target: Target) -> bool:
-    """Whether the record is of another device, CPU or TVM version. A step's records are of every vector width, a model's of any CPU."""
+def is_foreign(record: Record, target: Target, cpu: str | None = None) -> bool:
+    """Whether the record is of another device, machine or TVM version. A step's records are of every vector width, a model's of any CPU.
+
+    cpu  as `Records` takes it
+    """
     mine, theirs = target_facts(target), dict(record.target)
     if record.kernel == STEP:
         mine.pop("vector"), theirs.pop("vector", None)
-    elsewhere = record.measure is Measure.MEASURED and record.cpu != cpu_of(target)
+    here = cpu_of(target) if cpu is None else cpu
+    elsewhere = record.measure is Measure.MEASURED and bool(here) and record.cpu != here
     return mine != theirs or elsewhere or record.tvm != tvm_version()
 
 
 def cpu_of(target: Target) -> str:
-    """Model of the CPU behind a target that stands for the machine at hand; others are named by their file."""
-    return host_model() if target.name == "local" else ""
+    """Model of this machine where steps of the target run on its CPU; "" where they run on another or on a GPU, and a device must tell."""
+    return host_model() if target.device == "cpu" and is_native(target) else ""
 
 
 @cache
 def host_model() -> str:
-    """This machine's CPU."""
-    return cpu_model(Path("/proc/cpuinfo").read_text())
+    """This machine."""
+    return machine_model(CPUINFO.read_text(), BOARD.read_text(errors="replace") if BOARD.exists() else "")
 
 
-def cpu_model(cpuinfo: str) -> str:
-    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by generations."""
-    found: dict[str, str] = {}
+def machine_model(cpuinfo: str, board: str = "") -> str:
+    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by generations, and cores by
+    boards whose caches and memory differ, so that the board's name, where the machine tells it, belongs to it. "": nothing is told.
+    """
+    names = {"model name": "", "cpu family": "family ", "model": "model ", "CPU implementer": "implementer ", "CPU part": "part ",
+             "Hardware": "", "Model": ""}
+    found: dict[str, list[str]] = {}
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    names = {"model name": "", "cpu family": "family ", "model": "model ", "CPU implementer": "implementer ", "CPU part": "part "}
-    return ", ".join(said + found[name] for name, said in names.items() if name in found) or "unknown"
+        if value.strip() not in found.setdefault(name.strip(), []):
+            found[name.strip()].append(value.strip())
+    told = [said + " and ".join(found[name] if name == "CPU part" else found[name][:1]) for name, said in names.items() if name in found]
+    if (name := board.strip("\0 \n")) and name not in told:
+        told.append(name)
+    return ", ".join(told)
 
 
 def unit_of(measure: Measure, cpu: str) -> tuple[str, float]:
@@ -370,38 +324,6 @@ def unit_of(measure: Measure, cpu: str) -> tuple[str, float]:
     if measure is not Measure.MODELLED:
         return "ms", 1e3
     return f"k{COUNTED if cpu.startswith(COUNTED) else 'cycles'}", 1e-3 / MODEL_UNIT
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON gives it back. Images in float32 do not say so: records from before there was a choice stay theirs."""
-    if is_dataclass(value) and not isinstance(value, type):
-        found = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
-        return {name: item for name, item in found.items() if (name, item) != ("dtype", "float32")}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def knobs_from(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs as schedules take them: lists are tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-
-
-def text_digest(text: str) -> str:
-    return _digest(text)
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def key_of(kernel: str, problem: Any, live: int) -> tuple[str, str, int]:
-    """What records of one problem have in common."""
-    return _key(kernel, plain(problem), live)
-
-
-def _key(kernel: str, problem: Mapping[str, Any], live: int) -> tuple[str, str, int]:
-    return kernel, json.dumps(problem, sort_keys=True), live
 
 
 def _class(problem: Mapping[str, Any], live: int) -> tuple[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from mest_compile.benchmark import compare, median_interval
 from mest_compile.contestants import PROGRAM, STEP, Case, find_interpreter
 from mest_compile.errors import MestError, UsageError
 from mest_compile.hardware import find_target
-from mest_compile.linkers import is_foreign
+from mest_compile.linkers import obstacle
 from mest_compile.models import MODELS, build_model, model_names
 from mest_compile.runfolder import write_atomically
 from mest_compile.sparsity import parse_scheme
@@ -202,8 +202,8 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
     """
     opencl = find_target(target).device == "opencl"
-    if device is None and is_foreign(find_target(target)):
-        raise UsageError(f"target is {target!r}, which is not this machine; give the device that is one, by its tracker and key")
+    if device is None and (why := obstacle(find_target(target))):
+        raise UsageError(f"target is {str(target)!r}, which is not this machine ({why}); give the device that is, by its tracker and key")
     elsewhere = device is not None or opencl
     baseline = baseline or (DENSE if elsewhere else "torch")
     if elsewhere and baseline != DENSE:
@@ -246,7 +246,7 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     if opencl:
         from mest_compile.runtime.opencl import describe_device
 
-        facts["opencl"] = describe_device()
+        facts["opencl"] = describe_device(find_target(target).limits.name)
     return SpeedTable(tuple(rows), facts)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
 
 
-MOST_LOSSES = 5  # devices that may be lost one after the other before one of them has been given the step
+MOST_LOSSES = 4  # devices that may be lost without a whole epoch in between
 
 
 class Progress(Protocol):
@@ -110,6 +110,13 @@ def target_sparsity(step: Any) -> float:
 
 def _some(names: Sequence[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
+def _told(problem: DeviceLost, losses: Sequence[bool]) -> str:
+    """Why a run ends with the last of `losses`, each of them whether the device had the step by then."""
+    whose = ("and every one had been given the step: it is not the link, but the step's kernels, the devices' driver or their memory"
+             if all(losses) else "and not every one had been given the step by then: look at the link and at the devices")
+    return f"{problem}. {len(losses)} were lost without a whole epoch in between, {whose}. The last whole epoch's checkpoint is intact"
 
 
 class Trainer:
@@ -217,13 +224,22 @@ class Trainer:
         self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says
         if self.specialize:
             self.step.specialize(self._steps_between_mutations(len(train)))
+        losses: list[bool] = []  # since the last whole epoch: whether the device had the step by then
         while len(run.history) < self.recipe.epochs:
+            has_step = not losses
             try:
+                if losses:
+                    run, data = self._on_another_device(train, test)
+                    has_step = True
                 self._epoch(run, data, train, test)
+                losses.clear()
             except DeviceLost as problem:
+                losses.append(has_step)
                 if self.folder is None:
                     raise
-                run, data = self._on_another_device(problem, train, test)
+                if len(losses) == MOST_LOSSES:
+                    raise DeviceLost(_told(problem, losses)) from problem
+                log.warning("%s; asking for another device, to go on from the last checkpoint", problem)
         return run
 
     def _epoch(self, run: Run, data: dict[str, Any], train: Dataset, test: Dataset) -> None:
@@ -240,20 +256,14 @@ class Trainer:
         self._keep(run, metrics, data)
         self.progress.on_epoch(metrics)
 
-    def _on_another_device(self, problem: DeviceLost, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
-        """The run as its last checkpoint has it, on whatever device the tracker gives."""
+    def _on_another_device(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
+        """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""
         assert self.folder is not None
-        for _ in range(MOST_LOSSES):
-            log.warning("%s; asking for another device, to go on from the last checkpoint", problem)
-            try:
-                self.step.reconnect()
-                self.step, *self._resumed = _restored(self.folder, self.step)
-                run, data = self._begin(train, test)
-                log.warning("the run goes on at epoch %d", len(run.history) + 1)
-                return run, data
-            except DeviceLost as another:
-                problem = another
-        raise problem
+        self.step.reconnect()
+        self.step, *self._resumed = _restored(self.folder, self.step)
+        run, data = self._begin(train, test)
+        log.warning("the run goes on at epoch %d", len(run.history) + 1)
+        return run, data
 
     def _begin(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
         """A run with the epochs that are done, and the JSON-able facts about its data."""

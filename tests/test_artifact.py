@@ -195,6 +195,7 @@ def foreign(path):
 def newer_cpu(path):
     manifest = json.loads((path / artifact.MANIFEST).read_text())
     manifest["facts"]["target"]["llvm"] = [["kind", "llvm"], ["mcpu", "x86-64-v4"]]
+    manifest["features"].append("avx512f")
     sign(path, manifest)
 
 
@@ -230,7 +231,7 @@ def test_a_cpu_that_lacks_what_the_kernels_use_is_refused(local, tmp_path, monke
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : sse4_2 avx2 fma bmi2\n")
     monkeypatch.setattr("mest_compile.hardware.CPUINFO", cpuinfo)
-    with pytest.raises(mest.MestError, match="this machine's CPU lacks avx512"):
+    with pytest.raises(mest.MestError, match="this machine's CPU lacks .*avx512f"):
         mest.open_artifact(tmp_path / "copy")
 
 

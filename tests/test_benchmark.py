@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import cold
 import pytest
@@ -217,3 +218,19 @@ def test_what_kernels_wait_for_memory_is_measured(monkeypatch):
     found = cold.measure("block:4x1", rounds=2)
     assert {"gather.conv forward", "gather.conv grad_input", "gather.grad grad_weight"} <= set(found)
     assert all(set(times) == set(cold.STATES) and min(times.values()) > 0 for times in found.values())
+
+
+@pytest.mark.parametrize("batch", [1, 12, 63])
+def test_sparseprop_refuses_batches_whose_end_it_would_leave_out(batch):
+    with pytest.raises(UsageError, match=f"would leave out the last {batch % 8} of {batch}, without a word; give .* multiple of 8"):
+        CONTESTANTS["sparseprop"].build(replace(SMALL, input_shape=(batch, 3, 8, 8), sparsity=0.9))
+
+
+def test_a_contestant_that_does_not_answer_is_ended(monkeypatch):
+    monkeypatch.setattr(benchmark, "ANSWER_SECONDS", 0.05)
+    runner = benchmark._Runner("torch", SMALL, sys.executable)
+    try:
+        with pytest.raises(MestError, match="the torch process of the benchmark has not answered for 0.05 s"):
+            runner.setup()
+    finally:
+        runner.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mest_compile import programs
 from mest_compile.building import Builder, KernelSource, kernel_source
 from mest_compile.errors import BuildError, UnknownName
 from mest_compile.hardware import Target, find_target
@@ -194,3 +195,10 @@ def test_kernels_can_be_parsed_by_many_threads_at_once():
     with ThreadPoolExecutor(8) as workers:
         found = list(workers.map(lambda source: parse(source.text, source.symbol), sources(8) * 12))
     assert [str(function.attrs["global_symbol"]) for function in found] == [source.symbol for source in sources(8) * 12]
+
+
+def test_a_program_that_does_not_end_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(programs, "LIMIT_SECONDS", 0.1)
+    with pytest.raises(BuildError, match="sleep has not ended within 0.1 s, and was killed"):
+        programs.run_program(["sleep", "60"])
+    assert programs.run_program(["cat"], "text").stdout == "text" and programs.run_program(["cat"]).stdout == ""

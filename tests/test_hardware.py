@@ -1,18 +1,23 @@
 """What the machine at hand tells about itself, and what a batch makes of it."""
 
 from dataclasses import replace
+from importlib import resources
 
 import numpy as np
 import pytest
 
 import mest_compile as mest
 from mest_compile import hardware
+from mest_compile.building import Builder
 from mest_compile.errors import TargetError
-from mest_compile.hardware import find_target, host_cpu
+from mest_compile.hardware import CPUINFO, find_target, host_cpu
+from mest_compile.linkers import linkers
 from mest_compile.models import build_model
+from mest_compile.runtime import probe
 
-AVX2 = "avx avx2 f16c fma bmi1 bmi2 sse4_2"
-AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
+SSE = "cmov cx8 cx16 popcnt sse sse2 pni ssse3 sse4_1 sse4_2"
+AVX2 = f"{SSE} avx avx2 f16c fma bmi1 bmi2 abm movbe"
+AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"
 
 
 @pytest.mark.parametrize("line, found", [
@@ -30,14 +35,88 @@ def test_feature_flags_decide_cpu_and_vector(tmp_path, monkeypatch, line, found)
     assert host_cpu() == found
 
 
-def test_avx512_code_needs_no_more_than_avx512(tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {AVX512}\n")
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that makes this machine an x86 with those flags."""
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(hardware, "host_machine", lambda: "x86_64")
-    wide = replace(find_target("avx2"), llvm=(("kind", "llvm"), ("mcpu", "x86-64-v4")))
-    assert hardware.lacking_features(wide) == []
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {AVX2}\n")
-    assert hardware.lacking_features(wide) == ["avx512bw", "avx512dq", "avx512f", "avx512vl"]
+    return lambda flags: (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+
+
+def x86(**llvm):
+    return replace(find_target("avx2"), llvm=tuple(sorted({"kind": "llvm", "mtriple": "x86_64-linux-gnu", **llvm}.items())))
+
+
+def test_avx512_code_needs_no_more_than_avx512(machine):
+    machine(AVX512)
+    needed = hardware.needed_features(x86(mcpu="x86-64-v4"))
+    assert hardware.lacking_features(needed) == []
+    machine(AVX2)
+    assert hardware.lacking_features(needed) == ["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
+
+
+@pytest.mark.parametrize("cpu, flags", [("x86-64-v2", SSE), ("x86-64-v3", AVX2), ("x86-64-v4", AVX512)])
+def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_it(cpu, flags, machine):
+    machine(flags)
+    assert host_cpu()[0] == cpu
+    assert hardware.lacking_features(hardware.needed_features(x86(mcpu=cpu))) == []
+    for flag in ("movbe", "abm", "avx512cd"):
+        machine(" ".join(word for word in flags.split() if word != flag))  # a hypervisor hides it
+        assert hardware.lacking_features(hardware.needed_features(x86(mcpu=host_cpu()[0]))) == []
+
+
+@pytest.mark.parametrize("llvm, lacks", [({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]),
+                                         ({"mcpu": "bdver4"}, ["fma4", "sse4a", "tbm", "xop"]),
+                                         ({"mcpu": "x86-64-v3", "mattr": ("+xop", "-sse4a", "-fma4")}, []),
+                                         ({"mcpu": "x86-64-v3", "mattr": ("+avx512f",)}, ["avx512f"]), ({"mattr": ("+avx2",)}, []),
+                                         ({"mcpu": "znver3"}, ["sse4a"]), ({"mcpu": "haswell"}, []), ({}, [])])
+def test_what_a_cpu_has_is_asked_of_llvm_whatever_cpu_it_is(llvm, lacks, machine):
+    """And what only a program would ask for by name, which these flags have none of, does not matter."""
+    machine(AVX2)
+    assert hardware.lacking_features(hardware.needed_features(x86(**llvm))) == lacks
+
+
+@pytest.mark.parametrize("name, needs", [("cortex-a53", {"asimd"}), ("cortex-a76", {"asimd", "atomics", "fphp", "asimdhp", "asimddp"}),
+                                         ("armv7", {"neon", "vfpv4"}), ("android-arm64", {"asimd"}), ("mali", set()), ("avx2", None)])
+def test_features_of_the_shipped_targets(name, needs):
+    found = hardware.needed_features(find_target(name))
+    assert found == needs if needs is not None else {"avx2", "fma", "bmi2"} <= found
+
+
+@pytest.fixture
+def foreign_file(tmp_path):
+    """A target file for an x86 that is not made any more."""
+    text = (resources.files("mest_compile.targets") / "avx2.toml").read_text()
+    (tmp_path / "other.toml").write_text(text.replace('mcpu = "x86-64-v3"', 'mcpu = "bdver1"'))
+    return tmp_path / "other.toml"
+
+
+@pytest.mark.skipif(hardware.host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for")
+def test_a_target_file_for_another_cpu_is_refused_before_anything_runs(foreign_file, mest_compile_command, tmp_path):
+    step = mest.compile("mlp", (8, 64), scheme="unstructured", target=foreign_file, builder=Builder(tmp_path / "cache"))
+    with pytest.raises(mest.MestError, match="cannot run what is compiled for other .this machine's CPU lacks .*xop.; give device="):
+        step(np.ones((8, 64), np.float32), np.arange(8) % 4)
+    assert not list((tmp_path / "cache").glob("*"))
+    for command in (["train", "--data", "digits", "--out", tmp_path / "run"], ["tune", "--log", tmp_path / "log"], ["table"]):
+        ran = mest_compile_command(*command, "--model", "mlp", "--target", foreign_file)
+        assert ran.code == 2 and "xop" in ran.err and "tracker and" in ran.err.replace("--", ""), command
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.toml"]
+
+
+def test_lists_of_features_work_wherever_targets_do(tmp_path):
+    text = (resources.files("mest_compile.targets") / "avx2.toml").read_text()
+    llvm = 'mtriple = "x86_64-linux-gnu"\nmcpu = "x86-64-v2"\nmattr = ["+avx2", "+fma"]'
+    (tmp_path / "more.toml").write_text(text.replace('mcpu = "x86-64-v3"', llvm))
+    target = find_target(tmp_path / "more.toml")
+    assert {"avx2", "fma"} <= hardware.needed_features(target) and target.tvm_fields["mattr"] == ["+avx2", "+fma"]
+    if linkers("x86_64"):
+        assert probe._reader(target)[1].startswith(b"\x7fELF")  # what a device is asked with
+    if hardware.host_machine() == "x86_64" and not hardware.lacking_features(hardware.needed_features(target)):
+        step = mest.compile("mlp", (8, 64), scheme="unstructured", target=target, threads=1)
+        loss = step(np.ones((8, 64), np.float32), np.arange(8) % 4, lr=0.0).loss
+        step.save(tmp_path / "step")
+        again = mest.load(tmp_path / "step")
+        assert again._compiled.facts.target == target and again(np.ones((8, 64), np.float32), np.arange(8) % 4).loss == loss
 
 
 def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,14 @@ def on_opencl(name, **imported):
 
 def launch(builder, kernel, problem, *arrays, **knobs):
     """Runs a kernel on flat copies of the arrays; returns them as they are afterwards."""
-    from mest_compile.runtime.opencl import OpenclRunner
+    from mest_compile.runtime.opencl import OpenclRunner, find_device
 
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat))
     call = Call("call", kernel, problem, buffers, "forward")
     program = Program("train", [call])
     built = builder.function(kernel_source(kernel, problem, TARGET, **knobs))
-    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))})
+    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}, find_device())
     for buffer, array in zip(buffers, flat, strict=True):
         runner.put(buffer.name, array)
     runner.run("train")
@@ -121,3 +122,51 @@ def test_a_device_whose_compiler_refuses_everything_is_passed_over(monkeypatch):
     monkeypatch.setattr(pyopencl, "get_platforms", list)
     with pytest.raises(NotInstalled, match="no OpenCL driver found"):
         opencl.find_device()
+
+
+class Listed:
+    """A device or a platform of pyopencl's, by what of it is asked for."""
+
+    def __init__(self, **facts):
+        vars(self).update(facts)
+
+
+def test_a_device_is_chosen_by_a_part_of_its_name_or_its_platforms(monkeypatch):
+    import pyopencl
+
+    from mest_compile.errors import NotInstalled
+    from mest_compile.runtime import opencl
+
+    def platform(name, *devices):
+        made = Listed(name=name, version=f"OpenCL 3.0 {name}")
+        made.get_devices = lambda: [Listed(name=device, type=kind, platform=made) for device, kind in devices]
+        return made
+
+    kinds = pyopencl.device_type
+    platforms = [platform("Portable", ("cpu-epyc", kinds.CPU)), platform("Clover"), platform("Arm", ("Mali-G78", kinds.GPU))]
+    monkeypatch.setattr(pyopencl, "get_platforms", lambda: platforms)
+    monkeypatch.setattr(opencl, "_refusal", lambda device: None)
+    found = {name: opencl.find_device(name).name for name in (None, "epyc", "portable", "MALI")}
+    assert found == {None: "Mali-G78", "epyc": "cpu-epyc", "portable": "cpu-epyc", "MALI": "Mali-G78"}
+    with pytest.raises(NotInstalled, match="platform Clover has no device; Mali-G78 .* is not named 'adreno'; .*give gpu.name"):
+        opencl.find_device("adreno")
+    monkeypatch.setattr(pyopencl, "get_platforms", lambda: platforms[1:2])
+    with pytest.raises(NotInstalled, match="^platform Clover has no device; install your GPU's driver"):
+        opencl.find_device()
+
+
+def test_a_target_file_names_its_device_and_a_wrong_name_is_told_before_anything_is_compiled(tmp_path):
+    import mest_compile as mest
+    from mest_compile.runtime import opencl
+
+    text = (resources.files("mest_compile.targets") / "opencl.toml").read_text()
+    for name, file in (("no such gpu", "other.toml"), (opencl.find_device().platform.name, "this.toml")):
+        (tmp_path / file).write_text(f'{text}name = "{name}"\n')
+    with pytest.raises(mest.MestError, match="is not named 'no such gpu'"):
+        mest.compile("mlp", (4, 64), target=tmp_path / "other.toml", builder=Builder(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+    step = mest.compile("mlp", (4, 64), target=tmp_path / "this.toml")
+    assert np.isfinite(step(np.ones((4, 64), np.float32), np.arange(4)).loss)
+    (tmp_path / "bad.toml").write_text(f'{text}name = " "\n')
+    with pytest.raises(mest.MestError, match="gpu.name is ' '; wanted a part of the device's name"):
+        hardware.find_target(tmp_path / "bad.toml")

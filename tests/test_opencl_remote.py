@@ -87,7 +87,7 @@ def test_ten_steps_and_a_mutation_equal_torch_and_to_the_bit_what_runs_here(gpu)
 def test_a_run_over_the_tracker_trains_as_one_that_runs_here(mest_compile_command, gpu, tmp_path):
     options = ["--model", "mlp", "--width", 32, "--data", "digits", "--scheme", "unstructured", "--epochs", 3, "--json"]
     options += ["--target", "opencl"]
-    where = ["--tracker", f"{gpu.host}:{gpu.port}", "--key", gpu.key]
+    where = ["--tracker", str(gpu.tracker), "--key", gpu.key]
     there = mest_compile_command("train", *options, *where, "--out", tmp_path / "there")
     assert there.code == 0, there.err
     here = mest_compile_command("train", *options, "--out", tmp_path / "here")
@@ -100,7 +100,7 @@ def test_a_run_over_the_tracker_trains_as_one_that_runs_here(mest_compile_comman
 def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_command, gpu, tmp_path):
     options = ["--model", "mlp", "--width", 16, "--batch", 8, "--trials", 3, "--target", "opencl", "--json"]
     log = tmp_path / "log.jsonl"
-    ran = mest_compile_command("tune", *options, "--tracker", f"{gpu.host}:{gpu.port}", "--key", gpu.key, "--log", log)
+    ran = mest_compile_command("tune", *options, "--tracker", str(gpu.tracker), "--key", gpu.key, "--log", log)
     assert ran.code == 0, ran.err
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records and all(record["outcome"] == "ok" and min(record["seconds"]) > 0 for record in records), records
@@ -109,7 +109,7 @@ def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_com
 
 def test_a_speed_table_of_the_device_names_its_gpu(mest_compile_command, gpu):
     options = ["--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured", "--sparsities", 0.9, "--repeats", 2, "--json"]
-    ran = mest_compile_command("table", *options, "--target", "opencl", "--tracker", f"{gpu.host}:{gpu.port}", "--key", gpu.key)
+    ran = mest_compile_command("table", *options, "--target", "opencl", "--tracker", str(gpu.tracker), "--key", gpu.key)
     assert ran.code == 0, ran.err
     assert ran.document["opencl"] == find_device().name and ran.document["rows"][0]["speedup"] > 0
 

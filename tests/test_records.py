@@ -2,15 +2,28 @@
 
 import json
 import logging
+import random
 from dataclasses import dataclass, replace
 
 import pytest
 
 from mest_compile.errors import StateError
-from mest_compile.hardware import Target
-from mest_compile.records import LogFile, Measure, Outcome, Record, Records, host_model, plain, target_facts, tvm_version, unit_of
+from mest_compile.hardware import Target, host_machine
+from mest_compile.records import (
+    LogFile,
+    Measure,
+    Outcome,
+    Record,
+    Records,
+    host_model,
+    machine_model,
+    plain,
+    target_facts,
+    tvm_version,
+    unit_of,
+)
 
-TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55")), 4, 32, 32768, 131072, 4)
+TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55"), ("mtriple", "aarch64-linux-gnu")), 4, 32, 32768, 131072, 4)
 
 
 @dataclass(frozen=True)
@@ -84,19 +97,131 @@ def test_a_torn_last_line_costs_that_line_only_and_the_next_one_stands_alone(pat
     assert sum(map(len, read(path).trials("gather.conv", Problem(32), 100).seconds.values())) == (7 if lost == 1 else 6)
 
 
-@pytest.mark.parametrize("changed", [{"tvm": "0.1"}, {"cpu": "another"}, {"target": target_facts(replace(TARGET, vector=8))}])
-def test_records_of_another_tvm_cpu_or_target_are_foreign(path, changed):
+@pytest.mark.parametrize("changed", [{"tvm": "0.1"}, {"target": target_facts(replace(TARGET, vector=8))}])
+def test_records_of_another_tvm_or_target_are_foreign(path, changed):
     LogFile(path).append(record({"tile": (7, 7)}, 0.1, **changed))
     records = read(path)
     assert records.left_out == {"foreign": 1} and best(records).knobs == {"tile": (4, 2)}
 
 
-def test_a_local_target_is_this_cpu_only(tmp_path):
-    local = replace(TARGET, name="local")
-    path = tmp_path / "local.jsonl"
-    LogFile(path).append(record({"tile": (7, 7)}, 0.1, cpu=host_model()))
-    LogFile(path).append(record({"tile": (8, 8)}, 0.01))
-    assert best(read(path, local)).knobs == {"tile": (7, 7)} and len(host_model()) > 5
+HERE = replace(TARGET, llvm=(("kind", "llvm"), ("mtriple", f"{host_machine()}-linux-gnu")))
+
+
+def at(cpu, knobs, seconds, **changed):
+    return record(knobs, seconds, cpu=cpu, **changed)
+
+
+@pytest.mark.parametrize("name", ["local", "avx2", "mine"])
+def test_a_target_that_this_machine_is_has_the_records_of_this_machine(name, tmp_path):
+    """Whatever its file is called."""
+    here, path = replace(HERE, name=name), tmp_path / "log.jsonl"
+    for cpu, knobs, seconds in ((host_model(), {"tile": (7, 7)}, 0.1), ("", {"tile": (8, 8)}, 0.01), ("another", {"tile": (9, 9)}, 0.001)):
+        LogFile(path).append(at(cpu, knobs, seconds, target=target_facts(here)))
+    records = read(path, here)
+    assert best(records).knobs == {"tile": (7, 7)} and records.left_out == {"foreign": 2} and len(host_model()) > 5
+    assert best(records.for_target(here)).knobs == {"tile": (7, 7)} and best(records.on("another")).knobs == {"tile": (9, 9)}
+
+
+def test_two_boards_of_a_target_never_mix(tmp_path):
+    """Where the device is known its own records decide, else those of the board with most of them: never the least of both."""
+    path = tmp_path / "board.jsonl"
+    for board, times in (("a Pi 5", (3.0, 2.0, 2.5)), ("a phone", (0.2, 0.3))):
+        for tile, seconds in enumerate(times):
+            LogFile(path).append(at(board, {"tile": tile} if tile else {}, seconds))
+    records = read(path)
+    assert (best(records.on("a Pi 5")).knobs, best(records.on("a phone")).knobs) == ({"tile": 1}, {})
+    assert (best(records).knobs, best(records).default_seconds) == ({"tile": 1}, 3.0)
+    assert best(records.on("a third")).origin == "default" and records.measured() == ["a Pi 5", "a phone"]
+    LogFile(path).append(at("a phone", {"tile": 5}, 0.1, problem=Problem(64)))
+    assert best(read(path).on("a Pi 5"), Problem(64)).knobs == {"tile": 1}  # nearest, of its own
+
+
+@pytest.mark.parametrize("cpuinfo, board, wanted", [
+    ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t: 1\n", "", "AMD EPYC, family 25, model 1"),
+    ("CPU implementer\t: 0x41\nCPU part\t: 0xd0b\nCPU part\t: 0xd0b\n", "Raspberry Pi 5\0", "implementer 0x41, part 0xd0b, Raspberry Pi 5"),
+    ("CPU implementer\t: 0x41\nCPU part\t: 0xd05\nCPU part\t: 0xd0b\n", "", "implementer 0x41, part 0xd05 and 0xd0b"), ("", "", "")])
+def test_a_machine_is_its_cpu_and_its_board(cpuinfo, board, wanted):
+    assert machine_model(cpuinfo, board) == wanted
+
+
+# Verdicts.
+
+def damages(content, rng):
+    """Every kind of damage to one line, at random places: a byte, its end, the end of its line, all of it, a line twice."""
+    lines = content.splitlines(keepends=True)
+    while True:
+        number = rng.randrange(len(lines))
+        line = lines[number]
+        place = rng.randrange(len(line))
+        before, behind, end = line[:place], line[place + 1:], b"\n" * (number + 1 < len(lines))
+        spoilt = rng.choice([before + bytes([rng.randrange(256)]) + behind, before + end, before + behind, before + b"\n" + line[place:],
+                             b"", line[:-1], line + line, line[:-1] + rng.choice([b"\r", b"\0", b"x", b"}", b" "]),
+                             line.replace(b'"digest": "', b'"digest": "0', 1)])
+        yield b"".join([*lines[:number], spoilt, *lines[number + 1:]])
+
+
+@pytest.mark.parametrize("verdict", [Outcome.WRONG, Outcome.CRASHED])
+@pytest.mark.parametrize("place", ["first", "between", "last"])
+def test_no_damage_to_one_line_lets_a_wrong_kernel_win(verdict, place, tmp_path):
+    path, wrong, rng = tmp_path / "board.jsonl", {"tile": (9, 9)}, random.Random(place + verdict.value)
+    entries = [record({}, 3.0), record(wrong, 0.1), record({"tile": (4, 2)}, 2.0), record(wrong, 0.2, message="in step")]
+    entries.insert({"first": 0, "between": 2, "last": len(entries)}[place], record(wrong, outcome=verdict, message="argument 1"))
+    for one in entries:
+        LogFile(path).append(one)
+    whole = path.read_bytes()
+    assert wrong not in [knobs for _, knobs, _ in read(path).trials("gather.conv", Problem(32), 100).ranking()]
+    for _, damaged in zip(range(40), damages(whole, rng), strict=False):
+        path.write_bytes(damaged)
+        assert best(read(path)).knobs != wrong, damaged.decode(errors="replace")
+    path.write_bytes(whole)
+    known = read(path).trials("gather.conv", Problem(32), 100).records
+    assert [one.outcome for one in known].count(verdict) == 1, "it is one that was told twice"
+
+
+def test_a_verdict_of_an_older_log_that_stands_there_once_is_believed_so_far_as_it_can_be_read(tmp_path):
+    path, wrong = tmp_path / "board.jsonl", {"tile": (9, 9)}
+    entries = record({}, 3.0), record(wrong, 0.1), record(wrong, outcome=Outcome.WRONG), record({"tile": (4, 2)}, 2.0)
+    lines = [one.to_line() for one in entries]
+    for spoil in (lambda line: line[:-4] + 'f"}', lambda line: line[:line.index('"outcome"')], lambda line: line.replace("wrong-", "w")):
+        path.write_text("\n".join([*lines[:2], spoil(lines[2]), lines[3], ""]))
+        assert best(read(path)).knobs == {"tile": (4, 2)}
+    path.write_text("\n".join([*lines[:2], lines[3].replace("2.0", "9.0"), ""]))  # an edited time is no verdict
+    assert best(read(path)).knobs == wrong
+
+
+def test_two_lines_that_became_one_are_both_read(path):
+    whole = path.read_text()
+    path.write_text(whole.replace("\n", "?", 1))
+    assert best(read(path)).seconds == 2.0 and best(read(path)).default_seconds == 3.1
+
+
+def test_a_time_out_is_no_verdict_for_a_longer_limit(tmp_path):
+    path, slow = tmp_path / "board.jsonl", {"tile": (9, 9)}
+    LogFile(path).append(record({}, 3.0, limit_seconds=1.0))
+    LogFile(path).append(record(slow, outcome=Outcome.TIMED_OUT, limit_seconds=1.0))
+
+    def known(limit):
+        return read(path).trials("gather.conv", Problem(32), 100).decided(limit)
+
+    assert len(known(1.0).tried) == len(known(0.5).tried) == len(known(1.0).records) == 2
+    assert len(known(2.0).tried) == len(known(2.0).records) == 1
+    assert best(read(path)).knobs == {}
+    LogFile(path).append(record(slow, 0.5, limit_seconds=2.0))
+    assert best(read(path)).knobs == slow and len(known(5.0).tried) == 2
+    LogFile(path).append(record(slow, outcome=Outcome.TIMED_OUT, limit_seconds=2.0))  # it may hang
+    assert best(read(path)).knobs == {}
+
+
+def test_what_did_not_build_is_no_measurement_and_is_not_built_again_by_any_clock(tmp_path):
+    path, unbuilt = tmp_path / "board.jsonl", {"tile": (9, 9)}
+    LogFile(path).append(record(unbuilt, outcome=Outcome.BUILD_FAILED, measure=Measure.UNMEASURED, cpu="this board"))
+    records = read(path)
+    assert records.measured() == [] and best(records).origin == "default"
+    for clock in ((Measure.MEASURED, "another board"), (Measure.MODELLED, "a model")):
+        assert len(records.trials("gather.conv", Problem(32), 100, *clock).tried) == 1
+    records.add(record({}, 1.0, cpu="another board"))
+    known = records.trials("gather.conv", Problem(32), 100, Measure.MEASURED, "another board")
+    assert len(known.tried) == len(known.records) == 2 and known.records[-1].outcome is Outcome.OK
 
 
 def test_measured_beats_modelled_and_emulated_is_never_used(path):

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mest_compile.data import Dataset, as_dataset
-from mest_compile.errors import InputError, MestError, SparsityError, StateError, UsageError
+from mest_compile.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.mutation import Phase, importance
 from mest_compile.recipe import Recipe
 from mest_compile.runfolder import RunFolder
 from mest_compile.runtime import checkpoint
 from mest_compile.spec import SGD
-from mest_compile.training import Trainer, target_sparsity
+from mest_compile.training import MOST_LOSSES, Trainer, target_sparsity
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
 
@@ -585,3 +585,39 @@ def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypa
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
     assert extra_of(tmp_path / "run" / "checkpoint.previous.safetensors")["epoch"] == 5
     assert not list((tmp_path / "run").glob(".*"))
+
+
+class LosingStep(SoftmaxStep):
+    """Is on a device that is lost in the steps of those numbers, and while it reconnects for those times; steps are never counted anew."""
+
+    def __init__(self, steps=(), times=()):
+        super().__init__()
+        self.steps, self.times, self.asked, self.reconnected = set(steps), set(times), 0, 0
+
+    def __call__(self, *batch, **options):
+        self.asked += 1
+        if self.asked in self.steps:
+            raise DeviceLost("device phone is lost: it closed the connection")
+        return super().__call__(*batch, **options)
+
+    def reconnect(self):
+        self.reconnected += 1
+        if self.reconnected in self.times:
+            raise DeviceLost("device phone is lost: it closed the connection")
+
+
+@pytest.mark.parametrize("step, blamed", [(LosingStep(range(15, 100)), "it is not the link, but the step's kernels"),
+                                          (LosingStep([15], range(1, 100)), "look at the link and at the devices"),
+                                          (LosingStep([15, 16], [2, 3]), "look at the link and at the devices")])
+def test_devices_that_are_lost_again_and_again_end_the_run_and_it_is_said_what_is_to_blame(step, blamed, tmp_path):
+    with pytest.raises(DeviceLost, match=f"it closed the connection. {MOST_LOSSES} were lost without a whole epoch in between, .*{blamed}"):
+        Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
+    assert extra_of(tmp_path / "run" / "checkpoint.safetensors")["epoch"] == 1 and step.asked <= 12 + 2 + MOST_LOSSES
+
+
+def test_as_many_losses_with_whole_epochs_in_between_end_no_run(tmp_path):
+    step, batches = LosingStep(), len(TRAIN[0]) // 16
+    step.steps = {1 + turn * (batches + 1) for turn in range(LEARNABLE.epochs)}  # the first of every epoch
+    run = Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
+    assert step.reconnected == LEARNABLE.epochs > MOST_LOSSES
+    assert without_clock(run.history) == without_clock(Trainer(SoftmaxStep(), LEARNABLE, tmp_path / "whole").fit(TRAIN, TEST).history)

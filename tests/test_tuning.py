@@ -1,6 +1,7 @@
 """Tuning sessions: right answers only, resumed after a kill, replayed without measuring, on this machine and over RPC."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import ship_log
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.building import Builder, kernel_source, knob_space
 from mest_compile.choosing import choose_knobs
 from mest_compile.frontend import import_model
@@ -23,7 +25,8 @@ from mest_compile.planning import plan_layers
 from mest_compile.records import SECTIONS, LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
 from mest_compile.registry import SCHEDULES
 from mest_compile.sparsity import parse_scheme
-from mest_compile.tuning import session
+from mest_compile.tuning import command, session
+from mest_compile.tuning.deadline import Deadline, OutOfTime, TimedBuilder
 from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
 from mest_compile.tuning.search import to_database
@@ -130,6 +133,8 @@ def test_wrong_crashing_hanging_and_broken_kernels_are_recorded_and_never_win(ta
     finally:
         runner.close()
     task, = result.tasks
+    measures = {record.outcome: record.measure for record in map(Record.from_line, log.path.read_text().splitlines())}
+    assert [outcome for outcome, measure in measures.items() if measure is Measure.UNMEASURED] == [Outcome.BUILD_FAILED]
     assert dict(task.outcomes) == {"ok": 1, "wrong-answer": 1, "crashed": 1, "timed-out": 1, "build-failed": 1}
     assert task.knobs == {} and result.finished
     choices = choose_knobs([train], layers, target, Records(target, [log.path]))["train"]
@@ -345,6 +350,115 @@ def test_shipping_a_log_keeps_what_other_cpus_recorded(target, tmp_path):
         assert ship_log.main([str(tmp_path / "new.jsonl"), "--folder", str(tmp_path)]) == 0
         kept = [Record.from_line(line) for line in (tmp_path / "local.jsonl").read_text().splitlines()]
         assert {(record.cpu, record.seconds) for record in kept} == {("another", (9.0,)), (mine.cpu, (2.0,)), (mine.cpu, (1.0,))}
+
+
+def test_shipping_a_log_of_boards_keeps_the_best_of_each(tmp_path):
+    phone = find_target("cortex-a76")
+    facts = ("gather.conv", {"channels": 32}, 100, target_facts(phone))
+    for cpu, seconds in (("a Pi 5", (2.0, 1.0, 3.0)), ("a phone", (0.2, 0.3, 0.1))):
+        for run, second in enumerate(seconds):
+            knobs = {"run": run} if run else {}
+            LogFile(tmp_path / "new.jsonl").append(Record(*facts, cpu, knobs, Outcome.OK, Measure.MEASURED, (second,), "text"))
+    for _ in range(2):
+        assert ship_log.main([str(tmp_path / "new.jsonl"), "--target", "cortex-a76", "--folder", str(tmp_path)]) == 0
+        kept = [Record.from_line(line) for line in (tmp_path / "cortex-a76.jsonl").read_text().splitlines()]
+        found = sorted((record.cpu, *record.seconds) for record in kept)
+        assert found == [("a Pi 5", 1.0), ("a Pi 5", 2.0), ("a phone", 0.1), ("a phone", 0.2)]
+
+
+def test_a_step_for_a_device_has_the_records_of_that_device_which_is_asked_once_there_are_some(tmp_path, monkeypatch):
+    target, device, asked = find_target("cortex-a76"), mest.rpc("127.0.0.1:9190", "phone"), []
+    monkeypatch.setattr("mest_compile.runtime.probe.machine_of", lambda *given: asked.append(given) or "a phone")
+    log = LogFile(tmp_path / "log.jsonl")
+    assert compiling._of_machine(Records(target, [log.path]), device).cpu == "" and not asked
+    for cpu, knobs, seconds in (("a Pi 5", {}, 1.0), ("a Pi 5", {"run": 4}, 2.0), ("a phone", {}, 3.0), ("a phone", {"run": 4}, 2.0)):
+        log.append(Record("gather.conv", {"channels": 32}, 100, target_facts(target), cpu, knobs, Outcome.OK, Measure.MEASURED, (seconds,),
+                          "text"))
+    records = compiling._of_machine(Records(target, [log.path]), device)
+    assert asked == [(device, target)] and records.cpu == "a phone"
+    assert records.best("gather.conv", {"channels": 32}, 100, lambda knobs: "text").knobs == {"run": 4}
+    here = Records(find_target("local"), [log.path])
+    assert compiling._of_machine(here, None) is here and len(asked) == 1
+
+
+class Sleeper(Clock):
+    """Whose candidates take a fifth of a second, or as long as there is."""
+
+    def run(self, task, artifact, symbol, repeats=None):
+        patience = self.patience_seconds
+        time.sleep(min(0.2, patience))
+        self.deadline.check()
+        return super().run(task, artifact, symbol, repeats)
+
+
+@pytest.mark.parametrize("seconds, said", [(0, ["the defaults of 8 of 8 kernels"]), (0.5, ["the defaults of"]), (2.5, ["trials of"])])
+def test_a_session_ends_at_its_deadline_says_what_it_left_out_and_goes_on_later(seconds, said, target, builder, tmp_path):
+    train, _, layers = planned(target, "mlp")
+    log = LogFile(tmp_path / "local.jsonl")
+
+    def run(deadline, trials=12):
+        runner = Sleeper(target, RunnerOptions())
+        return Session(train, layers, target, runner, log, Records(target, [log.path]), builder).run(trials, deadline)
+
+    began = time.monotonic()
+    done = run(Deadline.after(seconds))
+    assert not done.finished and done.left_out[-1] == "a second look at the winners"
+    assert all(any(one.startswith(what) for one in done.left_out) for what in said)
+    assert time.monotonic() - began < seconds + 3
+    assert done.measured == (len(log.path.read_text().splitlines()) if log.path.exists() else 0)
+    again = run(Deadline(), 1)
+    assert again.finished and again.left_out == () and all(task.trials for task in again.tasks)
+
+
+def test_a_time_limit_holds_from_the_first_moment_whatever_stage_it_ends(mest_compile_command, tmp_path):
+    """Compiling whole steps, which comes first, would take far longer."""
+    began = time.monotonic()
+    ran = mest_compile_command("tune", "--model", "resnet32", "--batch", 16, "--scheme", "block:4x1", "--time-limit", 0.5,
+                               "--log", tmp_path / "local.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    left_out = ran.document["left_out"]
+    assert not ran.document["finished"] and "comparing sizes of sections" in left_out and "a second look at the winners" in left_out
+    assert not (tmp_path / "local.jsonl").exists() and time.monotonic() - began < 30  # most of it importing torch and the model
+
+
+def test_no_kernel_is_compiled_after_the_deadline(target, tmp_path):
+    builder = TimedBuilder(folder=tmp_path, deadline=Deadline.after(0))
+    train, _, layers = planned(target, "mlp")
+    task = tasks_of(train, layers, target, tmp_path)[0]
+    with pytest.raises(OutOfTime):
+        builder.build([task.source({})])
+    assert builder.compiled == 0
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--target", "cortex-a72"], "is not this machine .that is for aarch64.*give the --tracker and --key .*--measure model"),
+    (["--target", "cortex-a72", "--runner", "local"], "is not this machine"),
+    (["--target", "opencl", "--runner", "local"], "leave out --runner")])
+def test_what_cannot_be_measured_here_is_refused_before_anything_is_built(mest_compile_command, monkeypatch, tmp_path, arguments, said):
+    monkeypatch.setattr(command, "import_model", lambda *_: pytest.fail("it went on"))
+    ran = mest_compile_command(*TINY, *arguments, "--log", tmp_path / "log.jsonl")
+    assert ran.code == 2 and re.search(said, " ".join(ran.err.split())), ran.err
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_longer_limit_tries_again_what_timed_out_within_a_shorter_one(target, builder, tmp_path):
+    class Slow(Clock):
+        def run(self, task, artifact, symbol, repeats=None):
+            late = self.patience_seconds < 5 and task.name == slow
+            return Timing(Outcome.TIMED_OUT, message="late") if late else super().run(task, artifact, symbol, repeats)
+
+    train, _, layers = planned(target, "mlp")
+    log = LogFile(tmp_path / "local.jsonl")
+    slow = tasks_of(train, layers, target, tmp_path)[0].name
+
+    def run(limit):
+        runner = Slow(target, RunnerOptions(timeout_seconds=limit))
+        return Session(train, layers, target, runner, log, Records(target, [log.path]), builder).run(1)
+
+    first, again, longer = run(1), run(1), run(9)
+    assert again.measured == 0 and longer.measured == 1
+    timed = [next(task for task in done.tasks if task.name == slow).best_seconds is not None for done in (first, again, longer)]
+    assert timed == [False, False, True]
 
 
 def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_path):

@@ -20,6 +20,7 @@ import typer
 from mest_compile.cli.options import given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.errors import DeviceError, UsageError
+from mest_compile.runtime.tracker import Address, summary
 
 if TYPE_CHECKING:
     from mest_compile.runtime.remote import Device
@@ -40,6 +41,11 @@ def find_device(tracker: str | None, key: str | None) -> Device | None:
     return rpc(tracker, key)
 
 
+def bare(host: str) -> str:
+    """An address to listen on, an IPv6 one without its brackets."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def tracker(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for devices that are not this machine.")] = LOCAL,
@@ -55,6 +61,7 @@ def tracker(
         return
     from tvm.rpc.tracker import PopenTrackerServerState
 
+    host = bare(host)
     _wait(lambda: PopenTrackerServerState(host, port, port + 1, silent=True), "tracker", host, port, as_json)
 
 
@@ -72,9 +79,10 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
-    from mest_compile.runtime.remote import rpc, summary
+    from mest_compile.runtime.remote import rpc
 
-    there = rpc(tracker, key)
+    there = rpc(tracker, key).tracker
+    host = bare(host)
     libraries = list(library or ())
     for path in libraries:
         if not path.is_file():
@@ -87,7 +95,7 @@ def serve(
     from tvm.rpc.server import PopenRPCServerState
 
     try:
-        summary(there.host, there.port)
+        summary(there)
     except OSError as problem:
         stderr_console().print(f"tracker {tracker} does not answer ({problem.strerror or problem}); asking until it does", highlight=False,
                                soft_wrap=True)
@@ -113,11 +121,11 @@ def _wait(start: Callable[[], Any], what: str, host: str, port: int, as_json: bo
     signal.signal(signal.SIGTERM, interrupt)
     state = _started(start, host, port)
     if host != LOCAL:
-        stderr_console().print(f"{WARNING} ({host}:{port})", highlight=False, soft_wrap=True)
+        stderr_console().print(f"{WARNING} ({Address(host, port)})", highlight=False, soft_wrap=True)
     if as_json:
         print_json({"host": host, "port": port})
     else:
-        print(f"{what} at {host}:{port}")
+        print(f"{what} at {Address(host, port)}")
     sys.stdout.flush()
     try:
         state.thread.join()
@@ -138,15 +146,12 @@ def _started(start: Callable[[], Any], host: str, port: int) -> Any:
         return start()
     except (OSError, ValueError) as problem:
         said = getattr(problem, "strerror", None) or problem
-        raise DeviceError(f"cannot listen on {host}:{port} ({said}); choose another --port") from problem
+        raise DeviceError(f"cannot listen on {Address(host, port)} ({said}); choose another --port") from problem
 
 
 def _show(where: str, as_json: bool) -> None:
-    from mest_compile.runtime.remote import rpc, summary
-
-    there = rpc(where, "any")
     try:
-        found = summary(there.host, there.port)
+        found = summary(Address.parse(where))
     except OSError as problem:
         said = problem.strerror or problem
         raise DeviceError(f"tracker {where} does not answer: {said}; start one with mest-compile tracker") from problem

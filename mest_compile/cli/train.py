@@ -140,7 +140,7 @@ def start_run(request: Request) -> Run:
     """Compiles and trains. What can be checked is checked before anything is compiled or written."""
     from mest_compile.data import load
     from mest_compile.hardware import find_target
-    from mest_compile.linkers import is_foreign
+    from mest_compile.linkers import obstacle
     from mest_compile.runfolder import RunFolder
     from mest_compile.training import Trainer
 
@@ -148,9 +148,9 @@ def start_run(request: Request) -> Run:
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
     folder.require_free()
     target = find_target(request.target)
-    if find_device(request.tracker, request.key) is None and is_foreign(target):
-        raise UsageError(f"--target {request.target} is not this machine; give the --tracker and --key of a device that it is, or build an "
-                         "artifact and train there")
+    if find_device(request.tracker, request.key) is None and (why := obstacle(target)):
+        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, "
+                         "or build an artifact and train there")
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)

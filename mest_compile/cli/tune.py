@@ -50,6 +50,7 @@ def tune(
     Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes on where it was.
     `mest.compile` and the other commands then use the best records. Model: 32x32 images of 3 channels, 10 classes.
     """
+    began = monotonic()
     from mest_compile.tuning.command import Request
     from mest_compile.tuning.command import tune as run
     from mest_compile.tuning.runner import RunnerOptions
@@ -62,8 +63,9 @@ def tune(
         raise UsageError(f"the {runner} runner asks no tracker; leave out --tracker and --key, or --runner for their devices to measure")
     request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
+    left = None if time_limit is None else max(0.0, time_limit - (monotonic() - began))
     with TuningProgress(stderr_console()) as progress:
-        result = run(request, options, trials, time_limit, progress)
+        result = run(request, options, trials, left, progress)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -89,6 +91,8 @@ def _show(result: SessionResult) -> None:
     state = "finished" if result.finished else "stopped; start again to go on"
     print(f"\n{result.measured} trials in {result.seconds:.0f} s, {state}. Vectors of {result.vector}. "
           f"Records ({result.measure}): {result.log}")
+    if result.left_out:
+        print(f"No time was left for: {'; '.join(result.left_out)}.")
     if result.measure == "emulated":
         print("The device is emulated: its times are kept apart and choose no kernels.")
 

@@ -29,7 +29,7 @@ from mest_compile.elf import read_library
 from mest_compile.errors import BuildError, DeviceError, NotInstalled, StateError, TargetError, UsageError
 from mest_compile.facts import Facts, read_facts
 from mest_compile.graph.program import FUNCTIONS, Program, Stage
-from mest_compile.hardware import host_machine, lacking_features
+from mest_compile.hardware import host_machine, lacking_features, needed_features
 from mest_compile.host import cores
 from mest_compile.loading import load_library
 from mest_compile.runfolder import write_json
@@ -65,7 +65,8 @@ def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
             _write(made / LIBRARY, content)
             step.save(made / STATE)
             manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
-                        "facts": dict(compiled.document), "functions": _signatures(compiled.train, compiled.predict),
+                        "facts": dict(compiled.document), "features": sorted(needed_features(compiled.facts.target)),
+                        "functions": _signatures(compiled.train, compiled.predict),
                         "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)}}
             manifest["digest"] = _digest(manifest)
             write_json(made / MANIFEST, manifest)
@@ -130,7 +131,7 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
     path = Path(path)
     manifest, files = _read(path)
     facts = read_facts(manifest["facts"], f"artifact {path}")
-    _check_host(path, files[LIBRARY], facts)
+    _check_host(path, files[LIBRARY], facts, manifest["features"])
     train, predict = facts.lower()
     if manifest["functions"] != _signatures(train, predict):
         raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
@@ -205,8 +206,8 @@ def _signatures(train: Program, predict: Program) -> dict[str, list[list[Any]]]:
     return {program.name: [[buffer.name, buffer.dtype, buffer.elems] for buffer in program.held()] for program in (train, predict)}
 
 
-def _check_host(path: Path, library: bytes, facts: Facts) -> None:
-    """Raises TargetError when this machine is not one that the library was compiled for."""
+def _check_host(path: Path, library: bytes, facts: Facts, features: list[str]) -> None:
+    """Raises TargetError when this machine is not one that the library was compiled for. features: that its code may use."""
     try:
         machine = read_library(library, str(path / LIBRARY)).machine
     except BuildError as problem:
@@ -214,7 +215,7 @@ def _check_host(path: Path, library: bytes, facts: Facts) -> None:
     if machine != host_machine():
         raise TargetError(f"artifact {path} is for {machine}, target {facts.target.name!r}; this machine is {host_machine()}: build it for "
                           "this machine's target")
-    if lacking := lacking_features(facts.target):
+    if lacking := lacking_features(features):
         raise TargetError(f"artifact {path} is for {facts.target.tvm_fields.get('mcpu')}, target {facts.target.name!r}; this machine's CPU "
                           f"lacks {', '.join(lacking)}: build it for a target that does without")
 

@@ -27,6 +27,9 @@ RETURN = 4
 VOID = struct.pack("<Qiii", 12, RETURN, 1, NONE)
 NOTHING = struct.pack("<Qiiiqi", 24, RETURN, 2, INT, NONE, NONE)  # a function's result goes with its type in front
 KEEPALIVE_SECONDS = 5
+GREETING_SECONDS = 30  # at most, for what a device says before it is asked for anything
+START_SECONDS = 30     # until there is a connection to the device
+MOST_KEY_BYTES = 4096
 LOST = 3  # exit code
 
 
@@ -53,7 +56,7 @@ def _only_tensors(packet: bytes) -> bool:
 class Link:
     """Carries packets between `client` and `device` until one of them closes.
 
-    silence_seconds  the longest wait for an answer
+    silence_seconds  the longest wait for a whole answer
     early            whether calls with nothing but arrays are those of a step, which return nothing
     """
 
@@ -61,12 +64,14 @@ class Link:
         self._client, self._device, self._silence, self._early = client, device, silence_seconds, early
         self._asked: deque[tuple[bool, float]] = deque()  # (answered early, when) of what the device has not answered
         self._failure: bytes | None = None
+        self._began: float | None = time.monotonic()  # None: the device has greeted
 
     def run(self) -> str | None:
         """Why the device was lost; None: the client has closed."""
-        self._greet()
-        threading.Thread(target=self._upstream, daemon=True).start()
         try:
+            self._greet()
+            self._began = None
+            threading.Thread(target=self._upstream, daemon=True).start()
             while True:
                 self._answer(self._packet(self._device))
         except EOFError:
@@ -75,6 +80,8 @@ class Link:
             return str(problem)
         except OSError as problem:
             return problem.strerror or str(problem)
+        except (struct.error, IndexError, ValueError, OverflowError, MemoryError):  # what says its own size, kind or turn wrong
+            return "what it says is not TVM's RPC protocol"
 
     def _greet(self) -> None:
         """Client and server introduce themselves: a magic number and a key each."""
@@ -84,7 +91,10 @@ class Link:
         self._client.sendall(code)
         if struct.unpack("<i", code)[0] == magic:
             self._client.sendall(head := self._read(self._device, 4))
-            self._client.sendall(self._read(self._device, struct.unpack("<i", head)[0]))
+            (size,) = struct.unpack("<i", head)
+            if not 0 <= size <= MOST_KEY_BYTES:
+                raise ValueError(size)
+            self._client.sendall(self._read(self._device, size))
 
     def _upstream(self) -> None:
         try:
@@ -95,7 +105,7 @@ class Link:
                 if answer is not None:
                     self._client.sendall(answer)
                 self._device.sendall(packet)
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             pass
         finally:  # the client has closed, or the device, which the other thread has noticed
             time.sleep(0.1)
@@ -121,12 +131,20 @@ class Link:
         head = self._read(end, 8)
         return head + self._read(end, struct.unpack("<Q", head)[0])
 
+    def _check_patience(self) -> None:
+        """Raises TimeoutError when the device is late, whether it is silent or drips."""
+        now, greeting = time.monotonic(), min(self._silence, GREETING_SECONDS)
+        if self._began is not None and now - self._began > greeting:
+            raise TimeoutError(f"it has not greeted for {greeting:g} s")
+        if self._asked and now - self._asked[0][1] > self._silence:
+            raise TimeoutError(f"it has not answered for {self._silence:g} s")
+
     def _read(self, end: socket.socket, size: int) -> bytes:
         content, place = bytearray(size), 0
         while place < size:
+            if end is self._device:
+                self._check_patience()
             if not select.select([end], [], [], 1.0)[0]:
-                if end is self._device and self._asked and time.monotonic() - self._asked[0][1] > self._silence:
-                    raise TimeoutError(f"it has not answered for {self._silence:g} s")
                 continue
             if hasattr(socket, "TCP_QUICKACK"):  # servers that write an answer in pieces wait for this between them, else 40 ms
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -147,13 +165,16 @@ def keep_alive(end: socket.socket) -> None:
 
 
 def start(host: str, port: int, silence_seconds: float, early: bool = True) -> tuple[subprocess.Popen, int]:
-    """(the link's process, the local port where TVM's client finds the device). Raises ConnectionError when it cannot be reached."""
+    """(the link's process, the local port where TVM's client finds the device). Raises OSError when it cannot be reached."""
     process = subprocess.Popen([sys.executable, "-m", __name__, host, str(port), str(silence_seconds), str(int(early))], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
-    line = process.stdout.readline()
+    there = bool(select.select([process.stdout], [], [], START_SECONDS)[0])
+    line = process.stdout.readline() if there else ""
     if not line:
-        raise ConnectionError(process.stderr.read().strip() or f"no answer from {host}:{port}")
+        process.kill()
+        said = process.communicate()[1].strip() or f"no connection to {host}:{port} within {START_SECONDS} s"
+        raise ConnectionError(said)
     return process, int(line)
 
 

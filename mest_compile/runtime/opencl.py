@@ -30,28 +30,53 @@ def _pyopencl() -> Any:
     return pyopencl
 
 
-def find_device() -> Any:
-    """The machine's OpenCL device: a GPU if there is one, else whatever there is; its driver must compile. Raises NotInstalled."""
+def find_device(name: str | None = None) -> Any:
+    """The machine's OpenCL device: a GPU if there is one, else whatever there is; its driver must compile.
+
+    name  that the device's or its platform's name holds, in capitals or not
+    Raises NotInstalled with what was found instead.
+    """
     cl = _pyopencl()
     try:
-        devices = [device for platform in cl.get_platforms() for device in platform.get_devices()]
+        platforms = cl.get_platforms()
     except cl.LogicError:  # the loader says so when it knows no driver
-        devices = []
-    refused = {}
+        platforms = []
+    devices, passed = [], {}
+    for platform in platforms:
+        try:
+            there = platform.get_devices()
+        except cl.Error as problem:
+            passed[f"platform {platform.name}"] = str(problem).splitlines()[0]
+            continue
+        devices += there
+        if not there:
+            passed[f"platform {platform.name}"] = "has no device"
     for device in sorted(devices, key=lambda device: not device.type & cl.device_type.GPU):
-        said = _refusal(device)
-        if said is None:
+        described = f"{device.name} ({device.platform.version})"
+        if name is not None and name.lower() not in f"{device.name}\n{device.platform.name}".lower():
+            passed[described] = f"is not named {name!r}"
+        elif said := _refusal(device):
+            passed[described] = f"compiles nothing: {said}"
+        else:
             return device
-        refused[f"{device.name} ({device.platform.version})"] = said
-    found = "; ".join(f"{name} compiles nothing: {said}" for name, said in refused.items()) or "no OpenCL driver found"
-    raise NotInstalled(f"{found}; install your GPU's driver, or PoCL, which computes on the CPU: "
-                       "apt install pocl-opencl-icd ocl-icd-libopencl1")
+    found = "; ".join(f"{what} {why}" for what, why in passed.items()) or "no OpenCL driver found"
+    advice = f"; give gpu.name in the target's file the name of one of these, or none; {_ADVICE}" if name and devices else f"; {_ADVICE}"
+    raise NotInstalled(found + advice)
 
 
-def describe_device() -> str:
+_ADVICE = "install your GPU's driver, or PoCL, which computes on the CPU: apt install pocl-opencl-icd ocl-icd-libopencl1"
+
+
+def describe_device(name: str | None = None) -> str:
     """The machine's OpenCL device and its driver, in a line. Raises NotInstalled."""
-    device = find_device()
+    device = find_device(name)
     return f"{device.name} by {device.platform.name} {device.version}"
+
+
+def machine(name: str | None = None) -> str:
+    """Whose times the device's times are, for records. Raises NotInstalled."""
+    device = find_device(name)
+    return f"{device.name} by {device.platform.name}"
 
 
 @cache
@@ -71,14 +96,15 @@ class OpenclRunner:
 
     kernels   program name -> call name -> OpenclKernel
     programs  what `run` runs, by name: a program and the stages of it
+    device    what `find_device` gave
     """
 
     uploaded_bytes = 0  # the device shares this machine's memory
 
     def __init__(self, kernels: Mapping[str, Mapping[str, OpenclKernel]], programs: Mapping[str, tuple[Program, tuple[str, ...]]],
-                 device: Any = None):
+                 device: Any):
         self._cl = cl = _pyopencl()
-        self._device = find_device() if device is None else device
+        self._device = device
         self._programs, self._kernels = programs, kernels
         with self._errors("the device cannot be opened"):
             self._context = cl.Context([self._device])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
 from mest_compile.errors import NotInstalled
 from mest_compile.folders import cache_folder, kept_file
+from mest_compile.programs import run_program
 
 SOURCE = Path(__file__).with_name("opencl_device.cc")
 PACKAGES = "g++ opencl-c-headers ocl-icd-libopencl1"  # Debian's; libOpenCL is the loader of drivers, or a phone GPU's driver itself
@@ -36,7 +36,7 @@ def _compile(path: Path) -> None:
     beside = [f"-L{tvm / 'lib'}", "-ltvm_runtime", f"-L{ffi / 'lib'}", "-ltvm_ffi"]
     command = [compiler, "-O2", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", *headers, str(SOURCE), "-o", str(path), *beside]
     for library in LIBRARIES:
-        done = subprocess.run([*command, library], capture_output=True, text=True)
+        done = run_program([*command, library])
         if done.returncode == 0:
             return
     said = next((line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line), "no message")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import numpy as np
 
 from mest_compile.building import KernelSource
 from mest_compile.errors import DeviceLost, MestError, TargetError
-from mest_compile.hardware import Target, cpu_features, needed_features
+from mest_compile.hardware import Target, cpu_features, lacking_in, needed_features
 from mest_compile.linking import link_kernel, triple_of
-from mest_compile.records import cpu_model
-from mest_compile.runtime.remote import Session, last_line
+from mest_compile.records import BOARD, machine_model
+from mest_compile.runtime.remote import Device, Session, last_line
 
 CPUINFO, KERNEL = "/proc/cpuinfo", "/sys/devices/system/cpu/modalias"  # the second begins with the architecture of the running kernel
 MOST_BYTES = 65536
@@ -41,28 +41,37 @@ _ARM = ("aarch64", "arm")
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """cpu       model as /proc/cpuinfo has it: of an emulated device that of the machine behind it; "" where it tells nothing
+    """cpu       `records.machine_model`: of an emulated device that of the machine behind it; "" where it tells nothing
     features  of the CPU, as the kernel lists them
     emulated  its kernel runs on another architecture than our code did
     clock     what its timer counts; "": time
+    gpu       name of the OpenCL device that was asked for
     """
 
     cpu: str
     features: frozenset[str]
     emulated: bool
     clock: str = ""
+    gpu: str = ""
+
+    @property
+    def machine(self) -> str:
+        """Whose times its times are, for records."""
+        named = ", ".join(filter(None, (self.gpu, self.cpu))) or "a device that does not say what it is"
+        return f"emulated on {named}" if self.emulated else named
 
     def lacks(self, target: Target) -> list[str]:
         """Features that code for the target may use and the device does not have, so far as it can be told."""
         known = self.features and not self.emulated
-        return sorted(needed_features(target.processor) - self.features) if known else []
+        return lacking_in(needed_features(target), self.features) if known else []
 
 
 def check(session: Session, target: Target) -> DeviceFacts:
     """What the device of a session is. Raises TargetError when it is not one that the target describes, DeviceLost when it is gone."""
     device = session.device
+    gpu = "" if target.gpu is None else str(session.place(target.device).device_name)
     try:
-        facts = _ask(session.rpc, target)
+        facts = replace(_ask(session.rpc, target), gpu=gpu)
     except MestError:
         raise
     except Exception as problem:  # of TVM's many types
@@ -70,10 +79,22 @@ def check(session: Session, target: Target) -> DeviceFacts:
             raise DeviceLost(f"device {device} is lost: {lost}; does it run code for target {target.name!r}?") from problem
         raise TargetError(f"device {device} does not run code for target {target.name!r}; choose the device's own target. It said: "
                           f"{last_line(problem)}") from problem
+    if target.gpu and (target.gpu.name or "").lower() not in gpu.lower():
+        raise TargetError(f"device {device} serves the GPU {gpu!r}, target {target.name!r} asks for one named {target.gpu.name!r}; serve "
+                          "that one, or change gpu.name in the target's file")
     if lacking := facts.lacks(target):
         raise TargetError(f"device {device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
                           f"{target.name!r} may use; choose the device's own target")
     return facts
+
+
+def machine_of(device: Device, target: Target) -> str:
+    """Which machine, as records name it, a device is. Raises TargetError, DeviceError."""
+    session = device.open()
+    try:
+        return check(session, target).machine
+    finally:
+        session.close()
 
 
 def _ask(session: Any, target: Target) -> DeviceFacts:
@@ -83,12 +104,12 @@ def _ask(session: Any, target: Target) -> DeviceFacts:
     session.upload(bytearray(library), name)
     read = session.load_module(name)[symbol]
     session.remove(name)
-    cpuinfo, kernel = (_read(session, read, path) for path in (CPUINFO, KERNEL))
+    cpuinfo, kernel, board = (_read(session, read, path) for path in (CPUINFO, KERNEL, str(BOARD)))
     try:
         clock = str(session.get_function(CLOCK)())
     except (AttributeError, RuntimeError, ValueError):  # TVM's ways to say that there is none
         clock = ""
-    model = "" if not cpuinfo else cpu_model(cpuinfo)
+    model = machine_model(cpuinfo, board)
     return DeviceFacts(model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target.processor)[0], cpuinfo, kernel), clock)
 
 

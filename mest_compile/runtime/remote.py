@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import secrets
-import socket
-import struct
 import subprocess
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ import numpy as np
 from mest_compile.errors import DeviceError, DeviceLost, MestError, TargetError, UsageError
 from mest_compile.graph.program import Program, Stage
 from mest_compile.hardware import Target
-from mest_compile.runtime import link
+from mest_compile.runtime import link, tracker
+from mest_compile.runtime.tracker import Address, check_key
 
 log = logging.getLogger(__name__)
 
-TRACKER_MAGIC, REQUEST, SUMMARY, SUCCESS = 0x2F271, 4, 6, 0
 RETRY_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # of waiting for a device, before the log says so
 DEVICE_TYPES = {"cpu": 1, "opencl": 4}  # DLPack's
@@ -41,15 +40,14 @@ class Device:
     early            whether the link answers a step's calls before the device does; not where calls have results, as in timing
     """
 
-    host: str
-    port: int
+    tracker: Address
     key: str
     wait_seconds: float = 60.0
     silence_seconds: float = 300.0
     early: bool = True
 
     def __str__(self) -> str:
-        return f"{self.key} at {self.host}:{self.port}"
+        return f"{self.key} at {self.tracker}"
 
     def open(self, limit_seconds: float | None = None) -> Session:
         """A session on a device, which is ours alone until it is closed. Raises DeviceError when none is free in time.
@@ -59,7 +57,7 @@ class Device:
         end, said = time.monotonic() + self.wait_seconds, ""
         while (left := end - time.monotonic()) > 0:
             try:
-                return Session(self, *self._request(left if said else min(left, SILENT_SECONDS)), limit_seconds)
+                return Session(self, *tracker.request(self.tracker, self.key, left if said else min(left, SILENT_SECONDS)), limit_seconds)
             except TimeoutError:
                 now = "no device of that key is free"
             except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
@@ -69,80 +67,37 @@ class Device:
                 log.warning("device %s: %s; waiting up to %g s", self, now, self.wait_seconds)
             said = now
         raise DeviceError(f"device {self}: none to be had within {self.wait_seconds:g} s ({said}); look at the tracker with "
-                         f"mest-compile tracker --query {self.host}:{self.port}")
-
-    def _request(self, seconds: float) -> tuple[str, int, str]:
-        """(host, port, key of the session) of a free device."""
-        with socket.create_connection((self.host, self.port), timeout=min(seconds, 10)) as tracker:
-            tracker.settimeout(seconds)
-            tracker.sendall(struct.pack("<i", TRACKER_MAGIC))
-            if struct.unpack("<i", read_exactly(tracker, 4))[0] != TRACKER_MAGIC:
-                raise ConnectionError(f"{self.host}:{self.port} is no TVM RPC tracker")
-            code, value = ask_tracker(tracker, [REQUEST, self.key, "", 1])
-            if code != SUCCESS:
-                raise ConnectionError(f"the tracker answered {value!r}")
-            return value[0], value[1], value[2]
+                         f"mest-compile tracker --query {self.tracker}")
 
     def listed(self) -> int:
         """How many devices are at the tracker under the key. Raises OSError (no tracker answers)."""
-        return sum(entry["key"] == f"server:{self.key}" for entry in summary(self.host, self.port)["server_info"])
+        return sum(entry["key"] == f"server:{self.key}" for entry in tracker.summary(self.tracker)["server_info"])
 
 
 def rpc(tracker: str, key: str, wait_seconds: float = 60.0, silence_seconds: float = 300.0) -> Device:
     """A device for `mest.compile(device=...)`. tracker: "host:port". Raises UsageError. Nothing is connected yet."""
-    host, _, port = tracker.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"tracker is {tracker!r}; wanted host:port, such as 127.0.0.1:9190")
-    if not key:
-        raise UsageError("a device needs the key under which it serves, such as key=\"phone\"")
-    if wait_seconds <= 0 or silence_seconds <= 0:
-        raise UsageError(f"wait_seconds and silence_seconds are more than 0, not {wait_seconds} and {silence_seconds}")
-    return Device(host, int(port), key, wait_seconds, silence_seconds)
-
-
-def summary(host: str, port: int) -> dict[str, Any]:
-    """What a tracker knows: "server_info" (key and addr of every device), "queue_info" (free and pending of every key). Raises OSError."""
-    with socket.create_connection((host, port), timeout=10) as tracker:
-        tracker.sendall(struct.pack("<i", TRACKER_MAGIC))
-        if struct.unpack("<i", read_exactly(tracker, 4))[0] != TRACKER_MAGIC:
-            raise ConnectionError(f"{host}:{port} is no TVM RPC tracker")
-        return ask_tracker(tracker, [SUMMARY])[1]
-
-
-def ask_tracker(tracker: socket.socket, question: list[Any]) -> tuple[int, Any]:
-    """The tracker's (code, value) to a question in its protocol."""
-    said = json.dumps(question).encode()
-    tracker.sendall(struct.pack("<i", len(said)) + said)
-    answer = json.loads(read_exactly(tracker, struct.unpack("<i", read_exactly(tracker, 4))[0]))
-    return (answer[0], answer[1]) if isinstance(answer, list) else (answer, None)
-
-
-def read_exactly(end: socket.socket, size: int) -> bytes:
-    """`size` bytes. Raises ConnectionError."""
-    content = b""
-    while len(content) < size:
-        got = end.recv(size - len(content))
-        if not got:
-            raise ConnectionError("the tracker closed the connection")
-        content += got
-    return content
+    for name, seconds in (("wait_seconds", wait_seconds), ("silence_seconds", silence_seconds)):
+        if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+            raise UsageError(f"{name} is {seconds!r}; wanted a number of seconds that is more than 0")
+    return Device(Address.parse(tracker), check_key(key), float(wait_seconds), float(silence_seconds))
 
 
 class Session:
     """One device, ours until `close()`. rpc: TVM's session over the link."""
 
-    def __init__(self, device: Device, host: str, port: int, key: str, limit_seconds: float | None = None):
+    def __init__(self, device: Device, there: Address, key: str, limit_seconds: float | None = None):
         from tvm import rpc
 
         self.device = device
-        self._link, local = link.start(host, port, device.silence_seconds, device.early)
+        self._link, local = link.start(there.host, there.port, device.silence_seconds, device.early)
         self.close = weakref.finalize(self, _end, self._link)  # gives the device back, whatever still refers to it here
         try:
             self.rpc: Any = rpc.connect("127.0.0.1", local, key, limit_seconds or 0)
         except Exception as problem:
+            said = self.lost() or last_line(problem)
             self.close()
-            raise DeviceError(f"{host}:{port} does not take the session: {last_line(problem)}") from problem
-        log.info("device %s is %s:%d", device, host, port)
+            raise DeviceError(f"{there} does not take the session: {said}") from problem
+        log.info("device %s is %s", device, there)
 
     def place(self, kind: str) -> Any:
         """TVM's device for arrays and kernels, of a kind in DEVICE_TYPES. Raises TargetError when what serves there has none."""
@@ -165,7 +120,7 @@ class Session:
 
 
 def _end(process: subprocess.Popen) -> None:
-    process.terminate()
+    process.kill()  # also one that is stopped, which no other signal reaches
     process.wait()
     for end in (process.stdout, process.stderr):
         assert end

@@ -8,12 +8,12 @@ from mest_compile.errors import DeviceError
 
 
 class StoreRunner:
-    """Arrays by name in this process. target: name of what the step is compiled for."""
+    """Arrays by name in this process. target: name of what the step is compiled for; obstacle: why it cannot run here."""
 
     uploaded_bytes = 0
 
-    def __init__(self, target: str):
-        self._target = target
+    def __init__(self, target: str, obstacle: str):
+        self._target, self._obstacle = target, obstacle
         self._arrays: dict[str, np.ndarray] = {}
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -23,8 +23,8 @@ class StoreRunner:
         return self._arrays[name].copy()
 
     def run(self, function: str) -> None:
-        raise DeviceError(f"this machine cannot run what is compiled for {self._target}; give device=mest.rpc(tracker, key), or export the "
-                          "step and train it there")
+        raise DeviceError(f"this machine cannot run what is compiled for {self._target} ({self._obstacle}); give device=mest.rpc(tracker, "
+                          "key), or export the step and train it there")
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
         self.run(function)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -18,12 +18,14 @@ from mest_compile.frontend import import_model
 from mest_compile.graph.fusing import fuse
 from mest_compile.graph.lowering import lower
 from mest_compile.hardware import Target, find_target
+from mest_compile.linkers import obstacle
 from mest_compile.models import build_model
 from mest_compile.planning import plan_layers
 from mest_compile.records import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.sparsity import parse_scheme
+from mest_compile.tuning.deadline import Deadline, TimedBuilder
 from mest_compile.tuning.layout import time_sections, time_vectors
-from mest_compile.tuning.runner import RunnerOptions, find_runner
+from mest_compile.tuning.runner import Runner, RunnerOptions, find_runner
 from mest_compile.tuning.session import Progress, Session, SessionResult
 from mest_compile.tuning.task import Task
 
@@ -56,50 +58,68 @@ class Request:
 
 def tune(request: Request, options: RunnerOptions, trials: int, time_limit: float | None = None,
          progress: Progress | None = None) -> SessionResult:
-    """Raises MestError."""
-    started = monotonic()
-    target, scheme = find_target(request.target).for_batch(request.input_shape[0]), parse_scheme(request.scheme)
+    """What can be refused is refused before anything is built; what there was no time for is in the result. Raises MestError.
+
+    time_limit  seconds from now
+    """
+    started, deadline = monotonic(), Deadline.after(time_limit)
+    target = find_target(request.target).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
-    log = LogFile(request.log or user_log(target))
-    records = Records(target, [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)])
+    if kind.whole_steps and (why := obstacle(target)):
+        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, or "
+                         "without one, for an ARM core, --measure model")
+    vectors = _vectors(request, target)
+    runner = kind(target, options)
+    try:
+        result = _tune(request, target, runner, vectors, trials, deadline, progress)
+        return replace(result, seconds=monotonic() - started)
+    finally:
+        runner.close()
+
+
+def _tune(request: Request, target: Target, runner: Runner, vectors: Sequence[int], trials: int, deadline: Deadline,
+          progress: Progress | None) -> SessionResult:
+    scheme, log = parse_scheme(request.scheme), LogFile(request.log or user_log(target))
+    left_out: list[str] = []
+    paths = [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)]
+    records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
     graph, _ = import_model(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape)
 
     def planned(target: Target):
         return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target, request.activations)
 
-    vectors = _vectors(request, target)
-    by_steps = kind.measure is Measure.MEASURED and kind.whole_steps
-    compiled, batch = partial(_compiled, request), _batch(request)
+    by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
+    builder = TimedBuilder(deadline=deadline)
+    compiled, batch = partial(_compiled, request, builder), _batch(request)
     if by_steps and len(vectors) > 1:
-        time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress)
+        with deadline.noting("comparing vector widths", left_out):
+            time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress, deadline)
     told = request.vectors and (len(vectors) == 1 or not by_steps)
     target = widened(target, vectors[0]) if told else choose_vector(planned(target), target, records)
     records, layers = records.for_target(target), planned(target)
     if by_steps:
         program, _ = lower(fuse(graph), layers, target, activations=request.activations)
-        time_sections(program, layers, request.activations, target, compiled, batch, log, records, progress)
+        with deadline.noting("comparing sizes of sections", left_out):
+            time_sections(program, layers, request.activations, target, compiled, batch, log, records, progress, deadline)
     sections = section_knobs(layers, records, request.activations)
     layers = choose_sections(layers, target, records, request.activations)
     train, _ = lower(fuse(graph), layers, target, activations=request.activations)
-    runner = kind(target, options)
-    try:
-        left = None if time_limit is None else max(time_limit - (monotonic() - started), 0.0)
-        timer = partial(time_in_steps, request, target, sections) if kind.whole_steps else None
-        session = Session(train, layers, target, runner, log, records, progress=progress, in_step=timer)
-        return session.run(trials, left, request.seed)
-    finally:
-        runner.close()
+    runner.target = target
+    timer = partial(time_in_steps, request, builder, target, sections) if runner.whole_steps else None
+    result = Session(train, layers, target, runner, log, records, builder, progress, timer).run(trials, deadline, request.seed)
+    return replace(result, finished=result.finished and not left_out, left_out=(*left_out, *result.left_out))
 
 
-def time_in_steps(request: Request, target: Target, sections: Mapping[tuple[str, str, int], Mapping[str, Any]],
+def time_in_steps(request: Request, builder: TimedBuilder, target: Target, sections: Mapping[tuple[str, str, int], Mapping[str, Any]],
                   choices: Sequence[Mapping[Task, Mapping[str, Any]]]) -> list[dict[Task, list[float]]]:
     """For every choice of knobs, {task: seconds of one of its calls in each round}. What a kernel finds in the caches is there what the
     kernels before it left, and how it leaves them counts in nobody's favour.
 
     sections  `section_knobs` of the step
+    Raises OutOfTime.
     """
     knobs = [{key_of(task.kernel, task.problem, task.live): knobs for task, knobs in choice.items()} for choice in choices]
-    steps = [_compiled(request, target, FixedRecords(target, {**sections, **found})) for found in knobs]
+    steps = [_compiled(request, builder, target, FixedRecords(target, {**sections, **found})) for found in knobs]
     images, labels = _batch(request)
     found: list[dict[Task, list[float]]] = [{task: [] for task in choice} for choice in choices]
     calls = {task: [call.name for call in steps[0].program.calls
@@ -107,16 +127,17 @@ def time_in_steps(request: Request, target: Target, sections: Mapping[tuple[str,
              for choice in choices for task in choice}
     for _ in range(FINAL_ROUNDS):
         for step, seconds in zip(steps, found):
+            builder.deadline.check()
             profile = step.profile(images, labels, 1)
             for task, known in seconds.items():
                 known.append(sum(profile[name] for name in calls[task]) / len(calls[task]))
     return found
 
 
-def _compiled(request: Request, target: Target, records: Records) -> Any:
+def _compiled(request: Request, builder: TimedBuilder, target: Target, records: Records) -> Any:
     return compile_step(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape,
                         scheme=request.scheme, sparsity=request.sparsity, distribution=request.distribution, target=target, threads=1,
-                        activations=request.activations, records=records)
+                        activations=request.activations, builder=builder, records=records)
 
 
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
 from mest_compile.records import SECTIONS, STEP, FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
+from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.session import Progress
 
 ROUNDS = 7          # in which whole steps of every layout take turns
@@ -26,12 +27,14 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Target, compiled: Compile, batch: Batch, log: LogFile,
-                 records: Records, progress: Progress | None = None) -> None:
-    """Records how long steps take with each vector width, unless each was timed before."""
+                 records: Records, progress: Progress | None = None, deadline: Deadline | None = None) -> None:
+    """Records how long steps take with each vector width, unless each was timed before. Raises OutOfTime, and then records nothing."""
+    deadline = deadline or Deadline()
     facts = step_facts(layers)
     knobs = {vector: {"vector": vector} for vector in vectors}  # said in so many words: what is a target's own width may change
     if _tried(records, STEP, facts, 0, knobs.values()):
         return
+    deadline.check()
     if progress:
         progress.on_stage("timing whole steps by vector width", 0, 1)
     wide = {vector: widened(target, vector) for vector in vectors}
@@ -39,6 +42,7 @@ def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Ta
     seconds: dict[int, list[float]] = {vector: [] for vector in vectors}
     for turn in range(ROUNDS + 1):
         for vector, step in steps.items():
+            deadline.check()
             start = perf_counter()
             step(*batch)
             if turn:
@@ -48,11 +52,13 @@ def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Ta
 
 
 def time_sections(program: Program, layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch,
-                  log: LogFile, records: Records, progress: Progress | None = None) -> None:
+                  log: LogFile, records: Records, progress: Progress | None = None, deadline: Deadline | None = None) -> None:
     """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to.
 
     program  the training step, however its indices are cut
+    Raises OutOfTime, and then records nothing.
     """
+    deadline = deadline or Deadline()
     alike: dict[tuple[str, str, int], list[str]] = {}  # key of a kind of section and a layer -> layers
     for name, layer in layers.items():
         cut = {(size.section_channels, size.transposed_section_channels)
@@ -64,6 +70,7 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
     knobs: dict[int, dict[str, Any]] = {caches: {} if caches == 1 else {"caches": caches} for caches in CACHES}
     if all(_tried(records, kind, facts[kind, text, live], live, knobs.values()) for kind, text, live in alike):
         return
+    deadline.check()
     if progress:
         progress.on_stage("timing whole steps by size of sections", 0, 1)
     steps = {caches: compiled(target, FixedRecords(target, dict.fromkeys(alike, knobs[caches]))) for caches in CACHES}
@@ -71,6 +78,7 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
     seconds: dict[int, dict[tuple, list[float]]] = {caches: {key: [] for key in alike} for caches in CACHES}
     for _ in range(ROUNDS):
         for caches, step in steps.items():
+            deadline.check()
             profile = step.profile(*batch, 1)
             for key, names in alike.items():
                 seconds[caches][key].append(sum(profile[call] for call in calls[key]) / len(names))

@@ -25,6 +25,7 @@ from mest_compile.errors import BuildError
 from mest_compile.hardware import Target
 from mest_compile.records import Measure, Outcome, cpu_of
 from mest_compile.registry import Registry
+from mest_compile.tuning.deadline import Deadline
 
 if TYPE_CHECKING:
     from mest_compile.tuning.task import Task
@@ -71,7 +72,7 @@ class Timing:
 
 class Runner(ABC):
     """measure: where its seconds come from; devices: how many candidates it times at once; whole_steps: whether training steps run there in
-    this process, so that vector widths can be compared.
+    this process, so that vector widths can be compared; deadline: of the session that it works for.
     """
 
     measure: Measure
@@ -79,12 +80,18 @@ class Runner(ABC):
 
     def __init__(self, target: Target, options: RunnerOptions):
         self.target, self.options = target, options
-        self.devices = 1
+        self.devices, self.deadline = 1, Deadline()
 
     @property
     def cpu(self) -> str:
-        """Model of the CPU for the records."""
+        """The machine for the records."""
         return cpu_of(self.target)
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a candidate may take. Raises OutOfTime. One that is ended by the session's deadline is no result: check that first."""
+        self.deadline.check()
+        return min(self.options.timeout_seconds, self.deadline.left)
 
     @abstractmethod
     def build(self, source: KernelSource, folder: Path) -> Path:
@@ -92,7 +99,7 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        """Runs and checks a built kernel. Raises DeviceError when the device, not the candidate, is at fault."""
+        """Runs and checks a built kernel. Raises OutOfTime, or DeviceError when the device, not the candidate, is at fault."""
 
     def close(self) -> None:  # noqa: B027  # a runner that starts nothing ends nothing
         """Ends what the runner started."""
@@ -104,6 +111,7 @@ class Runner(ABC):
         except (BuildError, ChildProcessError) as problem:
             return Timing(Outcome.BUILD_FAILED, message=str(problem))
         except TimeoutError:
+            self.deadline.check()
             return Timing(Outcome.TIMED_OUT, message=f"no library after {self.options.timeout_seconds} s")
         try:
             return self.run(task, artifact, source.symbol, repeats)

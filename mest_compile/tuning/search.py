@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from mest_compile.records import Outcome, Record
+from mest_compile.tuning.deadline import Deadline, OutOfTime
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.space import Space, feature_extractor, meta_schedule, mutator, places_in
 
@@ -21,12 +22,8 @@ FAILED_SECONDS = 1e10  # what MetaSchedule takes a failure for
 Report = Callable[[Space, dict[str, Any], Timing], None]
 
 
-class OutOfTime(Exception):
-    """Ends a search from within."""
-
-
 def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done: Sequence[int], known: Sequence[Sequence[Record]],
-           runner: Runner, report: Report, out_of_time: Callable[[], bool], seed: int = 0) -> Any:
+           runner: Runner, report: Report, deadline: Deadline, seed: int = 0) -> Any:
     """Tries candidates until every task has had `trials` or time is up; returns MetaSchedule's database with all of them.
 
     weights  seconds of a step that each task takes
@@ -85,8 +82,7 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
                          ms.runner.RunnerResult(None, timing.message or timing.outcome.value)) for timing in timings]
 
         def _attempt(self, token: str, folder: Path) -> Timing:
-            if out_of_time():
-                raise OutOfTime
+            deadline.check()
             space, places = candidates.pop(token)
             knobs = space.knobs_at(places)
             key = (space.number, repr(sorted(knobs.items())))

@@ -21,6 +21,7 @@ from mest_compile.graph.program import Program
 from mest_compile.hardware import Target
 from mest_compile.records import IN_STEP, LogFile, Measure, Outcome, Record, Records, Trials, plain, target_facts, text_digest
 from mest_compile.sparsity.layer import Layer
+from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.search import search
 from mest_compile.tuning.space import Space
@@ -62,7 +63,9 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """finished: whether every task had its trials; measured: trials of this session; cpu: of its records; log: where they are."""
+    """finished: whether every task had its trials; measured: trials of this session; cpu: of its records; log: where they are;
+    left_out: what there was no time for.
+    """
 
     tasks: tuple[TaskResult, ...]
     finished: bool
@@ -72,6 +75,7 @@ class SessionResult:
     measure: str
     cpu: str
     log: str
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return plain(asdict(self))
@@ -91,32 +95,48 @@ class Session:
         self.builder = builder or Builder()
         self._measured = 0
         self._trials = 0
-        self._deadline = float("inf")
+        self._deadline = Deadline()
 
-    def run(self, trials: int, time_limit: float | None = None, seed: int = 0) -> SessionResult:
-        """At most `trials` of every task, at most `time_limit` seconds. Raises StateError, DeviceError."""
+    def run(self, trials: int, deadline: Deadline | None = None, seed: int = 0) -> SessionResult:
+        """At most `trials` of every task, until the deadline. Raises StateError, DeviceError."""
         started = time.monotonic()
-        self._deadline = started + time_limit if time_limit is not None else float("inf")
+        self._deadline = self.runner.deadline = deadline or Deadline()
         self._trials = trials
         with tempfile.TemporaryDirectory() as folder:
             tasks = tasks_of(self.program, self.layers, self.target, Path(folder))
-            finished = self._tune(tasks, trials, seed)
+            left_out = self._tune(tasks, trials, seed)
         results = tuple(self._result(task) for task in tasks)
-        return SessionResult(results, finished, self._measured, time.monotonic() - started, self.target.vector, self.runner.measure.value,
-                             self.runner.cpu, str(self.log.path))
+        return SessionResult(results, not left_out, self._measured, time.monotonic() - started, self.target.vector,
+                             self.runner.measure.value, self.runner.cpu, str(self.log.path), tuple(left_out))
 
-    def _tune(self, tasks: list[Task], trials: int, seed: int) -> bool:
-        """Whether every task had its trials and its winners a second look."""
+    def _tune(self, tasks: list[Task], trials: int, seed: int) -> list[str]:
+        """What there was no time for: defaults, trials, the winners' second look."""
+        left_out: list[str] = []
+        with self._deadline.noting("", left_out):
+            self._time_defaults(tasks)
+            self._search(self._large(tasks), trials, seed)
+            self._look_again(self._large(tasks))
+        if not left_out:
+            return []
+        untried = [task for task in tasks if not self._known(task).tried]
+        unsearched = [task for task in self._large(tasks) if self._spent(task) < min(trials, _size(task))]
+        lacking = {"the defaults": untried, "trials": unsearched}
+        said = [f"{what} of {len(some)} of {len(tasks)} kernels" for what, some in lacking.items() if some]
+        return [*said, "a second look at the winners"]
+
+    def _large(self, tasks: list[Task]) -> list[Task]:
+        least = SMALL_SHARE * sum(self._weight(task) for task in tasks)
+        return [task for task in tasks if self._weight(task) >= least]
+
+    def _time_defaults(self, tasks: list[Task]) -> None:
         untried = [task for task in tasks if not self._known(task).tried]
         for number, task in enumerate(untried):
-            if self._out_of_time():
-                return False
             self._stage("timing the defaults", number, len(untried))
             self._prepare(task)
             self._attempt(task, {})
-        least = SMALL_SHARE * sum(self._weight(task) for task in tasks)
-        large = [task for task in tasks if self._weight(task) >= least]
-        unsearched = [task for task in large if self._spent(task) < min(trials, _size(task))]
+
+    def _search(self, tasks: list[Task], trials: int, seed: int) -> None:
+        unsearched = [task for task in tasks if self._spent(task) < min(trials, _size(task))]
         for number, task in enumerate(unsearched):
             self._stage("preparing", number, len(unsearched))
             self._prepare(task)
@@ -124,26 +144,25 @@ class Session:
         if searched:
             spaces = [Space(task, number) for number, task in enumerate(searched)]
             search(spaces, [self._weight(task) for task in searched], trials, [self._spent(task) for task in searched],
-                   [self._known(task).records for task in searched], self.runner, self._report, self._out_of_time, seed)
+                   [self._known(task).records for task in searched], self.runner, self._report, self._deadline, seed)
         for task in unsearched:
             self._fill(task, trials, seed)
+
+    def _look_again(self, tasks: list[Task]) -> None:
         if self.runner.measure is Measure.MODELLED:  # the same whenever it is asked for
-            return not self._out_of_time()
+            return
         wanted = CONFIRMED if self.in_step is None else IN_STEP
-        unconfirmed = [task for task in large if self._known(task).records[-1].message != wanted
+        unconfirmed = [task for task in tasks if self._known(task).records[-1].message != wanted
                        and any(knobs for _, knobs, _ in self._known(task).ranking())]
         if self.in_step is not None:
-            if unconfirmed and not self._out_of_time():
+            if unconfirmed:
                 self._stage("timing the winners in whole steps", 0, 1)
-                self._confirm_in_step(large)
-            return not self._out_of_time()
+                self._confirm_in_step(tasks)
+            return
         for number, task in enumerate(unconfirmed):
-            if self._out_of_time():
-                return False
             self._stage("timing the winners again", number, len(unconfirmed))
             self._prepare(task)
             self._confirm(task)
-        return not self._out_of_time()
 
     def _fill(self, task: Task, trials: int, seed: int) -> None:
         """Tries candidates that nobody tried, evenly drawn, until the task had its trials: a search may end early, a space be smaller."""
@@ -152,7 +171,7 @@ class Session:
         random.Random(f"{seed} {task.name}").shuffle(untried)
         for values in untried:
             known = self._known(task).tried
-            if len(known) >= trials or self._out_of_time():
+            if len(known) >= trials:
                 return
             knobs = {name: value for (name, choices), value in zip(space.items(), values) if value != choices[0]}
             if json.dumps(plain(knobs), sort_keys=True) not in known:
@@ -160,6 +179,7 @@ class Session:
 
     def _prepare(self, task: Task) -> None:
         if not task.arrays.exists():
+            self._deadline.check()
             prepare(task, self.program, self.layers, self.builder)
 
     def _confirm(self, task: Task) -> None:
@@ -174,6 +194,7 @@ class Session:
             seconds: list[list[float]] = [[] for _ in knobs]
             for _ in range(ROUNDS):
                 for place, (source, artifact) in enumerate(zip(sources, built)):
+                    self._deadline.check()
                     timing = self.runner.run(task, artifact, source.symbol)
                     if timing.outcome is not Outcome.OK:  # it was right before: once wrong is wrong
                         self._note(task, knobs[place], timing)
@@ -198,6 +219,7 @@ class Session:
                     self._note(task, knobs, Timing(Outcome.OK, tuple(found[task]), IN_STEP))
 
     def _attempt(self, task: Task, knobs: Mapping[str, Any]) -> None:
+        self._deadline.check()
         with tempfile.TemporaryDirectory() as folder:
             self._tell(task, knobs, self.runner.attempt(task, task.source(knobs), Path(folder)))
 
@@ -214,14 +236,18 @@ class Session:
 
     def _note(self, task: Task, knobs: Mapping[str, Any], timing: Timing) -> Record:
         """The log first: what is not on the disk did not happen."""
+        measure = Measure.UNMEASURED if timing.outcome is Outcome.BUILD_FAILED else self.runner.measure
+        limited = timing.outcome in (Outcome.OK, Outcome.TIMED_OUT) and timing.message != IN_STEP
         record = Record(task.kernel, plain(task.problem), task.live, target_facts(self.target), self.runner.cpu, dict(knobs),
-                        timing.outcome, self.runner.measure, timing.seconds, text_digest(task.source(knobs).text), message=timing.message)
+                        timing.outcome, measure, timing.seconds, text_digest(task.source(knobs).text), message=timing.message,
+                        limit_seconds=self.runner.options.timeout_seconds if limited else None)
         self.log.append(record)
         self.records.add(record)
         return record
 
     def _known(self, task: Task) -> Trials:
-        return self.records.trials(task.kernel, task.problem, task.live, self.runner.measure, self.runner.cpu)
+        known = self.records.trials(task.kernel, task.problem, task.live, self.runner.measure, self.runner.cpu)
+        return known.decided(self.runner.options.timeout_seconds)
 
     def _spent(self, task: Task) -> int:
         return len(self._known(task).tried)
@@ -230,10 +256,8 @@ class Session:
         ranking = self._known(task).ranking()
         return task.calls * (ranking[0][0] if ranking else 0.0)
 
-    def _out_of_time(self) -> bool:
-        return time.monotonic() >= self._deadline
-
     def _stage(self, stage: str, done: int, total: int) -> None:
+        self._deadline.check()
         if self.progress:
             self.progress.on_stage(stage, done, total)
 

@@ -179,7 +179,8 @@ def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builde
     if f"{host.device}/{task.kernel}" not in SCHEDULES.load():  # what only OpenCL devices have is computed on this machine's
         from mest_compile.tuning.runners.opencl import answer_here
 
-        return answer_here(task.kernel, task.problem, builder.function(task.source({})), list(arguments))
+        return answer_here(task.kernel, task.problem, builder.function(task.source({})), list(arguments),
+                           task.target.limits.name)
     tensors = [tvm.runtime.tensor(array) for array in arguments]
     builder.function(kernel_source(task.kernel, task.problem, host))(*tensors)
     return [tensor.numpy() for tensor in tensors]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mest_compile.building import KernelSource
-from mest_compile.errors import BuildError
+from mest_compile.errors import BuildError, UsageError
 from mest_compile.hardware import Target
 from mest_compile.records import Measure, Outcome
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
@@ -25,11 +25,13 @@ class LocalRunner(Runner):
         from tvm.support.popen_pool import PopenWorker
 
         super().__init__(target, options)
+        if target.device != "cpu":
+            raise UsageError(f"the local runner measures on CPUs, target {target.name!r} is an OpenCL device; leave out --runner")
         self._worker = PopenWorker()
 
     def build(self, source: KernelSource, folder: Path) -> Path:
         path = folder / f"{source.symbol}.so"
-        self._worker.send(compile_kernel, (source, str(path)), timeout=self.options.timeout_seconds)
+        self._worker.send(compile_kernel, (source, str(path)), timeout=self.patience_seconds)
         self._worker.recv()
         return path
 
@@ -40,12 +42,13 @@ class LocalRunner(Runner):
         return self._ask(compile_check_and_time, source, str(task.arrays), repeats or self.options.repeats, 1)
 
     def _ask(self, what: Callable[..., tuple[str | None, list[float]]], *arguments: object) -> Timing:
-        self._worker.send(what, arguments, timeout=self.options.timeout_seconds)
+        self._worker.send(what, arguments, timeout=self.patience_seconds)
         try:
             wrong, seconds = self._worker.recv()
         except BuildError as problem:
             return Timing(Outcome.BUILD_FAILED, message=str(problem))
         except TimeoutError:
+            self.deadline.check()
             return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
         except ChildProcessError:
             return Timing(Outcome.CRASHED, message="the process that compiled and ran it died")

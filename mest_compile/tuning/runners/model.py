@@ -39,8 +39,9 @@ class InstructionsRunner(Runner):
 
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
         try:
-            execution = emulation.execute(artifact, symbol, task.arguments(), self.target, self.options.timeout_seconds)
+            execution = emulation.execute(artifact, symbol, task.arguments(), self.target, self.patience_seconds)
         except emulation.EmulationTimeout as problem:
+            self.deadline.check()
             return Timing(Outcome.TIMED_OUT, message=str(problem))
         except DeviceError as problem:
             return Timing(Outcome.CRASHED, message=str(problem))

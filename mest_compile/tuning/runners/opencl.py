@@ -27,24 +27,32 @@ class OpenclTuningRunner(Runner):
     def __init__(self, target: Target, options: RunnerOptions):
         from tvm.support.popen_pool import PopenWorker
 
+        from mest_compile.runtime.opencl import machine
+
         super().__init__(target, options)
-        target.limits  # noqa: B018  # raises where the target is no OpenCL device
+        self._machine = machine(target.limits.name)
         self._worker = PopenWorker()
+
+    @property
+    def cpu(self) -> str:
+        return self._machine
 
     def build(self, source: KernelSource, folder: Path) -> Path:
         path = folder / f"{source.symbol}.json"
-        self._worker.send(compile_to, (source, str(path)), timeout=self.options.timeout_seconds)
+        self._worker.send(compile_to, (source, str(path)), timeout=self.patience_seconds)
         self._worker.recv()
         return path
 
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        return self._ask(run_and_time, task.kernel, task.problem, str(artifact), str(task.arrays), repeats or self.options.repeats)
+        return self._ask(run_and_time, task.kernel, task.problem, str(artifact), str(task.arrays), repeats or self.options.repeats,
+                         self.target.limits.name)
 
     def _ask(self, what: Callable[..., tuple[str, str, list[float]]], *arguments: object) -> Timing:
-        self._worker.send(what, arguments, timeout=self.options.timeout_seconds)
+        self._worker.send(what, arguments, timeout=self.patience_seconds)
         try:
             outcome, message, seconds = self._worker.recv()
         except TimeoutError:
+            self.deadline.check()
             return Timing(Outcome.TIMED_OUT, message=f"no answer after {self.options.timeout_seconds} s")
         except ChildProcessError:
             return Timing(Outcome.CRASHED, message="the process that ran it died")
@@ -65,11 +73,11 @@ def compile_to(source: KernelSource, path: str) -> None:
     Path(path).write_text(found.to_json())
 
 
-def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeats: int) -> tuple[str, str, list[float]]:
+def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeats: int, name: str | None) -> tuple[str, str, list[float]]:
     """(outcome, message, seconds of each run by the device's clock)."""
     arrays = Arrays.load(Path(arrays_path))
     try:
-        device, names = _device(kernel, problem, OpenclKernel.from_json(Path(built).read_text()), arrays.arguments)
+        device, names = _device(kernel, problem, OpenclKernel.from_json(Path(built).read_text()), arrays.arguments, name)
     except DeviceError as refusal:  # too much local memory for this device, or its compiler refuses the code
         return Outcome.BUILD_FAILED.value, str(refusal).splitlines()[0][:300], []
     after = answer_of(device, names, arrays.arguments)
@@ -79,12 +87,13 @@ def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeat
     return Outcome.OK.value, "", [sum(device.profile("train", 1).values()) for _ in range(repeats)]
 
 
-def _device(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray]) -> tuple[Any, list[str]]:
-    from mest_compile.runtime.opencl import OpenclRunner
+def _device(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> tuple[Any, list[str]]:
+    from mest_compile.runtime.opencl import OpenclRunner, find_device
 
     buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(arguments))
     program = Program("train", [Call("call", kernel, problem, buffers, "forward")])
-    return OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}), [buffer.name for buffer in buffers]
+    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}, find_device(name))
+    return runner, [buffer.name for buffer in buffers]
 
 
 def answer_of(device: Any, names: list[str], arguments: list[np.ndarray]) -> list[np.ndarray]:
@@ -95,6 +104,6 @@ def answer_of(device: Any, names: list[str], arguments: list[np.ndarray]) -> lis
     return [device.get(name) for name in names]
 
 
-def answer_here(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray]) -> list[np.ndarray]:
+def answer_here(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> list[np.ndarray]:
     """The same from nothing, in this process."""
-    return answer_of(*_device(kernel, problem, built, arguments), arguments)
+    return answer_of(*_device(kernel, problem, built, arguments, name), arguments)

@@ -15,6 +15,7 @@ from mest_compile.hardware import Target
 from mest_compile.records import COUNTED, Measure, Outcome, cpu_of
 from mest_compile.runtime import probe
 from mest_compile.runtime.remote import Session, last_line, rpc
+from mest_compile.tuning.deadline import OutOfTime
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Arrays, Task
 from mest_compile.tuning.worker import compile_kernel
@@ -58,7 +59,7 @@ class RpcRunner(Runner):
         assert self._facts is not None
         if self.measure is Measure.MODELLED:
             return f"{self._facts.clock}, by the device's counter"
-        return f"emulated on {self._facts.cpu}" if self.measure is Measure.EMULATED else cpu_of(self.target)
+        return self._facts.machine
 
     @property
     def _limit(self) -> float:
@@ -68,7 +69,7 @@ class RpcRunner(Runner):
     def build(self, source: KernelSource, folder: Path) -> Path:
         path = folder / f"{source.symbol}.so"
         with self._compiling:
-            self._compiler.send(compile_kernel, (source, str(path)), timeout=self.options.timeout_seconds)
+            self._compiler.send(compile_kernel, (source, str(path)), timeout=self.patience_seconds)
             self._compiler.recv()
         return path
 
@@ -76,10 +77,17 @@ class RpcRunner(Runner):
         for _ in range(TRIES):
             seat = self._take()
             started = time.monotonic()
+            # The link waits as long as any candidate may take; at the deadline it is cut.
+            ending = threading.Timer(min(self.deadline.left, threading.TIMEOUT_MAX), seat.session.close)
+            ending.daemon = True
+            ending.start()
             try:
                 # What is counted is the same on every run.
                 timing = seat.time(task, artifact, symbol, 1 if self.measure is Measure.MODELLED else repeats or self.options.repeats)
             except Exception as problem:  # of TVM's many types
+                if self.deadline.left <= 0:
+                    self._leave(seat, False)
+                    raise OutOfTime from None
                 lost = seat.session.lost()
                 self._leave(seat, lost is None)
                 if lost is None:
@@ -90,6 +98,8 @@ class RpcRunner(Runner):
             else:
                 self._leave(seat)
                 return timing
+            finally:
+                ending.cancel()
         return Timing(Outcome.CRASHED, message=f"the session ended: {lost}")
 
     def close(self) -> None:
@@ -101,6 +111,7 @@ class RpcRunner(Runner):
         """A device that is ours. Raises DeviceError when there is none in time; while another candidate has one, that is waited for."""
         end, waiting = time.monotonic() + self._device.wait_seconds, False
         while True:
+            self.deadline.check()
             with self._changed:
                 while self._free:
                     if (seat := self._free.pop()).age < self._limit / 2:
