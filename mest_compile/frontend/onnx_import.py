@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import re
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from mest_compile.errors import DataError, MestError, UnsupportedOperator
 from mest_compile.frontend.onnx_plain import plain, where
-from mest_compile.frontend.relax_graph import read_main, unsupported
+from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
 from mest_compile.spec import ForwardGraph, Node
 
 # What TVM's converters raise; its own errors are RuntimeErrors.
@@ -30,8 +32,10 @@ def read_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     """
     model = _load(Path(path))
     state, names = plain(model, input_shape)
-    function = _to_relax(model, input_shape)
-    graph, transposed = read_main(function, names, {name: array.shape for name, array in state.items()}, {}, may_transpose=True)
+    function = _to_relax(model, input_shape, names)
+    parameters = {ours: name for ours, name in names.items() if name in state}
+    graph, transposed = read_main(function, parameters, {name: array.shape for name, array in state.items()}, {}, may_transpose=True)
+    check_finite(graph, state)
     for name in transposed:
         state[name] = np.ascontiguousarray(state[name].T)
     return replace(graph, nodes=tuple(_torch_momentum(node) for node in graph.nodes)), state
@@ -59,7 +63,7 @@ def _load(path: Path) -> Any:
     return model
 
 
-def _to_relax(model: Any, input_shape: tuple[int, ...]) -> Any:
+def _to_relax(model: Any, input_shape: tuple[int, ...], names: Mapping[str, str]) -> Any:
     from tvm.relax.frontend.onnx import from_onnx
     from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
@@ -67,13 +71,17 @@ def _to_relax(model: Any, input_shape: tuple[int, ...]) -> Any:
     for node in model.graph.node:
         if node.op_type not in known:
             raise unsupported(node.op_type, where(node))
+    printed = StringIO()
     try:
-        # TVM prints on stdout what it was converting when it failed, and warns of sizes that are given below.
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        # TVM prints which operator it was converting when it failed, and warns of sizes that are given below.
+        with warnings.catch_warnings(), redirect_stdout(printed):
             warnings.simplefilter("ignore", UserWarning)
             return from_onnx(model, shape_dict={model.graph.input[0].name: list(input_shape)}, keep_params_in_input=True)["main"]
     except _CONVERTER_ERRORS as error:
-        raise UnsupportedOperator(f"TVM cannot import the ONNX model for input_shape {input_shape}: {_first_line(error)}") from error
+        failed = re.match(r"Error converting operator (\w+)", printed.getvalue())
+        line = re.sub(r"\bvalue\d+\b", lambda found: names.get(found[0], found[0]), _first_line(error))
+        raise UnsupportedOperator(f"TVM cannot import {failed[1] + ' of ' if failed else ''}the ONNX model for input_shape {input_shape}: {line}"
+                                  ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ initializers, as Constant nodes, or through Identity nodes where torch.onnx.expo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
 
 
 def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Rewrites `model` in place; returns (weights by their own name, name in the rewritten model -> that name).
+    """Rewrites `model` in place; returns (weights by their own name, name of ours -> the value's own name).
 
     input_shape  of the one input that is no initializer, whose sizes it sets
     Raises SpecError, UnsupportedOperator.
     """
     graph = model.graph
+    for node in graph.node:
+        node.name = node.name or " ".join(node.output)
     _refuse_foreign(graph)
     _weights_to_initializers(graph)
     data = _data_input(graph, input_shape)
@@ -33,12 +35,12 @@ def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarra
     _sums_to_additions(graph)
     _same_to_pads(model)
     state = _state(graph)
-    return state, {ours: name for name, ours in _rename(graph).items() if name in state}
+    return state, {ours: name for name, ours in _rename(graph).items()}
 
 
 def where(node: Any) -> str:
     """Where an ONNX node stands, for error messages."""
-    return f"in node {(node.name or ' '.join(node.output))!r}"
+    return f"in node {node.name!r}"
 
 
 def _refuse_foreign(graph: Any) -> None:
@@ -152,8 +154,8 @@ def _same_to_pads(model: Any) -> None:
         totals = [0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
                   for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)]
         if odd := [total for total in totals if total % 2]:
-            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {odd[0] // 2} pixels on one side and {odd[0] // 2 + 1} on the "
-                              "other,", where(node))
+            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other,",
+                              where(node))
         kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute("pads", [total // 2 for total in totals] * 2)])
@@ -188,12 +190,17 @@ def _rename(graph: Any) -> dict[str, str]:
     """Gives every value of the graph a name of ours; returns {its own name: ours}."""
     ours: dict[str, str] = {"": ""}                                # an input that is left out
 
-    def named(names: Iterator[str]) -> list[str]:
+    def named(names: Iterable[str]) -> list[str]:
         return [ours.setdefault(name, f"value{len(ours)}") for name in names]
 
-    for value in [*graph.initializer, *graph.input, *graph.output]:
-        (value.name,) = named(iter([value.name]))
+    for value in [*graph.initializer, *graph.input]:
+        (value.name,) = named([value.name])
     for node in graph.node:
-        node.input[:], node.output[:] = named(iter(node.input)), named(iter(node.output))
+        if missing := [name for name in node.input if name not in ours]:
+            raise SpecError(f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight gives: the file is no "
+                            "whole model")
+        node.input[:], node.output[:] = named(node.input), named(node.output)
+    for value in graph.output:
+        (value.name,) = named([value.name])
     del graph.value_info[:]
     return ours

@@ -85,6 +85,14 @@ def read_main(function: Any, parameters: Mapping[str, str], state_shapes: Mappin
     return Reader(parameters, state_shapes, places, may_transpose).read(function)
 
 
+def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
+    """Raises SpecError when a weight that the graph uses is NaN or infinite."""
+    for node in graph.nodes:
+        for name in node.params.values():
+            if wrong := np.count_nonzero(~np.isfinite(state[name])):
+                raise SpecError(f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from before it diverged")
+
+
 class Reader:
     """Walks the bindings of one Relax function."""
 
@@ -129,8 +137,8 @@ class Reader:
             raise SpecError(f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
                             "end it with flatten and a linear layer")
         if logits.shape[1] < 2:
-            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each class, "
-                            "2 of them for yes and no, which is binary cross-entropy of their difference")
+            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each class; "
+                            "2 of them for yes and no are binary cross-entropy of their difference")
         return ForwardGraph(name_nodes(self.drafts, logits.draft), input_shape, self.state_shapes), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:

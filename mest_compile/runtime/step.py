@@ -284,7 +284,9 @@ class TrainStep:
 
         Raises StateError on names or shapes that do not fit, and on weights that are not 0 where the mask is dead.
         """
-        state = {name: _numpy(array, np.float32, name) for name, array in state.items() if not name.endswith("num_batches_tracked")}
+        shapes, kept = self._compiled.graph.state_shapes, self._state.kept
+        state = {name: _numpy(array, kept[name].dtype.type if name in kept else np.float32, name) for name, array in state.items()
+                 if name in shapes or not name.endswith("num_batches_tracked")}
         self._state.check(state)
         for name, layer in self._compiled.layers.items():
             wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self._state.keep(name))])
@@ -392,6 +394,7 @@ class TrainStep:
                 if not name.endswith(":transposed")}
         orders = {f"order/{name}": self._state.order(name) for name in self._state.cells}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
+        others |= {f"kept/{name}": array for name, array in self._state.kept.items()}
         facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
 
@@ -414,6 +417,11 @@ class TrainStep:
             raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
                              f"step as then")
         held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
+        shapes = self._compiled.graph.state_shapes
+        kept = {name: arrays[f"kept/{name}"].reshape(shapes[name]) for name in self._state.kept if f"kept/{name}" in arrays}
+        if len(kept) != len(self._state.kept):
+            raise StateError(f"checkpoint {path} lacks {min(self._state.kept.keys() - kept.keys())}, which the model does not use; it is "
+                             "of another version of mest-compile")
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
             cells = np.unique(order)
@@ -426,6 +434,7 @@ class TrainStep:
                     held[part] = held[part].reshape(len(order), -1)[there]
         for name, array in held.items():
             self._state.put(name, array)
+        self._state.kept = kept
         for name in self._compiled.layers:
             self._state.transpose(name)
         self._rng.bit_generator.state = facts["rng"]
@@ -521,7 +530,7 @@ def _numpy(array: Any, dtype: type, what: str) -> np.ndarray:
         found = np.asarray(array)
         if dtype is np.int64 and found.dtype.kind not in "iu":
             raise InputError(f"{what} have type {found.dtype}; wanted whole numbers")
-        return np.ascontiguousarray(found, dtype)
+        return np.ascontiguousarray(found, dtype).reshape(found.shape)  # it makes one of a number
     except (TypeError, ValueError) as problem:
         raise InputError(f"{what} are no array of numbers ({problem})") from problem
 
