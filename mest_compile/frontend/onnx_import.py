@@ -80,8 +80,8 @@ def _to_relax(model: Any, input_shape: tuple[int, ...], names: Mapping[str, str]
     except _CONVERTER_ERRORS as error:
         failed = re.match(r"Error converting operator (\w+)", printed.getvalue())
         line = re.sub(r"\bvalue\d+\b", lambda found: names.get(found[0], found[0]), _first_line(error))
-        raise UnsupportedOperator(f"TVM cannot import {failed[1] + ' of ' if failed else ''}the ONNX model for input_shape {input_shape}: {line}"
-                                  ) from error
+        what = f"{failed[1]} of the ONNX model" if failed else "the ONNX model"
+        raise UnsupportedOperator(f"TVM cannot import {what} for input_shape {input_shape}: {line}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -154,8 +154,8 @@ def _same_to_pads(model: Any) -> None:
         totals = [0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
                   for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)]
         if odd := [total for total in totals if total % 2]:
-            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other,",
-                              where(node))
+            sides = f"{odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other"
+            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {sides},", where(node))
         kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute("pads", [total // 2 for total in totals] * 2)])
@@ -197,8 +197,8 @@ def _rename(graph: Any) -> dict[str, str]:
         (value.name,) = named([value.name])
     for node in graph.node:
         if missing := [name for name in node.input if name not in ours]:
-            raise SpecError(f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight gives: the file is no "
-                            "whole model")
+            raise SpecError(f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight gives: the file is "
+                            "no whole model")
         node.input[:], node.output[:] = named(node.input), named(node.output)
     for value in graph.output:
         (value.name,) = named([value.name])

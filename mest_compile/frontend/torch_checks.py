@@ -124,10 +124,11 @@ def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
                     raise unsupported(f"{name}, a parameter, as batch_norm's {role}")
                 continue
             if name not in parameters:
-                raise unsupported(f"{name} is a buffer, which torch does not train; a fixed {role} of {node.op}", f"in {node.name!r}")
+                raise UnsupportedOperator(f"{name} is a buffer, which torch does not train, used as {node.op}'s {role}; fixed weights are "
+                                          "not supported: make it an nn.Parameter to train it")
             if not parameters[name].requires_grad:
-                raise UnsupportedOperator(f"{name} is frozen (requires_grad=False); layers that stay as they are while others train are not "
-                                          f"supported: call requires_grad_(True) on it, or on the whole model")
+                raise UnsupportedOperator(f"{name} is frozen (requires_grad=False); layers that stay as they are while others train are "
+                                          "not supported: call requires_grad_(True) on it, or on the whole model")
         if node.op == "batch_norm":
             path = node.params["running_mean"].rpartition(".")[0]
             if mixed and path in parts and not parts[path].training:

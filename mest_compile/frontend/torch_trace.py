@@ -50,8 +50,6 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Non
     module.train()
     trained, needed, functions = _forward(module, input_shape)
     if random.getstate() != python or any(np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)):
-        random.setstate(python)
-        np.random.set_state(numpy)
         raise UnsupportedOperator("forward draws random numbers in Python, which a compiled step would not: take them out")
     for call in trained + evaluated:
         if call.name in _HOOKS:
@@ -68,12 +66,9 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Non
         if (call.name, call.arguments) != (other.name, other.arguments):
             raise _difference(f"{call.name} {call.where} where evaluation does {other.name} {other.where}" if call.name != other.name
                               else f"{call.name} {call.where} with other arguments than in evaluation")
-        if other.training:
-            raise UnsupportedOperator(f"batch_norm {call.where} normalises with the batch's statistics in eval mode, too, which is not "
-                                      "supported: give it running statistics")
         if call.training is False:
-            raise UnsupportedOperator(f"batch_norm {call.where} stays in eval mode while the rest trains; statistics that stay as they are "
-                                      "are not supported")
+            raise UnsupportedOperator(f"batch_norm {call.where} stays in eval mode while the rest trains; statistics that stay as they "
+                                      "are are not supported")
     if more := trained[len(evaluated):]:
         raise _difference(f"{more[0].name} {more[0].where}, which evaluation does not")
     if more := evaluated[len(trained):]:
@@ -81,8 +76,8 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Non
 
 
 def _difference(what: str) -> UnsupportedOperator:
-    return UnsupportedOperator(f"in training mode the model does {what}; a forward pass that differs by more than BatchNorm's statistics is "
-                               "not supported: take the branch on self.training out")
+    return UnsupportedOperator(f"in training mode the model does {what}; a forward pass that differs by more than BatchNorm's statistics "
+                               "is not supported: take the branch on self.training out")
 
 
 def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[list[Called], set[int], list[str]]:
