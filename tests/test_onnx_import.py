@@ -51,11 +51,13 @@ def assert_reads_right(path, shape=(ROWS, 12)):
     return graph, state
 
 
-@pytest.mark.parametrize("names", [("a:b", "a::b", "onnx::Conv_20"), ("onnx::Q", "Q", "onnx::onnx::Q"), ("a.b.weight", "a_b.weight", "a.b_weight"),
-                                   ("input", "x.weight", "y.bias"), ("value2", "value1", "value0"), ("1", "-", "Ö b")])
+@pytest.mark.parametrize("names", [
+    ("a:b", "a::b", "onnx::Conv_20"), ("onnx::Q", "Q", "onnx::onnx::Q"), ("a.b.weight", "a_b.weight", "a.b_weight"),
+    ("input", "x.weight", "y.bias"), ("value2", "value1", "value0"), ("1", "-", "Ö b")])
 def test_weights_may_have_any_name(tmp_path, names):
     first, second, bias = names
-    path = write(tmp_path, [gemm(f"x {first}", "h"), node("Relu", "h", "r"), helper.make_node("Gemm", ["r", second, bias], ["y"], transB=1)],
+    last = helper.make_node("Gemm", ["r", second, bias], ["y"], transB=1)
+    path = write(tmp_path, [gemm(f"x {first}", "h"), node("Relu", "h", "r"), last],
                  {first: numbers(7, 12), second: numbers(CLASSES, 7), bias: numbers(CLASSES)})
     graph, state = assert_reads_right(path)
     assert list(state) == list(names)
@@ -66,7 +68,8 @@ def test_weights_may_have_any_name(tmp_path, names):
 def test_what_torch_folded_trains(tmp_path):
     """torch's exporter calls the folded weights onnx::Conv_20."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)).eval()
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                           nn.Linear(8, CLASSES)).eval()
     torch.onnx.export(module, (torch.randn(IMAGES),), tmp_path / "net.onnx", dynamo=False)
     step = mest.compile(tmp_path / "net.onnx", IMAGES, scheme="dense", sparsity=0)
     x = torch.randn(IMAGES)
@@ -100,8 +103,8 @@ def test_the_data_is_the_input_that_is_no_weight(tmp_path):
 
 def test_constant_nodes_are_weights(tmp_path):
     value = numpy_helper.from_array(numbers(CLASSES, 12), "any")
-    path = write(tmp_path, [helper.make_node("Constant", [], ["w"], value=value), helper.make_node("Constant", [], ["b"], value_floats=[1.0] * CLASSES),
-                            gemm()], {})
+    path = write(tmp_path, [helper.make_node("Constant", [], ["w"], value=value),
+                            helper.make_node("Constant", [], ["b"], value_floats=[1.0] * CLASSES), gemm()], {})
     _, state = assert_reads_right(path)
     assert sorted(state) == ["b", "w"]
 
@@ -152,7 +155,8 @@ def one(weights, nodes=None, **options):
 
 
 HALF = numpy_helper.from_array(np.ones((CLASSES, 12), np.float16), "w")
-SPARSE = helper.make_sparse_tensor(numpy_helper.from_array(np.ones(1, np.float32), "w"), numpy_helper.from_array(np.array([3]), "i"), [CLASSES, 12])
+SPARSE = helper.make_sparse_tensor(numpy_helper.from_array(np.ones(1, np.float32), "w"), numpy_helper.from_array(np.array([3]), "i"),
+                                   [CLASSES, 12])
 BRANCH = helper.make_graph([node("Identity", "x", "z")], "branch", [], [helper.make_tensor_value_info("z", 1, (ROWS, 12))])
 
 
@@ -169,7 +173,8 @@ BRANCH = helper.make_graph([node("Identity", "x", "z")], "branch", [], [helper.m
     (one({}, others=[HALF]), SpecError, "w is float16: export the model in float32"),
     (one({"w": numbers(1, 12)}), SpecError, "one class is 0 for ever"),
     (one({}, [node("Relu", "x", "y")]), SpecError, "nothing to train"),
-    (one({}, [helper.make_node("Constant", [], ["w"], sparse_value=SPARSE), gemm("x w")]), UnsupportedOperator, "a sparse Constant in node 'w'"),
+    (one({}, [helper.make_node("Constant", [], ["w"], sparse_value=SPARSE), gemm("x w")]), UnsupportedOperator,
+     "a sparse Constant in node 'w'"),
     (one({"w": numbers(CLASSES, 12), "b": numbers(1)}, [gemm()]), UnsupportedOperator, "a parameter that is no bias"),
     (one({"w": numbers(CLASSES, 12), "b": numbers(ROWS, CLASSES)}, [gemm()]), UnsupportedOperator, "a parameter that is no bias"),
 ])
