@@ -162,7 +162,7 @@ def convolutions(program: Program, layers: Mapping[str, Layer]) -> dict[tuple[st
     """{(weight name, phase): call} of every convolution and linear layer in a training program."""
     found = {}
     for call in program.calls:
-        weight, phase = call.buffers[0].name.partition(":")[0], call.name.rpartition(".")[2]
+        weight, phase = call.buffers[0].weight, call.name.rpartition(".")[2]
         if weight in layers and phase in PHASES:
             found[weight, phase] = call
     return found
@@ -178,9 +178,8 @@ def call_arrays(call: Call, layer: Layer, program: Program, seed: int = 0) -> li
 
 
 def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Generator) -> np.ndarray:
-    weight, _, part = buffer.name.partition(":")
-    if weight == layer.spec.name and part in index.arrays:
-        return index.arrays[part]
+    if buffer.weight == layer.spec.name and buffer.part in index.arrays:
+        return index.arrays[buffer.part]
     if buffer.image is not None:
         image = buffer.image
         return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))

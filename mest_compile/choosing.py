@@ -33,7 +33,7 @@ def live_cells(layer: Layer) -> int:
 
 def live_of(call: Call, layers: Mapping[str, Layer]) -> int:
     """Live cells of the layer that a call works for, 0 where it works for none."""
-    layer = layers.get(call.buffers[0].name.partition(":")[0])
+    layer = layers.get(call.buffers[0].weight)
     return live_cells(layer) if layer else 0
 
 

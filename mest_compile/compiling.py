@@ -178,11 +178,16 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
 
 
 def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from. Raises StateError."""
+    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model does not use as it
+    was. Raises StateError.
+    """
     import torch
 
+    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
+
+    model = unwrapped(model)
     trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    there = read_shapes(model)
     if there != {name: tuple(value.shape) for name, value in trained.items()}:
         odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
         raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")

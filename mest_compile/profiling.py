@@ -76,7 +76,7 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
         group = (call.kernel, _phase(call))
         times[group] += seconds[call.name]
         calls[group] += 1
-        weight = call.buffers[0].name.partition(":")[0]
+        weight = call.buffers[0].weight
         if weight in by_layer and _phase(call) in PHASES:
             by_layer[weight][_phase(call)] = seconds[call.name]
             chosen[weight][_phase(call)] = choices[call.name].origin

@@ -130,10 +130,11 @@ def test_nodes_carry_torch_names_and_attributes():
 
 def test_import_leaves_the_module_alone():
     module = Odd().train()
-    module.bn.eval()
+    module.drop.eval()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     _, state = from_torch(module, ODD_SHAPE)
-    assert module.training and module.conv.training and not module.bn.training
+    assert module.training and module.conv.training and not module.drop.training
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     state["conv.weight"][:] = 0
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name

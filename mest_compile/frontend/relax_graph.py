@@ -7,14 +7,15 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from mest_compile.errors import SpecError, UnsupportedOperator
-from mest_compile.spec import ForwardGraph, Node
+from mest_compile.frontend.naming import Draft, name_nodes
+from mest_compile.spec import ForwardGraph
 
 SUPPORTED = ("conv2d (groups=1, dilation=1)", "linear", "batch_norm", "relu", "add", "max_pool2d", "avg_pool2d",
              "global average pooling", "flatten", "dropout with p=0")
@@ -58,17 +59,6 @@ class Value:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A node before it has a name."""
-
-    op: str
-    inputs: tuple[int, ...]
-    shape: tuple[int, ...]
-    params: dict[str, str] = field(default_factory=dict)
-    attrs: dict[str, Any] = field(default_factory=dict)
-
-
 READERS: dict[str, Callable] = {}
 
 
@@ -93,6 +83,14 @@ def read_main(function: Any, parameters: Mapping[str, str], state_shapes: Mappin
     Raises UnsupportedOperator, SpecError.
     """
     return Reader(parameters, state_shapes, places, may_transpose).read(function)
+
+
+def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
+    """Raises SpecError when a weight that the graph uses is NaN or infinite."""
+    for node in graph.nodes:
+        for name in node.params.values():
+            if wrong := np.count_nonzero(~np.isfinite(state[name])):
+                raise SpecError(f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from before it diverged")
 
 
 class Reader:
@@ -138,7 +136,10 @@ class Reader:
         if len(logits.shape) != 2 or logits.shape[0] != input_shape[0]:
             raise SpecError(f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
                             "end it with flatten and a linear layer")
-        return ForwardGraph(self._nodes(logits.draft), input_shape, self.state_shapes), self.transposed
+        if logits.shape[1] < 2:
+            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each "
+                            "class; 2 of them for yes and no are binary cross-entropy of their difference")
+        return ForwardGraph(name_nodes(self.drafts, logits.draft), input_shape, self.state_shapes), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:
         """The place of each binding. An operator's helper bindings come before the one that its place is known for."""
@@ -193,44 +194,6 @@ class Reader:
             attrs: dict[str, Any] | None = None) -> Value:
         self.drafts.append(Draft(op, tuple(value.draft for value in inputs), shape, params or {}, attrs or {}))
         return Value(len(self.drafts) - 1, shape)
-
-    def _nodes(self, last: int) -> tuple[Node, ...]:
-        """The drafts that the logits need, named, with the logits last."""
-        if last < 0:
-            raise SpecError("the model's output is its input: there is nothing to train")
-        needed, pending = set(), [last]
-        while pending:
-            index = pending.pop()
-            if index >= 0 and index not in needed:
-                needed.add(index)
-                pending.extend(self.drafts[index].inputs)
-        order = sorted(needed)                    # drafts are made in topological order, so the logits come last
-        self._check_not_shared(order)
-
-        names, taken = {-1: "input"}, {"input"}
-        for index in order:
-            if "weight" in self.drafts[index].params:
-                names[index] = self.drafts[index].params["weight"].removesuffix(".weight")
-                taken.add(names[index])
-        counts: dict[str, int] = {}
-        for index in order:
-            while index not in names:
-                op = self.drafts[index].op
-                counts[op] = counts.get(op, 0) + 1
-                if (name := f"{op}_{counts[op]}") not in taken:
-                    names[index] = name
-                    taken.add(name)
-        return tuple(Node(draft.op, names[index], tuple(names[source] for source in draft.inputs), draft.shape, draft.params, draft.attrs)
-                     for index in order for draft in [self.drafts[index]])
-
-    def _check_not_shared(self, order: list[int]) -> None:
-        seen: set[str] = set()
-        for index in order:
-            for name in self.drafts[index].params.values():
-                if name in seen:
-                    raise UnsupportedOperator(f"{name} is used by two operators; shared weights cannot be trained here: "
-                                              "give each operator its own")
-                seen.add(name)
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -304,9 +267,11 @@ def _add(reader: Reader, call: Any, arguments: list) -> Any:
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
     if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
         layer = reader.drafts[value.draft]
-        form = {"conv2d": "channel", "linear": ""}.get(layer.op)
-        fits = reader.state_shapes[bias.name] == (value.shape[1],)
-        if bias.form == form and fits and "bias" not in layer.params:
+        held = (1, prod(reader.state_shapes[bias.name]), 1, 1) if bias.form == "channel" else reader.state_shapes[bias.name]
+        # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
+        wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
+        fits = bias.form in ("", "channel") and held == wanted[len(wanted) - len(held):] and prod(held) == value.shape[1]
+        if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
             # A second draft of the same layer: should its result without the bias be used as well, the shared weight is noticed.
             reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
             return Value(len(reader.drafts) - 1, value.shape)

@@ -54,8 +54,7 @@ def _padded(program: Program, other: Program) -> list[int]:
 
 def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
     """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
-    name, _, part = buffer.name.partition(":")
-    layer, cells = layers[name], live_units[name]
+    layer, cells = layers[buffer.weight], live_units[buffer.weight]
     if buffer.kind == "indices":
-        return FAMILIES.find(layer.kernels).index_elems(layer, part, cells)
+        return FAMILIES.find(layer.kernels).index_elems(layer, buffer.part, cells)
     return cells * layer.scheme.cell_elems(layer.spec)

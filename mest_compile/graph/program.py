@@ -23,6 +23,7 @@ class Buffer:
     kind        what its bytes are counted as: "batch", "values", "indices", "gradients", "optimizer", "arena"
     image       how an activation lies in it, None for anything else
     parts       torch names of the dense parameters or statistics in it, one after another
+    weight      the layer's weight, where a layer holds it, and `part` what of the layer: "" its values, "gradient", an index array
     """
 
     name: str
@@ -31,6 +32,8 @@ class Buffer:
     kind: str = "arena"
     image: Image | None = None
     parts: tuple[str, ...] = ()
+    weight: str = ""
+    part: str = ""
 
     @property
     def held(self) -> bool:

@@ -71,7 +71,10 @@ class KernelFamily(ABC):
     @staticmethod
     def hold(layer: Layer, low: Lowering, part: str, kind: str, elems: int | None = None) -> Buffer:
         """The layer's held buffer of that part; elems None: its size depends on the mask."""
-        return low.hold(f"{layer.spec.name}:{part}" if part else layer.spec.name, elems, kind, "int32" if kind == "indices" else "float32")
+        weight = layer.spec.name
+        buffer = low.hold(f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32")
+        buffer.weight, buffer.part = weight, part
+        return buffer
 
     def _convolve(self, node: Node, low: Lowering, result: Buffer, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []

@@ -49,13 +49,24 @@ def mapping(value: Any, what: str) -> Mapping[str, Any]:
     return value
 
 
-def state(value: Any) -> dict[str, np.ndarray]:
-    """{torch name: float32 array} of a state_dict, batch counters left out. Raises StateError; values must be finite."""
-    found = {str(name): array(one, np.float32, str(name), StateError) for name, one in mapping(value, "the state").items()
-             if not str(name).endswith("num_batches_tracked")}
-    if bad := [name for name, one in found.items() if not np.isfinite(one).all()]:
+def state(value: Any, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{torch name: array} of a state_dict, float32 or, of what is kept unused, the type that it has; batch counters that the model does not
+    have are left out. Raises StateError; what is used must be finite.
+    """
+    found = {str(name): one for name, one in mapping(value, "the state").items()
+             if name in shapes or not str(name).endswith("num_batches_tracked")}
+    for name, one in found.items():
+        found[name] = _as_kept(one, kept[name].dtype, name) if name in kept else array(one, np.float32, name, StateError)
+    if bad := [name for name, one in found.items() if name not in kept and not np.isfinite(one).all()]:
         raise StateError(f"the state has values that are NaN or infinite in float32: in {shortened(bad)}; load an earlier one")
     return found
+
+
+def _as_kept(value: Any, dtype: np.dtype, name: str) -> np.ndarray:
+    try:
+        return np.array(_of_torch(value) if hasattr(value, "detach") else value, dtype)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise StateError(f"{name} is no array of {dtype} ({' '.join(str(problem).split())})") from problem
 
 
 def mask(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -91,7 +91,7 @@ class Specializer:
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
         for call in program.calls:
-            layer = call.buffers[0].name.partition(":")[0]
+            layer = call.buffers[0].weight
             if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
                 self._places[layer].append(Place(call, sources[program.name, call.name]))
         self._exchange, self._get, self._builder = exchange, get, builder

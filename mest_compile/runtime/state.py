@@ -37,6 +37,7 @@ class HeldState:
     held   name -> buffer of all arrays that outlive a call
     cells  weight name -> where the live cells lie in the grid, (live,) int32, ascending: the mask
     places weight name -> where in the value array each of them stands
+    kept   torch name -> what no operator of the model uses, in its own type: it stays in this process as it is
     """
 
     def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
@@ -47,6 +48,8 @@ class HeldState:
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
+        used = {*layers, *(part for buffer in self._dense for part in buffer.parts)}
+        self.kept: dict[str, np.ndarray] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in used}
         self.start_on(runner)
 
     def start_on(self, runner: Runner) -> None:
@@ -163,9 +166,13 @@ class HeldState:
             arrays[name] = gather_units(as_conv(state[name]), self.order(name), layer.scheme.grid(layer.spec))
         return arrays
 
+    def unused(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Copies of what `kept` is to be of a state."""
+        return {name: np.array(state[name]) for name in self.kept}
+
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
         """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape, 0 at dead weights."""
-        found = {}
+        found = {} if suffix else {name: array.copy() for name, array in self.kept.items()}
         for buffer in self._dense:
             if buffer.name + suffix in self.held:
                 flat, start = self.get(buffer.name + suffix), 0

@@ -143,6 +143,7 @@ class TrainStep:
             keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), self._rng)
             self._state.install(self._state.arranged(name, cells_of(keep)))
         self._state.write(self._state.filling(state))
+        self._state.kept = self._state.unused(state)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Of copy, deepcopy and pickle. Raises UsageError."""
@@ -349,13 +350,14 @@ class TrainStep:
         Raises StateError on names or shapes that do not fit, on values that are not finite, and on weights that are not 0 where the mask is
         dead; nothing is changed then.
         """
-        state = arguments.state(state)
+        state = arguments.state(state, self._compiled.graph.state_shapes, self._state.kept)
         self._state.check(state)
         for name, layer in self._compiled.layers.items():
             wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self._state.keep(name))])
             if wrong:
                 raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
-        self._changes.make(partial(self._state.write, self._state.filling(state)))
+        self._changes.make(partial(self._state.write, self._state.filling(state)),
+                           partial(setattr, self._state, "kept", self._state.unused(state)))
 
     # Masks.
 
@@ -493,6 +495,7 @@ class TrainStep:
             json.dumps(extra)
         except (TypeError, ValueError) as problem:
             raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
+        others |= {f"kept/{name}": array for name, array in self._state.kept.items()}
         facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
         checkpoint.write(path, held | orders | others, facts)
 
@@ -534,9 +537,11 @@ class TrainStep:
         held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
         lacking = {f"order/{name}" for name in self._compiled.layers} - arrays.keys()
         lacking |= {f"held/{name}" for name in self._state.own() if name not in held}
+        lacking |= {f"kept/{name}" for name in self._state.kept} - arrays.keys()
         if lacking:
             raise StateError(f"checkpoint {path} lacks {arguments.shortened(sorted(lacking))}; it is of another version of mest-compile")
         parts: list[Part] = []
+        kept = {name: arrays[f"kept/{name}"].reshape(self._compiled.graph.state_shapes[name]) for name in self._state.kept}
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
             arranged = self._state.arranged(name, np.unique(order))
@@ -547,7 +552,7 @@ class TrainStep:
                 held |= {part: held[part].reshape(len(order), -1)[there] for part in parts_of}
             arranged.arrays.update({part: held.pop(part) for part in parts_of})
             parts.append(partial(self._install, arranged))
-        return [*parts, partial(self._state.write, held)]
+        return [*parts, partial(self._state.write, held), partial(setattr, self._state, "kept", kept)]
 
     # Devices.
 

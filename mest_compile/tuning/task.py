@@ -139,7 +139,7 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
 
 def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
               rng: np.random.Generator) -> np.ndarray:
-    name, _, part = buffer.name.partition(":")
+    name, part = buffer.weight, buffer.part
     if name in layers and name not in indices:
         layer = layers[name]
         energy = rng.random(layer.scheme.grid(layer.spec))

@@ -1,0 +1,74 @@
+"""Drafts of nodes become nodes with names: those that the logits need, in order, each layer under its torch path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mest_compile.errors import SpecError, UnsupportedOperator
+from mest_compile.spec import Node
+
+INPUT = "input"  # what nodes call the graph's input
+# What a step calls its own arrays; it holds a parameter under the parameter's name.
+TAKEN = ("images", "labels", "loss", "correct", "logits", "hyper")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A node before it has a name; inputs are places in the list of drafts, -1 the graph's input."""
+
+    op: str
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    params: dict[str, str] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
+    """The drafts that the logits, at place `last`, need. Raises SpecError, UnsupportedOperator."""
+    needed, pending = set(), [last]
+    while pending:
+        index = pending.pop()
+        if index >= 0 and index not in needed:
+            needed.add(index)
+            pending.extend(drafts[index].inputs)
+    order = sorted(needed)                    # drafts are made in topological order, so the logits come last
+    if not any(drafts[index].op in ("conv2d", "linear") for index in order):
+        raise SpecError("there is nothing to train: the model's output depends on no convolution and no linear layer")
+    _check_parameters([name for index in order for name in drafts[index].params.values()])
+
+    layers = {index: drafts[index].params["weight"].removesuffix(".weight") for index in order if "weight" in drafts[index].params}
+    taken = {INPUT, *layers.values()}
+    names = {-1: INPUT}
+    for index, path in layers.items():
+        names[index] = path if path != INPUT else _free(path, taken)
+    counts: dict[str, int] = {}
+    for index in order:
+        while index not in names:
+            op = drafts[index].op
+            counts[op] = counts.get(op, 0) + 1
+            if (name := f"{op}_{counts[op]}") not in taken:
+                names[index] = name
+                taken.add(name)
+    return tuple(Node(draft.op, names[index], tuple(names[source] for source in draft.inputs), draft.shape, draft.params, draft.attrs)
+                 for index in order for draft in [drafts[index]])
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _check_parameters(used: list[str]) -> None:
+    """used: the parameters and statistics of all nodes, one after another."""
+    seen: set[str] = set()
+    for name in used:
+        if name in seen:
+            raise UnsupportedOperator(f"{name} is used by two operators; shared weights cannot be trained here: give each operator its own")
+        seen.add(name)
+    for name in used:
+        if name in TAKEN or ":" in name and name.rpartition(":")[0] in seen:
+            raise SpecError(f"{name!r} cannot be a parameter's name here, a step calls an array of its own so: rename it in the model")

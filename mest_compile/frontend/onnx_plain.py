@@ -1,0 +1,206 @@
+"""An ONNX model in the spellings that TVM's importer reads right, and what each name meant.
+
+TVM's importer drops prefixes, parses names as C++ scopes and lets two of them fall together, so it gets names of ours. Weights may come as
+initializers, as Constant nodes, or through Identity nodes where torch.onnx.export has merged equal ones: here all are initializers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mest_compile.errors import SpecError
+from mest_compile.frontend.relax_graph import unsupported
+
+WINDOWS = ("Conv", "MaxPool", "AveragePool")
+FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
+
+
+def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Rewrites `model` in place; returns (weights by their own name, name of ours -> the value's own name).
+
+    input_shape  of the one input that is no initializer, whose sizes it sets
+    Raises SpecError, UnsupportedOperator.
+    """
+    graph = model.graph
+    for node in graph.node:
+        node.name = node.name or " ".join(node.output)
+    _refuse_foreign(graph)
+    _weights_to_initializers(graph)
+    data = _data_input(graph, input_shape)
+    del graph.input[:]
+    graph.input.append(data)
+    _sums_to_additions(graph)
+    _same_to_pads(model)
+    state = _state(graph)
+    return state, {ours: name for name, ours in _rename(graph).items()}
+
+
+def where(node: Any) -> str:
+    """Where an ONNX node stands, for error messages."""
+    return f"in node {node.name!r}"
+
+
+def _refuse_foreign(graph: Any) -> None:
+    from onnx import AttributeProto
+
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise unsupported(f"{node.domain}.{node.op_type}", where(node))
+        if any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute):
+            raise unsupported(node.op_type, where(node))
+    if graph.sparse_initializer:
+        raise SpecError(f"dense weights are wanted, {graph.sparse_initializer[0].values.name} is a sparse_initializer: export the model "
+                        "with dense ones")
+
+
+def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
+    """The input that is no weight, with the sizes of `input_shape`."""
+    held = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in held]
+    if len(inputs) != 1:
+        raise SpecError(f"a model with one input is wanted, this one has {len(inputs)}: "
+                        f"{', '.join(value.name for value in inputs) or 'is it an ONNX model?'}")
+    shape = inputs[0].type.tensor_type.shape
+    declared = [dim.dim_value or None for dim in shape.dim]       # None where the size is free
+    known = inputs[0].type.tensor_type.HasField("shape")
+    if known and (len(declared) != len(input_shape)
+                  or any(want not in (None, size) for want, size in zip(declared[1:], input_shape[1:], strict=True))):
+        shown = ", ".join("any" if size is None else str(size) for size in declared)
+        raise SpecError(f"the model takes an input of shape ({shown}), input_shape is {input_shape}")
+    del shape.dim[:]
+    for size in input_shape:
+        shape.dim.add().dim_value = size
+    return inputs[0]
+
+
+def _weights_to_initializers(graph: Any) -> None:
+    """Constant nodes of rank 1 and more, and Identity of an initializer, become initializers under their output's name."""
+    from onnx import TensorProto, numpy_helper
+
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    rest = []
+    for node in graph.node:
+        tensor = None
+        if node.op_type == "Identity" and node.input[0] in held:
+            tensor = TensorProto()
+            tensor.CopyFrom(held[node.input[0]])
+        elif node.op_type == "Constant":
+            tensor = _constant(node, numpy_helper)
+        if tensor is None:
+            rest.append(node)
+            continue
+        tensor.name = node.output[0]
+        held[tensor.name] = tensor
+        graph.initializer.append(tensor)
+    del graph.node[:]
+    graph.node.extend(rest)
+
+
+def _constant(node: Any, numpy_helper: Any) -> Any:
+    """The tensor of a Constant node that may be a weight; None for what TVM should fold."""
+    value = node.attribute[0]
+    if value.name == "value_floats":
+        return numpy_helper.from_array(np.array(value.floats, np.float32))
+    if value.name == "sparse_value":
+        raise unsupported("a sparse Constant", where(node))
+    return value.t if value.name == "value" and value.t.dims and _is_float(value.t) else None
+
+
+def _is_float(tensor: Any) -> bool:
+    from onnx import TensorProto
+
+    return TensorProto.DataType.Name(tensor.data_type) in FLOATS
+
+
+def _sums_to_additions(graph: Any) -> None:
+    """Sum of two and more values as Add, which is what it is where no sizes are repeated; TVM stacks them."""
+    from onnx import helper
+
+    rest = []
+    for node in graph.node:
+        if node.op_type != "Sum":
+            rest.append(node)
+            continue
+        total = node.input[0]
+        for place, term in enumerate(node.input[1:], 2):
+            result = node.output[0] if place == len(node.input) else f"{node.output[0]}/sum of {place}"
+            rest.append(helper.make_node("Add", [total, term], [result], name=node.name))
+            total = result
+        if len(node.input) == 1:
+            rest.append(helper.make_node("Identity", [total], [node.output[0]], name=node.name))
+    del graph.node[:]
+    graph.node.extend(rest)
+
+
+def _same_to_pads(model: Any) -> None:
+    """auto_pad as the padding that it is for this input; TVM pads by an operator of its own, and max pools by zeros."""
+    from onnx import helper
+
+    def auto_pad(node: Any) -> str:
+        return next((item.s.decode() for item in node.attribute if item.name == "auto_pad"), "NOTSET")
+
+    padded = [node for node in model.graph.node if node.op_type in WINDOWS and auto_pad(node) != "NOTSET"]
+    shapes = _shapes(model) if padded else {}
+    for node in padded:
+        how, attributes = auto_pad(node), {item.name: list(item.ints) for item in node.attribute if item.ints}
+        kernel = attributes.get("kernel_shape") or list(shapes.get(node.input[1], ())[2:])
+        image = shapes.get(node.input[0], ())[2:]
+        if not kernel or len(kernel) != len(image):
+            raise SpecError(f"auto_pad={how} {where(node)} needs a known size of its input: export the model with explicit pads")
+        strides, dilations = (attributes.get(name) or [1] * len(kernel) for name in ("strides", "dilations"))
+        totals = [0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
+                  for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)]
+        if odd := [total for total in totals if total % 2]:
+            sides = f"{odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other"
+            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {sides},", where(node))
+        kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("pads", [total // 2 for total in totals] * 2)])
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Every value's shape as far as ONNX infers it; 0 for sizes that it does not know."""
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(model).graph
+    known = {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in [*graph.input, *graph.value_info]}
+    known = {name: shape for name, shape in known.items() if all(shape)}
+    return known | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+
+
+def _state(graph: Any) -> dict[str, np.ndarray]:
+    """The weights by name; whole numbers and truth values are shapes and axes, no weights."""
+    from onnx import TensorProto, numpy_helper
+
+    state = {}
+    for tensor in graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        if not _is_float(tensor):
+            continue
+        if kind != "FLOAT":
+            raise SpecError(f"float32 parameters are wanted, {tensor.name} is {kind.lower()}: export the model in float32")
+        state[tensor.name] = numpy_helper.to_array(tensor).copy()
+    return state
+
+
+def _rename(graph: Any) -> dict[str, str]:
+    """Gives every value of the graph a name of ours; returns {its own name: ours}."""
+    ours: dict[str, str] = {"": ""}                                # an input that is left out
+
+    def named(names: Iterable[str]) -> list[str]:
+        return [ours.setdefault(name, f"value{len(ours)}") for name in names]
+
+    for value in [*graph.initializer, *graph.input]:
+        (value.name,) = named([value.name])
+    for node in graph.node:
+        if missing := [name for name in node.input if name not in ours]:
+            raise SpecError(f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight gives: the file is "
+                            "no whole model")
+        node.input[:], node.output[:] = named(node.input), named(node.output)
+    for value in graph.output:
+        (value.name,) = named([value.name])
+    del graph.value_info[:]
+    return ours
