@@ -7,13 +7,16 @@ import signal
 import sys
 import types
 from dataclasses import dataclass, replace
+from io import StringIO
 
 import numpy as np
 import pytest
 from masks import grow, prune
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mest_compile.cli.progress import TrainingProgress
 from mest_compile.errors import InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.mutation import Phase, importance
 from mest_compile.recipe import Recipe
@@ -448,3 +451,21 @@ def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypa
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
     assert extra_of(tmp_path / "run" / "checkpoint.previous.safetensors")["epoch"] == 5
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_prints_the_sparsity_of_all_weights_together():
+    class Two(SoftmaxStep):
+        def masks(self):
+            return super().masks() | {"small": np.ones(160, bool)}
+
+        def sparsity(self):
+            return super().sparsity() | {"small": 0.0}
+
+        def describe(self):
+            return super().describe() | {"sparsity": {"weight": 0.9, "small": 0.0}}
+
+    said = StringIO()
+    step = Two()
+    with TrainingProgress(Console(file=said, width=200), step.batch) as progress:
+        run = Trainer(step, Recipe(1, "static", lr=0.05), progress=progress).fit(TRAIN, TEST)
+    assert run.history[0]["overall_sparsity"] == 0.72 and "sparsity 0.720" in said.getvalue()
