@@ -7,13 +7,16 @@ import signal
 import sys
 import types
 from dataclasses import dataclass, replace
+from io import StringIO
 
 import numpy as np
 import pytest
 from masks import grow, prune
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mest_compile.cli.progress import TrainingProgress
 from mest_compile.data import Dataset, as_dataset
 from mest_compile.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.mutation import Phase, importance
@@ -621,3 +624,21 @@ def test_as_many_losses_with_whole_epochs_in_between_end_no_run(tmp_path):
     run = Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
     assert step.reconnected == LEARNABLE.epochs > MOST_LOSSES
     assert without_clock(run.history) == without_clock(Trainer(SoftmaxStep(), LEARNABLE, tmp_path / "whole").fit(TRAIN, TEST).history)
+
+
+def test_a_run_prints_the_sparsity_of_all_weights_together():
+    class Two(SoftmaxStep):
+        def masks(self):
+            return super().masks() | {"small": np.ones(160, bool)}
+
+        def sparsity(self):
+            return super().sparsity() | {"small": 0.0}
+
+        def describe(self):
+            return super().describe() | {"sparsity": {"weight": 0.9, "small": 0.0}}
+
+    said = StringIO()
+    step = Two()
+    with TrainingProgress(Console(file=said, width=200), step.batch) as progress:
+        run = Trainer(step, Recipe(1, "static", lr=0.05), progress=progress).fit(TRAIN, TEST)
+    assert run.history[0]["overall_sparsity"] == 0.72 and "sparsity 0.720" in said.getvalue()

@@ -21,8 +21,6 @@ def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
 
     Source: Evci et al., RigL, arXiv:1911.11134, section 3.
     """
-    if sparsity == 0.0:
-        return {layer.name: 0.0 for layer in layers}
     raw = {layer.name: sum(layer.weight_shape) / layer.weight_elems for layer in layers}
     elems = {layer.name: layer.weight_elems for layer in layers}
     live = (1.0 - sparsity) * sum(elems.values())
