@@ -23,6 +23,8 @@ def array(value: Any, dtype: type, what: str, error: type[MestError] = InputErro
             raise error(f"{what} have type {found.dtype}; wanted real numbers")
         if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
             raise error(f"{what} have masked values; fill them first, for example by .filled(0)")
+        if found.dtype == dtype:
+            return np.ascontiguousarray(found)
         with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
             return np.ascontiguousarray(found, dtype)
     except (TypeError, ValueError, RuntimeError) as problem:
