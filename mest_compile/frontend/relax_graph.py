@@ -221,7 +221,7 @@ def _is_stored(*values: Any) -> bool:
 
 
 @reads("relax.nn.conv2d")
-def _conv2d(reader: Reader, call: Any, arguments: list) -> Any:
+def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, weight = call.attrs, arguments[1]
     image = reader.activation(arguments[0])
     if not _is_stored(weight):
@@ -235,7 +235,7 @@ def _conv2d(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.matmul")
-def _matmul(reader: Reader, call: Any, arguments: list) -> Any:
+def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
     features, weight = reader.activation(arguments[0]), arguments[1]
     if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:
         raise reader.error("matmul of two activations")
@@ -250,7 +250,7 @@ def _matmul(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.permute_dims")
-def _permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
+def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
     value = arguments[0]
     if _is_stored(value) and len(reader.state_shapes[value.name]) == 2:
         return Parameter(value.name, "transposed")
@@ -258,7 +258,7 @@ def _permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.add")
-def _add(reader: Reader, call: Any, arguments: list) -> Any:
+def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
     if isinstance(left, Value) and isinstance(right, Value):
         if left.shape != right.shape:
@@ -279,7 +279,7 @@ def _add(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.nn.batch_norm")
-def _batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
+def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs = call.attrs
     image = reader.activation(arguments[0])
     if int(attrs.axis) != 1 or not _is_stored(*arguments[1:]):
@@ -298,13 +298,13 @@ def _single(value: float) -> float:
 
 
 @reads("relax.nn.relu")
-def _relu(reader: Reader, call: Any, arguments: list) -> Any:
+def read_relu(reader: Reader, call: Any, arguments: list) -> Any:
     image = reader.activation(arguments[0])
     return reader.add("relu", (image,), image.shape)
 
 
 @reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d")
-def _pool(reader: Reader, call: Any, arguments: list) -> Any:
+def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.")
     image, shape = reader.activation(arguments[0]), _shape(call)
     kernel, stride = _pair(attrs.pool_size), _pair(attrs.strides)
@@ -322,7 +322,7 @@ def _pool(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.nn.adaptive_avg_pool2d")
-def _adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
+def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
     image, shape = reader.activation(arguments[0]), _shape(call)
     if shape[2:] == (1, 1):
         return reader.add("global_avg_pool", (image,), shape)
@@ -334,7 +334,7 @@ def _adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.mean")
-def _mean(reader: Reader, call: Any, arguments: list) -> Any:
+def read_mean(reader: Reader, call: Any, arguments: list) -> Any:
     image = reader.activation(arguments[0])
     rank = len(image.shape)
     axes = range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
@@ -344,7 +344,7 @@ def _mean(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten")
-def _reshape(reader: Reader, call: Any, arguments: list) -> Any:
+def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if isinstance(value, Parameter):
         held = reader.state_shapes[value.name]
@@ -360,7 +360,7 @@ def _reshape(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 @reads("relax.nn.dropout")
-def _dropout(reader: Reader, call: Any, arguments: list) -> Any:
+def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
     if float(call.attrs.rate) > 0:
         raise dropout_error(_single(call.attrs.rate), reader.place())
     return reader.activation(arguments[0]), Refused(reader.error("dropout's mask used as a value"))
