@@ -27,13 +27,13 @@ from typing import Any
 import documents
 import numpy as np
 
-from mest_compile.benchmark import machine
-from mest_compile.errors import MestError
-from mest_compile.recipe import Recipe
-from mest_compile.runfolder import write_atomically, write_json
+from mest_compile.base.errors import MestError
+from mest_compile.base.files import write_atomically, write_json
+from mest_compile.measuring.benchmark import machine
+from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
-from mest_compile.sieve import SieveRule
-from mest_compile.spec import SGD
+from mest_compile.training.recipe import Recipe
+from mest_compile.training.sieve import SieveRule
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy.json", ROOT / "docs" / "results.md"
@@ -88,7 +88,7 @@ class TorchStep:
     def __init__(self, shape: tuple[int, ...], classes: int, seed: int):
         import torch
 
-        from mest_compile.models import build_model
+        from mest_compile.models.catalog import build_model
 
         torch.set_num_threads(1)
         self.input_shape, self.batch, self.classes = shape, shape[0], classes
@@ -172,7 +172,7 @@ def kind(run: Run, sparsity: float) -> str:
 def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
     """The run's step before training."""
     import mest_compile as mest
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
 
     if run.method == "torch":
         return TorchStep(shape, classes, run.seed)
@@ -187,7 +187,7 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
     All kinds take turns of PACE_BATCHES iterations of the training loop in one process; medians over PACE_ROUNDS rounds, and the spread.
     """
     from mest_compile.data import load
-    from mest_compile.training import Trainer
+    from mest_compile.training.loop import Trainer
 
     split = load("fashion-mnist", data_folder)
     few = replace(split.train, images=split.train.images[:PACE_BATCHES * BATCH], labels=split.train.labels[:PACE_BATCHES * BATCH])
@@ -215,7 +215,7 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
 def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
     """The run's entry of the results; goes on with a run that is in `folder`."""
     from mest_compile.data import load
-    from mest_compile.training import Trainer
+    from mest_compile.training.loop import Trainer
 
     split = load("fashion-mnist", data_folder)
     step = compiled(run, (BATCH, *split.train.images.shape[1:]), split.train.classes)

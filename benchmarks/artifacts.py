@@ -14,7 +14,7 @@ from typing import Any
 
 import documents
 
-from mest_compile.runfolder import write_atomically
+from mest_compile.base.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "results" / "artifacts.json", HERE.parent / "docs" / "devices.md"

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import mest_compile as mest
-from mest_compile.benchmark import machine
-from mest_compile.building import Builder
-from mest_compile.contestants import Case
-from mest_compile.models import build_model
-from mest_compile.runfolder import write_json
+from mest_compile.base.files import write_json
+from mest_compile.kernels.cache import Builder
+from mest_compile.measuring.benchmark import machine
+from mest_compile.measuring.contestants import Case
+from mest_compile.models.catalog import build_model
 from mest_compile.tuning.task import Task, prepare, tasks_of
 from mest_compile.tuning.worker import copies_of
 

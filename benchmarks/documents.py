@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mest_compile.errors import StateError
+from mest_compile.base.errors import StateError
 
 
 def embed(page: str, text: str, what: str) -> str:

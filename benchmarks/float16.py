@@ -22,9 +22,9 @@ import documents
 from neon import HERE, LAYERS, TARGET
 from run import RESULTS, WIDE
 
-from mest_compile.benchmark import compare, machine
-from mest_compile.errors import MestError
-from mest_compile.runfolder import write_atomically, write_json
+from mest_compile.base.errors import MestError
+from mest_compile.base.files import write_atomically, write_json
+from mest_compile.measuring.benchmark import compare, machine
 
 FILE, DOCUMENT = RESULTS / "float16.json", HERE.parent / "docs" / "memory.md"
 embed = partial(documents.embed, what="float16")
@@ -38,7 +38,7 @@ def accuracy() -> dict[str, Any]:
     """Test accuracy of every seed and what the batches' losses were at the end."""
     import mest_compile as mest
     from mest_compile.data import load
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
 
     split = load(DATA)
     shape = (BATCH, *split.train.images.shape[1:])
@@ -61,10 +61,10 @@ def speed() -> dict[str, Any]:
 
 
 def modelled() -> dict[str, Any]:
-    from mest_compile.analysis import analyse
     from mest_compile.frontend import import_model
-    from mest_compile.hardware import find_target
-    from mest_compile.models import build_model
+    from mest_compile.hardware.target import find_target
+    from mest_compile.measuring.analysis import analyse
+    from mest_compile.models.catalog import build_model
     from mest_compile.sparsity import parse_scheme
 
     shape = (8, *WIDE.input_shape[1:])

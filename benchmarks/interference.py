@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import mest_compile as mest
-from mest_compile.benchmark import machine
-from mest_compile.building import KernelSource
-from mest_compile.models import build_model
-from mest_compile.workers import SHARE, Workers
+from mest_compile.kernels.source import KernelSource
+from mest_compile.kernels.workers import SHARE, Workers
+from mest_compile.measuring.benchmark import machine
+from mest_compile.models.catalog import build_model
 
 SHAPE, WIDTH, SPARSITY = (64, 3, 32, 32), 32, 0.9
 ROUNDS, STEPS = 11, 30

@@ -14,12 +14,12 @@ from typing import Any
 
 import documents
 
-from mest_compile.analysis import analyse
-from mest_compile.errors import MestError
+from mest_compile.base.errors import MestError
+from mest_compile.base.files import write_atomically
 from mest_compile.frontend import import_model
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.runfolder import write_atomically
+from mest_compile.hardware.target import find_target
+from mest_compile.measuring.analysis import analyse
+from mest_compile.models.catalog import build_model
 from mest_compile.sparsity import parse_scheme
 
 HERE = Path(__file__).resolve().parent

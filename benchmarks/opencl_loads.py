@@ -17,14 +17,14 @@ from typing import Any
 
 import documents
 
-from mest_compile.building import kernel_source
+from mest_compile.backends.opencl.code import compile_opencl
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.opencl_kernels import compile_opencl
-from mest_compile.planning import plan_layers
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.source import kernel_source
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.layers import plan_layers
 from mest_compile.sparsity import parse_scheme
 
 SHAPE, WIDTH, LAYER, TARGET = (64, 3, 32, 32), 32, "layer1.1.conv1", "mali-g78"

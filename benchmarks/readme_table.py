@@ -14,9 +14,9 @@ from typing import Any
 import documents
 import threads
 
-from mest_compile.errors import MestError
-from mest_compile.runfolder import write_atomically
-from mest_compile.speedtable import Row, SpeedTable
+from mest_compile.base.errors import MestError
+from mest_compile.base.files import write_atomically
+from mest_compile.measuring.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import mest_compile as mest
-from mest_compile.benchmark import machine
-from mest_compile.building import Builder, KernelSource
-from mest_compile.models import build_model
-from mest_compile.workers import Workers
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import KernelSource
+from mest_compile.kernels.workers import Workers
+from mest_compile.measuring.benchmark import machine
+from mest_compile.models.catalog import build_model
 
 SHAPE, WIDTH, SPARSITY = (64, 3, 32, 32), 32, 0.9
 REPEATS = 3

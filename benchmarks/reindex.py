@@ -17,9 +17,9 @@ from statistics import median
 import numpy as np
 
 import mest_compile as mest
-from mest_compile.benchmark import machine
-from mest_compile.models import build_model
-from mest_compile.runfolder import write_json
+from mest_compile.base.files import write_json
+from mest_compile.measuring.benchmark import machine
+from mest_compile.models.catalog import build_model
 
 SHAPE, WIDTH, SPARSITY, PRUNE_TO = (64, 3, 32, 32), 32, 0.9, 0.92
 SCHEMES, THREADS, TURNS, WARM = ("unstructured", "block:4x1", "pattern", "filter", "channel"), (1, 2), 40, 5

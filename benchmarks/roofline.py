@@ -14,16 +14,16 @@ from pathlib import Path
 
 import documents
 
-from mest_compile.errors import MestError
+from mest_compile.base.errors import MestError
+from mest_compile.base.files import write_atomically
 from mest_compile.frontend import import_model
-from mest_compile.graph.footprint import masked_elems
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.graph.program import ITEM_BYTES, Call
-from mest_compile.hardware import Target, find_target
-from mest_compile.models import build_model
-from mest_compile.planning import plan_layers
-from mest_compile.runfolder import write_atomically
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.program import ITEM_BYTES, Call
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.family import masked_elems
+from mest_compile.planning.layers import plan_layers
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 

@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mest_compile.benchmark import compare
-from mest_compile.contestants import SWAPPED_ABOVE, Case
-from mest_compile.errors import MestError, NotInstalled, StateError
-from mest_compile.runfolder import write_json
+from mest_compile.base.errors import MestError, NotInstalled, StateError
+from mest_compile.base.files import write_json
+from mest_compile.measuring.benchmark import compare
+from mest_compile.measuring.contestants import SWAPPED_ABOVE, Case
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMES = ("unstructured", "block:4x1", "pattern", "filter", "channel")

@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mest_compile.hardware import Target, find_target
-from mest_compile.records import STEP, Measure, Record, Records, cpu_of, is_foreign, plain
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.records.log import Measure, Record, Records, cpu_of, is_foreign, plain
+from mest_compile.records.record import STEP
 
 FOLDER = Path(__file__).resolve().parent.parent / "autotune_logs"
 

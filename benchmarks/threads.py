@@ -15,8 +15,8 @@ from typing import Any
 
 from run import RESULTS, WIDE
 
-from mest_compile.benchmark import machine
-from mest_compile.runfolder import write_json
+from mest_compile.base.files import write_json
+from mest_compile.measuring.benchmark import machine
 
 THREADS = (1, 2)
 SCHEMES = ("block:4x1", "unstructured")
@@ -26,8 +26,8 @@ LEAST_SHARE = 0.01  # of the step: operators below it are joined in one row
 def measure(scheme: str, rounds: int) -> dict[str, Any]:
     """{"step": [seconds a thread count], "operators": {"kernel, phase": the same}}."""
     import mest_compile as mest
-    from mest_compile.models import build_model
-    from mest_compile.profiling import profile
+    from mest_compile.measuring.profiling import profile
+    from mest_compile.models.catalog import build_model
 
     images, labels = WIDE.batch()
     model = build_model(WIDE.model, WIDE.input_shape, WIDE.classes, WIDE.width, WIDE.seed)

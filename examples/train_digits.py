@@ -8,7 +8,7 @@ import argparse
 
 import mest_compile as mest
 from mest_compile.data import load
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 
 
 class PrintEpochs:

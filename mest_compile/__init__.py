@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "mest_compile.compiling", "load": "mest_compile.compiling", "to_torch": "mest_compile.compiling",
-    "rpc": "mest_compile.runtime.remote", "open_artifact": "mest_compile.runtime.artifact",
-    "SGD": "mest_compile.spec", "LayerSpec": "mest_compile.spec",
+    "rpc": "mest_compile.devices.session", "open_artifact": "mest_compile.runtime.artifact",
+    "SGD": "mest_compile.ir.graph", "LayerSpec": "mest_compile.ir.graph",
     "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
     "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",
     "Channel": "mest_compile.sparsity.schemes.channel", "Dense": "mest_compile.sparsity.schemes.dense",
-    "Recipe": "mest_compile.recipe", "Trainer": "mest_compile.training",
-    "speed_table": "mest_compile.speedtable", "Target": "mest_compile.hardware", "MestError": "mest_compile.errors",
+    "Recipe": "mest_compile.training.recipe", "Trainer": "mest_compile.training.loop",
+    "speed_table": "mest_compile.measuring.speedtable", "Target": "mest_compile.hardware.target", "MestError": "mest_compile.base.errors",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -13,43 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile import checks, choosing, exclusive
-from mest_compile.building import Builder
-from mest_compile.choosing import choose_knobs, choose_sections, choose_vector, remembered
-from mest_compile.errors import StateError, UsageError
-from mest_compile.facts import Facts, read_facts
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.program import FUNCTIONS, Program
-from mest_compile.hardware import Target, find_target
-from mest_compile.host import cores
-from mest_compile.linkers import is_foreign, obstacle
-from mest_compile.linking import link_opencl_step, link_step
-from mest_compile.opencl_kernels import check_buffers
-from mest_compile.planning import (
-    meet_budget,
-    plan_layers,
-    say_what_stays_dense,
-    usually_recomputed,
-    warn_beyond_memory,
-)
-from mest_compile.records import Records
-from mest_compile.registry import FAMILIES
-from mest_compile.retargeting import retargeted
-from mest_compile.runtime import checkpoint
+from mest_compile.backends.opencl.code import check_buffers
+from mest_compile.backends.opencl.linking import link_opencl_step
+from mest_compile.base import checks, exclusive
+from mest_compile.base.errors import UsageError
+from mest_compile.hardware.host import cores
+from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
+from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.ir.program import FUNCTIONS, Program
+from mest_compile.kernels import choosing
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.choosing import choose_knobs, remembered
+from mest_compile.kernels.linking import link_step
+from mest_compile.lowering.fusing import fuse
+from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.planning.facts import Facts
+from mest_compile.planning.layers import plan_layers, say_what_stays_dense
+from mest_compile.planning.layout import choose_sections, choose_vector
+from mest_compile.planning.memory import meet_budget, usually_recomputed, warn_beyond_memory
+from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import overall_sparsity, with_room
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
-from mest_compile.spec import FLOAT_BYTES, SGD
 
 if TYPE_CHECKING:
-    import torch
 
-    from mest_compile.runtime.remote import Device
+    from mest_compile.devices.session import Device
+    from mest_compile.runtime.compiled import Compiled
     from mest_compile.runtime.runner import Runner
-    from mest_compile.runtime.step import Compiled, TrainStep
+    from mest_compile.runtime.step import TrainStep
 
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
@@ -143,55 +139,12 @@ def _of_machine(records: Records, device: Device | None) -> Records:
     if not records.measured():
         return records
     if device is not None:
-        from mest_compile.runtime.probe import machine_of
+        from mest_compile.devices.probe import machine_of
 
         return records.on(machine_of(device, records.target))
-    from mest_compile.runtime.opencl import machine
+    from mest_compile.backends.opencl.runner import machine
 
     return records.on(machine(records.target.limits.name))
-
-
-def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
-         target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
-    """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
-    that goes on gives the same numbers.
-
-    device  as in `compile`
-    target, batch  to go on with weights, masks, momentum and statistics on another device, or with so many examples a step; kernels and
-            threads are then chosen as `compile` does. None: as it was saved
-    Raises StateError, BuildError, DeviceError, UsageError, TargetError.
-    """
-    exclusive.this_process()
-    _check_objects(builder, device, None)
-    arrays, document = checkpoint.read(path)
-    facts = read_facts(document, f"checkpoint {path}")
-    tuned: Tuned = document.get("knobs", {})
-    if target is not None or batch is not None:
-        where = facts.target if target is None else find_target(target)
-        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch,
-                                  lambda target: _of_machine(Records.of(target), device))
-        document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, tuned)
-    step._restore(arrays, document, path)
-    return step
-
-
-def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model does not use as it
-    was. Raises StateError.
-    """
-    import torch
-
-    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
-
-    model = unwrapped(model)
-    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there = read_shapes(model)
-    if there != {name: tuple(value.shape) for name, value in trained.items()}:
-        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
-        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
-    model.load_state_dict(trained, strict=False)
 
 
 def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned) -> TrainStep:
@@ -219,7 +172,7 @@ def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None
 
 def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned) -> Compiled:
     """tuned: records to choose knobs by, or the knobs that a checkpoint noted."""
-    from mest_compile.runtime.step import Compiled
+    from mest_compile.runtime.compiled import Compiled
 
     target, threads, programs = facts.target, facts.threads, facts.lower()
     train, predict = programs
@@ -246,11 +199,11 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
     runner: Callable[[], Runner]
     if device is not None:
-        from mest_compile.runtime.remote import RemoteRunner
+        from mest_compile.devices.runner import RemoteRunner
 
         runner = partial(RemoteRunner, device, library(), functions, threads, target)
     elif target.device == "opencl":
-        from mest_compile.runtime.opencl import OpenclRunner, find_device
+        from mest_compile.backends.opencl.runner import OpenclRunner, find_device
 
         found = find_device(target.limits.name)
         runner = partial(OpenclRunner, kernels(), functions, found)
@@ -259,7 +212,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
         runner = partial(StoreRunner, target.name, why)
     else:
-        from mest_compile.runtime.local import LocalRunner
+        from mest_compile.backends.cpu.runner import LocalRunner
 
         runner = partial(LocalRunner, kernels(), functions, target, threads)
     document = facts.to_json() | {"knobs": choosing.facts(choices)}
@@ -294,7 +247,7 @@ def _check_objects(builder: Builder | None, device: Device | None, records: Reco
         raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.Records, or None for the user's and the "
                          f"shipped ones")
     if device is not None:
-        from mest_compile.runtime.remote import Device
+        from mest_compile.devices.session import Device
 
         if not isinstance(device, Device):
             raise UsageError(f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; what to compile "

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mest_compile import mutation
+from mest_compile.sparsity import mutation
 
 
 def prune(keep, scores, live, rng):

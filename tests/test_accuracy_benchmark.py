@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mest_compile.data import Split, as_dataset
-from mest_compile.recipe import Recipe
+from mest_compile.training.recipe import Recipe
 
 PACE = {"seconds": {"dense torch": 1.0, "unstructured 0.9 at 0.9": 0.2, "unstructured 0.9 at 0.875": 0.25, "unstructured 0.9 at 0.85": 0.3},
         "mutation_seconds": {"unstructured 0.9": 1.0}}

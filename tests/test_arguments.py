@@ -10,10 +10,10 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile import compiling, frontend
-from mest_compile.errors import BudgetError, MestError, SpecError, UnknownName
+from mest_compile.base.errors import BudgetError, MestError, SpecError, UnknownName
 from mest_compile.frontend import import_model
-from mest_compile.models import build_model
-from mest_compile.spec import LayerSpec
+from mest_compile.ir.graph import LayerSpec
+from mest_compile.models.catalog import build_model
 
 SHAPE = (4, 1, 4, 4)
 

@@ -17,11 +17,12 @@ from device import emulated
 from test_step import make_batches
 
 import mest_compile as mest
+from mest_compile.base import tensorfile
 from mest_compile.data import load
-from mest_compile.models import build_model
-from mest_compile.recipe import Recipe
-from mest_compile.runtime import artifact, checkpoint, tensorfile
-from mest_compile.training import Trainer
+from mest_compile.models.catalog import build_model
+from mest_compile.runtime import artifact, checkpoint
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
 
 SHAPE = (64, 1, 8, 8)
 RECIPE = Recipe(epochs=3, method="em", lr=0.05, mutate_every=1)
@@ -230,7 +231,7 @@ def test_a_cpu_that_lacks_what_the_kernels_use_is_refused(local, tmp_path, monke
     newer_cpu(tmp_path / "copy")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : sse4_2 avx2 fma bmi2\n")
-    monkeypatch.setattr("mest_compile.hardware.CPUINFO", cpuinfo)
+    monkeypatch.setattr("mest_compile.hardware.cpu.CPUINFO", cpuinfo)
     with pytest.raises(mest.MestError, match="this machine's CPU lacks .*avx512f"):
         mest.open_artifact(tmp_path / "copy")
 

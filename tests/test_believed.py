@@ -18,7 +18,8 @@ import pytest
 import torch.nn as nn
 
 import mest_compile as mest
-from mest_compile.runtime import artifact, checkpoint, tensorfile
+from mest_compile.base import tensorfile
+from mest_compile.runtime import artifact, checkpoint
 
 DAMAGES = int(os.environ.get("MEST_DAMAGES", "60"))
 X, Y = np.random.default_rng(0).standard_normal((4, 16)).astype("f"), np.array([0, 1, 2, 0])

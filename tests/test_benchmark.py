@@ -11,11 +11,11 @@ import pytest
 import threads
 
 import mest_compile as mest
-from mest_compile import benchmark
-from mest_compile.benchmark import Case, Comparison, Side, compare, median_interval
-from mest_compile.contestants import CONTESTANTS, find_interpreter, torch_model, unstructured_masks
-from mest_compile.errors import MestError, NotInstalled, UnknownName, UsageError
-from mest_compile.models import build_model
+from mest_compile.base.errors import MestError, NotInstalled, UnknownName, UsageError
+from mest_compile.measuring import benchmark
+from mest_compile.measuring.benchmark import Case, Comparison, Side, compare, median_interval
+from mest_compile.measuring.contestants import CONTESTANTS, find_interpreter, torch_model, unstructured_masks
+from mest_compile.models.catalog import build_model
 
 SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
 

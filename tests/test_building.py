@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mest_compile import programs
-from mest_compile.building import Builder, KernelSource, kernel_source
-from mest_compile.errors import BuildError, UnknownName
-from mest_compile.hardware import Target, find_target
-from mest_compile.operators.image import ImageImport
-from mest_compile.parsing import parse
-from mest_compile.spec import Image
+from mest_compile.base import programs
+from mest_compile.base.errors import BuildError, UnknownName
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.reader import parse
+from mest_compile.kernels.source import KernelSource, kernel_source
+from mest_compile.operators.conversion import ImageImport
 
 TARGET = find_target("local")
 SOURCE = kernel_source("image.import", ImageImport(Image(2, 3, 3, 5)), TARGET)

@@ -11,13 +11,13 @@ from test_sparsity import live_unit_elems, unit_sums
 from test_step import make_batches
 
 import mest_compile as mest
-from mest_compile.errors import BudgetError, CapacityError, UsageError
-from mest_compile.models import build_model
-from mest_compile.mutation import Phase
-from mest_compile.recipe import Recipe
-from mest_compile.registry import FAMILIES
-from mest_compile.sparsity.packing import cells_of
-from mest_compile.training import Trainer
+from mest_compile.base.errors import BudgetError, CapacityError, UsageError
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.layers.values import cells_of
+from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
 
 SHAPE, START, DENSEST = (8, 3, 8, 8), 0.8, 0.65
 SCHEMES = ["unstructured", "block:4x1", "block:2x2", "pattern", "filter", "channel"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mest_compile import checks
-from mest_compile.errors import InputError, UsageError
+from mest_compile.base import checks
+from mest_compile.base.errors import InputError, UsageError
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int16(3)])

@@ -94,8 +94,8 @@ def test_doctor_finds_this_machine_fit(mest_compile_command):
     ("temporary", "as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used"), ("file", "cannot be written (Not a directory)"),
     ("full", "MiB left; when it is full every start compiles again"), ("noexec", "is mounted noexec"), ("well", "GiB free")])
 def test_doctor_looks_at_the_cache(how, said, tmp_path, monkeypatch):
-    from mest_compile import folders, host
     from mest_compile.cli import doctor
+    from mest_compile.hardware import folders, host
 
     (tmp_path / "file").write_text("")
     place, spare = tmp_path / ("file/under" if how == "file" else how), tmp_path / "temporary"
@@ -109,8 +109,8 @@ def test_doctor_looks_at_the_cache(how, said, tmp_path, monkeypatch):
 
 
 def test_doctor_compiles_a_kernel_with_the_linker_that_it_names(monkeypatch):
-    from mest_compile import linkers
     from mest_compile.cli import doctor
+    from mest_compile.kernels import linkers
 
     assert doctor._kernel().status == "ok"
     monkeypatch.setattr(linkers, "linkers", lambda architecture: [])
@@ -119,8 +119,8 @@ def test_doctor_compiles_a_kernel_with_the_linker_that_it_names(monkeypatch):
 
 
 def test_doctor_counts_the_cores_of_a_quota(monkeypatch):
-    from mest_compile import host
     from mest_compile.cli import doctor
+    from mest_compile.hardware import host
 
     monkeypatch.setattr(host, "cpu_quota", lambda: 1.5)
     assert doctor._threads().detail.startswith("1 of ") and "a quota of 1.5 cores" in doctor._threads().detail
@@ -201,7 +201,7 @@ def test_a_target_that_is_not_this_machine_is_refused_before_anything_is_written
 def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_compile_command, tmp_path):
     import torch
 
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
 
     images = torch.randn(32, 1, 8, 8)
     torch.onnx.export(build_model("mlp", tuple(images.shape), 10, 32, seed=3), (images,), tmp_path / "net.onnx", dynamo=False,
@@ -319,9 +319,9 @@ def raising(problem):
 
 
 EVERYWHERE = [("mest_compile.data.load", ["train"]), ("mest_compile.compile", ["train"]), ("mest_compile.compile", ["plan"]),
-              ("mest_compile.compile", ["build", "--out", "a"]), ("mest_compile.benchmark.compare", ["bench"]),
-              ("mest_compile.tuning.command.tune", ["tune"]), ("mest_compile.speedtable.speed_table", ["table"]),
-              ("mest_compile.reporting.write_report", ["report", "a"]), ("mest_compile.models.build_model", ["analyze"])]
+              ("mest_compile.compile", ["build", "--out", "a"]), ("mest_compile.measuring.benchmark.compare", ["bench"]),
+              ("mest_compile.tuning.command.tune", ["tune"]), ("mest_compile.measuring.speedtable.speed_table", ["table"]),
+              ("mest_compile.training.reporting.write_report", ["report", "a"]), ("mest_compile.models.catalog.build_model", ["analyze"])]
 FAULTS = [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
           (PermissionError(13, "Permission denied"), 1, "Permission denied"), (MemoryError(), 1, "not enough memory")]
 
@@ -339,7 +339,7 @@ def test_an_everyday_fault_anywhere_is_one_line(mest_compile_command, tmp_path, 
 
 
 def test_an_interrupted_run_says_how_to_go_on_where_there_is_something_to_go_on_from(mest_compile_command, tmp_path, monkeypatch):
-    from mest_compile.training import Trainer
+    from mest_compile.training.loop import Trainer
 
     monkeypatch.setattr(Trainer, "_train", raising(KeyboardInterrupt()))
     ran = mest_compile_command("train", *TINY, "--out", tmp_path / "run")
@@ -370,7 +370,7 @@ def test_a_reader_that_has_heard_enough_ends_the_command_quietly(arguments):
     assert process.communicate("")[1] == "" and process.returncode == 1
 
 
-@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.ondevice"])
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
 @pytest.mark.parametrize(("options", "said"), [
     (["--resume", "run", "--lr", "0.1"], "leave out --lr"), (["--resume", "run", "--out", "other"], "leave out --out"),
     (["--out", ""], "--out is given an empty text"), (["--threads", "0"], "threads"), (["--recipe", "absent.toml"], "absent.toml")])
@@ -385,8 +385,8 @@ def test_both_command_lines_of_an_artifact_refuse_alike(capsys, main, options, s
 
 
 def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
-    from mest_compile import ondevice
-    from mest_compile.errors import DataError
+    from mest_compile.base.errors import DataError
+    from mest_compile.training import ondevice
 
     (tmp_path / "recipe.toml").write_text('epochs = 9\nmethod = "static"\nlr = 0.05\n')
     jobs = []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_gather import VECTOR, activation, assert_close, builder, call, random_index  # noqa: F401 (builder is a fixture)
 
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.specializing import structure_of
 from mest_compile.operators import batch_norm
-from mest_compile.operators.compact_layer import LISTED_ROWS
-from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
-from mest_compile.spec import Image
-from mest_compile.specializing import structure_of
+from mest_compile.operators.layers.compact_family import LISTED_ROWS
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 
 EPS = np.finfo(np.float32).eps
 # channels (in, out), live, size, batch, sections (how many, channels of one)

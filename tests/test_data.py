@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mest_compile.base.errors import DataError, UnknownName
 from mest_compile.data import Dataset, as_dataset, batches, load, pad_crop_flip
 from mest_compile.data.sources.idx import DEBIAN_FOLDER
-from mest_compile.errors import DataError, UnknownName
 
 RNG = np.random.default_rng(0)
 

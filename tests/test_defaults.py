@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.errors import MestError, SparsityError, UnknownName, UsageError
-from mest_compile.hardware import find_target
-from mest_compile.planning import layer_specs, plan_layers, say_what_stays_dense
+from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.planning.layers import layer_specs, plan_layers, say_what_stays_dense
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.distributions import distribute, together
-from mest_compile.spec import ForwardGraph, LayerSpec, Node
 
 SHAPE = (2, 8, 8, 8)
 

@@ -13,21 +13,22 @@ from test_step import assert_like_torch, make_batches, masked_steps
 from test_tuning import spoilt
 
 import mest_compile as mest
-from mest_compile.building import Builder
-from mest_compile.elf import read_library
+from mest_compile.devices import probe
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import find_target
-from mest_compile.linkers import linkers
-from mest_compile.linking import check_library, link_kernel
-from mest_compile.models import build_model
-from mest_compile.planning import plan_layers
-from mest_compile.recipe import Recipe
-from mest_compile.records import Measure, Record, Records, host_model
-from mest_compile.runtime import probe
+from mest_compile.hardware.cpu import host_model
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.elf import read_library
+from mest_compile.kernels.linkers import linkers
+from mest_compile.kernels.linking import check_library, link_kernel
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.layers import plan_layers
+from mest_compile.records.log import Measure, Record, Records
 from mest_compile.sparsity import parse_scheme
-from mest_compile.training import Trainer
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
 from mest_compile.tuning.command import Request, tune
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import prepare, tasks_of
@@ -127,7 +128,7 @@ def test_a_device_lost_in_mid_epoch_costs_the_steps_since_the_checkpoint(way, fo
     try:
         step = compiled(mest.rpc(f"127.0.0.1:{port}", "emulated", wait_seconds=60))
         killer = Killer(2, 3, strike)
-        with caplog.at_level(logging.WARNING, "mest_compile.training"):
+        with caplog.at_level(logging.WARNING, "mest_compile.training.loop"):
             run = Trainer(step, recipe, tmp_path / way, killer).fit(data, data)
         whole = Trainer(compiled(mest.rpc(f"127.0.0.1:{port}", "emulated")) if step.close() is None else None, recipe,
                         tmp_path / "whole").fit(data, data)
@@ -247,7 +248,7 @@ def test_tuning_without_a_device_ends_and_says_so(port, caplog, monkeypatch):
 
 
 def test_whoever_waits_for_a_device_is_told(port, caplog, monkeypatch):
-    monkeypatch.setattr("mest_compile.runtime.remote.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("mest_compile.devices.session.SILENT_SECONDS", 0.5)
     with pytest.raises(mest.MestError, match="none to be had within 1 s .no device of that key is free"):
         mest.rpc(f"127.0.0.1:{port}", "nobody", wait_seconds=1).open()
     assert [record.getMessage() for record in caplog.records] == [
@@ -303,7 +304,7 @@ def test_what_any_linker_here_makes_runs_on_the_device(phone, monkeypatch):
     shape, found = (8, 1, 8, 8), linkers("aarch64")
     batch, losses = make_batches(shape, 10, 1)[0], []
     for linker in found:
-        monkeypatch.setattr("mest_compile.linking.find_linker", lambda target, linker=linker: linker)
+        monkeypatch.setattr("mest_compile.kernels.linking.find_linker", lambda target, linker=linker: linker)
         step = mest.compile(build_model("mlp", shape, 10, 16), shape, target="arm_cpu", device=phone, threads=1)
         check_library(step._compiled.library(), find_target("arm_cpu"))
         losses.append(step(*batch).loss)

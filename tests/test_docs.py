@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mest_compile import cycles, emulation
+from mest_compile.devices import cycles, emulation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -11,22 +11,23 @@ import test_gather
 import test_nonfinite
 
 import mest_compile as mest
-from mest_compile import cycles, emulation
-from mest_compile.analysis import analyse, emulate
-from mest_compile.building import Builder, kernel_source
-from mest_compile.choosing import live_of
-from mest_compile.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
+from mest_compile.base.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
+from mest_compile.devices import cycles, emulation
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import find_target
-from mest_compile.linking import check_library, link_kernel
-from mest_compile.models import build_model
-from mest_compile.operators.gather import GatherConv, Pass
-from mest_compile.planning import plan_layers
-from mest_compile.records import Measure, Outcome, Records
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.choosing import live_of
+from mest_compile.kernels.linking import check_library, link_kernel
+from mest_compile.kernels.source import kernel_source
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.measuring.analysis import analyse, emulate
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.gather import GatherConv, Pass
+from mest_compile.planning.layers import plan_layers
+from mest_compile.records.log import Measure, Outcome, Records
 from mest_compile.sparsity import parse_scheme
-from mest_compile.spec import Image
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Task, prepare, tasks_of
 

@@ -13,18 +13,19 @@ from device import emulated
 from test_step import Odd, make_batches, masked_steps
 
 import mest_compile as mest
-from mest_compile import cycles, emulation
-from mest_compile.analysis import emulate
-from mest_compile.building import Builder, kernel_source
-from mest_compile.errors import InputError, TargetError, UsageError
-from mest_compile.facts import Facts
-from mest_compile.graph.footprint import footprint
-from mest_compile.graph.fusing import fuse
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.operators.gather import GatherConv, Pass, gather_conv_reference
-from mest_compile.records import plain
-from mest_compile.spec import Image
+from mest_compile.base.errors import InputError, TargetError, UsageError
+from mest_compile.devices import cycles, emulation
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.lowering.fusing import fuse
+from mest_compile.measuring.analysis import emulate
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.gather import GatherConv, Pass, gather_conv_reference
+from mest_compile.planning.facts import Facts
+from mest_compile.planning.footprint import footprint
+from mest_compile.records.log import plain
 from mest_compile.tuning.task import prepare, tasks_of
 
 SHAPE = (8, 3, 16, 16)

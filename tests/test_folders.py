@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mest_compile import folders, host
-from mest_compile.errors import BuildError
-from mest_compile.folders import cache_folder, kept_file
+from mest_compile.base.errors import BuildError
+from mest_compile.hardware import folders, host
+from mest_compile.hardware.folders import cache_folder, kept_file
 
 
 @pytest.fixture(autouse=True)

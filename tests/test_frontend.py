@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mest_compile.errors import DataError, SpecError, UnknownName, UnsupportedOperator
+from mest_compile.base.errors import DataError, SpecError, UnknownName, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch, import_model
-from mest_compile.models import build_model, model_names
-from mest_compile.planning import layer_specs
+from mest_compile.models.catalog import build_model, model_names
+from mest_compile.planning.layers import layer_specs
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.schemes.unstructured import Unstructured
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from mest_compile.errors import SpecError, UnsupportedOperator
+from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend import from_torch
 
 SHAPE = (4, 8)

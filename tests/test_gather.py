@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from mest_compile.building import Builder, kernel_source
-from mest_compile.hardware import find_target
-from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
-from mest_compile.registry import SCHEDULES
-from mest_compile.spec import Image
-from mest_compile.specializing import Structure, specialized
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import SCHEDULES, kernel_source
+from mest_compile.kernels.specializing import Structure, specialized
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.program import Buffer, Call, Program, plan_memory
-from mest_compile.sparsity.packing import reaching_passes
-from mest_compile.spec import ForwardGraph, LayerSpec, Node
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.ir.program import Buffer, Call, Program, plan_memory
+from mest_compile.lowering.fusing import fuse
+from mest_compile.operators.layers.geometry import reaching_passes
 
 SHAPE = (2, 4, 5, 5)
 

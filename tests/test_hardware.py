@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 import mest_compile as mest
-from mest_compile import hardware
-from mest_compile.building import Builder
-from mest_compile.errors import TargetError
-from mest_compile.hardware import CPUINFO, find_target, host_cpu
-from mest_compile.linkers import linkers
-from mest_compile.models import build_model
-from mest_compile.runtime import probe
+from mest_compile.base.errors import TargetError
+from mest_compile.devices import probe
+from mest_compile.hardware import target as hardware
+from mest_compile.hardware.cpu import CPUINFO, host_cpu
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.linkers import linkers
+from mest_compile.models.catalog import build_model
 
 SSE = "cmov cx8 cx16 popcnt sse sse2 pni ssse3 sse4_1 sse4_2"
 AVX2 = f"{SSE} avx avx2 f16c fma bmi1 bmi2 abm movbe"

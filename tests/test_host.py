@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mest_compile import host
+from mest_compile.hardware import host
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from test_specializing import always  # noqa: F401
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.errors import DeviceLost
+from mest_compile.base.errors import DeviceLost
 
 PLACES = int(os.environ.get("MEST_INTERRUPTIONS", "80"))
 SHAPE = (4, 1, 8, 8)

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import mest_compile as mest
-from mest_compile.errors import DeviceError, UsageError
-from mest_compile.runtime import link, tracker
-from mest_compile.runtime.link import Link
-from mest_compile.runtime.tracker import Address, check_key
+from mest_compile.base.errors import DeviceError, UsageError
+from mest_compile.devices import link, tracker
+from mest_compile.devices.link import Link
+from mest_compile.devices.tracker import Address, check_key
 
 GREETING = struct.pack("<i", 0xFF271)
 MAGIC = struct.pack("<i", tracker.MAGIC)

@@ -8,8 +8,8 @@ import torch.nn as nn
 from test_building import SOURCE, imports
 
 import mest_compile as mest
-from mest_compile import linkers
-from mest_compile.building import Builder
+from mest_compile.kernels import linkers
+from mest_compile.kernels.cache import Builder
 
 
 def test_ziglang_links_where_nothing_else_does(tmp_path, monkeypatch):

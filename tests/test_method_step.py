@@ -8,9 +8,9 @@ from test_schemes_step import Small
 from test_step import make_batches, relative
 
 import mest_compile as mest
-from mest_compile.errors import UsageError
-from mest_compile.recipe import Recipe
-from mest_compile.training import Trainer
+from mest_compile.base.errors import UsageError
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
 
 SHAPE = (8, 3, 8, 8)
 SCHEMES = {"unstructured": None, "filter": ["conv1", "fc"], "channel": ["conv1", "fc"], "pattern": None, "block": ["conv1", "fc"]}

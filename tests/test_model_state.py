@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.errors import SpecError, StateError
+from mest_compile.base.errors import SpecError, StateError
 from mest_compile.frontend import from_torch
 
 SHAPE = (4, 8)

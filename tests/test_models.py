@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mest_compile.errors import SpecError, UnknownName
-from mest_compile.models import build_model, model_names
+from mest_compile.base.errors import SpecError, UnknownName
+from mest_compile.models.catalog import build_model, model_names
 
 
 def count(module):

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masks import grow, prune
 
-from mest_compile import mutation
-from mest_compile.errors import CapacityError, InputError, SparsityError
-from mest_compile.mutation import Phase, choices, grow_rows, importance, prune_rows
+from mest_compile.base.errors import CapacityError, InputError, SparsityError
+from mest_compile.sparsity import mutation
+from mest_compile.sparsity.mutation import Phase, choices, grow_rows, importance, prune_rows
 
 many = settings(deadline=None, max_examples=60)  # no deadline: the cores are shared
 

@@ -10,11 +10,16 @@ from test_compact import row_case, values_of
 from test_gather import TARGET, VECTOR, activation, builder, call, random_problem  # noqa: F401 (builder is a fixture)
 from test_operators import HALO, make, pack
 
-from mest_compile.operators import add, batch_norm, bias, flatten, image, loss, optimizer, pool, relu
-from mest_compile.operators.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
-from mest_compile.registry import SCHEDULES
-from mest_compile.spec import Image
-from mest_compile.specializing import structure_of
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import SCHEDULES
+from mest_compile.kernels.specializing import structure_of
+from mest_compile.operators import activation as relu
+from mest_compile.operators import add, batch_norm, flatten, pool
+from mest_compile.operators import conversion as image
+from mest_compile.operators.layers import bias
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.losses import cross_entropy as loss
+from mest_compile.operators.optimizers import sgd as optimizer
 
 EPS = np.finfo(np.float32).eps
 KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))

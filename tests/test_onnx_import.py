@@ -10,7 +10,7 @@ from test_frontend import run_graph
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.errors import DataError, SpecError, UnsupportedOperator
+from mest_compile.base.errors import DataError, SpecError, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch
 
 ROWS, CLASSES = 4, 5

@@ -8,19 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mest_compile import hardware
-from mest_compile.building import Builder, kernel_source
-from mest_compile.errors import BuildError
+from mest_compile.backends.opencl.code import OpenclKernel, compile_opencl, compile_opencl_library
+from mest_compile.base.errors import BuildError
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.models import build_model
-from mest_compile.opencl_kernels import OpenclKernel, compile_opencl, compile_opencl_library
-from mest_compile.operators.loss import CrossEntropy
-from mest_compile.planning import plan_layers
-from mest_compile.schedules.opencl_text import number
+from mest_compile.hardware import target as hardware
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.planning.layers import plan_layers
+from mest_compile.schedules.opencl.text import number
 from mest_compile.sparsity import parse_scheme
-from mest_compile.spec import Image
 
 CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
 SHAPE = (8, 3, 16, 16)

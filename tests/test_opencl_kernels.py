@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mest_compile import hardware
-from mest_compile.building import Builder, kernel_source
-from mest_compile.graph.program import Buffer, Call, Program
+from mest_compile.hardware import target as hardware
+from mest_compile.ir.program import Buffer, Call, Program
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
@@ -42,7 +43,7 @@ def on_opencl(name, **imported):
 
 def launch(builder, kernel, problem, *arrays, **knobs):
     """Runs a kernel on flat copies of the arrays; returns them as they are afterwards."""
-    from mest_compile.runtime.opencl import OpenclRunner, find_device
+    from mest_compile.backends.opencl.runner import OpenclRunner, find_device
 
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat))
@@ -103,8 +104,8 @@ def test_knobs_change_speed_alone(builder, seed, knobs):
 def test_a_device_whose_compiler_refuses_everything_is_passed_over(monkeypatch):
     import pyopencl
 
-    from mest_compile.errors import NotInstalled
-    from mest_compile.runtime import opencl
+    from mest_compile.backends.opencl import runner as opencl
+    from mest_compile.base.errors import NotInstalled
 
     said = "error: unknown target CPU 'generic'"
     usual, refusing = opencl.find_device(), []
@@ -134,8 +135,8 @@ class Listed:
 def test_a_device_is_chosen_by_a_part_of_its_name_or_its_platforms(monkeypatch):
     import pyopencl
 
-    from mest_compile.errors import NotInstalled
-    from mest_compile.runtime import opencl
+    from mest_compile.backends.opencl import runner as opencl
+    from mest_compile.base.errors import NotInstalled
 
     def platform(name, *devices):
         made = Listed(name=name, version=f"OpenCL 3.0 {name}")
@@ -157,7 +158,7 @@ def test_a_device_is_chosen_by_a_part_of_its_name_or_its_platforms(monkeypatch):
 
 def test_a_target_file_names_its_device_and_a_wrong_name_is_told_before_anything_is_compiled(tmp_path):
     import mest_compile as mest
-    from mest_compile.runtime import opencl
+    from mest_compile.backends.opencl import runner as opencl
 
     text = (resources.files("mest_compile.targets") / "opencl.toml").read_text()
     for name, file in (("no such gpu", "other.toml"), (opencl.find_device().platform.name, "this.toml")):

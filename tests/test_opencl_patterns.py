@@ -7,12 +7,12 @@ import pytest
 from test_gather import activation, assert_close
 from test_opencl_kernels import TARGET, builder, shaped_launch  # noqa: F401 (builder is a fixture)
 
-from mest_compile.operators.gather import GatherConv, GatherGrad, Pass
-from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, grouped_conv_reference, grouped_grad_reference, shape_of
-from mest_compile.operators.pattern_groups_layer import SHAPES
-from mest_compile.schedules.opencl_patterns import reads
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, grouped_conv_reference, grouped_grad_reference, shape_of
+from mest_compile.operators.layers.pattern_groups_family import SHAPES
+from mest_compile.schedules.opencl.patterns import reads
 from mest_compile.sparsity.schemes.pattern import PATTERNS
-from mest_compile.spec import Image
 
 CASES = [  # channels (in, out), size, batch, halo of the result, live kernels, knobs
     ((5, 7), (8, 8), 8, (1, 1, 1, 1), 0.4, {}),

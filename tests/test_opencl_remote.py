@@ -18,12 +18,12 @@ from test_schemes_step import Small
 from test_step import assert_like_torch, make_batches, masked_steps
 
 import mest_compile as mest
-from mest_compile import hardware
-from mest_compile.errors import NotInstalled, TargetError
-from mest_compile.linking import check_library, find_linker
-from mest_compile.runtime import opencl_runtime
-from mest_compile.runtime.opencl import find_device
-from mest_compile.runtime.remote import RemoteRunner
+from mest_compile.backends.opencl import serving as opencl_runtime
+from mest_compile.backends.opencl.runner import find_device
+from mest_compile.base.errors import NotInstalled, TargetError
+from mest_compile.devices.runner import RemoteRunner
+from mest_compile.hardware import target as hardware
+from mest_compile.kernels.linking import check_library, find_linker
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
@@ -132,7 +132,7 @@ def test_a_phones_step_is_a_library_for_its_cpu_that_holds_the_opencl_code_and_i
     assert facts.machine == "aarch64" and not facts.needed
     symbols = {source.symbol for source in step._compiled.sources.values()}
     assert all(f"__kernel void {symbol}_kernel".encode() in content for symbol in symbols)
-    monkeypatch.setattr("mest_compile.linking.compile_opencl_library", None)
+    monkeypatch.setattr("mest_compile.kernels.linking.compile_opencl_library", None)
     assert step._compiled.library() == content
 
 

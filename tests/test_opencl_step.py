@@ -10,17 +10,18 @@ from test_schemes_step import Small
 from test_step import assert_like_torch, make_batches, masked_steps
 
 import mest_compile as mest
-from mest_compile import hardware
-from mest_compile.building import Builder, kernel_source
+from mest_compile.backends.opencl.runner import find_device
+from mest_compile.base.errors import BuildError, DeviceError
 from mest_compile.data import load
-from mest_compile.errors import BuildError, DeviceError
-from mest_compile.models import build_model
-from mest_compile.operators.loss import CrossEntropy
-from mest_compile.recipe import Recipe
-from mest_compile.runtime.opencl import find_device
-from mest_compile.sieve import SieveRule
-from mest_compile.spec import Image
-from mest_compile.training import Trainer
+from mest_compile.hardware import target as hardware
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
+from mest_compile.training.sieve import SieveRule
 
 pyopencl = pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 

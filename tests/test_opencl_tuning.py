@@ -8,12 +8,12 @@ from importlib import resources
 import pytest
 from typer.testing import CliRunner
 
-from mest_compile import hardware
-from mest_compile.building import kernel_source
 from mest_compile.cli import app
-from mest_compile.operators.gather import GatherGrad
-from mest_compile.records import Outcome
-from mest_compile.spec import Image
+from mest_compile.hardware import target as hardware
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.records.log import Outcome
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Arrays, Task
 

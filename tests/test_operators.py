@@ -9,11 +9,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mest_compile.building import Builder, kernel_source
-from mest_compile.errors import SpecError
-from mest_compile.hardware import find_target
-from mest_compile.operators import add, batch_norm, bias, flatten, image, loss, optimizer, pool, relu
-from mest_compile.spec import Image
+from mest_compile.base.errors import SpecError
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators import activation as relu
+from mest_compile.operators import add, batch_norm, flatten, pool
+from mest_compile.operators import conversion as image
+from mest_compile.operators.layers import bias
+from mest_compile.operators.losses import cross_entropy as loss
+from mest_compile.operators.optimizers import sgd as optimizer
 
 TARGET = find_target("local")
 EPS = np.finfo(np.float32).eps

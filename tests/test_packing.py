@@ -5,22 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mest_compile.operators.gather import GatherGrad, gather_conv_reference, gather_grad_reference
-from mest_compile.operators.gather_layer import forward_problem, gather_indexer, gradient_problem
+from mest_compile.ir.graph import LayerSpec
+from mest_compile.operators.layers.gather import GatherGrad, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.layers.gather_family import forward_problem, gather_indexer, gradient_problem
+from mest_compile.operators.layers.geometry import gradient_halo, image_of, source_halo
+from mest_compile.operators.layers.index import places_of
+from mest_compile.operators.layers.values import carry_over, cells_of, gather_units, merge, scatter_units
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import (
-    carry_over,
-    cells_of,
-    gather_units,
-    gradient_halo,
-    image_of,
-    merge,
-    places_of,
-    scatter_units,
-    source_halo,
-)
-from mest_compile.spec import LayerSpec
 
 CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forward, transposed)
     ("unstructured", (6, 5, 3, 3), (7, 9), (1, 1), (1, 1), (2, 4)),

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from mest_compile import choosing
-from mest_compile.facts import Facts
 from mest_compile.frontend import import_model
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.parsing import parse
-from mest_compile.planning import plan_layers
-from mest_compile.records import Records
-from mest_compile.registry import SCHEDULES
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels import choosing
+from mest_compile.kernels.reader import parse
+from mest_compile.kernels.source import SCHEDULES
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.planning.facts import Facts
+from mest_compile.planning.layers import plan_layers
+from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_scheme
-from mest_compile.spec import SGD
 
 SHAPE = (8, 3, 32, 32)
 CASES = [("odd", "channel"), ("resnet20", "pattern"), ("vgg11", "block")]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import mest_compile as mest
-from mest_compile.contestants import Case
-from mest_compile.models import build_model
-from mest_compile.profiling import LayerTime, profile
+from mest_compile.measuring.contestants import Case
+from mest_compile.measuring.profiling import LayerTime, profile
+from mest_compile.models.catalog import build_model
 
 CASE = Case("resnet20", (8, 3, 16, 16), width=8)
 

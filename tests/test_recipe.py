@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mest_compile.errors import MestError, SparsityError, UnknownName, UsageError
-from mest_compile.mutation import Phase
-from mest_compile.recipe import METHODS, Recipe, preset
-from mest_compile.sieve import SieveRule
+from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.recipe import METHODS, Recipe, preset
+from mest_compile.training.sieve import SieveRule
 
 
 @pytest.mark.parametrize(("method", "sparsity", "table"), [

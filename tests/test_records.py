@@ -7,21 +7,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from mest_compile.errors import StateError
-from mest_compile.hardware import Target, host_machine
-from mest_compile.records import (
-    LogFile,
-    Measure,
-    Outcome,
-    Record,
-    Records,
-    host_model,
-    machine_model,
-    plain,
-    target_facts,
-    tvm_version,
-    unit_of,
-)
+from mest_compile.base.errors import StateError
+from mest_compile.hardware.cpu import host_machine, host_model, machine_model
+from mest_compile.hardware.target import Target
+from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, tvm_version
+from mest_compile.records.record import target_facts, unit_of
 
 TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55"), ("mtriple", "aarch64-linux-gnu")), 4, 32, 32768, 131072, 4)
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from test_training import RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt
 
-from mest_compile.errors import StateError, UsageError
-from mest_compile.recipe import Recipe
-from mest_compile.reporting import PLOTS, write_report
-from mest_compile.runfolder import RunFolder
-from mest_compile.sieve import SieveRule
-from mest_compile.training import Trainer
+from mest_compile.base.errors import StateError, UsageError
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
+from mest_compile.training.reporting import PLOTS, write_report
+from mest_compile.training.runfolder import RunFolder
+from mest_compile.training.sieve import SieveRule
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

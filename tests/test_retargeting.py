@@ -8,11 +8,11 @@ import pytest
 import torch.nn as nn
 
 import mest_compile as mest
-from mest_compile.elf import read_library
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.records import Records
-from mest_compile.retargeting import retargeted
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.elf import read_library
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.retargeting import retargeted
+from mest_compile.records.log import Records
 from mest_compile.runtime import checkpoint
 
 rng = np.random.default_rng(0)

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 from test_training import RECIPE, TEST, TRAIN, CheckedStep, Interrupter, SoftmaxStep, interrupt, lines, without_clock
 
+from mest_compile.base.errors import DataError, MestError, StateError, UsageError
 from mest_compile.cli.train import continue_run
-from mest_compile.errors import DataError, MestError, StateError, UsageError
-from mest_compile.reporting import read_epochs, summary
-from mest_compile.runfolder import RunFolder
-from mest_compile.training import Trainer
+from mest_compile.training.loop import Trainer
+from mest_compile.training.reporting import read_epochs, summary
+from mest_compile.training.runfolder import RunFolder
 
 DAMAGES = 300
 

@@ -9,7 +9,7 @@ from test_step import assert_like_torch, make_batches
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 
 RATE = 0.002  # small, as in test_step: ReLUs that flip by rounding would make the comparison chaotic
 

@@ -12,15 +12,15 @@ from device import emulated
 from packaging.requirements import Requirement
 from test_tuning import TINY, spoilt
 
-from mest_compile.building import Builder
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import find_target
-from mest_compile.linking import link_kernel
-from mest_compile.models import build_model
-from mest_compile.planning import plan_layers
-from mest_compile.records import host_model
+from mest_compile.hardware.cpu import host_model
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.linking import link_kernel
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.layers import plan_layers
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import prepare, tasks_of

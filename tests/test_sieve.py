@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import LEARNABLE, RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt, without_clock
 
-from mest_compile.errors import StateError, UsageError
-from mest_compile.sieve import LAST_BIN, Sieve, SieveRule
-from mest_compile.training import Trainer
+from mest_compile.base.errors import StateError, UsageError
+from mest_compile.training.loop import Trainer
+from mest_compile.training.sieve import LAST_BIN, Sieve, SieveRule
 
 RULE = SieveRule(drop=0.3, after_epoch=2)
 

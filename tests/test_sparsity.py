@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import grow_grid, prune_grid
 
-from mest_compile.errors import InputError, SparsityError, StateError, UnknownName, UsageError
+from mest_compile.base.errors import InputError, SparsityError, StateError, UnknownName, UsageError
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity import parse_scheme, scheme_names
 from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.schemes.pattern import PATTERNS
-from mest_compile.spec import LayerSpec
 
 CONV = LayerSpec("conv", (8, 12, 3, 3), (2, 12, 6, 6), (1, 1), (1, 1))
 SPARSE = ["unstructured", "block:4x1", "block:1x4", "block:4x4", "block:8x1", "block:2x2", "pattern", "filter", "channel"]

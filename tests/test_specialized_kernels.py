@@ -7,8 +7,8 @@ import pytest
 from test_compact import SHAPES, check_gradient_of_live_rows, check_live_rows
 from test_gather import Index, builder, check_conv, check_grad, random_problem  # noqa: F401 (builder is a fixture)
 
-from mest_compile.operators.gather import GatherConv
-from mest_compile.specializing import Structure, structure_of
+from mest_compile.kernels.specializing import Structure, structure_of
+from mest_compile.operators.layers.gather import GatherConv
 
 
 def even_index(rng: np.random.Generator, full: Index, conv: GatherConv) -> Index:

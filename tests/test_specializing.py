@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 import mest_compile as mest
-from mest_compile.building import Builder, KernelSource, kernel_source
-from mest_compile.errors import BuildError
-from mest_compile.graph.emitting import kernel_name
-from mest_compile.models import build_model
-from mest_compile.operators.gather import GatherConv, GatherGrad
-from mest_compile.specializing import Structure, specialized, structure_of
-from mest_compile.variants import Choice, Times, choose
-from mest_compile.workers import Workers
+from mest_compile.base.errors import BuildError
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import KernelSource, kernel_source
+from mest_compile.kernels.specializing import Structure, specialized, structure_of
+from mest_compile.kernels.workers import Workers
+from mest_compile.lowering.emitting import kernel_name
+from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad
+from mest_compile.runtime.variants import Choice, Times, choose
 
 SHAPE = (8, 3, 8, 8)
 
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def always(monkeypatch):
     """Everything that can be specialized is, whatever it gains: on small layers times differ by chance."""
-    monkeypatch.setattr("mest_compile.workers.SHARE", 1.0)  # nobody minds a slower step here
+    monkeypatch.setattr("mest_compile.kernels.workers.SHARE", 1.0)  # nobody minds a slower step here
     monkeypatch.setattr("mest_compile.runtime.specializer.choose",
                         lambda times, steps: Choice("specialized", "always"))
     monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure", lambda *arguments: Times(2.0, 1.0, 0.0))
@@ -138,7 +139,7 @@ def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_ne
 
 def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers_once_there_is(tmp_path, monkeypatch):
     """As when a run is resumed under masks of unequal rows; what was never measured is, when it is compiled."""
-    monkeypatch.setattr("mest_compile.workers.SHARE", 1.0)
+    monkeypatch.setattr("mest_compile.kernels.workers.SHARE", 1.0)
     measured = []
     monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure",
                         lambda self, place, source, seconds: measured.append(place.phase) or Times(1.0, 2.0 if place.phase == "grad_weight"

@@ -9,10 +9,10 @@ import readme_table
 import run
 
 import mest_compile as mest
-from mest_compile.benchmark import Comparison, Side
-from mest_compile.contestants import Case
-from mest_compile.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
-from mest_compile.speedtable import COLUMNS, Row, SpeedTable, speed_table
+from mest_compile.base.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
+from mest_compile.measuring.benchmark import Comparison, Side
+from mest_compile.measuring.contestants import Case
+from mest_compile.measuring.speedtable import COLUMNS, Row, SpeedTable, speed_table
 
 MIB = 2**20
 
@@ -104,13 +104,13 @@ def test_a_file_that_cannot_be_written_is_a_usage_error(write, tmp_path):
     ({"width": 0}, UsageError, "width"),
 ])
 def test_misuse_is_noticed_before_anything_is_measured(options, error, said, monkeypatch):
-    monkeypatch.setattr("mest_compile.speedtable.compare", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("mest_compile.measuring.speedtable.compare", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(error, match=said):
         speed_table(**{"model": "mlp", "input_shape": (8, 3, 32, 32), **options})
 
 
 def test_a_baseline_that_is_not_installed_is_said_first(monkeypatch, tmp_path):
-    monkeypatch.setattr("mest_compile.contestants.ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr("mest_compile.measuring.contestants.ENVIRONMENTS", tmp_path)
     with pytest.raises(NotInstalled, match="environments.sh sparseprop"):
         speed_table("mlp", (8, 3, 32, 32), baseline="sparseprop")
 
@@ -121,7 +121,7 @@ def test_a_scheme_that_the_model_cannot_have_is_a_row(monkeypatch):
             raise SparsityError("fc1: a linear layer\nhas no patterns")
         return comparison(case.scheme, case.sparsity)
 
-    monkeypatch.setattr("mest_compile.speedtable.compare", fake)
+    monkeypatch.setattr("mest_compile.measuring.speedtable.compare", fake)
     seen = []
     table = mest.speed_table("mlp", (8, 3, 32, 32), ["unstructured", "pattern"], [0.8, 0.9], repeats=3,
                              progress=lambda *now: seen.append(now))
@@ -153,7 +153,7 @@ def test_a_torch_module_is_compared_with_torch_only(monkeypatch, tmp_path):
     python = tmp_path / "onnxruntime-training" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
-    monkeypatch.setattr("mest_compile.contestants.ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr("mest_compile.measuring.contestants.ENVIRONMENTS", tmp_path)
     with pytest.raises(UsageError, match="torch and torch-compile"):
         speed_table(torch.nn.Linear(4, 2), (8, 4), ["unstructured"], baseline="onnxruntime-training")
 

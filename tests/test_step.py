@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 
 
 class Odd(nn.Module):

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 import mest_compile as mest
-from mest_compile.building import Builder, kernel_source
-from mest_compile.errors import TargetError
-from mest_compile.hardware import find_target, target_names
-from mest_compile.operators.gather import GatherConv, Pass
-from mest_compile.spec import Image
+from mest_compile.base.errors import TargetError
+from mest_compile.hardware.target import find_target, target_names
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators.layers.gather import GatherConv, Pass
 
 ARM = [name for name in target_names() if find_target(name).tvm_fields.get("mtriple", "").startswith(("aarch64", "arm"))]
 

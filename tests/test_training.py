@@ -16,15 +16,15 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mest_compile.base.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.cli.progress import TrainingProgress
 from mest_compile.data import Dataset, as_dataset
-from mest_compile.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
-from mest_compile.mutation import Phase, importance
-from mest_compile.recipe import Recipe
-from mest_compile.runfolder import RunFolder
+from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
-from mest_compile.spec import SGD
-from mest_compile.training import MOST_LOSSES, Trainer, target_sparsity
+from mest_compile.sparsity.mutation import Phase, importance
+from mest_compile.training.loop import MOST_LOSSES, Trainer, target_sparsity
+from mest_compile.training.recipe import Recipe
+from mest_compile.training.runfolder import RunFolder
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
 
@@ -381,7 +381,7 @@ def test_an_answer_that_is_no_number_is_no_right_one():
 def compiled():
     """A small compiled step whose optimizer was given a rate."""
     import mest_compile as mest
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
 
     return mest.compile(build_model("mlp", (16, 1, 8, 8), 10, 16, 0), (16, 1, 8, 8), scheme="unstructured", sparsity=0.5, threads=1,
                         optimizer=SGD(lr=1e-4, momentum=0.8))
@@ -408,7 +408,7 @@ def test_what_is_no_recipe_is_one_line():
 
 
 def test_a_run_says_what_its_data_go_through_and_what_never_happens(caplog):
-    caplog.set_level("INFO", "mest_compile.training")
+    caplog.set_level("INFO", "mest_compile.training.loop")
     Trainer(SoftmaxStep(), Recipe(1, "em", lr=0.05)).fit(TRAIN, TEST)
     assert ("training set: 200 examples to train, 50 to test; images shifted by up to 1 pixels, not mirrored; method em; lr 0.05, cosine; "
             "the method 'em' mutates between epochs: in 1 epoch it never does") in caplog.text

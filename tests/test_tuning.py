@@ -14,16 +14,17 @@ import ship_log
 
 import mest_compile as mest
 from mest_compile import compiling
-from mest_compile.building import Builder, kernel_source, knob_space
-from mest_compile.choosing import choose_knobs
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import find_target
-from mest_compile.models import build_model
-from mest_compile.planning import plan_layers
-from mest_compile.records import SECTIONS, LogFile, Measure, Outcome, Record, Records, plain, target_facts, text_digest
-from mest_compile.registry import SCHEDULES
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.choosing import choose_knobs
+from mest_compile.kernels.source import SCHEDULES, kernel_source, knob_space
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.layers import plan_layers
+from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, text_digest
+from mest_compile.records.record import SECTIONS, target_facts
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning import command, session
 from mest_compile.tuning.deadline import Deadline, OutOfTime, TimedBuilder
@@ -269,7 +270,7 @@ def test_a_step_takes_the_best_records_says_so_and_keeps_them_in_its_checkpoint(
 
 
 def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builder, tmp_path):
-    from mest_compile.choosing import choose_vector, step_facts, widened
+    from mest_compile.planning.layout import choose_vector, step_facts, widened
 
     _, _, layers = planned(target, "mlp")
     facts, log = step_facts(layers), LogFile(tmp_path / "local.jsonl")
@@ -281,7 +282,7 @@ def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builde
 
 
 def test_steps_of_every_width_take_turns_and_the_fastest_is_taken(target, tmp_path):
-    from mest_compile.choosing import choose_vector, widened
+    from mest_compile.planning.layout import choose_vector, widened
 
     _, _, layers = planned(target, "mlp")
     log, called = LogFile(tmp_path / "local.jsonl"), []
@@ -368,7 +369,7 @@ def test_shipping_a_log_of_boards_keeps_the_best_of_each(tmp_path):
 
 def test_a_step_for_a_device_has_the_records_of_that_device_which_is_asked_once_there_are_some(tmp_path, monkeypatch):
     target, device, asked = find_target("cortex-a76"), mest.rpc("127.0.0.1:9190", "phone"), []
-    monkeypatch.setattr("mest_compile.runtime.probe.machine_of", lambda *given: asked.append(given) or "a phone")
+    monkeypatch.setattr("mest_compile.devices.probe.machine_of", lambda *given: asked.append(given) or "a phone")
     log = LogFile(tmp_path / "log.jsonl")
     assert compiling._of_machine(Records(target, [log.path]), device).cpu == "" and not asked
     for cpu, knobs, seconds in (("a Pi 5", {}, 1.0), ("a Pi 5", {"run": 4}, 2.0), ("a phone", {}, 3.0), ("a phone", {"run": 4}, 2.0)):

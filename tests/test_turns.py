@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.registry import Registry
+from mest_compile.base.registry import Registry
 
 CALLS = int(os.environ.get("MEST_CALLS", "400"))
 THREADS = 8

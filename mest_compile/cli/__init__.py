@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from mest_compile import __version__
+from mest_compile.base.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
 from mest_compile.cli import analyze, bench, build, demo, devices, doctor, listing, plan, report, table, train, tune
-from mest_compile.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
 
 app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})

@@ -26,11 +26,11 @@ def analyze(
     Kernels run under emulation; a cycle is one of LLVM's model of the core's pipeline. There are no caches in it and no branch
     predictor, and no device has confirmed it. Model: 32x32 images of 3 channels, 10 classes.
     """
-    from mest_compile.analysis import PHASES, analyse
-    from mest_compile.cycles import VERSION
+    from mest_compile.devices.cycles import VERSION
     from mest_compile.frontend import import_model
-    from mest_compile.hardware import find_target
-    from mest_compile.models import build_model
+    from mest_compile.hardware.target import find_target
+    from mest_compile.measuring.analysis import PHASES, analyse
+    from mest_compile.models.catalog import build_model
     from mest_compile.sparsity import parse_scheme
 
     shape = (batch, 3, 32, 32)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width, given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import UsageError
 
 
 def bench(
@@ -37,7 +37,7 @@ def bench(
 
     Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense, channels_last.
     """
-    from mest_compile.contestants import Case
+    from mest_compile.measuring.contestants import Case
 
     if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
         raise UsageError(f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare")
@@ -50,7 +50,7 @@ def bench(
 
 
 def _compare(case, vs: str, rival_python: Path | None, repeats: int, as_json: bool) -> None:
-    from mest_compile.benchmark import Side, compare
+    from mest_compile.measuring.benchmark import Side, compare
 
     with stderr_console().status("starting") as status:
         comparison = compare(case, rival=vs, repeats=repeats, rival_python=rival_python,
@@ -75,8 +75,8 @@ def _compare(case, vs: str, rival_python: Path | None, repeats: int, as_json: bo
 
 def _profile(case, repeats: int, as_json: bool) -> None:
     import mest_compile as mest
-    from mest_compile.models import build_model
-    from mest_compile.profiling import PHASES, LayerTime, profile
+    from mest_compile.measuring.profiling import PHASES, LayerTime, profile
+    from mest_compile.models.catalog import build_model
 
     with stderr_console().status("compiling"):
         step = mest.compile(build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape,

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width, given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import UsageError
 
 
 def build(
@@ -36,7 +36,7 @@ def build(
 ) -> None:
     """Build an artifact that trains on a device without the compiler."""
     import mest_compile as mest
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
     from mest_compile.runtime.artifact import size_bytes
 
     given = given_options(context)

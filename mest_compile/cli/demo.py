@@ -16,9 +16,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train ResNet-20 at 90% block sparsity on handwritten digits, then time a step against dense torch."""
-    from mest_compile.benchmark import Case, compare
     from mest_compile.cli.train import Request, start_run
-    from mest_compile.recipe import Recipe
+    from mest_compile.measuring.benchmark import Case, compare
+    from mest_compile.training.recipe import Recipe
 
     console = stderr_console()
     console.print("ResNet-20 on scikit-learn's digits, 90% of the weights zero in 4x1 blocks, the mask mutating (EM)", highlight=False,

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.base.errors import DeviceError, UsageError
 from mest_compile.cli.options import given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import DeviceError, UsageError
-from mest_compile.runtime.tracker import Address, summary
+from mest_compile.devices.tracker import Address, summary
 
 if TYPE_CHECKING:
-    from mest_compile.runtime.remote import Device
+    from mest_compile.devices.session import Device
 
 LOCAL = "127.0.0.1"
 PAUSE_SECONDS = 0.2  # before serving again
@@ -36,7 +36,7 @@ def find_device(tracker: str | None, key: str | None) -> Device | None:
         raise UsageError("--tracker and --key go together: the list of devices, and the name of those that will do")
     if tracker is None or key is None:
         return None
-    from mest_compile.runtime.remote import rpc
+    from mest_compile.devices.session import rpc
 
     return rpc(tracker, key)
 
@@ -79,7 +79,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
-    from mest_compile.runtime.remote import rpc
+    from mest_compile.devices.session import rpc
 
     there = rpc(tracker, key).tracker
     host = bare(host)
@@ -88,7 +88,7 @@ def serve(
         if not path.is_file():
             raise UsageError(f"no library {path} to load")
     if opencl:
-        from mest_compile.runtime.opencl_runtime import opencl_runtime
+        from mest_compile.backends.opencl.serving import opencl_runtime
 
         libraries.append(opencl_runtime())
     paths = ":".join(str(path.resolve()) for path in libraries)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import typer
 
+from mest_compile.base.errors import MestError
 from mest_compile.cli.output import Json, print_json, print_table
-from mest_compile.errors import MestError
 
 LEAST_CACHE_BYTES = 100 * 2**20  # some thousands of kernels
 
@@ -99,11 +99,12 @@ def _torch_build() -> Check:
 
 def _kernel() -> Check:
     """One small kernel all the way: compiled, linked, loaded."""
-    from mest_compile.building import Builder, kernel_source
-    from mest_compile.hardware import find_target
-    from mest_compile.linkers import find_linker
-    from mest_compile.operators.image import ImageImport
-    from mest_compile.spec import Image
+    from mest_compile.hardware.target import find_target
+    from mest_compile.ir.layouts.batch import Image
+    from mest_compile.kernels.cache import Builder
+    from mest_compile.kernels.linkers import find_linker
+    from mest_compile.kernels.source import kernel_source
+    from mest_compile.operators.conversion import ImageImport
 
     try:
         target = find_target("local")
@@ -118,8 +119,8 @@ def _kernel() -> Check:
 
 
 def _arm_linker() -> Check:
-    from mest_compile.hardware import find_target
-    from mest_compile.linkers import find_linker, linkers
+    from mest_compile.hardware.target import find_target
+    from mest_compile.kernels.linkers import find_linker, linkers
 
     try:
         find_linker(find_target("arm_cpu"))
@@ -129,7 +130,7 @@ def _arm_linker() -> Check:
 
 
 def _arm_model() -> Check:
-    from mest_compile import cycles, emulation
+    from mest_compile.devices import cycles, emulation
 
     machine = emulation.MACHINES["aarch64"]
     missing = emulation.missing_tools(machine) + cycles.missing_tools()
@@ -140,7 +141,7 @@ def _arm_model() -> Check:
 
 
 def _opencl() -> Check:
-    from mest_compile.runtime.opencl import describe_device
+    from mest_compile.backends.opencl.runner import describe_device
 
     try:
         return Check("OpenCL", "ok", describe_device())
@@ -149,7 +150,7 @@ def _opencl() -> Check:
 
 
 def _host_target() -> Check:
-    from mest_compile.hardware import find_target
+    from mest_compile.hardware.target import find_target
 
     try:
         target = find_target("local")
@@ -160,7 +161,7 @@ def _host_target() -> Check:
 
 
 def _threads() -> Check:
-    from mest_compile.host import cores, cpu_quota
+    from mest_compile.hardware.host import cores, cpu_quota
 
     usable, quota = cores(), cpu_quota()
     limits = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "TVM_NUM_THREADS") if name in os.environ]
@@ -179,8 +180,8 @@ def _huge_pages() -> Check:
 
 
 def _cache_folder() -> Check:
-    from mest_compile.folders import cache_folder, cache_folders
-    from mest_compile.host import forbids_execution
+    from mest_compile.hardware.folders import cache_folder, cache_folders
+    from mest_compile.hardware.host import forbids_execution
 
     folder, spare = cache_folder(), list(cache_folders())[-1]
     remedy = "every start compiles again; set XDG_CACHE_HOME to a folder of yours"

@@ -11,14 +11,14 @@ from mest_compile.cli.output import Json, print_json, print_table
 
 def models(as_json: Json = False) -> None:
     """List the built-in models."""
-    from mest_compile.models import MODELS
+    from mest_compile.models.catalog import MODELS
 
     _show([{"model": name, "width": model.width, "about": model.summary} for name, model in sorted(MODELS.items())], as_json)
 
 
 def schemes(as_json: Json = False) -> None:
     """List the sparsity schemes."""
-    from mest_compile.registry import SCHEMES
+    from mest_compile.sparsity.scheme import SCHEMES
 
     found = [(name, inspect.getdoc(SCHEMES.find(name)) or "") for name in SCHEMES.names()]
     _show([{"scheme": name, "about": doc.split("\n\n")[0].replace("\n", " ")} for name, doc in found], as_json)
@@ -26,7 +26,7 @@ def schemes(as_json: Json = False) -> None:
 
 def targets(as_json: Json = False) -> None:
     """List the devices that kernels can be compiled for."""
-    from mest_compile.hardware import find_target, target_names
+    from mest_compile.hardware.target import find_target, target_names
 
     found = [find_target(name) for name in target_names()]
     if as_json:

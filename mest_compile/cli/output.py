@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mest_compile.commandline import print_result
+from mest_compile.base.commandline import print_result
 
 WIDTH_OF_A_FILE = 200  # characters; rich would fold at 80 where there is no terminal
 

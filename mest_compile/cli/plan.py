@@ -30,7 +30,7 @@ def plan(
     Model: 32x32 images of 3 channels, 10 classes.
     """
     import mest_compile as mest
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
 
     shape = (batch, 3, 32, 32)
     with stderr_console().status("compiling and timing"):

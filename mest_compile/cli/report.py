@@ -16,7 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Plots and one self-contained HTML page from a run folder."""
-    from mest_compile.reporting import write_report
+    from mest_compile.training.reporting import write_report
 
     facts = write_report(run, out)
     if as_json:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Seed, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import UsageError
 
 
 def table(
@@ -44,7 +44,7 @@ def table(
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into")
 
-    from mest_compile.speedtable import COLUMNS, speed_table
+    from mest_compile.measuring.speedtable import COLUMNS, speed_table
 
     with stderr_console().status("starting") as status:
         found = speed_table(model, (batch, 3, 32, 32), [name.strip() for name in schemes.split(",") if name.strip()], wanted, target, vs,

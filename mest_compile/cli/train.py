@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
-from mest_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
-    from mest_compile.ondevice import Job
-    from mest_compile.recipe import Recipe
-    from mest_compile.training import Run, Trainer
+    from mest_compile.training.loop import Run, Trainer
+    from mest_compile.training.ondevice import Job
+    from mest_compile.training.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
-    from mest_compile.ondevice import Job, check_artifact_options
-    from mest_compile.recipe import Recipe
-    from mest_compile.sieve import SieveRule
     from mest_compile.sparsity import parse_scheme
+    from mest_compile.training.ondevice import Job, check_artifact_options
+    from mest_compile.training.recipe import Recipe
+    from mest_compile.training.sieve import SieveRule
 
     given = {name for name in context.params if _is_given(context, name)}
     if artifact is not None:
@@ -123,7 +123,7 @@ def train(
 
 
 def _run_artifact(job: Job) -> Run:
-    from mest_compile.ondevice import open_job
+    from mest_compile.training.ondevice import open_job
 
     console = stderr_console()
     trainer, split = open_job(job)
@@ -139,10 +139,9 @@ def _new_folder(name: str) -> Path:
 def start_run(request: Request) -> Run:
     """Compiles and trains. What can be checked is checked before anything is compiled or written."""
     from mest_compile.data import load
-    from mest_compile.hardware import find_target
-    from mest_compile.linkers import obstacle
-    from mest_compile.runfolder import RunFolder
-    from mest_compile.training import Trainer
+    from mest_compile.hardware.target import find_target, obstacle
+    from mest_compile.training.loop import Trainer
+    from mest_compile.training.runfolder import RunFolder
 
     console = stderr_console()
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
@@ -168,8 +167,8 @@ def start_run(request: Request) -> Run:
 def continue_run(folder: Path) -> Run:
     """Resumes the run in `folder` on its own data."""
     from mest_compile.data import load
-    from mest_compile.runfolder import RunFolder
-    from mest_compile.training import Trainer
+    from mest_compile.training.loop import Trainer
+    from mest_compile.training.runfolder import RunFolder
 
     source = RunFolder(folder).read_source()
     split = load(source["data"], source.get("data_folder"))
@@ -199,7 +198,7 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
 
 def _compile(request: Request, split: Split) -> Any:
     import mest_compile as mest
-    from mest_compile.models import build_model
+    from mest_compile.models.catalog import build_model
     from mest_compile.sparsity import parse_scheme
 
     shape = (request.batch, *split.train.images.shape[1:])

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mest_compile.records import Record
+    from mest_compile.records.log import Record
     from mest_compile.tuning.session import SessionResult
     from mest_compile.tuning.task import Task
 
@@ -73,7 +73,8 @@ def tune(
 
 
 def _show(result: SessionResult) -> None:
-    from mest_compile.records import Measure, unit_of
+    from mest_compile.records.log import Measure
+    from mest_compile.records.record import unit_of
 
     unit, scale = unit_of(Measure(result.measure), result.cpu)
 
@@ -124,7 +125,7 @@ class TuningProgress:
             self._console.print(f"{stage}: {total}", highlight=False, soft_wrap=True)
 
     def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
-        from mest_compile.records import unit_of
+        from mest_compile.records.record import unit_of
 
         unit, scale = unit_of(record.measure, record.cpu)
         said = "none right yet" if best is None else f"best {best * scale:.3f} {unit}"

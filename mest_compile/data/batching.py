@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset
-from mest_compile.errors import DataError
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
+from mest_compile.base.registry import Registry
 from mest_compile.data.examples import array_of, gather, labels_of, turned
-from mest_compile.errors import DataError
-from mest_compile.registry import Registry
 
 SOURCES = Registry("data set", "mest_compile.data.sources")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile import checks
-from mest_compile.errors import DataError
+from mest_compile.base import checks
+from mest_compile.base.errors import DataError
 
 INDEXED = ("P", "PA")  # Pillow's images whose pixels are places in a table of colours
 

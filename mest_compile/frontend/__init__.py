@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError
-from mest_compile.spec import ForwardGraph
+from mest_compile.base.errors import SpecError
+from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def import_model(model: torch.nn.Module | str | Path, input_shape: tuple[int, ..
     if isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
         return from_onnx(model, input_shape)
     if isinstance(model, str):
-        from mest_compile.models import build_model
+        from mest_compile.models.catalog import build_model
 
         return from_torch(build_model(model, _checked(input_shape)), input_shape)
     return from_torch(model, input_shape)

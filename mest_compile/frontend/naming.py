@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mest_compile.errors import SpecError, UnsupportedOperator
-from mest_compile.spec import Node
+from mest_compile.base.errors import SpecError, UnsupportedOperator
+from mest_compile.ir.graph import Node
 
 INPUT = "input"  # what nodes call the graph's input
 # What a step calls its own arrays; it holds a parameter under the parameter's name.

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import DataError, MestError, UnsupportedOperator
+from mest_compile.base.errors import DataError, MestError, UnsupportedOperator
 from mest_compile.frontend.onnx_plain import plain, where
 from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
-from mest_compile.spec import ForwardGraph, Node
+from mest_compile.ir.graph import ForwardGraph, Node
 
 # What TVM's converters raise; its own errors are RuntimeErrors.
 _CONVERTER_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError, NotImplementedError)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError
+from mest_compile.base.errors import SpecError
 from mest_compile.frontend.relax_graph import unsupported
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")

@@ -7,15 +7,14 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError, UnsupportedOperator
+from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.naming import Draft, name_nodes
-from mest_compile.spec import ForwardGraph
+from mest_compile.ir.graph import ForwardGraph
 
 SUPPORTED = ("conv2d (groups=1, dilation=1)", "linear", "batch_norm", "relu", "add", "max_pool2d", "avg_pool2d",
              "global average pooling", "flatten", "dropout with p=0")
@@ -220,147 +219,8 @@ def _is_stored(*values: Any) -> bool:
     return all(isinstance(value, Parameter) and value.form == "" for value in values)
 
 
-@reads("relax.nn.conv2d")
-def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs, weight = call.attrs, arguments[1]
-    image = reader.activation(arguments[0])
-    if not _is_stored(weight):
-        raise reader.error("conv2d with a computed weight")
-    if int(attrs.groups) != 1:
-        raise reader.error(f"grouped or depthwise conv2d (groups={int(attrs.groups)}, weight {weight.name})")
-    if _pair(attrs.dilation) != (1, 1):
-        raise reader.error(f"dilated conv2d (dilation={_pair(attrs.dilation)}, weight {weight.name})")
-    padding = _padding(reader, attrs)
-    return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding})
-
-
-@reads("relax.matmul")
-def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
-    features, weight = reader.activation(arguments[0]), arguments[1]
-    if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:
-        raise reader.error("matmul of two activations")
-    if len(features.shape) != 2:
-        raise reader.error(f"linear on an input of shape {features.shape}, which is not (N, features),")
-    if weight.form == "" and weight.name not in reader.transposed:
-        if not reader.may_transpose:
-            raise reader.error(f"matmul with {weight.name} stored as (in, out)")
-        reader.transposed.add(weight.name)
-        reader.state_shapes[weight.name] = reader.state_shapes[weight.name][::-1]
-    return reader.add("linear", (features,), _shape(call), {"weight": weight.name})
-
-
-@reads("relax.permute_dims")
-def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
-    value = arguments[0]
-    if _is_stored(value) and len(reader.state_shapes[value.name]) == 2:
-        return Parameter(value.name, "transposed")
-    raise reader.error("permute_dims")
-
-
-@reads("relax.add")
-def read_add(reader: Reader, call: Any, arguments: list) -> Any:
-    left, right = arguments
-    if isinstance(left, Value) and isinstance(right, Value):
-        if left.shape != right.shape:
-            raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
-        return reader.add("add", (left, right), left.shape)
-    value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
-    if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
-        layer = reader.drafts[value.draft]
-        held = (1, prod(reader.state_shapes[bias.name]), 1, 1) if bias.form == "channel" else reader.state_shapes[bias.name]
-        # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
-        wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
-        fits = bias.form in ("", "channel") and held == wanted[len(wanted) - len(held):] and prod(held) == value.shape[1]
-        if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
-            # A second draft of the same layer: should its result without the bias be used as well, the shared weight is noticed.
-            reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
-            return Value(len(reader.drafts) - 1, value.shape)
-    raise reader.error(f"add of {'a constant' if Fixed() in arguments else 'a parameter that is no bias of a layer'}")
-
-
-@reads("relax.nn.batch_norm")
-def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs = call.attrs
-    image = reader.activation(arguments[0])
-    if int(attrs.axis) != 1 or not _is_stored(*arguments[1:]):
-        raise reader.error("batch_norm without its own weight, bias and running statistics")
-    roles = ("weight", "bias", "running_mean", "running_var")
-    params = {role: parameter.name for role, parameter in zip(roles, arguments[1:], strict=True)}
-    normalised = reader.add("batch_norm", (image,), image.shape, params,
-                            {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)})
-    statistics = Refused(reader.error("batch_norm's running statistics used as values"))
-    return normalised, statistics, statistics
-
-
 def _single(value: float) -> float:
     """The shortest decimal that is the same float32: ONNX stores 1e-5 as 9.99999975e-06, and both ways must agree."""
     return float(str(np.float32(value)))
 
 
-@reads("relax.nn.relu")
-def read_relu(reader: Reader, call: Any, arguments: list) -> Any:
-    image = reader.activation(arguments[0])
-    return reader.add("relu", (image,), image.shape)
-
-
-@reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d")
-def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.")
-    image, shape = reader.activation(arguments[0]), _shape(call)
-    kernel, stride = _pair(attrs.pool_size), _pair(attrs.strides)
-    if _pair(attrs.dilation) != (1, 1):
-        raise reader.error(f"dilated {op} (dilation={_pair(attrs.dilation)})")
-    padding = _padding(reader, attrs)
-    whole = tuple((size + 2 * pad - width) // step + 1
-                  for size, pad, width, step in zip(image.shape[2:], padding, kernel, stride, strict=True))
-    if shape[2:] != whole:
-        raise reader.error(f"{op} with ceil_mode=True, whose last window leaves the image,")
-    pool: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
-    if op == "avg_pool2d":
-        pool["count_include_pad"] = bool(attrs.count_include_pad)
-    return reader.add(op, (image,), shape, attrs=pool)
-
-
-@reads("relax.nn.adaptive_avg_pool2d")
-def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
-    image, shape = reader.activation(arguments[0]), _shape(call)
-    if shape[2:] == (1, 1):
-        return reader.add("global_avg_pool", (image,), shape)
-    if any(size % out for size, out in zip(image.shape[2:], shape[2:], strict=True)):
-        raise reader.error(f"adaptive_avg_pool2d from {image.shape[2:]} to {shape[2:]}, whose windows differ in size,")
-    window = _pair(size // out for size, out in zip(image.shape[2:], shape[2:], strict=True))
-    return reader.add("avg_pool2d", (image,), shape,
-                      attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True})
-
-
-@reads("relax.mean")
-def read_mean(reader: Reader, call: Any, arguments: list) -> Any:
-    image = reader.activation(arguments[0])
-    rank = len(image.shape)
-    axes = range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
-    if rank != 4 or list(axes) != [2, 3]:
-        raise reader.error(f"mean over axes {tuple(axes)}, which are not height and width,")
-    return reader.add("global_avg_pool", (image,), _shape(call))
-
-
-@reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten")
-def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
-    value, shape = arguments[0], _shape(call)
-    if isinstance(value, Parameter):
-        held = reader.state_shapes[value.name]
-        if value.form == "" and len(held) == 1 and shape == (1, held[0], 1, 1):
-            return Parameter(value.name, "channel")
-        raise reader.error(f"reshape of {value.name}")
-    image = reader.activation(value)
-    if shape == image.shape:
-        return image
-    if shape == (image.shape[0], prod(image.shape[1:])):
-        return reader.add("flatten", (image,), shape)
-    raise reader.error(f"reshape from {image.shape} to {shape}, which is not a flatten,")
-
-
-@reads("relax.nn.dropout")
-def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
-    if float(call.attrs.rate) > 0:
-        raise dropout_error(_single(call.attrs.rate), reader.place())
-    return reader.activation(arguments[0]), Refused(reader.error("dropout's mask used as a value"))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError, UnsupportedOperator
+from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.relax_graph import dropout_error, unsupported
-from mest_compile.spec import ForwardGraph
+from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
     import torch

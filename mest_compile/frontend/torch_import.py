@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError, UnsupportedOperator
+from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
 from mest_compile.frontend.torch_checks import (
     check_before_decomposition,
@@ -22,7 +22,7 @@ from mest_compile.frontend.torch_checks import (
     unwrapped,
 )
 from mest_compile.frontend.torch_trace import check_training
-from mest_compile.spec import ForwardGraph
+from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.errors import UnsupportedOperator
+from mest_compile.base.errors import UnsupportedOperator
 
 if TYPE_CHECKING:
     import torch

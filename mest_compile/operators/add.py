@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from mest_compile.operators.image import ImageCopy
-from mest_compile.registry import operator
-from mest_compile.spec import Image, Node
+from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value, reads
+from mest_compile.ir.graph import Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.conversion import ImageCopy
+from mest_compile.operators.operator import operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +46,24 @@ class Add:
                 continue
             result, accumulate = low.contribute(name)
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
+
+
+@reads("relax.add")
+def read_add(reader: Reader, call: Any, arguments: list) -> Any:
+    left, right = arguments
+    if isinstance(left, Value) and isinstance(right, Value):
+        if left.shape != right.shape:
+            raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
+        return reader.add("add", (left, right), left.shape)
+    value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
+    if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
+        layer = reader.drafts[value.draft]
+        held = (1, prod(reader.state_shapes[bias.name]), 1, 1) if bias.form == "channel" else reader.state_shapes[bias.name]
+        # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
+        wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
+        fits = bias.form in ("", "channel") and held == wanted[len(wanted) - len(held):] and prod(held) == value.shape[1]
+        if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
+            # A second draft of the same layer: should its result without the bias be used as well, the shared weight is noticed.
+            reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
+            return Value(len(reader.drafts) - 1, value.shape)
+    raise reader.error(f"add of {'a constant' if Fixed() in arguments else 'a parameter that is no bias of a layer'}")

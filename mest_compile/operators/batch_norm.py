@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError
-from mest_compile.operators.image import ImageCopy
-from mest_compile.registry import operator
-from mest_compile.spec import Image, Node
+from mest_compile.base.errors import SpecError
+from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
+from mest_compile.ir.graph import Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.conversion import ImageCopy
+from mest_compile.operators.operator import operator
 
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most 1e-6 of them, and
 # of the variance as many times that; channels of nets on standardised data stay below, so that the second look at z costs them nothing.
@@ -212,3 +214,17 @@ class BatchNorm:
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
+
+
+@reads("relax.nn.batch_norm")
+def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
+    attrs = call.attrs
+    image = reader.activation(arguments[0])
+    if int(attrs.axis) != 1 or not _is_stored(*arguments[1:]):
+        raise reader.error("batch_norm without its own weight, bias and running statistics")
+    roles = ("weight", "bias", "running_mean", "running_var")
+    params = {role: parameter.name for role, parameter in zip(roles, arguments[1:], strict=True)}
+    normalised = reader.add("batch_norm", (image,), image.shape, params,
+                            {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)})
+    statistics = Refused(reader.error("batch_norm's running statistics used as values"))
+    return normalised, statistics, statistics

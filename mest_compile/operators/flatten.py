@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from mest_compile.registry import operator
-from mest_compile.spec import Image, Node
+from mest_compile.frontend.relax_graph import Parameter, Reader, Refused, _shape, _single, dropout_error, reads
+from mest_compile.ir.graph import Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.operator import operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +48,26 @@ class FlattenOperator:
         dy = low.gradient(node)
         dx, accumulate = low.contribute(node.inputs[0])
         low.call("flatten.backward", Flatten(dx.image, dy.image, accumulate), dy, dx)
+
+
+@reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten")
+def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
+    value, shape = arguments[0], _shape(call)
+    if isinstance(value, Parameter):
+        held = reader.state_shapes[value.name]
+        if value.form == "" and len(held) == 1 and shape == (1, held[0], 1, 1):
+            return Parameter(value.name, "channel")
+        raise reader.error(f"reshape of {value.name}")
+    image = reader.activation(value)
+    if shape == image.shape:
+        return image
+    if shape == (image.shape[0], prod(image.shape[1:])):
+        return reader.add("flatten", (image,), shape)
+    raise reader.error(f"reshape from {image.shape} to {shape}, which is not a flatten,")
+
+
+@reads("relax.nn.dropout")
+def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
+    if float(call.attrs.rate) > 0:
+        raise dropout_error(_single(call.attrs.rate), reader.place())
+    return reader.activation(arguments[0]), Refused(reader.error("dropout's mask used as a value"))

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import SpecError
-from mest_compile.registry import operator
-from mest_compile.spec import Image, Node
+from mest_compile.base.errors import SpecError
+from mest_compile.frontend.relax_graph import Reader, _padding, _pair, _shape, reads
+from mest_compile.ir.graph import Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.operator import operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,3 +178,43 @@ class GlobalAvgPool:
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])
             low.call("global_avg_pool.backward", GlobalPool(dx.image, dy.image, accumulate), dy, dx)
+
+
+@reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d")
+def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
+    attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.")
+    image, shape = reader.activation(arguments[0]), _shape(call)
+    kernel, stride = _pair(attrs.pool_size), _pair(attrs.strides)
+    if _pair(attrs.dilation) != (1, 1):
+        raise reader.error(f"dilated {op} (dilation={_pair(attrs.dilation)})")
+    padding = _padding(reader, attrs)
+    whole = tuple((size + 2 * pad - width) // step + 1
+                  for size, pad, width, step in zip(image.shape[2:], padding, kernel, stride, strict=True))
+    if shape[2:] != whole:
+        raise reader.error(f"{op} with ceil_mode=True, whose last window leaves the image,")
+    pool: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
+    if op == "avg_pool2d":
+        pool["count_include_pad"] = bool(attrs.count_include_pad)
+    return reader.add(op, (image,), shape, attrs=pool)
+
+
+@reads("relax.nn.adaptive_avg_pool2d")
+def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
+    image, shape = reader.activation(arguments[0]), _shape(call)
+    if shape[2:] == (1, 1):
+        return reader.add("global_avg_pool", (image,), shape)
+    if any(size % out for size, out in zip(image.shape[2:], shape[2:], strict=True)):
+        raise reader.error(f"adaptive_avg_pool2d from {image.shape[2:]} to {shape[2:]}, whose windows differ in size,")
+    window = _pair(size // out for size, out in zip(image.shape[2:], shape[2:], strict=True))
+    return reader.add("avg_pool2d", (image,), shape,
+                      attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True})
+
+
+@reads("relax.mean")
+def read_mean(reader: Reader, call: Any, arguments: list) -> Any:
+    image = reader.activation(arguments[0])
+    rank = len(image.shape)
+    axes = range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
+    if rank != 4 or list(axes) != [2, 3]:
+        raise reader.error(f"mean over axes {tuple(axes)}, which are not height and width,")
+    return reader.add("global_avg_pool", (image,), _shape(call))

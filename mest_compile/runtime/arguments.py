@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile import checks
-from mest_compile.errors import InputError, MestError, StateError
+from mest_compile.base import checks
+from mest_compile.base.errors import InputError, MestError, StateError
 
 _NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
 

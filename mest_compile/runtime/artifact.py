@@ -8,41 +8,31 @@ Index arrays are made from the masks when the artifact is opened, and by every m
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mest_compile import __version__, checks, exclusive
-from mest_compile.elf import read_library
-from mest_compile.errors import BuildError, DeviceError, NotInstalled, StateError, TargetError, UsageError
-from mest_compile.facts import Facts, read_facts
-from mest_compile.graph.program import FUNCTIONS, Program, Stage
-from mest_compile.hardware import host_machine, lacking_features, needed_features
-from mest_compile.host import cores
-from mest_compile.loading import load_library
-from mest_compile.runfolder import write_json
-from mest_compile.runtime import checkpoint
+from mest_compile import __version__
+from mest_compile.base.errors import BuildError, StateError, TargetError, UsageError
+from mest_compile.base.files import write_json
+from mest_compile.hardware.cpu import host_machine, lacking_features
+from mest_compile.hardware.target import needed_features
+from mest_compile.ir.program import Program
+from mest_compile.kernels.elf import read_library
+from mest_compile.planning.facts import Facts
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
 FORMAT = "mest-compile artifact 2"
 LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
-RUNTIME = "libtvm_runtime.so"
-ALIGN_BYTES = 64  # of every array: vectorised kernels assume it
-CPU, POOLED = 1, 2  # DLPack's device, TVM's allocator that hands the same memory out again
 
 
 def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
@@ -118,58 +108,6 @@ def size_bytes(manifest: Mapping[str, Any]) -> int:
     return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
-def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: str | os.PathLike | None = None) -> TrainStep:
-    """The step of an artifact, to train here: no compiler, no torch, no tvm package.
-
-    threads  None: as many as it was built for, at most the cores there are
-    runtime  TVM's libtvm_runtime.so; None: in the artifact's folder, in an installed tvm package, or where the system looks
-    Raises StateError when files are damaged, TargetError when this machine lacks what the kernels use, NotInstalled.
-    """
-    from mest_compile.runtime.step import Compiled, TrainStep
-
-    exclusive.this_process()
-    path = Path(path)
-    manifest, files = _read(path)
-    facts = read_facts(manifest["facts"], f"artifact {path}")
-    _check_host(path, files[LIBRARY], facts, manifest["features"])
-    train, predict = facts.lower()
-    if manifest["functions"] != _signatures(train, predict):
-        raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
-                         f"than those of {__version__}, which is installed here; use the same version on both sides")
-    functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
-    wanted = facts.threads if threads is None else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
-    module = _load(path, files[LIBRARY], find_runtime(path, runtime))
-    runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
-
-    def dense() -> TrainStep:
-        raise DeviceError("gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set")
-
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)
-    step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
-    return step
-
-
-def find_runtime(path: Path, given: str | os.PathLike | None = None) -> Path | str:
-    """TVM's runtime library. Raises NotInstalled."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise NotInstalled(f"no TVM runtime library {given}; give the path of {RUNTIME}")
-        return Path(given).resolve()
-    if (path / RUNTIME).is_file():
-        return (path / RUNTIME).resolve()
-    package = importlib.util.find_spec("tvm")  # found, not imported
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (there := Path(folder) / "lib" / RUNTIME).is_file():
-            return there
-    try:
-        ctypes.CDLL(RUNTIME)
-        return RUNTIME
-    except OSError as problem:
-        raise NotInstalled(f"TVM's {RUNTIME} is not here: take it out of the apache-tvm wheel for this machine and put it into {path}, or "
-                           "pass its path") from problem
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(manifest, content of each file), of which every byte that decides anything is what was written. Raises StateError."""
     try:
@@ -220,72 +158,3 @@ def _check_host(path: Path, library: bytes, facts: Facts, features: list[str]) -
                           f"lacks {', '.join(lacking)}: build it for a target that does without")
 
 
-def _load(path: Path, library: bytes, runtime: Path | str) -> Any:
-    """The module of a library, which needs TVM's runtime: `runtime`, unless this process has one, for there can be only one. Raises
-    NotInstalled, DeviceError.
-    """
-    # One thread would be tied to a core, with all threads that it starts; and TVM takes half of the cores for second threads of others.
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
-    try:
-        import tvm_ffi
-    except ImportError as problem:
-        raise NotInstalled(f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1") from problem
-    try:
-        if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
-            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # stays, as libraries do that ctypes opens
-        return load_library(library, [path.resolve().parent])
-    except (OSError, RuntimeError) as problem:
-        raise DeviceError(f"{path / LIBRARY} cannot be loaded: {problem}") from problem
-
-
-class LibraryRunner:
-    """A step's arrays and a shared library in this process, through tvm_ffi alone.
-
-    module    what `linking.link_step` made, loaded
-    programs  what `run` runs, by name: a program and the stages of it
-    """
-
-    uploaded_bytes = 0  # nothing leaves this process
-
-    def __init__(self, module: Any, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int):
-        import tvm_ffi
-
-        self._ffi, self._module = tvm_ffi, module
-        self._programs, self._threads = programs, threads
-        self._threadpool = tvm_ffi.get_global_func("runtime.config_threadpool")
-        self._machine = module["vm_load_executable"]()
-        self._machine["vm_initialization"](CPU, 0, POOLED)
-        self._functions = {name: self._machine[name] for name in programs}
-        self._held: dict[str, tuple[np.ndarray, Any]] = {}  # with the tensor in its memory
-        self._arguments: dict[str, list] = {}
-
-    def put(self, name: str, array: np.ndarray) -> None:
-        """Copies an array, flat, into the one of that name; a new size makes a new one."""
-        flat, held = np.asarray(array).ravel(), self._held.get(name)
-        if held is None or held[0].size != flat.size or held[0].dtype != flat.dtype:
-            self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
-            there = _aligned(flat.size, flat.dtype)
-            self._held[name] = held = there, self._ffi.from_dlpack(there)
-        held[0][...] = flat
-
-    def get(self, name: str) -> np.ndarray:
-        """A copy of the array of that name."""
-        return self._held[name][0].copy()
-
-    def run(self, function: str) -> None:
-        """Runs one of `programs`."""
-        self._threadpool(1, self._threads)
-        if function not in self._arguments:
-            self._arguments[function] = [self._held[buffer.name][1] for buffer in self._programs[function][0].held()]
-        self._functions[function](*self._arguments[function])
-
-    def profile(self, function: str, repeats: int) -> dict[str, float]:
-        raise DeviceError("an artifact's step cannot be profiled call by call; compile it on this machine and profile that")
-
-
-def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """A new array that starts at a multiple of ALIGN_BYTES."""
-    room = np.empty(size * dtype.itemsize + ALIGN_BYTES, np.uint8)
-    start = -room.ctypes.data % ALIGN_BYTES
-    return room[start:start + size * dtype.itemsize].view(dtype)

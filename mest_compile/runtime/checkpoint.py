@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.errors import StateError
-from mest_compile.runtime import tensorfile
+from mest_compile.base import tensorfile
+from mest_compile.base.errors import StateError
 
 FORMAT = "mest-compile checkpoint 3"
 

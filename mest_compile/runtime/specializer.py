@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.building import Builder, KernelSource
-from mest_compile.graph.program import Call, Program
-from mest_compile.operators.gather import GatherConv, GatherGrad
-from mest_compile.specializing import Structure, specialized, structure_of
-from mest_compile.variants import Choice, Times, Variant, choose
-from mest_compile.workers import Workers
+from mest_compile.ir.program import Call, Program
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import KernelSource
+from mest_compile.kernels.specializing import Structure, specialized, structure_of
+from mest_compile.kernels.workers import Workers
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad
+from mest_compile.runtime.variants import Choice, Times, Variant, choose
 
 log = logging.getLogger(__name__)
 REPEATS = 9  # timings of each kernel, in turns; their median counts

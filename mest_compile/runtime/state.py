@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mest_compile.errors import StateError
-from mest_compile.graph.program import Buffer, Program
-from mest_compile.registry import FAMILIES
+from mest_compile.base.errors import StateError
+from mest_compile.ir.program import Buffer, Program
+from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.layers.values import carry_over, gather_units, merge, scatter_units
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import carry_over, gather_units, merge, scatter_units
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,97 +8,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
-from mest_compile import checks, exclusive
-from mest_compile.errors import InputError, StateError, UsageError
-from mest_compile.facts import Facts
-from mest_compile.graph.footprint import footprint
-from mest_compile.graph.program import Program
-from mest_compile.mutation import importance
+from mest_compile.base import checks, exclusive
+from mest_compile.base.errors import InputError, StateError, UsageError
+from mest_compile.base.interrupts import uninterrupted
+from mest_compile.ir.program import Program
+from mest_compile.operators.layers.family import held_cells
+from mest_compile.operators.layers.values import cells_of
+from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.planning.footprint import footprint
 from mest_compile.runtime import arguments, checkpoint
-from mest_compile.runtime.changes import Changes, Part, uninterrupted
-from mest_compile.runtime.runner import Runner
+from mest_compile.runtime.changes import Changes, Part
+from mest_compile.runtime.compiled import Compiled, StepResult
+from mest_compile.runtime.mutating import Change, MutationReport
 from mest_compile.runtime.state import Arrangement, HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import cells_of
-from mest_compile.sparsity.room import held_cells, sparse_layers, units_at
-from mest_compile.spec import SGD, ForwardGraph
+from mest_compile.sparsity.mutation import importance
+from mest_compile.sparsity.room import sparse_layers, units_at
 
 if TYPE_CHECKING:
-    from mest_compile.building import Builder, KernelSource
-    from mest_compile.records import Choice
+    from mest_compile.records.record import Choice
     from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
-
-
-# Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at; None: 0.
-Change = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """What the compiler hands to a step.
-
-    train, predict   the two programs
-    document  JSON from which the same step is compiled again
-    runner    makes what holds the arrays and runs the programs
-    library   makes the shared library with all of the step's code; None: an artifact has no more to give
-    sources   (program name, call name) -> what its kernel was compiled from
-    builder   compiled them; None: nothing can be compiled here
-    choices   call name of the training program -> its kernel's knobs and where they are from
-    """
-
-    facts: Facts
-    train: Program
-    predict: Program
-    document: Mapping[str, Any]
-    runner: Callable[[], Runner]
-    library: Callable[[], bytes] | None = None
-    sources: Mapping[tuple[str, str], KernelSource] = field(default_factory=dict)
-    builder: Builder | None = None
-    choices: Mapping[str, Choice] = field(default_factory=dict)
-
-    @property
-    def graph(self) -> ForwardGraph:
-        """As imported, before fusing."""
-        return self.facts.graph
-
-    @property
-    def layers(self) -> Mapping[str, Layer]:
-        return self.facts.layers
-
-    @property
-    def optimizer(self) -> SGD:
-        return self.facts.optimizer
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """loss: mean cross-entropy of the batch; correct: (N,) bool, whether the largest logit is the label's."""
-
-    loss: float
-    correct: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class MutationReport:
-    """What a mutation did, and what it took of the thread that trains.
-
-    layers           {weight name: "unchanged" | "re-indexed" | "recompiled"}
-    seconds          of the whole mutation
-    reindex_seconds  of these, once all units were chosen: for the index arrays and what moves with them, weights, momentum and gradients
-    uploaded_bytes   what went to another device, 0 where there is none
-    """
-
-    layers: dict[str, str]
-    seconds: float
-    reindex_seconds: float
-    uploaded_bytes: int = 0
 
 
 P = ParamSpec("P")

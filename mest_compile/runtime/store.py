@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mest_compile.errors import DeviceError
+from mest_compile.base.errors import DeviceError
 
 
 class StoreRunner:

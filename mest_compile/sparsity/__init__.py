@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mest_compile.errors import UsageError
-from mest_compile.registry import SCHEMES
-from mest_compile.sparsity.scheme import Scheme
+from mest_compile.base.errors import UsageError
+from mest_compile.sparsity.scheme import SCHEMES, Scheme
 
 
 def parse_scheme(scheme: str | Scheme) -> Scheme:

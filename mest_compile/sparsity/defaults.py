@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
 from mest_compile.sparsity.scheme import Scheme
-from mest_compile.spec import ForwardGraph, LayerSpec, Node
 
 
 def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme) -> list[str]:

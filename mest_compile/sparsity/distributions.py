@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mest_compile.errors import SparsityError, UnknownName
-from mest_compile.spec import LayerSpec
+from mest_compile.base.errors import SparsityError, UnknownName
+from mest_compile.ir.graph import LayerSpec
 
 DIGITS = 6  # of a sparsity that was computed: 0.9 - 0.05 is to read 0.85
 ROUNDING = 1e-9  # densities this close to 1 are 1: sums of so many terms are no more exact

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mest_compile.errors import CapacityError
+from mest_compile.base.errors import CapacityError
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme
-from mest_compile.spec import LayerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +31,7 @@ class Layer:
         if self.capacity is not None and units > self.capacity:
             raise CapacityError(f"{self.spec.name}: {units} units live at a sparsity of {sparsity:g}, but memory is planned for "
                                 f"{self.capacity}; compile the step with grow_to={sparsity:g}, or keep the mask sparser")
+
+
+def live_cells(layer: Layer) -> int:
+    return layer.scheme.live_cells(layer.spec, layer.sparsity)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mest_compile.errors import UsageError
-from mest_compile.registry import FAMILIES
+from mest_compile.base.errors import UsageError
 from mest_compile.sparsity.distributions import rescaled, together
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.schemes.dense import Dense
@@ -38,16 +37,6 @@ def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
     starts = {name: layer.scheme.live_units(layer.spec, layer.sparsity) for name, layer in layers.items()}
     room = {name: max(units, starts[name]) for name, units in units_at(layers, grow_to).items()}
     return {name: replace(layer, capacity=room.get(name)) for name, layer in layers.items()}
-
-
-def held_cells(layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
-    """{weight name: cells of its value array} with so many units alive; a layer that `live_units` lacks has those that it starts with."""
-    found = {}
-    for name, layer in layers.items():
-        live = live_units.get(name)
-        cells = layer.scheme.live_cells(layer.spec, layer.sparsity) if live is None else live * layer.scheme.unit_cells(layer.spec)
-        found[name] = FAMILIES.find(layer.kernels).held_cells(layer, cells)
-    return found
 
 
 def _elems(layers: Mapping[str, Layer]) -> dict[str, int]:

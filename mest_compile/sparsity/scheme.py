@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from mest_compile import mutation
-from mest_compile.errors import InputError, SparsityError, StateError, UsageError
-from mest_compile.spec import LayerSpec
+from mest_compile.base.errors import InputError, SparsityError, StateError, UsageError
+from mest_compile.base.registry import Registry
+from mest_compile.ir.graph import LayerSpec
+from mest_compile.sparsity import mutation
 
 
 class Scheme(ABC):
@@ -217,3 +218,16 @@ def check_sparsity(layer: LayerSpec, sparsity: float) -> None:
 def loads_shared(channels: int) -> int:
     """The most channels of a cell, up to 4, that divide `channels`: its rows share their loads in forward, its sources in grad_input."""
     return next(size for size in (4, 2, 1) if channels % size == 0)
+
+
+SCHEMES = Registry("scheme", "mest_compile.sparsity.schemes")
+
+
+def scheme(name: str):
+    """Class decorator: registers a sparsity scheme."""
+
+    def register(cls):
+        SCHEMES.add(name, cls)
+        return cls
+
+    return register

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.choosing import choose_sections, choose_vector, live_of, section_knobs, widened
+from mest_compile.base.errors import UsageError
 from mest_compile.compiling import compile as compile_step
-from mest_compile.errors import UsageError
 from mest_compile.frontend import import_model
-from mest_compile.graph.fusing import fuse
-from mest_compile.graph.lowering import lower
-from mest_compile.hardware import Target, find_target
-from mest_compile.linkers import obstacle
-from mest_compile.models import build_model
-from mest_compile.planning import plan_layers
-from mest_compile.records import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
+from mest_compile.hardware.target import Target, find_target, obstacle
+from mest_compile.kernels.choosing import live_of
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.models.catalog import build_model
+from mest_compile.planning.layers import plan_layers
+from mest_compile.planning.layout import choose_sections, choose_vector, section_knobs, widened
+from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning.deadline import Deadline, TimedBuilder
 from mest_compile.tuning.layout import time_sections, time_vectors

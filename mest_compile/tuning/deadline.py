@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from mest_compile.building import Builder, KernelSource
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import KernelSource
 
 
 class OutOfTime(Exception):

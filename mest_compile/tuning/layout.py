@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.choosing import live_cells, section_facts, step_facts, widened, with_sections
-from mest_compile.graph.program import Program
-from mest_compile.hardware import Target
-from mest_compile.records import SECTIONS, STEP, FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, target_facts, text_digest
-from mest_compile.sparsity.layer import Layer
+from mest_compile.hardware.target import Target
+from mest_compile.ir.program import Program
+from mest_compile.planning.layout import section_facts, step_facts, widened, with_sections
+from mest_compile.records.log import FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, text_digest
+from mest_compile.records.record import SECTIONS, STEP, target_facts
+from mest_compile.sparsity.layer import Layer, live_cells
 from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.session import Progress
 

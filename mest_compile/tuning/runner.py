@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from mest_compile.building import KernelSource
-from mest_compile.errors import BuildError
-from mest_compile.hardware import Target
-from mest_compile.records import Measure, Outcome, cpu_of
-from mest_compile.registry import Registry
+from mest_compile.base.errors import BuildError
+from mest_compile.base.registry import Registry
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import KernelSource
+from mest_compile.records.log import Measure, Outcome, cpu_of
 from mest_compile.tuning.deadline import Deadline
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mest_compile.records import Outcome, Record
+from mest_compile.records.log import Outcome, Record
 from mest_compile.tuning.deadline import Deadline, OutOfTime
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.space import Space, feature_extractor, meta_schedule, mutator, places_in

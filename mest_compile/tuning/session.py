@@ -16,10 +16,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
-from mest_compile.building import Builder
-from mest_compile.graph.program import Program
-from mest_compile.hardware import Target
-from mest_compile.records import IN_STEP, LogFile, Measure, Outcome, Record, Records, Trials, plain, target_facts, text_digest
+from mest_compile.hardware.target import Target
+from mest_compile.ir.program import Program
+from mest_compile.kernels.cache import Builder
+from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, Trials, plain, text_digest
+from mest_compile.records.record import IN_STEP, target_facts
 from mest_compile.sparsity.layer import Layer
 from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.runner import Runner, Timing

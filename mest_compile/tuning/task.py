@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.building import Builder, KernelSource, kernel_source, knob_space
-from mest_compile.choosing import live_of
-from mest_compile.errors import StateError
-from mest_compile.graph.footprint import masked_elems
-from mest_compile.graph.program import Buffer, Call, Program
-from mest_compile.hardware import Target, find_target
-from mest_compile.operators.gather import GatherConv, GatherGrad, gather_conv_reference, gather_grad_reference
-from mest_compile.operators.pattern_groups import GroupedConv, GroupedGrad, single_taps
-from mest_compile.records import text_digest
-from mest_compile.registry import FAMILIES, SCHEDULES
+from mest_compile.base.errors import StateError
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.program import Call, Program
+from mest_compile.kernels.arguments import _argument
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.choosing import live_of
+from mest_compile.kernels.source import SCHEDULES, KernelSource, kernel_source, knob_space
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.layers.index import LayerIndex
+from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, single_taps
+from mest_compile.records.log import text_digest
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.packing import LayerIndex
 
 EXACT = frozenset({"conv", "grad"})     # last words of kernels that only add up products
 ROUNDINGS = 64                          # float32 roundings that two right answers of other kernels may differ by, at the largest value
@@ -137,34 +137,6 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
     made.save(task.arrays)
 
 
-def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
-              rng: np.random.Generator) -> np.ndarray:
-    name, part = buffer.weight, buffer.part
-    if name in layers and name not in indices:
-        layer = layers[name]
-        energy = rng.random(layer.scheme.grid(layer.spec))
-        keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
-        indices[name] = FAMILIES.find(layer.kernels).index(layer, keep, program)
-    if buffer.kind == "indices":
-        return indices[name].arrays[part].ravel()
-    if buffer.image:
-        image = buffer.image
-        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
-    if buffer.elems is None:
-        order, there = indices[name].sort, indices[name].arrays.get("transposed_from")
-        if there is None:
-            return _whole(rng, masked_elems(buffer, layers, {name: len(order)}))
-        # A cell may be held twice, to fill up a list of rows, and then with one value.
-        return _whole(rng, int(order.max()) + 1).take(order.take(there) if part == "transposed" else order)
-    if buffer.dtype == "int32":
-        return rng.integers(0, 2, buffer.elems).astype(np.int32)
-    return _whole(rng, buffer.elems) if exact else rng.uniform(0.5, 1.5, buffer.elems).astype(np.float32)
-
-
-def _whole(rng: np.random.Generator, size: Any) -> np.ndarray:
-    return rng.integers(-1, 2, size).astype(np.float32)
-
-
 def _warm(calls: Sequence[Call], number: int) -> Iterable[int]:
     """Arguments of call `number` that the last call before it that touched an image had as well."""
     before = next((call for call in reversed(calls[:number]) if any(buffer.image for buffer in call.buffers)), None)
@@ -177,7 +149,7 @@ def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builde
 
     host = replace(find_target("local"), vector=task.target.vector)
     if f"{host.device}/{task.kernel}" not in SCHEDULES.load():  # what only OpenCL devices have is computed on this machine's
-        from mest_compile.tuning.runners.opencl import answer_here
+        from mest_compile.backends.opencl.runner import answer_here
 
         return answer_here(task.kernel, task.problem, builder.function(task.source({})), list(arguments),
                            task.target.limits.name)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.building import Builder, KernelSource
-from mest_compile.linking import link_kernel
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.linking import link_kernel
+from mest_compile.kernels.source import KernelSource
 from mest_compile.tuning.task import Arrays
 
 COLD_BYTES = 96 * 2**20  # of copies of the arguments, beyond the last-level cache: what a call finds cached is what the one before left
@@ -61,7 +62,7 @@ def copies_of(path: Path) -> tuple[Arrays, list[list[Any]]]:
     """The arguments, and as many copies of them on the device as are never in cache together."""
     import tvm
 
-    from mest_compile.runtime.local import ask_for_huge_pages
+    from mest_compile.backends.cpu.runner import ask_for_huge_pages
 
     if path not in _loaded:
         _loaded.clear()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Split, as_dataset, source
-from mest_compile.errors import DataError
 
 
 @source("arrays")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
-from mest_compile.errors import DataError
 
 PIXELS = 3 * 32 * 32
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
-from mest_compile.errors import DataError
 
 TEST_EVERY = 5  # every fifth example of each class is a test example: 80/20, stratified, and no generator whose stream could change
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
-from mest_compile.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")

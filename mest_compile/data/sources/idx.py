@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
-from mest_compile.errors import DataError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files, on every machine
 UNSIGNED_BYTE = 0x08

@@ -3,10 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from mest_compile import checks
-from mest_compile.errors import UsageError
-from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme
+from mest_compile.base import checks
+from mest_compile.base.errors import UsageError
+from mest_compile.sparsity.scheme import Scheme, scheme
 
 
 @scheme("block")

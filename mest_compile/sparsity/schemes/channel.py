@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme
+from mest_compile.sparsity.scheme import Scheme, scheme
 
 
 @scheme("channel")

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from mest_compile.errors import SparsityError
-from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme, loads_shared
+from mest_compile.base.errors import SparsityError
+from mest_compile.sparsity.scheme import Scheme, loads_shared, scheme
 
 
 @scheme("dense")

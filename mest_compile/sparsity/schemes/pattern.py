@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mest_compile.errors import SparsityError, StateError
-from mest_compile.mutation import choices, grow_rows, prune_rows
-from mest_compile.registry import scheme
-from mest_compile.sparsity.scheme import Scheme, check_sparsity
+from mest_compile.base.errors import SparsityError, StateError
+from mest_compile.sparsity.mutation import choices, grow_rows, prune_rows
+from mest_compile.sparsity.scheme import Scheme, check_sparsity, scheme
 
 # Two pairs of neighbours in a row, one of them with the centre, the other right above or below: the only eight such patterns. Both taps
 # of a pair meet neighbouring pixels, so kernels compute them from one place, and what one tap reads for a pixel is what the other reads

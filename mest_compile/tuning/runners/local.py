@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mest_compile.building import KernelSource
-from mest_compile.errors import BuildError, UsageError
-from mest_compile.hardware import Target
-from mest_compile.records import Measure, Outcome
+from mest_compile.base.errors import BuildError, UsageError
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import KernelSource
+from mest_compile.records.log import Measure, Outcome
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Task
 from mest_compile.tuning.worker import check_and_time, compile_check_and_time, compile_kernel

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from mest_compile import cycles, emulation
-from mest_compile.building import KernelSource
-from mest_compile.errors import DeviceError
-from mest_compile.hardware import Target
-from mest_compile.records import COUNTED, MODEL_UNIT, Measure, Outcome
+from mest_compile.base.errors import DeviceError
+from mest_compile.devices import cycles, emulation
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import KernelSource
+from mest_compile.records.log import Measure, Outcome
+from mest_compile.records.record import COUNTED, MODEL_UNIT
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Task
 

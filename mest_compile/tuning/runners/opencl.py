@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mest_compile.building import KernelSource
-from mest_compile.errors import BuildError, DeviceError
-from mest_compile.graph.program import Buffer, Call, Program
-from mest_compile.hardware import Target
-from mest_compile.opencl_kernels import OpenclKernel, compile_opencl
-from mest_compile.records import Measure, Outcome
+from mest_compile.backends.opencl.code import OpenclKernel, compile_opencl
+from mest_compile.backends.opencl.runner import _device, answer_of
+from mest_compile.base.errors import BuildError, DeviceError
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import KernelSource
+from mest_compile.records.log import Measure, Outcome
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Arrays, Task
 
@@ -27,7 +25,7 @@ class OpenclTuningRunner(Runner):
     def __init__(self, target: Target, options: RunnerOptions):
         from tvm.support.popen_pool import PopenWorker
 
-        from mest_compile.runtime.opencl import machine
+        from mest_compile.backends.opencl.runner import machine
 
         super().__init__(target, options)
         self._machine = machine(target.limits.name)
@@ -87,23 +85,3 @@ def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeat
     return Outcome.OK.value, "", [sum(device.profile("train", 1).values()) for _ in range(repeats)]
 
 
-def _device(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> tuple[Any, list[str]]:
-    from mest_compile.runtime.opencl import OpenclRunner, find_device
-
-    buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(arguments))
-    program = Program("train", [Call("call", kernel, problem, buffers, "forward")])
-    runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}, find_device(name))
-    return runner, [buffer.name for buffer in buffers]
-
-
-def answer_of(device: Any, names: list[str], arguments: list[np.ndarray]) -> list[np.ndarray]:
-    """All arguments as they are after a run on the device."""
-    for name, array in zip(names, arguments, strict=True):
-        device.put(name, array)
-    device.run("train")
-    return [device.get(name) for name in names]
-
-
-def answer_here(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> list[np.ndarray]:
-    """The same from nothing, in this process."""
-    return answer_of(*_device(kernel, problem, built, arguments, name), arguments)

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mest_compile.building import KernelSource
-from mest_compile.errors import DeviceError, MestError, TargetError, UsageError
-from mest_compile.hardware import Target
-from mest_compile.records import COUNTED, Measure, Outcome, cpu_of
-from mest_compile.runtime import probe
-from mest_compile.runtime.remote import Session, last_line, rpc
+from mest_compile.base.errors import DeviceError, MestError, TargetError, UsageError
+from mest_compile.devices import probe
+from mest_compile.devices.session import Session, last_line, rpc
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import KernelSource
+from mest_compile.records.log import Measure, Outcome, cpu_of
+from mest_compile.records.record import COUNTED
 from mest_compile.tuning.deadline import OutOfTime
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, runner
 from mest_compile.tuning.task import Arrays, Task

@@ -1,0 +1,1 @@
+"""Processors: TVM's LLVM makes the code."""

@@ -1,0 +1,141 @@
+"""Runs a step's programs in this process: TVM's virtual machine calls the kernels by name."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base import exclusive
+from mest_compile.hardware.target import Target
+from mest_compile.ir.program import Program, Stage
+from mest_compile.lowering.emitting import emit, kernel_name
+
+_numbers = itertools.count()
+_naming = threading.Lock()  # TVM's table of global names is the process's
+
+
+class LocalRunner:
+    """A step's arrays and kernels in this process.
+
+    kernels   program name -> call name -> callable
+    programs  what `run` runs, by name: a program and the stages of it
+    """
+
+    uploaded_bytes = 0  # nothing leaves this process
+
+    def __init__(self, kernels: Mapping[str, Mapping[str, Any]], programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], target: Target,
+                 threads: int):
+        import tvm
+        import tvm_ffi
+
+        tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)  # else Ctrl-C where TVM calls us comes out as a RuntimeError
+        self._tvm, self._device = tvm, tvm.cpu(0)
+        self._programs, self._threads = programs, threads
+        # Each with a view of its memory: TVM's own copies cost more than most arrays of a layer.
+        self._held: dict[str, tuple[Any, np.ndarray]] = {}
+        self._arguments: dict[str, list] = {}
+        self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
+        self._functions = {kernel_name(prefix, program, call.name): kernels[program.name][call.name]
+                           for program in {program.name: program for program, _ in programs.values()}.values() for call in program.calls}
+        self._functions[f"{prefix}.arena"] = lambda *storages: ask_for_huge_pages(storages)
+
+        def name(program: Program, call: str) -> str:
+            return kernel_name(prefix, program, call)
+
+        with exclusive.COMPILER:
+            self._executable = tvm.compile(emit(programs, name, f"{prefix}.arena"), target=target.to_tvm())
+        self._executable.mod.clear_imports()  # an object without code, which TVM would link, load and never let go
+        self._machine = self._new_machine()
+        self._machine["arena"]()
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Copies an array, flat, into the tensor of that name; a new size makes a new tensor."""
+        held = self._held.get(name)
+        if held is not None and held[1].size == array.size:
+            held[1][...] = array.reshape(-1)
+            return
+        self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
+        tensor = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
+        self._held[name] = tensor, np.from_dlpack(tensor)
+
+    def get(self, name: str) -> np.ndarray:
+        """A copy of the array of that name."""
+        return self._held[name][1].copy()
+
+    def exchange(self, kernels: Mapping[str, Any]) -> None:
+        """Puts other kernels in place of some of the training program's: {call name: callable}."""
+        program, _ = self._programs["train"]
+        self._functions |= {kernel_name(self._prefix, program, call): kernel for call, kernel in kernels.items()}
+        self._machine = self._new_machine()
+
+    def run(self, function: str) -> None:
+        """Runs one of `programs`."""
+        self._tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
+        if function not in self._arguments:
+            self._arguments[function] = [self._held[buffer.name][0] for buffer in self._programs[function][0].held()]
+        self._machine[function](*self._arguments[function])
+
+    def profile(self, function: str, repeats: int) -> dict[str, float]:
+        """{call: seconds}, the median of `repeats` runs; "rest" is what a run that nobody watches takes beside its kernels."""
+        begun: dict[str, float] = {}
+        passes: list[dict[str, float]] = []
+        infix = f".{self._programs[function][0].name}."
+
+        def watch(function, name, before, result, *arguments):
+            name = name.partition(infix)[2]
+            if name and before:
+                begun[name] = time.perf_counter()
+            elif name:
+                passes[-1][name] = time.perf_counter() - begun[name]
+            return 0  # go on
+
+        watched, whole = self._new_machine(), []
+        self.run(function)
+        watched[function](*self._arguments[function])
+        watched.set_instrument(watch)
+        for _ in range(repeats):
+            passes.append({})
+            watched[function](*self._arguments[function])
+            start = time.perf_counter()
+            self.run(function)
+            whole.append(time.perf_counter() - start)
+        seconds = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
+        return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
+
+    def _new_machine(self) -> Any:
+        """A virtual machine looks every kernel up by its global name once, when it is made. The names go again, or kernels would outlive
+        their step: a process that compiles many has no room for the mappings of some ten thousand libraries.
+        """
+        from tvm import relax
+        from tvm_ffi.registry import remove_global_func
+
+        with _naming:
+            try:
+                for name, function in self._functions.items():
+                    self._tvm.register_global_func(name, function, override=True)
+                return relax.VirtualMachine(self._executable, self._device)
+            finally:
+                for name in self._functions:
+                    remove_global_func(name)
+
+
+def ask_for_huge_pages(storages: Iterable[Any]) -> None:
+    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages address
+    translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice nothing is done.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    advise = ctypes.CDLL(None).madvise
+    for storage in storages:
+        view = np.from_dlpack(storage)
+        start = -(-view.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = view.ctypes.data + view.nbytes - start
+        if size >= 2**21:
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)

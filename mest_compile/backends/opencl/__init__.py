@@ -1,0 +1,1 @@
+"""OpenCL devices: TVM makes OpenCL C, their driver compiles it."""

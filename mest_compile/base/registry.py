@@ -1,0 +1,62 @@
+"""Plug-ins are files: a registry finds them in their folder the first time a name is asked for."""
+
+import importlib
+import pkgutil
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from mest_compile.base.errors import DuplicateName, UnknownName
+
+_loading = threading.RLock()  # one for all: a plug-in may be in two registries
+
+
+class Registry(dict[str, Any]):
+    """Names to plug-ins. `package` is the package whose modules register themselves when imported."""
+
+    def __init__(self, kind: str, package: str):
+        super().__init__()
+        self.kind = kind
+        self.package = package
+        self._begun = self._loaded = False
+
+    def load(self) -> "Registry":
+        """Imports every module of the package and its folders once; returns self, with all there is: another thread waits until then."""
+        if not self._loaded:
+            with _loading:
+                if not self._begun:  # a plug-in may ask for others while it is imported
+                    self._begun = True
+                    try:
+                        package = importlib.import_module(self.package)
+                        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+                            importlib.import_module(module.name)
+                        self._loaded = True
+                    finally:
+                        self._begun = self._loaded  # what was interrupted begins anew
+        return self
+
+    def add(self, name: str, item: Any) -> None:
+        if name in self and _origin(item) != _origin(self[name]):  # a file whose import was interrupted is imported again
+            raise DuplicateName(f"{self.kind} {name!r} is registered twice; is its file imported twice?")
+        self[name] = item
+
+    def find(self, name: str) -> Any:
+        """The plug-in of that name. Raises UnknownName with the names there are."""
+        return self.load()[name]
+
+    def names(self) -> list[str]:
+        return sorted(self.load())
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownName(f"no {self.kind} {name!r}; there are: {', '.join(sorted(self)) or 'none'}")
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+def _origin(item: Any) -> tuple[str, str]:
+    """Module and name of what a plug-in is, or is an instance of."""
+    made = item if hasattr(item, "__qualname__") else type(item)
+    return made.__module__, made.__qualname__
+
+

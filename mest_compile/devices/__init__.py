@@ -1,0 +1,1 @@
+"""Steps on another machine, and machines that are emulated."""

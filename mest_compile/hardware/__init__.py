@@ -1,0 +1,1 @@
+"""Targets, this machine, and what a kind of device has to answer."""

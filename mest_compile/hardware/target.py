@@ -1,0 +1,239 @@
+"""Devices: one TOML file each in targets/, read into a Target; "local" is completed from the machine at hand."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base import checks
+from mest_compile.base.errors import TargetError, UnknownName
+from mest_compile.hardware.cpu import (
+    LINUX_NAMES,
+    LINUX_NAMES_OF_ARM,
+    NARROW,
+    cache_bytes,
+    host_cpu,
+    host_machine,
+    joined,
+    lacking_features,
+)
+from mest_compile.hardware.host import cores
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What an OpenCL device allows and what it is capable of; for the generic targets the least of a family.
+
+    wave            threads that run in step
+    threads         of a work-group, as kernels prefer them: a power of two
+    most_threads    that a work-group may have
+    local_bytes     local memory of a work-group
+    most_buffer_bytes  of one buffer
+    most_image_side  pixels of a side of a 2D image; no kernel here reads images. The default is the least that OpenCL 1.2 allows
+    name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the first device
+    gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
+    """
+
+    wave: int
+    threads: int
+    most_threads: int
+    local_bytes: int
+    most_buffer_bytes: int
+    gflops: float
+    gigabytes_per_second: float
+    most_image_side: int = 8192
+    name: str | None = None
+
+    def __post_init__(self):
+        if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
+            raise TargetError(f"gpu.name is {self.name!r}; wanted a part of the device's name, or none for any device")
+        if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
+            raise TargetError(f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device that kernels are compiled for.
+
+    name    of its TOML file
+    device  kind of device, which picks the schedules: "cpu" or "opencl"
+    llvm    TVM target fields (kind, mcpu, mtriple, ...), as sorted pairs; lists (mattr) as tuples
+    vector  float32 elements of a vector register
+    registers  vector registers
+    l1_bytes, l2_bytes  data cache of one core
+    cores   processor cores
+    gpu     limits of an OpenCL device; None on a CPU
+    memory_bytes  of the smallest device of that kind; None: not known
+    cycle_model   LLVM's name of the core whose pipeline gives modelled cycles; None: there are none for it
+    host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
+    float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be stored so
+    """
+
+    name: str
+    device: str
+    llvm: tuple[tuple[str, str | tuple[str, ...]], ...]
+    vector: int
+    registers: int
+    l1_bytes: int
+    l2_bytes: int
+    cores: int
+    gpu: Gpu | None = None
+    memory_bytes: int | None = None
+    cycle_model: str | None = None
+    host_triple: str | None = None
+    float16: bool = False
+
+    def __post_init__(self):
+        if self.vector < 1 or self.vector & (self.vector - 1):
+            raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
+        if (self.device == "opencl") != (self.gpu is not None):
+            raise TargetError(f"target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to \"opencl\" and only to it")
+
+    @property
+    def vectors(self) -> tuple[int, ...]:
+        """Widths that may be the fastest for a step: where registers hold 16 floats multipliers may hold 8, and 8 suit some steps."""
+        return tuple(sorted({self.vector, 8, 16})) if self.tvm_fields.get("mcpu") == "x86-64-v4" else (self.vector,)
+
+    @property
+    def limits(self) -> Gpu:
+        """`gpu`, where there must be one. Raises TargetError on a CPU."""
+        if self.gpu is None:
+            raise TargetError(f"target {self.name!r} is no OpenCL device")
+        return self.gpu
+
+    @property
+    def processor(self) -> Target:
+        """The CPU that launches this device's kernels; a CPU launches its own."""
+        if self.gpu is None:
+            return self
+        triple = (("mtriple", self.host_triple),) if self.host_triple else ()
+        return replace(self, device="cpu", gpu=None, llvm=(("kind", "llvm"), *triple))
+
+    def for_batch(self, batch: int) -> Target:
+        """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more would stay empty."""
+        wasteful = self.vector > 8 and 0 < batch % self.vector <= self.vector // 2
+        return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
+
+    @property
+    def tvm_fields(self) -> dict[str, Any]:
+        """What tvm.target.Target takes."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.llvm}
+
+    def to_tvm(self) -> Any:
+        """TVM's target. Raises TargetError when LLVM does not know the CPU: it would print a line and compile for any CPU of its kind."""
+        import tvm
+        from tvm.target.codegen import llvm_get_cpu_archlist, llvm_get_system_triple, llvm_is_valid_cpu
+
+        fields = self.tvm_fields
+        if fields["kind"] == "llvm" and "mcpu" in fields:
+            triple = fields.get("mtriple") or str(llvm_get_system_triple())
+            if not llvm_is_valid_cpu(fields["mcpu"], triple):
+                known = ", ".join(sorted(map(str, llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple})))))
+                raise TargetError(f"target {self.name!r}: LLVM has no CPU {fields['mcpu']!r} for {triple}; it has: {known}")
+        return tvm.target.Target(fields)
+
+
+# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or what only an operating
+# system uses, does not matter.
+_IN_LOOPS = re.compile(r"s?sse|avx(?!10)|fma|xop|f16c|bmi|tbm|lzcnt|popcnt|movbe|cmov|gfni|egpr")
+
+
+def needed_features(target: Target) -> frozenset[str]:
+    """CPU features, by the kernel's names without dots and dashes, that LLVM may use in code for the target.
+
+    Raises TargetError when LLVM does not know the CPU.
+    """
+    return _needed(target.processor) if "mcpu" in target.tvm_fields or "mattr" in target.tvm_fields else frozenset()
+
+
+@cache
+def _needed(target: Target) -> frozenset[str]:
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    found = set(map(str, llvm_get_cpu_features(target.to_tvm())))
+    machine = target.tvm_fields.get("mtriple", host_machine()).partition("-")[0]
+    for start, names in LINUX_NAMES_OF_ARM.items():
+        if machine.startswith(start):
+            return frozenset(name for feature in found & names.keys() for name in names[feature])
+    used = filter(_IN_LOOPS.match, found)
+    return frozenset(joined(name) for feature in used for name in LINUX_NAMES.get(feature, (feature,)))
+
+
+def target_names() -> list[str]:
+    """Names of the targets that are shipped."""
+    return sorted(entry.name.removesuffix(".toml") for entry in resources.files("mest_compile.targets").iterdir()
+                  if entry.name.endswith(".toml"))
+
+
+def find_target(target: str | Path | Target) -> Target:
+    """A Target from its name, a TOML file's path, or itself. Raises UnknownName, TargetError."""
+    if isinstance(target, Target):
+        return target
+    if not isinstance(target, str | Path):
+        raise TargetError(f"target is {checks.shown(target)}; wanted a name, the path of a TOML file, or a mest.Target")
+    path = Path(target)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise TargetError(f"no target file {path}; give a TOML file or one of: {', '.join(target_names())}")
+        return _read(path.stem, path.read_text())
+    if str(target) not in target_names():
+        raise UnknownName(f"no target {str(target)!r}; there are: {', '.join(target_names())}, or a path to a TOML file")
+    return _read(str(target), (resources.files("mest_compile.targets") / f"{target}.toml").read_text())
+
+
+def _read(name: str, text: str) -> Target:
+    try:
+        fields = tomllib.loads(text)
+        llvm = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["llvm"].items()}
+        found = Target(name=name, device=fields["device"], llvm=tuple(sorted(llvm.items())), vector=fields["vector"],
+                       registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
+                       gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
+                       cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"),
+                       float16=fields.get("float16", False))
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
+        raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
+    return _complete_from_host(found) if fields.get("detect", False) else found
+
+
+def _complete_from_host(target: Target) -> Target:
+    """`target` with the CPU, vector width, caches and cores of this machine."""
+    cpu, vector = host_cpu()
+    llvm = dict(target.llvm) | {"mcpu": cpu}
+    return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if cpu == "generic" else 16,  # "generic": NEON
+                   l1_bytes=cache_bytes(1) or target.l1_bytes, l2_bytes=cache_bytes(2) or target.l2_bytes,
+                   cores=cores(), float16=cpu not in NARROW)
+
+
+def triple_of(target: Target) -> tuple[str, str]:
+    """(architecture as in `elf.MACHINES`, "gnu" or "android") of a target's CPU."""
+    triple = target.tvm_fields.get("mtriple", "")
+    if not triple:
+        return host_machine(), "gnu"
+    architecture = triple.partition("-")[0]
+    return "arm" if architecture.startswith("arm") else architecture, "android" if "android" in triple else "gnu"
+
+
+def is_native(target: Target) -> bool:
+    """Whether the target's CPU is of this machine's architecture and system."""
+    return triple_of(target) == (host_machine(), "gnu")
+
+
+def is_foreign(target: Target) -> bool:
+    """Whether this machine cannot run what is compiled for the target."""
+    return bool(obstacle(target))
+
+
+def obstacle(target: Target) -> str:
+    """Why this machine cannot run what is compiled for the target; "": it can. An OpenCL device is one that it may have.
+
+    Raises TargetError when LLVM does not know the CPU.
+    """
+    if not is_native(target):
+        return f"that is for {' and '.join(triple_of(target))}, this machine is {host_machine()} and gnu"
+    lacking = lacking_features(needed_features(target))
+    return f"this machine's CPU lacks {', '.join(lacking)}" if lacking else ""

@@ -1,0 +1,1 @@
+"""What a model is between importing and code: nodes, layouts, programs."""

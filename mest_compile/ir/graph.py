@@ -1,0 +1,86 @@
+"""Frozen facts that the rest of the compiler passes around. Everything checks itself when made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mest_compile.base.errors import SpecError
+
+MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A trainable convolution or linear layer, every size known when we compile.
+
+    name          torch name of its weight: "layer1.0.conv1.weight"
+    weight_shape  (out, in, kh, kw), elements; a linear layer is (out, in, 1, 1)
+    input_shape   (batch, in, h, w), elements; a linear layer is (batch, in, 1, 1)
+    stride, padding  (y, x), pixels
+    """
+
+    name: str
+    weight_shape: tuple[int, int, int, int]
+    input_shape: tuple[int, int, int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        if self.weight_shape[1] != self.input_shape[1]:
+            raise SpecError(f"{self.name}: the weight takes {self.weight_shape[1]} channels, "
+                            f"the input has {self.input_shape[1]}")
+        if self.weight_elems > MOST_ELEMS:
+            raise SpecError(f"{self.name}: the weight has {self.weight_elems:,} elements; wanted at most {MOST_ELEMS:,}, which "
+                            f"31 bits tell apart: make the layer narrower")
+        if min(self.output_size) < 1:
+            raise SpecError(f"{self.name}: a {self.input_shape[2]}x{self.input_shape[3]} input is too small for "
+                            f"a {self.weight_shape[2]}x{self.weight_shape[3]} kernel with padding {self.padding}")
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the output, pixels."""
+        return tuple((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in
+                     zip(self.input_shape[2:], self.padding, self.weight_shape[2:], self.stride))  # type: ignore
+
+    @property
+    def weight_elems(self) -> int:
+        out, inputs, height, width = self.weight_shape
+        return out * inputs * height * width
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator of the forward graph.
+
+    op      name in the operator registry: "conv2d", "linear", "batch_norm", "relu", "add", "max_pool2d", "avg_pool2d",
+            "global_avg_pool", "flatten"
+    name    unique; the dotted torch module path where there is one
+    inputs  names of the producing nodes; "input" is the graph's input
+    params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias, running_mean, running_var
+    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics); pools: kernel, stride,
+            padding, avg_pool2d also count_include_pad
+    shape   of the output: (N, C, H, W) or (N, features)
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    params: Mapping[str, str] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardGraph:
+    """A model's forward pass in topological order; the last node gives the logits (N, classes).
+
+    state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
+    """
+
+    nodes: tuple[Node, ...]
+    input_shape: tuple[int, ...]
+    state_shapes: Mapping[str, tuple[int, ...]]
+
+

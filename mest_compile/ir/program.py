@@ -1,0 +1,120 @@
+"""A program: the kernel calls of one step in order, the buffers they use, and where the temporary ones lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import ITEM_BYTES
+
+# "statistics" is what a training step writes of its forward pass; "update" uses held buffers only, so that it can be run on its own.
+Stage = Literal["forward", "statistics", "backward", "update"]
+FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: program and its stages
+    "train": ("train", ("forward", "statistics", "backward", "update")), "gradients": ("train", ("forward", "backward")),
+    "backward": ("train", ("forward", "statistics", "backward")), "update": ("train", ("update",)), "predict": ("predict", ("forward",))}
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """A flat array on the device.
+
+    elems       None when it depends on the mask: such buffers are always held by the step
+    kind        what its bytes are counted as: "batch", "values", "indices", "gradients", "optimizer", "arena"
+    image       how an activation lies in it, None for anything else
+    parts       torch names of the dense parameters or statistics in it, one after another
+    weight      the layer's weight, where a layer holds it, and `part` what of the layer: "" its values, "gradient", an index array
+    """
+
+    name: str
+    elems: int | None
+    dtype: str = "float32"
+    kind: str = "arena"
+    image: Image | None = None
+    parts: tuple[str, ...] = ()
+    weight: str = ""
+    part: str = ""
+
+    @property
+    def held(self) -> bool:
+        """Held by the step from one call to the next; the others share the arena."""
+        return self.kind != "arena"
+
+    @property
+    def size_bytes(self) -> int:
+        assert self.elems is not None, f"{self.name} has no size before a mask is known"
+        return self.elems * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel."""
+
+    name: str
+    kernel: str
+    problem: Any
+    buffers: tuple[Buffer, ...]
+    stage: Stage
+
+
+@dataclass(slots=True)
+class Program:
+    """Calls in order. `slots` are the arena's storages in bytes; `slot_of` says which one holds a temporary buffer."""
+
+    name: str
+    calls: list[Call]
+    slots: list[int] = field(default_factory=list)
+    slot_of: dict[Buffer, int] = field(default_factory=dict)
+
+    def buffers(self) -> list[Buffer]:
+        """Every buffer once, in order of first use."""
+        return list(dict.fromkeys(buffer for call in self.calls for buffer in call.buffers))
+
+    def held(self) -> list[Buffer]:
+        return [buffer for buffer in self.buffers() if buffer.held]
+
+    def saved_bytes(self) -> int:
+        """Arena bytes that the forward pass leaves for the backward pass."""
+        born, dies = _lifetimes(self.calls)
+        turn = next((place for place, call in enumerate(self.calls) if call.stage == "backward"), len(self.calls))
+        return sum(buffer.size_bytes for buffer in born if born[buffer] < turn <= dies[buffer])
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(self.slots)
+
+
+def _lifetimes(calls: Sequence[Call]) -> tuple[dict[Buffer, int], dict[Buffer, int]]:
+    """(first, last) call of every temporary buffer."""
+    born: dict[Buffer, int] = {}
+    dies: dict[Buffer, int] = {}
+    for place, call in enumerate(calls):
+        for buffer in call.buffers:
+            if not buffer.held:
+                born.setdefault(buffer, place)
+                dies[buffer] = place
+    return born, dies
+
+
+def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
+    """Gives every temporary buffer a slot, such that no two that live at the same time share one.
+
+    `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
+    Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is none.
+    So small ones fill the gaps in the lives of large ones. Source: "greedy by size" of Pisarchyk and Lee, arXiv:2001.03288.
+    """
+    born, dies = _lifetimes(program.calls)
+    sizes = list(slots)
+    taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    for buffer in sorted(born, key=lambda b: (-b.size_bytes, born[b])):
+        first, last = born[buffer], dies[buffer]
+        free = [slot for slot, size in enumerate(sizes) if size >= buffer.size_bytes
+                and all(last < other_first or other_last < first for other_first, other_last in taken[slot])]
+        slot = min(free, key=sizes.__getitem__, default=len(sizes))
+        if slot == len(sizes):
+            sizes.append(buffer.size_bytes)
+            taken.append([])
+        program.slot_of[buffer] = slot
+        taken[slot].append((first, last))
+    program.slots = sizes

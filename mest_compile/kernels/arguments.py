@@ -1,0 +1,60 @@
+"""Arrays to try a kernel on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mest_compile.ir.program import Buffer, Call, Program
+from mest_compile.operators.layers.family import FAMILIES, masked_elems
+from mest_compile.operators.layers.index import LayerIndex
+from mest_compile.sparsity.layer import Layer
+
+
+def call_arrays(call: Call, layer: Layer, program: Program, seed: int = 0) -> list[np.ndarray]:
+    """Arrays that a layer's call takes: the index of a random legal mask at the layer's sparsity, random values, zero halos."""
+    rng = np.random.default_rng(seed)
+    keep = layer.scheme.start(layer.spec, rng.random(layer.scheme.grid(layer.spec)), layer.scheme.live_units(layer.spec, layer.sparsity),
+                              rng)
+    index = FAMILIES.find(layer.kernels).index(layer, keep, program)
+    return [_array(buffer, layer, index, rng) for buffer in call.buffers]
+
+
+def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Generator) -> np.ndarray:
+    if buffer.weight == layer.spec.name and buffer.part in index.arrays:
+        return index.arrays[buffer.part]
+    if buffer.image is not None:
+        image = buffer.image
+        return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))
+    elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
+    return rng.standard_normal(elems).astype(np.float32)
+
+
+def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
+              rng: np.random.Generator) -> np.ndarray:
+    name, part = buffer.weight, buffer.part
+    if name in layers and name not in indices:
+        layer = layers[name]
+        energy = rng.random(layer.scheme.grid(layer.spec))
+        keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
+        indices[name] = FAMILIES.find(layer.kernels).index(layer, keep, program)
+    if buffer.kind == "indices":
+        return indices[name].arrays[part].ravel()
+    if buffer.image:
+        image = buffer.image
+        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
+    if buffer.elems is None:
+        order, there = indices[name].sort, indices[name].arrays.get("transposed_from")
+        if there is None:
+            return _whole(rng, masked_elems(buffer, layers, {name: len(order)}))
+        # A cell may be held twice, to fill up a list of rows, and then with one value.
+        return _whole(rng, int(order.max()) + 1).take(order.take(there) if part == "transposed" else order)
+    if buffer.dtype == "int32":
+        return rng.integers(0, 2, buffer.elems).astype(np.int32)
+    return _whole(rng, buffer.elems) if exact else rng.uniform(0.5, 1.5, buffer.elems).astype(np.float32)
+
+
+def _whole(rng: np.random.Generator, size: Any) -> np.ndarray:
+    return rng.integers(-1, 2, size).astype(np.float32)

@@ -1,0 +1,276 @@
+"""Kernel text to callable code, through a content-addressed cache in memory and on disk.
+
+A kernel's key is the digest of its TVMScript text, its target and the TVM version: everything that can change the code.
+Nothing with the same key is compiled twice. An entry on disk is one file, named by its key and by the digest of its content, that comes
+into being by a rename: several processes can use one folder, and a file that is not what its name says is damaged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mest_compile.backends.cpu.code import compile_cpu
+from mest_compile.backends.opencl.code import OpenclKernel, compile_opencl
+from mest_compile.base.errors import BuildError, MestError
+from mest_compile.hardware.folders import cache_folder, digest
+from mest_compile.hardware.host import cores
+from mest_compile.kernels.linkers import link_here, scratch_folder
+from mest_compile.kernels.loading import load_library
+from mest_compile.kernels.source import KernelSource
+
+log = logging.getLogger(__name__)
+
+
+STORED_PER_EVICTION = 32  # looking through the folder takes about as long as compiling a kernel
+MOST_BYTES = 2**30  # some 20,000 kernels; a wide ResNet-32 has about 150
+
+
+@dataclass(slots=True)
+class Builder:
+    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next. A folder that can only be read is read from;
+    one that is full, forbids execution or is not there costs no more than the cache.
+
+    most_bytes        that `folder` may hold: beyond it the entries go that were used longest ago
+    compiled, loaded  how many kernels were compiled, and how many came from disk
+    seconds           spent compiling, added up over threads
+    """
+
+    folder: Path = field(default_factory=lambda: cache_folder() / "kernels")
+    most_bytes: int = MOST_BYTES
+    compiled: int = 0
+    loaded: int = 0
+    seconds: float = 0.0
+    _ready: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _refused: bool = False  # whether the log says that the folder cannot be written
+
+    def build(self, sources: Iterable[KernelSource]) -> dict[str, Any]:
+        """key -> callable, for every source, compiled side by side: LLVM and the linker run outside Python's lock. Raises BuildError."""
+        distinct = {source.key: source for source in sources}
+        return dict(zip(distinct, self._side_by_side(self.function, distinct.values())))
+
+    def function(self, source: KernelSource) -> Any:
+        """The callable of one kernel. Raises BuildError."""
+        key = source.key
+        if key not in self._ready:
+            self._ready[key] = self._from_disk(source) or self._compile(source)
+        return self._ready[key]
+
+    def find(self, source: KernelSource) -> Any:
+        """The callable of one kernel if it was loaded or stands in the folder, whole; else None. Compiles nothing."""
+        key = source.key
+        if key not in self._ready and (found := self._from_disk(source)):
+            self._ready[key] = found
+        return self._ready.get(key)
+
+    def has(self, source: KernelSource) -> bool:
+        """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
+        return source.key in self._ready or any(path.suffix != ".o" for path in self._there(f"{source.key[:2]}/{source.key}.*"))
+
+    def store(self, source: KernelSource) -> None:
+        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError, also where it cannot be
+        kept.
+        """
+        suffix = ".json" if source.target.device == "opencl" else ".so"
+        if not any(self._entries(source.key, suffix)):
+            if not self._keep(source.key, suffix, self._content(self._new_library(source), source)):
+                raise BuildError(f"the kernel cache {self.folder} cannot be written, through which another process would get the kernel")
+            if self.compiled % STORED_PER_EVICTION == 0:
+                self._evict()
+
+    def objects(self, sources: Iterable[KernelSource]) -> dict[str, bytes]:
+        """symbol -> object code, for every source: what is linked for another machine, or into an artifact. Raises BuildError."""
+        distinct = list({source.key: source for source in sources}.values())
+        return dict(zip([source.symbol for source in distinct], self._side_by_side(self._object, distinct)))
+
+    def keep(self, digest: str, make: Callable[[], bytes]) -> bytes:
+        """The library of that digest, of all that decides it: from the folder, or what `make` gives. Raises BuildError."""
+        for _, content in self._entries(digest, ".lib"):
+            return content
+        try:
+            content = make()
+        except MestError:
+            raise
+        except Exception as problem:  # of TVM's many types
+            raise BuildError(f"{_cause(problem)}: the step's library cannot be built") from problem
+        self._keep(digest, ".lib", content)
+        self._evict()
+        return content
+
+    def _side_by_side(self, get: Callable[[KernelSource], Any], sources: Iterable[KernelSource]) -> list[Any]:
+        sources, before = list(sources), self.compiled
+        if not self._ready.keys() >= {source.key for source in sources}:
+            import tvm  # noqa: F401  # before the threads, which would all wait for it
+            from tvm.script import tirx  # noqa: F401
+        with ThreadPoolExecutor(cores()) as workers:
+            found = list(workers.map(get, sources))
+        if self.compiled > before:
+            self._evict()
+        return found
+
+    def _object(self, source: KernelSource) -> bytes:
+        for _, content in self._entries(source.key, ".o"):
+            with self._lock:
+                self.loaded += 1
+            return content
+        content = _object_code(self._new_library(source))
+        self._keep(source.key, ".o", content)
+        return content
+
+    def _entries(self, key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
+        """Whole entries of the cache for that key; damaged ones are removed."""
+        for path in self._there(f"{key[:2]}/{key}.{'?' * 32}{suffix}"):
+            try:
+                content = path.read_bytes()
+            except OSError:  # another process has just removed it
+                continue
+            if path.suffixes[0] == f".{digest(content)}":
+                with suppress(OSError):  # where it can only be read
+                    os.utime(path)  # "used", for the order of eviction
+                yield path, content
+                continue
+            log.warning("cached kernel %s is damaged; compiling it again", path.name)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _there(self, pattern: str) -> list[Path]:
+        """Files in the folder; none when it cannot be looked into."""
+        try:
+            return list(self.folder.glob(pattern))
+        except OSError:
+            return []
+
+    def _from_disk(self, source: KernelSource) -> Any:
+        for path, content in self._entries(source.key, ".json" if source.target.device == "opencl" else ".so"):
+            try:
+                found = OpenclKernel.from_json(content.decode()) if source.target.device == "opencl" else self._load(content, source)
+            except Exception as problem:  # of TVM's many types
+                log.warning("cached kernel %s cannot be loaded (%s); compiling it again", path.name, _cause(problem))
+                continue
+            with self._lock:
+                self.loaded += 1
+            return found
+        return None
+
+    def _compile(self, source: KernelSource) -> Any:
+        library = self._new_library(source)
+        content = self._content(library, source)
+        if isinstance(library, OpenclKernel):
+            self._keep(source.key, ".json", content)
+            return library
+        self._keep(source.key, ".so", content)
+        try:
+            return self._load(content, source)
+        except (OSError, RuntimeError) as problem:
+            raise BuildError(f"kernel {source.kernel} cannot be loaded, neither from {self.folder} nor from the temporary folder "
+                             f"({_cause(problem)}); set TMPDIR to a folder that can be written and executed from") from problem
+
+    @staticmethod
+    def _content(library: Any, source: KernelSource) -> bytes:
+        """What the cache keeps of a compiled kernel."""
+        return library.to_json().encode() if isinstance(library, OpenclKernel) else link_here(_object_code(library), source.target)
+
+    def _load(self, content: bytes, source: KernelSource) -> Any:
+        """The kernel of a library: what was checked, whatever becomes of the cached file. It goes with its last user."""
+        return load_library(content, [self.folder])[source.symbol]
+
+    def _new_library(self, source: KernelSource) -> Any:
+        start = time.perf_counter()
+        try:
+            library = _made(source)
+        except MestError:
+            raise
+        except Exception as problem:  # TVM raises many types; the text is what a reader needs
+            log.debug("text of kernel %s, which does not compile:\n%s", source.kernel, source.text)
+            raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}; "
+                             "its text is in the log at level DEBUG") from problem
+        with self._lock:
+            self.compiled += 1
+            self.seconds += time.perf_counter() - start
+        return library
+
+    def _keep(self, key: str, suffix: str, content: bytes) -> bool:
+        """Writes an entry under a temporary name; whether that went well."""
+        folder = self.folder / key[:2]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+                made = Path(scratch) / f"kernel{suffix}"
+                made.write_bytes(content)
+                os.replace(made, folder / f"{key}.{digest(content)}{suffix}")
+                return True
+        except OSError as problem:
+            if not self._refused:
+                self._refused = True
+                log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+            return False
+
+    @staticmethod
+    def compile_object(source: KernelSource, path: Path) -> None:
+        """Compiles a kernel for any CPU to an object file of that name, past the cache. Raises BuildError."""
+        _try(source, lambda library: library.write_to_file(str(path)))
+
+    @staticmethod
+    def compile_here(source: KernelSource) -> Any:
+        """The callable of one kernel for this CPU, past the cache. Raises BuildError."""
+        return _try(source, lambda library: library[source.symbol])
+
+    def _evict(self) -> None:
+        """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
+        entries = []
+        for path in self._there("??/*.*"):
+            try:
+                facts = path.stat()
+            except OSError:  # another process has just removed it
+                continue
+            entries.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.most_bytes:
+                return
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            total -= size
+
+
+def _made(source: KernelSource) -> Any:
+    """The code of one kernel: TVM's module, or for an OpenCL device its source and launches."""
+    if source.target.device == "opencl":
+        return compile_opencl(source.text, source.symbol, source.target)
+    return compile_cpu(source.text, source.symbol, source.target, source.checked)
+
+
+def _object_code(library: Any) -> bytes:
+    with scratch_folder() as scratch:
+        path = scratch / "kernel.o"
+        library.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:
+    try:
+        return use(_made(source))
+    except MestError:
+        raise
+    except Exception as problem:  # of TVM's many types
+        raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
+
+
+def _cause(problem: Exception) -> str:
+    """What went wrong in one line. TVM writes a stack before it, or the piece of source it points at behind it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    said = next((line for line in lines if "error: " in line.lower()), lines[-1] if lines else "no message").removeprefix("error: ")
+    kind = type(problem).__name__
+    return said if said.startswith(kind) else f"{kind}: {said}"
+
+

@@ -1,0 +1,81 @@
+"""A kernel's text, and what decides its code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+from mest_compile.backends.cpu.code import PASSES
+from mest_compile.base.registry import Registry
+from mest_compile.hardware.target import Target
+
+
+@dataclass(frozen=True)  # without slots, for cached_property: keys are asked for at every mutation
+class KernelSource:
+    """The text of one kernel and what it is for.
+
+    kernel  "batch_norm.forward"
+    text    TVMScript of one PrimFunc named `kernel`
+    target  the device it is compiled for
+    checked  whether code for a CPU looks at its arguments' types and shapes: a fifth of what there is to compile
+    """
+
+    kernel: str
+    text: str
+    target: Target
+    checked: bool = True
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits; equal for equal code."""
+        how: list[Any] = [PASSES, self.checked] if self.target.device == "cpu" else []
+        limits = [asdict(self.target.gpu)] if self.target.gpu else []  # a kernel is checked against them when it is made
+        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *how, *limits], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    @property
+    def symbol(self) -> str:
+        """The function's name in its library."""
+        return "mest_" + self.key[:24]
+
+
+def kernel_source(kernel: str, problem: Any, target: Target, **knobs) -> KernelSource:
+    """The text that `target`'s schedule gives for `problem`. Raises UnknownName when that kind of device has no such kernel."""
+    schedule = SCHEDULES.find(f"{target.device}/{kernel}")
+    return KernelSource(kernel, schedule(problem, target, **knobs), target)
+
+
+def knob_space(kernel: str, problem: Any, target: Target) -> dict[str, tuple]:
+    """{knob: values that it may take for `problem`, the default first} of `target`'s schedule. Raises UnknownName."""
+    knobs = SCHEDULES.find(f"{target.device}/{kernel}").knobs
+    return dict(knobs(problem, target) if callable(knobs) else knobs)
+
+
+def _tvm_version() -> str:
+    return metadata.version("apache-tvm")
+
+
+SCHEDULES = Registry("schedule", "mest_compile.schedules")
+Knobs = Mapping[str, tuple]
+
+
+def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None, section_channels=None):
+    """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
+
+    The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
+    `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that does.
+    `section_channels` is for "gather.conv": the rule that says how many source channels a section of the index has.
+    """
+
+    def register(function):
+        function.kernel, function.device, function.knobs = kernel, device, knobs or {}
+        function.section_channels = section_channels
+        SCHEDULES.add(f"{device}/{kernel}", function)
+        return function
+
+    return register

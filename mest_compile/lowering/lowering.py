@@ -1,0 +1,280 @@
+"""Forward graph to program: every operator adds its kernel calls, forward in order, then backward in reverse.
+
+This is the reverse pass: it knows who produces and who consumes a value, adds up gradients, and asks each operator for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base.errors import SpecError
+from mest_compile.hardware.target import Target
+from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.program import Buffer, Call, Program, Stage, plan_memory
+from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
+from mest_compile.operators.losses.cross_entropy import lower_loss
+from mest_compile.operators.operator import OPERATORS
+from mest_compile.operators.optimizers.sgd import Sgd
+from mest_compile.sparsity.layer import Layer
+
+
+class Lowering:
+    """Collects the calls of one program. Operators use it; its buffers are shared between the programs of a step."""
+
+    def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool,
+                 recomputed: frozenset[str] = frozenset(), activations: str = "float32"):
+        self.graph = graph
+        self.activations = activations
+        self.layers = layers
+        self.vector = vector
+        self.held = held
+        self.training = training
+        self.calls: list[Call] = []
+        self.stage: Stage = "forward"
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._recomputed = set(recomputed)
+        self._values: dict[str, Buffer] = {}
+        self._gradients: dict[str, Buffer] = {}
+        self._temporaries: dict[str, Buffer] = {}
+        self._aliases: dict[str, str] = {}
+        self._touched: set[Buffer] = set()
+        self._updates: dict[Buffer, Buffer] = {}
+        self._trainable = self._reach_parameters()
+        self._shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
+
+    # What operators ask about the graph.
+
+    def consumers(self, name: str) -> list[Node]:
+        return [node for node in self.graph.nodes if name in node.inputs]
+
+    def needs_gradient(self, name: str) -> bool:
+        """False for the input and for what has no trainable parameter before it."""
+        return name in self._trainable
+
+    def layer(self, node: Node) -> Layer:
+        return self.layers[node.params["weight"]]
+
+    def written(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its operator writes; None: all."""
+        node = self._nodes.get(name)
+        operator = OPERATORS.find(node.op) if node else None
+        return operator.written(node, self) if operator and hasattr(operator, "written") else None
+
+    def read(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its consumers read; None: all, or more than one operator does."""
+        consumers = self.consumers(name)
+        operator = OPERATORS.find(consumers[0].op) if len(consumers) == 1 else None
+        return operator.read(consumers[0], self) if operator and hasattr(operator, "read") else None
+
+    # Buffers.
+
+    def value(self, name: str) -> Buffer:
+        """Forward value of a node. In the backward pass one that was not kept is computed again, once."""
+        name = self._root(name)
+        if self.stage == "backward" and name in self._recomputed:
+            self._recomputed.remove(name)
+            OPERATORS.find(self._nodes[name].op).recompute(self._nodes[name], self)
+        return self._values[name]
+
+    def output(self, node: Node) -> Buffer:
+        """A new buffer for the node's value, with the halo that its consumers read."""
+        # Logits are few, and the loss exponentiates them.
+        dtype = "float32" if node.name == self.graph.nodes[-1].name else self.activations
+        self._values[node.name] = _buffer_of(node.name, self._image(node.name, self._value_halo(node.name), dtype))
+        return self._values[node.name]
+
+    def alias(self, node: Node, source: str) -> None:
+        """The node's value is that of `source`; so is its gradient."""
+        self._aliases[node.name] = source
+
+    def gradient(self, node: Node) -> Buffer:
+        """Gradient of the loss with respect to the node's value; complete when its backward is called."""
+        return self._gradients[self._root(node.name)]
+
+    def gradient_halo(self, name: str) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) zero pixels that the operator of `name` reads around the gradient of its value."""
+        node = self._nodes[name]
+        operator = OPERATORS.find(node.op)
+        return operator.gradient_halo(node, self) if hasattr(operator, "gradient_halo") else (0, 0, 0, 0)
+
+    def has_gradient(self, node: Node) -> bool:
+        """Whether the loss depends on the node's value through a trainable path."""
+        return self._root(node.name) in self._gradients
+
+    def contribute(self, name: str) -> tuple[Buffer, bool]:
+        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there already."""
+        name = self._root(name)
+        if name in self._gradients:
+            return self._gradients[name], True
+        self._gradients[name] = _buffer_of(f"{name}.gradient", self._image(name, self.gradient_halo(name)))
+        return self._gradients[name], False
+
+    def adopt(self, name: str, buffer: Buffer) -> bool:
+        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
+        name = self._root(name)
+        wanted = self._image(name, self.gradient_halo(name))
+        if name in self._gradients or buffer.image != wanted:
+            return False
+        self._gradients[name] = buffer
+        return True
+
+    def temporary(self, name: str, elems: int, dtype: str = "float32", image: Image | None = None) -> Buffer:
+        """Arena memory that lives from its first call to its last; the same name gives the same buffer."""
+        if name not in self._temporaries:
+            self._temporaries[name] = Buffer(name, elems, dtype, "arena", image)
+        return self._temporaries[name]
+
+    def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
+        """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""
+        if name not in self.held:
+            self.held[name] = Buffer(name, elems, dtype, kind)
+        return self.held[name]
+
+    def parameter(self, node: Node, *roles: str) -> Buffer:
+        """Dense parameters or statistics of these roles, flat, one after another."""
+        names = tuple(node.params[role] for role in roles)
+        buffer = self.hold("+".join(names), sum(int(np.prod(self.graph.state_shapes[name])) for name in names), "values")
+        buffer.parts = names
+        return buffer
+
+    def parameter_gradient(self, node: Node, *roles: str) -> Buffer:
+        """Their gradient, laid out likewise; asking for it makes the step update them."""
+        values = self.parameter(node, *roles)
+        gradients = self.hold(f"{values.name}:gradient", values.elems, "gradients")
+        self._updates[values] = gradients
+        return gradients
+
+    def statistics(self, name: str) -> Buffer | None:
+        """Sums that the convolution `name` left in its epilogue for batch_norm, if it did."""
+        return self._temporaries.get(f"{name}.statistics")
+
+    # Calls.
+
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+        if fills:
+            self._touched.add(fills)
+        self._record(kernel, problem, buffers, name, self.stage)
+
+    def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
+        """Records a call that only runs when the step trains."""
+        self._record(kernel, problem, buffers, None, "statistics")
+
+    def call_update(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None) -> None:
+        """Records a call that only runs when the step updates parameters."""
+        self._record(kernel, problem, buffers, name, "update")
+
+    def _record(self, kernel: str, problem: Any, buffers: Sequence[Buffer], name: str | None, stage: Stage) -> None:
+        for buffer in buffers:
+            if buffer not in self._touched:
+                self._touched.add(buffer)
+                if buffer.image and any(buffer.image.halo):
+                    zero = ZeroHalo(buffer.image)
+                    self.calls.append(Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", zero, (buffer,), self.stage))
+        self.calls.append(Call(name or f"{len(self.calls)}.{kernel}", kernel, problem, tuple(buffers), stage))
+
+    # Internal.
+
+    def _root(self, name: str) -> str:
+        while name in self._aliases:
+            name = self._aliases[name]
+        return name
+
+    def _reach_parameters(self) -> set[str]:
+        reached: set[str] = set()
+        for node in self.graph.nodes:
+            if node.params or any(source in reached for source in node.inputs):
+                reached.add(node.name)
+        return reached
+
+    def _image(self, name: str, halo: tuple[int, int, int, int], dtype: str = "float32") -> Image:
+        shape = self._shapes[name]
+        batch, channels = shape[:2]
+        height, width = shape[2:] if len(shape) == 4 else (1, 1)
+        return Image(channels, height, width, batch, halo, self.vector, dtype)
+
+    def _value_halo(self, name: str) -> tuple[int, int, int, int]:
+        halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)
+                 if hasattr(OPERATORS.find(node.op), "source_halo")]
+        return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
+
+
+def _buffer_of(name: str, image: Image) -> Buffer:
+    return Buffer(name, image.elems, image.dtype, "arena", image)
+
+
+def _start(low: Lowering) -> Buffer:
+    """Reads the batch (N, C, H, W) into the input's image; returns the logits' buffer after the whole forward pass."""
+    graph = low.graph
+    if len(graph.nodes[-1].shape) != 2:
+        raise SpecError(f"the model's output has shape {graph.nodes[-1].shape}; wanted (N, classes)")
+    entry = Node("input", "input", (), graph.input_shape)
+    images = low.hold("images", int(np.prod(graph.input_shape)), "batch")
+    target = low.output(entry)
+    assert target.image
+    low.call("image.import", ImageImport(target.image), images, target)
+    for node in graph.nodes:
+        OPERATORS.find(node.op).forward(node, low)
+    return low.value(graph.nodes[-1].name)
+
+
+def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
+    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time than the one before:
+
+    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is kept per
+    convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input only.
+    """
+    consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
+    norms = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
+    normed = {node.name: consumers[node.name][0] for node in graph.nodes
+              if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]}
+    added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
+    return norms, norms | added, norms.union(normed)
+
+
+def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
+                   recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0, activations: str = "float32") -> Program:
+    """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
+    low = Lowering(graph, layers, vector, held, True, recomputed, activations)
+    _start(low)
+    low.stage = "backward"
+    batch = graph.input_shape[0]
+    lower_loss(low, graph.nodes[-1].name, low.hold("labels", batch, "batch", "int32"), low.hold("loss", 1, "batch"),
+               low.hold("correct", batch, "batch", "int32"), label_smoothing)
+    for node in reversed(graph.nodes):
+        if low.has_gradient(node):
+            OPERATORS.find(node.op).backward(node, low)
+    for values, gradients in low._updates.items():
+        momentum = low.hold(f"{values.name}:momentum", values.elems, "optimizer")
+        low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, low.hold("hyper", 4, "batch"), name=f"{values.name}.update")
+    program = Program("train", low.calls)
+    plan_memory(program)
+    return program
+
+
+def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
+                     slots: Sequence[int], activations: str = "float32") -> Program:
+    """The forward pass with running statistics, in the training program's memory."""
+    low = Lowering(graph, layers, vector, held, training=False, activations=activations)
+    logits = _start(low)
+    batch, classes = graph.nodes[-1].shape
+    assert logits.image
+    low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", batch * classes, "batch"))
+    program = Program("predict", low.calls)
+    plan_memory(program, slots)
+    return program
+
+
+def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset(),
+          label_smoothing: float = 0.0, activations: str = "float32") -> tuple[Program, Program]:
+    """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
+
+    activations  what values of nodes are stored as, the logits excepted
+    """
+    held: dict[str, Buffer] = {}
+    train = lower_training(graph, layers, target.vector, held, recomputed, label_smoothing, activations)
+    return train, lower_prediction(graph, layers, target.vector, held, train.slots, activations)

@@ -1,0 +1,1 @@
+"""How fast: benchmarks, rivals, tables, profiles."""

@@ -1,0 +1,342 @@
+"""Who can be timed against whom: each contestant builds the same training step from a `Case`, in its own way and its own process.
+
+A further rival is one more entry in `CONTESTANTS`. Rivals whose versions cannot live beside ours have an environment of their own
+(`benchmarks/environments.sh`); nothing that they call here needs tvm.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile.base.errors import NotInstalled, UnknownName, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENTS = Path(__file__).resolve().parent.parent / "benchmarks" / "environments"
+PROGRAM, STEP = "model.pt2", "step.safetensors"  # what a folder given as Case.model holds
+SWAPPED_ABOVE = 0.8                              # SparseProp leaves layers dense that are not sparser than this
+SPARSEPROP_VECTOR = 8                            # examples that its convolution takes at a time; those left over it leaves out
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What both sides compute: an SGD-momentum step on random images.
+
+    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our compiled step
+    input_shape  (N, C, H, W) or (N, features), elements
+    width        channels of the first stage; None is the model's own
+    sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
+    threads      for both sides
+    memory_budget  of our step in bytes, None for no bound
+    activations  what our step stores them as
+    """
+
+    model: str
+    input_shape: tuple[int, ...] = (64, 3, 32, 32)
+    width: int | None = None
+    classes: int = 10
+    scheme: str = "block"
+    sparsity: float = 0.9
+    distribution: str = "uniform"
+    target: str = "local"
+    threads: int = 1
+    seed: int = 0
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    memory_budget: int | None = None
+    activations: str = "float32"
+
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """(images of input_shape float32, labels (N,) int64), the same in every process."""
+        rng = np.random.default_rng(self.seed)
+        images = rng.standard_normal(self.input_shape, dtype=np.float32)
+        return images, rng.integers(0, self.classes, self.input_shape[0])
+
+
+# One step of this net is run before memory is counted, so that code which libraries load on first use counts as imported on every side.
+MINIATURE = Case("vgg11", (8, 3, 8, 8), width=4, scheme="unstructured")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A training step that returns its loss, and what its builder knows about it.
+
+    planned_bytes  memory that the step says it needs, None where it does not say
+    cold           whether something was compiled that a second process would find ready; the harness then starts a second one, because a
+                   compiler leaves memory behind that is no part of training
+    notes          what a reader must know to judge the comparison
+    """
+
+    step: Callable[[], float]
+    planned_bytes: int | None = None
+    cold: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """load         imports all that is needed, `build` returns one training step
+    miniature    builds what is run before memory is counted
+    environment  folder of its own environment in benchmarks/environments, None: this one
+    """
+
+    load: Callable[[], None]
+    build: Callable[[Case], Built]
+    packages: tuple[str, ...]
+    miniature: Callable[[Case], Built]
+    environment: str | None = None
+
+
+def find_contestant(name: str) -> Contestant:
+    """Raises UnknownName with the names there are."""
+    if name not in CONTESTANTS:
+        raise UnknownName(f"no rival {name!r} to measure against; there are: {', '.join(sorted(CONTESTANTS))}")
+    return CONTESTANTS[name]
+
+
+def find_interpreter(name: str, own: str, given: str | Path | None = None) -> str:
+    """The Python that runs a contestant: `given`, its environment's, or `own`. Raises NotInstalled, UnknownName."""
+    environment = find_contestant(name).environment
+    if environment is None:
+        return own
+    path = Path(given) if given is not None else ENVIRONMENTS / environment / "bin" / "python"
+    if not os.access(path, os.X_OK):
+        raise NotInstalled(f"{name} needs an environment of its own and there is no {path}; run benchmarks/environments.sh {environment} "
+                           "in a clone of mest-compile, or give the Python of such an environment with --rival-python")
+    return str(path)
+
+
+# Ours.
+
+def _load_mest() -> None:
+    import torch.export  # noqa: F401
+    import tvm  # noqa: F401
+
+    import mest_compile
+
+    mest_compile.compile  # noqa: B018
+
+
+def _build_mest(case: Case, tuned: bool = True) -> Built:
+    import mest_compile as mest
+    from mest_compile.hardware.target import find_target
+    from mest_compile.kernels.cache import Builder
+    from mest_compile.models.catalog import build_model
+    from mest_compile.records.log import Records
+
+    builder = Builder()
+    if Path(case.model).is_dir():
+        step = mest.load(Path(case.model, STEP), threads=case.threads, builder=builder)
+    else:
+        step = mest.compile(
+            build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape, scheme=case.scheme,
+            sparsity=case.sparsity, distribution=case.distribution, target=case.target, threads=case.threads, seed=case.seed,
+            optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
+            memory_budget=case.memory_budget, activations=case.activations, builder=builder,
+            records=None if tuned else Records(find_target(case.target)))
+    images, labels = case.batch()
+    origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
+    return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0, (f"kernels: {origins}",))
+
+
+def _build_mest_untuned(case: Case) -> Built:
+    """Our step on the defaults of its schedules, whatever tuning has found."""
+    return _build_mest(case, tuned=False)
+
+
+def _build_mest_for_avx2(case: Case) -> Built:
+    """Our step untuned, and compiled for any machine with AVX2, whatever this one has beyond that."""
+    return _build_mest_untuned(replace(case, target="avx2"))
+
+
+def _build_mest_dense(case: Case) -> Built:
+    """Our step with all weights alive."""
+    return _build_mest(replace(case, scheme="dense", sparsity=0.0))
+
+
+def _build_mest_in_float32(case: Case) -> Built:
+    """Our step with activations in float32: what storing them in less gains."""
+    return _build_mest(replace(case, activations="float32"))
+
+
+def _build_mest_on_one_thread(case: Case) -> Built:
+    return _build_mest(replace(case, threads=1))
+
+
+# Dense torch.
+
+def _load_torch() -> None:
+    import torch  # noqa: F401
+
+
+def torch_model(case: Case) -> torch.nn.Module:
+    """The case's model in training mode, with the weights that every contestant starts from."""
+    import torch
+
+    from mest_compile.models.catalog import build_model
+
+    if Path(case.model).is_dir():
+        return torch.export.load(Path(case.model, PROGRAM)).module()
+    return build_model(case.model, case.input_shape, case.classes, case.width, case.seed).train()
+
+
+def _build_torch(case: Case) -> Built:
+    return Built(_torch_step(torch_model(case), case, channels_last=True))
+
+
+def _build_torch_compile(case: Case) -> Built:
+    import torch
+
+    step = _torch_step(torch_model(case), case, channels_last=True, wrap=torch.compile)
+    step()  # compiles: part of the set-up
+    return Built(step)
+
+
+def _torch_step(model: torch.nn.Module, case: Case, channels_last: bool, wrap: Callable[[Any], Any] = lambda model: model
+                ) -> Callable[[], float]:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    torch.set_num_threads(case.threads)
+    numpy_images, numpy_labels = case.batch()
+    images, labels = torch.from_numpy(numpy_images), torch.from_numpy(numpy_labels)
+    if channels_last and images.dim() == 4:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay)
+    forward = wrap(model)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# SparseProp.
+
+def _load_sparseprop() -> None:
+    import sparseprop.utils  # noqa: F401
+
+
+def _build_sparseprop(case: Case) -> Built:
+    """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel is slower."""
+    if case.sparsity <= SWAPPED_ABOVE:
+        raise UsageError(f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {case.sparsity}")
+    if left := case.input_shape[0] % SPARSEPROP_VECTOR:
+        raise UsageError(f"SparseProp's convolution takes {SPARSEPROP_VECTOR} examples at a time and would leave out the last {left} of "
+                         f"{case.input_shape[0]}, without a word; give a batch that is a multiple of {SPARSEPROP_VECTOR}")
+    import torch
+    from sparseprop.utils import swap_modules_with_sparse
+
+    torch.set_num_threads(case.threads)
+    model = torch_model(case)
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, keep in unstructured_masks(model, case).items():
+            parameters[name].mul_(torch.from_numpy(keep))
+    # Per layer it measures its kernels against the dense one, on inputs of the case's size.
+    swapped = swap_modules_with_sparse(model, case.input_shape)
+    layers = [part for part in swapped.modules() if type(part).__module__.startswith("sparseprop")]
+    return Built(_torch_step(swapped, case, channels_last=False), notes=(f"{len(layers)} layers run SparseProp's kernels",))
+
+
+def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
+    """{weight name: bool array}: the masks that our step of the case starts with when its scheme is unstructured."""
+    from mest_compile.frontend import from_torch
+    from mest_compile.planning.layers import layer_specs
+    from mest_compile.sparsity.defaults import default_dense_layers
+    from mest_compile.sparsity.distributions import distribute
+    from mest_compile.sparsity.schemes.unstructured import Unstructured
+
+    graph, weights = from_torch(model, case.input_shape)
+    specs, scheme, rng = layer_specs(graph), Unstructured(), np.random.default_rng(case.seed)
+    dense = default_dense_layers(graph, specs, scheme)
+    sparse = [spec for spec in specs if spec.name not in dense]
+    share = distribute(case.distribution, sparse, case.sparsity)
+    masks = {}
+    for spec in sparse:
+        weight = weights[spec.name]
+        energy = scheme.energy(spec, weight.reshape(spec.weight_shape))
+        keep = scheme.start(spec, energy, scheme.live_units(spec, share[spec.name]), rng)
+        masks[spec.name] = scheme.expand(spec, keep).reshape(weight.shape)
+    return masks
+
+
+# onnxruntime-training.
+
+def _load_onnxruntime() -> None:
+    import onnxruntime.training.artifacts  # noqa: F401
+    import torch  # noqa: F401
+
+
+def _build_onnxruntime(case: Case) -> Built:
+    """Dense. Its SGD has neither momentum nor weight decay, so its step does less than the others'."""
+    import onnx
+    import onnxruntime
+    import torch
+    from onnxruntime.training import artifacts
+    from onnxruntime.training.api import CheckpointState, Module, Optimizer
+
+    model = torch_model(case)
+    images, labels = case.batch()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        torch.onnx.export(model, (torch.from_numpy(images),), str(path), dynamo=False, opset_version=14, do_constant_folding=False,
+                          training=torch.onnx.TrainingMode.TRAINING)
+        graph = onnx.load(path)
+        graph.ir_version = 8  # the newest that this onnxruntime reads
+        trained = {name for name, _ in model.named_parameters()}
+        names = [tensor.name for tensor in graph.graph.initializer]
+        artifacts.generate_artifacts(graph, requires_grad=[name for name in names if name in trained],
+                                     frozen_params=[name for name in names if name not in trained],
+                                     loss=artifacts.LossType.CrossEntropyLoss, optimizer=artifacts.OptimType.SGD, artifact_directory=folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
+        state = CheckpointState.load_checkpoint(str(Path(folder, "checkpoint")))
+        module = Module(str(Path(folder, "training_model.onnx")), state, None, session_options=options)
+        optimizer = Optimizer(str(Path(folder, "optimizer_model.onnx")), module)
+    optimizer.set_learning_rate(case.lr)
+    module.train()
+
+    def step() -> float:
+        loss = module(images, labels)
+        optimizer.step()
+        module.lazy_reset_grad()
+        return float(loss)
+
+    return Built(step, notes=("its SGD has neither momentum nor weight decay",))
+
+
+OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
+CONTESTANTS = {
+    "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
+    "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
+    "mest-avx2": Contestant(_load_mest, _build_mest_for_avx2, OUR_PACKAGES, _build_mest_for_avx2),
+    "mest-dense": Contestant(_load_mest, _build_mest_dense, OUR_PACKAGES, _build_mest_dense),
+    "mest-float32": Contestant(_load_mest, _build_mest_in_float32, OUR_PACKAGES, _build_mest_in_float32),
+    "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
+    "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
+    "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),
+    "sparseprop": Contestant(_load_sparseprop, _build_sparseprop, ("sparseprop", "torch", "numpy"), _build_sparseprop, "sparseprop"),
+    "onnxruntime-training": Contestant(_load_onnxruntime, _build_onnxruntime, ("onnxruntime-training", "onnx", "torch", "numpy"),
+                                       _build_onnxruntime, "onnxruntime-training"),
+}
+
+
+def run_miniature(contestant: Contestant, threads: int) -> bool:
+    """Builds and runs the contestant's miniature once; True when something was compiled that is ready next time."""
+    built = contestant.miniature(replace(MINIATURE, threads=threads))
+    built.step()
+    return built.cold

@@ -1,0 +1,79 @@
+"""Built-in models: plain torch modules for small images, with torchvision's attribute names. torch is imported when one is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mest_compile.base import checks
+from mest_compile.base.errors import SpecError, UnknownName
+from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.models.mlp import _mlp
+from mest_compile.models.resnet import _resnet
+from mest_compile.models.vgg import _vgg
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a built-in model is made: `make(input_shape, classes, width)` gives the module with torch's own initial values."""
+
+    make: Callable[[tuple[int, ...], int, int], Any]
+    width: int
+    summary: str
+
+
+def model_names() -> list[str]:
+    return sorted(MODELS)
+
+
+def build_model(name: str, input_shape: tuple[int, ...], classes: int = 10, width: int | None = None, seed: int = 0) -> torch.nn.Module:
+    """A built-in model with fresh weights. The same arguments give the same weights; torch's random state stays as it was.
+
+    input_shape  (N, C, H, W), `mlp` also (N, features); N is not used
+    width        channels of the first stage (`mlp`: hidden features); None: the model's own
+    Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory).
+    """
+    if not isinstance(name, str) or name not in MODELS:
+        raise UnknownName(f"no model {checks.shown(name)}; there are: {', '.join(model_names())}")
+    width = MODELS[name].width if width is None else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
+    classes, seed = checks.whole("classes", classes, 2, error=SpecError), checks.whole("seed", seed)
+    input_shape = checks.shape("input_shape", input_shape, SpecError)
+    if len(input_shape) not in ((2, 4) if name == "mlp" else (4,)):
+        raise SpecError(f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if name == 'mlp' else ''}, got {input_shape}")
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        _check_memory(name, MODELS[name], input_shape, classes, width)
+        torch.manual_seed(seed)
+        module = MODELS[name].make(input_shape, classes, width)
+        for part in module.modules():
+            if isinstance(part, torch.nn.Conv2d):      # as MEST does; linear layers and BatchNorm keep torch's own
+                torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    return module
+
+
+def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes: int, width: int) -> None:
+    """Raises BudgetError when this machine has no room for the weights, none of which are made for that."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            elems = sum(weight.numel() for weight in model.make(input_shape, classes, width).parameters())
+    except (RuntimeError, OverflowError, TypeError) as problem:  # torch tells sizes by 64 bits
+        raise SpecError(f"{name} with a width of {width} and {classes} classes has more weights than torch can count; "
+                        f"give it a smaller width") from problem
+    checks.memory(FLOAT_BYTES * elems, f"{name} with a width of {width}")
+
+
+MODELS = {
+    "mlp": Model(_mlp, 1024, "three linear layers; width is the hidden size"),
+    "resnet20": Model(_resnet((3, 3, 3)), 16, "ResNet-20 for small images"),
+    "resnet32": Model(_resnet((5, 5, 5)), 16, "ResNet-32 for small images; the method's paper uses width 32"),
+    "resnet18": Model(_resnet((2, 2, 2, 2)), 64, "ResNet-18 with a 3x3 stem"),
+    "vgg11": Model(_vgg((1, 1, 2, 2, 2)), 64, "VGG-11 with BatchNorm and one linear classifier"),
+    "vgg19": Model(_vgg((2, 2, 4, 4, 4)), 64, "VGG-19 with BatchNorm and one linear classifier"),
+}

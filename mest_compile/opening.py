@@ -1,0 +1,111 @@
+"""Steps out of files: checkpoints and artifacts; trained weights back into a torch module."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile import __version__
+from mest_compile.base import checks, exclusive
+from mest_compile.base.errors import DeviceError, StateError
+from mest_compile.compiling import Tuned, _check_objects, _check_threads, _make, _of_machine
+from mest_compile.hardware.host import cores
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.program import FUNCTIONS
+from mest_compile.kernels.cache import Builder
+from mest_compile.planning.facts import read_facts
+from mest_compile.planning.retargeting import retargeted
+from mest_compile.records.log import Records
+from mest_compile.runtime import checkpoint
+from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
+from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
+
+if TYPE_CHECKING:
+    from mest_compile.runtime.step import TrainStep
+
+if TYPE_CHECKING:
+    import torch
+
+    from mest_compile.devices.session import Device
+    from mest_compile.runtime.step import TrainStep
+
+
+def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
+         target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
+    """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
+    that goes on gives the same numbers.
+
+    device  as in `compile`
+    target, batch  to go on with weights, masks, momentum and statistics on another device, or with so many examples a step; kernels and
+            threads are then chosen as `compile` does. None: as it was saved
+    Raises StateError, BuildError, DeviceError, UsageError, TargetError.
+    """
+    exclusive.this_process()
+    _check_objects(builder, device, None)
+    arrays, document = checkpoint.read(path)
+    facts = read_facts(document, f"checkpoint {path}")
+    tuned: Tuned = document.get("knobs", {})
+    if target is not None or batch is not None:
+        where = facts.target if target is None else find_target(target)
+        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch,
+                                  lambda target: _of_machine(Records.of(target), device))
+        document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, tuned)
+    step._restore(arrays, document, path)
+    return step
+
+
+def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
+    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model does not use as it
+    was. Raises StateError.
+    """
+    import torch
+
+    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
+
+    model = unwrapped(model)
+    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
+    there = read_shapes(model)
+    if there != {name: tuple(value.shape) for name, value in trained.items()}:
+        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
+        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
+    model.load_state_dict(trained, strict=False)
+
+
+def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: str | os.PathLike | None = None) -> TrainStep:
+    """The step of an artifact, to train here: no compiler, no torch, no tvm package.
+
+    threads  None: as many as it was built for, at most the cores there are
+    runtime  TVM's libtvm_runtime.so; None: in the artifact's folder, in an installed tvm package, or where the system looks
+    Raises StateError when files are damaged, TargetError when this machine lacks what the kernels use, NotInstalled.
+    """
+    from mest_compile.runtime.compiled import Compiled
+    from mest_compile.runtime.step import TrainStep
+
+    exclusive.this_process()
+    path = Path(path)
+    manifest, files = _read(path)
+    facts = read_facts(manifest["facts"], f"artifact {path}")
+    _check_host(path, files[LIBRARY], facts, manifest["features"])
+    train, predict = facts.lower()
+    if manifest["functions"] != _signatures(train, predict):
+        raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
+                         f"than those of {__version__}, which is installed here; use the same version on both sides")
+    functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
+    wanted = facts.threads if threads is None else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
+    module = _load(path, files[LIBRARY], find_runtime(path, runtime))
+    runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
+
+    def dense() -> TrainStep:
+        raise DeviceError("gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set")
+
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)
+    step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
+    return step

@@ -1,0 +1,199 @@
+"""The compact family: whole filters or whole input channels live, so each phase is a dense convolution of the live ones only.
+
+Live channels stay where they are in memory and are listed; nobody writes or reads the others where the neighbours allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.kernels.source import SCHEDULES
+from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
+from mest_compile.operators.layers.index import LayerIndex, Places, places_of
+from mest_compile.operators.optimizers.sgd import CopyValues
+from mest_compile.sparsity.scheme import loads_shared
+
+if TYPE_CHECKING:
+    from mest_compile.ir.graph import LayerSpec, Node
+    from mest_compile.ir.program import Buffer
+    from mest_compile.lowering.lowering import Lowering
+    from mest_compile.sparsity.layer import Layer
+
+Indexed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+
+LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up more often, and two suffice for eight accumulators
+
+
+@family("compact")
+class CompactFamily(KernelFamily):
+    """Rows of a group are listed live channels or neighbours, whichever side of the layer is whole; likewise their sources."""
+
+    def convolve(self, layer, source, result, bias, statistics, low, name):
+        rows, sources, rows_live, sources_live = _blocks(layer)
+        passes = (Pass((result.image.height, result.image.width)),)
+        problem = GatherConv(source.image, result.image, rows, sources, layer.spec.stride, passes, layer.section_channels, bias=bool(bias),
+                             statistics=bool(statistics), rows_live=rows_live, sources_live=sources_live)
+        low.call("compact.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"),
+                 *self._lists(layer, problem, source, low), *bias, source, result, *statistics, name=name)
+
+    def grad_weight(self, layer, source, delta, gradients, low, name):
+        rows, sources, rows_live, sources_live = _blocks(layer)
+        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, rows_live=rows_live,
+                             sources_live=sources_live)
+        low.call("compact.grad", problem, *self._index(layer, problem, low), *self._lists(layer, problem, source, low), source, delta,
+                 gradients, name=name)
+
+    def grad_input(self, layer, delta, target, accumulate, low, name):
+        rows, sources, rows_live, sources_live = _blocks(layer, transposed=True)
+        passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
+        problem = GatherConv(delta.image, target.image, rows, sources, (1, 1), passes, layer.transposed_section_channels,
+                             accumulate=accumulate, rows_live=rows_live, sources_live=sources_live)
+        low.call("compact.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
+                 *self._lists(layer, problem, delta, low, "transposed_"), delta, target, name=name)
+
+    def update(self, layer, transposed, low, name):
+        super().update(layer, transposed, low, name)
+        if transposed:
+            low.call_update("optimizer.copy", CopyValues(), self.hold(layer, low, "", "values"),
+                            self.hold(layer, low, "transposed_from", "indices"), self.hold(layer, low, "transposed", "values"),
+                            name=f"{layer.spec.name}.transpose")
+
+    def written(self, node: Node, low: Lowering) -> Buffer | None:
+        layer = low.layer(node)
+        spared = [consumer.op for consumer in low.consumers(node.name)] == ["batch_norm"] and "bias" not in node.params
+        return self._alive(layer, low, layer.spec.weight_shape[0]) if spared and layer.scheme.spans[0] == 1 else None
+
+    def read(self, node: Node, low: Lowering) -> Buffer | None:
+        layer = low.layer(node)
+        return self._alive(layer, low, layer.spec.weight_shape[1]) if layer.scheme.spans[0] == 0 else None
+
+    def indexer(self, layer, program):
+        spec, on_rows = layer.spec, layer.scheme.spans[0] == 1
+        forward, backward = self.problems(layer, program)
+        # A neighbour that has the flags does not touch what is dead; otherwise dead results are written, as 0.
+        spared = any(buffer.name == f"{spec.name}:alive" for call in program.calls for buffer in call.buffers)
+        here_indexed = _indexer(spec, forward, Places.forward(spec, forward))
+        there_indexed = None if backward is None else _indexer(spec, backward, Places.transposed(spec, backward), transposed=True)
+
+        def index(cells: np.ndarray) -> LayerIndex:
+            alive = np.zeros(spec.weight_shape[0 if on_rows else 1], bool)
+            alive[layer.scheme.units(spec, cells)] = True
+            live, dead = np.flatnonzero(alive), np.flatnonzero(~alive)
+            pointers, offsets, sort, places = here_indexed(live)
+            arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, live, dead, spared)}
+            if spared:
+                arrays["alive"] = alive.astype(np.int32)
+            if there_indexed is not None and backward is not None:
+                pointers, offsets, there, _ = there_indexed(live)
+                arrays |= {"transposed_pointers": pointers, "transposed_offsets": offsets,
+                           "transposed_from": places.take(there).astype(np.int32),
+                           **_lists("transposed_", backward, live, dead, spared or backward.accumulate)}
+            return LayerIndex(sort, places, arrays)
+
+        return index
+
+    def index_elems(self, layer, part, cells):
+        if part == "transposed_from":
+            return cells
+        rows, sources, _, _ = _blocks(layer, transposed=part.startswith("transposed"))
+        return -(-cells // (rows * sources))
+
+    def held_cells(self, layer, cells):
+        if layer.scheme.spans[0] == 0:
+            return cells
+        filter_cells = layer.scheme.unit_cells(layer.spec)
+        return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
+
+    def kept_bytes(self, layer, cells):
+        """And the index of as many live channels, of the phase that lists its rows."""
+        listed_rows = "offsets" if layer.scheme.spans[0] == 1 else "transposed_offsets"
+        return super().kept_bytes(layer, cells) + INDEX_BYTES * (cells + self.index_elems(layer, listed_rows, cells))
+
+    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
+        rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+        on_rows = scheme.spans[0] == 1
+        source = image_of(spec, source_halo(spec), target.vector, False, activations)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True)
+        out, inputs = spec.weight_shape[:2]
+        return (rule(source, spec.stride, spec.weight_shape[2:], loads_shared(inputs) if on_rows else 1, caches[0] * target.l1_bytes),
+                rule(delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes))
+
+    def _alive(self, layer: Layer, low: Lowering, channels: int) -> Buffer:
+        return self.hold(layer, low, "alive", "indices", channels)
+
+    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
+                self.hold(layer, low, f"{prefix}offsets", "indices"))
+
+    def _lists(self, layer: Layer, problem: GatherConv | GatherGrad, source: Buffer, low: Lowering, prefix: str = "") -> list[Buffer]:
+        found = []
+        if problem.rows_live:
+            found += [self.hold(layer, low, f"{prefix}channels", "indices", problem.groups * problem.row_block),
+                      self.hold(layer, low, f"{prefix}live_groups", "indices", 1)]
+        if problem.sources_live:
+            assert source.image
+            found.append(self.hold(layer, low, f"{prefix}sources", "indices", source.image.channels))
+        return found
+
+
+def _blocks(layer: Layer, transposed: bool = False) -> tuple[int, int, int, int]:
+    """(rows of a group, sources of a unit, live rows, live sources) of the forward pass or of the input gradient; 0: not listed."""
+    spec, on_rows = layer.spec, layer.scheme.spans[0] == 1
+    live = layer.scheme.live_units(spec, layer.sparsity)
+    out, inputs = spec.weight_shape[:2]
+    rows, sources = (inputs, out) if transposed else (out, inputs)
+    return (LISTED_ROWS, loads_shared(sources), live, 0) if on_rows != transposed else (loads_shared(rows), 1, 0, live)
+
+
+def _indexer(spec: LayerSpec, problem: GatherConv, places: Places, transposed: bool = False) -> Callable[[np.ndarray], Indexed]:
+    """`_dense_index` of live channels. Where no sources are listed it is the same for all masks with as many of them, and kept."""
+    if problem.sources_live:
+        return lambda live: _dense_index(spec, problem, places, live, transposed)
+    of_as_many = lru_cache(1)(lambda count: _dense_index(spec, problem, places, np.arange(count), transposed))
+    return lambda live: of_as_many(len(live))
+
+
+def _dense_index(spec: LayerSpec, problem: GatherConv, places: Places, live: np.ndarray, transposed: bool) -> Indexed:
+    """(pointers, offsets, which of the live cells in order of place each value is, [unit, source channel, row], and, of a forward pass,
+    `LayerIndex.places`) of a problem.
+
+    Its units are every group of rows at each block of sources and each tap, those that are listed being the live ones.
+    """
+    taps = spec.weight_shape[2] * spec.weight_shape[3]
+    result_channels = len(live) if problem.rows_live else problem.result.channels
+    source_channels = len(live) if problem.sources_live else problem.source.channels
+    by_row, by_source = (taps, result_channels * taps) if transposed else (source_channels * taps, taps)
+    # The last group of listed rows is filled up with its last one.
+    rows = np.minimum(np.arange(-(-result_channels // problem.row_block) * problem.row_block), result_channels - 1)
+    rows, sources = rows.reshape(-1, problem.row_block), np.arange(source_channels).reshape(-1, problem.source_block)
+    blocks = live if problem.sources_live else np.arange(len(sources))
+    units = len(rows), len(sources), taps
+    keys = places.group_key[:len(rows), None, None] + (places.block_key[blocks][:, None] + places.tap_key)
+    offsets = np.broadcast_to(places.block_offset[blocks][:, None] + places.tap_offset, units)
+    order, pointers, offsets = places.sort(keys.ravel(), offsets.ravel())
+    there = (rows * by_row)[:, None, None, None] + ((sources * by_source)[:, None] + np.arange(taps)[:, None])[..., None]
+    there = there.astype(np.int32).reshape(-1, problem.source_block * problem.row_block).take(order, axis=0).ravel()
+    return pointers, offsets, there, None if transposed else places_of(there, result_channels * source_channels * taps)
+
+
+def _lists(prefix: str, problem: GatherConv, live: np.ndarray, dead: np.ndarray, spared: bool) -> dict[str, np.ndarray]:
+    """Lists of the live rows, then the dead ones, which are written without any unit unless they are spared, or of the live sources.
+
+    Rows are listed in groups of LISTED_ROWS, the last live and the last dead group filled up with its last row.
+    """
+    if problem.sources_live:
+        listed = np.empty(problem.source.channels, np.int32)
+        listed[:len(live)], listed[len(live):] = live, live[-1]
+        return {f"{prefix}sources": listed}
+    listed = np.empty(problem.groups * problem.row_block, np.int32)
+    live_groups, dead_groups = (-(-len(rows) // LISTED_ROWS) for rows in (live, dead))
+    for start, rows in ((0, live), (live_groups * LISTED_ROWS, dead)):
+        if len(rows):
+            listed[start:start + len(rows)], listed[start + len(rows):] = rows, rows[-1]
+    return {f"{prefix}channels": listed, f"{prefix}live_groups": np.array([live_groups + (0 if spared else dead_groups)], np.int32)}

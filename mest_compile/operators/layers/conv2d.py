@@ -1,0 +1,89 @@
+"""Convolution and linear layers in the training graph; their kernels are those of the family that the layer's scheme names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _padding, _pair, _shape, reads
+from mest_compile.ir.graph import Node
+from mest_compile.operators.layers.family import FAMILIES, KernelFamily
+from mest_compile.operators.layers.geometry import gradient_halo, source_halo
+from mest_compile.operators.operator import operator
+
+if TYPE_CHECKING:
+    from mest_compile.ir.program import Buffer
+    from mest_compile.lowering.lowering import Lowering
+
+
+def _kernels(node: Node, low: Lowering) -> KernelFamily:
+    return FAMILIES.find(low.layer(node).kernels)
+
+
+@operator("conv2d")
+class Conv2d:
+    """Forward, input gradient and weight gradient at the live units. Saves its input, which the layer before keeps anyway."""
+
+    def source_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+        return source_halo(low.layer(node).spec)
+
+    def gradient_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+        return gradient_halo(low.layer(node).spec) if low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
+
+    def forward(self, node: Node, low: Lowering) -> None:
+        _kernels(node, low).forward(node, low)
+
+    def recompute(self, node: Node, low: Lowering) -> None:
+        _kernels(node, low).recompute(node, low)
+
+    def backward(self, node: Node, low: Lowering) -> None:
+        _kernels(node, low).backward(node, low)
+
+    def written(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the channels of its value that are written; None: all are."""
+        return _kernels(node, low).written(node, low)
+
+    def read(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the channels of its input that it reads; None: all."""
+        return _kernels(node, low).read(node, low)
+
+
+@operator("linear")
+class Linear(Conv2d):
+    """A 1x1 convolution of a 1x1 image."""
+
+
+@reads("relax.nn.conv2d")
+def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
+    attrs, weight = call.attrs, arguments[1]
+    image = reader.activation(arguments[0])
+    if not _is_stored(weight):
+        raise reader.error("conv2d with a computed weight")
+    if int(attrs.groups) != 1:
+        raise reader.error(f"grouped or depthwise conv2d (groups={int(attrs.groups)}, weight {weight.name})")
+    if _pair(attrs.dilation) != (1, 1):
+        raise reader.error(f"dilated conv2d (dilation={_pair(attrs.dilation)}, weight {weight.name})")
+    padding = _padding(reader, attrs)
+    return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding})
+
+
+@reads("relax.matmul")
+def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
+    features, weight = reader.activation(arguments[0]), arguments[1]
+    if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:
+        raise reader.error("matmul of two activations")
+    if len(features.shape) != 2:
+        raise reader.error(f"linear on an input of shape {features.shape}, which is not (N, features),")
+    if weight.form == "" and weight.name not in reader.transposed:
+        if not reader.may_transpose:
+            raise reader.error(f"matmul with {weight.name} stored as (in, out)")
+        reader.transposed.add(weight.name)
+        reader.state_shapes[weight.name] = reader.state_shapes[weight.name][::-1]
+    return reader.add("linear", (features,), _shape(call), {"weight": weight.name})
+
+
+@reads("relax.permute_dims")
+def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
+    value = arguments[0]
+    if _is_stored(value) and len(reader.state_shapes[value.name]) == 2:
+        return Parameter(value.name, "transposed")
+    raise reader.error("permute_dims")

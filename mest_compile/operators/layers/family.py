@@ -1,0 +1,191 @@
+"""Kernel families: which kernels a convolution runs on, and how a mask becomes their index. One file each; a scheme names its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.base.registry import Registry
+from mest_compile.ir.graph import LayerSpec, Node
+from mest_compile.ir.layouts.layout import ITEM_BYTES
+from mest_compile.ir.program import Buffer
+from mest_compile.kernels.source import SCHEDULES
+from mest_compile.operators.layers.bias import BiasGradient
+from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.operators.layers.values import cells_of
+from mest_compile.operators.optimizers.sgd import Sgd
+from mest_compile.sparsity.layer import Layer
+
+if TYPE_CHECKING:
+    from mest_compile.hardware.target import Target
+    from mest_compile.ir.program import Buffer, Program
+    from mest_compile.lowering.lowering import Lowering
+    from mest_compile.operators.layers.index import LayerIndex
+    from mest_compile.sparsity.layer import Layer
+    from mest_compile.sparsity.scheme import Scheme
+
+
+INDEX_BYTES = ITEM_BYTES["int32"]
+
+
+class KernelFamily(ABC):
+    """Records the kernel calls of one layer's phases. Stateless; one instance serves all layers.
+
+    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":momentum", and one a `LayerIndex` array.
+    """
+
+    def forward(self, node: Node, low: Lowering) -> None:
+        # Statistics in the epilogue spare batch_norm a pass over memory; lanes without an example would count in them.
+        result = low.output(node)
+        assert result.image
+        statistics = []
+        normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
+        if low.training and normed and "bias" not in node.params and image.batch == image.lanes:
+            statistics = [low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector)]
+        self._convolve(node, low, result, statistics, "forward")
+
+    def recompute(self, node: Node, low: Lowering) -> None:
+        """The forward pass once more, for a value that was not kept."""
+        self._convolve(node, low, low.output(node), [], "recompute")
+
+    def backward(self, node: Node, low: Lowering) -> None:
+        layer, source, delta = low.layer(node), low.value(node.inputs[0]), low.gradient(node)
+        self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, f"{node.name}.grad_weight")
+        if "bias" in node.params:
+            assert delta.image
+            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), name=f"{node.name}.grad_bias")
+        transposed = low.needs_gradient(node.inputs[0])
+        if transposed:
+            target, accumulate = low.contribute(node.inputs[0])
+            self.grad_input(layer, delta, target, accumulate, low, f"{node.name}.grad_input")
+        self.update(layer, transposed, low, f"{layer.spec.name}.update")
+
+    def update(self, layer: Layer, transposed: bool, low: Lowering, name: str) -> None:
+        """Records the optimizer's step. transposed: whether the layer has an input gradient."""
+        low.call_update("optimizer.sgd", Sgd(), *self.state(layer, low), name=name)
+
+    def state(self, layer: Layer, low: Lowering) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+        """(values, gradients, momentum, hyper): what the optimizer works on."""
+        return (self.hold(layer, low, "", "values"), self.hold(layer, low, "gradient", "gradients"),
+                self.hold(layer, low, "momentum", "optimizer"), low.hold("hyper", 4, "batch"))
+
+    @staticmethod
+    def hold(layer: Layer, low: Lowering, part: str, kind: str, elems: int | None = None) -> Buffer:
+        """The layer's held buffer of that part; elems None: its size depends on the mask."""
+        weight = layer.spec.name
+        buffer = low.hold(f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32")
+        buffer.weight, buffer.part = weight, part
+        return buffer
+
+    def _convolve(self, node: Node, low: Lowering, result: Buffer, statistics: list[Buffer], phase: str) -> None:
+        bias = [low.parameter(node, "bias")] if "bias" in node.params else []
+        self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, f"{node.name}.{phase}")
+
+    def written(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the result's channels that are written; None: all are."""
+        return None
+
+    def read(self, node: Node, low: Lowering) -> Buffer | None:
+        """Flags (channels,) of the source's channels that are read, and whose gradient is not 0; None: all."""
+        return None
+
+    @staticmethod
+    def problems(layer: Layer, program: Program) -> tuple[GatherConv, GatherConv | None]:
+        """Of the layer's forward pass and of its input gradient, if it has one, in `program`."""
+        forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
+        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
+        return forward, backward
+
+    def index(self, layer: Layer, keep: np.ndarray, program: Program) -> LayerIndex:
+        """Index arrays of the layer's kernels in `program` under the grid `keep`, asked for once."""
+        return self.indexer(layer, program)(cells_of(keep))
+
+    # What a family says.
+
+    @abstractmethod
+    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Lowering,
+                 name: str) -> None:
+        """Records the forward pass. bias, statistics: one buffer or none; statistics as GatherConv has them."""
+
+    @abstractmethod
+    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Lowering, name: str) -> None:
+        """Records the weight gradient, in the order of the values."""
+
+    @abstractmethod
+    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Lowering, name: str) -> None:
+        """Records the input gradient, added to `target` or in its place."""
+
+    @abstractmethod
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
+        """The function that gives the index arrays of the layer's kernels in `program` for live cells: (cells,) int32, their places in the
+        grid, ascending. It is asked for once a layer.
+        """
+
+    @abstractmethod
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
+        """Elements of the held index buffer `part` whose size depends on the mask, with `cells` live cells."""
+
+    def held_cells(self, layer: Layer, cells: int) -> int:
+        """Cells of the layer's value array when `cells` live: kernels may hold some of them twice."""
+        return cells
+
+    def kept_bytes(self, layer: Layer, cells: int) -> int:
+        """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells long, and where in the
+        value array each of them stands.
+        """
+        return (INDEX_BYTES + np.min_scalar_type(cells).itemsize) * cells
+
+    @abstractmethod
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str,
+                 caches: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+        """Source channels of a section of the index, forward and transposed, as the device's schedule wants them.
+
+        activations  what the source of the forward pass is stored as
+        caches       first-level caches full that a tile may read of a section, forward and transposed
+        """
+
+
+def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:
+    """Name of the family that runs a layer of that scheme: the first of the scheme's that the device has kernels of."""
+    return next(name for name in scheme.kernels(spec) if f"{device}/{name}.conv" in SCHEDULES.load())
+
+
+def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
+    """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
+    name = f"{layer.spec.name}:{part}"
+    return next((call.problem for call in program.calls
+                 if isinstance(call.problem, GatherConv) and call.buffers[0].name == name), None)
+
+
+def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
+    """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
+    layer, cells = layers[buffer.weight], live_units[buffer.weight]
+    if buffer.kind == "indices":
+        return FAMILIES.find(layer.kernels).index_elems(layer, buffer.part, cells)
+    return cells * layer.scheme.cell_elems(layer.spec)
+
+
+FAMILIES = Registry("kernel family", "mest_compile.operators")
+
+
+def family(name: str):
+    """Class decorator: registers a family of kernels (one instance serves all layers)."""
+
+    def register(cls):
+        FAMILIES.add(name, cls())
+        return cls
+
+    return register
+
+
+def held_cells(layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
+    """{weight name: cells of its value array} with so many units alive; a layer that `live_units` lacks has those that it starts with."""
+    found = {}
+    for name, layer in layers.items():
+        live = live_units.get(name)
+        cells = layer.scheme.live_cells(layer.spec, layer.sparsity) if live is None else live * layer.scheme.unit_cells(layer.spec)
+        found[name] = FAMILIES.find(layer.kernels).held_cells(layer, cells)
+    return found

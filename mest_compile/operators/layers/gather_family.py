@@ -1,0 +1,99 @@
+"""The gather family: any cells, one offset each. It serves every scheme and every convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.ir.graph import LayerSpec
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import SCHEDULES
+from mest_compile.operators.layers.family import KernelFamily, family
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
+from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
+from mest_compile.operators.optimizers.sgd import SgdUnits
+
+if TYPE_CHECKING:
+    from mest_compile.ir.program import Buffer
+    from mest_compile.lowering.lowering import Lowering
+    from mest_compile.sparsity.layer import Layer
+
+
+def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, statistics: bool) -> GatherConv:
+    rows, sources = layer.scheme.block(layer.spec)
+    return GatherConv(source, result, rows, sources, layer.spec.stride, (Pass((result.height, result.width)),),
+                      layer.section_channels, bias=bias, statistics=statistics)
+
+
+def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
+    """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
+    rows, sources = layer.scheme.block(layer.spec)
+    passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
+    return GatherConv(delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate)
+
+
+def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | None) -> Callable[[np.ndarray], LayerIndex]:
+    """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
+    runs, there_sorted = Runs(spec, forward), None if backward is None else Places.transposed(spec, backward).of_swapped()
+
+    def index(cells: np.ndarray) -> LayerIndex:
+        row, rest = divide(cells, runs.row_cells)
+        sort, pointers = runs.sort(cells)
+        rest = rest.take(sort)
+        arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
+        if there_sorted is not None:  # roles swap: output channels are the source now
+            there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest)
+            arrays["permutation"] = inverse(there)
+        return LayerIndex(sort, places_of(sort, len(cells)), arrays)
+
+    return index
+
+
+@family("gather")
+class GatherFamily(KernelFamily):
+    """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
+
+    def convolve(self, layer, source, result, bias, statistics, low, name):
+        problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
+        low.call("gather.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
+                 *statistics, name=name)
+
+    def grad_weight(self, layer, source, delta, gradients, low, name):
+        rows, sources = layer.scheme.block(layer.spec)
+        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
+        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+
+    def grad_input(self, layer, delta, target, accumulate, low, name):
+        problem = gradient_problem(layer, delta.image, target.image, accumulate)
+        low.call("gather.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
+                 delta, target, name=name)
+
+    def update(self, layer, transposed, low, name):
+        if not transposed:
+            super().update(layer, transposed, low, name)
+            return
+        rows, sources = layer.scheme.block(layer.spec)
+        low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), *self.state(layer, low),
+                        self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
+
+    def indexer(self, layer, program):
+        forward, backward = self.problems(layer, program)
+        return gather_indexer(layer.spec, forward, backward)
+
+    def index_elems(self, layer, part, cells):
+        return cells
+
+    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
+        rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+        rows, sources = scheme.block(spec)
+        source = image_of(spec, source_halo(spec), target.vector, False, activations)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True)
+        return (rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
+                rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes))
+
+    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
+                self.hold(layer, low, f"{prefix}offsets", "indices"))

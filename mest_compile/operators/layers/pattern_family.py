@@ -1,0 +1,59 @@
+"""The pattern family: units of two neighbouring taps in a row, which is what the scheme's patterns are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mest_compile.operators.layers.family import family
+from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
+from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, expand, inverse, places_of
+
+PAIR = 2
+
+
+@family("pattern")
+class PatternFamily(GatherFamily):
+    """The gather with one offset for two taps: half the index, and pixels that both taps read are loaded once. Stride 1 only, where
+    the input gradient's taps are neighbours as well, in reverse.
+    """
+
+    def convolve(self, layer, source, result, bias, statistics, low, name):
+        problem = replace(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), taps=PAIR)
+        low.call("pattern.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
+                 *statistics, name=name)
+
+    def grad_weight(self, layer, source, delta, gradients, low, name):
+        problem = GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR)
+        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+
+    def grad_input(self, layer, delta, target, accumulate, low, name):
+        problem = replace(gradient_problem(layer, delta.image, target.image, accumulate), taps=PAIR)
+        low.call("pattern.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
+                 delta, target, name=name)
+
+    def indexer(self, layer, program):
+        forward, backward = self.problems(layer, program)
+        runs = Runs(layer.spec, forward)
+        there_sorted = None if backward is None else Places.transposed(layer.spec, backward).of_swapped()
+        forth = np.arange(PAIR)
+
+        def index(cells: np.ndarray) -> LayerIndex:
+            # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap of a pair.
+            left = np.ascontiguousarray(cells[::PAIR])
+            row, rest = divide(left, runs.row_cells)
+            sort, pointers = runs.sort(left)
+            rest = rest.take(sort)
+            arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
+            if there_sorted is not None:  # in reverse, the right tap comes first
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest + (PAIR - 1))
+                arrays["permutation"] = expand(inverse(there), forth[::-1])
+            sort = expand(sort, forth)
+            return LayerIndex(sort, places_of(sort, len(cells)), arrays)
+
+        return index
+
+    def index_elems(self, layer, part, cells):
+        return cells if part == "permutation" else cells // PAIR

@@ -1,0 +1,101 @@
+"""The pattern_groups family: a unit is a whole kernel, and the units of a row are sorted by the shape of their pattern."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.operators.layers.family import family
+from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
+from mest_compile.operators.layers.index import LayerIndex, Places, divide, expand, inverse, places_of
+from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
+from mest_compile.sparsity.schemes.pattern import PATTERNS
+
+if TYPE_CHECKING:
+    from mest_compile.ir.program import Program
+    from mest_compile.sparsity.layer import Layer
+
+
+def _shapes() -> tuple[tuple[Shape, ...], np.ndarray]:
+    """(the shapes of all patterns, which one a kernel has by the sum of 2^tap over its live taps). Turned by half a circle, as the input
+    gradient sees it, a pattern of two pairs has its own shape again.
+    """
+    of = [shape_of(np.argwhere(pattern)) for pattern in PATTERNS]
+    assert of == [shape_of(np.argwhere(pattern[::-1, ::-1])) for pattern in PATTERNS]
+    shapes = tuple(sorted(set(of)))
+    numbers = np.zeros(1 << PATTERNS[0].size, np.int64)
+    for pattern, shape in zip(PATTERNS, of, strict=True):
+        numbers[(1 << np.flatnonzero(pattern)).sum()] = shapes.index(shape)
+    return shapes, numbers
+
+
+SHAPES, _SHAPE_OF = _shapes()
+TAPS = len(SHAPES[0])
+
+
+def _problem_of(program: Program, layer: Layer, part: str) -> GroupedConv | None:
+    """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
+    name = f"{layer.spec.name}:{part}"
+    return next((call.problem for call in program.calls if isinstance(call.problem, GroupedConv) and call.buffers[0].name == name), None)
+
+
+def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray,
+            shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order that sorts the units, pointers, offsets in that order); the arrays say what each unit is, `tap` its first."""
+    gather = problem.gather
+    run = (channel // gather.section_channels * gather.groups + group).astype(np.int64) * len(SHAPES) + shape
+    offsets = places.block_offset[channel] + places.tap_offset[tap]
+    order = np.argsort(run * gather.source.slice_elems + offsets)  # offsets lie in the first slice
+    pointers = np.concatenate([[0], np.cumsum(np.bincount(run, minlength=problem.runs))]).astype(np.int32)
+    return order, pointers, offsets[order].astype(np.int32)
+
+
+@family("pattern_groups")
+class PatternGroupsFamily(GatherFamily):
+    """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1 only."""
+
+    def convolve(self, layer, source, result, bias, statistics, low, name):
+        problem = GroupedConv(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), SHAPES)
+        low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source,
+                 result, *statistics, name=name)
+
+    def grad_weight(self, layer, source, delta, gradients, low, name):
+        problem = GroupedGrad(GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES)
+        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, name=name)
+
+    def grad_input(self, layer, delta, target, accumulate, low, name):
+        problem = GroupedConv(gradient_problem(layer, delta.image, target.image, accumulate), SHAPES)
+        low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low, "transposed_"),
+                 self.hold(layer, low, "transposed", "values"), delta, target, name=name)
+
+    def indexer(self, layer, program):
+        forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
+        assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
+        places = Places.forward(layer.spec, forward.gather)
+        transposed = None if backward is None else Places.transposed(layer.spec, backward.gather)
+
+        inputs, kernel_cells, forth = layer.spec.weight_shape[1], PATTERNS[0].size, np.arange(TAPS)
+
+        def index(cells: np.ndarray) -> LayerIndex:
+            kernel, tap = (array.reshape(-1, TAPS) for array in divide(cells, kernel_cells))  # of each live kernel, in reading order
+            row, channel = divide(kernel[:, 0], inputs)
+            shape = _SHAPE_OF[(1 << tap).sum(1)]
+            sort, pointers, offsets = _sorted(forward, places, row, channel, tap[:, 0], shape)
+            arrays = {"pointers": pointers, "offsets": offsets}
+            if backward is not None and transposed is not None:  # in reverse, the last tap comes first
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(backward, transposed, channel, row, tap[:, -1],
+                                                                                             shape)
+                arrays["permutation"] = expand(inverse(there)[sort], forth[::-1])
+            sort = expand(sort, forth)
+            return LayerIndex(sort, places_of(sort, len(cells)), arrays)
+
+        return index
+
+    def index_elems(self, layer, part, cells):
+        return cells if part == "permutation" else cells // TAPS
+
+    def _runs(self, layer, problem, low, prefix=""):
+        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.runs + 1),
+                self.hold(layer, low, f"{prefix}offsets", "indices"))

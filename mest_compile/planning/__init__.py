@@ -1,0 +1,1 @@
+"""From options and masks to what is compiled: layers, layout, memory."""

@@ -1,0 +1,91 @@
+"""What a step was compiled from, as a JSON document: checkpoints and artifacts hold it, and the same programs come out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mest_compile.base.errors import MestError, StateError
+from mest_compile.hardware.target import Gpu, Target
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.ir.program import Program
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import lower
+from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.layer import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that decides what a step computes, and on what.
+
+    graph       as imported, before fusing
+    layers      weight name -> Layer
+    recomputed  nodes whose values the backward pass computes again
+    activations  what they are stored as
+    """
+
+    graph: ForwardGraph
+    layers: Mapping[str, Layer]
+    recomputed: frozenset[str]
+    optimizer: SGD
+    target: Target
+    threads: int
+    seed: int
+    label_smoothing: float
+    activations: str = "float32"
+
+    def lower(self) -> tuple[Program, Program]:
+        """(training step, prediction)."""
+        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.label_smoothing, self.activations)
+
+    def to_json(self) -> dict[str, Any]:
+        graph, target = self.graph, self.target
+        return {
+            "graph": {"input_shape": list(graph.input_shape), "state_shapes": _plain(dict(graph.state_shapes)),
+                      "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
+                                 "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]},
+            "optimizer": asdict(self.optimizer), "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
+            "label_smoothing": self.label_smoothing, "activations": self.activations,
+            "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
+            "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
+                        "kernels": layer.kernels, "capacity": layer.capacity,
+                        "sections": [layer.section_channels, layer.transposed_section_channels]}
+                       for layer in self.layers.values()]}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Facts:
+        """Raises KeyError or TypeError when the document is of another version."""
+        nodes = tuple(Node(node["op"], node["name"], tuple(node["inputs"]), tuple(node["shape"]), node["params"],
+                           {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["graph"]["nodes"])
+        graph = ForwardGraph(nodes, tuple(facts["graph"]["input_shape"]),
+                             {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()})
+        target = Target(**{**facts["target"], "llvm": _tuples(facts["target"]["llvm"]),
+                           "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
+        specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
+        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],
+                                   entry["sections"][1], entry["capacity"])
+                  for spec, entry in zip(specs, facts["layers"], strict=True)}
+        return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
+                   facts["label_smoothing"], facts.get("activations", "float32"))
+
+
+def read_facts(document: Mapping[str, Any], where: str) -> Facts:
+    """The facts that `where`, a file whose digest was right, holds. Raises StateError when another version wrote it."""
+    try:
+        return Facts.from_json(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, MestError) as problem:
+        raise StateError(f"{where} lacks {problem}; it is of another version of mest-compile") from problem
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,52 @@
+"""A step's facts for another device or batch: what a user decided stays, what the device decided is decided again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mest_compile.base import checks
+from mest_compile.hardware.target import Target
+from mest_compile.ir.graph import ForwardGraph
+from mest_compile.lowering.fusing import fuse
+from mest_compile.operators.layers.family import FAMILIES, family_for
+from mest_compile.planning.facts import Facts
+from mest_compile.planning.layers import check_activations
+from mest_compile.planning.layout import choose_sections, choose_vector
+from mest_compile.planning.memory import usually_recomputed
+from mest_compile.records.log import Records
+from mest_compile.sparsity.layer import Layer
+
+
+def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Target], Records] = Records.of) -> tuple[Facts, Records]:
+    """(the facts of the same model, schemes, sparsities, capacities and optimizer for `target` and steps of `batch` examples; records that
+    its kernels' knobs are chosen by). threads: as they were, on another target its cores. Raises UsageError, TargetError.
+    """
+    batch = checks.whole("batch", batch, 1)
+    target = target.for_batch(batch)
+    check_activations(facts.activations, target)
+    graph = _with_batch(facts.graph, batch)
+    found = records(target)
+
+    def planned(target: Target) -> dict[str, Layer]:
+        layers = {}
+        for name, layer in facts.layers.items():
+            spec = replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:]))
+            kernels = family_for(layer.scheme, spec, target.device)
+            forward, transposed = FAMILIES.find(kernels).sections(spec, layer.scheme, target, facts.activations)
+            layers[name] = replace(layer, spec=spec, kernels=kernels, section_channels=forward, transposed_section_channels=transposed)
+        return layers
+
+    if (tuned := choose_vector(planned(target), target, found)) != target:
+        target, found = tuned, found.for_target(tuned)
+    usual = facts.recomputed == usually_recomputed(fuse(facts.graph), facts.target)  # else a memory budget asked for more
+    recomputed = usually_recomputed(fuse(graph), target) if usual else facts.recomputed
+    layers = choose_sections(planned(target), target, found, facts.activations)
+    return replace(facts, graph=graph, layers=layers, recomputed=recomputed, target=target,
+                   threads=facts.threads if target.name == facts.target.name else target.cores), found
+
+
+def _with_batch(graph: ForwardGraph, batch: int) -> ForwardGraph:
+    """Every shape begins with the batch."""
+    nodes = tuple(replace(node, shape=(batch, *node.shape[1:])) for node in graph.nodes)
+    return replace(graph, nodes=nodes, input_shape=(batch, *graph.input_shape[1:]))

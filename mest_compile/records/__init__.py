@@ -1,0 +1,1 @@
+"""What was measured: one trial, and logs of them."""

@@ -1,0 +1,1 @@
+"""The epoch loop: recipes, the sieve, run folders, reports."""

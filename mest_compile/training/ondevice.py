@@ -1,0 +1,122 @@
+"""Training from an artifact: what a device runs. Needs numpy, tvm_ffi and TVM's runtime library; no compiler, no torch, no tvm package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base.commandline import INTERRUPTED, guarded, print_result, refuse_empty, results_alone
+from mest_compile.base.errors import UsageError
+from mest_compile.data import Split, load
+from mest_compile.opening import open_artifact
+from mest_compile.training.loop import Trainer
+from mest_compile.training.recipe import Recipe
+
+# Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
+WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "as_json"))
+WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "lr", "seed", "out", "recipe"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to train on a device; the fields are the options of the same names. artifact: folder that `mest-compile build` wrote."""
+
+    artifact: Path
+    data: str
+    out: Path
+    recipe: Recipe
+    data_folder: Path | None = None
+    resume: Path | None = None
+    threads: int | None = None
+    runtime: Path | None = None
+
+
+def open_job(job: Job) -> tuple[Trainer, Split]:
+    """What trains and what it trains on. Raises MestError before anything is written when something does not fit."""
+    split = load(job.data, job.data_folder)
+    step = open_artifact(job.artifact, job.threads, job.runtime)
+    return Trainer(step, job.recipe, job.out) if job.resume is None else Trainer.resume(job.resume, step), split
+
+
+def check_artifact_options(given: Set[str]) -> None:
+    """Raises UsageError for an option that would be dropped. given: names of those on the command line."""
+    if others := sorted(given - WITH_ARTIFACT):
+        raise UsageError(f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact")
+    if "resume" in given and (others := sorted(given - WITH_RESUME)):
+        raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
+
+
+class Lines:
+    """One line an epoch on stderr."""
+
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None:
+        pass
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None:
+        tested = metrics["test_accuracy"]
+        said = f"epoch {metrics['epoch']}  loss {metrics['loss']:.4f}  train {metrics['train_accuracy']:.2%}  "
+        said += "test -" if tested is None else f"test {tested:.2%}"
+        if mutation := metrics["mutation"]:
+            said += f"  mutated in {mutation['seconds']:.2f} s"
+        print(said, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of a device without typer and rich: `mest-compile train --artifact DIR --data NAME`."""
+    parser = argparse.ArgumentParser("mest-compile", description="Train from an artifact. The other commands need: pip install typer rich, "
+                                                                 "and a machine with the compiler.")
+    train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train from an artifact")
+    train.add_argument("--artifact", type=Path, required=True, help="folder that `mest-compile build` wrote")
+    train.add_argument("--data", default="digits", help="digits (the default), fashion-mnist, cifar10, cifar100, arrays, folder")
+    train.add_argument("--data-folder", type=Path)
+    train.add_argument("--recipe", type=Path, help="recipe as TOML; options given beside it override it")
+    train.add_argument("--method", help="em (the default), em_s, set or static")
+    train.add_argument("--epochs", type=int, help="passes over the training set, 10 by default")
+    train.add_argument("--lr", type=float, help="highest learning rate; default: the artifact's")
+    train.add_argument("--seed", type=int, help="of shuffling, augmentation and mutation, 0 by default")
+    train.add_argument("--out", type=Path, help="run folder, by default: run")
+    train.add_argument("--resume", type=Path, help="continue the run in this folder")
+    train.add_argument("--threads", type=int)
+    train.add_argument("--runtime", type=Path, help="TVM's libtvm_runtime.so")
+    train.add_argument("--json", action="store_true", dest="as_json", help="print the result as one JSON document")
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def run() -> int:
+        refuse_empty(arguments)
+        given = parser.parse_args(arguments)
+        with results_alone() if given.as_json else nullcontext():
+            return _train(given)
+
+    return guarded(run)
+
+
+def _train(given: argparse.Namespace) -> int:
+    said = {name: value for name, value in vars(given).items() if value not in (None, False) and name != "command"}
+    check_artifact_options(said.keys())
+    if given.threads is not None and given.threads < 1:
+        raise UsageError(f"--threads is {given.threads}; wanted 1 or more")
+    settings = {name: said[name] for name in ("epochs", "method", "lr", "seed") if name in said}
+    recipe = replace(Recipe.from_file(given.recipe), **settings) if given.recipe else Recipe(**{"epochs": 10, **settings})
+    trainer, split = open_job(Job(given.artifact, given.data, given.out or Path("run"), recipe, given.data_folder, given.resume,
+                                  given.threads, given.runtime))
+    trainer.progress = Lines()
+    print(trainer.about(split.train, split.test), file=sys.stderr, flush=True)
+    try:
+        run = trainer.fit(split.train, split.test)
+    except KeyboardInterrupt:
+        if trainer.folder is None or trainer.folder.stamp() is None:
+            raise
+        print(f"interrupted; continue with --resume {trainer.folder.path}", file=sys.stderr)
+        return INTERRUPTED
+    if given.as_json:
+        print_result(json.dumps({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "epochs": run.history}))
+    else:
+        tested = "" if run.test_accuracy is None else f"test accuracy {run.test_accuracy:.2%}; "
+        print(f"{tested}run folder {run.folder}")
+    return 0

@@ -1,0 +1,336 @@
+"""How to train: epochs, learning rate, mutation schedule. The scheme, sparsity and optimizer belong to the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base import checks
+from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.sieve import SieveRule
+
+# The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
+PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES, PAPER_LR = 160, 5, (90, 120), 0.1
+
+MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
+
+# SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three quarters.
+DROP_SHARE, RIGL_END = 0.3, 0.75
+
+
+def _em(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for any target."""
+    return _scaled([(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)], epochs)
+
+
+def _em_s(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """Grow 0.05, 0.025, 0 of all units beyond the target: the paper's table, the same at 90% and 95%."""
+    return _scaled([(sparsity, max(0.0, sparsity - excess)) for excess in (0.05, 0.025, 0.0)], epochs)
+
+
+def _set(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """The same share of the live units every time. Source: Mocanu et al., arXiv:1707.04780."""
+    return (_phase(epochs, _fewer(sparsity, DROP_SHARE), sparsity),)
+
+
+def _rigl(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
+    """A share that falls by a cosine to 0 at RIGL_END of training, a phase for each mutation. Source: Evci et al., arXiv:1911.11134."""
+    end = RIGL_END * epochs
+    starts = [0, *range(interval, epochs, interval)]
+    shares = [0.5 * DROP_SHARE * (1 + math.cos(math.pi * start / end)) if start < end else 0.0 for start in starts]
+    return tuple(_phase(until, _fewer(sparsity, share), sparsity) for until, share in zip([*starts[1:], epochs], shares, strict=True))
+
+
+def _fewer(sparsity: float, share: float) -> float:
+    """The sparsity when that share of the live units is gone."""
+    return sparsity + share * (1 - sparsity)
+
+
+def _phase(until: int, prune_to: float, grow_to: float) -> Phase:
+    return Phase(until, round(prune_to, 6), round(grow_to, 6))  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
+
+
+# method -> phases of (target sparsity, epochs, epochs between mutations); None: the mask never changes
+METHODS: dict[str, Callable[[float, int, int], tuple[Phase, ...]] | None] = {
+    "static": None, "em": _em, "em_s": _em_s, "set": _set, "rigl": _rigl}
+
+# name -> share of the way from lr_final to lr, given the share of training done
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+    "constant": lambda done: 1.0,
+}
+
+
+# What a recipe's table [run] may say, and of which type it is.
+RUN_OPTIONS: dict[str, type] = {"model": str, "width": int, "data": str, "scheme": str, "sparsity": float, "distribution": str,
+                                "batch": int, "memory_budget": int}
+_KINDS = {str: "string", int: "whole number", float: "number"}
+# Keys that are looked for in a recipe and belong elsewhere.
+ELSEWHERE = ({key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")}
+             | {key: "it belongs into the table [run]" for key in RUN_OPTIONS})
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A training run's settings; checked when made.
+
+    epochs             whole passes over the training set
+    method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead weights)
+    lr                 learning rate at its highest; None: the one of the step's optimizer
+    lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs; "constant".
+                       It moves with every iteration, not only between epochs.
+    lr_final           where the schedule ends; "step" and "constant" do not go below it
+    warmup_epochs      the learning rate first rises linearly over this many epochs; the schedule covers the rest
+    mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
+    phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion to `epochs`
+    label_smoothing    share of every label that is spread over all classes; the step must be compiled with it too
+    clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
+    importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
+    sieve              when which examples are dropped; None: all stay
+    augment            shift, and mirror
+    mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow it
+    seed               of shuffling, augmentation and mutation
+    eval_every         epochs between evaluations; the last epoch is always evaluated
+    """
+
+    epochs: int
+    method: str = "em"
+    lr: float | None = None
+    lr_schedule: str = "cosine"
+    lr_final: float = 4e-8
+    warmup_epochs: int = 0
+    mutate_every: int | None = None
+    phases: tuple[Phase, ...] = ()
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    importance_lambda: float = 0.0
+    sieve: SieveRule | None = None
+    augment: bool = True
+    seed: int = 0
+    eval_every: int = 1
+    mirror: bool | None = None
+
+    def __post_init__(self):
+        for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
+            self._check(checks.whole, name, low)
+        for name in ("lr", "lr_final", "importance_lambda", "clip_norm"):
+            self._check(checks.number, name)
+        self._check(checks.number, "label_smoothing", 0.0, 1.0)
+        for name in ("augment", "mirror"):
+            self._check(checks.flag, name)
+        for name, most in ("epochs", MOST_EPOCHS), ("seed", MOST_SEED):
+            if getattr(self, name) > most:
+                raise UsageError(f"{name} is {checks.shown(getattr(self, name))}; wanted at most {most}")
+        if self.clip_norm == 0:
+            raise UsageError("clip_norm must be above 0; leave it out for no bound")
+        if self.lr is not None and (self.lr == 0 or self.lr_final > self.lr):
+            raise UsageError(f"lr must be above 0 and at least lr_final, not lr {self.lr}, lr_final {self.lr_final}")
+        if self.warmup_epochs >= self.epochs:
+            raise UsageError(f"warmup_epochs must be below epochs ({self.epochs}), not {self.warmup_epochs}")
+        for name, known in ("method", METHODS), ("lr_schedule", LR_SCHEDULES):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise UnknownName(f"no {name} {checks.shown(value)}; there are: {', '.join(known)}")
+        if self.mirror and not self.augment:
+            raise UsageError("mirror is part of the augmentation, which augment = false turns off; leave one of the two out")
+        if self.mutate_every is not None and self.mutate_every >= self.epochs > 1:
+            raise UsageError(f"mutate_every is {self.mutate_every} of {self.epochs} epochs: it would never act; lower it or leave it out")
+        self._check_sieve()
+        self._check_phases()
+
+    def _check(self, kind: Callable[..., Any], name: str, *bounds: float) -> None:
+        """Makes the field what `kind` makes of it; None stays where it is the default."""
+        value = getattr(self, name)
+        if value is not None or type(self).__dataclass_fields__[name].default is not None:
+            object.__setattr__(self, name, kind(name, value, *bounds))
+
+    def _check_sieve(self):
+        if self.sieve is None:
+            return
+        if not isinstance(self.sieve, SieveRule):
+            raise UsageError(f"sieve must be a SieveRule or None, not {checks.shown(self.sieve)}")
+        first, every = self.sieve.first(self.epochs), self.sieve.every
+        if first >= self.epochs:
+            raise UsageError(f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or leave the "
+                             f"sieve out")
+        if every is not None and first + every >= self.epochs:
+            raise UsageError(f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there would be no "
+                             f"second one; lower it or leave it out")
+
+    def _check_phases(self):
+        if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise UsageError("phases must be a tuple of Phase(until_epoch, prune_to, grow_to)")
+        if not self.phases:
+            return
+        if METHODS[self.method] is None:
+            raise UsageError(f"the method {self.method!r} never mutates and takes no phases; use method 'em' or leave phases out")
+        ends = [phase.until_epoch for phase in self.phases]
+        if ends != sorted(set(ends)) or ends[-1] != self.epochs:
+            raise UsageError(f"the phases' until_epoch must rise and end at epochs ({self.epochs}), not {ends}")
+        for before, after in pairwise(self.phases):
+            if after.prune_to < before.grow_to:
+                raise SparsityError(f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
+                                    f"by then: {before.grow_to}; raise its prune_to")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Recipe:
+        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has unknown keys.
+
+        A table [run] in it says on what the recipe is meant to be run, and is no part of the recipe: `run_options` reads it.
+        """
+        data = _read_toml(path)
+        data.pop("run", None)
+        return cls.from_dict(data, where=str(path))
+
+    @staticmethod
+    def run_options(path: str | os.PathLike) -> dict[str, Any]:
+        """What the table [run] of a recipe's file says: options of `mest-compile train` by name. Raises UsageError."""
+        table = _read_toml(path).get("run", {})
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{path}: run must be a table, for example [run] with model = \"resnet32\"")
+        for key, value in table.items():
+            if key not in RUN_OPTIONS:
+                raise UsageError(f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?")
+            wanted = RUN_OPTIONS[key]
+            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+                raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
+        return dict(table)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one, and wrong values."""
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{where} is no table of settings: {checks.shown(data)}")
+        _check_keys(cls, data, where)
+        sieve = data.get("sieve")
+        if sieve is not None:
+            if not isinstance(sieve, Mapping):
+                raise UsageError(f"{where}: sieve must be a table, for example [sieve] with drop = 0.15")
+            _check_keys(SieveRule, sieve, f"{where}, sieve")
+        phases = data.get("phases", ())
+        if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
+            raise UsageError(f"{where}: phases must be a list of tables with until_epoch, prune_to and grow_to")
+        for phase in phases:
+            _check_keys(Phase, phase, f"{where}, phases")
+        try:
+            rule = None if sieve is None else SieveRule(**sieve)
+            return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases), "sieve": rule})
+        except MestError as problem:
+            raise type(problem)(f"{where}: {problem}") from problem
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives an equal recipe back."""
+        return {**dataclasses.asdict(self), "phases": [dataclasses.asdict(phase) for phase in self.phases]}
+
+    def resolved(self, sparsity: float, lr: float | None = None) -> Recipe:
+        """This recipe with what it leaves open filled in, for a model whose sparse layers together start at `sparsity`.
+
+        lr  the rate of the step's optimizer, for a recipe without one
+        Raises SparsityError when the method needs a sparse model, or the first phase cannot be pruned to.
+        """
+        phases_of, rate = METHODS[self.method], lr if self.lr is None else self.lr
+        if phases_of is None:
+            return dataclasses.replace(self, lr=rate)
+        interval = self._interval()
+        if not 0 < sparsity < 1:
+            raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")
+        phases = self.phases or phases_of(sparsity, self.epochs, interval)
+        if phases[0].prune_to < sparsity:
+            raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
+                                f"raise its prune_to")
+        return dataclasses.replace(self, mutate_every=interval, phases=phases, lr=rate)
+
+    def idle(self) -> list[str]:
+        """What this recipe, not yet resolved, asks for and what will never happen; a line each."""
+        if METHODS[self.method] is None:
+            given = [name for name in ("mutate_every", "importance_lambda") if getattr(self, name)]
+            return [f"{name} is {getattr(self, name)}, but the method {self.method!r} never mutates" for name in given]
+        if self.epochs == 1:
+            return [f"the method {self.method!r} mutates between epochs: in 1 epoch it never does"]
+        if self.phases and self.phases[0].until_epoch <= self._interval():
+            return [f"the phase until epoch {self.phases[0].until_epoch} never acts: the first mutation comes after epoch "
+                    f"{min(self._interval(), self.phases[0].until_epoch)}"]
+        return []
+
+    def _interval(self) -> int:
+        return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
+
+    def densest(self, sparsity: float) -> float:
+        """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be planned for."""
+        return min([sparsity, *(phase.grow_to for phase in self.resolved(sparsity).phases)])
+
+    def mutation_at(self, epoch: int) -> Phase | None:
+        """The mutation that a resolved recipe makes before `epoch` (counted from 0), if any.
+
+        There is one every `mutate_every` epochs and where a phase begins, so that the last phase always makes the model exact.
+        Never before epoch 0: untrained weights say nothing about importance.
+        """
+        if not self.phases or epoch == 0:
+            return None
+        begins = epoch in [phase.until_epoch for phase in self.phases]
+        return self._phase_of(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
+
+    def meets_target(self, epoch: int) -> bool:
+        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no result."""
+        last = next((phase for earlier in range(epoch, 0, -1) if (phase := self.mutation_at(earlier))), None)
+        return last is None or last.grow_to >= self.phases[-1].grow_to
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the model is evaluated after `epoch` (counted from 0)."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
+
+    def lr_at(self, epoch: int, iteration: int, iterations: int) -> float:
+        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). Raises UsageError when there is no lr yet."""
+        if self.lr is None:
+            raise UsageError("the recipe has no lr and no step that has one; give it lr")
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + (iteration + 1) / iterations) / self.warmup_epochs
+        done = (epoch + iteration / iterations - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        if self.lr_schedule == "cosine":
+            return self.lr_final + (self.lr - self.lr_final) * LR_SCHEDULES[self.lr_schedule](done)
+        return max(self.lr_final, self.lr * LR_SCHEDULES[self.lr_schedule](done))
+
+    def _phase_of(self, epoch: int) -> Phase:
+        return next(phase for phase in self.phases if epoch < phase.until_epoch)
+
+
+def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe:
+    """The paper's recipe for a method at a target sparsity, its 160-epoch schedule scaled to `epochs`."""
+    return Recipe(**{"epochs": epochs, "method": method, "lr": PAPER_LR, **settings}).resolved(sparsity)
+
+
+def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
+    """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last epoch."""
+    ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
+    starts = [0, *ends[:-1]]
+    return tuple(_phase(end, *pair) for pair, start, end in zip(pairs, starts, ends, strict=True) if start < end)
+
+
+def _read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
+        raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
+
+
+def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            hint = ELSEWHERE.get(key) or f"did you mean {get_close_matches(str(key), fields, 1, 0)[0]!r}?"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in data:
+            raise UsageError(f"{where}: the key {name!r} is missing")

@@ -1,0 +1,1 @@
+"""Kernel texts of processors."""

@@ -1,0 +1,261 @@
+"""The weight gradient of a sparse convolution, on a CPU: dot products of delta and source for live units only."""
+
+from __future__ import annotations
+
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import schedule
+from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.schedules.cpu.rows import widened
+from mest_compile.schedules.cpu.tiles import (
+    LEAST_TILE,
+    MOST_TILE,
+    TAPS,
+    divisors,
+    indent,
+    is_neon,
+    largest_divisor,
+    listed,
+    nest,
+    prefetch_run,
+    widen,
+    widens_once,
+)
+
+UNROLLED_COLUMNS = 8
+SMALL_PIXELS = 64
+BURST = 3  # runs of a row that are prefetched at once without holding up the loads behind them
+
+
+def _batches(most: int) -> list[int]:
+    """How many units pass together: as many as have accumulators, then halves for what remains, down to one."""
+    sizes = [most]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def halves(lanes: int) -> list[int]:
+    """Steps of a sum over a power of two of lanes: each adds its upper half to its lower one."""
+    return [lanes >> step for step in range(1, lanes.bit_length())]
+
+
+def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
+    """(rows, columns) of result pixels that pass over all units before the next strip.
+
+    Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than the second-level
+    cache holds with what is prefetched. Where they do not, what a unit reads should be in the first-level cache: 2 x 8, unless the
+    images come from memory, which wants long strips.
+
+    shared  whether a unit has several rows or channels
+    """
+    delta, source = problem.delta, problem.source
+    wide = largest_divisor(delta.width, UNROLLED_COLUMNS)
+    section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes
+    if shared and delta.height * delta.width <= SMALL_PIXELS:
+        most = delta.height
+    else:
+        most = 4 if shared or section_bytes > target.l2_bytes else 2
+    return largest_divisor(delta.height, most), wide
+
+
+def grad_knobs(problem: GatherGrad, target: Target) -> dict[str, tuple]:
+    """What tuning may choose from."""
+    delta = problem.delta
+    each = _shared(problem, target)[0] * _shared(problem, target)[1]
+    several = tuple(units for units in range(1, MOST_TILE // each + 1) if units * each >= LEAST_TILE)
+    if delta.height * delta.width == 1:
+        return {"several": (None, *several)}
+    strips = [(high, wide) for high in divisors(delta.height) for wide in divisors(delta.width)
+              if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16]
+    once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
+    return once | {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
+
+
+def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
+    """(rows, reads) of a unit that pass together."""
+    most = max(target.registers - 4, 1)
+    rows = largest_divisor(problem.row_block, most)
+    return rows, largest_divisor(problem.unit[0], most // rows)
+
+
+@schedule("pattern.grad", device="cpu", knobs=grad_knobs)
+@schedule("compact.grad", device="cpu", knobs=grad_knobs)
+@schedule("gather.grad", device="cpu", knobs=grad_knobs)
+def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None, several: int | None = None,
+                prefetch: bool = True, once: bool | None = None) -> str:
+    """Several units of a group at a time, so that they share what they read of delta.
+
+    Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A thread owns strips,
+    and sums of its own: were it groups, each thread would read all of source. What a thread owns follows from the target's cores, so
+    results are the same on any number of threads.
+
+    strip     (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
+    several   units that pass together; None: chosen from the registers
+    prefetch  whether the next strip is asked for ahead
+    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the target
+    """
+    source, delta, vector = problem.source, problem.delta, problem.delta.vector
+    most = max(target.registers - 4, 1)
+    rows, depth = _shared(problem, target)
+    reads, distance = problem.unit
+    parts, layers = problem.row_block // rows, reads // depth
+    each = rows * depth
+    # A unit of neighbouring pixels also holds those that its next pixel reads again.
+    most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
+    if is_neon(vector, target) and problem.taps == 1:
+        # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each row are in registers.
+        # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add floor, eight 59%).
+        most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
+    most_units = several or most_units
+    sizes = _batches(most_units)
+    block = reads * problem.row_block
+    high, wide = strip or pick_strip(problem, each > 1, target)
+    down, across = delta.height // high, delta.width // wide
+    strips_each = delta.slices * down * across  # of a section
+    chunks = min(target.cores, strips_each)
+    share = -(-strips_each // chunks)
+
+    if delta.height * delta.width == 1:
+        return _of_one_pixel(problem, rows, depth, sizes)
+    cell = f"(section * {problem.groups} + group)"
+    count = f"(pointers[{cell} + 1] - pointers[{cell}])"
+
+    section_elems, copied = problem.section_channels * source.channel_elems, widens_once(source, target, once)
+
+    def together(units: int, first: str) -> list[str]:
+        """Adds one strip's share of `units` units from `first` on."""
+        total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
+        weight = f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
+        place = (f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
+                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i")
+        read = f"offsets[{first} + %u] + " + place
+        if copied:
+            read = f"wide[{read.replace('%s', f'section * -{section_elems}')}]"
+        else:
+            read = widened(source, f"source[{read.replace('%s', f'z * {source.slice_elems}')}]")
+        row = f"(group * {problem.row_block} + part * {rows} + j)"
+        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+                          f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
+        loops = [("k", depth), ("j", rows)]
+
+        def per_unit(loops: list[tuple[str, int]], body: str) -> list[str]:
+            """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not in registers."""
+            *around, last = nest(loops, vector, body)
+            return [*around, *(last.replace("%u", str(unit)) for unit in range(units))]
+
+        return [*(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)),
+                *per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]"),
+                f"for a in T.serial({high}):",
+                *indent(1, per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")),
+                *per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}")]
+
+    read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
+    runs = {"source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
+            "delta": (problem.rows_live or delta.channels, high, wide, delta)}
+    if copied:
+        del runs["source"]
+    lists = {"source": f"sources[T.min(section * {read} + %s, {source.channels - 1})]" if problem.sources_live else "%s",
+             "delta": f"channels[T.min(%s, {delta.channels - 1})]" if problem.rows_live else "%s"}
+    expected = -(-problem.rows_live // problem.row_block) or problem.groups
+
+    def fetch(name: str, first: str, many: str) -> list[str]:
+        """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
+        channels, rows_each, columns, image = runs[name]
+        run = f"({first} + ahead)"
+        channel = lists[name].replace("%s", f"{run} // {rows_each}")
+        start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
+        return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, image, start, columns * image.vector))]
+
+    strips, left = [], count
+    per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
+    if not prefetch:
+        per_group = {}
+    at_once = [line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))]
+    spread = {name: many for name, many in per_group.items() if many > BURST}
+    for units in sizes:
+        body = together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
+        if units == most_units and spread:
+            strips.append(f"times: T.let = T.max({left} // {units}, 1)")
+            for name, many in spread.items():
+                strips.append(f"{name}_runs: T.let = ({many} + times - 1) // times")
+                body = fetch(name, f"(group * {many} + several * {name}_runs)", f"{name}_runs") + body
+        strips += [f"for several in T.serial({left} // {units}):", *indent(1, body)]
+        left = f"({left} % {units})"
+    place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
+    where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
+    then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
+    tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
+    starts = [
+        f"source_ahead: T.let = next_z * {source.slice_elems} + section * {0 if problem.sources_live else section_elems}"
+        f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
+        f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
+        f" + next_x * {wide * vector}"]
+    mine = f"T.min({share}, {strips_each} - chunk * {share})"
+    copy, room = [], []
+    if copied:
+        room = [f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')"]
+        elems = f"T.min({section_elems}, {source.slice_elems} - section * {section_elems})"
+        copy = [f"if turn == 0 or strip % {down * across} == 0:",
+                *indent(1, widen("source", source, f"z * {source.slice_elems} + section * {section_elems}", elems))]
+    of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
+    lines = [
+        f"for chunk in T.parallel({chunks}):",
+        *indent(1, [
+            *room, f"for weight in T.serial(units * {block}):", f"    for i in T.vectorized({vector}):",
+            f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
+            f"for section, turn in T.grid({problem.sections}, {mine}):", *indent(1, [
+                f"strip: T.let = chunk * {share} + turn", *where, *then, *starts, *copy,
+                f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
+                f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
+        f"for weight in T.parallel(units * {block}):", *indent(1, [
+            f"total = T.alloc_buffer(({vector},), 'float32')", *nest([], vector, f"total[i] = {of_owners}"),
+            *(line for half in halves(vector) for line in nest([], half, f"total[i] = total[i] + total[{half} + i]")),
+            "gradients[weight] = total[0]"])]
+    return _kernel(problem, [f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])
+
+
+def _kernel(problem: GatherGrad, body: list[str]) -> str:
+    """The kernel's text around its body."""
+    source, delta, block = problem.source, problem.delta, problem.unit[0] * problem.row_block
+    return "\n".join([
+        "@T.prim_func",
+        f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
+        + "".join(argument + ", " for argument in listed(problem, source)) +
+        f"source: T.Buffer(({source.elems},), '{source.dtype}'), delta: T.Buffer(({delta.elems},), '{delta.dtype}'), "
+        "gradients_handle: T.handle):",
+        *indent(1, [
+            "T.func_attr({'tirx.noalias': True})",
+            "units = T.int32()",
+            "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
+            f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')", *body])])
+
+
+def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) -> str:
+    """A linear layer: the sums of some units over all examples fit in registers, so threads share groups and nothing is kept between.
+
+    rows, depth  of a unit, that pass together; sizes: units that do
+    """
+    source, delta, vector = problem.source, problem.delta, problem.delta.vector
+    reads, distance = problem.unit
+    parts, block = problem.row_block // rows, reads * problem.row_block
+    groups = "live_groups[0]" if problem.rows_live else problem.groups
+    row = f"(group * {problem.row_block} + part * {rows} + j)"
+    cell = f"(section * {problem.groups} + group)"
+    left, lines = f"(pointers[{cell} + 1] - pointers[{cell}])", []
+    for units in sizes:
+        first = f"(pointers[{cell} + 1] - {left} + several * {units})"
+        total = f"sums[((u * {depth} + k) * {rows} + j) * {vector}"
+        read = widened(source, f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]")
+        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+                   f" + z * {delta.slice_elems} + i]")
+        loops = [("k", depth), ("j", rows), ("u", units)]
+        lanes = " + ".join(f"{total} + {lane}]" for lane in range(vector))
+        lines += [f"for several in T.serial({left} // {units}):", *indent(1, [
+            f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')",
+            *nest(loops, vector, f"{total} + i] = T.float32(0)"),
+            f"for z in T.serial({delta.slices}):", *indent(1, nest(loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")),
+            f"for k, j, u in T.grid({depth}, {rows}, {units}):",
+            f"    gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j] = {lanes}"])]
+        left = f"({left} % {units})"
+    return _kernel(problem, [f"for group in T.parallel({groups}):",
+                             f"    for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts}):", *indent(2, lines)])

@@ -1,0 +1,58 @@
+"""Layout at the model's border and between halos, on a CPU."""
+
+from __future__ import annotations
+
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import schedule
+from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
+from mest_compile.schedules.cpu.rows import Text, array, buffer, each_row, frame_row, narrowed, pointwise, widened
+
+
+@schedule("image.import", device="cpu")
+def image_import(problem: ImageImport, target: Target) -> str:
+    """Transposes tiles of vector x vector elements in registers: loads run along a row of pixels, stores along the batch."""
+    image, vector = problem.result, problem.result.vector
+    example = image.channels * image.height * image.width
+    text = Text(buffer("images", image.batch * example), array("result", image))
+
+    def load(lane: str, pixel: str) -> str:
+        number = lane if image.batch == image.lanes else f"T.min({lane}, examples - 1)"
+        return (f"images[(plane // {image.channels} * {vector} + {number}) * {example}"
+                f" + (c * {image.height} + h) * {image.width} + {pixel}]")
+
+    with each_row(text, {"result": image}):
+        text.local("tile", vector * vector)
+        if image.width >= vector:
+            with text.nest(f"for t in T.serial({image.width // vector})"):
+                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
+                    text(f"tile[j * {vector} + i] = {load('j', f't * {vector} + i')}")
+                with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
+                    text(f"result[result_row + (t * {vector} + j) * {vector} + i] = {narrowed(image, f'tile[i * {vector} + j]')}")
+        with text.nest(f"for w in T.serial({image.width % vector})", f"for i in T.vectorized({vector})"):
+            at = f"({image.width // vector * vector} + w)"
+            text(f"result[result_row + {at} * {vector} + i] = {narrowed(image, load('i', at))}")
+    return str(text)
+
+
+@schedule("image.export", device="cpu")
+def image_export(problem: ImageExport, target: Target) -> str:
+    """Logits: a few kilobytes, so plain loops."""
+    image = problem.source
+    text = Text(array("source", image), buffer("result", image.batch * image.channels))
+    with text.nest(f"for n, c in T.grid({image.batch}, {image.channels})"):
+        element = f"source[n // {image.vector} * {image.slice_elems} + c * {image.channel_elems} + {image.origin} + n % {image.vector}]"
+        text(f"result[n * {image.channels} + c] = {widened(image, element)}")
+    return str(text)
+
+
+@schedule("image.zero_halo", device="cpu")
+def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
+    text = Text(array("image", problem.image))
+    with each_row(text, {"image": problem.image}):
+        frame_row(text, "image", problem.image)
+    return str(text)
+
+
+@schedule("image.copy", device="cpu")
+def image_copy(problem: ImageCopy, target: Target) -> str:
+    return pointwise({"source": problem.source, "result": problem.result}, "result", "{source}", problem.accumulate)

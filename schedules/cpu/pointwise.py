@@ -1,0 +1,81 @@
+"""Elementwise kernels, flatten and the gradient of a bias, on a CPU."""
+
+from __future__ import annotations
+
+from mest_compile.hardware.target import Target
+from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ReluBackward, ReluForward
+from mest_compile.operators.add import AddForward
+from mest_compile.operators.flatten import Flatten
+from mest_compile.operators.layers.bias import BiasGradient
+from mest_compile.schedules.cpu.rows import (
+    Chunks,
+    Text,
+    array,
+    buffer,
+    channel_sums,
+    each_row,
+    narrowed,
+    passed,
+    pointwise,
+    rectified,
+    widened,
+)
+
+
+@schedule("relu.forward", device="cpu")
+def relu_forward(problem: ReluForward, target: Target) -> str:
+    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}"))
+
+
+@schedule("relu.backward", device="cpu")
+def relu_backward(problem: ReluBackward, target: Target) -> str:
+    images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
+    return pointwise(images, "dx", passed("{y}", "{dy}"), problem.accumulate)
+
+
+@schedule("add.forward", device="cpu")
+def add_forward(problem: AddForward, target: Target) -> str:
+    return pointwise({"a": problem.a, "b": problem.b, "y": problem.y}, "y", "{a} + {b}")
+
+
+def _flatten(problem: Flatten, names: tuple[str, str], accumulate: bool = False) -> str:
+    """The last of `names` becomes the first for every vector: "x" and "y" are the image and the flat one."""
+    x, y = problem.x, problem.y
+    images = {"x": x, "y": y}
+    text = Text(*(array(name, images[name]) for name in names))
+    with each_row(text, {"x": x}):
+        pixel = f"(n * {x.width} + w) * {y.channel_elems} + {y.origin}"
+        with text.nest(f"for w in T.serial({x.width})", f"for i in T.vectorized({x.vector})"):
+            elements = {"x": f"x[x_row + w * {x.vector} + i]", "y": f"y[{pixel} + i]"}
+            source, result = (widened(images[name], elements[name]) for name in names)
+            made = f"{result} + {source}" if accumulate else source
+            text(f"{elements[names[1]]} = {narrowed(images[names[1]], made)}")
+    return str(text)
+
+
+@schedule("flatten.forward", device="cpu")
+def flatten_forward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("x", "y"))
+
+
+@schedule("flatten.backward", device="cpu")
+def flatten_backward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("y", "x"), problem.accumulate)
+
+
+@schedule("bias.gradient", device="cpu")
+def bias_gradient(problem: BiasGradient, target: Target) -> str:
+    image, chunks = problem.dy, Chunks(problem.dy)
+    text = Text(array("dy", image), buffer("dbias", image.channels))
+    text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count},), "float64")')
+    with chunks.each(text):
+        channel_sums(text, chunks, {"dy": image}, 1,
+                     lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + {widened(image, f'dy[dy_row + {at}]')}"])
+    with text.nest(f"for c in T.serial({image.channels})"):
+        text.local("joined", 1, "float64")
+        text("joined[0] = T.float64(0)")
+        with text.nest(f"for k in T.serial({chunks.count})"):
+            text(f"joined[0] = joined[0] + chunk_sums[c * {chunks.count} + k]")
+        text('dbias[c] = T.cast(joined[0], "float32")')
+    return str(text)

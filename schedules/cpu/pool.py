@@ -1,0 +1,180 @@
+"""Pooling on a CPU, vectors over the batch. Backward kernels scatter, so threads share channels only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import schedule
+from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
+from mest_compile.schedules.cpu.rows import Text, array, each_row, loop, narrowed, number, widened
+
+
+def _set_window(text: Text, problem: Pool) -> None:
+    """Sets, for the result pixel (h, w), the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`)."""
+    for corner, size, pixel, axis, extent in (("top", "tall", "h", 0, problem.x.height), ("left", "wide", "w", 1, problem.x.width)):
+        kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
+        if padding:
+            text(f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
+                 f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}")
+        else:
+            text(f"{corner}: T.let = {pixel} * {stride}")
+
+
+@contextmanager
+def _each_tap(text: Text, problem: Pool) -> Iterator[None]:
+    """Loops `ky`, `kx` over the window that `_set_window` found."""
+    loops = [f"for {name} in " + (f"T.serial({size})" if problem.padding[axis] else f"T.unroll({problem.kernel[axis]})")
+             for axis, (name, size) in enumerate((("ky", "tall"), ("kx", "wide")))]
+    with text.nest(*loops):
+        yield
+
+
+def _tap(name: str, image: Image) -> str:
+    return (f"{name}[plane * {image.channel_elems} + {image.origin} + (top + ky) * {image.row_elems} + "
+            f"(left + kx) * {image.vector} + i]")
+
+
+def _pixel(name: str, image: Image) -> str:
+    return f"{name}[plane * {image.channel_elems} + {image.origin} + h * {image.row_elems} + w * {image.vector} + i]"
+
+
+def _share(problem: Pool) -> str:
+    """What each value of an average counts."""
+    if problem.count_include_pad or not any(problem.padding):
+        return number(1 / (problem.kernel[0] * problem.kernel[1]))
+    tall, wide = ((size if problem.padding[axis] else str(problem.kernel[axis])) for axis, size in enumerate(("tall", "wide")))
+    return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
+
+
+def _forward(problem: Pool, steps: dict[str, tuple[str, str]], last: str) -> str:
+    """steps: name of a vector -> (what it is at first, what a tap makes of it)."""
+    x, y = problem.x, problem.y
+    text = Text(array("x", x), array("y", y))
+    vector = f"for i in T.vectorized({x.vector})"
+    with each_row(text, {"y": y}):
+        with text.nest(f"for w in T.serial({y.width})"):
+            _set_window(text, problem)
+            for name in steps:
+                text.local(name, x.vector)
+            with text.nest(vector):
+                text(*(f"{name}[i] = {start}" for name, (start, _) in steps.items()))
+            with _each_tap(text, problem), text.nest(vector):
+                text(*(f"{name}[i] = {step.format(widened(x, _tap('x', x)))}" for name, (_, step) in steps.items()))
+            with text.nest(vector):
+                text(f"{_pixel('y', y)} = {narrowed(y, last)}")
+    return str(text)
+
+
+@schedule("max_pool2d.forward", device="cpu")
+def max_pool_forward(problem: Pool, target: Target) -> str:
+    """NaN stays, as in torch: T.max passes over it, but the sum of squares is NaN where a tap is, and nowhere else."""
+    steps = {"value": ('T.float32("-inf")', "T.max(value[i], {0})"), "squares": ("T.float32(0)", "squares[i] + {0} * {0}")}
+    return _forward(problem, steps, 'T.Select(squares[i] <= T.float32("inf"), value[i], squares[i])')
+
+
+@schedule("avg_pool2d.forward", device="cpu")
+def avg_pool_forward(problem: Pool, target: Target) -> str:
+    return _forward(problem, {"value": ("T.float32(0)", "value[i] + {}")}, f"value[i] * {_share(problem)}")
+
+
+def _written_once(problem: Pool) -> bool:
+    """Every pixel of x is in exactly one window."""
+    return problem.kernel == problem.stride and problem.padding == (0, 0) and \
+        (problem.x.height, problem.x.width) == (problem.y.height * problem.stride[0], problem.y.width * problem.stride[1])
+
+
+@contextmanager
+def _each_window_of_gradient(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> Iterator[None]:
+    """Loops over channels of slices and result pixels; clears dx first where sums are to gather in it."""
+    forward, dx = problem.forward, problem.dx
+    with text.nest(f"for plane in {loop(dx.slices * dx.channels, dx.elems)}"):
+        if not (problem.accumulate or _written_once(forward)):
+            with text.nest(f"for h, w in T.grid({dx.height}, {dx.width})",
+                           f"for i in T.vectorized({dx.vector})"):
+                text(f"{_pixel('dx', dx)} = {narrowed(dx, 'T.float32(0)')}")
+        with text.nest(f"for h, w in T.grid({forward.y.height}, {forward.y.width})"):
+            _set_window(text, forward)
+            yield
+
+
+def _give(problem: MaxPoolBackward | AvgPoolBackward, share: str) -> str:
+    """The statement that gives dx its share."""
+    dx, element = problem.dx, _tap("dx", problem.dx)
+    once = _written_once(problem.forward) and not problem.accumulate
+    return f"{element} = {narrowed(dx, share if once else f'{widened(dx, element)} + {share}')}"
+
+
+@schedule("max_pool2d.backward", device="cpu")
+def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
+    """Finds again which tap of a window is its maximum, then gives each tap what is its own.
+
+    As in torch the last NaN of a window is: in the place of a NaN `best` is infinite, so that only another NaN is not <= it.
+    """
+    x, vector = problem.forward.x, f"for i in T.vectorized({problem.dx.vector})"
+    text = Text(array("dy", problem.dy), array("x", x), array("dx", problem.dx))
+    tap = widened(x, _tap("x", x))
+    with _each_window_of_gradient(text, problem):
+        text.local("best", x.vector)
+        text.local("winner", x.vector, "int32")
+        text.local("value", x.vector)
+        with text.nest(vector):
+            text('best[i] = T.float32("-inf")', "winner[i] = 0", f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+        number_of = f"ky * {problem.forward.kernel[1]} + kx"
+        with _each_tap(text, problem.forward), text.nest(vector):
+            text(f"winner[i] = T.Select({tap} <= best[i], winner[i], {number_of})",
+                 f'best[i] = T.max(T.Select({tap} < T.float32("inf"), {tap}, T.float32("inf")), best[i])')
+        with _each_tap(text, problem.forward), text.nest(vector):
+            text(_give(problem, f"T.Select(winner[i] == {number_of}, value[i], T.float32(0))"))
+    return str(text)
+
+
+@schedule("avg_pool2d.backward", device="cpu")
+def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
+    vector = f"for i in T.vectorized({problem.dx.vector})"
+    text = Text(array("dy", problem.dy), array("dx", problem.dx))
+    with _each_window_of_gradient(text, problem):
+        text.local("value", problem.dx.vector)
+        with text.nest(vector):
+            text(f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))} * {_share(problem.forward)}")
+        with _each_tap(text, problem.forward), text.nest(vector):
+            text(_give(problem, "value[i]"))
+    return str(text)
+
+
+@schedule("global_avg_pool.forward", device="cpu")
+def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
+    """Sums row by row, so that rounding grows with height + width and not with their product."""
+    x, y = problem.x, problem.y
+    vector = f"for i in T.vectorized({x.vector})"
+    text = Text(array("x", x), array("y", y))
+    with text.nest(f"for plane in {loop(x.slices * x.channels, x.elems)}"):
+        text.local("total", x.vector)
+        text.local("line", x.vector)
+        with text.nest(vector):
+            text("total[i] = T.float32(0)")
+        with text.nest(f"for h in T.serial({x.height})"):
+            with text.nest(vector):
+                text("line[i] = T.float32(0)")
+            with text.nest(f"for w in T.serial({x.width})", vector):
+                text(f"line[i] = line[i] + {widened(x, _pixel('x', x))}")
+            with text.nest(vector):
+                text("total[i] = total[i] + line[i]")
+        with text.nest(vector):
+            mean = f"total[i] * {number(1 / (x.height * x.width))}"
+            text(f"y[plane * {y.channel_elems} + {y.origin} + i] = {narrowed(y, mean)}")
+    return str(text)
+
+
+@schedule("global_avg_pool.backward", device="cpu")
+def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
+    dx, dy = problem.x, problem.y
+    text = Text(array("dy", dy), array("dx", dx))
+    with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"):
+        with text.nest(f"for i in T.vectorized({dx.vector})"):
+            element = _pixel("dx", dx)
+            value = widened(dy, f"dy[plane * {dy.channel_elems} + {dy.origin} + i]") + f" * {number(1 / (dx.height * dx.width))}"
+            text(f"{element} = {narrowed(dx, f'{widened(dx, element)} + {value}' if problem.accumulate else value)}")
+    return str(text)

@@ -1,0 +1,1 @@
+"""Kernel texts of OpenCL devices."""

@@ -1,0 +1,125 @@
+"""Elementwise kernels, flatten and the gradient of a bias, on OpenCL."""
+
+from __future__ import annotations
+
+from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ReluBackward, ReluForward
+from mest_compile.operators.add import AddForward
+from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
+from mest_compile.operators.flatten import Flatten
+from mest_compile.operators.layers.bias import BiasGradient
+from mest_compile.schedules.opencl.sums import ChannelSums
+from mest_compile.schedules.opencl.text import Text, at, image, passed, plane_vectors, rectified, scalars, zeros
+
+
+def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
+    """A kernel `result = value` on every pixel; `value` has `{x}` for the vector of image x, `accumulate` adds it to the result."""
+    text = Text(*(image(name, layout) for name, layout in images.items()))
+    with text.each_pixel(images[result], target.limits.threads):
+        elements = {name: at(name, layout) for name, layout in images.items()}
+        text(f"{elements[result]} = " + (f"{elements[result]} + " if accumulate else "") + value.format(**elements))
+    return str(text)
+
+
+@schedule("relu.forward", device="opencl")
+def relu_forward(problem: ReluForward, target: Target) -> str:
+    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}", problem.y.vector), target)
+
+
+@schedule("relu.backward", device="opencl")
+def relu_backward(problem: ReluBackward, target: Target) -> str:
+    images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
+    return pointwise(images, "dx", passed("{y}", "{dy}", problem.y.vector), target, problem.accumulate)
+
+
+@schedule("add.forward", device="opencl")
+def add_forward(problem: AddForward, target: Target) -> str:
+    return pointwise({"a": problem.a, "b": problem.b, "y": problem.y}, "y", "{a} + {b}", target)
+
+
+@schedule("image.copy", device="opencl")
+def image_copy(problem: ImageCopy, target: Target) -> str:
+    return pointwise({"source": problem.source, "result": problem.result}, "result", "{source}", target, problem.accumulate)
+
+
+def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: Target) -> str:
+    """`statement` for every vector: {x} and {y} are its elements in the image and in the flat one."""
+    x, y = problem.x, problem.y
+    images = {"x": x, "y": y}
+    text = Text(*(image(name, images[name]) for name in names))
+    with text.each_pixel(x, target.limits.threads):
+        flat = f"y[n * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}]"
+        text(statement.format(x=at("x", x), y=flat))
+    return str(text)
+
+
+@schedule("flatten.forward", device="opencl")
+def flatten_forward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("x", "y"), "{y} = {x}", target)
+
+
+@schedule("flatten.backward", device="opencl")
+def flatten_backward(problem: Flatten, target: Target) -> str:
+    return _flatten(problem, ("y", "x"), "{x} = {x} + {y}" if problem.accumulate else "{x} = {y}", target)
+
+
+@schedule("bias.gradient", device="opencl")
+def bias_gradient(problem: BiasGradient, target: Target) -> str:
+    layout = problem.dy
+    sums = ChannelSums(layout, target)
+    text = Text(image("dy", layout), scalars("dbias", layout.channels))
+    sums.collect(text, 1, lambda: [f"sums[0] = sums[0] + {at('dy', layout)}"])
+    with text.each(layout.channels, target.limits.threads):
+        sums.join(text, 1, "n")
+        text("dbias[n] = joined[0]")
+    return str(text)
+
+
+@schedule("image.import", device="opencl")
+def image_import(problem: ImageImport, target: Target) -> str:
+    """Neighbouring threads read neighbouring pixels of an example, and write neighbouring vectors."""
+    layout = problem.result
+    example = layout.channels * layout.height * layout.width
+    text = Text(scalars("images", layout.batch * example), scalars("result", layout.elems))
+    with text.each_pixel(layout, target.limits.threads):
+        text(f"first: T.let = plane // {layout.channels} * {layout.vector}",
+             f"start: T.let = (plane * {plane_vectors(layout)} + (h + {layout.halo[0]}) * {layout.columns} + w + {layout.halo[1]})"
+             f" * {layout.vector}")
+        with text.nest(f"for i in T.unroll({layout.vector})"):
+            lane = "first + i" if layout.batch == layout.lanes else f"T.min(first + i, {layout.batch - 1})"
+            value = f"images[({lane}) * {example} + (c * {layout.height} + h) * {layout.width} + w]"
+            text(f"result[start + i] = {value}")
+    return str(text)
+
+
+@schedule("image.export", device="opencl")
+def image_export(problem: ImageExport, target: Target) -> str:
+    layout = problem.source
+    text = Text(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
+    with text.each(layout.batch * layout.channels, target.limits.threads):
+        text(f"example: T.let = n // {layout.channels}", f"c: T.let = n % {layout.channels}",
+             f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} + {layout.origin}"
+             f" + example % {layout.vector}]")
+    return str(text)
+
+
+@schedule("image.zero_halo", device="opencl")
+def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
+    """A thread for each vector of the halo: rows above, rows below, then both sides."""
+    layout = problem.image
+    top, left, bottom, right = layout.halo
+    above, below, sides = top * layout.columns, bottom * layout.columns, left + right
+    count = above + below + layout.height * sides
+    assert count, "an image without a halo has none to clear"
+    text = Text(image("image", layout))
+    with text.each(layout.slices * layout.channels * count, target.limits.threads):
+        text(f"plane: T.let = n // {count}", f"k: T.let = n % {count}")
+        place = f"k + {(top + layout.height) * layout.columns - above}"
+        if sides:
+            side = f"(k - {above + below})"
+            column = f"{side} % {sides} + T.Select({side} % {sides} < {left}, 0, {layout.width})"
+            place = f"T.Select(k < {above + below}, {place}, ({side} // {sides} + {top}) * {layout.columns} + {column})"
+        text(f"image[plane * {plane_vectors(layout)} + T.Select(k < {above}, k, {place})] = {zeros(layout.vector)}")
+    return str(text)

@@ -1,0 +1,206 @@
+"""Text of OpenCL kernels: what their schedules share.
+
+A slice's vector of examples is one OpenCL vector (float4), so images are declared as arrays of vectors and every position below counts
+vectors. Neighbouring threads take neighbouring pixels of a row: their loads stand side by side. There is no float64 and no atomic: sums
+go through a tree in local memory, in an order that follows from the sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from mest_compile.ir.layouts.batch import Image
+
+POSITION = "plane * {plane} + (h + {top}) * {columns} + w + {left}"
+
+
+def vector_type(vector: int) -> str:
+    return f"float32x{vector}" if vector > 1 else "float32"
+
+
+def vectors(name: str, elems: int, vector: int) -> str:
+    """An argument: a flat array of vectors."""
+    return f'{name}: T.Buffer(({elems // vector},), "{vector_type(vector)}")'
+
+
+def scalars(name: str, elems: int, dtype: str = "float32") -> str:
+    """An argument: a flat array of single numbers."""
+    return f'{name}: T.Buffer(({elems},), "{dtype}")'
+
+
+def image(name: str, layout: Image) -> str:
+    """An argument: an image as vectors."""
+    return vectors(name, layout.elems, layout.vector)
+
+
+def number(value: float) -> str:
+    """A constant, exactly: TVM prints seven digits, and what they do not tell is given by its bits."""
+    single = np.float32(value)
+    if np.float32(f"{single:.6e}") == single:
+        return f"T.float32({float(single)!r})"
+    return f'T.call_pure_extern("float32", "as_float", T.uint32({int(single.view(np.uint32))}))'
+
+
+def full(value: str, vector: int) -> str:
+    """A vector whose lanes are all `value`."""
+    return f"T.Broadcast({value}, {vector})" if vector > 1 else value
+
+
+def zeros(vector: int) -> str:
+    return full("T.float32(0)", vector)
+
+
+def infinity(vector: int) -> str:
+    return full('T.float32("inf")', vector)
+
+
+def rectified(value: str, vector: int) -> str:
+    """ReLU as torch has it: NaN and -0 stay. OpenCL's max may give either of NaN and a number."""
+    return f"T.Select({value} < {zeros(vector)}, {zeros(vector)}, {value})"
+
+
+def passed(y: str, dy: str, vector: int) -> str:
+    """The gradient before a ReLU whose result is `y`. As in torch it is dy behind a NaN, which is not <= 0."""
+    return f"T.Select({y} <= {zeros(vector)}, {zeros(vector)}, {dy})"
+
+
+def finite(value: str, otherwise: str = "T.float32(0)") -> str:
+    """A single number, or what stands in the place of NaN and infinity."""
+    return f'T.Select(T.abs({value}) < T.float32("inf"), {value}, {otherwise})'
+
+
+def slots(start: str, vector: int) -> str:
+    """Index of `vector` single numbers from `start` on."""
+    return f"T.Ramp({start}, 1, {vector})" if vector > 1 else start
+
+
+def only_examples(layout: Image, slice_number: str, value: str) -> str:
+    """A vector with 0 in lanes that hold no example."""
+    if layout.batch == layout.lanes:
+        return value
+    vector = layout.vector
+    left = full(f'T.cast({layout.batch} - ({slice_number}) * {vector}, "float32")', vector)
+    return f"T.Select({left} > T.Ramp(T.float32(0), T.float32(1), {vector}), {value}, {zeros(vector)})"
+
+
+def plane_vectors(layout: Image) -> int:
+    """Vectors of one channel of one slice, halo included."""
+    return layout.rows * layout.columns
+
+
+def at(name: str, layout: Image) -> str:
+    """The vector of the pixel (h, w) of `plane`."""
+    return f"{name}[{POSITION.format(plane=plane_vectors(layout), top=layout.halo[0], columns=layout.columns, left=layout.halo[1])}]"
+
+
+def whole_groups(items: int, most: int) -> int:
+    """Threads of a work-group: a power of two, at most `most`, not many more than there are items."""
+    size = 1
+    while size * 2 <= most and size < items:
+        size *= 2
+    return size
+
+
+class Text:
+    """The lines of one kernel function. Call it with statements; `nest` opens a loop or a condition.
+
+    Every `groups` or `each...` is one device kernel; they run one after another.
+    """
+
+    def __init__(self, *arguments: str):
+        self._arguments = arguments
+        self._symbols: list[str] = []
+        self._matches: list[str] = []
+        self._scratch: dict[str, tuple[str, int, int]] = {}
+        self._lines: list[str] = []
+        self._depth = 1
+
+    def __call__(self, *statements: str) -> None:
+        self._lines += ["    " * self._depth + statement for statement in statements]
+
+    @contextmanager
+    def nest(self, *headers: str) -> Iterator[None]:
+        """Opens one block inside the other; each header lacks its colon."""
+        for header in headers:
+            self(header + ":")
+            self._depth += 1
+        yield
+        self._depth -= len(headers)
+
+    def symbolic(self, symbol: str, sizes: dict[str, tuple[str, str]]) -> None:
+        """Arguments `<name>_handle: T.handle` whose size is known when the kernel runs: name -> (size in terms of symbol, dtype)."""
+        self._symbols.append(f"{symbol} = T.int32()")
+        self._matches += [f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in sizes.items()]
+
+    def scratch(self, name: str, elems: int, per_symbol: str = "", dtype: str = "float32") -> None:
+        """Global memory between the device kernels of one call: `elems` numbers, or as many for each of a symbol."""
+        self._scratch[name] = (per_symbol, elems, 4)
+        size = f"{per_symbol} * {elems}" if per_symbol else str(elems)
+        self._matches.append(f'{name} = T.alloc_buffer(({size},), "{dtype}")')
+
+    def private(self, name: str, elems: int, dtype: str = "float32") -> None:
+        self(f'{name} = T.alloc_buffer(({elems},), "{dtype}", scope="local")')
+
+    def shared(self, arrays: int, elems: int, dtype: str) -> None:
+        """Local memory of a work-group: `shared_0`, `shared_1`, ... of `elems` each. TVM would put a barrier, which may not stand under a
+        condition, between two statements on one array.
+        """
+        self(*(f'shared_{i} = T.alloc_buffer(({elems},), "{dtype}", scope="shared")' for i in range(arrays)))
+
+    def barrier(self) -> None:
+        self('T.tvm_storage_sync("shared")')
+
+    @contextmanager
+    def groups(self, size: int, x: int, y: int = 1, z: int = 1) -> Iterator[None]:
+        """A device kernel of x * y * z work-groups of `size` threads: sets `block`, `block_y`, `block_z` where above 1, and `lane`."""
+        axes = [(axis, name, count) for axis, name, count in (("z", "block_z", z), ("y", "block_y", y)) if count > 1]
+        loops = [f'for {name} in T.thread_binding({count}, thread="blockIdx.{axis}")' for axis, name, count in axes]
+        with self.nest(*loops, f'for block in T.thread_binding({x}, thread="blockIdx.x")',
+                       f'for lane in T.thread_binding({size}, thread="threadIdx.x")'):
+            yield
+
+    @contextmanager
+    def each(self, count: int, size: int) -> Iterator[None]:
+        """A device kernel of one thread for each of `count` items: sets `n`."""
+        size = whole_groups(count, size)
+        blocks = -(-count // size)
+        with self.groups(size, blocks):
+            self(f"n: T.let = block * {size} + lane")
+            guard = [f"if n < {count}"] if blocks * size != count else []
+            with self.nest(*guard):
+                yield
+
+    @contextmanager
+    def each_of(self, count: str, blocks: int, size: int) -> Iterator[None]:
+        """A device kernel whose `blocks` work-groups share as many items as `count` says when it runs: sets `n`."""
+        with self.groups(size, blocks), self.nest(f"for turn in T.serial(({count} + {blocks * size - 1}) // {blocks * size})"):
+            self(f"n: T.let = turn * {blocks * size} + block * {size} + lane")
+            with self.nest(f"if n < {count}"):
+                yield
+
+    @contextmanager
+    def each_pixel(self, layout: Image, size: int) -> Iterator[None]:
+        """A thread for each vector of real pixels: sets `plane` (channel of a slice), `c` (channel), `h` and `w`."""
+        pixels = layout.height * layout.width
+        with self.each(layout.slices * layout.channels * pixels, size):
+            self(f"plane: T.let = n // {pixels}", f"c: T.let = plane % {layout.channels}",
+                 f"h: T.let = n % {pixels} // {layout.width}", f"w: T.let = n % {layout.width}")
+            yield
+
+    @contextmanager
+    def each_framed(self, layout: Image, size: int) -> Iterator[str]:
+        """As `each_pixel`, the halo's pixels too; gives the condition under which a pixel is real."""
+        whole = plane_vectors(layout)
+        with self.each(layout.slices * layout.channels * whole, size):
+            self(f"plane: T.let = n // {whole}", f"c: T.let = plane % {layout.channels}",
+                 f"h: T.let = n % {whole} // {layout.columns} - {layout.halo[0]}", f"w: T.let = n % {layout.columns} - {layout.halo[1]}")
+            yield f"0 <= h and h < {layout.height} and 0 <= w and w < {layout.width}"
+
+    def __str__(self) -> str:
+        facts = ", ".join(f"{name} {symbol or '-'} {elems * item}" for name, (symbol, elems, item) in self._scratch.items())
+        head = ["@T.prim_func(s_tir=True)", f"def kernel({', '.join(self._arguments)}):",
+                f'    T.func_attr({{"tirx.noalias": True, "mest.scratch": "{facts}"}})']
+        return "\n".join([*head, *("    " + line for line in [*self._symbols, *self._matches]), *self._lines]) + "\n"
