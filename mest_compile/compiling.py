@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mest_compile.backends.opencl.code import check_buffers
-from mest_compile.backends.opencl.linking import link_opencl_step
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import UsageError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
@@ -24,7 +23,6 @@ from mest_compile.ir.program import FUNCTIONS, Program
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
-from mest_compile.kernels.linking import link_step
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.optimizers.sgd import SGD
@@ -98,13 +96,13 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     elif checks.flag("lower_density", lower_density):
         raise UsageError("lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out")
     grow_to = None if grow_to is None else checks.number("grow_to", grow_to, below=1, also=", or None")
-    _check_objects(builder, device, records)
+    check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
     target = target.for_batch(input_shape[0])
-    threads = _check_threads(threads, target.cores)
+    threads = check_threads(threads, target.cores)
     with exclusive.COMPILER:
         graph, state = import_model(model, input_shape)
-    records = _of_machine(Records.of(target) if records is None else records.for_target(target), device)
+    records = of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
     def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
         return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
@@ -128,12 +126,12 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     if not isinstance(scheme, Dense):
         say_what_stays_dense(layers)
     facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
-    return _make(facts, state, builder, device, records)
+    return make_step(facts, state, builder, device, records)
 
 
-def _of_machine(records: Records, device: Device | None) -> Records:
+def of_machine(records: Records, device: Device | None) -> Records:
     """The records of the machine that the step will run on. It is only asked what it is where there are records that it decides between."""
-    if device is None and records.target.device == "cpu":
+    if device is None and backend_of(records.target).processor:
         return records
     records = records.on("")
     if not records.measured():
@@ -142,12 +140,10 @@ def _of_machine(records: Records, device: Device | None) -> Records:
         from mest_compile.devices.probe import machine_of
 
         return records.on(machine_of(device, records.target))
-    from mest_compile.backends.opencl.runner import machine
-
-    return records.on(machine(records.target.limits.name))
+    return records.on(backend_of(records.target).machine(records.target))
 
 
-def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned) -> TrainStep:
+def make_step(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
     builder = builder or Builder()
@@ -163,7 +159,7 @@ def _make(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None
         every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations))
                  for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-        return _make(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
+        return make_step(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
 
     with exclusive.COMPILER:
         compiled = _compile(facts, builder, device, tuned)
@@ -176,9 +172,9 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
     target, threads, programs = facts.target, facts.threads, facts.lower()
     train, predict = programs
-    if target.device == "opencl":
-        check_buffers(programs, target)
-    warn_beyond_memory(train, predict, facts.layers, target, here=device is None and target.device == "cpu" and not is_foreign(target))
+    kind = backend_of(target)
+    kind.check(programs, target)
+    warn_beyond_memory(train, predict, facts.layers, target, here=device is None and kind.processor and not is_foreign(target))
     choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]
@@ -189,9 +185,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
     def library() -> bytes:
         with exclusive.COMPILER:
-            if target.device == "opencl":
-                return link_opencl_step(functions, symbol, {source.symbol: source.text for source in every}, target, builder.keep)
-            return link_step(functions, symbol, builder.objects(every), target)
+            return kind.link_step(functions, symbol, every, target, builder)
 
     def kernels() -> dict[str, dict[str, Any]]:
         built = builder.build(every)
@@ -202,19 +196,12 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         from mest_compile.devices.runner import RemoteRunner
 
         runner = partial(RemoteRunner, device, library(), functions, threads, target)
-    elif target.device == "opencl":
-        from mest_compile.backends.opencl.runner import OpenclRunner, find_device
-
-        found = find_device(target.limits.name)
-        runner = partial(OpenclRunner, kernels(), functions, found)
-    elif why := obstacle(target):
+    elif kind.processor and (why := obstacle(target)):
         from mest_compile.runtime.store import StoreRunner
 
         runner = partial(StoreRunner, target.name, why)
     else:
-        from mest_compile.backends.cpu.runner import LocalRunner
-
-        runner = partial(LocalRunner, kernels(), functions, target, threads)
+        runner = partial(kind.runner, kernels(), functions, target, threads)
     document = facts.to_json() | {"knobs": choosing.facts(choices)}
     described = {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": facts.seed,
                  "vector": target.vector, "kernels": choosing.origins(choices),
@@ -227,7 +214,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])
 
 
-def _check_threads(threads: int | None, usual: int) -> int:
+def check_threads(threads: int | None, usual: int) -> int:
     return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
 
 
@@ -240,7 +227,7 @@ def _check_optimizer(optimizer: SGD | None) -> SGD:
     return optimizer
 
 
-def _check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
+def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
     if builder is not None and not isinstance(builder, Builder):
         raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.building.Builder, or None for the user's cache folder")
     if records is not None and not isinstance(records, Records):

@@ -13,25 +13,19 @@ import numpy as np
 from mest_compile import __version__
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import DeviceError, StateError
-from mest_compile.compiling import Tuned, _check_objects, _check_threads, _make, _of_machine
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import FUNCTIONS
-from mest_compile.kernels.cache import Builder
 from mest_compile.planning.facts import read_facts
-from mest_compile.planning.retargeting import retargeted
-from mest_compile.records.log import Records
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
 from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
 
 if TYPE_CHECKING:
-    from mest_compile.runtime.step import TrainStep
-
-if TYPE_CHECKING:
     import torch
 
     from mest_compile.devices.session import Device
+    from mest_compile.kernels.cache import Builder
     from mest_compile.runtime.step import TrainStep
 
 
@@ -45,18 +39,22 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
             threads are then chosen as `compile` does. None: as it was saved
     Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """
+    from mest_compile.compiling import Tuned, check_objects, check_threads, make_step, of_machine
+    from mest_compile.planning.retargeting import retargeted
+    from mest_compile.records.log import Records
+
     exclusive.this_process()
-    _check_objects(builder, device, None)
+    check_objects(builder, device, None)
     arrays, document = checkpoint.read(path)
     facts = read_facts(document, f"checkpoint {path}")
     tuned: Tuned = document.get("knobs", {})
     if target is not None or batch is not None:
         where = facts.target if target is None else find_target(target)
         facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch,
-                                  lambda target: _of_machine(Records.of(target), device))
+                                  lambda target: of_machine(Records.of(target), device))
         document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = _make(replace(facts, threads=_check_threads(threads, facts.threads)), zeros, builder, device, tuned)
+    step = make_step(replace(facts, threads=check_threads(threads, facts.threads)), zeros, builder, device, tuned)
     step._restore(arrays, document, path)
     return step
 

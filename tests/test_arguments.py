@@ -63,7 +63,7 @@ def imported():
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in REFUSED.items() for value in values])
 def test_what_cannot_be_meant_is_one_line_that_names_the_argument(name, value, monkeypatch, imported):
     monkeypatch.setattr(frontend, "import_model", lambda model, input_shape: imported)
-    monkeypatch.setattr(compiling, "_make", None)  # nothing may be compiled
+    monkeypatch.setattr(compiling, "make_step", None)  # nothing may be compiled
     with pytest.raises(MestError, match=name) as caught:
         compiled(**{name: value})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

@@ -12,12 +12,15 @@ _loading = threading.RLock()  # one for all: a plug-in may be in two registries
 
 
 class Registry(dict[str, Any]):
-    """Names to plug-ins. `package` is the package whose modules register themselves when imported."""
+    """Names to plug-ins. `package` is the package whose modules, those in its folders too, register themselves when imported.
 
-    def __init__(self, kind: str, package: str):
+    each  where a plug-in is a folder: the one module of each that is imported
+    """
+
+    def __init__(self, kind: str, package: str, each: str | None = None):
         super().__init__()
         self.kind = kind
-        self.package = package
+        self.package, self.each = package, each
         self._begun = self._loaded = False
 
     def load(self) -> "Registry":
@@ -28,12 +31,17 @@ class Registry(dict[str, Any]):
                     self._begun = True
                     try:
                         package = importlib.import_module(self.package)
-                        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
-                            importlib.import_module(module.name)
+                        for name in self._modules(package):
+                            importlib.import_module(name)
                         self._loaded = True
                     finally:
                         self._begun = self._loaded  # what was interrupted begins anew
         return self
+
+    def _modules(self, package: Any) -> list[str]:
+        if self.each:
+            return [f"{self.package}.{folder.name}.{self.each}" for folder in pkgutil.iter_modules(package.__path__)]
+        return [module.name for module in pkgutil.walk_packages(package.__path__, f"{self.package}.")]
 
     def add(self, name: str, item: Any) -> None:
         if name in self and _origin(item) != _origin(self[name]):  # a file whose import was interrupted is imported again

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import DeviceError, DeviceLost, MestError
-from mest_compile.devices.session import DEVICE_TYPES, POOLED, Device, last_line
+from mest_compile.devices.session import POOLED, Device, last_line
+from mest_compile.hardware.backend import BACKENDS
 from mest_compile.hardware.target import Target
 from mest_compile.ir.program import Program, Stage
 
@@ -48,8 +49,8 @@ class RemoteRunner:
                 self._module = remote.load_module(name)
                 remote.remove(name)
                 self._machine = self._module["vm_load_executable"]()
-                cpu = [] if kind == "cpu" else [DEVICE_TYPES["cpu"], 0, POOLED]
-                self._machine["vm_initialization"](DEVICE_TYPES[kind], 0, POOLED, *cpu)
+                kinds = dict.fromkeys((kind, "cpu"))  # a machine needs a processor beside another device
+                self._machine["vm_initialization"](*(fact for each in kinds for fact in (BACKENDS.find(each).device_type, 0, POOLED)))
                 remote.get_function("runtime.config_threadpool")(1, threads)
                 self._functions = {name: self._machine[name] for name in programs}
         except MestError:

@@ -14,12 +14,12 @@ from typing import Any
 from mest_compile.base.errors import DeviceError, TargetError, UsageError
 from mest_compile.devices import link, tracker
 from mest_compile.devices.tracker import Address, check_key
+from mest_compile.hardware.backend import BACKENDS
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # of waiting for a device, before the log says so
-DEVICE_TYPES = {"cpu": 1, "opencl": 4}  # DLPack's
 POOLED = 2  # TVM's allocator that hands the same memory out again
 
 
@@ -92,8 +92,8 @@ class Session:
         log.info("device %s is %s", device, there)
 
     def place(self, kind: str) -> Any:
-        """TVM's device for arrays and kernels, of a kind in DEVICE_TYPES. Raises TargetError when what serves there has none."""
-        there = self.rpc.device(DEVICE_TYPES[kind], 0)
+        """TVM's device for arrays and kernels, of a kind. Raises TargetError when what serves there has none."""
+        there = self.rpc.device(BACKENDS.find(kind).device_type, 0)
         if not there.exist:
             raise TargetError(f"device {self.device}: its TVM runtime has no {kind}, or finds no driver; serve there with a runtime that "
                               "has it (docs/devices.md), or choose a target that is the device's CPU")

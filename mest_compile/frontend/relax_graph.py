@@ -6,13 +6,14 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
+from mest_compile.base.registry import Registry
 from mest_compile.frontend.naming import Draft, name_nodes
 from mest_compile.ir.graph import ForwardGraph
 
@@ -58,14 +59,15 @@ class Value:
     shape: tuple[int, ...]
 
 
-READERS: dict[str, Callable] = {}
+READERS = Registry("reader of a Relax operator", "mest_compile.operators")
 
 
 def reads(*names: str):
     """Function decorator: the function (reader, call, arguments, shape) -> value reads these Relax operators."""
 
     def register(function):
-        READERS.update(dict.fromkeys(names, function))
+        for name in names:
+            READERS.add(name, function)
         return function
 
     return register
@@ -165,7 +167,7 @@ class Reader:
         for item in arguments:
             if isinstance(item, Refused):
                 return item
-        if name not in READERS:
+        if name not in READERS.load():
             return Refused(self.error(name.removeprefix("relax.").removeprefix("nn.")))
         try:
             return READERS[name](self, expr, arguments)

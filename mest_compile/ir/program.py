@@ -47,6 +47,12 @@ class Buffer:
         return self.elems * ITEM_BYTES[self.dtype]
 
 
+class Activation(Buffer):
+    """A value of the graph or its gradient: an image lies in it."""
+
+    image: Image
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel."""

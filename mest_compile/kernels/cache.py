@@ -19,14 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mest_compile.backends.cpu.code import compile_cpu
-from mest_compile.backends.opencl.code import OpenclKernel, compile_opencl
 from mest_compile.base.errors import BuildError, MestError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.folders import cache_folder, digest
 from mest_compile.hardware.host import cores
-from mest_compile.kernels.linkers import link_here, scratch_folder
-from mest_compile.kernels.loading import load_library
-from mest_compile.kernels.source import KernelSource
+from mest_compile.kernels.source import KernelSource, object_code
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +78,9 @@ class Builder:
         """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError, also where it cannot be
         kept.
         """
-        suffix = ".json" if source.target.device == "opencl" else ".so"
+        suffix = backend_of(source.target).suffix
         if not any(self._entries(source.key, suffix)):
-            if not self._keep(source.key, suffix, self._content(self._new_library(source), source)):
+            if not self._keep(source.key, suffix, backend_of(source.target).dump(self._new_library(source), source.target)):
                 raise BuildError(f"the kernel cache {self.folder} cannot be written, through which another process would get the kernel")
             if self.compiled % STORED_PER_EVICTION == 0:
                 self._evict()
@@ -123,7 +120,7 @@ class Builder:
             with self._lock:
                 self.loaded += 1
             return content
-        content = _object_code(self._new_library(source))
+        content = object_code(self._new_library(source))
         self._keep(source.key, ".o", content)
         return content
 
@@ -151,9 +148,9 @@ class Builder:
             return []
 
     def _from_disk(self, source: KernelSource) -> Any:
-        for path, content in self._entries(source.key, ".json" if source.target.device == "opencl" else ".so"):
+        for path, content in self._entries(source.key, backend_of(source.target).suffix):
             try:
-                found = OpenclKernel.from_json(content.decode()) if source.target.device == "opencl" else self._load(content, source)
+                found = self._load(content, source)
             except Exception as problem:  # of TVM's many types
                 log.warning("cached kernel %s cannot be loaded (%s); compiling it again", path.name, _cause(problem))
                 continue
@@ -163,26 +160,18 @@ class Builder:
         return None
 
     def _compile(self, source: KernelSource) -> Any:
-        library = self._new_library(source)
-        content = self._content(library, source)
-        if isinstance(library, OpenclKernel):
-            self._keep(source.key, ".json", content)
-            return library
-        self._keep(source.key, ".so", content)
+        kind = backend_of(source.target)
+        content = kind.dump(self._new_library(source), source.target)
+        self._keep(source.key, kind.suffix, content)
         try:
             return self._load(content, source)
         except (OSError, RuntimeError) as problem:
             raise BuildError(f"kernel {source.kernel} cannot be loaded, neither from {self.folder} nor from the temporary folder "
                              f"({_cause(problem)}); set TMPDIR to a folder that can be written and executed from") from problem
 
-    @staticmethod
-    def _content(library: Any, source: KernelSource) -> bytes:
-        """What the cache keeps of a compiled kernel."""
-        return library.to_json().encode() if isinstance(library, OpenclKernel) else link_here(_object_code(library), source.target)
-
     def _load(self, content: bytes, source: KernelSource) -> Any:
         """The kernel of a library: what was checked, whatever becomes of the cached file. It goes with its last user."""
-        return load_library(content, [self.folder])[source.symbol]
+        return backend_of(source.target).load(content, source.symbol, [self.folder])
 
     def _new_library(self, source: KernelSource) -> Any:
         start = time.perf_counter()
@@ -216,14 +205,9 @@ class Builder:
             return False
 
     @staticmethod
-    def compile_object(source: KernelSource, path: Path) -> None:
-        """Compiles a kernel for any CPU to an object file of that name, past the cache. Raises BuildError."""
-        _try(source, lambda library: library.write_to_file(str(path)))
-
-    @staticmethod
     def compile_here(source: KernelSource) -> Any:
         """The callable of one kernel for this CPU, past the cache. Raises BuildError."""
-        return _try(source, lambda library: library[source.symbol])
+        return attempt(source, lambda: _made(source)[source.symbol])
 
     def _evict(self) -> None:
         """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
@@ -244,22 +228,14 @@ class Builder:
 
 
 def _made(source: KernelSource) -> Any:
-    """The code of one kernel: TVM's module, or for an OpenCL device its source and launches."""
-    if source.target.device == "opencl":
-        return compile_opencl(source.text, source.symbol, source.target)
-    return compile_cpu(source.text, source.symbol, source.target, source.checked)
+    """The code of one kernel, of whatever its kind of device makes."""
+    return backend_of(source.target).compile(source.text, source.symbol, source.target, source.checked)
 
 
-def _object_code(library: Any) -> bytes:
-    with scratch_folder() as scratch:
-        path = scratch / "kernel.o"
-        library.write_to_file(str(path))
-        return path.read_bytes()
-
-
-def _try(source: KernelSource, use: Callable[[Any], Any]) -> Any:
+def attempt(source: KernelSource, compiling: Callable[[], Any]) -> Any:
+    """What `compiling` the kernel gives. Raises BuildError in place of whatever TVM raises."""
     try:
-        return use(_made(source))
+        return compiling()
     except MestError:
         raise
     except Exception as problem:  # of TVM's many types

@@ -11,12 +11,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mest_compile.backends.opencl.code import compile_opencl_library
-from mest_compile.backends.opencl.linking import _link_opencl
 from mest_compile.base.errors import BuildError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, triple_of
 from mest_compile.ir.program import Program, Stage
-from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.cache import attempt
 from mest_compile.kernels.elf import Library, read_library
 from mest_compile.kernels.linkers import find_linker, run_linker, scratch_folder
 from mest_compile.kernels.source import KernelSource
@@ -77,14 +76,8 @@ def _packed(executable: Any, target: Target, scratch: Path) -> Path:
 
 def link_kernel(source: KernelSource, path: Path, system_calls: Collection[str] = ()) -> None:
     """Compiles a kernel, for this machine's device or another's, to a shared library of that name. Raises BuildError, NotInstalled."""
-    if source.target.device == "opencl":
-        kernels = compile_opencl_library({source.symbol: source.text}, source.target)
-        path.write_bytes(_link_opencl(kernels, kernels, source.target.processor))
-        return
-    with scratch_folder() as scratch:
-        made = scratch / "kernel.o"
-        Builder.compile_object(source, made)
-        path.write_bytes(link([made], source.target, scratch, system_calls))
+    attempt(source, lambda: backend_of(source.target).link_kernel(source.symbol, source.text, source.target, source.checked, path,
+                                                                  system_calls))
 
 
 def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: Collection[str] = ()) -> bytes:

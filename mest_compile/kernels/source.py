@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from typing import Any
 
-from mest_compile.backends.cpu.code import PASSES
 from mest_compile.base.registry import Registry
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
+from mest_compile.kernels.linkers import scratch_folder
 
 
 @dataclass(frozen=True)  # without slots, for cached_property: keys are asked for at every mutation
@@ -33,9 +34,8 @@ class KernelSource:
     @cached_property
     def key(self) -> str:
         """64 hex digits; equal for equal code."""
-        how: list[Any] = [PASSES, self.checked] if self.target.device == "cpu" else []
-        limits = [asdict(self.target.gpu)] if self.target.gpu else []  # a kernel is checked against them when it is made
-        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *how, *limits], sort_keys=True)
+        how = backend_of(self.target).key_parts(self.target, self.checked)
+        facts = json.dumps([self.text, self.target.tvm_fields, _tvm_version(), *how], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
@@ -56,6 +56,14 @@ def knob_space(kernel: str, problem: Any, target: Target) -> dict[str, tuple]:
     return dict(knobs(problem, target) if callable(knobs) else knobs)
 
 
+def object_code(library: Any) -> bytes:
+    """Of a TVM module of machine code."""
+    with scratch_folder() as scratch:
+        path = scratch / "kernel.o"
+        library.write_to_file(str(path))
+        return path.read_bytes()
+
+
 def _tvm_version() -> str:
     return metadata.version("apache-tvm")
 
@@ -64,17 +72,15 @@ SCHEDULES = Registry("schedule", "mest_compile.schedules")
 Knobs = Mapping[str, tuple]
 
 
-def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None, section_channels=None):
+def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None):
     """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
 
     The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
     `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that does.
-    `section_channels` is for "gather.conv": the rule that says how many source channels a section of the index has.
     """
 
     def register(function):
         function.kernel, function.device, function.knobs = kernel, device, knobs or {}
-        function.section_channels = section_channels
         SCHEDULES.add(f"{device}/{kernel}", function)
         return function
 

@@ -14,7 +14,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.program import Buffer, Call, Program, Stage, plan_memory
+from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory
 from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.losses.cross_entropy import lower_loss
 from mest_compile.operators.operator import OPERATORS
@@ -37,8 +37,8 @@ class Lowering:
         self.stage: Stage = "forward"
         self._nodes = {node.name: node for node in graph.nodes}
         self._recomputed = set(recomputed)
-        self._values: dict[str, Buffer] = {}
-        self._gradients: dict[str, Buffer] = {}
+        self._values: dict[str, Activation] = {}
+        self._gradients: dict[str, Activation] = {}
         self._temporaries: dict[str, Buffer] = {}
         self._aliases: dict[str, str] = {}
         self._touched: set[Buffer] = set()
@@ -62,17 +62,17 @@ class Lowering:
         """Flags of the channels of a value that its operator writes; None: all."""
         node = self._nodes.get(name)
         operator = OPERATORS.find(node.op) if node else None
-        return operator.written(node, self) if operator and hasattr(operator, "written") else None
+        return operator.written(node, self) if operator else None
 
     def read(self, name: str) -> Buffer | None:
         """Flags of the channels of a value that its consumers read; None: all, or more than one operator does."""
         consumers = self.consumers(name)
         operator = OPERATORS.find(consumers[0].op) if len(consumers) == 1 else None
-        return operator.read(consumers[0], self) if operator and hasattr(operator, "read") else None
+        return operator.read(consumers[0], self) if operator else None
 
     # Buffers.
 
-    def value(self, name: str) -> Buffer:
+    def value(self, name: str) -> Activation:
         """Forward value of a node. In the backward pass one that was not kept is computed again, once."""
         name = self._root(name)
         if self.stage == "backward" and name in self._recomputed:
@@ -80,7 +80,7 @@ class Lowering:
             OPERATORS.find(self._nodes[name].op).recompute(self._nodes[name], self)
         return self._values[name]
 
-    def output(self, node: Node) -> Buffer:
+    def output(self, node: Node) -> Activation:
         """A new buffer for the node's value, with the halo that its consumers read."""
         # Logits are few, and the loss exponentiates them.
         dtype = "float32" if node.name == self.graph.nodes[-1].name else self.activations
@@ -91,21 +91,20 @@ class Lowering:
         """The node's value is that of `source`; so is its gradient."""
         self._aliases[node.name] = source
 
-    def gradient(self, node: Node) -> Buffer:
+    def gradient(self, node: Node) -> Activation:
         """Gradient of the loss with respect to the node's value; complete when its backward is called."""
         return self._gradients[self._root(node.name)]
 
     def gradient_halo(self, name: str) -> tuple[int, int, int, int]:
         """(top, left, bottom, right) zero pixels that the operator of `name` reads around the gradient of its value."""
         node = self._nodes[name]
-        operator = OPERATORS.find(node.op)
-        return operator.gradient_halo(node, self) if hasattr(operator, "gradient_halo") else (0, 0, 0, 0)
+        return OPERATORS.find(node.op).gradient_halo(node, self)
 
     def has_gradient(self, node: Node) -> bool:
         """Whether the loss depends on the node's value through a trainable path."""
         return self._root(node.name) in self._gradients
 
-    def contribute(self, name: str) -> tuple[Buffer, bool]:
+    def contribute(self, name: str) -> tuple[Activation, bool]:
         """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there already."""
         name = self._root(name)
         if name in self._gradients:
@@ -113,7 +112,7 @@ class Lowering:
         self._gradients[name] = _buffer_of(f"{name}.gradient", self._image(name, self.gradient_halo(name)))
         return self._gradients[name], False
 
-    def adopt(self, name: str, buffer: Buffer) -> bool:
+    def adopt(self, name: str, buffer: Activation) -> bool:
         """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
         name = self._root(name)
         wanted = self._image(name, self.gradient_halo(name))
@@ -198,16 +197,15 @@ class Lowering:
         return Image(channels, height, width, batch, halo, self.vector, dtype)
 
     def _value_halo(self, name: str) -> tuple[int, int, int, int]:
-        halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)
-                 if hasattr(OPERATORS.find(node.op), "source_halo")]
+        halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)]
         return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
 
 
-def _buffer_of(name: str, image: Image) -> Buffer:
-    return Buffer(name, image.elems, image.dtype, "arena", image)
+def _buffer_of(name: str, image: Image) -> Activation:
+    return Activation(name, image.elems, image.dtype, "arena", image)
 
 
-def _start(low: Lowering) -> Buffer:
+def _start(low: Lowering) -> Activation:
     """Reads the batch (N, C, H, W) into the input's image; returns the logits' buffer after the whole forward pass."""
     graph = low.graph
     if len(graph.nodes[-1].shape) != 2:

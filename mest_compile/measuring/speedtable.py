@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.base.files import write_atomically
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare, median_interval
 from mest_compile.measuring.contestants import PROGRAM, STEP, Case, find_interpreter
@@ -200,10 +201,10 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
     device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock; None: here
     A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, DeviceError.
     """
-    opencl = find_target(target).device == "opencl"
+    kind = backend_of(find_target(target))
     if device is None and (why := obstacle(find_target(target))):
         raise UsageError(f"target is {str(target)!r}, which is not this machine ({why}); give the device that is, by its tracker and key")
-    elsewhere = device is not None or opencl
+    elsewhere = device is not None or not kind.processor
     baseline = baseline or (DENSE if elsewhere else "torch")
     if elsewhere and baseline != DENSE:
         raise UsageError(f"baseline is {baseline!r}; on a device only {DENSE!r} runs")
@@ -242,11 +243,7 @@ def speed_table(model: str | torch.nn.Module, input_shape: Sequence[int], scheme
         raise problems[0]
     facts = _facts(model, case, baseline, repeats) | {"machine": found.machine, "versions": found.versions,
                                                       "measured_at": found.measured_at}
-    if opencl:
-        from mest_compile.backends.opencl.runner import describe_device
-
-        facts["opencl"] = describe_device(find_target(target).limits.name)
-    return SpeedTable(tuple(rows), facts)
+    return SpeedTable(tuple(rows), facts | kind.describe_device(find_target(target)))
 
 
 def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[str, float]], device: Device, repeats: int,
@@ -259,7 +256,7 @@ def _on_device(model: str | torch.nn.Module, case: Case, pairs: Sequence[tuple[s
     target = find_target(case.target)
     with closing(device.open()) as session:
         place, there = session.place(target.device), check(session, target)
-        driver = {"opencl": str(place.device_name)} if target.device == "opencl" else {}
+        driver = {} if backend_of(target).processor else {target.device: str(place.device_name)}
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
         net = build_model(model, case.input_shape, case.classes, case.width, case.seed) if isinstance(model, str) else model

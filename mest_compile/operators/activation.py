@@ -10,7 +10,7 @@ import numpy as np
 from mest_compile.frontend.relax_graph import Reader, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @operator("relu")
-class Relu:
-    def forward(self, node: Node, low: Any) -> None:
+class Relu(Operator):
+    def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("relu.forward", ReluForward(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy, y = low.gradient(node), low.value(node.name)
             dx, accumulate = low.contribute(node.inputs[0])

@@ -12,7 +12,7 @@ from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value, r
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,15 @@ def forward_reference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @operator("add")
-class Add:
+class Add(Operator):
     """Its gradient goes to both inputs as it is."""
 
-    def forward(self, node: Node, low: Any) -> None:
+    def forward(self, node: Node, low: Trace) -> None:
         a, b = (low.value(name) for name in node.inputs)
         y = low.output(node)
         low.call("add.forward", AddForward(a.image, b.image, y.image), a, b, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         dy = low.gradient(node)
         names = [name for name in node.inputs if low.needs_gradient(name)]
         # The last one may adopt dy, because later contributions may then be added to dy in place.

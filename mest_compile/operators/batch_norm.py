@@ -19,7 +19,7 @@ from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _sing
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most 1e-6 of them, and
 # of the variance as many times that; channels of nets on standardised data stay below, so that the second look at z costs them nothing.
@@ -157,15 +157,15 @@ def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.n
 
 
 @operator("batch_norm")
-class BatchNorm:
+class BatchNorm(Operator):
     """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, relu."""
 
-    def gradient_halo(self, node: Node, low: Any) -> tuple[int, int, int, int]:
+    def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         """That of its input's gradient where it can take its place: convolutions write it, nobody else needs it."""
         alone = len(node.inputs) == 1 and all(consumer.op == "conv2d" for consumer in low.consumers(node.name))
         return low.gradient_halo(node.inputs[0]) if alone and low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
 
-    def forward(self, node: Node, low: Any) -> None:
+    def forward(self, node: Node, low: Trace) -> None:
         z, y = low.value(node.inputs[0]), low.output(node)
         residual = low.value(node.inputs[1]) if len(node.inputs) == 2 else None
         channels, eps = z.image.channels, node.attrs["eps"]
@@ -173,7 +173,7 @@ class BatchNorm:
         running = low.parameter(node, "running_mean"), low.parameter(node, "running_var")
         if low.training:
             statistics = low.statistics(node.inputs[0])
-            chunks = statistics.elems // (2 * channels * z.image.vector) if statistics else 0
+            chunks = (statistics.elems or 0) // (2 * channels * z.image.vector) if statistics else 0
             alive = low.written(node.inputs[0])
             low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), *([statistics] if statistics else []), z,
                      moments, *([alive] if alive else []))
@@ -182,13 +182,13 @@ class BatchNorm:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
         self._normalise(node, low, z, moments, residual, y)
 
-    def recompute(self, node: Node, low) -> None:
+    def recompute(self, node: Node, low: Trace) -> None:
         """y once more from z and the moments, which are kept."""
         z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
         self._normalise(node, low, z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), residual, low.output(node))
 
     @staticmethod
-    def _normalise(node: Node, low, z, moments, residual, y) -> None:
+    def _normalise(node: Node, low: Trace, z, moments, residual, y) -> None:
         alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
         problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None, bool(alive),
                                    bool(read))
@@ -196,7 +196,7 @@ class BatchNorm:
         low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y,
                  *(flags for flags in (alive, read) if flags), fills=y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
         relu, added = node.attrs.get("relu", False), len(node.inputs) == 2
         y = low.value(node.name) if relu and added else None

@@ -11,7 +11,7 @@ import numpy as np
 from mest_compile.frontend.relax_graph import Parameter, Reader, Refused, _shape, _single, dropout_error, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ def forward_reference(x: np.ndarray) -> np.ndarray:
 
 
 @operator("flatten")
-class FlattenOperator:
-    def forward(self, node: Node, low: Any) -> None:
+class FlattenOperator(Operator):
+    def forward(self, node: Node, low: Trace) -> None:
         x = low.value(node.inputs[0])
         if x.image.height == x.image.width == 1:
             low.alias(node, node.inputs[0])
@@ -41,7 +41,7 @@ class FlattenOperator:
         y = low.output(node)
         low.call("flatten.forward", Flatten(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         x = low.value(node.inputs[0])
         if x.image.height == x.image.width == 1 or not low.needs_gradient(node.inputs[0]):
             return

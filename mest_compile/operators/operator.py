@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 from mest_compile.base.registry import Registry
+from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.program import Activation, Buffer
+from mest_compile.sparsity.layer import Layer
+
+Halo = tuple[int, int, int, int]  # (top, left, bottom, right) zero pixels
 
 OPERATORS = Registry("operator", "mest_compile.operators")
 
@@ -15,3 +24,112 @@ def operator(name: str):
         return cls
 
     return register
+
+
+class Trace(Protocol):
+    """A step that is being lowered, as its operators see it; `lowering.Lowering` is one.
+
+    graph     that is lowered
+    training  whether the program trains; else it predicts
+    """
+
+    graph: ForwardGraph
+    training: bool
+
+    # The graph.
+
+    def consumers(self, name: str) -> Sequence[Node]:
+        """Nodes that read the value of `name`."""
+
+    def needs_gradient(self, name: str) -> bool:
+        """False for the input and for what has no trainable parameter before it."""
+
+    def layer(self, node: Node) -> Layer:
+        """The layer of a convolution or linear node."""
+
+    def written(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its operator writes; None: all."""
+
+    def read(self, name: str) -> Buffer | None:
+        """Flags of the channels of a value that its consumers read; None: all, or more than one operator does."""
+
+    # Buffers.
+
+    def value(self, name: str) -> Activation:
+        """Forward value of a node. In the backward pass one that was not kept is computed again, once."""
+
+    def output(self, node: Node) -> Activation:
+        """A new buffer for the node's value, with the halo that its consumers read."""
+
+    def alias(self, node: Node, source: str) -> None:
+        """The node's value is that of `source`; so is its gradient."""
+
+    def gradient(self, node: Node) -> Activation:
+        """Gradient of the loss with respect to the node's value; complete when its backward is called."""
+
+    def gradient_halo(self, name: str) -> Halo:
+        """Zero pixels that the operator of `name` reads around the gradient of its value."""
+
+    def contribute(self, name: str) -> tuple[Activation, bool]:
+        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there already."""
+
+    def adopt(self, name: str, buffer: Activation) -> bool:
+        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
+
+    def temporary(self, name: str, elems: int, dtype: str = "float32", image: Image | None = None) -> Buffer:
+        """Arena memory that lives from its first call to its last; the same name gives the same buffer."""
+
+    def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
+        """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""
+
+    def parameter(self, node: Node, *roles: str) -> Buffer:
+        """Dense parameters or statistics of these roles, flat, one after another."""
+
+    def parameter_gradient(self, node: Node, *roles: str) -> Buffer:
+        """Their gradient, laid out likewise; asking for it makes the step update them."""
+
+    def statistics(self, name: str) -> Buffer | None:
+        """Sums that the convolution `name` left in its epilogue for batch_norm, if it did."""
+
+    # Calls.
+
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+
+    def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
+        """Records a call that only runs when the step trains."""
+
+    def call_update(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None) -> None:
+        """Records a call that only runs when the step updates parameters."""
+
+
+class Operator:
+    """Base of the operators: what most of them answer. Each has `forward`, and `backward` unless nothing flows back through it."""
+
+    def source_halo(self, node: Node, low: Trace) -> Halo:
+        """Zero pixels that it reads around its input's value."""
+        return (0, 0, 0, 0)
+
+    def gradient_halo(self, node: Node, low: Trace) -> Halo:
+        """Zero pixels that it reads around the gradient of its value."""
+        return (0, 0, 0, 0)
+
+    def written(self, node: Node, low: Trace) -> Buffer | None:
+        """Flags (channels,) of the channels of its value that are written; None: all are."""
+        return None
+
+    def read(self, node: Node, low: Trace) -> Buffer | None:
+        """Flags (channels,) of the channels of its input that it reads; None: all."""
+        return None
+
+    def forward(self, node: Node, low: Trace) -> None:
+        """Records the forward pass."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def recompute(self, node: Node, low: Trace) -> None:
+        """Records the forward pass once more, for a value that was not kept."""
+        raise NotImplementedError(f"{type(self).__name__}.recompute")
+
+    def backward(self, node: Node, low: Trace) -> None:
+        """Records what the gradient of its value gives to its inputs and parameters."""
+        raise NotImplementedError(f"{type(self).__name__}.backward")

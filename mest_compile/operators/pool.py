@@ -11,7 +11,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.relax_graph import Reader, _padding, _pair, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +142,12 @@ def _pool(node: Node, x: Image, y: Image) -> Pool:
 
 
 @operator("max_pool2d")
-class MaxPool:
-    def forward(self, node: Node, low: Any) -> None:
+class MaxPool(Operator):
+    def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("max_pool2d.forward", _pool(node, x.image, y.image), x, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy, x = low.gradient(node), low.value(node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
@@ -155,12 +155,12 @@ class MaxPool:
 
 
 @operator("avg_pool2d")
-class AvgPool:
-    def forward(self, node: Node, low: Any) -> None:
+class AvgPool(Operator):
+    def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("avg_pool2d.forward", _pool(node, x.image, y.image), x, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])
@@ -168,12 +168,12 @@ class AvgPool:
 
 
 @operator("global_avg_pool")
-class GlobalAvgPool:
-    def forward(self, node: Node, low: Any) -> None:
+class GlobalAvgPool(Operator):
+    def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
         low.call("global_avg_pool.forward", GlobalPool(x.image, y.image), x, y)
 
-    def backward(self, node: Node, low: Any) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])

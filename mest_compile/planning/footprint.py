@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 from mest_compile.ir.program import Buffer, Program
-from mest_compile.kernels.source import SCHEDULES
 from mest_compile.operators.layers.family import FAMILIES, masked_elems
 from mest_compile.operators.layers.gather import GatherConv
 from mest_compile.sparsity.layer import Layer
@@ -42,7 +42,7 @@ def _copied_elems(train: Program, target: Target) -> int:
     """Elements of the largest slice that a thread widens as a whole before it reads it."""
     sources = [call.problem.source for call in train.calls if isinstance(call.problem, GatherConv)]
     return max((source.slice_elems for source in sources if source.dtype != "float32" and
-                SCHEDULES.find(f"{target.device}/gather.conv").widens_once(source, target)), default=0)
+                backend_of(target).widens_once(source, target)), default=0)
 
 
 def _held(programs: Iterable[Program]) -> list[Buffer]:

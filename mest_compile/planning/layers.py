@@ -47,7 +47,7 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
         chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
-        kernels = family_for(chosen, spec, target.device)
+        kernels = family_for(chosen, spec, target)
         sections = FAMILIES.find(kernels).sections(spec, chosen, target, activations)
         layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), kernels, *sections)
     return layers

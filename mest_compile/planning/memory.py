@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mest_compile.base import checks
 from mest_compile.base.errors import BudgetError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
@@ -58,7 +59,7 @@ def usually_recomputed(graph: ForwardGraph, target: Target) -> frozenset[str]:
     On a CPU what batch_norm gives: from its input, which the backward pass reads anyhow, that takes no longer than to fetch what was kept
     from memory (0 to 8% of a step less on a Zen 5), and needs a quarter less memory.
     """
-    return recomputable(graph)[0] if target.device == "cpu" else frozenset()
+    return recomputable(graph)[0] if backend_of(target).recomputes_norms else frozenset()
 
 
 def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, Layer], target: Target, here: bool) -> None:

@@ -32,7 +32,7 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
         layers = {}
         for name, layer in facts.layers.items():
             spec = replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:]))
-            kernels = family_for(layer.scheme, spec, target.device)
+            kernels = family_for(layer.scheme, spec, target)
             forward, transposed = FAMILIES.find(kernels).sections(spec, layer.scheme, target, facts.activations)
             layers[name] = replace(layer, spec=spec, kernels=kernels, section_channels=forward, transposed_section_channels=transposed)
         return layers

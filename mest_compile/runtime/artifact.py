@@ -14,33 +14,34 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mest_compile import __version__
 from mest_compile.base.errors import BuildError, StateError, TargetError, UsageError
 from mest_compile.base.files import write_json
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.cpu import host_machine, lacking_features
 from mest_compile.hardware.target import needed_features
 from mest_compile.ir.program import Program
 from mest_compile.kernels.elf import read_library
 from mest_compile.planning.facts import Facts
-
-if TYPE_CHECKING:
-    from mest_compile.runtime.step import TrainStep
+from mest_compile.runtime.compiled import Compiled
 
 FORMAT = "mest-compile artifact 2"
 LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
 
 
-def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
-    """Writes the step as an artifact, whole or not at all; returns its manifest. Raises UsageError, BuildError, NotInstalled."""
-    compiled, path = step._compiled, Path(path)
+def write(compiled: Compiled, save: Callable[[Path], None], path: str | os.PathLike) -> dict[str, Any]:
+    """Writes a step as an artifact, whole or not at all; returns its manifest. save: writes its state to a file. Raises UsageError,
+    BuildError, NotInstalled.
+    """
+    path = Path(path)
     if compiled.library is None:
         raise UsageError("a step that was opened from an artifact has no compiler to make another; copy its folder and a checkpoint")
-    if compiled.facts.target.device == "opencl":
+    if not backend_of(compiled.facts.target).processor:
         raise UsageError(f"target {compiled.facts.target.name!r} is an OpenCL device, artifacts are for CPUs; drive the device over a "
                          "tracker (docs/devices.md), or build for its CPU")
     if path.exists() and not (path / MANIFEST).is_file():
@@ -53,7 +54,7 @@ def write(step: TrainStep, path: str | os.PathLike) -> dict[str, Any]:
             made = Path(scratch) / "new"
             made.mkdir()
             _write(made / LIBRARY, content)
-            step.save(made / STATE)
+            save(made / STATE)
             manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
                         "facts": dict(compiled.document), "features": sorted(needed_features(compiled.facts.target)),
                         "functions": _signatures(compiled.train, compiled.predict),

@@ -439,7 +439,7 @@ class TrainStep:
         """Writes an artifact, a folder from which a device trains on without a compiler; returns its manifest. Raises MestError."""
         from mest_compile.runtime import artifact
 
-        return artifact.write(self, path)
+        return artifact.write(self._compiled, self.save, path)
 
     def restore(self, path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays). Raises StateError."""

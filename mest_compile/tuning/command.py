@@ -14,6 +14,7 @@ import numpy as np
 from mest_compile.base.errors import UsageError
 from mest_compile.compiling import compile as compile_step
 from mest_compile.frontend import import_model
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
 from mest_compile.lowering.fusing import fuse
@@ -148,7 +149,7 @@ def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:
 def _usual_runner(target: Target, options: RunnerOptions) -> str:
     if options.tracker:
         return "rpc"
-    return "opencl" if target.device == "opencl" else "local"
+    return backend_of(target).tuner
 
 
 def _vectors(request: Request, target: Target) -> list[int]:

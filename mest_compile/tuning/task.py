@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import StateError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.arguments import _argument
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
-from mest_compile.kernels.source import SCHEDULES, KernelSource, kernel_source, knob_space
+from mest_compile.kernels.source import KernelSource, kernel_source, knob_space
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, gather_conv_reference, gather_grad_reference
 from mest_compile.operators.layers.index import LayerIndex
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, single_taps
@@ -148,7 +149,7 @@ def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builde
     import tvm
 
     host = replace(find_target("local"), vector=task.target.vector)
-    if f"{host.device}/{task.kernel}" not in SCHEDULES.load():  # what only OpenCL devices have is computed on this machine's
+    if not backend_of(host).has(task.kernel):  # what only OpenCL devices have is computed on this machine's
         from mest_compile.backends.opencl.runner import answer_here
 
         return answer_here(task.kernel, task.problem, builder.function(task.source({})), list(arguments),

@@ -235,5 +235,3 @@ def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
     return [f"for v, a, channel in T.grid({deep}, {high}, {result.channels}):", *indent(1, lines)]
 
 
-gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists,
-gather_conv.widens_once = widens_once            # and counts its memory

@@ -168,4 +168,3 @@ def statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, 
             text(*(f"statistics[(chunk * 2 + {s}) * {result.channels} + c] = row_sums[{s}]" for s in range(2)))
 
 
-gather_conv.section_channels = section_channels  # the planner cuts a layer's index before any kernel of it exists

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mest_compile.kernels.source import SCHEDULES
+from mest_compile.hardware.backend import backend_of
 from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
+from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.sgd import CopyValues
 from mest_compile.sparsity.scheme import loads_shared
 
 if TYPE_CHECKING:
     from mest_compile.ir.graph import LayerSpec, Node
     from mest_compile.ir.program import Buffer
-    from mest_compile.lowering.lowering import Lowering
     from mest_compile.sparsity.layer import Layer
 
 Indexed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
@@ -64,12 +64,12 @@ class CompactFamily(KernelFamily):
                             self.hold(layer, low, "transposed_from", "indices"), self.hold(layer, low, "transposed", "values"),
                             name=f"{layer.spec.name}.transpose")
 
-    def written(self, node: Node, low: Lowering) -> Buffer | None:
+    def written(self, node: Node, low: Trace) -> Buffer | None:
         layer = low.layer(node)
         spared = [consumer.op for consumer in low.consumers(node.name)] == ["batch_norm"] and "bias" not in node.params
         return self._alive(layer, low, layer.spec.weight_shape[0]) if spared and layer.scheme.spans[0] == 1 else None
 
-    def read(self, node: Node, low: Lowering) -> Buffer | None:
+    def read(self, node: Node, low: Trace) -> Buffer | None:
         layer = low.layer(node)
         return self._alive(layer, low, layer.spec.weight_shape[1]) if layer.scheme.spans[0] == 0 else None
 
@@ -116,7 +116,7 @@ class CompactFamily(KernelFamily):
         return super().kept_bytes(layer, cells) + INDEX_BYTES * (cells + self.index_elems(layer, listed_rows, cells))
 
     def sections(self, spec, scheme, target, activations, caches=(1, 1)):
-        rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+        rule = backend_of(target).section_channels
         on_rows = scheme.spans[0] == 1
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
@@ -124,14 +124,14 @@ class CompactFamily(KernelFamily):
         return (rule(source, spec.stride, spec.weight_shape[2:], loads_shared(inputs) if on_rows else 1, caches[0] * target.l1_bytes),
                 rule(delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes))
 
-    def _alive(self, layer: Layer, low: Lowering, channels: int) -> Buffer:
+    def _alive(self, layer: Layer, low: Trace, channels: int) -> Buffer:
         return self.hold(layer, low, "alive", "indices", channels)
 
-    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Trace, prefix: str = "") -> tuple[Buffer, Buffer]:
         return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
                 self.hold(layer, low, f"{prefix}offsets", "indices"))
 
-    def _lists(self, layer: Layer, problem: GatherConv | GatherGrad, source: Buffer, low: Lowering, prefix: str = "") -> list[Buffer]:
+    def _lists(self, layer: Layer, problem: GatherConv | GatherGrad, source: Buffer, low: Trace, prefix: str = "") -> list[Buffer]:
         found = []
         if problem.rows_live:
             found += [self.hold(layer, low, f"{prefix}channels", "indices", problem.groups * problem.row_block),

@@ -8,41 +8,40 @@ from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _pa
 from mest_compile.ir.graph import Node
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
 from mest_compile.operators.layers.geometry import gradient_halo, source_halo
-from mest_compile.operators.operator import operator
+from mest_compile.operators.operator import Operator, Trace, operator
 
 if TYPE_CHECKING:
     from mest_compile.ir.program import Buffer
-    from mest_compile.lowering.lowering import Lowering
 
 
-def _kernels(node: Node, low: Lowering) -> KernelFamily:
+def _kernels(node: Node, low: Trace) -> KernelFamily:
     return FAMILIES.find(low.layer(node).kernels)
 
 
 @operator("conv2d")
-class Conv2d:
+class Conv2d(Operator):
     """Forward, input gradient and weight gradient at the live units. Saves its input, which the layer before keeps anyway."""
 
-    def source_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+    def source_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         return source_halo(low.layer(node).spec)
 
-    def gradient_halo(self, node: Node, low: Lowering) -> tuple[int, int, int, int]:
+    def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         return gradient_halo(low.layer(node).spec) if low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
 
-    def forward(self, node: Node, low: Lowering) -> None:
+    def forward(self, node: Node, low: Trace) -> None:
         _kernels(node, low).forward(node, low)
 
-    def recompute(self, node: Node, low: Lowering) -> None:
+    def recompute(self, node: Node, low: Trace) -> None:
         _kernels(node, low).recompute(node, low)
 
-    def backward(self, node: Node, low: Lowering) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         _kernels(node, low).backward(node, low)
 
-    def written(self, node: Node, low: Lowering) -> Buffer | None:
+    def written(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the channels of its value that are written; None: all are."""
         return _kernels(node, low).written(node, low)
 
-    def read(self, node: Node, low: Lowering) -> Buffer | None:
+    def read(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the channels of its input that it reads; None: all."""
         return _kernels(node, low).read(node, low)
 

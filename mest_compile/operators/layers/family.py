@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.base.registry import Registry
+from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec, Node
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 from mest_compile.ir.program import Buffer
-from mest_compile.kernels.source import SCHEDULES
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.gather import GatherConv
 from mest_compile.operators.layers.values import cells_of
+from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.sgd import Sgd
 from mest_compile.sparsity.layer import Layer
 
 if TYPE_CHECKING:
     from mest_compile.hardware.target import Target
     from mest_compile.ir.program import Buffer, Program
-    from mest_compile.lowering.lowering import Lowering
     from mest_compile.operators.layers.index import LayerIndex
     from mest_compile.sparsity.layer import Layer
     from mest_compile.sparsity.scheme import Scheme
@@ -37,7 +37,7 @@ class KernelFamily(ABC):
     Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":momentum", and one a `LayerIndex` array.
     """
 
-    def forward(self, node: Node, low: Lowering) -> None:
+    def forward(self, node: Node, low: Trace) -> None:
         # Statistics in the epilogue spare batch_norm a pass over memory; lanes without an example would count in them.
         result = low.output(node)
         assert result.image
@@ -47,11 +47,11 @@ class KernelFamily(ABC):
             statistics = [low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector)]
         self._convolve(node, low, result, statistics, "forward")
 
-    def recompute(self, node: Node, low: Lowering) -> None:
+    def recompute(self, node: Node, low: Trace) -> None:
         """The forward pass once more, for a value that was not kept."""
         self._convolve(node, low, low.output(node), [], "recompute")
 
-    def backward(self, node: Node, low: Lowering) -> None:
+    def backward(self, node: Node, low: Trace) -> None:
         layer, source, delta = low.layer(node), low.value(node.inputs[0]), low.gradient(node)
         self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, f"{node.name}.grad_weight")
         if "bias" in node.params:
@@ -63,32 +63,32 @@ class KernelFamily(ABC):
             self.grad_input(layer, delta, target, accumulate, low, f"{node.name}.grad_input")
         self.update(layer, transposed, low, f"{layer.spec.name}.update")
 
-    def update(self, layer: Layer, transposed: bool, low: Lowering, name: str) -> None:
+    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         """Records the optimizer's step. transposed: whether the layer has an input gradient."""
         low.call_update("optimizer.sgd", Sgd(), *self.state(layer, low), name=name)
 
-    def state(self, layer: Layer, low: Lowering) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+    def state(self, layer: Layer, low: Trace) -> tuple[Buffer, Buffer, Buffer, Buffer]:
         """(values, gradients, momentum, hyper): what the optimizer works on."""
         return (self.hold(layer, low, "", "values"), self.hold(layer, low, "gradient", "gradients"),
                 self.hold(layer, low, "momentum", "optimizer"), low.hold("hyper", 4, "batch"))
 
     @staticmethod
-    def hold(layer: Layer, low: Lowering, part: str, kind: str, elems: int | None = None) -> Buffer:
+    def hold(layer: Layer, low: Trace, part: str, kind: str, elems: int | None = None) -> Buffer:
         """The layer's held buffer of that part; elems None: its size depends on the mask."""
         weight = layer.spec.name
         buffer = low.hold(f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32")
         buffer.weight, buffer.part = weight, part
         return buffer
 
-    def _convolve(self, node: Node, low: Lowering, result: Buffer, statistics: list[Buffer], phase: str) -> None:
+    def _convolve(self, node: Node, low: Trace, result: Buffer, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, f"{node.name}.{phase}")
 
-    def written(self, node: Node, low: Lowering) -> Buffer | None:
+    def written(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the result's channels that are written; None: all are."""
         return None
 
-    def read(self, node: Node, low: Lowering) -> Buffer | None:
+    def read(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the source's channels that are read, and whose gradient is not 0; None: all."""
         return None
 
@@ -106,16 +106,16 @@ class KernelFamily(ABC):
     # What a family says.
 
     @abstractmethod
-    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Lowering,
+    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Trace,
                  name: str) -> None:
         """Records the forward pass. bias, statistics: one buffer or none; statistics as GatherConv has them."""
 
     @abstractmethod
-    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Lowering, name: str) -> None:
+    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Trace, name: str) -> None:
         """Records the weight gradient, in the order of the values."""
 
     @abstractmethod
-    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Lowering, name: str) -> None:
+    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Trace, name: str) -> None:
         """Records the input gradient, added to `target` or in its place."""
 
     @abstractmethod
@@ -148,9 +148,9 @@ class KernelFamily(ABC):
         """
 
 
-def family_for(scheme: Scheme, spec: LayerSpec, device: str) -> str:
+def family_for(scheme: Scheme, spec: LayerSpec, target: Target) -> str:
     """Name of the family that runs a layer of that scheme: the first of the scheme's that the device has kernels of."""
-    return next(name for name in scheme.kernels(spec) if f"{device}/{name}.conv" in SCHEDULES.load())
+    return next(name for name in scheme.kernels(spec) if backend_of(target).has(f"{name}.conv"))
 
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.kernels.source import SCHEDULES
 from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
+from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.sgd import SgdUnits
 
 if TYPE_CHECKING:
     from mest_compile.ir.program import Buffer
-    from mest_compile.lowering.lowering import Lowering
     from mest_compile.sparsity.layer import Layer
 
 
@@ -87,13 +87,13 @@ class GatherFamily(KernelFamily):
         return cells
 
     def sections(self, spec, scheme, target, activations, caches=(1, 1)):
-        rule = SCHEDULES.find(f"{target.device}/gather.conv").section_channels
+        rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
         return (rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
                 rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes))
 
-    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Lowering, prefix: str = "") -> tuple[Buffer, Buffer]:
+    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Trace, prefix: str = "") -> tuple[Buffer, Buffer]:
         return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
                 self.hold(layer, low, f"{prefix}offsets", "indices"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.operator import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def cross_entropy_reference(logits: np.ndarray, labels: np.ndarray, smoothing: f
     return float(loss), scores.argmax(0) == labels, gradient[:, None, None]
 
 
-def lower_loss(low: Any, logits_name: str, labels: Any, loss: Any, correct: Any, smoothing: float = 0.0) -> None:
+def lower_loss(low: Trace, logits_name: str, labels: Any, loss: Any, correct: Any, smoothing: float = 0.0) -> None:
     """Records the loss of node `logits_name` and starts the backward pass. labels, loss, correct: buffers as in CrossEntropy."""
     logits = low.value(logits_name)
     dlogits, accumulate = low.contribute(logits_name)
