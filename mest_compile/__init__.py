@@ -8,14 +8,16 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "compile": "mest_compile.compiling", "load": "mest_compile.compiling", "to_torch": "mest_compile.compiling",
-    "rpc": "mest_compile.devices.session", "open_artifact": "mest_compile.runtime.artifact",
-    "SGD": "mest_compile.ir.graph", "LayerSpec": "mest_compile.ir.graph",
+    "compile": "mest_compile.compiling",
+    "load": "mest_compile.opening", "to_torch": "mest_compile.opening", "open_artifact": "mest_compile.opening",
+    "rpc": "mest_compile.devices.session",
+    "SGD": "mest_compile.operators.optimizers.sgd", "LayerSpec": "mest_compile.ir.graph",
     "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
     "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",
     "Channel": "mest_compile.sparsity.schemes.channel", "Dense": "mest_compile.sparsity.schemes.dense",
     "Recipe": "mest_compile.training.recipe", "Trainer": "mest_compile.training.loop",
-    "speed_table": "mest_compile.measuring.speedtable", "Target": "mest_compile.hardware.target", "MestError": "mest_compile.base.errors",
+    "speed_table": "mest_compile.measuring.speedtable", "Target": "mest_compile.hardware.target",
+    "MestError": "mest_compile.base.errors",
 }
 
 __all__ = ["__version__", *_HOME]

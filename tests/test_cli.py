@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import mest_compile.hardware
 from mest_compile import __version__
+from mest_compile.hardware.target import target_names
 
 HELP = """
 import sys
@@ -71,10 +71,10 @@ def test_an_empty_call_prints_the_help_and_no_error_line(mest_compile_command):
 
 def test_targets_as_table_and_as_json(mest_compile_command):
     document = mest_compile_command("targets", "--json").document
-    assert [target["name"] for target in document] == mest_compile.hardware.target_names()
+    assert [target["name"] for target in document] == target_names()
     assert all(target["llvm"]["kind"] for target in document)
     lines = mest_compile_command("targets").out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == mest_compile.hardware.target_names()
+    assert [line.split()[0] for line in lines[1:]] == target_names()
 
 
 @pytest.mark.parametrize(("listing", "key", "has"), [("models", "model", "resnet20"), ("schemes", "scheme", "block")])

@@ -9,9 +9,10 @@ import pytest
 import mest_compile as mest
 from mest_compile.base.errors import TargetError
 from mest_compile.devices import probe
-from mest_compile.hardware import target as hardware
-from mest_compile.hardware.cpu import CPUINFO, host_cpu
-from mest_compile.hardware.target import find_target
+from mest_compile.hardware import cpu as processor
+from mest_compile.hardware import target as targets
+from mest_compile.hardware.cpu import CPUINFO, host_cpu, host_machine, lacking_features
+from mest_compile.hardware.target import find_target, needed_features
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.linkers import linkers
 from mest_compile.models.catalog import build_model
@@ -32,15 +33,16 @@ AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"
 ])
 def test_feature_flags_decide_cpu_and_vector(tmp_path, monkeypatch, line, found):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     assert host_cpu() == found
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A function that makes this machine an x86 with those flags."""
-    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(hardware, "host_machine", lambda: "x86_64")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    for module in (processor, targets):
+        monkeypatch.setattr(module, "host_machine", lambda: "x86_64")
     return lambda flags: (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
 
 
@@ -50,20 +52,20 @@ def x86(**llvm):
 
 def test_avx512_code_needs_no_more_than_avx512(machine):
     machine(AVX512)
-    needed = hardware.needed_features(x86(mcpu="x86-64-v4"))
-    assert hardware.lacking_features(needed) == []
+    needed = needed_features(x86(mcpu="x86-64-v4"))
+    assert lacking_features(needed) == []
     machine(AVX2)
-    assert hardware.lacking_features(needed) == ["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
+    assert lacking_features(needed) == ["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
 
 
 @pytest.mark.parametrize("cpu, flags", [("x86-64-v2", SSE), ("x86-64-v3", AVX2), ("x86-64-v4", AVX512)])
 def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_it(cpu, flags, machine):
     machine(flags)
     assert host_cpu()[0] == cpu
-    assert hardware.lacking_features(hardware.needed_features(x86(mcpu=cpu))) == []
+    assert lacking_features(needed_features(x86(mcpu=cpu))) == []
     for flag in ("movbe", "abm", "avx512cd"):
         machine(" ".join(word for word in flags.split() if word != flag))  # a hypervisor hides it
-        assert hardware.lacking_features(hardware.needed_features(x86(mcpu=host_cpu()[0]))) == []
+        assert lacking_features(needed_features(x86(mcpu=host_cpu()[0]))) == []
 
 
 @pytest.mark.parametrize("llvm, lacks", [({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]),
@@ -74,13 +76,13 @@ def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_i
 def test_what_a_cpu_has_is_asked_of_llvm_whatever_cpu_it_is(llvm, lacks, machine):
     """And what only a program would ask for by name, which these flags have none of, does not matter."""
     machine(AVX2)
-    assert hardware.lacking_features(hardware.needed_features(x86(**llvm))) == lacks
+    assert lacking_features(needed_features(x86(**llvm))) == lacks
 
 
 @pytest.mark.parametrize("name, needs", [("cortex-a53", {"asimd"}), ("cortex-a76", {"asimd", "atomics", "fphp", "asimdhp", "asimddp"}),
                                          ("armv7", {"neon", "vfpv4"}), ("android-arm64", {"asimd"}), ("mali", set()), ("avx2", None)])
 def test_features_of_the_shipped_targets(name, needs):
-    found = hardware.needed_features(find_target(name))
+    found = needed_features(find_target(name))
     assert found == needs if needs is not None else {"avx2", "fma", "bmi2"} <= found
 
 
@@ -92,7 +94,7 @@ def foreign_file(tmp_path):
     return tmp_path / "other.toml"
 
 
-@pytest.mark.skipif(hardware.host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for")
+@pytest.mark.skipif(host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for")
 def test_a_target_file_for_another_cpu_is_refused_before_anything_runs(foreign_file, mest_compile_command, tmp_path):
     step = mest.compile("mlp", (8, 64), scheme="unstructured", target=foreign_file, builder=Builder(tmp_path / "cache"))
     with pytest.raises(mest.MestError, match="cannot run what is compiled for other .this machine's CPU lacks .*xop.; give device="):
@@ -109,10 +111,10 @@ def test_lists_of_features_work_wherever_targets_do(tmp_path):
     llvm = 'mtriple = "x86_64-linux-gnu"\nmcpu = "x86-64-v2"\nmattr = ["+avx2", "+fma"]'
     (tmp_path / "more.toml").write_text(text.replace('mcpu = "x86-64-v3"', llvm))
     target = find_target(tmp_path / "more.toml")
-    assert {"avx2", "fma"} <= hardware.needed_features(target) and target.tvm_fields["mattr"] == ["+avx2", "+fma"]
+    assert {"avx2", "fma"} <= needed_features(target) and target.tvm_fields["mattr"] == ["+avx2", "+fma"]
     if linkers("x86_64"):
         assert probe._reader(target)[1].startswith(b"\x7fELF")  # what a device is asked with
-    if hardware.host_machine() == "x86_64" and not hardware.lacking_features(hardware.needed_features(target)):
+    if host_machine() == "x86_64" and not lacking_features(needed_features(target)):
         step = mest.compile("mlp", (8, 64), scheme="unstructured", target=target, threads=1)
         loss = step(np.ones((8, 64), np.float32), np.arange(8) % 4, lr=0.0).loss
         step.save(tmp_path / "step")
@@ -122,7 +124,7 @@ def test_lists_of_features_work_wherever_targets_do(tmp_path):
 
 def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse\n")
-    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     with pytest.raises(TargetError, match="none of AVX2"):
         host_cpu()
 

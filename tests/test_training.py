@@ -266,9 +266,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_a_step_is_rebuilt_from_the_checkpoint_when_none_is_given(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(2, 1, interrupt)).fit(TRAIN, TEST)
-    compiling = types.ModuleType("mest_compile.compiling")
-    compiling.load = lambda path: SoftmaxStep(seed=path.stat().st_size)
-    monkeypatch.setitem(sys.modules, "mest_compile.compiling", compiling)
+    opening = types.ModuleType("mest_compile.opening")
+    opening.load = lambda path: SoftmaxStep(seed=path.stat().st_size)
+    monkeypatch.setitem(sys.modules, "mest_compile.opening", opening)
     assert len(Trainer.resume(tmp_path / "run").fit(TRAIN, TEST).history) == 6
 
 
