@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_written_is_a_usage_error(write, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "error", "said"), [
-    ({"target": "arm_cpu"}, UsageError, "give the device that is one"),
+    ({"target": "arm_cpu"}, UsageError, "give the device that is, by its tracker and key"),
     ({"target": "arm_cpu", "baseline": "torch", "device": mest.rpc("127.0.0.1:1", "phone")}, UsageError, "only 'mest-dense' runs"),
     ({"baseline": "abacus"}, UnknownName, "abacus"),
     ({"schemes": ["plaid"]}, UnknownName, "plaid"),

@@ -484,7 +484,7 @@ def test_tune_goes_on_after_kill_9_and_loses_at_most_the_trial_in_flight(tmp_pat
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--tracker", "127.0.0.1:1"], "needs --tracker HOST:PORT and --key KEY"), (["--tracker", "nowhere", "--key", "a"], "wanted host:port"),
+    (["--tracker", "127.0.0.1:1"], "--tracker and --key go together"), (["--tracker", "nowhere", "--key", "a"], "wanted host:port"),
     (["--runner", "telepathy"], "no tuning runner 'telepathy'"), (["--vectors", "8;16"], "wanted whole numbers"),
     (["--vectors", "3"], "wanted powers of two")])
 def test_misuse_is_said(mest_compile_command, arguments, said):

@@ -142,7 +142,7 @@ class Records:
 
     def for_target(self, target: Target) -> Records:
         """The same logs, read for another target on the same machine."""
-        return Records(target, self.paths, self.cpu)
+        return self if target == self.target else Records(target, self.paths, self.cpu)
 
     def on(self, cpu: str) -> Records:
         """The same logs, read for that machine."""
@@ -235,6 +235,9 @@ class FixedRecords(Records):
     def __init__(self, target: Target, knobs: Mapping[tuple[str, str, int], Mapping[str, Any]]):
         super().__init__(target)
         self._knobs = knobs
+
+    def for_target(self, target: Target) -> FixedRecords:
+        return FixedRecords(target, self._knobs)
 
     def on(self, cpu: str) -> FixedRecords:
         return self
