@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.base import checks
+from mest_compile.base.errors import UsageError
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import KernelSource
 from mest_compile.kernels.specializing import Structure, specialized, structure_of
 from mest_compile.kernels.workers import Workers
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
+from mest_compile.runtime.compiled import Compiled
+from mest_compile.runtime.runner import Exchanges, Runner
 from mest_compile.runtime.variants import Choice, Times, Variant, choose
 
 log = logging.getLogger(__name__)
@@ -105,6 +109,14 @@ class Specializer:
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
         self._compile_seconds: dict[str, float] = {}  # key of a specialized kernel -> what it took a worker
         self.history: dict[str, LayerTimes] = {}
+
+    @classmethod
+    def of(cls, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray], steps: int | None) -> Specializer:
+        """That of a compiled step. Raises UsageError where its kernels cannot be exchanged."""
+        steps = None if steps is None else checks.whole("steps", steps, 1, " between two mutations, or None for no mutations")
+        if not isinstance(runner, Exchanges) or compiled.builder is None:
+            raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
+        return cls(compiled.train, compiled.layers, compiled.sources, runner.exchange, get, compiled.builder, steps, compiled.facts.threads)
 
     def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
