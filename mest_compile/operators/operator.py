@@ -93,8 +93,10 @@ class Trace(Protocol):
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
-        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer whose halo the
+        kernel itself sets to 0.
+        """
 
     def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
         """Records a call that only runs when the step trains."""

@@ -42,11 +42,6 @@ class Place:
         """Of the indexed kernel."""
         return self.indexed.key
 
-    @property
-    def phase(self) -> str:
-        """ "forward", "recompute", "grad_weight", "grad_input" """
-        return self.name.rpartition(".")[2]
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -96,9 +91,8 @@ class Specializer:
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
         for call in program.calls:
-            layer = call.buffers[0].weight
-            if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
-                self._places[layer].append(Place(call, sources[program.name, call.name]))
+            if call.layer in names and isinstance(call.problem, GatherConv | GatherGrad):
+                self._places[call.layer].append(Place(call, sources[program.name, call.name]))
         self._exchange, self._get, self._builder = exchange, get, builder
         self._steps, self._threads = steps, threads
         self.workers = workers or Workers(builder.folder)
@@ -138,13 +132,13 @@ class Specializer:
         for name in found:
             for place, source in zip(self._places[name], found[name]):
                 if isinstance(source, str):
-                    planned.append(Planned(name, place.phase, Choice("indexed", source)))
+                    planned.append(Planned(name, place.call.phase, Choice("indexed", source)))
                 elif place.key not in self._gains or source.key in self._failed:
                     why = "its specialized kernel does not compile"
-                    planned.append(Planned(name, place.phase, Choice("indexed", why)))
+                    planned.append(Planned(name, place.call.phase, Choice("indexed", why)))
                 else:
                     times = self._gains[place.key]
-                    planned.append(Planned(name, place.phase, choose(times, self._steps), source, times=times))
+                    planned.append(Planned(name, place.call.phase, choose(times, self._steps), source, times=times))
         return planned
 
     def candidates(self, layers: Iterable[str]) -> list[KernelSource]:
@@ -266,7 +260,7 @@ class Specializer:
     def _source(self, name: str, place: Place) -> KernelSource | str:
         """The specialized kernel of a call under the layer's present mask, or why there is none."""
         problem, pointers = place.call.problem, place.call.buffers[0].name
-        prefix = "transposed_" if ":transposed_" in pointers else ""
+        prefix = "transposed_" if place.call.phase == "grad_input" else ""
         live = int(self._get(f"{name}:{prefix}live_groups")[0]) if problem.rows_live else None
         structure = structure_of(problem, self._get(pointers), live)
         if isinstance(structure, str):

@@ -76,7 +76,7 @@ class HeldState:
         gradients = self.of_kinds("gradients")
         squares = 0.0
         for name, array in gradients.items():
-            layer = self._layers.get(weight := name.removesuffix(":gradient"))
+            layer = self._layers.get(weight := self.held[name].layer)
             once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self.places[weight]]
             squares += float(np.square(once, dtype=np.float64).sum())
         norm = squares ** 0.5
@@ -87,7 +87,7 @@ class HeldState:
     def own(self) -> list[str]:
         """Names of what the state consists of: all else is made from it, or is a batch's."""
         return [name for name, buffer in self.held.items()
-                if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")]
+                if buffer.kind in ("values", "optimizer", "gradients") and buffer.role != "transposed"]
 
     # Masks.
 

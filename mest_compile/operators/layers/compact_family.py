@@ -34,28 +34,28 @@ LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up m
 class CompactFamily(KernelFamily):
     """Rows of a group are listed live channels or neighbours, whichever side of the layer is whole; likewise their sources."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer, source, result, bias, statistics, low, node, phase):
         rows, sources, rows_live, sources_live = _blocks(layer)
         passes = (Pass((result.image.height, result.image.width)),)
         problem = GatherConv(source.image, result.image, rows, sources, layer.spec.stride, passes, layer.section_channels, bias=bool(bias),
                              statistics=bool(statistics), rows_live=rows_live, sources_live=sources_live)
         low.call("compact.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"),
-                 *self._lists(layer, problem, source, low), *bias, source, result, *statistics, name=name)
+                 *self._lists(layer, problem, source, low), *bias, source, result, *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer, source, delta, gradients, low, node):
         rows, sources, rows_live, sources_live = _blocks(layer)
         problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, rows_live=rows_live,
                              sources_live=sources_live)
         low.call("compact.grad", problem, *self._index(layer, problem, low), *self._lists(layer, problem, source, low), source, delta,
-                 gradients, name=name)
+                 gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer, delta, target, accumulate, low, node):
         rows, sources, rows_live, sources_live = _blocks(layer, transposed=True)
         passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
         problem = GatherConv(delta.image, target.image, rows, sources, (1, 1), passes, layer.transposed_section_channels,
                              accumulate=accumulate, rows_live=rows_live, sources_live=sources_live)
         low.call("compact.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 *self._lists(layer, problem, delta, low, "transposed_"), delta, target, name=name)
+                 *self._lists(layer, problem, delta, low, "transposed_"), delta, target, node=node, phase="grad_input")
 
     def update(self, layer, transposed, low, name):
         super().update(layer, transposed, low, name)
@@ -77,7 +77,7 @@ class CompactFamily(KernelFamily):
         spec, on_rows = layer.spec, layer.scheme.spans[0] == 1
         forward, backward = self.problems(layer, program)
         # A neighbour that has the flags does not touch what is dead; otherwise dead results are written, as 0.
-        spared = any(buffer.name == f"{spec.name}:alive" for call in program.calls for buffer in call.buffers)
+        spared = any(buffer.layer == spec.name and buffer.role == "alive" for call in program.calls for buffer in call.buffers)
         here_indexed = _indexer(spec, forward, Places.forward(spec, forward))
         there_indexed = None if backward is None else _indexer(spec, backward, Places.transposed(spec, backward), transposed=True)
 

@@ -56,20 +56,20 @@ def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | 
 class GatherFamily(KernelFamily):
     """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer, source, result, bias, statistics, low, node, phase):
         problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
         low.call("gather.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, name=name)
+                 *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer, source, delta, gradients, low, node):
         rows, sources = layer.scheme.block(layer.spec)
         problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
-        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer, delta, target, accumulate, low, node):
         problem = gradient_problem(layer, delta.image, target.image, accumulate)
         low.call("gather.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, name=name)
+                 delta, target, node=node, phase="grad_input")
 
     def update(self, layer, transposed, low, name):
         if not transposed:

@@ -20,19 +20,19 @@ class PatternFamily(GatherFamily):
     the input gradient's taps are neighbours as well, in reverse.
     """
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer, source, result, bias, statistics, low, node, phase):
         problem = replace(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), taps=PAIR)
         low.call("pattern.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, name=name)
+                 *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer, source, delta, gradients, low, node):
         problem = GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR)
-        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer, delta, target, accumulate, low, node):
         problem = replace(gradient_problem(layer, delta.image, target.image, accumulate), taps=PAIR)
         low.call("pattern.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, name=name)
+                 delta, target, node=node, phase="grad_input")
 
     def indexer(self, layer, program):
         forward, backward = self.problems(layer, program)

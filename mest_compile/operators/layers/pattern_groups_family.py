@@ -37,8 +37,8 @@ TAPS = len(SHAPES[0])
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GroupedConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
-    name = f"{layer.spec.name}:{part}"
-    return next((call.problem for call in program.calls if isinstance(call.problem, GroupedConv) and call.buffers[0].name == name), None)
+    return next((call.problem for call in program.calls
+                 if isinstance(call.problem, GroupedConv) and call.layer == layer.spec.name and call.buffers[0].role == part), None)
 
 
 def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray,
@@ -56,19 +56,19 @@ def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np
 class PatternGroupsFamily(GatherFamily):
     """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1 only."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer, source, result, bias, statistics, low, node, phase):
         problem = GroupedConv(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), SHAPES)
         low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source,
-                 result, *statistics, name=name)
+                 result, *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer, source, delta, gradients, low, node):
         problem = GroupedGrad(GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES)
-        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, name=name)
+        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer, delta, target, accumulate, low, node):
         problem = GroupedConv(gradient_problem(layer, delta.image, target.image, accumulate), SHAPES)
         low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low, "transposed_"),
-                 self.hold(layer, low, "transposed", "values"), delta, target, name=name)
+                 self.hold(layer, low, "transposed", "values"), delta, target, node=node, phase="grad_input")
 
     def indexer(self, layer, program):
         forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
