@@ -220,7 +220,7 @@ from pathlib import Path
 import numpy as np
 import mest_compile as mest
 from mest_compile.kernels.cache import Builder
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 shape = (8, 3, 8, 8)
 builder = Builder(Path(sys.argv[1]))
 step = mest.compile(build_model("mlp", shape, 10, 64), shape, scheme="filter", sparsity=0.8, threads=2, builder=builder)
