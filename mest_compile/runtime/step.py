@@ -140,7 +140,8 @@ class TrainStep:
     # Running.
 
     @in_turn
-    def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None, ahead: tuple | None = None) -> StepResult:
+    def __call__(self, images: Any, labels: Any, lr: float | None = None, clip_norm: float | None = None,
+                 ahead: tuple | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
@@ -170,7 +171,7 @@ class TrainStep:
         return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool))
 
     @in_turn
-    def predict(self, images) -> np.ndarray:
+    def predict(self, images: Any) -> np.ndarray:
         """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
         images = self._feeding.check_images(images)
         logits = np.empty((len(images), self.classes), np.float32)
@@ -182,14 +183,14 @@ class TrainStep:
         return logits
 
     @in_turn
-    def gradients(self, images, labels) -> dict[str, np.ndarray]:
+    def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
         """{torch name: gradient in torch's shape}, 0 at dead weights; nothing is updated."""
         self._feeding.load(images, labels)
         self._runner.run("gradients")
         return self._state.collect(":gradient")
 
     @in_turn
-    def dense_gradients(self, images, labels) -> tuple[dict[str, np.ndarray], int]:
+    def dense_gradients(self, images: Any, labels: Any) -> tuple[dict[str, np.ndarray], int]:
         """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took beside the step).
 
         They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
@@ -200,7 +201,7 @@ class TrainStep:
         return {name: found[name] for name in self._mutating.sparse}, twin.memory()["total"]
 
     @in_turn
-    def profile(self, images, labels, repeats: int = 5) -> dict[str, float]:
+    def profile(self, images: Any, labels: Any, repeats: int = 5) -> dict[str, float]:
         """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it was.
 
         "rest" is what a step that nobody watches takes beside its kernels: the machine that calls them.
@@ -210,7 +211,7 @@ class TrainStep:
             return self._runner.profile("train", repeats)
 
     @in_turn
-    def device_seconds(self, images, labels, repeats: int = 5) -> list[float]:
+    def device_seconds(self, images: Any, labels: Any, repeats: int = 5) -> list[float]:
         """Seconds of each of `repeats` whole steps by the clock of the device behind a tracker; the state is afterwards what it was."""
         if not isinstance(self._runner, Clocked):
             raise UsageError("this step runs here; device_seconds is for one with device=mest.rpc(...)")
@@ -219,7 +220,7 @@ class TrainStep:
             return self._runner.seconds("train", repeats)
 
     @contextmanager
-    def _timed(self, images, labels) -> Iterator[None]:
+    def _timed(self, images: Any, labels: Any) -> Iterator[None]:
         self._feeding.load(images, labels)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:

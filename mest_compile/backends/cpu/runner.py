@@ -89,7 +89,7 @@ class LocalRunner:
         program, _ = self._programs[function]
         calls = {kernel_name(self._prefix, program, call.name): call.name for call in program.calls}
 
-        def watch(function, name, before, result, *arguments):
+        def watch(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
             call = calls.get(name)
             if call and before:
                 begun[call] = time.perf_counter()

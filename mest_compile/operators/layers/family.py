@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec, Node
 from mest_compile.ir.layouts.layout import ITEM_BYTES
-from mest_compile.ir.program import Buffer
+from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.gather import GatherConv
 from mest_compile.operators.layers.values import cells_of
@@ -22,7 +22,7 @@ from mest_compile.sparsity.layer import Layer
 
 if TYPE_CHECKING:
     from mest_compile.hardware.target import Target
-    from mest_compile.ir.program import Buffer, Program
+    from mest_compile.ir.program import Program
     from mest_compile.operators.layers.index import LayerIndex
     from mest_compile.sparsity.layer import Layer
     from mest_compile.sparsity.scheme import Scheme
@@ -81,7 +81,7 @@ class KernelFamily(ABC):
         buffer.layer, buffer.role = weight, part
         return buffer
 
-    def _convolve(self, node: Node, low: Trace, result: Buffer, statistics: list[Buffer], phase: str) -> None:
+    def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, node.name, phase)
 
@@ -107,16 +107,16 @@ class KernelFamily(ABC):
     # What a family says.
 
     @abstractmethod
-    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
                  node: str, phase: str) -> None:
         """Records the forward pass of that node. bias, statistics: one buffer or none; statistics as GatherConv has them."""
 
     @abstractmethod
-    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Trace, node: str) -> None:
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         """Records the weight gradient, in the order of the values."""
 
     @abstractmethod
-    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Trace, node: str) -> None:
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         """Records the input gradient, added to `target` or in its place."""
 
     @abstractmethod
@@ -171,10 +171,13 @@ def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mappin
 FAMILIES = Registry("kernel family", "mest_compile.operators")
 
 
-def family(name: str):
+F = TypeVar("F", bound=type[KernelFamily])
+
+
+def family(name: str) -> Callable[[F], F]:
     """Class decorator: registers a family of kernels (one instance serves all layers)."""
 
-    def register(cls):
+    def register(cls: F) -> F:
         FAMILIES.add(name, cls())
         return cls
 
