@@ -36,6 +36,7 @@ def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
     model = build_model(CASE.model, CASE.input_shape, CASE.classes, CASE.width, CASE.seed)
     builder = Builder()
     step = mest.compile(model, CASE.input_shape, scheme=scheme, sparsity=CASE.sparsity, threads=1, builder=builder)
+    phases = {call.name: call.phase or call.stage for call in step.program.calls}
     target, choices = step._compiled.facts.target, step.kernel_choices()
     found: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STATES, 0.0))
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +44,7 @@ def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
             prepare(task, step.program, step.layers, builder)
             kernel = builder.function(task.source(choices[task.name].knobs))
             for state, seconds in _seconds(task, kernel, rounds).items():
-                found[f"{task.kernel} {task.name.rpartition('.')[2]}"][state] += 1e3 * task.calls * seconds
+                found[f"{task.kernel} {phases[task.name]}"][state] += 1e3 * task.calls * seconds
     return {kind: {state: round(times[state], 1) for state in STATES} for kind, times in found.items()}
 
 

@@ -83,10 +83,9 @@ def rows(schemes: tuple[str, ...] = SCHEMES) -> list[dict[str, Any]]:
         height, width = spec.output_size
         flop = 2 * 0.1 * WIDTH * WIDTH * 9 * height * width * SHAPE[0]
         for call in program.calls:
-            layer, _, phase = call.name.rpartition(".")
-            if layer == LAYER and phase in ("forward", "grad_input", "grad_weight"):
+            if call.layer == f"{LAYER}.weight" and call.phase:
                 asked, operations = counted(compile_opencl(kernel_source(call.kernel, call.problem, target).text, "k", target).source)
-                found.append({"scheme": scheme, "phase": phase, "kernel": call.kernel, "bytes_asked": asked, "flop": operations,
+                found.append({"scheme": scheme, "phase": call.phase, "kernel": call.kernel, "bytes_asked": asked, "flop": operations,
                               "call_megabytes": round(flop * asked / operations / 1e6, 1)})
     return found
 

@@ -65,8 +65,7 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
     live = {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
     found: dict[tuple[str, str], Row] = defaultdict(Row)
     for call in program.calls:
-        phase = call.name.rpartition(".")[2]
-        row = found[call.kernel, phase if phase in ("forward", "grad_input", "grad_weight") else call.stage]
+        row = found[call.kernel, call.stage if call.phase in ("", "grad_bias") else call.phase]
         row.calls += 1
         row.flop += _flop(call, layers, live)
         row.moved_bytes += _moved_bytes(call, layers, live)
@@ -74,7 +73,7 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
 
 
 def _flop(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
-    name = call.buffers[0].name.partition(":")[0]
+    name = call.layer
     if call.kernel.rpartition(".")[2] not in ("conv", "grad") or name not in layers:
         return 0
     layer = layers[name]

@@ -3,7 +3,30 @@
 Importing this package loads neither tvm nor torch; the names below are found when first used.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see of the names in _HOME
+    from mest_compile.base.errors import MestError as MestError
+    from mest_compile.compiling import compile as compile
+    from mest_compile.devices.session import rpc as rpc
+    from mest_compile.hardware.target import Target as Target
+    from mest_compile.ir.graph import LayerSpec as LayerSpec
+    from mest_compile.measuring.speedtable import speed_table as speed_table
+    from mest_compile.opening import load as load
+    from mest_compile.opening import open_artifact as open_artifact
+    from mest_compile.opening import to_torch as to_torch
+    from mest_compile.operators.optimizers.sgd import SGD as SGD
+    from mest_compile.sparsity.schemes.block import Block as Block
+    from mest_compile.sparsity.schemes.channel import Channel as Channel
+    from mest_compile.sparsity.schemes.dense import Dense as Dense
+    from mest_compile.sparsity.schemes.filter import Filter as Filter
+    from mest_compile.sparsity.schemes.pattern import Pattern as Pattern
+    from mest_compile.sparsity.schemes.unstructured import Unstructured as Unstructured
+    from mest_compile.training.loop import Trainer as Trainer
+    from mest_compile.training.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -23,11 +46,11 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mest_compile' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -229,7 +229,8 @@ def _check_optimizer(optimizer: SGD | None) -> SGD:
 
 def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
     if builder is not None and not isinstance(builder, Builder):
-        raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.building.Builder, or None for the user's cache folder")
+        raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the user's cache "
+                         "folder")
     if records is not None and not isinstance(records, Records):
         raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.Records, or None for the user's and the "
                          f"shipped ones")

@@ -137,6 +137,7 @@ def test_numbers_of_numpy_are_numbers(given):
 def test_a_next_batch_that_is_wrong_is_told_by_its_own_call(given, monkeypatch):
     sent = []
     monkeypatch.setattr(given.step._runner, "put_ahead", lambda name, array: sent.append(name), raising=False)
+    monkeypatch.setattr(given.step._runner, "turn", lambda: None, raising=False)
     following = np.full(SHAPE, NAN), given.y
     assert np.isfinite(given.step(given.x, given.y, ahead=following).loss) and not sent
     with pytest.raises(mest.MestError, match="NaN"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width, given_options
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+
+if TYPE_CHECKING:
+    from mest_compile.measuring.contestants import Case
 
 
 def bench(
@@ -49,7 +52,7 @@ def bench(
         _compare(case, vs, rival_python, repeats, as_json)
 
 
-def _compare(case, vs: str, rival_python: Path | None, repeats: int, as_json: bool) -> None:
+def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, as_json: bool) -> None:
     from mest_compile.measuring.benchmark import Side, compare
 
     with stderr_console().status("starting") as status:
@@ -73,7 +76,7 @@ def _compare(case, vs: str, rival_python: Path | None, repeats: int, as_json: bo
             print(f"{side.name}: {note}")
 
 
-def _profile(case, repeats: int, as_json: bool) -> None:
+def _profile(case: Case, repeats: int, as_json: bool) -> None:
     import mest_compile as mest
     from mest_compile.measuring.profiling import PHASES, LayerTime, profile
     from mest_compile.models.catalog import build_model

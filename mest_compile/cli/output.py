@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mest_compile.base.commandline import print_result
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH_OF_A_FILE = 200  # characters; rich would fold at 80 where there is no terminal
 
@@ -36,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE).print(table)
 
 
-def stderr_console():
+def stderr_console() -> Console:
     """A rich console on stderr."""
     from rich.console import Console
 

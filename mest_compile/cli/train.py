@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
-    from mest_compile.training.loop import Run, Trainer
+    from mest_compile.training.loop import Trainer
     from mest_compile.training.ondevice import Job
     from mest_compile.training.recipe import Recipe
+    from mest_compile.training.run import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Dataset:
     name: str
     flip: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
             raise DataError(f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
                             f"not {self.images.shape} {self.images.dtype}")
@@ -104,10 +104,13 @@ class Split:
     test: Dataset
 
 
-def source(name: str):
+Source = Callable[[Path | None], Split]
+
+
+def source(name: str) -> Callable[[Source], Source]:
     """Function decorator: registers a data source, a function (folder: Path | None) -> Split."""
 
-    def register(function: Callable[[Path | None], Split]):
+    def register(function: Source) -> Source:
         SOURCES.add(name, function)
         return function
 

@@ -6,9 +6,9 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -60,12 +60,13 @@ class Value:
 
 
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
+R = TypeVar("R", bound=Callable[..., Any])
 
 
-def reads(*names: str):
+def reads(*names: str) -> Callable[[R], R]:
     """Function decorator: the function (reader, call, arguments, shape) -> value reads these Relax operators."""
 
-    def register(function):
+    def register(function: R) -> R:
         for name in names:
             READERS.add(name, function)
         return function

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from mest_compile.base.registry import Registry
 from mest_compile.hardware.target import Target
@@ -20,10 +20,13 @@ BACKENDS = Registry("kind of device", "mest_compile.backends", each="backend")
 Functions = Mapping[str, tuple[Program, tuple[Stage, ...]]]  # what a step can run, by name: a program and the stages of it
 
 
-def backend(device: str):
+B = TypeVar("B", bound="type[Backend]")
+
+
+def backend(device: str) -> Callable[[B], B]:
     """Class decorator: registers a kind of device (one instance serves all targets of the kind)."""
 
-    def register(cls):
+    def register(cls: B) -> B:
         BACKENDS.add(device, cls())
         return cls
 

@@ -49,7 +49,7 @@ class Gpu:
     most_image_side: int = 8192
     name: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
             raise TargetError(f"gpu.name is {self.name!r}; wanted a part of the device's name, or none for any device")
         if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
@@ -88,7 +88,7 @@ class Target:
     host_triple: str | None = None
     float16: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vector < 1 or self.vector & (self.vector - 1):
             raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
         if (self.device == "opencl") != (self.gpu is not None):

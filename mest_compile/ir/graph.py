@@ -27,7 +27,7 @@ class LayerSpec:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weight_shape[1] != self.input_shape[1]:
             raise SpecError(f"{self.name}: the weight takes {self.weight_shape[1]} channels, "
                             f"the input has {self.input_shape[1]}")

@@ -24,7 +24,7 @@ class Buffer:
     kind        what its bytes are counted as: "batch", "values", "indices", "gradients", "optimizer", "arena"
     image       how an activation lies in it, None for anything else
     parts       torch names of the dense parameters or statistics in it, one after another
-    weight      the layer's weight, where a layer holds it, and `part` what of the layer: "" its values, "gradient", an index array
+    layer       the layer's weight, where a layer holds it; `role` is what it is of the layer: "" its values, "gradient", an index array
     """
 
     name: str
@@ -33,8 +33,8 @@ class Buffer:
     kind: str = "arena"
     image: Image | None = None
     parts: tuple[str, ...] = ()
-    weight: str = ""
-    part: str = ""
+    layer: str = ""
+    role: str = ""
 
     @property
     def held(self) -> bool:
@@ -55,13 +55,22 @@ class Activation(Buffer):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel."""
+    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel.
+
+    phase  of a convolution or linear layer: "forward", "recompute", "grad_input", "grad_weight", "grad_bias"; "" for other calls
+    """
 
     name: str
     kernel: str
     problem: Any
     buffers: tuple[Buffer, ...]
     stage: Stage
+    phase: str = ""
+
+    @property
+    def layer(self) -> str:
+        """Weight name of the layer whose values, gradients or index it takes first, "" where there is none."""
+        return self.buffers[0].layer
 
 
 @dataclass(slots=True)

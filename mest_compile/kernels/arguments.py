@@ -23,8 +23,8 @@ def call_arrays(call: Call, layer: Layer, program: Program, seed: int = 0) -> li
 
 
 def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Generator) -> np.ndarray:
-    if buffer.weight == layer.spec.name and buffer.part in index.arrays:
-        return index.arrays[buffer.part]
+    if buffer.layer == layer.spec.name and buffer.role in index.arrays:
+        return index.arrays[buffer.role]
     if buffer.image is not None:
         image = buffer.image
         return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))
@@ -34,14 +34,14 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
 
 def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
               rng: np.random.Generator) -> np.ndarray:
-    name, part = buffer.weight, buffer.part
+    name, role = buffer.layer, buffer.role
     if name in layers and name not in indices:
         layer = layers[name]
         energy = rng.random(layer.scheme.grid(layer.spec))
         keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
         indices[name] = FAMILIES.find(layer.kernels).index(layer, keep, program)
     if buffer.kind == "indices":
-        return indices[name].arrays[part].ravel()
+        return indices[name].arrays[role].ravel()
     if buffer.image:
         image = buffer.image
         return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
@@ -50,7 +50,7 @@ def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], ind
         if there is None:
             return _whole(rng, masked_elems(buffer, layers, {name: len(order)}))
         # A cell may be held twice, to fill up a list of rows, and then with one value.
-        return _whole(rng, int(order.max()) + 1).take(order.take(there) if part == "transposed" else order)
+        return _whole(rng, int(order.max()) + 1).take(order.take(there) if role == "transposed" else order)
     if buffer.dtype == "int32":
         return rng.integers(0, 2, buffer.elems).astype(np.int32)
     return _whole(rng, buffer.elems) if exact else rng.uniform(0.5, 1.5, buffer.elems).astype(np.float32)

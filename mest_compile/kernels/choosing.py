@@ -18,7 +18,7 @@ Choices = dict[str, dict[str, Choice]]  # program name -> call name -> choice
 
 def live_of(call: Call, layers: Mapping[str, Layer]) -> int:
     """Live cells of the layer that a call works for, 0 where it works for none."""
-    layer = layers.get(call.buffers[0].weight)
+    layer = layers.get(call.layer)
     return live_cells(layer) if layer else 0
 
 

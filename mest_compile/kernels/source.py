@@ -44,7 +44,7 @@ class KernelSource:
         return "mest_" + self.key[:24]
 
 
-def kernel_source(kernel: str, problem: Any, target: Target, **knobs) -> KernelSource:
+def kernel_source(kernel: str, problem: Any, target: Target, **knobs: Any) -> KernelSource:
     """The text that `target`'s schedule gives for `problem`. Raises UnknownName when that kind of device has no such kernel."""
     schedule = SCHEDULES.find(f"{target.device}/{kernel}")
     return KernelSource(kernel, schedule(problem, target, **knobs), target)
@@ -72,14 +72,14 @@ SCHEDULES = Registry("schedule", "mest_compile.schedules")
 Knobs = Mapping[str, tuple]
 
 
-def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None):
+def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None) -> Callable[[Any], Any]:
     """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
 
     The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
     `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that does.
     """
 
-    def register(function):
+    def register(function: Any) -> Any:
         function.kernel, function.device, function.knobs = kernel, device, knobs or {}
         SCHEDULES.add(f"{device}/{kernel}", function)
         return function

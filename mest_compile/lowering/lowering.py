@@ -153,11 +153,13 @@ class Lowering:
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
-        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer whose halo the
+        kernel itself sets to 0.
+        """
         if fills:
             self._touched.add(fills)
-        self._record(kernel, problem, buffers, name, self.stage)
+        self._record(kernel, problem, buffers, f"{node}.{phase}" if node else None, self.stage, phase)
 
     def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
         """Records a call that only runs when the step trains."""
@@ -167,14 +169,15 @@ class Lowering:
         """Records a call that only runs when the step updates parameters."""
         self._record(kernel, problem, buffers, name, "update")
 
-    def _record(self, kernel: str, problem: Any, buffers: Sequence[Buffer], name: str | None, stage: Stage) -> None:
+    def _record(self, kernel: str, problem: Any, buffers: Sequence[Buffer], name: str | None, stage: Stage,
+                phase: str = "") -> None:
         for buffer in buffers:
             if buffer not in self._touched:
                 self._touched.add(buffer)
                 if buffer.image and any(buffer.image.halo):
                     zero = ZeroHalo(buffer.image)
                     self.calls.append(Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", zero, (buffer,), self.stage))
-        self.calls.append(Call(name or f"{len(self.calls)}.{kernel}", kernel, problem, tuple(buffers), stage))
+        self.calls.append(Call(name or f"{len(self.calls)}.{kernel}", kernel, problem, tuple(buffers), stage, phase))
 
     # Internal.
 

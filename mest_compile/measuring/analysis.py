@@ -159,11 +159,6 @@ def emulate(source: KernelSource, arrays: list[np.ndarray]) -> emulation.Executi
 
 def convolutions(program: Program, layers: Mapping[str, Layer]) -> dict[tuple[str, str], Call]:
     """{(weight name, phase): call} of every convolution and linear layer in a training program."""
-    found = {}
-    for call in program.calls:
-        weight, phase = call.buffers[0].weight, call.name.rpartition(".")[2]
-        if weight in layers and phase in PHASES:
-            found[weight, phase] = call
-    return found
+    return {(call.layer, call.phase): call for call in program.calls if call.layer in layers and call.phase in PHASES}
 
 

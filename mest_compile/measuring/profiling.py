@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mest_compile.ir.program import Call
     from mest_compile.runtime.step import TrainStep
 
 PHASES = ("forward", "recompute", "grad_input", "grad_weight", "grad_bias")  # how operators name the calls of a layer
@@ -73,13 +72,12 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
     choices = step.kernel_choices()
     chosen: dict[str, dict[str, str]] = {name: {} for name in step.layers}
     for call in step.program.calls:
-        group = (call.kernel, _phase(call))
+        group = (call.kernel, call.phase or call.stage)
         times[group] += seconds[call.name]
         calls[group] += 1
-        weight = call.buffers[0].weight
-        if weight in by_layer and _phase(call) in PHASES:
-            by_layer[weight][_phase(call)] = seconds[call.name]
-            chosen[weight][_phase(call)] = choices[call.name].origin
+        if call.layer in by_layer and call.phase:
+            by_layer[call.layer][call.phase] = seconds[call.name]
+            chosen[call.layer][call.phase] = choices[call.name].origin
     times["rest", ""] = seconds["rest"]
     operators = [OperatorTime(kernel, phase, calls[kernel, phase], spent, spent / whole) for (kernel, phase), spent in times.items()]
     live = step.live_weights()
@@ -89,9 +87,3 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
         layers.append(LayerTime(name, layer.spec.weight_shape, (height, width), live[name], 2 * live[name] * height * width * step.batch,
                                 by_layer[name], chosen[name]))
     return Profile(whole, tuple(sorted(operators, key=lambda row: -row.seconds)), tuple(layers))
-
-
-def _phase(call: Call) -> str:
-    """The phase that the call's name ends with, else the stage of the step that it belongs to."""
-    last = call.name.rpartition(".")[2]
-    return last if last in PHASES else call.stage

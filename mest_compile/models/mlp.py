@@ -14,13 +14,13 @@ def _mlp(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Mod
     from torch import nn
 
     class MLP(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.fc1 = nn.Linear(prod(input_shape[1:]), width)
             self.fc2 = nn.Linear(width, width)
             self.fc3 = nn.Linear(width, classes)
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.fc1(x.flatten(1)).relu()
             return self.fc3(self.fc2(x).relu())
 

@@ -16,7 +16,7 @@ def _resnet(blocks: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], An
         from torch import nn
 
         class Block(nn.Module):
-            def __init__(self, inputs, outputs, stride):
+            def __init__(self, inputs: int, outputs: int, stride: int):
                 super().__init__()
                 self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
                 self.bn1 = nn.BatchNorm2d(outputs)
@@ -26,13 +26,13 @@ def _resnet(blocks: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], An
                 if stride != 1 or inputs != outputs:
                     self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
-            def forward(self, x):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
                 shortcut = x if self.downsample is None else self.downsample(x)
                 y = self.bn1(self.conv1(x)).relu()
                 return (self.bn2(self.conv2(y)) + shortcut).relu()
 
         class ResNet(nn.Module):
-            def __init__(self):
+            def __init__(self) -> None:
                 super().__init__()
                 self.conv1 = nn.Conv2d(input_shape[1], width, 3, 1, 1, bias=False)
                 self.bn1 = nn.BatchNorm2d(width)
@@ -45,7 +45,7 @@ def _resnet(blocks: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], An
                     self.add_module(f"layer{stage + 1}", nn.Sequential(*parts))
                 self.fc = nn.Linear(channels, classes)
 
-            def forward(self, x):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
                 x = self.bn1(self.conv1(x)).relu()
                 for stage in range(len(blocks)):
                     x = self.get_submodule(f"layer{stage + 1}")(x)

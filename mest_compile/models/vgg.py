@@ -16,7 +16,7 @@ def _vgg(stages: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], Any]:
         from torch import nn
 
         class VGG(nn.Module):
-            def __init__(self):
+            def __init__(self) -> None:
                 super().__init__()
                 parts: list[nn.Module] = []
                 channels, size = input_shape[1], min(input_shape[2:])
@@ -31,7 +31,7 @@ def _vgg(stages: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], Any]:
                 self.features = nn.Sequential(*parts)
                 self.classifier = nn.Linear(channels, classes)
 
-            def forward(self, x):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return self.classifier(self.features(x).mean((2, 3)))
 
         return VGG()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from mest_compile.base.registry import Registry
 from mest_compile.ir.graph import ForwardGraph, Node
@@ -16,10 +16,13 @@ Halo = tuple[int, int, int, int]  # (top, left, bottom, right) zero pixels
 OPERATORS = Registry("operator", "mest_compile.operators")
 
 
-def operator(name: str):
+O = TypeVar("O", bound="type[Operator]")
+
+
+def operator(name: str) -> Callable[[O], O]:
     """Class decorator: registers a training operator (one instance serves all layers)."""
 
-    def register(cls):
+    def register(cls: O) -> O:
         OPERATORS.add(name, cls())
         return cls
 
@@ -93,8 +96,10 @@ class Trace(Protocol):
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, name: str | None = None, fills: Buffer | None = None) -> None:
-        """Records a kernel call in the present stage. `fills` is a buffer whose halo the kernel itself sets to 0."""
+    def call(self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None) -> None:
+        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer whose halo the
+        kernel itself sets to 0.
+        """
 
     def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
         """Records a call that only runs when the step trains."""

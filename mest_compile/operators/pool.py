@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Pool:
     padding: tuple[int, int] = (0, 0)
     count_include_pad: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         wanted = tuple((size + 2 * pad - window) // step + 1 for size, pad, window, step in
                        zip((self.x.height, self.x.width), self.padding, self.kernel, self.stride, strict=True))
         if wanted != (self.y.height, self.y.width) or min(wanted) < 1:
@@ -75,7 +76,7 @@ class GlobalPool:
     accumulate: bool = False
 
 
-def _windows(problem: Pool):
+def _windows(problem: Pool) -> Iterator[tuple[int, int, slice, slice]]:
     """(y, x, rows, columns) of every window, clipped to the image."""
     for y in range(problem.y.height):
         for x in range(problem.y.width):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from mest_compile.base import exclusive
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # A part may be called again when it was interrupted: it writes the same however often, or it writes nothing and returns the parts that do.
 Part = Callable[[], "Sequence[Part] | None"]
@@ -31,3 +39,26 @@ class Changes:
                 self._left = (*more, *left[1:])
 
 
+
+
+class Shared(Protocol):
+    """What several threads use, one after another."""
+
+    _turn: threading.RLock
+    _changes: Changes
+
+
+S = TypeVar("S", bound=Shared)
+
+
+def in_turn(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Callers in several threads take turns, and a change that was interrupted is finished before anything else."""
+
+    @wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        exclusive.check_process()  # first: in a forked process nobody would give the turn back
+        with self._turn:
+            self._changes.finish()
+            return method(self, *args, **kwargs)
+
+    return call

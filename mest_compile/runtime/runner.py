@@ -5,7 +5,8 @@ A step is written against this; runners differ only in where arrays lie and how 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,3 +29,39 @@ class Runner(Protocol):
     def profile(self, function: str, repeats: int) -> dict[str, float]:
         """{call: seconds}, the median of `repeats` runs, "rest" beside the kernels. Arrays that the function writes change."""
         ...
+
+
+@runtime_checkable
+class Exchanges(Protocol):
+    """A runner whose kernels can be exchanged one by one."""
+
+    def exchange(self, kernels: Mapping[str, Any]) -> None:
+        """Puts other kernels in place of some of the training program's: {call name: callable}."""
+
+
+@runtime_checkable
+class SendsAhead(Protocol):
+    """A runner that sends what comes next to another device while that computes."""
+
+    def put_ahead(self, name: str, array: np.ndarray) -> None:
+        """Sends the array that `name` is to be after `turn`."""
+
+    def turn(self) -> None:
+        """What was sent ahead is the present from now on."""
+
+
+@runtime_checkable
+class Clocked(Protocol):
+    """A runner that reads the clock of its device."""
+
+    def seconds(self, function: str, repeats: int) -> list[float]:
+        """Of each of `repeats` runs of one of `FUNCTIONS`."""
+        ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A runner on a device that has to be given back."""
+
+    def close(self) -> None:
+        """Gives the device back. What the step held there is lost."""

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.base import checks
+from mest_compile.base.errors import UsageError
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import KernelSource
 from mest_compile.kernels.specializing import Structure, specialized, structure_of
 from mest_compile.kernels.workers import Workers
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
+from mest_compile.runtime.compiled import Compiled
+from mest_compile.runtime.runner import Exchanges, Runner
 from mest_compile.runtime.variants import Choice, Times, Variant, choose
 
 log = logging.getLogger(__name__)
@@ -37,11 +41,6 @@ class Place:
     def key(self) -> str:
         """Of the indexed kernel."""
         return self.indexed.key
-
-    @property
-    def phase(self) -> str:
-        """ "forward", "recompute", "grad_weight", "grad_input" """
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +91,8 @@ class Specializer:
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
         for call in program.calls:
-            layer = call.buffers[0].weight
-            if layer in names and isinstance(call.problem, GatherConv | GatherGrad):
-                self._places[layer].append(Place(call, sources[program.name, call.name]))
+            if call.layer in names and isinstance(call.problem, GatherConv | GatherGrad):
+                self._places[call.layer].append(Place(call, sources[program.name, call.name]))
         self._exchange, self._get, self._builder = exchange, get, builder
         self._steps, self._threads = steps, threads
         self.workers = workers or Workers(builder.folder)
@@ -105,6 +103,14 @@ class Specializer:
         self._gains: dict[str, Times] = {}  # key of an indexed kernel -> what was measured of it
         self._compile_seconds: dict[str, float] = {}  # key of a specialized kernel -> what it took a worker
         self.history: dict[str, LayerTimes] = {}
+
+    @classmethod
+    def of(cls, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray], steps: int | None) -> Specializer:
+        """That of a compiled step. Raises UsageError where its kernels cannot be exchanged."""
+        steps = None if steps is None else checks.whole("steps", steps, 1, " between two mutations, or None for no mutations")
+        if not isinstance(runner, Exchanges) or compiled.builder is None:
+            raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
+        return cls(compiled.train, compiled.layers, compiled.sources, runner.exchange, get, compiled.builder, steps, compiled.facts.threads)
 
     def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
@@ -126,13 +132,13 @@ class Specializer:
         for name in found:
             for place, source in zip(self._places[name], found[name]):
                 if isinstance(source, str):
-                    planned.append(Planned(name, place.phase, Choice("indexed", source)))
+                    planned.append(Planned(name, place.call.phase, Choice("indexed", source)))
                 elif place.key not in self._gains or source.key in self._failed:
                     why = "its specialized kernel does not compile"
-                    planned.append(Planned(name, place.phase, Choice("indexed", why)))
+                    planned.append(Planned(name, place.call.phase, Choice("indexed", why)))
                 else:
                     times = self._gains[place.key]
-                    planned.append(Planned(name, place.phase, choose(times, self._steps), source, times=times))
+                    planned.append(Planned(name, place.call.phase, choose(times, self._steps), source, times=times))
         return planned
 
     def candidates(self, layers: Iterable[str]) -> list[KernelSource]:
@@ -254,7 +260,7 @@ class Specializer:
     def _source(self, name: str, place: Place) -> KernelSource | str:
         """The specialized kernel of a call under the layer's present mask, or why there is none."""
         problem, pointers = place.call.problem, place.call.buffers[0].name
-        prefix = "transposed_" if ":transposed_" in pointers else ""
+        prefix = "transposed_" if place.call.phase == "grad_input" else ""
         live = int(self._get(f"{name}:{prefix}live_groups")[0]) if problem.rows_live else None
         structure = structure_of(problem, self._get(pointers), live)
         if isinstance(structure, str):

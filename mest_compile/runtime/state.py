@@ -71,10 +71,23 @@ class HeldState:
         """Copies of the arrays of some kinds, by name."""
         return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
 
+    def clip_gradients(self, most: float) -> None:
+        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts once."""
+        gradients = self.of_kinds("gradients")
+        squares = 0.0
+        for name, array in gradients.items():
+            layer = self._layers.get(weight := self.held[name].layer)
+            once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self.places[weight]]
+            squares += float(np.square(once, dtype=np.float64).sum())
+        norm = squares ** 0.5
+        if not norm <= most:
+            for name, array in gradients.items():
+                self.put(name, array * np.float32(most / norm))
+
     def own(self) -> list[str]:
         """Names of what the state consists of: all else is made from it, or is a batch's."""
         return [name for name, buffer in self.held.items()
-                if buffer.kind in ("values", "optimizer", "gradients") and not name.endswith(":transposed")]
+                if buffer.kind in ("values", "optimizer", "gradients") and buffer.role != "transposed"]
 
     # Masks.
 
@@ -157,6 +170,13 @@ class HeldState:
         for name, shape in self._shapes.items():
             if tuple(state[name].shape) != tuple(shape):
                 raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
+
+    def check_dead(self, state: Mapping[str, np.ndarray]) -> None:
+        """Raises StateError when weights are not 0 where the masks are dead."""
+        for name, layer in self._layers.items():
+            wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self.keep(name))])
+            if wrong:
+                raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
 
     def filling(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What to write to set every parameter and statistic; of weights what the masks keep."""

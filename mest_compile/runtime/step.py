@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache, partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -19,38 +18,20 @@ from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
-from mest_compile.operators.layers.values import cells_of
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.planning.footprint import footprint
-from mest_compile.runtime import arguments, checkpoint
-from mest_compile.runtime.changes import Changes, Part
+from mest_compile.runtime import arguments, checkpoint, saving
+from mest_compile.runtime.changes import Changes, Part, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
-from mest_compile.runtime.mutating import Change, MutationReport
-from mest_compile.runtime.state import Arrangement, HeldState, as_conv
+from mest_compile.runtime.feeding import Feeding
+from mest_compile.runtime.mutating import Change, Mutating, MutationReport
+from mest_compile.runtime.runner import Clocked, Closes, Runner
+from mest_compile.runtime.state import Arrangement, HeldState
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.mutation import importance
-from mest_compile.sparsity.room import sparse_layers, units_at
 
 if TYPE_CHECKING:
     from mest_compile.records.record import Choice
     from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def in_turn(method: Callable[Concatenate[TrainStep, P], R]) -> Callable[Concatenate[TrainStep, P], R]:
-    """Callers in several threads take turns, and a change that was interrupted is finished before anything else."""
-
-    @wraps(method)
-    def call(self: TrainStep, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        exclusive.check_process()  # first: in a forked process nobody would give the turn back
-        with self._turn:
-            self._changes.finish()
-            return method(self, *args, **kwargs)
-
-    return call
 
 
 class TrainStep:
@@ -67,16 +48,14 @@ class TrainStep:
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
-        self._ahead: tuple[Any, Any] | None = None
         self._from_file = False
         self._runner = compiled.runner()
+        self._feeding = self._new_feeding(self._runner)
         self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
         self._state.check(state)
-        self._units_at = cache(lambda overall: units_at(compiled.layers, overall))  # mutations ask for the same few sparsities
-        for name, layer in compiled.layers.items():
-            energy = layer.scheme.energy(layer.spec, as_conv(state[name]))
-            keep = layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), self._rng)
-            self._state.install(self._state.arranged(name, cells_of(keep)))
+        self._mutating = Mutating(compiled.layers, compiled.graph.state_shapes, self._state)
+        for name, cells in self._mutating.by_magnitude(state, self._rng):
+            self._state.install(self._state.arranged(name, cells))
         self._state.write(self._state.filling(state))
         self._state.kept = self._state.unused(state)
 
@@ -137,7 +116,7 @@ class TrainStep:
     @in_turn
     def sparsity(self) -> dict[str, float]:
         """{weight name: share of weights that are zero now}, sparse layers only."""
-        return {name: 1.0 - float(self._state.keep(name).mean()) for name in self._sparse_layers()}
+        return {name: 1.0 - float(self._state.keep(name).mean()) for name in self._mutating.sparse}
 
     @in_turn
     def not_finite(self) -> list[str]:
@@ -161,7 +140,8 @@ class TrainStep:
     # Running.
 
     @in_turn
-    def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None, ahead: tuple | None = None) -> StepResult:
+    def __call__(self, images: Any, labels: Any, lr: float | None = None, clip_norm: float | None = None,
+                 ahead: tuple | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
@@ -178,60 +158,39 @@ class TrainStep:
             raise InputError("clip_norm is 0, which leaves no gradient; wanted a number above 0, or None for no bound")
         if self._specializer is not None:
             self._specializer.poll()
-        self._load_batch(images, labels)
+        self._feeding.load(images, labels)
         self._state.put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
         if bound is None:
-            self._run("train")
+            self._runner.run("train")
         else:
             with uninterrupted():
-                self._run("backward")
-                self._clip(bound)
-                self._run("update")
-        self._send_ahead(ahead)
-        return self._result()
-
-    def _clip(self, most: float) -> None:
-        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts once."""
-        gradients = self._state.of_kinds("gradients")
-        squares = 0.0
-        for name, array in gradients.items():
-            layer = self._compiled.layers.get(weight := name.removesuffix(":gradient"))
-            once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self._state.places[weight]]
-            squares += float(np.square(once, dtype=np.float64).sum())
-        norm = squares ** 0.5
-        if not norm <= most:
-            for name, array in gradients.items():
-                self._state.put(name, array * np.float32(most / norm))
-
-    def _result(self) -> StepResult:
+                self._runner.run("backward")
+                self._state.clip_gradients(bound)
+                self._runner.run("update")
+        self._feeding.send_ahead(ahead)
         return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool))
 
     @in_turn
-    def predict(self, images) -> np.ndarray:
+    def predict(self, images: Any) -> np.ndarray:
         """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
-        images = arguments.array(images, np.float32, "images")
-        if images.shape[1:] != self.input_shape[1:] or len(images) == 0:
-            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, self.input_shape[1:]))}), n 1 or more")
-        arguments.within_range(images, self._compiled.facts.activations)
+        images = self._feeding.check_images(images)
         logits = np.empty((len(images), self.classes), np.float32)
         for start in range(0, len(images), self.batch):
             part = images[start:start + self.batch]
-            whole = np.zeros(self.input_shape, np.float32)
-            whole[: len(part)] = part
-            self._state.put("images", whole.ravel())
-            self._run("predict")
+            self._feeding.load_images(part)
+            self._runner.run("predict")
             logits[start:start + len(part)] = self._state.get("logits").reshape(self.batch, -1)[: len(part)]
         return logits
 
     @in_turn
-    def gradients(self, images, labels) -> dict[str, np.ndarray]:
+    def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
         """{torch name: gradient in torch's shape}, 0 at dead weights; nothing is updated."""
-        self._load_batch(images, labels)
-        self._run("gradients")
+        self._feeding.load(images, labels)
+        self._runner.run("gradients")
         return self._state.collect(":gradient")
 
     @in_turn
-    def dense_gradients(self, images, labels) -> tuple[dict[str, np.ndarray], int]:
+    def dense_gradients(self, images: Any, labels: Any) -> tuple[dict[str, np.ndarray], int]:
         """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took beside the step).
 
         They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
@@ -239,10 +198,10 @@ class TrainStep:
         twin = self._make_dense()
         twin.load_state_dict(self.state_dict())
         found = twin.gradients(images, labels)
-        return {name: found[name] for name in self._sparse_layers()}, twin.memory()["total"]
+        return {name: found[name] for name in self._mutating.sparse}, twin.memory()["total"]
 
     @in_turn
-    def profile(self, images, labels, repeats: int = 5) -> dict[str, float]:
+    def profile(self, images: Any, labels: Any, repeats: int = 5) -> dict[str, float]:
         """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it was.
 
         "rest" is what a step that nobody watches takes beside its kernels: the machine that calls them.
@@ -252,17 +211,17 @@ class TrainStep:
             return self._runner.profile("train", repeats)
 
     @in_turn
-    def device_seconds(self, images, labels, repeats: int = 5) -> list[float]:
+    def device_seconds(self, images: Any, labels: Any, repeats: int = 5) -> list[float]:
         """Seconds of each of `repeats` whole steps by the clock of the device behind a tracker; the state is afterwards what it was."""
-        if not hasattr(self._runner, "seconds"):
+        if not isinstance(self._runner, Clocked):
             raise UsageError("this step runs here; device_seconds is for one with device=mest.rpc(...)")
         repeats = checks.whole("repeats", repeats, 1)
         with self._timed(images, labels):
             return self._runner.seconds("train", repeats)
 
     @contextmanager
-    def _timed(self, images, labels) -> Iterator[None]:
-        self._load_batch(images, labels)
+    def _timed(self, images: Any, labels: Any) -> Iterator[None]:
+        self._feeding.load(images, labels)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
             self._state.put("hyper", np.array([0, 0, 0, 0], np.float32))
@@ -287,10 +246,7 @@ class TrainStep:
         """
         state = arguments.state(state, self._compiled.graph.state_shapes, self._state.kept)
         self._state.check(state)
-        for name, layer in self._compiled.layers.items():
-            wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self._state.keep(name))])
-            if wrong:
-                raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
+        self._state.check_dead(state)
         self._changes.make(partial(self._state.write, self._state.filling(state)),
                            partial(setattr, self._state, "kept", self._state.unused(state)))
 
@@ -299,7 +255,7 @@ class TrainStep:
     @in_turn
     def masks(self) -> dict[str, np.ndarray]:
         """{torch weight name: bool array in torch's shape, True where the weight lives}, sparse layers only."""
-        return {name: self._state.mask(name) for name in self._sparse_layers()}
+        return {name: self._state.mask(name) for name in self._mutating.sparse}
 
     @in_turn
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
@@ -308,19 +264,8 @@ class TrainStep:
         masks  {torch weight name: bool, or 0 and 1, in torch's shape}; layers that are not named stay as they are
         Raises StateError, CapacityError; nothing is changed then.
         """
-        start = self._begin()
-        sparse = self._sparse_layers()
-        keeps = {}
-        for name, mask in arguments.mapping(masks, "what to set as masks").items():
-            if name not in sparse:
-                raise StateError(f"no sparse layer {name!r}; there are: {', '.join(sparse)}")
-            layer = self._compiled.layers[name]
-            keeps[name] = layer.scheme.collapse(layer.spec, as_conv(arguments.mask(mask, name, self._compiled.graph.state_shapes[name])))
-            units = layer.scheme.count(layer.spec, keeps[name])
-            layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
-        changes = {name: (np.flatnonzero(keep.ravel()[self._state.cells[name]]), cells_of(keep & ~self._state.keep(name)), None)
-                   for name, keep in keeps.items()}
-        return self._exchange_all(changes, start, lambda: None)
+        begun = time.perf_counter(), self._runner.uploaded_bytes
+        return self._exchange(self._mutating.to_masks(masks), begun, lambda: None)
 
     @in_turn
     def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
@@ -332,55 +277,17 @@ class TrainStep:
         gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL; None: random ones
         Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing is changed then.
         """
-        start = self._begin()
-        prune_to, grow_to = (checks.number(name, value, below=1) for name, value in (("prune_to", prune_to), ("grow_to", grow_to)))
-        importance_lambda = checks.number("importance_lambda", importance_lambda)
-        if grow_to > prune_to:
-            raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
+        begun = time.perf_counter(), self._runner.uploaded_bytes
         rng = self._rng if rng is None else rng
         if not isinstance(rng, np.random.Generator):
             raise UsageError(f"rng is {checks.shown(rng)}; wanted np.random.default_rng(seed), or None for the step's own")
-        if gradients is not None:
-            shapes = self._compiled.graph.state_shapes
-            gradients = arguments.gradients(gradients, {name: shapes[name] for name in self._sparse_layers()})
         drawn = deepcopy(rng)  # what is refused or interrupted has drawn nothing
-        layers = self._compiled.layers
-        fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
-        changes: dict[str, Change] = {}
-        for name in self._sparse_layers():
-            spec, scheme = layers[name].spec, layers[name].scheme
-            cells, places = self._state.cells[name], self._state.places[name]
-            score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
-            squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
-            energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
-            fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
-            stay, dead = scheme.prune(spec, cells, energy, fewest, drawn)
-            wanted = None if gradients is None else scheme.energy(spec, as_conv(gradients[name]))
-            new = scheme.grow(spec, cells.take(stay), most_units[name], drawn, wanted, dead)
-            changes[name] = stay, new, self._start_of(name, stay, new, dead, drawn)
-        # Nothing is changed before all layers were asked, any of which may refuse.
-        return self._exchange_all(changes, start, partial(_set_state, rng, drawn.bit_generator.state))
-
-    def _start_of(self, name: str, stay: np.ndarray, new: np.ndarray, dead: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-        """What new cells start at: 0, next to live ones. A filter all of whose weights are 0 may get no gradient: the normalisation behind
-        it gives its bias, and a ReLU nothing where that is not above 0. So those of `dead`, the groups of filters of which nothing stays,
-        are drawn as large as the layer's weights are. (new, weights of a cell) float32; None: all start at 0. Ours: MEST's start at 0.
-        """
-        if not len(dead) or not len(new):
-            return None
-        layer = self._compiled.layers[name]
-        elems, revived = layer.scheme.cell_elems(layer.spec), layer.scheme.lie_in(layer.spec, new, dead)
-        living = self._state.get(name).reshape(-1, elems).take(self._state.places[name].take(stay), axis=0)
-        start = np.zeros((len(new), elems), np.float32)
-        start[revived] = rng.standard_normal((int(revived.sum()), elems)) * np.sqrt(np.square(living, dtype=np.float64).mean())
-        return start
+        changes = self._mutating.by_importance(prune_to, grow_to, importance_lambda, drawn, gradients)
+        return self._exchange(changes, begun, partial(_set_state, rng, drawn.bit_generator.state))
 
     def check_room(self, grow_to: float) -> dict[str, int]:
         """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
-        units = self._units_at(checks.number("grow_to", grow_to, below=1))
-        for name, count in units.items():
-            self._compiled.layers[name].check_room(count, grow_to)
-        return units
+        return self._mutating.check_room(grow_to)
 
     # Kernels.
 
@@ -409,30 +316,16 @@ class TrainStep:
         return {} if self._specializer is None else self._specializer.report()
 
     def _new_specializer(self, steps: int | None) -> Specializer:
-        compiled, exchange = self._compiled, getattr(self._runner, "exchange", None)
-        steps = None if steps is None else checks.whole("steps", steps, 1, " between two mutations, or None for no mutations")
-        if exchange is None or compiled.builder is None:
-            raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
         from mest_compile.runtime.specializer import Specializer
 
-        return Specializer(compiled.train, compiled.layers, compiled.sources, exchange, self._state.get,
-                           compiled.builder, steps, compiled.facts.threads)
+        return Specializer.of(self._compiled, self._runner, self._state.get, steps)
 
     # Files.
 
     @in_turn
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
-        held = {f"held/{name}": self._state.get(name) for name in self._state.own()}
-        orders = {f"order/{name}": self._state.order(name) for name in self._state.cells}
-        others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
-        try:
-            json.dumps(extra)
-        except (TypeError, ValueError) as problem:
-            raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
-        others |= {f"kept/{name}": array for name, array in self._state.kept.items()}
-        facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
-        checkpoint.write(path, held | orders | others, facts)
+        saving.write(path, self._compiled.document, self._state, self._rng, extra or {}, arrays or {})
 
     @in_turn
     def export(self, path: str | Path) -> dict[str, Any]:
@@ -447,47 +340,15 @@ class TrainStep:
         return self._restore(arrays, facts, path)
 
     def _restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict]:
-        mine, theirs = self._compiled.document, facts
-        if mine["graph"] != theirs.get("graph"):
-            raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
-        if _masks(mine) != _masks(theirs):
-            raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
-                             f"step as then")
+        saving.check_same(self._compiled.document, facts, path)
         exclusive.check_process()
         with self._turn:
-            changed = self._held_by(arrays, path)
-            rng = np.random.default_rng()
-            try:
-                rng.bit_generator.state = facts["rng"]
-                extra = dict(facts["extra"])
-            except (KeyError, TypeError, ValueError) as problem:
-                raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
+            changed = saving.parts_of(arrays, path, self._compiled, self._state, self._install)
+            drawn, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
-            self._changes.make(*changed, partial(_set_state, self._rng, rng.bit_generator.state))
+            self._changes.make(*changed, partial(_set_state, self._rng, drawn))
             self._from_file = True
-        return extra, {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
-
-    def _held_by(self, arrays: Mapping[str, np.ndarray], path: str | Path) -> list[Part]:
-        """The parts of a change that takes the arrays of a checkpoint. Raises StateError where some are missing."""
-        held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
-        lacking = {f"order/{name}" for name in self._compiled.layers} - arrays.keys()
-        lacking |= {f"held/{name}" for name in self._state.own() if name not in held}
-        lacking |= {f"kept/{name}" for name in self._state.kept} - arrays.keys()
-        if lacking:
-            raise StateError(f"checkpoint {path} lacks {arguments.shortened(sorted(lacking))}; it is of another version of mest-compile")
-        parts: list[Part] = []
-        kept = {name: arrays[f"kept/{name}"].reshape(self._compiled.graph.state_shapes[name]) for name in self._state.kept}
-        for name in self._compiled.layers:
-            order = arrays[f"order/{name}"]
-            arranged = self._state.arranged(name, np.unique(order))
-            parts_of = (name, f"{name}:gradient", f"{name}:momentum")
-            if not np.array_equal(order, arranged.order):  # tuning since then has cut the index otherwise, or a device has other kernels
-                sort = np.argsort(order, kind="stable")
-                there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
-                held |= {part: held[part].reshape(len(order), -1)[there] for part in parts_of}
-            arranged.arrays.update({part: held.pop(part) for part in parts_of})
-            parts.append(partial(self._install, arranged))
-        return [*parts, partial(self._state.write, held), partial(setattr, self._state, "kept", kept)]
+        return extra, others
 
     # Devices.
 
@@ -499,92 +360,34 @@ class TrainStep:
         with self._turn:
             self._changes.begin(_has_no_state)
             self.close()
-            self._ahead = None
             runner = self._compiled.runner()
             self._state.start_on(runner)
-            self._runner = runner
+            self._runner, self._feeding = runner, self._new_feeding(runner)
 
     def close(self) -> None:
         """Gives a device that is not this process back; the step cannot run after it."""
-        if hasattr(self._runner, "close"):
+        if isinstance(self._runner, Closes):
             self._runner.close()
 
     # Internal.
 
-    def _run(self, function: str) -> None:
-        self._runner.run(function)
+    def _new_feeding(self, runner: Runner) -> Feeding:
+        return Feeding(runner, self.input_shape, self.classes, self._compiled.facts.activations)
 
-    def _sparse_layers(self) -> list[str]:
-        return list(sparse_layers(self._compiled.layers))
-
-    def _send_ahead(self, batch: tuple | None) -> None:
-        send = getattr(self._runner, "put_ahead", None)
-        if batch is None or send is None:
-            return
-        try:
-            images, labels = self._check_batch(*batch)
-        except InputError:  # which the next call tells; this one is done
-            return
-        send("images", images)
-        send("labels", labels)
-        self._ahead = batch
-
-    def _load_batch(self, images, labels) -> None:
-        sent, self._ahead = self._ahead, None
-        if sent is not None and sent[0] is images and sent[1] is labels:
-            self._runner.turn()  # type: ignore[attr-defined]  # who was sent something ahead has it
-            return
-        images, labels = self._check_batch(images, labels)
-        self._state.put("images", images)
-        self._state.put("labels", labels)
-
-    def _check_batch(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
-        """The batch as it is sent. Raises InputError."""
-        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, np.int64, "labels")
-        if images.shape != self.input_shape:
-            raise InputError(f"images have shape {images.shape}; this step was compiled for {self.input_shape}")
-        if labels.shape != (self.batch,):
-            raise InputError(f"labels have shape {labels.shape}; wanted ({self.batch},)")
-        if labels.min() < 0 or labels.max() >= self.classes:
-            raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
-        arguments.within_range(images, self._compiled.facts.activations)
-        return images.ravel(), labels.astype(np.int32)
-
-    def _begin(self) -> tuple[float, int]:
-        """Clock and bytes sent before a mutation."""
-        return time.perf_counter(), self._runner.uploaded_bytes
-
-    def _exchange_all(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
-        """Lets those live cells of layers that stay, told by their places in the list of them, and new ones live; then comes `last`.
-
-        changes  {weight name: (places that stay, new cells, what these start at)}; the other layers stay as they are
-        """
+    def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
+        """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent before."""
         chosen = time.perf_counter()
-        fates = dict.fromkeys(self._sparse_layers(), "unchanged")
-        changing = {name: change for name, change in changes.items() if len(change[1]) or len(change[0]) < len(self._state.cells[name])}
-        self._changes.make(*(partial(self._exchange, name, *change, fates) for name, change in changing.items()), last)
+        fates = dict.fromkeys(self._mutating.sparse, "unchanged")
+        self._changes.make(*self._mutating.parts(changes, partial(self._install, fates=fates)), last)
         end = time.perf_counter()
         return MutationReport(fates, end - begun[0], end - chosen, self._runner.uploaded_bytes - begun[1])
 
-    def _exchange(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None, fates: dict[str, str]) -> list[Part]:
-        """Layer by layer: there need not be room for two states. start: what the new ones start at, None: 0."""
-        return [partial(self._install, self._state.moved(name, stay, new, start), fates)]
-
     def _install(self, arrangement: Arrangement, fates: dict[str, str] | None = None) -> None:
-        """Lets a layer hold that, and notes its fate."""
+        """Lets a layer hold that, tells who specializes kernels of it, and notes its fate."""
         self._state.install(arrangement)
-        fate = "recompiled" if self._moved(arrangement.name) else "re-indexed"
+        recompiled = self._specializer is not None and self._specializer.changed(arrangement.name)
         if fates is not None:
-            fates[arrangement.name] = fate
-
-    def _moved(self, name: str) -> bool:
-        """Tells who specializes kernels of a layer's new mask; whether others are compiled for it."""
-        return self._specializer is not None and self._specializer.changed(name)
-
-
-def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a document says of layers, but for what only orders their values."""
-    return [{fact: value for fact, value in layer.items() if fact not in ("kernels", "sections")} for layer in facts.get("layers", ())]
+            fates[arrangement.name] = "recompiled" if recompiled else "re-indexed"
 
 
 def _set_state(rng: np.random.Generator, state: Mapping[str, Any]) -> None:

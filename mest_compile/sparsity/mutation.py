@@ -25,7 +25,7 @@ class Phase:
     prune_to: float
     grow_to: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "until_epoch", checks.whole("until_epoch", self.until_epoch, 1, error=SparsityError))
         for name in ("prune_to", "grow_to"):
             object.__setattr__(self, name, checks.number(name, getattr(self, name), error=SparsityError))

@@ -8,9 +8,10 @@ lists live cells, int32 places in the grid, ascending: at usual sparsities that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache, reduce
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -223,10 +224,13 @@ def loads_shared(channels: int) -> int:
 SCHEMES = Registry("scheme", "mest_compile.sparsity.schemes")
 
 
-def scheme(name: str):
+S = TypeVar("S", bound=type[Scheme])
+
+
+def scheme(name: str) -> Callable[[S], S]:
     """Class decorator: registers a sparsity scheme."""
 
-    def register(cls):
+    def register(cls: S) -> S:
         SCHEMES.add(name, cls)
         return cls
 

@@ -8,10 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from mest_compile.data import Dataset, as_dataset, batches
 from mest_compile.data.examples import turned
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.recipe import Recipe
+from mest_compile.training.recovery import MOST_LOSSES, restored, why_lost
+from mest_compile.training.run import Progress, Run, Silent
 from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.sieve import Sieve
 
@@ -28,68 +30,6 @@ log = logging.getLogger(__name__)
 
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
 SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
-
-
-MOST_LOSSES = 4  # devices that may be lost without a whole epoch in between
-
-
-class Progress(Protocol):
-    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is a share of the batch."""
-
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None: ...
-
-    def on_epoch(self, metrics: dict[str, Any]) -> None: ...
-
-
-class Silent:
-    """Watches nothing."""
-
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None:
-        pass
-
-    def on_epoch(self, metrics: dict[str, Any]) -> None:
-        pass
-
-
-@dataclass(slots=True)
-class Run:
-    """What training gave.
-
-    history  one dict an epoch, the lines of metrics.jsonl
-    best     {"epoch", "test_accuracy"} of the best model that met its target sparsity, or None before the first evaluation
-    folder   where the run's files are, or None
-    """
-
-    recipe: Recipe
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    folder: Path | None = None
-
-    @property
-    def test_accuracy(self) -> float | None:
-        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set."""
-        return self.history[-1]["test_accuracy"] if self.history else None
-
-
-def _restored(folder: RunFolder, step: Any, device: Any = None) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
-    """(step, extra, arrays) of the last whole checkpoint."""
-    def restore(path: Path) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
-        if step is not None:
-            return step, *step.restore(path)
-        from mest_compile.opening import load
-
-        loaded = load(path) if device is None else load(path, device=device)
-        return loaded, *loaded.restore(path)
-
-    try:
-        return restore(folder.checkpoint)
-    except StateError as problem:
-        if not folder.previous.is_file():
-            raise
-        found = restore(folder.previous)
-        log.warning("%s; the run goes on from the one before it", problem)
-        folder.return_to_previous()
-        return found
 
 
 def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -110,13 +50,6 @@ def target_sparsity(step: Any) -> float:
 
 def _some(names: Sequence[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
-
-
-def _told(problem: DeviceLost, losses: Sequence[bool]) -> str:
-    """Why a run ends with the last of `losses`, each of them whether the device had the step by then."""
-    whose = ("and every one had been given the step: it is not the link, but the step's kernels, the devices' driver or their memory"
-             if all(losses) else "and not every one had been given the step by then: look at the link and at the devices")
-    return f"{problem}. {len(losses)} were lost without a whole epoch in between, {whose}. The last whole epoch's checkpoint is intact"
 
 
 class Trainer:
@@ -169,7 +102,7 @@ class Trainer:
         if folder.stamp() is None and not folder.previous.exists():
             raise StateError(f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out")
         with folder.lock():
-            step, extra, arrays = _restored(folder, step, device)
+            step, extra, arrays = restored(folder, step, device)
             stamp = folder.stamp()
         if Recipe.from_dict(extra["recipe"], where=str(folder.checkpoint)) != recipe:
             raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
@@ -238,7 +171,7 @@ class Trainer:
                 if self.folder is None:
                     raise
                 if len(losses) == MOST_LOSSES:
-                    raise DeviceLost(_told(problem, losses)) from problem
+                    raise DeviceLost(why_lost(problem, losses)) from problem
                 log.warning("%s; asking for another device, to go on from the last checkpoint", problem)
         return run
 
@@ -260,7 +193,7 @@ class Trainer:
         """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""
         assert self.folder is not None
         self.step.reconnect()
-        self.step, *self._resumed = _restored(self.folder, self.step)
+        self.step, *self._resumed = restored(self.folder, self.step)
         run, data = self._begin(train, test)
         log.warning("the run goes on at epoch %d", len(run.history) + 1)
         return run, data

@@ -120,7 +120,7 @@ class Recipe:
     eval_every: int = 1
     mirror: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
             self._check(checks.whole, name, low)
         for name in ("lr", "lr_final", "importance_lambda", "clip_norm"):
@@ -154,7 +154,7 @@ class Recipe:
         if value is not None or type(self).__dataclass_fields__[name].default is not None:
             object.__setattr__(self, name, kind(name, value, *bounds))
 
-    def _check_sieve(self):
+    def _check_sieve(self) -> None:
         if self.sieve is None:
             return
         if not isinstance(self.sieve, SieveRule):
@@ -167,7 +167,7 @@ class Recipe:
             raise UsageError(f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there would be no "
                              f"second one; lower it or leave it out")
 
-    def _check_phases(self):
+    def _check_phases(self) -> None:
         if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
             raise UsageError("phases must be a tuple of Phase(until_epoch, prune_to, grow_to)")
         if not self.phases:

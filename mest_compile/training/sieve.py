@@ -37,7 +37,7 @@ class SieveRule:
     after_epoch: int | None = None
     every: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.drop is None) == (self.forgets_at_most is None):
             raise UsageError("a sieve takes either drop (share of the examples) or forgets_at_most (forgetting events), one of the two")
         if self.drop is not None:
@@ -76,7 +76,7 @@ class Sieve:
     learned: np.ndarray = field(init=False)
     kept: np.ndarray = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.forgets = np.zeros(self.examples, np.int32)
         self.right, self.learned = np.zeros(self.examples, bool), np.zeros(self.examples, bool)
         self.kept = np.ones(self.examples, bool)

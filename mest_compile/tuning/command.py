@@ -24,6 +24,7 @@ from mest_compile.planning.layers import plan_layers
 from mest_compile.planning.layout import choose_sections, choose_vector, section_knobs, widened
 from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.layer import Layer
 from mest_compile.tuning.deadline import Deadline, TimedBuilder
 from mest_compile.tuning.layout import time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, find_runner
@@ -86,7 +87,7 @@ def _tune(request: Request, target: Target, runner: Runner, vectors: Sequence[in
     records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
     graph, _ = import_model(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape)
 
-    def planned(target: Target):
+    def planned(target: Target) -> Mapping[str, Layer]:
         return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target, request.activations)
 
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps

@@ -90,8 +90,8 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
 
 def _calls(program: Program, name: str, kind: str) -> list[str]:
     """Names of the calls that read the index of a layer which `kind` cuts."""
-    pointers = f"{name}:{'pointers' if kind == SECTIONS[0] else 'transposed_pointers'}"
-    return [call.name for call in program.calls if call.buffers[0].name == pointers]
+    pointers = "pointers" if kind == SECTIONS[0] else "transposed_pointers"
+    return [call.name for call in program.calls if call.layer == name and call.buffers[0].role == pointers]
 
 
 def _tried(records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]) -> bool:

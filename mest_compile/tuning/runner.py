@@ -16,9 +16,10 @@ says what is wrong with the arrays after a run, None when they are right; a runn
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mest_compile.base.errors import BuildError
 from mest_compile.base.registry import Registry
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
 RUNNERS = Registry("tuning runner", "mest_compile.tuning.runners")
 
 
-def runner(name: str):
+R = TypeVar("R", bound="type[Runner]")
+
+
+def runner(name: str) -> Callable[[R], R]:
     """Class decorator: registers a runner."""
 
-    def register(cls):
+    def register(cls: R) -> R:
         RUNNERS.add(name, cls)
         return cls
 

@@ -86,14 +86,15 @@ class LocalRunner:
         """{call: seconds}, the median of `repeats` runs; "rest" is what a run that nobody watches takes beside its kernels."""
         begun: dict[str, float] = {}
         passes: list[dict[str, float]] = []
-        infix = f".{self._programs[function][0].name}."
+        program, _ = self._programs[function]
+        calls = {kernel_name(self._prefix, program, call.name): call.name for call in program.calls}
 
-        def watch(function, name, before, result, *arguments):
-            name = name.partition(infix)[2]
-            if name and before:
-                begun[name] = time.perf_counter()
-            elif name:
-                passes[-1][name] = time.perf_counter() - begun[name]
+        def watch(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
+            call = calls.get(name)
+            if call and before:
+                begun[call] = time.perf_counter()
+            elif call:
+                passes[-1][call] = time.perf_counter() - begun[call]
             return 0  # go on
 
         watched, whole = self._new_machine(), []

@@ -1,6 +1,7 @@
 """A folder of image files, one subfolder a class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     from PIL import Image
 
     try:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.hardware.backend import backend_of
+from mest_compile.hardware.target import Target
+from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.sgd import CopyValues
-from mest_compile.sparsity.scheme import loads_shared
+from mest_compile.sparsity.scheme import Scheme, loads_shared
 
 if TYPE_CHECKING:
     from mest_compile.ir.graph import LayerSpec, Node
-    from mest_compile.ir.program import Buffer
+    from mest_compile.ir.program import Activation, Buffer
     from mest_compile.sparsity.layer import Layer
 
 Indexed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
@@ -34,30 +36,31 @@ LISTED_ROWS = 2  # listed rows that share their loads; more would be filled up m
 class CompactFamily(KernelFamily):
     """Rows of a group are listed live channels or neighbours, whichever side of the layer is whole; likewise their sources."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+                 node: str, phase: str) -> None:
         rows, sources, rows_live, sources_live = _blocks(layer)
         passes = (Pass((result.image.height, result.image.width)),)
         problem = GatherConv(source.image, result.image, rows, sources, layer.spec.stride, passes, layer.section_channels, bias=bool(bias),
                              statistics=bool(statistics), rows_live=rows_live, sources_live=sources_live)
         low.call("compact.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"),
-                 *self._lists(layer, problem, source, low), *bias, source, result, *statistics, name=name)
+                 *self._lists(layer, problem, source, low), *bias, source, result, *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         rows, sources, rows_live, sources_live = _blocks(layer)
         problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, rows_live=rows_live,
                              sources_live=sources_live)
         low.call("compact.grad", problem, *self._index(layer, problem, low), *self._lists(layer, problem, source, low), source, delta,
-                 gradients, name=name)
+                 gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         rows, sources, rows_live, sources_live = _blocks(layer, transposed=True)
         passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
         problem = GatherConv(delta.image, target.image, rows, sources, (1, 1), passes, layer.transposed_section_channels,
                              accumulate=accumulate, rows_live=rows_live, sources_live=sources_live)
         low.call("compact.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 *self._lists(layer, problem, delta, low, "transposed_"), delta, target, name=name)
+                 *self._lists(layer, problem, delta, low, "transposed_"), delta, target, node=node, phase="grad_input")
 
-    def update(self, layer, transposed, low, name):
+    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         super().update(layer, transposed, low, name)
         if transposed:
             low.call_update("optimizer.copy", CopyValues(), self.hold(layer, low, "", "values"),
@@ -73,11 +76,11 @@ class CompactFamily(KernelFamily):
         layer = low.layer(node)
         return self._alive(layer, low, layer.spec.weight_shape[1]) if layer.scheme.spans[0] == 0 else None
 
-    def indexer(self, layer, program):
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         spec, on_rows = layer.spec, layer.scheme.spans[0] == 1
         forward, backward = self.problems(layer, program)
         # A neighbour that has the flags does not touch what is dead; otherwise dead results are written, as 0.
-        spared = any(buffer.name == f"{spec.name}:alive" for call in program.calls for buffer in call.buffers)
+        spared = any(buffer.layer == spec.name and buffer.role == "alive" for call in program.calls for buffer in call.buffers)
         here_indexed = _indexer(spec, forward, Places.forward(spec, forward))
         there_indexed = None if backward is None else _indexer(spec, backward, Places.transposed(spec, backward), transposed=True)
 
@@ -86,6 +89,7 @@ class CompactFamily(KernelFamily):
             alive[layer.scheme.units(spec, cells)] = True
             live, dead = np.flatnonzero(alive), np.flatnonzero(~alive)
             pointers, offsets, sort, places = here_indexed(live)
+            assert places is not None
             arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, live, dead, spared)}
             if spared:
                 arrays["alive"] = alive.astype(np.int32)
@@ -98,24 +102,25 @@ class CompactFamily(KernelFamily):
 
         return index
 
-    def index_elems(self, layer, part, cells):
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         if part == "transposed_from":
             return cells
         rows, sources, _, _ = _blocks(layer, transposed=part.startswith("transposed"))
         return -(-cells // (rows * sources))
 
-    def held_cells(self, layer, cells):
+    def held_cells(self, layer: Layer, cells: int) -> int:
         if layer.scheme.spans[0] == 0:
             return cells
         filter_cells = layer.scheme.unit_cells(layer.spec)
         return -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells  # rows are listed in groups, the last one filled up
 
-    def kept_bytes(self, layer, cells):
+    def kept_bytes(self, layer: Layer, cells: int) -> int:
         """And the index of as many live channels, of the phase that lists its rows."""
         listed_rows = "offsets" if layer.scheme.spans[0] == 1 else "transposed_offsets"
         return super().kept_bytes(layer, cells) + INDEX_BYTES * (cells + self.index_elems(layer, listed_rows, cells))
 
-    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1,
+                 1)) -> tuple[int, int]:
         rule = backend_of(target).section_channels
         on_rows = scheme.spans[0] == 1
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
@@ -131,7 +136,7 @@ class CompactFamily(KernelFamily):
         return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
                 self.hold(layer, low, f"{prefix}offsets", "indices"))
 
-    def _lists(self, layer: Layer, problem: GatherConv | GatherGrad, source: Buffer, low: Trace, prefix: str = "") -> list[Buffer]:
+    def _lists(self, layer: Layer, problem: GatherConv | GatherGrad, source: Activation, low: Trace, prefix: str = "") -> list[Buffer]:
         found = []
         if problem.rows_live:
             found += [self.hold(layer, low, f"{prefix}channels", "indices", problem.groups * problem.row_block),

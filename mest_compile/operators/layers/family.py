@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec, Node
 from mest_compile.ir.layouts.layout import ITEM_BYTES
-from mest_compile.ir.program import Buffer
+from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.gather import GatherConv
 from mest_compile.operators.layers.values import cells_of
@@ -22,7 +22,7 @@ from mest_compile.sparsity.layer import Layer
 
 if TYPE_CHECKING:
     from mest_compile.hardware.target import Target
-    from mest_compile.ir.program import Buffer, Program
+    from mest_compile.ir.program import Program
     from mest_compile.operators.layers.index import LayerIndex
     from mest_compile.sparsity.layer import Layer
     from mest_compile.sparsity.scheme import Scheme
@@ -53,14 +53,15 @@ class KernelFamily(ABC):
 
     def backward(self, node: Node, low: Trace) -> None:
         layer, source, delta = low.layer(node), low.value(node.inputs[0]), low.gradient(node)
-        self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, f"{node.name}.grad_weight")
+        self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, node.name)
         if "bias" in node.params:
             assert delta.image
-            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), name=f"{node.name}.grad_bias")
+            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), node=node.name,
+                     phase="grad_bias")
         transposed = low.needs_gradient(node.inputs[0])
         if transposed:
             target, accumulate = low.contribute(node.inputs[0])
-            self.grad_input(layer, delta, target, accumulate, low, f"{node.name}.grad_input")
+            self.grad_input(layer, delta, target, accumulate, low, node.name)
         self.update(layer, transposed, low, f"{layer.spec.name}.update")
 
     def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
@@ -77,12 +78,12 @@ class KernelFamily(ABC):
         """The layer's held buffer of that part; elems None: its size depends on the mask."""
         weight = layer.spec.name
         buffer = low.hold(f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32")
-        buffer.weight, buffer.part = weight, part
+        buffer.layer, buffer.role = weight, part
         return buffer
 
-    def _convolve(self, node: Node, low: Trace, result: Buffer, statistics: list[Buffer], phase: str) -> None:
+    def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
-        self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, f"{node.name}.{phase}")
+        self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, node.name, phase)
 
     def written(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the result's channels that are written; None: all are."""
@@ -106,16 +107,16 @@ class KernelFamily(ABC):
     # What a family says.
 
     @abstractmethod
-    def convolve(self, layer: Layer, source: Buffer, result: Buffer, bias: list[Buffer], statistics: list[Buffer], low: Trace,
-                 name: str) -> None:
-        """Records the forward pass. bias, statistics: one buffer or none; statistics as GatherConv has them."""
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+                 node: str, phase: str) -> None:
+        """Records the forward pass of that node. bias, statistics: one buffer or none; statistics as GatherConv has them."""
 
     @abstractmethod
-    def grad_weight(self, layer: Layer, source: Buffer, delta: Buffer, gradients: Buffer, low: Trace, name: str) -> None:
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         """Records the weight gradient, in the order of the values."""
 
     @abstractmethod
-    def grad_input(self, layer: Layer, delta: Buffer, target: Buffer, accumulate: bool, low: Trace, name: str) -> None:
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         """Records the input gradient, added to `target` or in its place."""
 
     @abstractmethod
@@ -155,26 +156,28 @@ def family_for(scheme: Scheme, spec: LayerSpec, target: Target) -> str:
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
-    name = f"{layer.spec.name}:{part}"
     return next((call.problem for call in program.calls
-                 if isinstance(call.problem, GatherConv) and call.buffers[0].name == name), None)
+                 if isinstance(call.problem, GatherConv) and call.layer == layer.spec.name and call.buffers[0].role == part), None)
 
 
 def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
     """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
-    layer, cells = layers[buffer.weight], live_units[buffer.weight]
+    layer, cells = layers[buffer.layer], live_units[buffer.layer]
     if buffer.kind == "indices":
-        return FAMILIES.find(layer.kernels).index_elems(layer, buffer.part, cells)
+        return FAMILIES.find(layer.kernels).index_elems(layer, buffer.role, cells)
     return cells * layer.scheme.cell_elems(layer.spec)
 
 
 FAMILIES = Registry("kernel family", "mest_compile.operators")
 
 
-def family(name: str):
+F = TypeVar("F", bound=type[KernelFamily])
+
+
+def family(name: str) -> Callable[[F], F]:
     """Class decorator: registers a family of kernels (one instance serves all layers)."""
 
-    def register(cls):
+    def register(cls: F) -> F:
         FAMILIES.add(name, cls())
         return cls
 

@@ -8,6 +8,7 @@ A dense layer is one whose units all live; a linear layer is a 1x1 convolution o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,19 +144,20 @@ def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], s
     return np.lib.stride_tricks.as_strided(flat[start:], (image.slices, *grid, image.vector), strides)
 
 
-def _units_of(problem: GatherConv | GatherGrad, pointers: np.ndarray):
+def _units_of(problem: GatherConv | GatherGrad, pointers: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(pass, group, unit) of every unit."""
     for cell in range(len(pointers) - 1):
         for unit in range(pointers[cell], pointers[cell + 1]):
             yield cell // (problem.sections * problem.groups), cell % problem.groups, unit
 
 
-def gather_conv_reference(problem: GatherConv, pointers, offsets, values, source, result=None, bias=None) -> np.ndarray:
+def gather_conv_reference(problem: GatherConv, pointers: np.ndarray, offsets: np.ndarray, values: np.ndarray, source: np.ndarray,
+                          result: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
     """The result array in float64, shape `problem.result.shape`. `result` holds the start values; its halo stays."""
     out = np.zeros(problem.result.shape) if result is None else result.astype(np.float64).reshape(problem.result.shape)
     flat, top, left = source.astype(np.float64).ravel(), problem.result.halo[0], problem.result.halo[1]
 
-    def pixels(grid_pass):
+    def pixels(grid_pass: Pass) -> tuple[slice, slice]:
         return (slice(top + grid_pass.start[0], top + grid_pass.start[0] + grid_pass.grid[0] * grid_pass.step[0], grid_pass.step[0]),
                 slice(left + grid_pass.start[1], left + grid_pass.start[1] + grid_pass.grid[1] * grid_pass.step[1], grid_pass.step[1]))
 
@@ -174,7 +176,8 @@ def gather_conv_reference(problem: GatherConv, pointers, offsets, values, source
     return out
 
 
-def gather_grad_reference(problem: GatherGrad, pointers, offsets, source, delta) -> np.ndarray:
+def gather_grad_reference(problem: GatherGrad, pointers: np.ndarray, offsets: np.ndarray, source: np.ndarray,
+                          delta: np.ndarray) -> np.ndarray:
     """Gradients (units, values of a unit for one row, row_block) in float64."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.hardware.backend import backend_of
+from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.sgd import SgdUnits
+from mest_compile.sparsity.scheme import Scheme
 
 if TYPE_CHECKING:
-    from mest_compile.ir.program import Buffer
+    from mest_compile.ir.program import Activation, Buffer
     from mest_compile.sparsity.layer import Layer
 
 
@@ -56,22 +59,23 @@ def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | 
 class GatherFamily(KernelFamily):
     """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+                 node: str, phase: str) -> None:
         problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
         low.call("gather.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, name=name)
+                 *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         rows, sources = layer.scheme.block(layer.spec)
         problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
-        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         problem = gradient_problem(layer, delta.image, target.image, accumulate)
         low.call("gather.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, name=name)
+                 delta, target, node=node, phase="grad_input")
 
-    def update(self, layer, transposed, low, name):
+    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         if not transposed:
             super().update(layer, transposed, low, name)
             return
@@ -79,14 +83,15 @@ class GatherFamily(KernelFamily):
         low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), *self.state(layer, low),
                         self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
 
-    def indexer(self, layer, program):
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = self.problems(layer, program)
         return gather_indexer(layer.spec, forward, backward)
 
-    def index_elems(self, layer, part, cells):
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells
 
-    def sections(self, spec, scheme, target, activations, caches=(1, 1)):
+    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1,
+                 1)) -> tuple[int, int]:
         rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)

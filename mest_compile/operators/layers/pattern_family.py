@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from mest_compile.ir.program import Activation, Buffer, Program
 from mest_compile.operators.layers.family import family
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, expand, inverse, places_of
+from mest_compile.operators.operator import Trace
+from mest_compile.sparsity.layer import Layer
 
 PAIR = 2
 
@@ -20,21 +24,22 @@ class PatternFamily(GatherFamily):
     the input gradient's taps are neighbours as well, in reverse.
     """
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+                 node: str, phase: str) -> None:
         problem = replace(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), taps=PAIR)
         low.call("pattern.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, name=name)
+                 *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         problem = GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR)
-        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, name=name)
+        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         problem = replace(gradient_problem(layer, delta.image, target.image, accumulate), taps=PAIR)
         low.call("pattern.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, name=name)
+                 delta, target, node=node, phase="grad_input")
 
-    def indexer(self, layer, program):
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = self.problems(layer, program)
         runs = Runs(layer.spec, forward)
         there_sorted = None if backward is None else Places.transposed(layer.spec, backward).of_swapped()
@@ -55,5 +60,5 @@ class PatternFamily(GatherFamily):
 
         return index
 
-    def index_elems(self, layer, part, cells):
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells if part == "permutation" else cells // PAIR

@@ -28,7 +28,7 @@ class GroupedConv:
     gather: GatherConv
     shapes: tuple[Shape, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self)
 
     @property
@@ -49,7 +49,7 @@ class GroupedGrad:
     gather: GatherGrad
     shapes: tuple[Shape, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self)
 
     @property
@@ -80,11 +80,13 @@ def single_taps(problem: GroupedConv | GroupedGrad, pointers: np.ndarray, offset
     return pointers[::len(problem.shapes)] * problem.taps, (offsets[:, None] + places[shape]).ravel()
 
 
-def grouped_conv_reference(problem: GroupedConv, pointers, offsets, values, source, result=None, bias=None) -> np.ndarray:
+def grouped_conv_reference(problem: GroupedConv, pointers: np.ndarray, offsets: np.ndarray, values: np.ndarray, source: np.ndarray,
+                           result: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
     """As gather_conv_reference."""
     return gather_conv_reference(problem.gather, *single_taps(problem, pointers, offsets), values, source, result, bias)
 
 
-def grouped_grad_reference(problem: GroupedGrad, pointers, offsets, source, delta) -> np.ndarray:
+def grouped_grad_reference(problem: GroupedGrad, pointers: np.ndarray, offsets: np.ndarray, source: np.ndarray,
+                           delta: np.ndarray) -> np.ndarray:
     """Gradients (units * taps,) in float64."""
     return gather_grad_reference(problem.gather, *single_taps(problem, pointers, offsets), source, delta).ravel()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.layers.family import family
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, divide, expand, inverse, places_of
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
+from mest_compile.operators.operator import Trace
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 if TYPE_CHECKING:
@@ -37,8 +40,8 @@ TAPS = len(SHAPES[0])
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GroupedConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
-    name = f"{layer.spec.name}:{part}"
-    return next((call.problem for call in program.calls if isinstance(call.problem, GroupedConv) and call.buffers[0].name == name), None)
+    return next((call.problem for call in program.calls
+                 if isinstance(call.problem, GroupedConv) and call.layer == layer.spec.name and call.buffers[0].role == part), None)
 
 
 def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray,
@@ -56,21 +59,22 @@ def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np
 class PatternGroupsFamily(GatherFamily):
     """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1 only."""
 
-    def convolve(self, layer, source, result, bias, statistics, low, name):
+    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
+                 node: str, phase: str) -> None:
         problem = GroupedConv(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), SHAPES)
         low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source,
-                 result, *statistics, name=name)
+                 result, *statistics, node=node, phase=phase)
 
-    def grad_weight(self, layer, source, delta, gradients, low, name):
+    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
         problem = GroupedGrad(GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES)
-        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, name=name)
+        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
 
-    def grad_input(self, layer, delta, target, accumulate, low, name):
+    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
         problem = GroupedConv(gradient_problem(layer, delta.image, target.image, accumulate), SHAPES)
         low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low, "transposed_"),
-                 self.hold(layer, low, "transposed", "values"), delta, target, name=name)
+                 self.hold(layer, low, "transposed", "values"), delta, target, node=node, phase="grad_input")
 
-    def indexer(self, layer, program):
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
         assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
         places = Places.forward(layer.spec, forward.gather)
@@ -93,9 +97,9 @@ class PatternGroupsFamily(GatherFamily):
 
         return index
 
-    def index_elems(self, layer, part, cells):
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells if part == "permutation" else cells // TAPS
 
-    def _runs(self, layer, problem, low, prefix=""):
+    def _runs(self, layer: Layer, problem: GroupedConv | GroupedGrad, low: Trace, prefix: str = "") -> tuple[Buffer, ...]:
         return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.runs + 1),
                 self.hold(layer, low, f"{prefix}offsets", "indices"))

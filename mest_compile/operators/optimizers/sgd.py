@@ -61,7 +61,7 @@ class SGD:
     weight_decay: float = 1e-4
     nesterov: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, below in (("lr", inf), ("momentum", 1.0), ("weight_decay", inf)):
             object.__setattr__(self, name, checks.number(f"SGD: {name}", getattr(self, name), below=below, error=SpecError))
         checks.flag("SGD: nesterov", self.nesterov, error=SpecError)

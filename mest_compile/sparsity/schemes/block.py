@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme, scheme
 
 
@@ -20,14 +21,14 @@ class Block(Scheme):
     columns: int = 1
     name = "block"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "rows", checks.whole("Block: rows", self.rows, 1))
         object.__setattr__(self, "columns", checks.whole("Block: columns", self.columns, 1))
         if self.rows * self.columns > 16:
             raise UsageError(f"a block of {self.rows}x{self.columns} weights; wanted 1x1 to 16 weights, such as 4x1")
 
     @classmethod
-    def parse(cls, arguments):
+    def parse(cls, arguments: str) -> Scheme:
         if not arguments:
             return cls()
         found = re.fullmatch(r"(\d+)x(\d+)", arguments)
@@ -35,8 +36,8 @@ class Block(Scheme):
             raise UsageError(f"block arguments are ROWSxCOLUMNS as in block:4x1, got {arguments!r}")
         return cls(int(found[1]), int(found[2]))
 
-    def block(self, layer):
+    def block(self, layer: LayerSpec) -> tuple[int, int]:
         return self.rows, self.columns
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"block:{self.rows}x{self.columns}"

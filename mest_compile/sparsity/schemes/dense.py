@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mest_compile.base.errors import SparsityError
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme, loads_shared, scheme
 
 
@@ -13,10 +14,10 @@ class Dense(Scheme):
 
     name = "dense"
 
-    def block(self, layer):
+    def block(self, layer: LayerSpec) -> tuple[int, int]:
         return loads_shared(layer.weight_shape[0]), loads_shared(layer.weight_shape[1])
 
-    def live_units(self, layer, sparsity):
+    def live_units(self, layer: LayerSpec, sparsity: float) -> int:
         if sparsity != 0.0:
             raise SparsityError(f"{layer.name}: scheme dense has sparsity 0, not {sparsity}; choose another scheme for a sparse layer")
         groups, sources, height, width = self.grid(layer)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme, scheme
 
 
@@ -13,8 +14,8 @@ class Filter(Scheme):
     name = "filter"
     spans = (1, 2, 3)
 
-    def block(self, layer):
+    def block(self, layer: LayerSpec) -> tuple[int, int]:
         return 1, 1
 
-    def kernels(self, layer):
+    def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
         return ("compact", "gather")

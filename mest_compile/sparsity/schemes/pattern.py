@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mest_compile.base.errors import SparsityError, StateError
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.mutation import choices, grow_rows, prune_rows
 from mest_compile.sparsity.scheme import Scheme, check_sparsity, scheme
 
@@ -30,21 +31,21 @@ class Pattern(Scheme):
     name = "pattern"
     pointwise = False
 
-    def block(self, layer):
+    def block(self, layer: LayerSpec) -> tuple[int, int]:
         return 1, 1
 
-    def check(self, layer):
+    def check(self, layer: LayerSpec) -> None:
         if layer.weight_shape[2:] != (3, 3):
             high, wide = layer.weight_shape[2:]
             raise SparsityError(f"{layer.name}: scheme pattern is for 3x3 kernels, the layer's are {high}x{wide}; list it in dense_layers")
 
-    def kernels(self, layer):
+    def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
         return ("pattern_groups", "pattern", "gather") if layer.stride == (1, 1) else ("gather",)
 
-    def unit_cells(self, layer):
+    def unit_cells(self, layer: LayerSpec) -> int:
         return _LIVE_CELLS
 
-    def live_units(self, layer, sparsity):
+    def live_units(self, layer: LayerSpec, sparsity: float) -> int:
         check_sparsity(layer, sparsity)
         out, inputs = layer.weight_shape[:2]
         share = (1.0 - sparsity) * _CELLS / _LIVE_CELLS
@@ -53,23 +54,25 @@ class Pattern(Scheme):
                                 f"live with four of nine weights; ask for more, choose another scheme, or list the layer in dense_layers")
         return out * max(1, min(inputs, round(inputs * share)))
 
-    def count(self, layer, keep):
+    def count(self, layer: LayerSpec, keep: np.ndarray) -> int:
         return int(keep[:, :, 1, 1].sum())  # every pattern holds the centre
 
-    def start(self, layer, energy, live, rng):
+    def start(self, layer: LayerSpec, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
         """In every kernel the pattern of most energy, in every filter the kernels whose patterns have most."""
         kept = np.tensordot(energy, PATTERNS, ((2, 3), (1, 2)))  # (out, in, patterns)
         return self._pruned(layer, PATTERNS[choices(kept, rng)], energy, live, rng)
 
-    def units(self, layer, cells):
+    def units(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
         return cells[::_LIVE_CELLS] // _CELLS
 
-    def prune(self, layer, cells, energy, live, rng):
+    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int,
+              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         scores = sum(energy.reshape(layer.weight_shape[0], -1, _LIVE_CELLS).transpose(2, 0, 1))  # several times as fast as .sum(2)
         stays = np.repeat(prune_rows(np.ones(scores.shape, bool), scores, _each(layer, live), rng).ravel(), _LIVE_CELLS)
         return np.flatnonzero(stays), np.array([], np.intp)  # every filter keeps a kernel
 
-    def grow(self, layer, cells, live, rng, energy, dead):
+    def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None,
+             dead: np.ndarray) -> np.ndarray:
         """Kernels are drawn evenly from a filter's dead ones, their patterns evenly from the eight; with an energy, the kernels whose
         patterns have most.
         """
@@ -80,7 +83,7 @@ class Pattern(Scheme):
         chosen = rng.integers(len(PATTERNS), size=len(new)) if kept is None else choices(kept.reshape(-1, len(PATTERNS))[new], rng)
         return ((new * _CELLS)[:, None] + _TAPS[chosen]).ravel().astype(np.int32)
 
-    def collapse(self, layer, mask):
+    def collapse(self, layer: LayerSpec, mask: np.ndarray) -> np.ndarray:
         keep = Scheme.collapse(self, layer, mask)
         legal = ~_kernels(keep) | (keep[:, :, None] == PATTERNS).all((3, 4)).any(2)
         if not legal.all():
@@ -99,7 +102,7 @@ def _kernels(keep: np.ndarray) -> np.ndarray:
     return np.any(keep, (2, 3))
 
 
-def _each(layer, live: int) -> int:
+def _each(layer: LayerSpec, live: int) -> int:
     """Live kernels of a filter."""
     out = layer.weight_shape[0]
     if live % out:

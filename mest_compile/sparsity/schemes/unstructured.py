@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme, scheme
 
 
@@ -12,5 +13,5 @@ class Unstructured(Scheme):
 
     name = "unstructured"
 
-    def block(self, layer):
+    def block(self, layer: LayerSpec) -> tuple[int, int]:
         return 1, 1

@@ -1,0 +1,75 @@
+"""Batches on their way to a step: checked, and sent ahead to another device while it computes with the batch before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base.errors import InputError
+from mest_compile.runtime import arguments
+from mest_compile.runtime.runner import Runner, SendsAhead
+
+
+class Feeding:
+    """Puts batches where a step's programs read them.
+
+    input_shape  of a whole batch of images
+    classes      labels are in [0, classes)
+    activations  what the step stores images as
+    """
+
+    def __init__(self, runner: Runner, input_shape: tuple[int, ...], classes: int, activations: str):
+        self._runner = runner
+        self._input_shape, self._classes, self._activations = input_shape, classes, activations
+        self._ahead: tuple[Any, Any] | None = None
+
+    def load(self, images: Any, labels: Any) -> None:
+        """Puts a batch, unless it was sent ahead. Raises InputError."""
+        sent, self._ahead = self._ahead, None
+        if sent is not None and sent[0] is images and sent[1] is labels:
+            assert isinstance(self._runner, SendsAhead)
+            self._runner.turn()
+            return
+        images, labels = self._check(images, labels)
+        self._runner.put("images", images)
+        self._runner.put("labels", labels)
+
+    def send_ahead(self, batch: tuple[Any, Any] | None) -> None:
+        """Sends (images, labels) of the next `load`, the very same objects, if the runner can."""
+        if batch is None or not isinstance(self._runner, SendsAhead):
+            return
+        try:
+            images, labels = self._check(*batch)
+        except InputError:  # which the next call tells; this one is done
+            return
+        self._runner.put_ahead("images", images)
+        self._runner.put_ahead("labels", labels)
+        self._ahead = batch
+
+    def load_images(self, images: np.ndarray) -> None:
+        """Puts at most a batch of checked images; what they do not fill is 0."""
+        whole = np.zeros(self._input_shape, np.float32)
+        whole[: len(images)] = images
+        self._runner.put("images", whole.ravel())
+
+    def check_images(self, images: Any) -> np.ndarray:
+        """(n, ...) float32 of any number of images. Raises InputError."""
+        images, wanted = arguments.array(images, np.float32, "images"), self._input_shape[1:]
+        if images.shape[1:] != wanted or len(images) == 0:
+            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, wanted))}), n 1 or more")
+        arguments.within_range(images, self._activations)
+        return images
+
+    def _check(self, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The batch as it is sent. Raises InputError."""
+        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, np.int64, "labels")
+        batch = self._input_shape[0]
+        if images.shape != self._input_shape:
+            raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
+        if labels.shape != (batch,):
+            raise InputError(f"labels have shape {labels.shape}; wanted ({batch},)")
+        if labels.min() < 0 or labels.max() >= self._classes:
+            raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self._classes - 1}")
+        arguments.within_range(images, self._activations)
+        return images.ravel(), labels.astype(np.int32)

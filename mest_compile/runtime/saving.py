@@ -1,0 +1,88 @@
+"""A step's state in a checkpoint, and the parts of a change that takes it from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base.errors import StateError, UsageError
+from mest_compile.runtime import arguments, checkpoint
+from mest_compile.runtime.changes import Part
+from mest_compile.runtime.compiled import Compiled
+from mest_compile.runtime.state import Arrangement, HeldState
+
+
+def write(path: str | Path, document: Mapping[str, Any], state: HeldState, rng: np.random.Generator, extra: Mapping[str, Any],
+          arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes all of it to one file, whole or not at all.
+
+    document  JSON from which the same step is compiled again
+    extra, arrays  the caller's
+    Raises UsageError where `extra` is no JSON, StateError where the file cannot be written.
+    """
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as problem:
+        raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
+    held = {f"held/{name}": state.get(name) for name in state.own()}
+    orders = {f"order/{name}": state.order(name) for name in state.cells}
+    others = {f"extra/{name}": array for name, array in arrays.items()} | {f"kept/{name}": array for name, array in state.kept.items()}
+    checkpoint.write(path, held | orders | others, dict(document) | {"extra": dict(extra), "rng": rng.bit_generator.state})
+
+
+def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | Path) -> None:
+    """Raises StateError where a checkpoint's document is of another model or scheme than a step's."""
+    if mine["graph"] != theirs.get("graph"):
+        raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
+    if _masks(mine) != _masks(theirs):
+        raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
+                         f"step as then")
+
+
+def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compiled, state: HeldState,
+             install: Callable[[Arrangement], Any]) -> list[Part]:
+    """The parts of a change that takes the arrays of a checkpoint. install: lets a layer hold an arrangement.
+
+    Raises StateError where some are missing.
+    """
+    held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
+    lacking = {f"order/{name}" for name in compiled.layers} - arrays.keys()
+    lacking |= {f"held/{name}" for name in state.own() if name not in held}
+    lacking |= {f"kept/{name}" for name in state.kept} - arrays.keys()
+    if lacking:
+        raise StateError(f"checkpoint {path} lacks {arguments.shortened(sorted(lacking))}; it is of another version of mest-compile")
+    parts: list[Part] = []
+    kept = {name: arrays[f"kept/{name}"].reshape(compiled.graph.state_shapes[name]) for name in state.kept}
+    for name in compiled.layers:
+        order = arrays[f"order/{name}"]
+        arranged = state.arranged(name, np.unique(order))
+        parts_of = (name, f"{name}:gradient", f"{name}:momentum")
+        if not np.array_equal(order, arranged.order):  # tuning since then has cut the index otherwise, or a device has other kernels
+            sort = np.argsort(order, kind="stable")
+            there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
+            held |= {part: held[part].reshape(len(order), -1)[there] for part in parts_of}
+        arranged.arrays.update({part: held.pop(part) for part in parts_of})
+        parts.append(partial(install, arranged))
+    return [*parts, partial(state.write, held), partial(setattr, state, "kept", kept)]
+
+
+def rest_of(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
+    """(state of the random generator, the caller's extra, the caller's arrays) of a checkpoint. Raises StateError."""
+    rng = np.random.default_rng()
+    try:
+        rng.bit_generator.state = facts["rng"]
+        extra = dict(facts["extra"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
+    return dict(rng.bit_generator.state), extra, {name.removeprefix("extra/"): array for name, array in arrays.items()
+                                                  if name.startswith("extra/")}
+
+
+def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a document says of layers, but for what only orders their values."""
+    return [{fact: value for fact, value in layer.items() if fact not in ("kernels", "sections")} for layer in facts.get("layers", ())]
