@@ -25,7 +25,8 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer
+from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layers import plan_layers, say_what_stays_dense
 from mest_compile.planning.layout import choose_sections, choose_vector
@@ -54,7 +55,7 @@ Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
-            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
+            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: Optimizer | None = None,
             target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
             label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False, grow_to: float | None = None,
             activations: str = "float32", builder: Builder | None = None, records: Records | None = None) -> TrainStep:
@@ -67,6 +68,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with "pattern", which is for 3x3
                    kernels, all 1x1 ones) and the classifier. The log says when that is more than half of the weights
+    optimizer      mest.SGD(...) or mest.AdamW(...); None: mest.SGD()
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
                    exported, but needs a device to run
     threads        None: all cores
@@ -78,7 +80,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory is planned for.
                    What would need more room is a CapacityError. None: `sparsity` with a memory_budget, no bound without one
     activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target can; everything is
-                   computed in float32, and weights, gradients, momentum, statistics and logits stay float32
+                   computed in float32, and weights, gradients, optimizer state, statistics and logits stay
+                   float32
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
                    Records(target) has none
@@ -119,7 +122,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         layers = with_room(layers, start if grow_to is None else grow_to)
         excess = 0.0 if grow_to is None else start - grow_to
     if memory_budget is not None:
-        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations)
+        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations, optimizer)
         if raised is not None:
             layers = choose_sections(planned(raised, target), target, records, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
@@ -218,12 +221,12 @@ def check_threads(threads: int | None, usual: int) -> int:
     return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
 
 
-def _check_optimizer(optimizer: SGD | None) -> SGD:
+def _check_optimizer(optimizer: Optimizer | None) -> Optimizer:
     if optimizer is None:
-        return SGD()
-    if not isinstance(optimizer, SGD):
-        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted mest.SGD(lr, momentum, weight_decay, nesterov), the only rule "
-                         f"that steps are compiled with, or None for its defaults")
+        return USUAL
+    if not isinstance(optimizer, Optimizer):
+        there = ", ".join(OPTIMIZERS.find(name).signature() for name in OPTIMIZERS.names())
+        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted one of {there}, or None for mest.SGD()")
     return optimizer
 
 

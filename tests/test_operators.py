@@ -19,7 +19,8 @@ from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.layers import bias
 from mest_compile.operators.losses import cross_entropy as loss
-from mest_compile.operators.optimizers import sgd as optimizer
+from mest_compile.operators.optimizers import optimizer
+from mest_compile.operators.optimizers.sgd import SGD
 
 TARGET = find_target("local")
 EPS = np.finfo(np.float32).eps
@@ -434,38 +435,44 @@ def test_cross_entropy_of_large_logits_is_finite(run):
 # Optimizer
 
 
+RULES = [SGD(0.1, 0.9, 1e-2), SGD(0.1, 0.9, 1e-2, True), SGD(0.05, 0, 0), *(kind() for kind in optimizer.OPTIMIZERS.load().values())]
+
+
 @pytest.mark.parametrize("count", [1, 9000])
-@pytest.mark.parametrize("hyper", [(0.1, 0.9, 1e-2, 0), (0.1, 0.9, 1e-2, 1), (0.05, 0, 0, 0)], ids=["momentum", "nesterov", "plain"])
-def test_sgd_is_torchs(run, rng, hyper, count):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_an_optimizer_is_torchs(run, rng, rule, count):
     import torch
 
     values = rng.standard_normal(count).astype(np.float32)
     parameter = torch.nn.Parameter(torch.from_numpy(values.copy()))
-    lr, share, decay, nesterov = hyper
-    rival = torch.optim.SGD([parameter], lr=lr, momentum=share, weight_decay=decay, nesterov=bool(nesterov))
-    momentum, exact, exact_momentum = np.zeros_like(values), values.astype(np.float64), np.zeros(count)
-    for _ in range(3):
-        gradients = rng.standard_normal(count).astype(np.float32)
-        exact, exact_momentum = optimizer.sgd_reference(exact, gradients, exact_momentum, hyper)
-        values, _, momentum, _ = run("optimizer.sgd", optimizer.Sgd(), values, gradients, momentum, np.array(hyper, np.float32))
+    rival = getattr(torch.optim, type(rule).__name__)([parameter], **dataclasses.asdict(rule))
+    states = [np.zeros_like(values) for _ in rule.state]
+    exact, exact_states = values.astype(np.float64), [np.zeros(count) for _ in rule.state]
+    for number in range(1, 11):
+        gradients, hyper = rng.standard_normal(count).astype(np.float32), rule.hyper(number, rule.lr)
+        exact, *exact_states = optimizer.update_reference(rule.name, exact, gradients, *exact_states, hyper)
+        values, _, *states, _ = run("optimizer.update", optimizer.Update(rule.name), values, gradients, *states, hyper)
         parameter.grad = torch.from_numpy(gradients)
         rival.step()
-    assert_close(values, exact, terms=12)
-    assert_close(momentum, exact_momentum, terms=12)
-    assert_close(parameter.detach().numpy(), exact, terms=12)
+    assert_close(values, exact, terms=40)
+    for state, wanted in zip(states, exact_states, strict=True):
+        assert_close(state, wanted, terms=40)
+    assert_close(parameter.detach().numpy(), exact, terms=40)
 
 
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS.names())
 @pytest.mark.parametrize("source_block, row_block", [(1, 1), (1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("units", [1, 5000])
-def test_sgd_of_units_writes_the_transposed_copy(run, rng, units, source_block, row_block):
-    problem = optimizer.SgdUnits(source_block, row_block)
-    values, gradients, momentum = rng.standard_normal((3, units * source_block * row_block)).astype(np.float32)
-    hyper, permutation = np.array([0.1, 0.9, 1e-2, 1], np.float32), rng.permutation(units).astype(np.int32)
-    got = run("optimizer.sgd_units", problem, values, gradients, momentum, hyper, permutation, np.zeros_like(values))
-    wanted = optimizer.sgd_reference(values, gradients, momentum, hyper)
-    assert_close(got[0], wanted[0])
-    assert_close(got[2], wanted[1])
-    assert np.array_equal(got[5], optimizer.transposed_reference(problem, got[0], permutation))
+def test_an_update_of_units_writes_the_transposed_copy(run, rng, name, units, source_block, row_block):
+    problem, rule = optimizer.UpdateUnits(name, source_block, row_block), optimizer.OPTIMIZERS.find(name)()
+    values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(np.float32)
+    arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
+    permutation = rng.permutation(units).astype(np.int32)
+    got = run("optimizer.update_units", problem, *arrays, permutation, np.zeros_like(values))
+    wanted = optimizer.update_reference(name, *arrays)
+    for place, want in zip((0, *range(2, 2 + len(rule.state))), wanted, strict=True):
+        assert_close(got[place], want)
+    assert np.array_equal(got[-1], optimizer.transposed_reference(problem, got[0], permutation))
 
 
 # Threads

@@ -10,7 +10,7 @@ import numpy as np
 
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.facts import Facts
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
@@ -54,7 +54,7 @@ class Compiled:
         return self.facts.layers
 
     @property
-    def optimizer(self) -> SGD:
+    def optimizer(self) -> Optimizer:
         return self.facts.optimizer
 
 

@@ -20,7 +20,7 @@ from mest_compile.base.interrupts import uninterrupted
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.layers.values import cells_of
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.footprint import footprint
 from mest_compile.runtime import arguments, checkpoint
 from mest_compile.runtime.changes import Changes, Part
@@ -54,7 +54,7 @@ def in_turn(method: Callable[Concatenate[TrainStep, P], R]) -> Callable[Concaten
 
 
 class TrainStep:
-    """One SGD step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
+    """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
     Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C interrupts is either
     not begun or finished by the next call, so that all is old or all is new. In a process forked off this one every call raises UsageError.
@@ -68,6 +68,7 @@ class TrainStep:
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
         self._ahead: tuple[Any, Any] | None = None
+        self._updates = 0  # of the parameters since the first weights
         self._from_file = False
         self._runner = compiled.runner()
         self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
@@ -101,14 +102,14 @@ class TrainStep:
         return self._compiled.graph.nodes[-1].shape[1]
 
     @property
-    def optimizer(self) -> SGD:
+    def optimizer(self) -> Optimizer:
         return self._compiled.optimizer
 
     @property
     def asked_lr(self) -> float | None:
         """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is nobody's wish now."""
-        rate = self._compiled.optimizer.lr
-        return None if self._from_file or rate == SGD().lr else rate
+        rule = self._compiled.optimizer
+        return None if self._from_file or rule.lr == type(rule)().lr else rule.lr
 
     @property
     def program(self) -> Program:
@@ -141,7 +142,7 @@ class TrainStep:
 
     @in_turn
     def not_finite(self) -> list[str]:
-        """Which arrays hold NaN or infinity, of the live weights, statistics, momentum and gradients; none when training is sound."""
+        """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when training is sound."""
         held = self._state.of_kinds("values", "optimizer", "gradients")
         return [name for name, array in held.items() if not np.isfinite(array).all()]
 
@@ -179,7 +180,8 @@ class TrainStep:
         if self._specializer is not None:
             self._specializer.poll()
         self._load_batch(images, labels)
-        self._state.put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
+        self._updates += 1
+        self._state.put("hyper", rule.hyper(self._updates, rate))
         if bound is None:
             self._run("train")
         else:
@@ -265,7 +267,7 @@ class TrainStep:
         self._load_batch(images, labels)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
-            self._state.put("hyper", np.array([0, 0, 0, 0], np.float32))
+            self._state.put("hyper", self._compiled.optimizer.hyper(1, 0.0))
             yield
         finally:
             self._changes.finish()
@@ -280,7 +282,7 @@ class TrainStep:
 
     @in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets every parameter and statistic; momentum is kept.
+        """Sets every parameter and statistic; optimizer state is kept.
 
         Raises StateError on names or shapes that do not fit, on values that are not finite, and on weights that are not 0 where the mask is
         dead; nothing is changed then.
@@ -303,7 +305,7 @@ class TrainStep:
 
     @in_turn
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
-        """Installs masks; units that stay keep weight and momentum, new ones start at 0.
+        """Installs masks; units that stay keep weight and optimizer state, new ones start at 0.
 
         masks  {torch weight name: bool, or 0 and 1, in torch's shape}; layers that are not named stay as they are
         Raises StateError, CapacityError; nothing is changed then.
@@ -422,7 +424,9 @@ class TrainStep:
 
     @in_turn
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
+        """Writes all state to one file, whole or not at all: weights, optimizer state, masks, statistics, the caller's `extra` and
+        `arrays`.
+        """
         held = {f"held/{name}": self._state.get(name) for name in self._state.own()}
         orders = {f"order/{name}": self._state.order(name) for name in self._state.cells}
         others = {f"extra/{name}": array for name, array in (arrays or {}).items()}
@@ -431,7 +435,7 @@ class TrainStep:
         except (TypeError, ValueError) as problem:
             raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
         others |= {f"kept/{name}": array for name, array in self._state.kept.items()}
-        facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state}
+        facts = dict(self._compiled.document) | {"extra": dict(extra or {}), "rng": self._rng.bit_generator.state, "updates": self._updates}
         checkpoint.write(path, held | orders | others, facts)
 
     @in_turn
@@ -453,17 +457,22 @@ class TrainStep:
         if _masks(mine) != _masks(theirs):
             raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
                              f"step as then")
+        rule, its = (document["optimizer"].get("name", "sgd") for document in (mine, theirs))
+        if rule != its:
+            raise StateError(f"checkpoint {path} is of optimizer {its!r}, the step has {rule!r}; load it with mest.load, or compile the "
+                             f"step as then")
         exclusive.check_process()
         with self._turn:
             changed = self._held_by(arrays, path)
             rng = np.random.default_rng()
             try:
                 rng.bit_generator.state = facts["rng"]
-                extra = dict(facts["extra"])
+                extra, updates = dict(facts["extra"]), int(facts.get("updates", 0))
             except (KeyError, TypeError, ValueError) as problem:
                 raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
-            self._changes.make(*changed, partial(_set_state, self._rng, rng.bit_generator.state))
+            self._changes.make(*changed, partial(_set_state, self._rng, rng.bit_generator.state),
+                               partial(setattr, self, "_updates", updates))
             self._from_file = True
         return extra, {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")}
 
@@ -480,7 +489,7 @@ class TrainStep:
         for name in self._compiled.layers:
             order = arrays[f"order/{name}"]
             arranged = self._state.arranged(name, np.unique(order))
-            parts_of = (name, f"{name}:gradient", f"{name}:momentum")
+            parts_of = self._state.parts(name)
             if not np.array_equal(order, arranged.order):  # tuning since then has cut the index otherwise, or a device has other kernels
                 sort = np.argsort(order, kind="stable")
                 there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
