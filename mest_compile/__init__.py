@@ -12,6 +12,7 @@ _HOME = {
     "load": "mest_compile.opening", "to_torch": "mest_compile.opening", "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
     "SGD": "mest_compile.operators.optimizers.sgd", "AdamW": "mest_compile.operators.optimizers.adamw",
+    "CrossEntropy": "mest_compile.operators.losses.cross_entropy", "MSE": "mest_compile.operators.losses.mse",
     "LayerSpec": "mest_compile.ir.graph",
     "Block": "mest_compile.sparsity.schemes.block", "Unstructured": "mest_compile.sparsity.schemes.unstructured",
     "Pattern": "mest_compile.sparsity.schemes.pattern", "Filter": "mest_compile.sparsity.schemes.filter",

@@ -19,6 +19,7 @@ from mest_compile.operators import conversion as image
 from mest_compile.operators.layers import bias
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 from mest_compile.operators.losses import cross_entropy as loss
+from mest_compile.operators.losses.loss import LOSSES
 from mest_compile.operators.optimizers import optimizer
 from mest_compile.operators.optimizers.sgd import SGD
 
@@ -264,10 +265,25 @@ def losses(kernel, rng, dtype) -> Iterator:
         for row in rows:
             for label in (0, 1, 4) if smoothing == 0 else (1,):
                 logits, labels = np.array(row, np.float32)[:, None, None, None], np.array([label], np.int32)
-                value, correct, dlogits = loss.cross_entropy_reference(logits, labels, smoothing)
-                yield (loss.CrossEntropy(shape, shape, smoothing),
+                value, correct, dlogits = loss.CrossEntropy(smoothing).reference(logits, labels)
+                yield (loss.SoftmaxCrossEntropy(shape, shape, smoothing),
                        [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
                        {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)})
+
+
+@case("loss.elementwise")
+def elementwise_losses(kernel, rng, dtype) -> Iterator:
+    shape = make(6, 1, 1, 5)
+    for rule in (kind() for kind in LOSSES.load().values()):
+        if rule.kernel == kernel:
+            outputs = rng.standard_normal((6, 1, 1, 5)).astype(np.float32)
+            targets = rng.standard_normal(30).astype(np.float32)
+            for at in range(0, 6, 2):  # one value at a time: they all end in the same loss
+                bad = outputs.copy()
+                bad[at, 0, 0, at % 5] = (np.nan, np.inf, -np.inf)[at // 2]
+                value, _, slope = rule.reference(bad, targets)
+                yield (rule.problem(shape, shape), [pack(shape, bad), targets, np.zeros(1, np.float32), pack(shape, bad)],
+                       {2: np.array([value]), 3: (shape, slope)})
 
 
 @case("optimizer.update", "optimizer.update_units", "optimizer.copy")

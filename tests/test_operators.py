@@ -19,6 +19,7 @@ from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.layers import bias
 from mest_compile.operators.losses import cross_entropy as loss
+from mest_compile.operators.losses.loss import LOSSES
 from mest_compile.operators.optimizers import optimizer
 from mest_compile.operators.optimizers.sgd import SGD
 
@@ -410,9 +411,10 @@ def test_cross_entropy(run, rng, classes, batch, spread):
     logits, labels = draw(rng, logits_image) * np.float32(spread), rng.integers(0, classes, batch)
     logits[:, 0, 0, 1] = 80.0  # all tie: the first is taken
     labels[:2] = logits[:, 0, 0, 0].argmax(), 1
-    results = run("loss.cross_entropy", loss.CrossEntropy(logits_image, dlogits_image), pack(logits_image, logits), labels.astype(np.int32),
-                  np.zeros(1, np.float32), np.zeros(batch, np.int32), pack(dlogits_image, logits))
-    wanted_loss, correct, dlogits = loss.cross_entropy_reference(logits, labels)
+    problem = loss.SoftmaxCrossEntropy(logits_image, dlogits_image)
+    results = run("loss.cross_entropy", problem, pack(logits_image, logits), labels.astype(np.int32), np.zeros(1, np.float32),
+                  np.zeros(batch, np.int32), pack(dlogits_image, logits))
+    wanted_loss, correct, dlogits = loss.CrossEntropy().reference(logits, labels)
     assert_close(results[2], np.array([wanted_loss]), terms=20)
     assert np.array_equal(results[3], correct) and correct[0] and not correct[1]
     assert_close(unpack(dlogits_image, results[4], gradient=True), dlogits, terms=40)
@@ -426,10 +428,39 @@ def test_cross_entropy_of_large_logits_is_finite(run):
     shape = make(3, 1, 1, 8)
     logits = np.full((3, 1, 1, 8), 3e38, np.float32)
     logits[1] = -3e38
-    got = run("loss.cross_entropy", loss.CrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32), np.zeros(1, np.float32),
-              np.zeros(8, np.int32), pack(shape, logits))
+    got = run("loss.cross_entropy", loss.SoftmaxCrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32),
+              np.zeros(1, np.float32), np.zeros(8, np.int32), pack(shape, logits))
     assert_close(got[2], np.array([np.log(2)]))
     assert np.isfinite(got[4]).all()
+
+
+TARGETS = {"int64": lambda rng, batch, width: rng.integers(0, width, batch),
+           "float32": lambda rng, batch, width: rng.standard_normal((batch, width)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("width, batch", [(2, 1), (13, 7), (300, 64), (5, 33)])
+def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
+    import torch
+
+    rule = LOSSES.find(name)()
+    image, slope_image = make(width, 1, 1, batch), make(width, 1, 1, batch, (1, 0, 0, 1))
+    outputs, given = draw(rng, image), TARGETS[np.dtype(rule.reads).name](rng, batch, width)
+    rule.check((batch, width))
+    targets = rule.targets(given, (batch, width))
+    assert targets.dtype == rule.dtype and targets.size == rule.target_elems((batch, width))
+    told = [np.zeros(1, np.float32), *([np.zeros(batch, np.int32)] if rule.tells_correct else [])]
+    got = run(rule.kernel, rule.problem(image, slope_image), pack(image, outputs), targets, *told, pack(slope_image, outputs))
+    value, correct, slope = rule.reference(outputs, targets)
+    assert_close(got[2], np.array([value]), terms=width + 20)
+    assert (correct is None) == (not rule.tells_correct) and (correct is None or np.array_equal(got[3], correct))
+    assert_close(unpack(slope_image, got[-1], gradient=True), slope, terms=40)
+
+    source = torch.from_numpy(outputs[:, 0, 0].T.astype(np.float64)).requires_grad_()
+    wanted = getattr(torch.nn, f"{type(rule).__name__}Loss")()(source, torch.from_numpy(given if given.ndim == 1 else given.astype(float)))
+    wanted.backward()
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
+    np.testing.assert_allclose(slope[:, 0, 0].T, source.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
 # Optimizer

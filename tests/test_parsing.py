@@ -9,6 +9,7 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layers import plan_layers
@@ -36,7 +37,7 @@ def sources(model, scheme, target):
     """One of every kind of kernel in the steps of a model."""
     graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
     layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
-    programs = Facts(graph, layers, frozenset(), SGD(), target, 1, 0, 0.0).lower()
+    programs = Facts(graph, layers, frozenset(), SGD(), target, 1, 0, CrossEntropy()).lower()
     calls = choosing.sources(programs, target, choosing.choose_knobs(programs, layers, target, Records(target))).values()
     return {source.kernel: source for each in calls for source in each.values()}
 

@@ -3,10 +3,11 @@
     x = Variable("x")
     relu6 = minimum(6, maximum(0, x))
     relu6.evaluate(x=array)                     # numpy, float64
-    relu6.derivative("x")                       # select(6 > maximum(0, x), select(x > 0, 1, 0), 0)
+    relu6.derivative("x")                       # select(maximum(0, x) >= 6, 0, select(x <= 0, 0, 1))
     relu6.text({"x": "z[i]"}, constant)         # TVMScript
 
-NaN goes through all of them as through numpy and torch: comparisons with it are false, and every other operation keeps it.
+NaN goes through all of them as through numpy and torch: comparisons with it are false, and every other operation keeps it; of `maximum`
+and `minimum` that is so of the second argument, which therefore is the variable where the other one is a constant.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+# T.max(a, b) is a > b ? a : b.
+SPELLINGS = {"add": "({0} + {1})", "subtract": "({0} - {1})", "multiply": "({0} * {1})", "divide": "({0} / {1})",
+             "maximum": "T.max({0}, {1})", "minimum": "T.min({0}, {1})", "exp": "T.exp({0})", "log": "T.log({0})", "sqrt": "T.sqrt({0})",
+             "greater": "{0} > {1}", "less": "{0} < {1}", "at_least": "{0} >= {1}", "at_most": "{0} <= {1}",
+             "select": "T.Select({0}, {1}, {2})"}
+INFIX = ("add", "subtract", "multiply", "divide")
 
 
 class Expression:
@@ -54,24 +62,31 @@ class Expression:
         return apply("greater", self, other)
 
     def __lt__(self, other: Scalar) -> Expression:
-        return apply("greater", other, self)
+        return apply("less", self, other)
 
     def __ge__(self, other: Scalar) -> Expression:
         return apply("at_least", self, other)
 
     def __le__(self, other: Scalar) -> Expression:
-        return apply("at_least", other, self)
+        return apply("at_most", self, other)
 
     def evaluate(self, **values: Any) -> np.ndarray:
         """In float64 (comparisons: bool), of {variable: array}; the arrays broadcast."""
         raise NotImplementedError
 
     def derivative(self, name: str) -> Expression:
-        """With respect to that variable. A comparison is a constant; `maximum(a, x)` has slope 1 where x > a, as torch's ReLU."""
+        """With respect to that variable. What a `select` compares is taken for constant; `maximum(a, x)` has slope 0 where x <= a, as
+        torch's ReLU, and so 1 behind a NaN.
+        """
         raise NotImplementedError
 
-    def text(self, names: Mapping[str, str], constant: Callable[[float], str]) -> str:
-        """TVMScript. names: {variable: expression of the kernel}; constant: how a float32 of the kernel's width is written."""
+    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
+        """TVMScript.
+
+        names      {variable: expression of the kernel}
+        constant   how a float32 of the kernel's width is written
+        spellings  {operation: its text, with the arguments as {0}, {1}, {2}}
+        """
         raise NotImplementedError
 
     @property
@@ -92,7 +107,7 @@ class Constant(Expression):
     def derivative(self, name):
         return Constant(0.0)
 
-    def text(self, names, constant):
+    def text(self, names, constant, spellings=SPELLINGS):
         return constant(self.value)
 
     @property
@@ -110,7 +125,7 @@ class Variable(Expression):
     def derivative(self, name):
         return Constant(float(name == self.name))
 
-    def text(self, names, constant):
+    def text(self, names, constant, spellings=SPELLINGS):
         return names[self.name]
 
     @property
@@ -120,29 +135,27 @@ class Variable(Expression):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """numpy: of float64 arrays; text: TVMScript with a {} for each argument; slopes: what each argument's derivative is multiplied by,
-    from the arguments; None where the result is a comparison.
-    """
+    """numpy: of float64 arrays; slopes: what each argument's derivative is multiplied by, from the arguments; None of a comparison."""
 
     numpy: Callable[..., Any]
-    text: str
     slopes: Callable[..., tuple[Scalar, ...]] | None = None
 
 
-# T.max(a, b) is `a > b ? a : b`: the second where they cannot be compared. So is the reference, and so NaN has to be the second.
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(np.add, "({} + {})", lambda a, b: (1, 1)),
-    "subtract": Operation(np.subtract, "({} - {})", lambda a, b: (1, -1)),
-    "multiply": Operation(np.multiply, "({} * {})", lambda a, b: (b, a)),
-    "divide": Operation(np.divide, "({} / {})", lambda a, b: (1 / b, -a / (b * b))),
-    "maximum": Operation(lambda a, b: np.where(a > b, a, b), "T.max({}, {})", lambda a, b: (select(a > b, 1, 0), select(b > a, 1, 0))),
-    "minimum": Operation(lambda a, b: np.where(a < b, a, b), "T.min({}, {})", lambda a, b: (select(a < b, 1, 0), select(b < a, 1, 0))),
-    "exp": Operation(np.exp, "T.exp({})", lambda a: (exp(a),)),
-    "log": Operation(np.log, "T.log({})", lambda a: (1 / a,)),
-    "sqrt": Operation(np.sqrt, "T.sqrt({})", lambda a: (0.5 / sqrt(a),)),
-    "greater": Operation(np.greater, "({} > {})"),
-    "at_least": Operation(np.greater_equal, "({} >= {})"),
-    "select": Operation(np.where, "T.Select({}, {}, {})"),
+    "add": Operation(np.add, lambda a, b: (1, 1)),
+    "subtract": Operation(np.subtract, lambda a, b: (1, -1)),
+    "multiply": Operation(np.multiply, lambda a, b: (b, a)),
+    "divide": Operation(np.divide, lambda a, b: (1 / b, -a / (b * b))),
+    "maximum": Operation(lambda a, b: np.where(a > b, a, b), lambda a, b: (select(b < a, 1, 0), select(b <= a, 0, 1))),
+    "minimum": Operation(lambda a, b: np.where(a < b, a, b), lambda a, b: (select(b > a, 1, 0), select(b >= a, 0, 1))),
+    "exp": Operation(np.exp, lambda a: (exp(a),)),
+    "log": Operation(np.log, lambda a: (1 / a,)),
+    "sqrt": Operation(np.sqrt, lambda a: (0.5 / sqrt(a),)),
+    "greater": Operation(np.greater),
+    "less": Operation(np.less),
+    "at_least": Operation(np.greater_equal),
+    "at_most": Operation(np.less_equal),
+    "select": Operation(np.where),
 }
 
 
@@ -166,12 +179,18 @@ class Apply(Expression):
         parts = [slope * argument.derivative(name) for slope, argument in zip(map(scalar, slopes(*self.arguments)), self.arguments)]
         return sum(parts[1:], parts[0])
 
-    def text(self, names, constant):
-        return OPERATIONS[self.operation].text.format(*(argument.text(names, constant) for argument in self.arguments))
+    def text(self, names, constant, spellings=SPELLINGS):
+        parts = [argument.text(names, constant, spellings) for argument in self.arguments]
+        if self.operation in INFIX:  # what stands for a variable may be a sum
+            parts = [f"({part})" if isinstance(argument, Variable) else part for part, argument in zip(parts, self.arguments, strict=True)]
+        return spellings[self.operation].format(*parts)
 
     @property
     def variables(self):
         return frozenset().union(*(argument.variables for argument in self.arguments))
+
+
+ZERO = Constant(0.0)
 
 
 def scalar(value: Scalar) -> Expression:
@@ -179,18 +198,23 @@ def scalar(value: Scalar) -> Expression:
 
 
 def apply(operation: str, *arguments: Scalar) -> Expression:
-    """The tree, without what is 0 or 1 in sums and products: derivatives would be mostly that."""
+    """The tree, without what is 0 or 1 in sums and products, of which derivatives would be full. A factor goes into a `select` between such
+    constants, so that 0 is 0 whatever the factor: torch's gradient before a ReLU is 0 for a NaN behind it, too.
+    """
     made = tuple(map(scalar, arguments))
     match operation, made:
         case ("add", (Constant(0.0), other)) | ("add" | "subtract", (other, Constant(0.0))):
             return other
         case ("multiply", (Constant(1.0), other)) | ("multiply" | "divide", (other, Constant(1.0))):
             return other
-        case ("multiply", (Constant(0.0), _)) | ("multiply", (_, Constant(0.0))):
+        case ("multiply", (Constant(0.0), _) | (_, Constant(0.0))):
             return Constant(0.0)
+        case ("multiply", (Apply("select", (condition, chosen, other)), factor) | (factor, Apply("select", (condition, chosen, other)))) \
+                if ZERO in (chosen, other):
+            return select(condition, factor * chosen, factor * other)
         case ("select", (_, chosen, other)) if chosen == other:
             return chosen
-        case (_, _) if all(isinstance(argument, Constant) for argument in made) and OPERATIONS[operation].slopes:
+        case _ if all(isinstance(argument, Constant) for argument in made) and OPERATIONS[operation].slopes:
             return Constant(float(Apply(operation, made).evaluate()))
     return Apply(operation, made)
 

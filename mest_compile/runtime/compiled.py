@@ -60,7 +60,9 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean cross-entropy of the batch; correct: (N,) bool, whether the largest logit is the label's."""
+    """loss: of the batch, as the step was compiled with; correct: (N,) bool, whether the largest logit is the label's, None of a loss that
+    does not tell that (MSE).
+    """
 
     loss: float
-    correct: np.ndarray
+    correct: np.ndarray | None

@@ -99,6 +99,7 @@ class TrainStep:
 
     @property
     def classes(self) -> int:
+        """Outputs an example."""
         return self._compiled.graph.nodes[-1].shape[1]
 
     @property
@@ -165,7 +166,8 @@ class TrainStep:
     def __call__(self, images, labels, lr: float | None = None, clip_norm: float | None = None, ahead: tuple | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
+        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), or (N, outputs) numbers for mest.MSE; numpy
+        or torch. lr: None takes the optimizer's.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does: by NaN
         where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
@@ -206,7 +208,8 @@ class TrainStep:
                 self._state.put(name, array * np.float32(most / norm))
 
     def _result(self) -> StepResult:
-        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool))
+        tells = self._compiled.facts.loss.tells_correct
+        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool) if tells else None)
 
     @in_turn
     def predict(self, images) -> np.ndarray:
@@ -549,15 +552,13 @@ class TrainStep:
 
     def _check_batch(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
         """The batch as it is sent. Raises InputError."""
-        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, np.int64, "labels")
+        loss = self._compiled.facts.loss
+        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, loss.reads, "labels")
         if images.shape != self.input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self.input_shape}")
-        if labels.shape != (self.batch,):
-            raise InputError(f"labels have shape {labels.shape}; wanted ({self.batch},)")
-        if labels.min() < 0 or labels.max() >= self.classes:
-            raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self.classes - 1}")
+        labels = loss.targets(labels, (self.batch, self.classes))
         arguments.within_range(images, self._compiled.facts.activations)
-        return images.ravel(), labels.astype(np.int32)
+        return images.ravel(), labels
 
     def _begin(self) -> tuple[float, int]:
         """Clock and bytes sent before a mutation."""

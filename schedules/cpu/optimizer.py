@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.expressions import Variable
+from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
-from mest_compile.operators.optimizers.text import written
 from mest_compile.schedules.cpu.rows import UNROLL, Text, number
 
 CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time, still in L2 when a unit's values are copied

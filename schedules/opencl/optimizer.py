@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mest_compile.hardware.target import Target
+from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
-from mest_compile.operators.optimizers.text import written
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
 from mest_compile.schedules.opencl.text import Text, number
 

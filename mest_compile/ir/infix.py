@@ -1,12 +1,14 @@
-"""Formulas as kernels write them: TVMScript with no more brackets than its order of operations needs."""
+"""Expressions as kernels write them: TVMScript with no more brackets than its order of operations needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from mest_compile.ir.expressions import OPERATIONS, Apply, Constant, Expression, Variable
+from mest_compile.ir.expressions import Apply, Constant, Expression, Variable
 
-INFIX = {"greater": (">", 0), "at_least": (">=", 0), "add": ("+", 1), "subtract": ("-", 1), "multiply": ("*", 2), "divide": ("/", 2)}
+INFIX = {"greater": (">", 0), "less": ("<", 0), "at_least": (">=", 0), "at_most": ("<=", 0), "add": ("+", 1), "subtract": ("-", 1),
+         "multiply": ("*", 2), "divide": ("/", 2)}  # operation: (sign, how tightly it holds together)
+FUNCTIONS = {"maximum": "max", "minimum": "min", "exp": "exp", "log": "log", "sqrt": "sqrt", "select": "Select"}
 
 
 def written(expression: Expression, names: Mapping[str, str], constant: Callable[[float], str]) -> str:
@@ -18,15 +20,14 @@ def written(expression: Expression, names: Mapping[str, str], constant: Callable
         return f"T.float32({int(expression.value)})" if whole else constant(expression.value)
     assert isinstance(expression, Apply)
     arguments = [written(argument, names, constant) for argument in expression.arguments]
-    if expression.operation not in INFIX:
-        return OPERATIONS[expression.operation].text.format(*arguments)
+    if expression.operation in FUNCTIONS:
+        return f"T.{FUNCTIONS[expression.operation]}({', '.join(arguments)})"
     sign, level = INFIX[expression.operation]
-    left, right = expression.arguments
-    return f"{_bracketed(arguments[0], _level(left) < level)} {sign} {_bracketed(arguments[1], _level(right) <= level)}"
+    left, right = map(_level, expression.arguments)
+    return f"{_bracketed(arguments[0], left < level)} {sign} {_bracketed(arguments[1], right <= level)}"
 
 
 def _level(expression: Expression) -> int:
-    """How tightly it holds together."""
     return INFIX.get(expression.operation, ("", 3))[1] if isinstance(expression, Apply) else 3
 
 
