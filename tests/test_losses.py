@@ -1,5 +1,6 @@
 """Losses: what each declares, and steps that are compiled with one: targets, gradients, files, refusals."""
 
+import hashlib
 import inspect
 
 import numpy as np
@@ -9,6 +10,10 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import InputError, SpecError, UnknownName, UsageError
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators.losses.cross_entropy import SoftmaxCrossEntropy
 from mest_compile.operators.losses.loss import LOSSES, read_loss
 from mest_compile.planning.facts import Facts
 
@@ -75,6 +80,15 @@ def test_a_loss_is_whole_and_read_as_it_was_written(kind):
 
 def test_facts_without_a_loss_are_of_cross_entropy():
     assert read_loss({"label_smoothing": 0.25}) == mest.CrossEntropy(0.25) and read_loss({}) == mest.CrossEntropy()
+
+
+@pytest.mark.parametrize("target, digest", [("arm_cpu", "ba5b6709e1c8bd84"), ("opencl", "cbe8fd4d4f23071f")])
+def test_the_text_of_cross_entropys_kernels_is_what_it_was(target, digest):
+    problems = [SoftmaxCrossEntropy(Image(classes, 1, 1, batch, (0, 0, 0, 0), 4), Image(classes, 1, 1, batch, halo, 4), smoothing)
+                for classes, batch, halo in ((10, 7, (0, 0, 0, 0)), (13, 64, (1, 0, 0, 1)), (300, 64, (0, 0, 0, 0)))
+                for smoothing in (0.0, 0.1)]
+    texts = [kernel_source("loss.cross_entropy", problem, find_target(target)).text for problem in problems]
+    assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("target", ["local", "opencl"])
