@@ -78,7 +78,7 @@ def rows(schemes: tuple[str, ...] = SCHEMES) -> list[dict[str, Any]]:
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, WIDTH), SHAPE)
     for scheme in schemes:
         layers = plan_layers(graph, parse_scheme(scheme), 0.9, "uniform", None, target)
-        program, _ = lower(fuse(graph), layers, target, frozenset(), 0.0)
+        program, _ = lower(fuse(graph), layers, target)
         spec = layers[f"{LAYER}.weight"].spec
         height, width = spec.output_size
         flop = 2 * 0.1 * WIDTH * WIDTH * 9 * height * width * SHAPE[0]

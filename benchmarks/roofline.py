@@ -61,7 +61,7 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
     """{(kernel, phase): Row} of a training step."""
     graph, _ = import_model(build_model(MODEL, SHAPE, 10, WIDTH), SHAPE)
     layers = plan_layers(graph, parse_scheme(SCHEME), SPARSITY, "uniform", None, target)
-    program, _ = lower(fuse(graph), layers, target, frozenset(), 0.0)
+    program, _ = lower(fuse(graph), layers, target)
     live = {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
     found: dict[tuple[str, str], Row] = defaultdict(Row)
     for call in program.calls:

@@ -25,7 +25,10 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.loss import LOSSES, Loss
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer
+from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layers import plan_layers, say_what_stays_dense
 from mest_compile.planning.layout import choose_sections, choose_vector
@@ -54,10 +57,11 @@ Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
-            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: SGD | None = None,
+            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: Optimizer | None = None,
             target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
-            label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False, grow_to: float | None = None,
-            activations: str = "float32", builder: Builder | None = None, records: Records | None = None) -> TrainStep:
+            loss: str | Loss = "cross_entropy", label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
+            grow_to: float | None = None, activations: str = "float32", builder: Builder | None = None,
+            records: Records | None = None) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
@@ -67,10 +71,12 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with "pattern", which is for 3x3
                    kernels, all 1x1 ones) and the classifier. The log says when that is more than half of the weights
+    optimizer      mest.SGD(...) or mest.AdamW(...); None: mest.SGD()
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
                    exported, but needs a device to run
     threads        None: all cores
-    label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1
+    loss           "cross_entropy", or a loss object: mest.CrossEntropy(smoothing), mest.MSE()
+    label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for mest.CrossEntropy(smoothing)
     memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet it,
                    activations are computed again in the backward pass instead of kept: first those that cost one pass over memory,
                    then those of sparse convolutions
@@ -78,7 +84,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory is planned for.
                    What would need more room is a CapacityError. None: `sparsity` with a memory_budget, no bound without one
     activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target can; everything is
-                   computed in float32, and weights, gradients, momentum, statistics and logits stay float32
+                   computed in float32, and weights, gradients, optimizer state, statistics and logits stay
+                   float32
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
                    Records(target) has none
@@ -90,7 +97,7 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     exclusive.this_process()
     scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer)
     input_shape, seed = checks.shape("input_shape", input_shape), checks.whole("seed", seed)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, below=1)
+    loss = _check_loss(loss, checks.number("label_smoothing", label_smoothing, below=1))
     if memory_budget is not None:
         memory_budget = checks.whole("memory_budget", memory_budget, 1, ", in bytes, or None for no bound")
     elif checks.flag("lower_density", lower_density):
@@ -119,13 +126,14 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         layers = with_room(layers, start if grow_to is None else grow_to)
         excess = 0.0 if grow_to is None else start - grow_to
     if memory_budget is not None:
-        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations)
+        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations, optimizer,
+                                         loss)
         if raised is not None:
             layers = choose_sections(planned(raised, target), target, records, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
     if not isinstance(scheme, Dense):
         say_what_stays_dense(layers)
-    facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, label_smoothing, activations)
+    facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, loss, activations)
     return make_step(facts, state, builder, device, records)
 
 
@@ -208,7 +216,8 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
                  "input_shape": list(facts.graph.input_shape), "recomputed": document["recomputed"],
                  "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
                  "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
-                 "optimizer": document["optimizer"], "label_smoothing": facts.label_smoothing, "activations": facts.activations,
+                 "optimizer": document["optimizer"], "loss": document["loss"], "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
+                 "activations": facts.activations,
                  "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}}
     by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
     return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])
@@ -218,13 +227,26 @@ def check_threads(threads: int | None, usual: int) -> int:
     return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
 
 
-def _check_optimizer(optimizer: SGD | None) -> SGD:
+def _check_optimizer(optimizer: Optimizer | None) -> Optimizer:
     if optimizer is None:
-        return SGD()
-    if not isinstance(optimizer, SGD):
-        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted mest.SGD(lr, momentum, weight_decay, nesterov), the only rule "
-                         f"that steps are compiled with, or None for its defaults")
+        return USUAL
+    if not isinstance(optimizer, Optimizer):
+        there = ", ".join(OPTIMIZERS.find(name).signature() for name in OPTIMIZERS.names())
+        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted one of {there}, or None for mest.SGD()")
     return optimizer
+
+
+def _check_loss(loss: str | Loss, label_smoothing: float) -> Loss:
+    if isinstance(loss, str):
+        loss = LOSSES.find(loss)()
+    if not isinstance(loss, Loss):
+        there = ", ".join(LOSSES.find(name).signature() for name in LOSSES.names())
+        raise UsageError(f"loss is {checks.shown(loss)}; wanted one of {there}, or {' or '.join(map(repr, LOSSES.names()))}")
+    if not label_smoothing:
+        return loss
+    if loss != CrossEntropy():
+        raise UsageError(f"label_smoothing is short for loss=mest.CrossEntropy(smoothing=...), and the loss is {loss}; leave one out")
+    return CrossEntropy(label_smoothing)
 
 
 def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:

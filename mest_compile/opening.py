@@ -35,7 +35,7 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     that goes on gives the same numbers.
 
     device  as in `compile`
-    target, batch  to go on with weights, masks, momentum and statistics on another device, or with so many examples a step; kernels and
+    target, batch  to go on with weights, masks, states and statistics on another device, or with so many examples a step; kernels and
             threads are then chosen as `compile` does. None: as it was saved
     Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """

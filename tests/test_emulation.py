@@ -83,7 +83,7 @@ def test_every_kernel_of_a_step_gives_on_a_32_bit_arm_what_it_gives_here(tmp_pat
         for call in program.calls:
             kernels.setdefault(call.kernel, (program, call))
     assert {"pattern.conv", "pattern.grad", "gather.grad", "batch_norm.backward", "max_pool2d.backward", "loss.cross_entropy",
-            "optimizer.sgd_units"} <= kernels.keys()
+            "optimizer.update_units"} <= kernels.keys()
     for kernel, (program, call) in kernels.items():
         task = Task(call.name, kernel, call.problem, live_of(call, layers), 1, target, tmp_path / f"{kernel}.npz")
         prepare(task, program, layers, builder)

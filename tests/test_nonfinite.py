@@ -19,7 +19,9 @@ from mest_compile.operators import conversion as image
 from mest_compile.operators.layers import bias
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 from mest_compile.operators.losses import cross_entropy as loss
-from mest_compile.operators.optimizers import sgd as optimizer
+from mest_compile.operators.losses.loss import LOSSES
+from mest_compile.operators.optimizers import optimizer
+from mest_compile.operators.optimizers.sgd import SGD
 
 EPS = np.finfo(np.float32).eps
 KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))
@@ -263,28 +265,44 @@ def losses(kernel, rng, dtype) -> Iterator:
         for row in rows:
             for label in (0, 1, 4) if smoothing == 0 else (1,):
                 logits, labels = np.array(row, np.float32)[:, None, None, None], np.array([label], np.int32)
-                value, correct, dlogits = loss.cross_entropy_reference(logits, labels, smoothing)
-                yield (loss.CrossEntropy(shape, shape, smoothing),
+                value, correct, dlogits = loss.CrossEntropy(smoothing).reference(logits, labels)
+                yield (loss.SoftmaxCrossEntropy(shape, shape, smoothing),
                        [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
                        {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)})
 
 
-@case("optimizer.sgd", "optimizer.sgd_units", "optimizer.copy")
+@case("loss.elementwise")
+def elementwise_losses(kernel, rng, dtype) -> Iterator:
+    shape = make(6, 1, 1, 5)
+    for rule in (kind() for kind in LOSSES.load().values()):
+        if rule.kernel == kernel:
+            outputs = rng.standard_normal((6, 1, 1, 5)).astype(np.float32)
+            targets = rng.standard_normal(30).astype(np.float32)
+            for at in range(0, 6, 2):  # one value at a time: they all end in the same loss
+                bad = outputs.copy()
+                bad[at, 0, 0, at % 5] = (np.nan, np.inf, -np.inf)[at // 2]
+                value, _, slope = rule.reference(bad, targets)
+                yield (rule.problem(shape, shape), [pack(shape, bad), targets, np.zeros(1, np.float32), pack(shape, bad)],
+                       {2: np.array([value]), 3: (shape, slope)})
+
+
+@case("optimizer.update", "optimizer.update_units", "optimizer.copy")
 def optimizers(kernel, rng, dtype) -> Iterator:
-    values, gradients, momentum = (salted(rng, rng.standard_normal(48)) for _ in range(3))
     if kernel == "optimizer.copy":
-        places = rng.permutation(48).astype(np.int32)
+        values, places = salted(rng, rng.standard_normal(48)), rng.permutation(48).astype(np.int32)
         yield optimizer.CopyValues(), [values, places, np.zeros(48, np.float32)], {2: values[places]}
         return
-    for nesterov in (0, 1):
-        hyper = np.array([0.1, 0.9, 1e-2, nesterov], np.float32)
-        new, moved = optimizer.sgd_reference(values, gradients, momentum, hyper)
-        if kernel == "optimizer.sgd":
-            yield optimizer.Sgd(), [values, gradients, momentum, hyper], {0: new, 2: moved}
+    for rule in (SGD(nesterov=True), *(kind() for kind in optimizer.OPTIMIZERS.load().values())):
+        values, gradients, *states = (salted(rng, rng.standard_normal(48)) for _ in range(2 + len(rule.state)))
+        arrays = [values, gradients, *states, rule.hyper(3, 0.1)]
+        new, *moved = optimizer.update_reference(rule.name, *arrays)
+        wanted = {0: new, **dict(enumerate(moved, 2))}
+        if kernel == "optimizer.update":
+            yield optimizer.Update(rule.name), arrays, wanted
         else:
-            problem, permutation = optimizer.SgdUnits(2, 3), rng.permutation(8).astype(np.int32)
-            yield (problem, [values, gradients, momentum, hyper, permutation, np.zeros_like(values)],
-                   {0: new, 2: moved, 5: optimizer.transposed_reference(problem, new, permutation)})
+            problem, permutation = optimizer.UpdateUnits(rule.name, 2, 3), rng.permutation(8).astype(np.int32)
+            yield (problem, [*arrays, permutation, np.zeros_like(values)],
+                   {**wanted, len(arrays) + 1: optimizer.transposed_reference(problem, new, permutation)})
 
 
 # Convolutions

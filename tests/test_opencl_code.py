@@ -18,7 +18,7 @@ from mest_compile.kernels.source import kernel_source
 from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.cross_entropy import CrossEntropy, SoftmaxCrossEntropy
 from mest_compile.planning.layers import plan_layers
 from mest_compile.schedules.opencl.text import number
 from mest_compile.sparsity import parse_scheme
@@ -34,7 +34,7 @@ def kernels_of_a_step(target: str, scheme: str, folder) -> dict[str, OpenclKerne
     there = hardware.find_target(target)
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
     layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, there)
-    programs = lower(fuse(graph), layers, there, frozenset(), 0.0)
+    programs = lower(fuse(graph), layers, there)
     kinds = sorted({(call.kernel, call.problem) for program in programs for call in program.calls}, key=repr)
     sources = [kernel_source(*kind, there) for kind in kinds]
     built = Builder(folder).build(sources)
@@ -95,7 +95,7 @@ def test_a_private_array_in_memory_is_found():
 @pytest.mark.parametrize("target", ["mali-g78", "adreno-740"])
 def test_a_library_with_a_kernel_beyond_the_limits_is_not_built(target):
     there, logits = hardware.find_target(target), Image(10, 1, 1, 8, (0, 0, 0, 0), 4)
-    source = kernel_source("loss.cross_entropy", CrossEntropy(logits, logits), there)
+    source = kernel_source("loss.cross_entropy", SoftmaxCrossEntropy(logits, logits), there)
     assert compile_opencl_library({source.symbol: source.text}, there).imports[0].kind == "opencl"
     small = replace(there, gpu=replace(there.gpu, local_bytes=16))
     with pytest.raises(BuildError, match="bytes of local memory"):
@@ -119,7 +119,7 @@ def test_no_kernel_of_a_step_has_a_constant_that_is_cut():
     there = hardware.find_target("opencl")
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
     layers = plan_layers(graph, parse_scheme("dense"), 0.0, "uniform", None, there)
-    programs = lower(fuse(graph), layers, there, frozenset(), 0.1)
+    programs = lower(fuse(graph), layers, there, frozenset(), CrossEntropy(0.1))
     texts = {kernel_source(call.kernel, call.problem, there).text for program in programs for call in program.calls}
     found = {float(constant.strip('"')) for text in texts for constant in re.findall(r"T\.float32\(([^()]*)\)", text)}
     assert len(found) > 3

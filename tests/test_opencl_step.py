@@ -18,7 +18,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.models.catalog import build_model
-from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.cross_entropy import SoftmaxCrossEntropy
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.sieve import SieveRule
@@ -124,7 +124,7 @@ def test_a_phones_kernels_pass_a_drivers_compiler_and_answer_alike(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
     there = hardware.find_target(target)
-    source = kernel_source("loss.cross_entropy", CrossEntropy(LOGITS, LOGITS), there)
+    source = kernel_source("loss.cross_entropy", SoftmaxCrossEntropy(LOGITS, LOGITS), there)
     assert Builder(tmp_path).function(source).launches
     for field, said in ("local_bytes", "bytes of local memory"), ("most_threads", "work-groups of"):
         less = {"local_bytes": 16} if field == "local_bytes" else {"threads": 1, "most_threads": 1}

@@ -19,7 +19,9 @@ from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.layers import bias
 from mest_compile.operators.losses import cross_entropy as loss
-from mest_compile.operators.optimizers import sgd as optimizer
+from mest_compile.operators.losses.loss import LOSSES
+from mest_compile.operators.optimizers import optimizer
+from mest_compile.operators.optimizers.sgd import SGD
 
 TARGET = find_target("local")
 EPS = np.finfo(np.float32).eps
@@ -409,9 +411,10 @@ def test_cross_entropy(run, rng, classes, batch, spread):
     logits, labels = draw(rng, logits_image) * np.float32(spread), rng.integers(0, classes, batch)
     logits[:, 0, 0, 1] = 80.0  # all tie: the first is taken
     labels[:2] = logits[:, 0, 0, 0].argmax(), 1
-    results = run("loss.cross_entropy", loss.CrossEntropy(logits_image, dlogits_image), pack(logits_image, logits), labels.astype(np.int32),
-                  np.zeros(1, np.float32), np.zeros(batch, np.int32), pack(dlogits_image, logits))
-    wanted_loss, correct, dlogits = loss.cross_entropy_reference(logits, labels)
+    problem = loss.SoftmaxCrossEntropy(logits_image, dlogits_image)
+    results = run("loss.cross_entropy", problem, pack(logits_image, logits), labels.astype(np.int32), np.zeros(1, np.float32),
+                  np.zeros(batch, np.int32), pack(dlogits_image, logits))
+    wanted_loss, correct, dlogits = loss.CrossEntropy().reference(logits, labels)
     assert_close(results[2], np.array([wanted_loss]), terms=20)
     assert np.array_equal(results[3], correct) and correct[0] and not correct[1]
     assert_close(unpack(dlogits_image, results[4], gradient=True), dlogits, terms=40)
@@ -425,47 +428,82 @@ def test_cross_entropy_of_large_logits_is_finite(run):
     shape = make(3, 1, 1, 8)
     logits = np.full((3, 1, 1, 8), 3e38, np.float32)
     logits[1] = -3e38
-    got = run("loss.cross_entropy", loss.CrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32), np.zeros(1, np.float32),
-              np.zeros(8, np.int32), pack(shape, logits))
+    got = run("loss.cross_entropy", loss.SoftmaxCrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32),
+              np.zeros(1, np.float32), np.zeros(8, np.int32), pack(shape, logits))
     assert_close(got[2], np.array([np.log(2)]))
     assert np.isfinite(got[4]).all()
+
+
+TARGETS = {"int64": lambda rng, batch, width: rng.integers(0, width, batch),
+           "float32": lambda rng, batch, width: rng.standard_normal((batch, width)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("width, batch", [(2, 1), (13, 7), (300, 64), (5, 33)])
+def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
+    import torch
+
+    rule = LOSSES.find(name)()
+    image, slope_image = make(width, 1, 1, batch), make(width, 1, 1, batch, (1, 0, 0, 1))
+    outputs, given = draw(rng, image), TARGETS[np.dtype(rule.reads).name](rng, batch, width)
+    rule.check((batch, width))
+    targets = rule.targets(given, (batch, width))
+    assert targets.dtype == rule.dtype and targets.size == rule.target_elems((batch, width))
+    told = [np.zeros(1, np.float32), *([np.zeros(batch, np.int32)] if rule.tells_correct else [])]
+    got = run(rule.kernel, rule.problem(image, slope_image), pack(image, outputs), targets, *told, pack(slope_image, outputs))
+    value, correct, slope = rule.reference(outputs, targets)
+    assert_close(got[2], np.array([value]), terms=width + 20)
+    assert (correct is None) == (not rule.tells_correct) and (correct is None or np.array_equal(got[3], correct))
+    assert_close(unpack(slope_image, got[-1], gradient=True), slope, terms=40)
+
+    source = torch.from_numpy(outputs[:, 0, 0].T.astype(np.float64)).requires_grad_()
+    wanted = getattr(torch.nn, f"{type(rule).__name__}Loss")()(source, torch.from_numpy(given if given.ndim == 1 else given.astype(float)))
+    wanted.backward()
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
+    np.testing.assert_allclose(slope[:, 0, 0].T, source.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
 # Optimizer
 
 
+RULES = [SGD(0.1, 0.9, 1e-2), SGD(0.1, 0.9, 1e-2, True), SGD(0.05, 0, 0), *(kind() for kind in optimizer.OPTIMIZERS.load().values())]
+
+
 @pytest.mark.parametrize("count", [1, 9000])
-@pytest.mark.parametrize("hyper", [(0.1, 0.9, 1e-2, 0), (0.1, 0.9, 1e-2, 1), (0.05, 0, 0, 0)], ids=["momentum", "nesterov", "plain"])
-def test_sgd_is_torchs(run, rng, hyper, count):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_an_optimizer_is_torchs(run, rng, rule, count):
     import torch
 
     values = rng.standard_normal(count).astype(np.float32)
     parameter = torch.nn.Parameter(torch.from_numpy(values.copy()))
-    lr, share, decay, nesterov = hyper
-    rival = torch.optim.SGD([parameter], lr=lr, momentum=share, weight_decay=decay, nesterov=bool(nesterov))
-    momentum, exact, exact_momentum = np.zeros_like(values), values.astype(np.float64), np.zeros(count)
-    for _ in range(3):
-        gradients = rng.standard_normal(count).astype(np.float32)
-        exact, exact_momentum = optimizer.sgd_reference(exact, gradients, exact_momentum, hyper)
-        values, _, momentum, _ = run("optimizer.sgd", optimizer.Sgd(), values, gradients, momentum, np.array(hyper, np.float32))
+    rival = getattr(torch.optim, type(rule).__name__)([parameter], **dataclasses.asdict(rule))
+    states = [np.zeros_like(values) for _ in rule.state]
+    exact, exact_states = values.astype(np.float64), [np.zeros(count) for _ in rule.state]
+    for number in range(1, 11):
+        gradients, hyper = rng.standard_normal(count).astype(np.float32), rule.hyper(number, rule.lr)
+        exact, *exact_states = optimizer.update_reference(rule.name, exact, gradients, *exact_states, hyper)
+        values, _, *states, _ = run("optimizer.update", optimizer.Update(rule.name), values, gradients, *states, hyper)
         parameter.grad = torch.from_numpy(gradients)
         rival.step()
-    assert_close(values, exact, terms=12)
-    assert_close(momentum, exact_momentum, terms=12)
-    assert_close(parameter.detach().numpy(), exact, terms=12)
+    assert_close(values, exact, terms=40)
+    for state, wanted in zip(states, exact_states, strict=True):
+        assert_close(state, wanted, terms=40)
+    assert_close(parameter.detach().numpy(), exact, terms=40)
 
 
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS.names())
 @pytest.mark.parametrize("source_block, row_block", [(1, 1), (1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("units", [1, 5000])
-def test_sgd_of_units_writes_the_transposed_copy(run, rng, units, source_block, row_block):
-    problem = optimizer.SgdUnits(source_block, row_block)
-    values, gradients, momentum = rng.standard_normal((3, units * source_block * row_block)).astype(np.float32)
-    hyper, permutation = np.array([0.1, 0.9, 1e-2, 1], np.float32), rng.permutation(units).astype(np.int32)
-    got = run("optimizer.sgd_units", problem, values, gradients, momentum, hyper, permutation, np.zeros_like(values))
-    wanted = optimizer.sgd_reference(values, gradients, momentum, hyper)
-    assert_close(got[0], wanted[0])
-    assert_close(got[2], wanted[1])
-    assert np.array_equal(got[5], optimizer.transposed_reference(problem, got[0], permutation))
+def test_an_update_of_units_writes_the_transposed_copy(run, rng, name, units, source_block, row_block):
+    problem, rule = optimizer.UpdateUnits(name, source_block, row_block), optimizer.OPTIMIZERS.find(name)()
+    values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(np.float32)
+    arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
+    permutation = rng.permutation(units).astype(np.int32)
+    got = run("optimizer.update_units", problem, *arrays, permutation, np.zeros_like(values))
+    wanted = optimizer.update_reference(name, *arrays)
+    for place, want in zip((0, *range(2, 2 + len(rule.state))), wanted, strict=True):
+        assert_close(got[place], want)
+    assert np.array_equal(got[-1], optimizer.transposed_reference(problem, got[0], permutation))
 
 
 # Threads

@@ -9,6 +9,9 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.mse import MSE
+from mest_compile.operators.optimizers.adamw import AdamW
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layers import plan_layers
@@ -16,7 +19,7 @@ from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_scheme
 
 SHAPE = (8, 3, 32, 32)
-CASES = [("odd", "channel"), ("resnet20", "pattern"), ("vgg11", "block")]
+CASES = [("odd", "channel", MSE(), AdamW()), ("resnet20", "pattern", CrossEntropy(), SGD()), ("vgg11", "block", CrossEntropy(), SGD())]
 
 
 class Odd(torch.nn.Module):
@@ -32,11 +35,11 @@ class Odd(torch.nn.Module):
         return self.last(torch.flatten(torch.relu(self.two(found) + found), 1))
 
 
-def sources(model, scheme, target):
+def sources(model, scheme, loss, optimizer, target):
     """One of every kind of kernel in the steps of a model."""
     graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
     layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
-    programs = Facts(graph, layers, frozenset(), SGD(), target, 1, 0, 0.0).lower()
+    programs = Facts(graph, layers, frozenset(), optimizer, target, 1, 0, loss).lower()
     calls = choosing.sources(programs, target, choosing.choose_knobs(programs, layers, target, Records(target))).values()
     return {source.kernel: source for each in calls for source in each.values()}
 
@@ -48,8 +51,8 @@ def test_every_kind_of_kernel_is_the_function_that_tvm_reads(name):
     from tvm.script import tirx
 
     target, read = find_target(name).for_batch(SHAPE[0]), set()
-    for model, scheme in CASES:
-        for kernel, source in sources(model, scheme, target).items():
+    for case in CASES:
+        for kernel, source in sources(*case, target).items():
             if f"{target.device}/{kernel}" in read:
                 continue
             theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)

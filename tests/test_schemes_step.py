@@ -1,5 +1,7 @@
 """Whole steps of every scheme, a mutation between them, against masked dense torch; then a checkpoint."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ import mest_compile as mest
 from mest_compile.models.catalog import build_model
 
 RATE = 0.002  # small, as in test_step: ReLUs that flip by rounding would make the comparison chaotic
+RULES = {"sgd": mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3),
+         "adamw": mest.AdamW(lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=1e-2)}  # a small eps makes steps of what rounding leaves
 
 
 class Small(nn.Module):
@@ -59,22 +63,23 @@ CASES = {  # scheme, model, input_shape, dense_layers
 
 
 class MaskedTorch:
-    """Dense torch, weights, gradients and momentum masked."""
+    """Dense torch, weights, gradients and optimizer state masked."""
 
     def __init__(self, model, masks, optimizer):
         self.model, self.parameters = model.train(), dict(model.named_parameters())
-        self.rule = torch.optim.SGD(model.parameters(), lr=RATE, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+        self.rule = getattr(torch.optim, type(optimizer).__name__)(model.parameters(), **asdict(optimizer))
         self.exchange(masks, masks, None)
 
     def exchange(self, masks, stay, state):
-        """`masks` count from now on; outside `stay` momentum becomes 0, and weights what `state` has there, 0 where that is None."""
+        """`masks` count from now on; outside `stay` optimizer state becomes 0, and weights what `state` has there, 0 where that is None."""
         self.masks = {name: torch.from_numpy(mask) for name, mask in masks.items()}
         for name, mask in stay.items():
             with torch.no_grad():
                 self.parameters[name] *= torch.from_numpy(mask)
                 self.parameters[name] += 0 if state is None else torch.from_numpy(np.where(mask, 0, state[name]))
-                if "momentum_buffer" in self.rule.state[self.parameters[name]]:
-                    self.rule.state[self.parameters[name]]["momentum_buffer"] *= torch.from_numpy(mask)
+                for array in self.rule.state[self.parameters[name]].values():
+                    if array is not None and array.shape == mask.shape:  # torch counts its steps there too
+                        array *= torch.from_numpy(mask)
 
     def step(self, images, labels):
         self.rule.zero_grad()
@@ -86,13 +91,14 @@ class MaskedTorch:
         return loss.item()
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", CASES)
-def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint(case, tmp_path):
+def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint(case, rule, tmp_path):
     scheme, make, shape, dense_layers = CASES[case]
     torch.manual_seed(3)
     model = make()
-    step = mest.compile(model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers,
-                        optimizer=mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3), threads=1)
+    step = mest.compile(model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers, optimizer=RULES[rule],
+                        threads=1)
     before, batches = step.masks(), make_batches(shape, 10, 8)
     twin = MaskedTorch(model, before, step.optimizer)
     np.testing.assert_allclose([step(*batch).loss for batch in batches[:4]], [twin.step(*batch) for batch in batches[:4]], rtol=1e-4)

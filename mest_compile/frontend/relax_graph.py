@@ -138,9 +138,6 @@ class Reader:
         if len(logits.shape) != 2 or logits.shape[0] != input_shape[0]:
             raise SpecError(f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
                             "end it with flatten and a linear layer")
-        if logits.shape[1] < 2:
-            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each "
-                            "class; 2 of them for yes and no are binary cross-entropy of their difference")
         return ForwardGraph(name_nodes(self.drafts, logits.draft), input_shape, self.state_shapes), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:

@@ -16,9 +16,11 @@ from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory
 from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
-from mest_compile.operators.losses.cross_entropy import lower_loss
+from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
+from mest_compile.operators.losses.loss import Loss
 from mest_compile.operators.operator import OPERATORS
-from mest_compile.operators.optimizers.sgd import Sgd
+from mest_compile.operators.optimizers.optimizer import Optimizer, Update
+from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.sparsity.layer import Layer
 
 
@@ -26,9 +28,10 @@ class Lowering:
     """Collects the calls of one program. Operators use it; its buffers are shared between the programs of a step."""
 
     def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool,
-                 recomputed: frozenset[str] = frozenset(), activations: str = "float32"):
+                 recomputed: frozenset[str] = frozenset(), activations: str = "float32", optimizer: Optimizer = USUAL):
         self.graph = graph
         self.activations = activations
+        self.optimizer = optimizer
         self.layers = layers
         self.vector = vector
         self.held = held
@@ -132,6 +135,10 @@ class Lowering:
         if name not in self.held:
             self.held[name] = Buffer(name, elems, dtype, kind)
         return self.held[name]
+
+    def hyper(self) -> Buffer:
+        """The optimizer's scalars at this update."""
+        return self.hold("hyper", len(self.optimizer.scalars), "batch")
 
     def parameter(self, node: Node, *roles: str) -> Buffer:
         """Dense parameters or statistics of these roles, flat, one after another."""
@@ -238,20 +245,20 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
 
 
 def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                   recomputed: frozenset[str] = frozenset(), label_smoothing: float = 0.0, activations: str = "float32") -> Program:
+                   recomputed: frozenset[str] = frozenset(), loss: Loss = USUAL_LOSS, activations: str = "float32",
+                   optimizer: Optimizer = USUAL) -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
-    low = Lowering(graph, layers, vector, held, True, recomputed, activations)
+    loss.check(graph.nodes[-1].shape)  # type: ignore[arg-type]
+    low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer)
     _start(low)
     low.stage = "backward"
-    batch = graph.input_shape[0]
-    lower_loss(low, graph.nodes[-1].name, low.hold("labels", batch, "batch", "int32"), low.hold("loss", 1, "batch"),
-               low.hold("correct", batch, "batch", "int32"), label_smoothing)
+    loss.lower(low, graph.nodes[-1].name)
     for node in reversed(graph.nodes):
         if low.has_gradient(node):
             OPERATORS.find(node.op).backward(node, low)
     for values, gradients in low._updates.items():
-        momentum = low.hold(f"{values.name}:momentum", values.elems, "optimizer")
-        low.call_update("optimizer.sgd", Sgd(), values, gradients, momentum, low.hold("hyper", 4, "batch"), name=f"{values.name}.update")
+        states = [low.hold(f"{values.name}:{state}", values.elems, "optimizer") for state in optimizer.state]
+        low.call_update("optimizer.update", Update(optimizer.name), values, gradients, *states, low.hyper(), name=f"{values.name}.update")
     program = Program("train", low.calls)
     plan_memory(program)
     return program
@@ -271,11 +278,11 @@ def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: i
 
 
 def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset(),
-          label_smoothing: float = 0.0, activations: str = "float32") -> tuple[Program, Program]:
+          loss: Loss = USUAL_LOSS, activations: str = "float32", optimizer: Optimizer = USUAL) -> tuple[Program, Program]:
     """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
 
     activations  what values of nodes are stored as, the logits excepted
     """
     held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target.vector, held, recomputed, label_smoothing, activations)
+    train = lower_training(graph, layers, target.vector, held, recomputed, loss, activations, optimizer)
     return train, lower_prediction(graph, layers, target.vector, held, train.slots, activations)

@@ -9,6 +9,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.program import Activation, Buffer
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.sparsity.layer import Layer
 
 Halo = tuple[int, int, int, int]  # (top, left, bottom, right) zero pixels
@@ -34,10 +35,12 @@ class Trace(Protocol):
 
     graph     that is lowered
     training  whether the program trains; else it predicts
+    optimizer  updates the parameters
     """
 
     graph: ForwardGraph
     training: bool
+    optimizer: Optimizer
 
     # The graph.
 
@@ -84,6 +87,9 @@ class Trace(Protocol):
 
     def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
         """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""
+
+    def hyper(self) -> Buffer:
+        """The optimizer's scalars at this update."""
 
     def parameter(self, node: Node, *roles: str) -> Buffer:
         """Dense parameters or statistics of these roles, flat, one after another."""

@@ -12,7 +12,8 @@ from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.losses.loss import Loss, read_loss
+from mest_compile.operators.optimizers.optimizer import Optimizer, read_optimizer
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 
@@ -30,16 +31,17 @@ class Facts:
     graph: ForwardGraph
     layers: Mapping[str, Layer]
     recomputed: frozenset[str]
-    optimizer: SGD
+    optimizer: Optimizer
     target: Target
     threads: int
     seed: int
-    label_smoothing: float
+    loss: Loss
     activations: str = "float32"
 
     def lower(self) -> tuple[Program, Program]:
         """(training step, prediction)."""
-        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.label_smoothing, self.activations)
+        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.loss, self.activations,
+                     self.optimizer)
 
     def to_json(self) -> dict[str, Any]:
         graph, target = self.graph, self.target
@@ -47,8 +49,9 @@ class Facts:
             "graph": {"input_shape": list(graph.input_shape), "state_shapes": _plain(dict(graph.state_shapes)),
                       "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
                                  "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]},
-            "optimizer": asdict(self.optimizer), "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
-            "label_smoothing": self.label_smoothing, "activations": self.activations,
+            "optimizer": _plain(self.optimizer.to_json()),
+            "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
+            "loss": self.loss.to_json(), "activations": self.activations,
             "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
                         "kernels": layer.kernels, "capacity": layer.capacity,
@@ -68,8 +71,9 @@ class Facts:
         layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],
                                    entry["sections"][1], entry["capacity"])
                   for spec, entry in zip(specs, facts["layers"], strict=True)}
-        return cls(graph, layers, frozenset(facts["recomputed"]), SGD(**facts["optimizer"]), target, facts["threads"], facts["seed"],
-                   facts["label_smoothing"], facts.get("activations", "float32"))
+        return cls(graph, layers, frozenset(facts["recomputed"]), read_optimizer(facts["optimizer"]),
+                   target, facts["threads"], facts["seed"],
+                   read_loss(facts), facts.get("activations", "float32"))
 
 
 def read_facts(document: Mapping[str, Any], where: str) -> Facts:

@@ -12,6 +12,10 @@ from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.lowering.lowering import lower, recomputable
 from mest_compile.operators.layers.family import held_cells
+from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
+from mest_compile.operators.losses.loss import Loss
+from mest_compile.operators.optimizers.optimizer import Optimizer
+from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.planning.footprint import footprint
 from mest_compile.planning.layers import log
 from mest_compile.sparsity.distributions import DIGITS
@@ -22,12 +26,14 @@ MIB = 2**20
 
 
 def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int, lower_density: bool,
-                excess: float, activations: str = "float32") -> tuple[frozenset[str], float | None]:
+                excess: float, activations: str = "float32",
+                optimizer: Optimizer = USUAL, loss: Loss = USUAL_LOSS) -> tuple[frozenset[str], float | None]:
     """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused graph's step
     needs at most `budget_bytes` when it is densest.
 
     excess  by how much mutations grow beyond the sparsity that the model starts with
     activations  what values are stored as
+    optimizer, loss  whose arrays count
     Raises BudgetError.
     """
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
@@ -37,7 +43,8 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
 
     start, room = overall_sparsity(layers), {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
     choices = list(dict.fromkeys([usually_recomputed(graph, target), *recomputable(graph)]))
-    programs = {recomputed: lower(graph, layers, target, recomputed, activations=activations) for recomputed in choices}
+    programs = {recomputed: lower(graph, layers, target, recomputed, loss, activations, optimizer)
+                for recomputed in choices}
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
             return recomputed, None

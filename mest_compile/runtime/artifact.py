@@ -1,7 +1,7 @@
 """Artifacts: a folder with all that a device needs to train, and the runner that does it with numpy, tvm_ffi and TVM's runtime library.
 
 step.so            kernels and the virtual machine's executable
-state.safetensors  a checkpoint: weights, momentum, statistics, masks
+state.safetensors  a checkpoint: weights, optimizer state, statistics, masks
 manifest.json      format, versions, what the step was compiled from, size and digest of the files, and a digest of all that
 Index arrays are made from the masks when the artifact is opened, and by every mutation: kernels read them, nothing is compiled.
 """

@@ -10,7 +10,7 @@ import numpy as np
 
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.facts import Facts
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
@@ -54,13 +54,15 @@ class Compiled:
         return self.facts.layers
 
     @property
-    def optimizer(self) -> SGD:
+    def optimizer(self) -> Optimizer:
         return self.facts.optimizer
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean cross-entropy of the batch; correct: (N,) bool, whether the largest logit is the label's."""
+    """loss: of the batch, as the step was compiled with; correct: (N,) bool, whether the largest logit is the label's, None of a loss that
+    does not tell that (MSE).
+    """
 
     loss: float
-    correct: np.ndarray
+    correct: np.ndarray | None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import InputError
+from mest_compile.operators.losses.loss import Loss
 from mest_compile.runtime import arguments
 from mest_compile.runtime.runner import Runner, SendsAhead
 
@@ -15,13 +16,13 @@ class Feeding:
     """Puts batches where a step's programs read them.
 
     input_shape  of a whole batch of images
-    classes      labels are in [0, classes)
+    classes      outputs of an example; labels are as the loss reads them
     activations  what the step stores images as
     """
 
-    def __init__(self, runner: Runner, input_shape: tuple[int, ...], classes: int, activations: str):
+    def __init__(self, runner: Runner, input_shape: tuple[int, ...], classes: int, loss: Loss, activations: str):
         self._runner = runner
-        self._input_shape, self._classes, self._activations = input_shape, classes, activations
+        self._input_shape, self._classes, self._loss, self._activations = input_shape, classes, loss, activations
         self._ahead: tuple[Any, Any] | None = None
 
     def load(self, images: Any, labels: Any) -> None:
@@ -63,13 +64,9 @@ class Feeding:
 
     def _check(self, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         """The batch as it is sent. Raises InputError."""
-        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, np.int64, "labels")
-        batch = self._input_shape[0]
+        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, self._loss.reads, "labels")
         if images.shape != self._input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
-        if labels.shape != (batch,):
-            raise InputError(f"labels have shape {labels.shape}; wanted ({batch},)")
-        if labels.min() < 0 or labels.max() >= self._classes:
-            raise InputError(f"labels go from {labels.min()} to {labels.max()}; the model has classes 0 to {self._classes - 1}")
+        labels = self._loss.targets(labels, (self._input_shape[0], self._classes))
         arguments.within_range(images, self._activations)
-        return images.ravel(), labels.astype(np.int32)
+        return images.ravel(), labels

@@ -36,12 +36,16 @@ def write(path: str | Path, document: Mapping[str, Any], state: HeldState, rng: 
 
 
 def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | Path) -> None:
-    """Raises StateError where a checkpoint's document is of another model or scheme than a step's."""
+    """Raises StateError where a checkpoint's document is of another model, scheme or optimizer than a step's."""
     if mine["graph"] != theirs.get("graph"):
         raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
     if _masks(mine) != _masks(theirs):
         raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
                          f"step as then")
+    rule, its = (document["optimizer"].get("name", "sgd") for document in (mine, theirs))
+    if rule != its:
+        raise StateError(f"checkpoint {path} is of optimizer {its!r}, the step has {rule!r}; load it with mest.load, or compile the step "
+                         "as then")
 
 
 def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compiled, state: HeldState,
@@ -61,7 +65,7 @@ def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compi
     for name in compiled.layers:
         order = arrays[f"order/{name}"]
         arranged = state.arranged(name, np.unique(order))
-        parts_of = (name, f"{name}:gradient", f"{name}:momentum")
+        parts_of = state.parts(name)
         if not np.array_equal(order, arranged.order):  # tuning since then has cut the index otherwise, or a device has other kernels
             sort = np.argsort(order, kind="stable")
             there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
@@ -71,16 +75,17 @@ def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compi
     return [*parts, partial(state.write, held), partial(setattr, state, "kept", kept)]
 
 
-def rest_of(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
-    """(state of the random generator, the caller's extra, the caller's arrays) of a checkpoint. Raises StateError."""
+def rest_of(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any],
+            path: str | Path) -> tuple[dict, int, dict, dict[str, np.ndarray]]:
+    """(state of the random generator, updates so far, the caller's extra, the caller's arrays) of a checkpoint. Raises StateError."""
     rng = np.random.default_rng()
     try:
         rng.bit_generator.state = facts["rng"]
-        extra = dict(facts["extra"])
+        extra, updates = dict(facts["extra"]), int(facts.get("updates", 0))
     except (KeyError, TypeError, ValueError) as problem:
         raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
-    return dict(rng.bit_generator.state), extra, {name.removeprefix("extra/"): array for name, array in arrays.items()
-                                                  if name.startswith("extra/")}
+    return dict(rng.bit_generator.state), updates, extra, {name.removeprefix("extra/"): array for name, array in arrays.items()
+                                                           if name.startswith("extra/")}
 
 
 def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

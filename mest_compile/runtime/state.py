@@ -1,4 +1,6 @@
-"""What a step holds between calls, in the order that its kernels want: weights, momentum and index arrays of the live units, statistics."""
+"""What a step holds between calls, in the order that its kernels want: weights, optimizer state and index arrays of the live units,
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class Arrangement:
 
     cells, places  as `HeldState` has them
     order          where each cell of the value array lies in the grid
-    arrays         name -> array: values, gradients, momentum, index
+    arrays         name -> array: values, gradients, the optimizer's states, index
     """
 
     name: str
@@ -89,6 +91,10 @@ class HeldState:
         return [name for name, buffer in self.held.items()
                 if buffer.kind in ("values", "optimizer", "gradients") and buffer.role != "transposed"]
 
+    def parts(self, name: str) -> list[str]:
+        """Names of the layer's own arrays, all in the order of its values: values, gradients, the optimizer's states."""
+        return [part for part in self.own() if self.held[part].weight == name]
+
     # Masks.
 
     def keep(self, name: str) -> np.ndarray:
@@ -109,7 +115,9 @@ class HeldState:
         return cells.take(self._index[name](cells).sort)
 
     def arranged(self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None) -> Arrangement:
-        """What makes `cells`, ascending, the layer's live ones: index arrays, and values, momentum and gradients of those that stay.
+        """What makes `cells`, ascending, the layer's live ones: index arrays, and values, gradients and optimizer state of those that
+        stay.
+
 
         places  where in the value array each stands now, -1 for new ones; None: all are new
         start   (new cells, weights of a cell) float32: what the new ones start at; None: 0
@@ -118,9 +126,9 @@ class HeldState:
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
         stood = None if places is None else places.take(index.sort)
         arrays = {f"{name}:{part}": array for part, array in index.arrays.items()}
-        for suffix in ("", ":gradient", ":momentum"):
-            arrays[name + suffix] = (np.zeros(len(index.sort) * elems, np.float32) if stood is None else
-                                     carry_over(self.get(name + suffix).reshape(-1, elems), stood))
+        for part in self.parts(name):
+            arrays[part] = (np.zeros(len(index.sort) * elems, np.float32) if stood is None else
+                            carry_over(self.get(part).reshape(-1, elems), stood))
         if start is not None and places is not None and stood is not None:
             values, new = arrays[name].reshape(-1, elems), stood < 0
             values[new] = start[(np.cumsum(places < 0) - 1).take(index.sort)[new]]
@@ -191,7 +199,9 @@ class HeldState:
         return {name: np.array(state[name]) for name in self.kept}
 
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
-        """Every parameter's array of that suffix ("" weights, ":gradient", ":momentum") by torch name and shape, 0 at dead weights."""
+        """Every parameter's array of that suffix ("" weights, ":gradient", ":" and a state of the optimizer) by torch name and shape, 0 at
+        dead weights.
+        """
         found = {} if suffix else {name: array.copy() for name, array in self.kept.items()}
         for buffer in self._dense:
             if buffer.name + suffix in self.held:

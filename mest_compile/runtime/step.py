@@ -18,7 +18,7 @@ from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
-from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.footprint import footprint
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, Part, in_turn
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class TrainStep:
-    """One SGD step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
+    """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
     Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C interrupts is either
     not begun or finished by the next call, so that all is old or all is new. In a process forked off this one every call raises UsageError.
@@ -48,6 +48,7 @@ class TrainStep:
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
+        self._updates = 0  # of the parameters since the first weights
         self._from_file = False
         self._runner = compiled.runner()
         self._feeding = self._new_feeding(self._runner)
@@ -77,17 +78,18 @@ class TrainStep:
 
     @property
     def classes(self) -> int:
+        """Outputs an example."""
         return self._compiled.graph.nodes[-1].shape[1]
 
     @property
-    def optimizer(self) -> SGD:
+    def optimizer(self) -> Optimizer:
         return self._compiled.optimizer
 
     @property
     def asked_lr(self) -> float | None:
         """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is nobody's wish now."""
-        rate = self._compiled.optimizer.lr
-        return None if self._from_file or rate == SGD().lr else rate
+        rule = self._compiled.optimizer
+        return None if self._from_file or rule.lr == type(rule)().lr else rule.lr
 
     @property
     def program(self) -> Program:
@@ -120,7 +122,7 @@ class TrainStep:
 
     @in_turn
     def not_finite(self) -> list[str]:
-        """Which arrays hold NaN or infinity, of the live weights, statistics, momentum and gradients; none when training is sound."""
+        """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when training is sound."""
         held = self._state.of_kinds("values", "optimizer", "gradients")
         return [name for name, array in held.items() if not np.isfinite(array).all()]
 
@@ -144,7 +146,8 @@ class TrainStep:
                  ahead: tuple | None = None) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W) float32, labels (N,) int in [0, classes); numpy or torch. lr: None takes the optimizer's.
+        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), or (N, outputs) numbers for mest.MSE; numpy
+        or torch. lr: None takes the optimizer's.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does: by NaN
         where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
@@ -159,7 +162,8 @@ class TrainStep:
         if self._specializer is not None:
             self._specializer.poll()
         self._feeding.load(images, labels)
-        self._state.put("hyper", np.array([rate, rule.momentum, rule.weight_decay, rule.nesterov], np.float32))
+        self._updates += 1
+        self._state.put("hyper", rule.hyper(self._updates, rate))
         if bound is None:
             self._runner.run("train")
         else:
@@ -168,7 +172,8 @@ class TrainStep:
                 self._state.clip_gradients(bound)
                 self._runner.run("update")
         self._feeding.send_ahead(ahead)
-        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool))
+        tells = self._compiled.facts.loss.tells_correct
+        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool) if tells else None)
 
     @in_turn
     def predict(self, images: Any) -> np.ndarray:
@@ -224,7 +229,7 @@ class TrainStep:
         self._feeding.load(images, labels)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
-            self._state.put("hyper", np.array([0, 0, 0, 0], np.float32))
+            self._state.put("hyper", self._compiled.optimizer.hyper(1, 0.0))
             yield
         finally:
             self._changes.finish()
@@ -239,7 +244,7 @@ class TrainStep:
 
     @in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets every parameter and statistic; momentum is kept.
+        """Sets every parameter and statistic; optimizer state is kept.
 
         Raises StateError on names or shapes that do not fit, on values that are not finite, and on weights that are not 0 where the mask is
         dead; nothing is changed then.
@@ -259,7 +264,7 @@ class TrainStep:
 
     @in_turn
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
-        """Installs masks; units that stay keep weight and momentum, new ones start at 0.
+        """Installs masks; units that stay keep weight and optimizer state, new ones start at 0.
 
         masks  {torch weight name: bool, or 0 and 1, in torch's shape}; layers that are not named stay as they are
         Raises StateError, CapacityError; nothing is changed then.
@@ -324,8 +329,10 @@ class TrainStep:
 
     @in_turn
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Writes all state to one file, whole or not at all: weights, momentum, masks, statistics, the caller's `extra` and `arrays`."""
-        saving.write(path, self._compiled.document, self._state, self._rng, extra or {}, arrays or {})
+        """Writes all state to one file, whole or not at all: weights, optimizer state, masks, statistics, the caller's `extra` and
+        `arrays`.
+        """
+        saving.write(path, dict(self._compiled.document) | {"updates": self._updates}, self._state, self._rng, extra or {}, arrays or {})
 
     @in_turn
     def export(self, path: str | Path) -> dict[str, Any]:
@@ -344,9 +351,9 @@ class TrainStep:
         exclusive.check_process()
         with self._turn:
             changed = saving.parts_of(arrays, path, self._compiled, self._state, self._install)
-            drawn, extra, others = saving.rest_of(arrays, facts, path)
+            drawn, updates, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
-            self._changes.make(*changed, partial(_set_state, self._rng, drawn))
+            self._changes.make(*changed, partial(_set_state, self._rng, drawn), partial(setattr, self, "_updates", updates))
             self._from_file = True
         return extra, others
 
@@ -372,7 +379,7 @@ class TrainStep:
     # Internal.
 
     def _new_feeding(self, runner: Runner) -> Feeding:
-        return Feeding(runner, self.input_shape, self.classes, self._compiled.facts.activations)
+        return Feeding(runner, self.input_shape, self.classes, self._compiled.facts.loss, self._compiled.facts.activations)
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent before."""

@@ -19,6 +19,7 @@ from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError, UsageError
 from mest_compile.data import Dataset, as_dataset, batches
 from mest_compile.data.examples import turned
+from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, why_lost
@@ -59,8 +60,8 @@ class Trainer:
     progress  told about every batch and epoch
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
-    Raises UsageError where both were given and differ, or label_smoothing does, SparsityError and CapacityError where the recipe does not
-    fit the step. `source` goes into the folder of a run that begins.
+    Raises UsageError where both were given and differ, or label_smoothing does, or where the step's loss does not tell which examples are
+    right, SparsityError and CapacityError where the recipe does not fit the step. `source` goes into the folder of a run that begins.
     """
 
     def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None,
@@ -78,6 +79,9 @@ class Trainer:
         step.check_room(recipe.densest(target))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
+        if not (loss := read_loss(step.describe())).tells_correct:
+            raise UsageError(f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
+                             f"step(images, targets) in a loop of your own, or compile with loss=\"cross_entropy\"")
         smoothing = step.describe().get("label_smoothing", 0.0)
         if smoothing != recipe.label_smoothing:
             raise UsageError(f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "

@@ -2,55 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from mest_compile.hardware.target import Target
+from mest_compile.ir.expressions import Variable
+from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.optimizers.sgd import CopyValues, Sgd, SgdUnits
-from mest_compile.schedules.cpu.rows import UNROLL, Text
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
+from mest_compile.schedules.cpu.rows import UNROLL, Text, number
 
-CHUNK_ELEMS = 4096  # of each array, 48 KiB in all: what a thread takes at a time, still in L2 when a unit's values are copied
+CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time, still in L2 when a unit's values are copied
 
 
-def _start(handles: dict[str, tuple[str, str]], symbol: str) -> Text:
-    """A kernel whose arguments are name -> (size, dtype), sizes in terms of `symbol`."""
+def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
+    """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
+    kind = OPTIMIZERS.find(rule)
+    handles = {name: (elems, "float32") for name in ("values", "gradients", *kind.state)}
+    handles |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
     text = Text(*(f"{name}_handle: T.handle" for name in handles))
     text(f"{symbol} = T.int32()")
     text(*(f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in handles.items()))
-    text("lr: T.let = hyper[0]", "share: T.let = hyper[1]", "decay: T.let = hyper[2]", "nesterov: T.let = hyper[3]")
+    text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
     return text
 
 
-def _update(text: Text, at: str) -> None:
-    gradient = f"(gradients[{at}] + decay * values[{at}])"
-    text(f"momentum[{at}] = share * momentum[{at}] + {gradient}",
-         f"values[{at}] = values[{at}] - lr * T.Select(nesterov > T.float32(0), {gradient} + share * momentum[{at}], momentum[{at}])")
+def _update(text: Text, rule: str, at: str) -> None:
+    """The formula at one place. What it names itself stands where it is used, or is read from the state that it was stored as."""
+    kind = OPTIMIZERS.find(rule)
+    arrays = {name: f"{name}[{at}]" for name in ("values", "gradients", *kind.state)}
+    names = {**arrays, **{name: name for name in kind.scalars}}
+    own = {}
+    for name, expression in kind.formula.items():
+        if name not in arrays:
+            own[name] = written(expression, names, number)
+            names[name] = f"({own[name]})"
+        elif isinstance(expression, Variable) and expression.name in own:
+            text(f"{arrays[name]} = {own[expression.name]}")
+            names[expression.name] = arrays[name]
+        else:
+            text(f"{arrays[name]} = {written(expression, names, number)}")
 
 
-def _update_chunk(text: Text, vector: int, elems: int) -> None:
+def _update_chunk(text: Text, rule: str, vector: int, elems: int) -> None:
     """Elements `chunk * elems` up to the next chunk's; elems is a multiple of vector."""
     unroll = UNROLL if elems % (UNROLL * vector) == 0 else 1
     with text.nest(f"for t in T.serial({elems // (unroll * vector)})", f"for j in T.unroll({unroll})", f"for i in T.vectorized({vector})"):
-        _update(text, f"chunk * {elems} + t * {unroll * vector} + j * {vector} + i")
+        _update(text, rule, f"chunk * {elems} + t * {unroll * vector} + j * {vector} + i")
 
 
-@schedule("optimizer.sgd", device="cpu")
-def sgd(problem: Sgd, target: Target) -> str:
-    text = _start({name: ("n", "float32") for name in ("values", "gradients", "momentum")} | {"hyper": ("4", "float32")}, "n")
+@schedule("optimizer.update", device="cpu")
+def update(problem: Update, target: Target) -> str:
+    text = _start(problem.rule, "n", "n")
     with text.nest(f"if n >= {CHUNK_ELEMS}", f"for chunk in T.parallel(n // {CHUNK_ELEMS})"):
-        _update_chunk(text, target.vector, CHUNK_ELEMS)
+        _update_chunk(text, problem.rule, target.vector, CHUNK_ELEMS)
     with text.nest(f"for e in T.serial(n % {CHUNK_ELEMS})"):
         text(f"at: T.let = n // {CHUNK_ELEMS} * {CHUNK_ELEMS} + e")
-        _update(text, "at")
+        _update(text, problem.rule, "at")
     return str(text)
 
 
-@schedule("optimizer.sgd_units", device="cpu")
-def sgd_units(problem: SgdUnits, target: Target) -> str:
+@schedule("optimizer.update_units", device="cpu")
+def update_units(problem: UpdateUnits, target: Target) -> str:
     """Updates a chunk of units, then copies their values from the cache."""
     size = problem.source_block * problem.row_block
     units = -(-CHUNK_ELEMS // (size * target.vector)) * target.vector  # whole vectors, whatever the unit's size
-    elems = (f"units * {size}", "float32")
-    text = _start({"values": elems, "gradients": elems, "momentum": elems, "hyper": ("4", "float32"),
-                   "permutation": ("units", "int32"), "transposed": elems}, "units")
+    elems = f"units * {size}"
+    text = _start(problem.rule, elems, "units", {"permutation": ("units", "int32"), "transposed": (elems, "float32")})
 
     def copy(unit: str) -> None:
         with text.nest(f"for j in T.unroll({problem.row_block})", f"for k in T.unroll({problem.source_block})"):
@@ -58,14 +76,14 @@ def sgd_units(problem: SgdUnits, target: Target) -> str:
                  f"values[{unit} * {size} + k * {problem.row_block} + j]")
 
     with text.nest(f"if units >= {units}", f"for chunk in T.parallel(units // {units})"):
-        _update_chunk(text, target.vector, units * size)
+        _update_chunk(text, problem.rule, target.vector, units * size)
         with text.nest(f"for u in T.serial({units})"):
             copy(f"(chunk * {units} + u)")
     with text.nest(f"for u in T.serial(units % {units})"):
         text(f"unit: T.let = units // {units} * {units} + u")
         with text.nest(f"for e in T.serial({size})"):
             text(f"at: T.let = unit * {size} + e")
-            _update(text, "at")
+            _update(text, problem.rule, "at")
         copy("unit")
     return str(text)
 

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from mest_compile.hardware.target import Target
+from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.optimizers.sgd import CopyValues, Sgd, SgdUnits
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
-from mest_compile.schedules.opencl.text import Text
+from mest_compile.schedules.opencl.text import Text, number
 
 
-def _start(sizes: dict[str, tuple[str, str]], symbol: str) -> Text:
+def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
+    """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
+    kind = OPTIMIZERS.find(rule)
+    sizes = {name: (elems, "float32") for name in ("values", "gradients", *kind.state)}
+    sizes |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
     text = Text(*(f"{name}_handle: T.handle" for name in sizes))
     text.symbolic(symbol, sizes)
     return text
 
 
-def _update(text: Text) -> None:
-    """Parameter n."""
-    text("lr: T.let = hyper[0]", "share: T.let = hyper[1]", "decay: T.let = hyper[2]", "nesterov: T.let = hyper[3]")
-    text.private("gradient", 1)
-    text.private("moved", 1)
-    text("gradient[0] = gradients[n] + decay * values[n]", "moved[0] = share * momentum[n] + gradient[0]", "momentum[n] = moved[0]",
-         "values[n] = values[n] - lr * T.Select(nesterov > T.float32(0), gradient[0] + share * moved[0], moved[0])")
+def _update(text: Text, rule: str) -> None:
+    """Parameter n. What the formula names itself is private."""
+    kind = OPTIMIZERS.find(rule)
+    text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
+    arrays = {name: f"{name}[n]" for name in ("values", "gradients", *kind.state)}
+    own = {name: f"{name}[0]" for name in kind.formula if name not in arrays}
+    for name in own:
+        text.private(name, 1)
+    names = {**arrays, **own, **{name: name for name in kind.scalars}}
+    text(*(f"{names[name]} = {written(expression, names, number)}" for name, expression in kind.formula.items()))
 
 
-@schedule("optimizer.sgd", device="opencl")
-def sgd(problem: Sgd, target: Target) -> str:
-    text = _start({name: ("n_values", "float32") for name in ("values", "gradients", "momentum")} | {"hyper": ("4", "float32")}, "n_values")
+@schedule("optimizer.update", device="opencl")
+def update(problem: Update, target: Target) -> str:
+    text = _start(problem.rule, "n_values", "n_values")
     with text.each_of("n_values", ENOUGH_GROUPS, target.limits.threads):
-        _update(text)
+        _update(text, problem.rule)
     return str(text)
 
 
-@schedule("optimizer.sgd_units", device="opencl")
-def sgd_units(problem: SgdUnits, target: Target) -> str:
+@schedule("optimizer.update_units", device="opencl")
+def update_units(problem: UpdateUnits, target: Target) -> str:
     """A thread for each weight, which also puts the new value where the input gradient reads it."""
     size = problem.source_block * problem.row_block
-    elems = (f"units * {size}", "float32")
-    text = _start({"values": elems, "gradients": elems, "momentum": elems, "hyper": ("4", "float32"),
-                   "permutation": ("units", "int32"), "transposed": elems}, "units")
+    elems = f"units * {size}"
+    text = _start(problem.rule, elems, "units", {"permutation": ("units", "int32"), "transposed": (elems, "float32")})
     with text.each_of(f"(units * {size})", ENOUGH_GROUPS, target.limits.threads):
-        _update(text)
+        _update(text, problem.rule)
         text(f"k: T.let = n % {size} // {problem.row_block}", f"j: T.let = n % {problem.row_block}",
              f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]")
     return str(text)

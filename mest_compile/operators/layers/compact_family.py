@@ -19,7 +19,7 @@ from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
 from mest_compile.operators.operator import Trace
-from mest_compile.operators.optimizers.sgd import CopyValues
+from mest_compile.operators.optimizers.optimizer import CopyValues
 from mest_compile.sparsity.scheme import Scheme, loads_shared
 
 if TYPE_CHECKING:

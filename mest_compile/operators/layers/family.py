@@ -17,7 +17,7 @@ from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.gather import GatherConv
 from mest_compile.operators.layers.values import cells_of
 from mest_compile.operators.operator import Trace
-from mest_compile.operators.optimizers.sgd import Sgd
+from mest_compile.operators.optimizers.optimizer import Update
 from mest_compile.sparsity.layer import Layer
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ INDEX_BYTES = ITEM_BYTES["int32"]
 class KernelFamily(ABC):
     """Records the kernel calls of one layer's phases. Stateless; one instance serves all layers.
 
-    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":momentum", and one a `LayerIndex` array.
+    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":" and each of the optimizer's states, and
+    one a `LayerIndex` array.
     """
 
     def forward(self, node: Node, low: Trace) -> None:
@@ -66,12 +67,12 @@ class KernelFamily(ABC):
 
     def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         """Records the optimizer's step. transposed: whether the layer has an input gradient."""
-        low.call_update("optimizer.sgd", Sgd(), *self.state(layer, low), name=name)
+        low.call_update("optimizer.update", Update(low.optimizer.name), *self.state(layer, low), name=name)
 
-    def state(self, layer: Layer, low: Trace) -> tuple[Buffer, Buffer, Buffer, Buffer]:
-        """(values, gradients, momentum, hyper): what the optimizer works on."""
+    def state(self, layer: Layer, low: Trace) -> tuple[Buffer, ...]:
+        """(values, gradients, each state, hyper): what the optimizer works on."""
         return (self.hold(layer, low, "", "values"), self.hold(layer, low, "gradient", "gradients"),
-                self.hold(layer, low, "momentum", "optimizer"), low.hold("hyper", 4, "batch"))
+                *(self.hold(layer, low, state, "optimizer") for state in low.optimizer.state), low.hyper())
 
     @staticmethod
     def hold(layer: Layer, low: Trace, part: str, kind: str, elems: int | None = None) -> Buffer:

@@ -17,7 +17,7 @@ from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
 from mest_compile.operators.operator import Trace
-from mest_compile.operators.optimizers.sgd import SgdUnits
+from mest_compile.operators.optimizers.optimizer import UpdateUnits
 from mest_compile.sparsity.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class GatherFamily(KernelFamily):
             super().update(layer, transposed, low, name)
             return
         rows, sources = layer.scheme.block(layer.spec)
-        low.call_update("optimizer.sgd_units", SgdUnits(sources, rows), *self.state(layer, low),
+        low.call_update("optimizer.update_units", UpdateUnits(low.optimizer.name, sources, rows), *self.state(layer, low),
                         self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:

@@ -6,16 +6,17 @@ With label smoothing the label's class is wanted with 1 - smoothing, and all cla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from mest_compile.base import checks
+from mest_compile.base.errors import InputError, SpecError
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import Trace
+from mest_compile.operators.losses.loss import Loss, loss
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropy:
+class SoftmaxCrossEntropy:
     """Kernel "loss.cross_entropy": logits (logits.elems,), labels (N,) int32, loss (1,), correct (N,) int32, dlogits (dlogits.elems,).
 
     correct[n] is 1 where the first largest logit is the label's; NaN is larger than any number. dlogits is 0 in lanes without an example.
@@ -26,20 +27,52 @@ class CrossEntropy:
     smoothing: float = 0.0
 
 
-def cross_entropy_reference(logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0) -> tuple[float, np.ndarray, np.ndarray]:
-    """(loss, correct (N,) bool, dlogits (classes, 1, 1, N)) in float64; logits (classes, 1, 1, N)."""
-    scores = logits.astype(np.float64)[:, 0, 0]
-    shifted = scores - scores.max(0)
-    wanted = (np.arange(len(scores))[:, None] == labels) * (1 - smoothing) + smoothing / len(scores)
-    chosen = np.where(wanted > 0, shifted * wanted, 0).sum(0)  # what is not wanted does not count, however small it is
-    loss = (np.log(np.exp(shifted).sum(0)) - chosen).mean()
-    gradient = (np.exp(shifted) / np.exp(shifted).sum(0) - wanted) / len(labels)
-    return float(loss), scores.argmax(0) == labels, gradient[:, None, None]
+@loss("cross_entropy")
+@dataclass(frozen=True, slots=True)
+class CrossEntropy(Loss):
+    """torch.nn.CrossEntropyLoss's, of labels (N,) int in [0, classes).
+
+    smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1
+    """
+
+    smoothing: float = 0.0
+
+    kernel = "loss.cross_entropy"
+    reads = np.int64
+    dtype = "int32"
+    tells_correct = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "smoothing", checks.number("CrossEntropy: smoothing", self.smoothing, below=1, error=SpecError))
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if shape[1] < 2:
+            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each "
+                            "class; 2 of them for yes and no are binary cross-entropy of their difference. For a number compile with "
+                            "loss=mest.MSE()")
+
+    def target_elems(self, shape: tuple[int, int]) -> int:
+        return shape[0]
+
+    def targets(self, given: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        batch, classes = shape
+        if given.shape != (batch,):
+            raise InputError(f"labels have shape {given.shape}; wanted ({batch},)")
+        if given.min() < 0 or given.max() >= classes:
+            raise InputError(f"labels go from {given.min()} to {given.max()}; the model has classes 0 to {classes - 1}")
+        return given.astype(np.int32)
+
+    def problem(self, output: Image, gradient: Image) -> SoftmaxCrossEntropy:
+        return SoftmaxCrossEntropy(output, gradient, self.smoothing)
+
+    def reference(self, output: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray | None, np.ndarray]:
+        scores = output.astype(np.float64)[:, 0, 0]
+        shifted = scores - scores.max(0)
+        wanted = (np.arange(len(scores))[:, None] == targets) * (1 - self.smoothing) + self.smoothing / len(scores)
+        chosen = np.where(wanted > 0, shifted * wanted, 0).sum(0)  # what is not wanted does not count, however small it is
+        value = (np.log(np.exp(shifted).sum(0)) - chosen).mean()
+        gradient = (np.exp(shifted) / np.exp(shifted).sum(0) - wanted) / len(targets)
+        return float(value), scores.argmax(0) == targets, gradient[:, None, None]
 
 
-def lower_loss(low: Trace, logits_name: str, labels: Any, loss: Any, correct: Any, smoothing: float = 0.0) -> None:
-    """Records the loss of node `logits_name` and starts the backward pass. labels, loss, correct: buffers as in CrossEntropy."""
-    logits = low.value(logits_name)
-    dlogits, accumulate = low.contribute(logits_name)
-    assert not accumulate, "the loss is the first to give the logits a gradient"
-    low.call("loss.cross_entropy", CrossEntropy(logits.image, dlogits.image, smoothing), logits, labels, loss, correct, dlogits)
+USUAL = CrossEntropy()  # what a step is compiled with that is told no other

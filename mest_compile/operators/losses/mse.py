@@ -1,0 +1,19 @@
+"""Mean squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mest_compile.ir.expressions import Expression, Variable
+from mest_compile.operators.losses.loss import ElementwiseLoss, loss
+
+
+@loss("mse")
+@dataclass(frozen=True, slots=True)
+class MSE(ElementwiseLoss):
+    """torch.nn.MSELoss's: the mean over all elements of (output - target)^2. Targets (N, k) real numbers, or (N,) of one output."""
+
+    @property
+    def term(self) -> Expression:
+        difference = Variable("output") - Variable("target")
+        return difference * difference
