@@ -71,7 +71,7 @@ class Rounded(torch.nn.Module):
             y = functional.batch_norm(x, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"], True,
                                       attrs["momentum"], attrs["eps"])
             y = y + inputs[1] if len(inputs) == 2 else y
-            return torch.relu(y) if attrs["relu"] else y
+            return getattr(functional, attrs["activation"])(y) if attrs["activation"] else y
         if node.op in ("max_pool2d", "avg_pool2d"):
             return getattr(functional, node.op)(x, attrs["kernel"], attrs["stride"], attrs["padding"])
         whole = {"relu": torch.relu, "add": lambda *both: both[0] + both[-1], "flatten": lambda x: x,
