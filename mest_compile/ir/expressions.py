@@ -20,7 +20,8 @@ import numpy as np
 
 # T.max(a, b) is a > b ? a : b.
 SPELLINGS = {"add": "({0} + {1})", "subtract": "({0} - {1})", "multiply": "({0} * {1})", "divide": "({0} / {1})",
-             "maximum": "T.max({0}, {1})", "minimum": "T.min({0}, {1})", "exp": "T.exp({0})", "log": "T.log({0})", "sqrt": "T.sqrt({0})",
+             "maximum": "T.max({0}, {1})", "minimum": "T.min({0}, {1})", "abs": "T.abs({0})", "exp": "T.exp({0})", "log": "T.log({0})",
+             "sqrt": "T.sqrt({0})",
              "greater": "{0} > {1}", "less": "{0} < {1}", "at_least": "{0} >= {1}", "at_most": "{0} <= {1}",
              "select": "T.Select({0}, {1}, {2})"}
 INFIX = ("add", "subtract", "multiply", "divide")
@@ -57,6 +58,9 @@ class Expression:
 
     def __neg__(self) -> Expression:
         return apply("subtract", 0, self)
+
+    def __abs__(self) -> Expression:
+        return apply("abs", self)
 
     def __gt__(self, other: Scalar) -> Expression:
         return apply("greater", self, other)
@@ -148,6 +152,7 @@ OPERATIONS: dict[str, Operation] = {
     "divide": Operation(np.divide, lambda a, b: (1 / b, -a / (b * b))),
     "maximum": Operation(lambda a, b: np.where(a > b, a, b), lambda a, b: (select(b < a, 1, 0), select(b <= a, 0, 1))),
     "minimum": Operation(lambda a, b: np.where(a < b, a, b), lambda a, b: (select(b > a, 1, 0), select(b >= a, 0, 1))),
+    "abs": Operation(np.abs, lambda a: (select(a > 0, 1, select(a < 0, -1, 0)),)),
     "exp": Operation(np.exp, lambda a: (exp(a),)),
     "log": Operation(np.log, lambda a: (1 / a,)),
     "sqrt": Operation(np.sqrt, lambda a: (0.5 / sqrt(a),)),

@@ -34,15 +34,16 @@ def combined(reader: Reader, operation: str, *operands: Any) -> Value | Formula 
                  for base in shared}
     names = tuple(dict.fromkeys(name for operand in operands if isinstance(operand, Formula) for name in operand.names))
     names += (reader.name or operation,) if (reader.name or operation) not in names else ()
+    written = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     if not found:
-        raise reader.error(f"{' and '.join(names)} of two activations")
+        raise reader.error(f"{written} of two activations")
     for base in sorted(found, key=lambda base: -base.draft):
         for row in ACTIVATIONS.load().values():
             if np.allclose(row.formula.evaluate(x=POINTS), found[base], ROUNDING, ROUNDING, equal_nan=True):
                 value = reader.add(row.name, (base,), base.shape)
                 reader.forms[value] = found
                 return value
-    return Formula(found, names, reader.error(" and ".join(names) if reader.name else f"{' and '.join(names)} of a constant"))
+    return Formula(found, names, reader.error(written if reader.name else f"{written} of a constant"))
 
 
 def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
@@ -53,7 +54,8 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     return {value: POINTS, **reader.forms.get(value, {})}
 
 
-@reads("relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum", "relax.exp", "relax.log", "relax.sqrt")
+@reads("relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum", "relax.abs", "relax.exp", "relax.log",
+       "relax.sqrt")
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, call.op.name.removeprefix("relax."), *_constant_first(arguments, call.op.name))
 
