@@ -1,5 +1,7 @@
 """Every activation of the table is torch's, value and gradient; chains of operators are read as the activation that they compute."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +252,27 @@ def test_three_steps_equal_torchs(name, way, target, tmp_path):
     np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], losses, rtol=1e-5)
     model.eval()
     assert relative(step.predict(batches[0][0]), model(torch.from_numpy(batches[0][0])).detach().numpy()) < 1e-4
+
+
+ROW = """
+import numpy as np
+import torch
+from test_activations import BATCH, Blocks, make_batches, masked_steps
+import mest_compile as mest
+from mest_compile.operators.activation import X, activation
+
+activation("softsign", X / (1 + abs(X)))
+torch.manual_seed(0)
+model, optimizer = Blocks(torch.nn.Softsign()), mest.SGD(lr=0.01, momentum=0.9)
+step = mest.compile(model, BATCH, scheme="dense", sparsity=0.0, optimizer=optimizer)
+batches = make_batches(BATCH, 5, 3)
+losses, _ = masked_steps(model, step.masks(), batches, 0.01, optimizer)
+np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], losses, rtol=1e-5)
+print(sorted({call.kernel for call in step.program.calls if call.kernel.startswith("softsign")}))
+"""
+
+
+def test_a_new_activation_is_one_row():
+    """In a process of its own, whose table it stays in."""
+    done = subprocess.run([sys.executable, "-c", ROW], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout == "['softsign.backward', 'softsign.forward']\n", done.stderr
