@@ -61,8 +61,9 @@ def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seed
 
 
 @needs_arm
-@pytest.mark.parametrize("kernel", ["relu.forward", "relu.backward", "max_pool2d.forward", "max_pool2d.backward", "batch_norm.moments",
-                                    "batch_norm.forward", "batch_norm.backward"])
+@pytest.mark.parametrize("kernel", ["relu.forward", "relu.backward", "relu6.forward", "relu6.backward",
+                                    "hardswish.forward", "hardswish.backward", "max_pool2d.forward", "max_pool2d.backward",
+                                    "batch_norm.moments", "batch_norm.forward", "batch_norm.backward"])
 def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
     def call(_, kernel, problem, *arrays):
         found = emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays

@@ -22,6 +22,7 @@ from mest_compile.kernels.source import kernel_source
 from mest_compile.lowering.fusing import fuse
 from mest_compile.measuring.analysis import emulate
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import GatherConv, Pass, gather_conv_reference
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
@@ -71,10 +72,12 @@ class Rounded(torch.nn.Module):
             y = functional.batch_norm(x, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"], True,
                                       attrs["momentum"], attrs["eps"])
             y = y + inputs[1] if len(inputs) == 2 else y
-            return torch.relu(y) if attrs["relu"] else y
+            return getattr(functional, attrs["activation"])(y) if attrs["activation"] else y
         if node.op in ("max_pool2d", "avg_pool2d"):
             return getattr(functional, node.op)(x, attrs["kernel"], attrs["stride"], attrs["padding"])
-        whole = {"relu": torch.relu, "add": lambda *both: both[0] + both[-1], "flatten": lambda x: x,
+        if node.op in ACTIVATIONS.load():
+            return getattr(functional, node.op)(x)
+        whole = {"add": lambda *both: both[0] + both[-1], "flatten": lambda x: x,
                  "global_avg_pool": lambda x: x.mean((2, 3))}
         return whole[node.op](*inputs)
 
@@ -82,20 +85,22 @@ class Rounded(torch.nn.Module):
 class Shallow(torch.nn.Module):
     """Every way in which activations are stored, and few enough layers that a rounding which falls the other way stays a rounding."""
 
-    def __init__(self):
+    def __init__(self, act=torch.relu):
         super().__init__()
         nn = torch.nn
+        self.act = act
         self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.conv, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.last = nn.Linear(16, 10)
 
     def forward(self, x):
-        x = torch.relu(self.norm(self.first(x)))
-        x = torch.relu(self.norm2(self.conv(x)) + x)
+        x = self.act(self.norm(self.first(x)))
+        x = self.act(self.norm2(self.conv(x)) + x)
         return self.last(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 CASES = {"odd-unstructured": (Odd, (7, 3, 17, 17), ["f"]), "odd-dense": (Odd, (7, 3, 17, 17), ["f"]),
+         "hardswish-block": (lambda: Shallow(torch.nn.functional.hardswish), (16, 3, 8, 8), ["first", "last"]),
          **{f"shallow-{scheme}": (Shallow, (16, 3, 8, 8), ["first", "last"]) for scheme in ("block", "pattern", "filter", "channel")}}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from mest_compile.base.errors import DataError, SpecError, UnknownName, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch, import_model
 from mest_compile.models.catalog import build_model, model_names
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.planning.layers import layer_specs
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.schemes.unstructured import Unstructured
@@ -24,12 +25,12 @@ def run_node(node, state, x, other):
         "conv2d": lambda: F.conv2d(x, held["weight"], held.get("bias"), a["stride"], a["padding"]),
         "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
         "batch_norm": lambda: F.batch_norm(x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]),
-        "relu": lambda: F.relu(x),
         "add": lambda: x + other,
         "max_pool2d": lambda: F.max_pool2d(x, a["kernel"], a["stride"], a["padding"]),
         "avg_pool2d": lambda: F.avg_pool2d(x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
+        **{name: lambda name=name: getattr(F, name)(x) for name in ACTIVATIONS.load()},
     }[node.op]()
 
 
@@ -212,8 +213,8 @@ def part(module):
 
 
 REFUSED = {
-    "gelu": (part(nn.GELU()), ["gelu", "'part' (GELU)", "supported: conv2d"]),
-    "hardswish": (part(nn.Hardswish()), ["add of a constant", "'part' (Hardswish)"]),
+    "gelu": (part(nn.GELU()), ["gelu", "'part' (GELU)", "supported: add, "]),
+    "hardsigmoid": (part(nn.Hardsigmoid()), ["hardsigmoid", "'part' (Hardsigmoid)"]),
     "sigmoid": (Calls(lambda self, y: torch.sigmoid(y)), ["sigmoid", "forward (Calls)"]),
     "depthwise": (part(nn.Conv2d(4, 4, 3, groups=4)), ["grouped or depthwise", "groups=4", "part.weight"]),
     "dilated": (part(nn.Conv2d(4, 4, 3, dilation=2)), ["dilated", "(2, 2)", "part.weight"]),
@@ -330,8 +331,8 @@ def test_unknown_names_and_files_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
-    path = export(part(nn.Hardtanh(0, 6)).eval(), (2, 3, 8, 8), tmp_path / "clip.onnx", **KEEP)
-    with pytest.raises(UnsupportedOperator, match="after layer 'conv'.*supported: conv2d"):
+    path = export(part(nn.Hardtanh(-2, 3)).eval(), (2, 3, 8, 8), tmp_path / "clip.onnx", **KEEP)
+    with pytest.raises(UnsupportedOperator, match="minimum.*after layer 'conv'.*supported: add, "):
         from_onnx(path, (2, 3, 8, 8))
     with pytest.raises(SpecError, match=r"takes an input of shape \(2, 3, 8, 8\), input_shape is \(2, 1, 8, 8\)"):
         from_onnx(path, (2, 1, 8, 8))

@@ -25,13 +25,13 @@ def test_batch_norm_takes_in_the_addition_and_relu_behind_it():
     found = fused(norm("bn", "input"), norm("down", "input"), Node("add", "sum", ("bn", "down"), SHAPE),
                   Node("relu", "out", ("sum",), SHAPE), Node("relu", "last", ("out",), SHAPE))
     assert list(found) == ["bn", "down", "last"]
-    assert found["down"].inputs == ("input", "bn") and found["down"].attrs["relu"] is True
-    assert found["bn"].attrs["relu"] is False and found["last"].inputs == ("down",)
+    assert found["down"].inputs == ("input", "bn") and found["down"].attrs["activation"] == "relu"
+    assert found["bn"].attrs["activation"] is None and found["last"].inputs == ("down",)
 
 
 def test_batch_norm_whose_value_is_used_elsewhere_stays_alone():
     found = fused(norm("bn", "input"), Node("relu", "a", ("bn",), SHAPE), Node("add", "sum", ("a", "bn"), SHAPE))
-    assert list(found) == ["bn", "a", "sum"] and found["bn"].attrs["relu"] is False
+    assert list(found) == ["bn", "a", "sum"] and found["bn"].attrs["activation"] is None
 
 
 def test_a_joined_node_stands_behind_everything_that_it_reads():

@@ -8,14 +8,14 @@ import pytest
 from test_compact import SHAPES as COMPACT_SHAPES
 from test_compact import row_case, values_of
 from test_gather import TARGET, VECTOR, activation, builder, call, random_problem  # noqa: F401 (builder is a fixture)
-from test_operators import HALO, make, pack
+from test_operators import HALO, JOINED, make, pack
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import activation as relu
 from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
+from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 from mest_compile.operators.losses import cross_entropy as loss
@@ -112,11 +112,10 @@ def shapes(dtype: str) -> tuple[Image, Image]:
 # Pointwise
 
 
-@case("image.import", "image.export", "image.zero_halo", "image.copy", "flatten.forward", "flatten.backward", "add.forward",
-      "relu.forward", "relu.backward")
+@case("image.import", "image.export", "image.zero_halo", "image.copy", "flatten.forward", "flatten.backward", "add.forward")
 def pointwise(kernel, rng, dtype) -> Iterator:
     shape, other = shapes(dtype)
-    x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    x, start = draw(rng, shape), draw(rng, shape)
     here, there, room = pack(shape, x, 0), pack(other, start, 0), pack(shape, start, 0)
     if kernel == "image.import":
         yield image.ImageImport(shape), [np.moveaxis(x, -1, 0), room], {1: (shape, image.import_reference(np.moveaxis(x, -1, 0)))}
@@ -136,12 +135,19 @@ def pointwise(kernel, rng, dtype) -> Iterator:
             yield flatten.Flatten(shape, flat, True), [pack(flat, flatten.forward_reference(x), 0), room], {1: (shape, x + start)}
     elif kernel == "add.forward":
         yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
-    elif kernel == "relu.forward":
-        yield relu.ReluForward(other, shape), [pack(other, x), room], {1: (shape, relu.forward_reference(x))}
-    else:
-        for accumulate in (False, True):
-            yield (relu.ReluBackward(shape, shape, other, accumulate), [pack(shape, dy, 0), here, there],
-                   {2: (other, relu.backward_reference(dy, x) + (start if accumulate else 0))})
+
+
+@case(*(f"{name}.{phase}" for name in ACTIVATIONS.load() for phase in ("forward", "backward")))
+def activations(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    row = ACTIVATIONS[kernel.partition(".")[0]]
+    if kernel.endswith("forward"):
+        yield ActivationForward(other, shape), [pack(other, x), pack(shape, start, 0)], {1: (shape, row.forward_reference(x))}
+        return
+    for accumulate in (False, True):
+        yield (ActivationBackward(shape, shape, other, accumulate), [pack(shape, dy, 0), pack(shape, x, 0), pack(other, start, 0)],
+               {2: (other, row.backward_reference(dy, x) + (start if accumulate else 0))})
 
 
 @case("bias.gradient")
@@ -234,21 +240,23 @@ def batch_norms(kernel, rng, dtype) -> Iterator:
     affine = rng.standard_normal((2, 9)).astype(np.float32)
     known[0, 0], known[1, 1], known[0, 2], affine[0, 3], affine[1, 4] = np.nan, np.nan, np.inf, np.inf, np.nan
     facts = [known, affine]
-    for relued, added in ((False, False), (True, False), (True, True)):
-        y = batch_norm.forward_reference(z, known, affine[1], affine[0], residual if added else None, relued)
+    for added, after in JOINED:
+        y = batch_norm.forward_reference(z, known, affine[1], affine[0], residual if added else None, after)
         if kernel.endswith("forward"):
-            problem = batch_norm.BatchNormForward(shape, other, relued, shape if added else None)
+            problem = batch_norm.BatchNormForward(shape, other, after, shape if added else None)
             arrays = [pack(shape, z), *facts, *([pack(shape, residual)] if added else []), pack(other, z)]
             yield problem, arrays, {len(arrays) - 1: (other, y)}
             continue
         y = y.astype(dtype).astype(np.float32)
-        masked, sums, dz = batch_norm.backward_reference(dy, z, known, affine[1], y if relued else None)
-        problem = batch_norm.BatchNormBackward(shape, shape, shape, relued, shape if added else None)
-        there = [pack(shape, y)] if added else []
+        told = bool(added and after)  # by y, and dy becomes the residual's gradient
+        source = y if told else batch_norm.forward_reference(z, known, affine[1], affine[0])
+        masked, sums, dz = batch_norm.backward_reference(dy, z, known, affine[1], after, source)
+        problem = batch_norm.BatchNormBackward(shape, shape, shape, after, shape if told else None)
+        there = [pack(shape, y)] if told else []
         arrays = [pack(shape, dy, 0), pack(shape, z), *facts, *there, np.zeros(18, np.float32), pack(shape, z, 0)]
-        yield problem, arrays, {0: (shape, masked if added else dy), len(arrays) - 2: sums, len(arrays) - 1: (shape, dz)}
-        if relued and not added:
-            problem = batch_norm.BatchNormBackward(shape, shape, None, relued, in_place=True)
+        yield problem, arrays, {0: (shape, masked if told else dy), len(arrays) - 2: sums, len(arrays) - 1: (shape, dz)}
+        if after and not added:
+            problem = batch_norm.BatchNormBackward(shape, shape, None, after, in_place=True)
             yield problem, arrays[:-1], {0: (shape, dz), 4: sums}
 
 

@@ -14,9 +14,9 @@ from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import activation as relu
 from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
+from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
 from mest_compile.operators.losses import cross_entropy as loss
 from mest_compile.operators.losses.loss import LOSSES
@@ -37,7 +37,9 @@ SHAPES = [make(13, 17, 17, 7, (1, 1, 1, 1)), make(20, 5, 6, 16), make(2, 9, 8, 1
 SHAPES += [dataclasses.replace(SHAPES[place], dtype="float16") for place in (0, 2, 4) if TARGET.float16]
 NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}-{shape.dtype}" for shape in SHAPES]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-some_shapes = pytest.mark.parametrize("shape", SHAPES[2:5] + SHAPES[6:], ids=NAMES[2:5] + NAMES[6:])
+SOME = dict(zip(SHAPES[2:5] + SHAPES[6:], NAMES[2:5] + NAMES[6:], strict=True))
+FEW = [SHAPES[2], *SHAPES[6:7]]  # one layout of each type
+some_shapes = pytest.mark.parametrize("shape", SOME, ids=SOME.values())
 
 
 def other_halo(shape: Image) -> Image:
@@ -215,78 +217,87 @@ def test_frozen_moments_are_the_running_statistics(run, rng):
         assert_close(row, wanted)
 
 
-@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
-@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
-@some_shapes
-def test_batch_norm_forward(run, rng, shape, added, rectify):
+# batch_norm alone and with all that may follow it: (whether something is added, activation).
+JOINED = [(False, None), (True, None), *((False, name) for name in ACTIVATIONS.load()),
+          *((True, name) for name, row in ACTIVATIONS.items() if row.from_result)]
+on_shapes = pytest.mark.parametrize(("shape", "added", "activation"), [
+    pytest.param(shape, *case, id=f"{name}-{case[1]}-{'residual' if case[0] else 'alone'}")
+    for shape, name in SOME.items() for case in JOINED if case[1] in (None, "relu") or shape in FEW])
+
+
+@on_shapes
+def test_batch_norm_forward(run, rng, shape, added, activation):
     z, residual, _, weight, offset = norm_case(rng, shape)
     moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
     y_image, r_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added else None
     arguments = [pack(shape, z), moments, np.stack([offset, weight]), *([pack(r_image, residual)] if added else []), pack(y_image, z)]
-    got = run("batch_norm.forward", batch_norm.BatchNormForward(shape, y_image, rectify, r_image), *arguments)[-1]
-    wanted = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, rectify)
+    got = run("batch_norm.forward", batch_norm.BatchNormForward(shape, y_image, activation, r_image), *arguments)[-1]
+    wanted = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, activation)
     assert_close(unpack(y_image, got, halo=0), wanted, terms=8, stored=y_image)
 
 
-@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
-@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
-@some_shapes
-def test_batch_norm_backward(run, rng, shape, added, rectify):
+@on_shapes
+def test_batch_norm_backward(run, rng, shape, added, activation):
     z, residual, dy, weight, offset = norm_case(rng, shape)
     moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
-    y = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, rectify).astype(np.float32)
-    dy_image, y_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added and rectify else None
-    masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, y if rectify else None)
+    y = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, activation).astype(np.float32)
+    dy_image, y_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added and activation else None
+    source = as_stored(y_image, y) if y_image else batch_norm.forward_reference(z, moments, weight, offset)
+    masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, activation, source)
 
     arguments = [pack(dy_image, dy, 0), pack(shape, z), moments, np.stack([offset, weight])]
     facts = [*arguments, *([pack(y_image, y)] if y_image else []), np.zeros(2 * shape.channels, np.float32)]
     pixels = shape.batch * shape.height * shape.width
-    for accumulate in (False, True) if shape in (SHAPES[2], *SHAPES[6:7]) else (False,):
-        problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, rectify, y_image, accumulate)
+    for accumulate in (False, True) if shape in FEW else (False,):
+        problem = batch_norm.BatchNormBackward(dy_image, shape, y_image or shape, activation, y_image, accumulate)
         got_dy, *_, got_sums, got = run("batch_norm.backward", problem, *facts, pack(problem.dz, z, 0))
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
         assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
         halo = HALO if accumulate else 0
         assert_close(unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20, stored=problem.dz)
     if not y_image:
-        got, *_, got_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, in_place=True), *facts)
+        problem = batch_norm.BatchNormBackward(dy_image, shape, None, activation, in_place=True)
+        got, *_, got_sums = run("batch_norm.backward", problem, *facts)
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
         assert_close(unpack(dy_image, got, gradient=True), dz, terms=20, stored=dy_image)
-    only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, rectify, y_image), *facts)[-1]
+    only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, activation, y_image), *facts)[-1]
     assert np.array_equal(only_sums, got_sums)
 
 
-@pytest.mark.parametrize("rectify", [False, True], ids=["linear", "relu"])
-@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
-def test_batch_norm_references_agree_with_torch(rng, added, rectify):
+@pytest.mark.parametrize(("added", "activation"), JOINED)
+def test_batch_norm_references_agree_with_torch(rng, added, activation):
     import torch
 
     shape = SHAPES[2]
     z, residual, dy, weight, offset = (torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in norm_case(rng, shape))
     y = torch.nn.functional.batch_norm(z.permute(3, 0, 1, 2), None, None, weight, offset, True, 0.1, 1e-5).permute(1, 2, 3, 0)
     y = y + residual if added else y
-    y = torch.relu(y) if rectify else y
+    y = getattr(torch.nn.functional, activation)(y) if activation else y
     y.backward(dy.detach())
     z_, residual_, dy_, weight_, offset_ = (tensor.detach().numpy() for tensor in (z, residual, dy, weight, offset))
     moments = batch_norm.moments_reference(z_, 1e-5)
-    got = batch_norm.forward_reference(z_, moments, weight_, offset_, residual_ if added else None, rectify)
-    masked, sums, dz = batch_norm.backward_reference(dy_, z_, moments, weight_, got if rectify else None)
+    got = batch_norm.forward_reference(z_, moments, weight_, offset_, residual_ if added else None, activation)
+    source = got if added else batch_norm.forward_reference(z_, moments, weight_, offset_)
+    masked, sums, dz = batch_norm.backward_reference(dy_, z_, moments, weight_, activation, source)
     pairs = [(got, y.detach()), (sums[0], offset.grad), (sums[1], weight.grad), (dz, z.grad), *([(masked, residual.grad)] if added else [])]
     for have, wanted in pairs:
         np.testing.assert_allclose(have, wanted.numpy(), rtol=1e-9, atol=1e-9)
 
 
-# ReLU, addition, flatten, bias
+# Activations, addition, flatten, bias
 
 
-@some_shapes
-def test_relu(run, rng, shape):
-    x, dy, start, other = draw(rng, shape), draw(rng, shape), draw(rng, shape), other_halo(shape)
-    y = run("relu.forward", relu.ReluForward(other, shape), pack(other, x, -1), pack(shape, x))[1]
-    assert np.array_equal(unpack(shape, y), relu.forward_reference(x))
+@pytest.mark.parametrize(("shape", "name"), [(shape, name) for name in ACTIVATIONS.load() for shape in (SOME if name == "relu" else FEW)])
+def test_activation(run, rng, shape, name):
+    row, x, dy, start, other = ACTIVATIONS[name], 4 * draw(rng, shape), draw(rng, shape), draw(rng, shape), other_halo(shape)
+    y = run(f"{name}.forward", ActivationForward(other, shape), pack(other, x, -1), pack(shape, x))[1]
+    assert_close(unpack(shape, y), row.forward_reference(x), stored=shape)
+    source = (shape, y) if row.from_result else (other, pack(other, x, -1))
+    wanted = row.backward_reference(dy, source[0].unpack(source[1].astype(np.float32)))
     for accumulate in (False, True):
-        got = run("relu.backward", relu.ReluBackward(shape, shape, other, accumulate), pack(shape, dy, 0), y, pack(other, start, 0))[2]
-        assert_close(unpack(other, got, gradient=True), relu.backward_reference(dy, x) + (start if accumulate else 0), 1, stored=other)
+        problem = ActivationBackward(shape, source[0], other, accumulate)
+        got = run(f"{name}.backward", problem, pack(shape, dy, 0), source[1], pack(other, start, 0))[2]
+        assert_close(unpack(other, got, gradient=True), wanted + (start if accumulate else 0), stored=other)
 
 
 @some_shapes

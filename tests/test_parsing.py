@@ -9,6 +9,7 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.operators.losses.mse import MSE
 from mest_compile.operators.optimizers.adamw import AdamW
@@ -23,7 +24,7 @@ CASES = [("odd", "channel", MSE(), AdamW()), ("resnet20", "pattern", CrossEntrop
 
 
 class Odd(torch.nn.Module):
-    """What the built-in models have not: average pooling, a sum without normalisation, an image that is flattened."""
+    """What the built-in models have not: average pooling, a sum without normalisation, every activation, an image that is flattened."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +33,10 @@ class Odd(torch.nn.Module):
 
     def forward(self, images):
         found = torch.nn.functional.avg_pool2d(torch.relu(self.one(images)), 2)
-        return self.last(torch.flatten(torch.relu(self.two(found) + found), 1))
+        found = torch.relu(self.two(found) + found)
+        for name in ACTIVATIONS.load():
+            found = getattr(torch.nn.functional, name)(found)
+        return self.last(torch.flatten(found, 1))
 
 
 def sources(model, scheme, loss, optimizer, target):

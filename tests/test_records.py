@@ -3,15 +3,17 @@
 import json
 import logging
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 from mest_compile.base.errors import StateError
 from mest_compile.hardware.cpu import host_machine, host_model, machine_model
-from mest_compile.hardware.target import Target
-from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, tvm_version
-from mest_compile.records.record import target_facts, unit_of
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.batch_norm import BatchNormBackward, BatchNormForward
+from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, shipped, tvm_version
+from mest_compile.records.record import read_log, target_facts, unit_of
 
 TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55"), ("mtriple", "aarch64-linux-gnu")), 4, 32, 32768, 131072, 4)
 
@@ -268,3 +270,21 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match=r"local.jsonl cannot be written: .*; pass another --log"):
         LogFile(tmp_path / "file" / "local.jsonl").append(record({"tile": (2, 2)}, 1.0))
+
+
+def test_records_from_before_batch_norm_knew_activations_are_of_todays_problems(tmp_path):
+    """They said `relu`, true or false, in its place."""
+    image = Image(8, 4, 4, 16, (0, 0, 0, 0), 16)
+    for activation in (None, "relu"):
+        problem = BatchNormForward(image, image, activation)
+        older = {**{name: item for name, item in plain(problem).items() if name != "activation"}, "relu": activation == "relu"}
+        LogFile(tmp_path / "log").append(record({"tile": 3}, 0.1, kernel="batch_norm.forward", problem=older))
+        found = read(tmp_path / "log").best("batch_norm.forward", problem, 100, text)
+        assert (found.origin, found.knobs) == ("exact", {"tile": 3})
+
+
+def test_shipped_records_are_of_todays_problems():
+    kinds = {"batch_norm.forward": BatchNormForward, "batch_norm.backward": BatchNormBackward}
+    found = [each for each in read_log(shipped(find_target("local"))) if isinstance(each, Record) and each.kernel in kinds]
+    assert len(found) > 100 and {each.problem["activation"] for each in found} == {None, "relu"}
+    assert all(set(each.problem) == {entry.name for entry in fields(kinds[each.kernel])} for each in found)

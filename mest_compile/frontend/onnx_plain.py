@@ -32,6 +32,7 @@ def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarra
     data = _data_input(graph, input_shape)
     del graph.input[:]
     graph.input.append(data)
+    _numbers_to_constants(graph)
     _sums_to_additions(graph)
     _same_to_pads(model)
     state = _state(graph)
@@ -97,6 +98,17 @@ def _weights_to_initializers(graph: Any) -> None:
         graph.initializer.append(tensor)
     del graph.node[:]
     graph.node.extend(rest)
+
+
+def _numbers_to_constants(graph: Any) -> None:
+    """A single number that is read, as a bound of a Clip is, becomes a Constant node, which TVM folds: no weight has no axes."""
+    from onnx import helper
+
+    read = {name for node in graph.node for name in node.input}
+    numbers = [tensor for tensor in graph.initializer if not tensor.dims and _is_float(tensor) and tensor.name in read]
+    for tensor in numbers:
+        graph.initializer.remove(tensor)
+        graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
 
 
 def _constant(node: Any, numpy_helper: Any) -> Any:

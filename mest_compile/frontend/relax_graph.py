@@ -17,13 +17,29 @@ from mest_compile.base.registry import Registry
 from mest_compile.frontend.naming import Draft, name_nodes
 from mest_compile.ir.graph import ForwardGraph
 
-SUPPORTED = ("conv2d (groups=1, dilation=1)", "linear", "batch_norm", "relu", "add", "max_pool2d", "avg_pool2d",
-             "global average pooling", "flatten", "dropout with p=0")
+SUPPORTED = Registry("supported operator", "mest_compile.operators")
+READERS = Registry("reader of a Relax operator", "mest_compile.operators")
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+def reads(*names: str, gives: tuple[str, ...] = ()) -> Callable[[R], R]:
+    """Function decorator: the function (reader, call, arguments) -> value reads these Relax operators.
+
+    gives  what people know them as, for the list of what is supported
+    """
+
+    def register(function: R) -> R:
+        for registry, entries in (READERS, names), (SUPPORTED, gives):
+            for name in entries:
+                registry.add(name, function)
+        return function
+
+    return register
 
 
 def unsupported(what: str, where: str = "") -> UnsupportedOperator:
     """The error for an operator that has no training form here; `where` names the layer, for instance "in layer 'act'"."""
-    return UnsupportedOperator(f"{what}{' ' + where if where else ''} cannot be trained here; supported: {', '.join(SUPPORTED)}")
+    return UnsupportedOperator(f"{what}{' ' + where if where else ''} cannot be trained here; supported: {', '.join(SUPPORTED.names())}")
 
 
 def dropout_error(p: float, where: str) -> UnsupportedOperator:
@@ -41,7 +57,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A constant of the graph: a number, a shape, an array without a name."""
+    """A constant of the graph: a number, a shape, an array without a name. `number` of a single number."""
+
+    number: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,32 +77,33 @@ class Value:
     shape: tuple[int, ...]
 
 
-READERS = Registry("reader of a Relax operator", "mest_compile.operators")
-R = TypeVar("R", bound=Callable[..., Any])
+@dataclass(frozen=True)
+class Formula:
+    """A function of one activation on its way to being one, element by element: the x + 3 of a hardswish.
 
+    forms  the activation that it is a function of, or several where one is a function of the other -> its values at certain points
+    names  of the operators that it is made of
+    error  why no training operator can take it as it is
+    """
 
-def reads(*names: str) -> Callable[[R], R]:
-    """Function decorator: the function (reader, call, arguments, shape) -> value reads these Relax operators."""
-
-    def register(function: R) -> R:
-        for name in names:
-            READERS.add(name, function)
-        return function
-
-    return register
+    forms: Mapping[Value, np.ndarray]
+    names: tuple[str, ...]
+    error: UnsupportedOperator
 
 
 def read_main(function: Any, parameters: Mapping[str, str], state_shapes: Mapping[str, tuple[int, ...]],
-              places: Mapping[str, str], may_transpose: bool = False) -> tuple[ForwardGraph, set[str]]:
+              places: Mapping[str, str], may_transpose: bool = False,
+              written: Mapping[str, str] | None = None) -> tuple[ForwardGraph, set[str]]:
     """The Relax function as a ForwardGraph, and the names of the linear weights that it holds as (in, out).
 
     parameters     Relax parameter -> torch name
     state_shapes   every parameter and buffer by torch name, in torch's order
     places         Relax variable -> where in the model it is made ("in layer 'act' (GELU)"), for error messages
     may_transpose  a linear weight may be stored as (in, out); `state_shapes` then still holds it that way, the graph does not
+    written        Relax variable -> the operator that the model's author wrote, where it is made of several
     Raises UnsupportedOperator, SpecError.
     """
-    return Reader(parameters, state_shapes, places, may_transpose).read(function)
+    return Reader(parameters, state_shapes, places, may_transpose, written or {}).read(function)
 
 
 def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
@@ -99,7 +118,7 @@ class Reader:
     """Walks the bindings of one Relax function."""
 
     def __init__(self, parameters: Mapping[str, str], state_shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, str],
-                 may_transpose: bool):
+                 may_transpose: bool, written: Mapping[str, str]):
         self.parameters = parameters
         self.state_shapes = dict(state_shapes)
         self.places = places
@@ -107,7 +126,9 @@ class Reader:
         self.transposed: set[str] = set()
         self.drafts: list[Draft] = []
         self.values: dict[Any, Any] = {}
-        self.where = ""
+        self.written = written
+        self.forms: dict[Value, Mapping[Value, np.ndarray]] = {}  # of activations that are functions of others
+        self.where = self.name = ""
 
     def read(self, function: Any) -> tuple[ForwardGraph, set[str]]:
         from tvm import relax
@@ -123,7 +144,7 @@ class Reader:
             self.values[var] = Parameter(self.parameters[var.name]) if known else Fixed()
         bindings = [binding for block in function.body.blocks for binding in block.bindings]
         for binding, where in zip(bindings, self._wheres(bindings), strict=True):
-            self.where = where
+            self.where, self.name = where, self.written.get(binding.var.name, "")
             if isinstance(binding, relax.VarBinding):
                 self.values[binding.var] = self._value(binding.value)
             else:
@@ -159,7 +180,7 @@ class Reader:
             whole = self._value(expr.tuple_value)
             return whole if isinstance(whole, Refused) else whole[expr.index]
         if not isinstance(expr, relax.Call):
-            return Fixed()
+            return Fixed(_number(expr))
         name = expr.op.name if isinstance(expr.op, ir.Op) else str(expr.op)
         arguments = [self._value(item) for item in expr.args]
         for item in arguments:
@@ -182,7 +203,7 @@ class Reader:
 
     def activation(self, value: Any) -> Value:
         """The value, which must be an activation. Raises UnsupportedOperator."""
-        if isinstance(value, Refused):
+        if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
             kind = {Parameter: "a parameter", Fixed: "a constant"}.get(type(value), "a tuple")
@@ -200,6 +221,14 @@ def _shape(var: Any) -> tuple[int, ...]:
         return tuple(int(size) for size in var.ty.shape)
     except TypeError as error:
         raise SpecError(f"every size must be known when the model is compiled; {var.name} has shape {var.ty.shape}") from error
+
+
+def _number(expr: Any) -> float | None:
+    """Of a constant that is one: a bound of a clip, or a tensor without axes."""
+    value: Any = getattr(expr, "value", None)
+    if hasattr(value, "numpy"):
+        return None if value.ndim else float(value.numpy())
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -47,9 +47,9 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
         check_before_decomposition(program, state)
         program = program.run_decompositions()
         check_unchanged(program)
-    function, places = _to_relax(program)
+    function, places, written = _to_relax(program)
     parameters = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target in state}
-    graph, _ = read_main(function, parameters, {name: array.shape for name, array in state.items()}, places)
+    graph, _ = read_main(function, parameters, {name: array.shape for name, array in state.items()}, places, written=written)
     check_trained(graph, module)
     check_finite(graph, state)
     with _kept_as_it_was(module):
@@ -92,8 +92,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _to_relax(program: Any) -> tuple[Any, dict[str, str]]:
-    """The Relax main function of the decomposed program, and the place in the model of each variable.
+def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
+    """The Relax main function of the decomposed program, the place in the model of each variable, and torch's operator that was decomposed
+    into it and others.
 
     The program's signature is changed: its buffers are parameters afterwards.
     """
@@ -108,6 +109,7 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str]]:
             spec.kind = InputKind.PARAMETER
 
     places: dict[str, str] = {}
+    written: dict[str, str] = {}
 
     def remember(name):
         def convert(node, importer):
@@ -117,6 +119,8 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str]]:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if hasattr(item, "name"):
                     places.setdefault(item.name, place(node))
+                    if original := _decomposed(node):
+                        written[item.name] = original
             return value
 
         return convert
@@ -131,4 +135,10 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str]]:
                                        custom_convert_map={name: remember(name) for name in called})
     except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedOperator(f"TVM cannot import the model: {_first_line(error)}") from error
-    return module["main"], places
+    return module["main"], places, written
+
+
+def _decomposed(node: Any) -> str:
+    """The operator that the author of the model called and that became `node` and others; "" where it is `node` itself."""
+    original, called = (str(found).split(".")[1:2] for found in (node.meta.get("original_aten", ""), node.target))
+    return "".join(original) if original != called else ""

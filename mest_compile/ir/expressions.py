@@ -105,17 +105,17 @@ Scalar = Expression | float
 class Constant(Expression):
     value: float
 
-    def evaluate(self, **values):
-        return np.float64(self.value)
+    def evaluate(self, **values: Any) -> np.ndarray:
+        return np.asarray(self.value, np.float64)
 
-    def derivative(self, name):
+    def derivative(self, name: str) -> Expression:
         return Constant(0.0)
 
-    def text(self, names, constant, spellings=SPELLINGS):
+    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
         return constant(self.value)
 
     @property
-    def variables(self):
+    def variables(self) -> frozenset[str]:
         return frozenset()
 
 
@@ -123,17 +123,17 @@ class Constant(Expression):
 class Variable(Expression):
     name: str
 
-    def evaluate(self, **values):
+    def evaluate(self, **values: Any) -> np.ndarray:
         return np.asarray(values[self.name], np.float64)
 
-    def derivative(self, name):
+    def derivative(self, name: str) -> Expression:
         return Constant(float(name == self.name))
 
-    def text(self, names, constant, spellings=SPELLINGS):
+    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
         return names[self.name]
 
     @property
-    def variables(self):
+    def variables(self) -> frozenset[str]:
         return frozenset({self.name})
 
 
@@ -169,11 +169,11 @@ class Apply(Expression):
     operation: str
     arguments: tuple[Expression, ...]
 
-    def evaluate(self, **values):
+    def evaluate(self, **values: Any) -> np.ndarray:
         with np.errstate(all="ignore"):  # as a kernel, which computes both sides of a select and raises nothing
             return OPERATIONS[self.operation].numpy(*(argument.evaluate(**values) for argument in self.arguments))
 
-    def derivative(self, name):
+    def derivative(self, name: str) -> Expression:
         if name not in self.variables:
             return Constant(0.0)
         if self.operation == "select":
@@ -184,15 +184,15 @@ class Apply(Expression):
         parts = [slope * argument.derivative(name) for slope, argument in zip(map(scalar, slopes(*self.arguments)), self.arguments)]
         return sum(parts[1:], parts[0])
 
-    def text(self, names, constant, spellings=SPELLINGS):
+    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
         parts = [argument.text(names, constant, spellings) for argument in self.arguments]
         if self.operation in INFIX:  # what stands for a variable may be a sum
             parts = [f"({part})" if isinstance(argument, Variable) else part for part, argument in zip(parts, self.arguments, strict=True)]
         return spellings[self.operation].format(*parts)
 
     @property
-    def variables(self):
-        return frozenset().union(*(argument.variables for argument in self.arguments))
+    def variables(self) -> frozenset[str]:
+        return frozenset[str]().union(*(argument.variables for argument in self.arguments))
 
 
 ZERO = Constant(0.0)

@@ -1,62 +1,110 @@
-"""Rectified linear unit, where no batch_norm before it could take it in."""
+"""Activations: functions of one number, each a row that says what it computes. Everything else follows: operator, kernels, reference,
+gradient, how models that spell it out are read, and that batch_norm takes it in.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Reader, reads
+from mest_compile.base.registry import Registry
+from mest_compile.frontend.relax_graph import SUPPORTED
+from mest_compile.ir.expressions import Expression, Variable, maximum, minimum, select
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import Operator, Trace, operator
+from mest_compile.operators.operator import OPERATORS, Operator, Trace
+
+X, DY = Variable("x"), Variable("dy")
+ACTIVATIONS = Registry("activation", "mest_compile.operators")
+# Where formulas are compared: two that agree here are one. No point is on a grid that a formula might be periodic in, bounds of usual
+# formulas are among them, and infinities tell a bound however large.
+POINTS = np.concatenate([np.random.default_rng(0).standard_normal(200) * 4, np.geomspace(1e-4, 1e4, 24), -np.geomspace(1e-4, 1e4, 24),
+                         [0.0, -1.0, 1.0, -3.0, 3.0, 6.0, np.nan, np.inf, -np.inf]])
+
+
+@dataclass(frozen=True)  # without slots, for cached_property
+class Activation:
+    """name     as people know it; of the operator, and of the kernels "<name>.forward" and "<name>.backward"
+    formula     y, an expression of x
+    told_slope  dy/dx, an expression of x: where that which follows from the formula is not torch's for an infinite dy, or is longer
+    """
+
+    name: str
+    formula: Expression
+    told_slope: Expression | None = None
+
+    @cached_property
+    def slope(self) -> Expression:
+        return self.told_slope or self.formula.derivative("x")
+
+    @cached_property
+    def gradient(self) -> Expression:
+        """Of x, an expression of x and dy."""
+        return DY * self.slope
+
+    @cached_property
+    def from_result(self) -> bool:
+        """Whether the slope at x is that at y, as of a function that changes nothing twice: then y is kept for the backward pass, not x."""
+        return np.array_equal(self.slope.evaluate(x=self.formula.evaluate(x=POINTS)), self.slope.evaluate(x=POINTS), equal_nan=True)
+
+    def forward_reference(self, x: np.ndarray) -> np.ndarray:
+        """y in float64."""
+        return self.formula.evaluate(x=x)
+
+    def backward_reference(self, dy: np.ndarray, source: np.ndarray) -> np.ndarray:
+        """The gradient of x in float64; source: y where `from_result`, else x."""
+        return self.gradient.evaluate(dy=dy, x=source)
+
+
+def activation(name: str, formula: Expression, slope: Expression | None = None) -> None:
+    """Registers a row; `slope` is the activation's `told_slope`."""
+    row = Activation(name, formula, slope)
+    ACTIVATIONS.add(name, row)
+    OPERATORS.add(name, Elementwise(row))
+    SUPPORTED.add(name, row)
 
 
 @dataclass(frozen=True, slots=True)
-class ReluForward:
-    """Kernel "relu.forward": x (x.elems,), y (y.elems,)."""
+class ActivationForward:
+    """Kernel "<name>.forward": x (x.elems,), y (y.elems,)."""
 
     x: Image
     y: Image
 
 
 @dataclass(frozen=True, slots=True)
-class ReluBackward:
-    """Kernel "relu.backward": dy (dy.elems,), y (y.elems,), dx (dx.elems,). dx = 0 where y <= 0, else dy: behind a NaN too, as torch
-    has it.
+class ActivationBackward:
+    """Kernel "<name>.backward": dy (dy.elems,), source (source.elems,), dx (dx.elems,).
 
+    source      y where the activation's slope follows from it (`from_result`), else x
     accumulate  dx += instead
     """
 
     dy: Image
-    y: Image
+    source: Image
     dx: Image
     accumulate: bool = False
 
 
-def forward_reference(x: np.ndarray) -> np.ndarray:
-    return np.where(x < 0, 0, x.astype(np.float64))  # of -0 and NaN torch makes what they are
+class Elementwise(Operator):
+    """An activation where no batch_norm before it could take it in."""
 
+    def __init__(self, row: Activation):
+        self.row = row
 
-def backward_reference(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.where(y <= 0, 0, dy.astype(np.float64))
-
-
-@operator("relu")
-class Relu(Operator):
     def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
-        low.call("relu.forward", ReluForward(x.image, y.image), x, y)
+        low.call(f"{self.row.name}.forward", ActivationForward(x.image, y.image), x, y)
 
     def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
-            dy, y = low.gradient(node), low.value(node.name)
+            dy, source = low.gradient(node), low.value(node.name if self.row.from_result else node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
-            low.call("relu.backward", ReluBackward(dy.image, y.image, dx.image, accumulate), dy, y, dx)
+            low.call(f"{self.row.name}.backward", ActivationBackward(dy.image, source.image, dx.image, accumulate), dy, source, dx)
 
 
-@reads("relax.nn.relu")
-def read_relu(reader: Reader, call: Any, arguments: list) -> Any:
-    image = reader.activation(arguments[0])
-    return reader.add("relu", (image,), image.shape)
+activation("relu", maximum(0, X))
+activation("relu6", minimum(6, maximum(0, X)))
+activation("hardswish", X * minimum(6, maximum(0, X + 3)) / 6, slope=select(X <= -3, 0, select(X >= 3, 1, X / 3 + 0.5)))

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value, reads
+from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
+from mest_compile.operators.formulas import combined
 from mest_compile.operators.operator import Operator, Trace, operator
 
 
@@ -48,13 +49,15 @@ class Add(Operator):
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
 
 
-@reads("relax.add")
+@reads("relax.add", gives=("add",))
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
     if isinstance(left, Value) and isinstance(right, Value):
         if left.shape != right.shape:
             raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
         return reader.add("add", (left, right), left.shape)
+    if any(isinstance(argument, Formula | Fixed) for argument in arguments):
+        return combined(reader, "add", left, right)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
     if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
         layer = reader.drafts[value.draft]
@@ -66,4 +69,4 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
             # A second draft of the same layer: should its result without the bias be used as well, the shared weight is noticed.
             reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
             return Value(len(reader.drafts) - 1, value.shape)
-    raise reader.error(f"add of {'a constant' if Fixed() in arguments else 'a parameter that is no bias of a layer'}")
+    raise reader.error("add of a parameter that is no bias of a layer")

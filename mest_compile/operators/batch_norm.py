@@ -1,7 +1,7 @@
-"""Batch normalisation with an addition and a ReLU that may follow it: one operator, one kernel each way.
+"""Batch normalisation with an addition and an activation that may follow it: one operator, one kernel each way.
 
-y = relu(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the ReLU are optional. Nothing but z (and y
-where both follow) is kept for the backward pass: the normalised value and the ReLU's mask are computed again.
+y = activation(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the activation are optional. Nothing but z (and
+y where both follow) is kept for the backward pass: the normalised value and the activation's slope are computed again.
 
 `moments` is (3, channels) float32: mean, 1 / sqrt(biased variance + eps), unbiased variance.
 `affine` is (2, channels) float32: bias and weight, in this order; `sums` their gradients, likewise.
@@ -18,6 +18,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -75,13 +76,14 @@ class BatchNormForward:
     """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y, alive only if `alive`, read only if `read`.
 
     The halo of y becomes 0.
+    activation  name of the one that follows
     alive  (channels,) int32: z of a channel that is 0 there was not written and counts as 0
     read   (channels,) int32: a channel of y that is 0 there is read by nobody and not written
     """
 
     z: Image
     y: Image
-    relu: bool = False
+    activation: str | None = None
     residual: Image | None = None
     alive: bool = False
     read: bool = False
@@ -92,9 +94,9 @@ class BatchNormBackward:
     """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`, alive only if `alive`, read only if
     `read`.
 
-    relu  a ReLU follows: dy counts except where y <= 0
-    y     needed when a residual was added before the ReLU; dy is then masked in place and becomes the residual's gradient.
-          Without it, y is computed again from z.
+    activation  name of the one that follows: dy counts as often as its slope says
+    y     needed when a residual was added before the activation; dy then becomes, in place, the residual's gradient.
+          Without it, what the activation took is computed again from z.
     dz    None where nothing before the operator needs a gradient
     accumulate  dz += the gradient; else the halo of dz becomes 0
     in_place    dy becomes dz, which is no argument then: half of the memory is written without being fetched first
@@ -105,7 +107,7 @@ class BatchNormBackward:
     dy: Image
     z: Image
     dz: Image | None = None
-    relu: bool = False
+    activation: str | None = None
     y: Image | None = None
     accumulate: bool = False
     in_place: bool = False
@@ -113,7 +115,7 @@ class BatchNormBackward:
     read: bool = False
 
     def __post_init__(self):
-        assert self.relu or self.y is None, "y is only read for the ReLU's mask"
+        assert self.activation or self.y is None, "y is only read for the activation's slope"
         assert not (self.in_place and (self.dz or self.y)), "in place there is no dz, and dy is not needed for a residual"
 
 
@@ -139,17 +141,19 @@ def frozen_reference(running_mean, running_var, eps: float) -> np.ndarray:
     return np.stack([mean, 1 / np.sqrt(variance + eps), variance])
 
 
-def forward_reference(z, moments, weight, bias, residual=None, relu: bool = False) -> np.ndarray:
+def forward_reference(z, moments, weight, bias, residual=None, activation: str | None = None) -> np.ndarray:
     """y (C, H, W, N) in float64."""
     y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(bias)
     if residual is not None:
         y = y + residual
-    return np.where(y < 0, 0, y) if relu else y
+    return ACTIVATIONS.find(activation).forward_reference(y) if activation else y
 
 
-def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(masked dy, sums (2, C), dz) in float64; `y` (C, H, W, N) where a ReLU gave it, else None."""
-    masked = dy.astype(np.float64) if y is None else np.where(y <= 0, 0, dy.astype(np.float64))
+def backward_reference(dy, z, moments, weight, activation: str | None = None, source=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told from, its result or
+    what it took.
+    """
+    masked = ACTIVATIONS.find(activation).backward_reference(dy, source) if activation else dy.astype(np.float64)
     normal = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1])
     sums = np.stack([masked.sum((1, 2, 3)), (masked * normal).sum((1, 2, 3))])
     mean_dy, mean_dyz = (_by_channel(row / normal[0].size) for row in sums)
@@ -158,7 +162,7 @@ def backward_reference(dy, z, moments, weight, y=None) -> tuple[np.ndarray, np.n
 
 @operator("batch_norm")
 class BatchNorm(Operator):
-    """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, relu."""
+    """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, activation."""
 
     def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         """That of its input's gradient where it can take its place: convolutions write it, nobody else needs it."""
@@ -190,7 +194,7 @@ class BatchNorm(Operator):
     @staticmethod
     def _normalise(node: Node, low: Trace, z, moments, residual, y) -> None:
         alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
-        problem = BatchNormForward(z.image, y.image, node.attrs.get("relu", False), residual.image if residual else None, bool(alive),
+        problem = BatchNormForward(z.image, y.image, node.attrs.get("activation"), residual.image if residual else None, bool(alive),
                                    bool(read))
         affine = low.parameter(node, "bias", "weight")
         low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y,
@@ -198,15 +202,15 @@ class BatchNorm(Operator):
 
     def backward(self, node: Node, low: Trace) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
-        relu, added = node.attrs.get("relu", False), len(node.inputs) == 2
-        y = low.value(node.name) if relu and added else None
+        activation, added = node.attrs.get("activation"), len(node.inputs) == 2
+        y = low.value(node.name) if activation and added else None
         facts = z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.parameter(node, "bias", "weight")
         sums = low.parameter_gradient(node, "bias", "weight")
         wanted = low.needs_gradient(node.inputs[0])
         in_place = wanted and not added and low.adopt(node.inputs[0], dy)
         dz, accumulate = low.contribute(node.inputs[0]) if wanted and not in_place else (None, False)
         alive, read = low.written(node.inputs[0]), None if added else low.read(node.name)
-        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, relu, y.image if y else None, accumulate, in_place,
+        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, activation, y.image if y else None, accumulate, in_place,
                                     bool(alive), bool(read))
         low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []),
                  *(flags for flags in (alive, read) if flags), fills=dz)
@@ -216,7 +220,7 @@ class BatchNorm(Operator):
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
 
 
-@reads("relax.nn.batch_norm")
+@reads("relax.nn.batch_norm", gives=("batch_norm",))
 def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs = call.attrs
     image = reader.activation(arguments[0])

@@ -50,7 +50,7 @@ class FlattenOperator(Operator):
         low.call("flatten.backward", Flatten(dx.image, dy.image, accumulate), dy, dx)
 
 
-@reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten")
+@reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten", gives=("flatten",))
 def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if isinstance(value, Parameter):
@@ -66,7 +66,7 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     raise reader.error(f"reshape from {image.shape} to {shape}, which is not a flatten,")
 
 
-@reads("relax.nn.dropout")
+@reads("relax.nn.dropout", gives=("dropout with p=0",))
 def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
     if float(call.attrs.rate) > 0:
         raise dropout_error(_single(call.attrs.rate), reader.place())

@@ -181,7 +181,7 @@ class GlobalAvgPool(Operator):
             low.call("global_avg_pool.backward", GlobalPool(dx.image, dy.image, accumulate), dy, dx)
 
 
-@reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d")
+@reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d", gives=("max_pool2d", "avg_pool2d"))
 def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.")
     image, shape = reader.activation(arguments[0]), _shape(call)
@@ -211,7 +211,7 @@ def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
                       attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True})
 
 
-@reads("relax.mean")
+@reads("relax.mean", gives=("global average pooling",))
 def read_mean(reader: Reader, call: Any, arguments: list) -> Any:
     image = reader.activation(arguments[0])
     rank = len(image.shape)

@@ -98,6 +98,7 @@ class Record:
             digest = facts.pop("digest")
             if digest != _digest(json.dumps(facts, sort_keys=True)):
                 raise ValueError("its content is not what its digest was taken of")
+            facts["problem"] = _named_activation(facts["problem"])
             return cls(**facts | {"outcome": Outcome(facts["outcome"]), "measure": Measure(facts["measure"]),
                                   "seconds": tuple(map(float, facts["seconds"])), "knobs": knobs_from(facts["knobs"])})
         except (AttributeError, KeyError, TypeError) as problem:
@@ -193,6 +194,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _named_activation(problem: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A problem as today's are: batch_norm once knew one activation, `relu`, behind it or none."""
+    if "relu" not in problem:
+        return problem
+    return {name: item for name, item in problem.items() if name != "relu"} | {"activation": "relu" if problem["relu"] else None}
 
 
 def knobs_from(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class HeldState:
 
     def parts(self, name: str) -> list[str]:
         """Names of the layer's own arrays, all in the order of its values: values, gradients, the optimizer's states."""
-        return [part for part in self.own() if self.held[part].weight == name]
+        return [part for part in self.own() if self.held[part].layer == name]
 
     # Masks.
 

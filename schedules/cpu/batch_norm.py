@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
     FAR,
     BatchNormBackward,
@@ -31,8 +32,7 @@ from mest_compile.schedules.cpu.rows import (
     loop,
     narrowed,
     number,
-    passed,
-    rectified,
+    spelled,
     walk_row,
     widened,
     zero,
@@ -191,7 +191,7 @@ def _set_facts(text: Text, channels: int) -> None:
 
 
 def _normalised(z: str) -> str:
-    """Before residual and ReLU; forward and backward use this one form, so that they agree on where it is positive."""
+    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is positive."""
     return f"(({z} - mean) * scale + shift)"
 
 
@@ -218,6 +218,7 @@ AHEAD = {"ahead": (0, 512, 1024, 2048)}
 @schedule("batch_norm.forward", device="cpu", knobs=AHEAD)
 def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0) -> str:
     """ahead: how far ahead what is read and written is asked for."""
+    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
     arguments = {name: array(name, image) for name, image in images.items()}
     text = Text(arguments.pop("z"), *_facts(problem.z.channels), *arguments.values(), *_flags(problem, "alive", "read"))
@@ -226,7 +227,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0
         def body(at: str, slot: str, live: str | None) -> list[str]:
             z = widened(problem.z, f"z[z_row + {at}]") if there else "T.float32(0)"
             value = _normalised(z) + (f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else "")
-            return [f"y[y_row + {at}] = {narrowed(problem.y, rectified(value) if problem.relu else value)}"]
+            return [f"y[y_row + {at}] = {narrowed(problem.y, spelled(row.formula, x=value) if row else value)}"]
 
         walk_row(text, problem.y, body, fetch(ahead, images if there else {name: images[name] for name in images if name != "z"}, "y"))
 
@@ -247,6 +248,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
     ahead: how far ahead what the sums read, and what the gradient is written to, is asked for.
     """
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
+    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     rows, width = Chunks(image), UNROLL * problem.dy.vector
     share = number(1 / (image.batch * image.height * image.width))
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
@@ -261,16 +263,14 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
         return widened(problem.z, f"z[z_row + {at}]")
 
     def gradient(at: str, z: str) -> str:
-        """dy, masked where that is not done in place."""
-        if problem.relu and not problem.y:
-            return passed(_normalised(z), dy(at))
-        return dy(at)
+        """dy, before the activation where that is not done in place."""
+        return spelled(row.gradient, x=_normalised(z), dy=dy(at)) if row and not problem.y else dy(at)
 
     def add_up(there: bool) -> None:
         def add(at: str, slot: str, live: str | None) -> list[str]:
             mask = []
-            if problem.y:
-                kept = fenced(passed(widened(problem.y, f"y[y_row + {at}]"), dy(at)))
+            if problem.y and row:
+                kept = fenced(spelled(row.gradient, x=widened(problem.y, f"y[y_row + {at}]"), dy=dy(at)))
                 mask = [f"dy[dy_row + {at}] = {narrowed(image, kept)}"]
             z = z_there(at) if there else "T.float32(0)"
             square = f"partial[{width} + {slot}] = partial[{width} + {slot}] + {gradient(at, z)} * ({z} - mean)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ReluBackward, ReluForward
+from mest_compile.operators.activation import ACTIVATIONS, Activation, ActivationBackward, ActivationForward
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
@@ -16,22 +16,27 @@ from mest_compile.schedules.cpu.rows import (
     channel_sums,
     each_row,
     narrowed,
-    passed,
     pointwise,
-    rectified,
+    spelled,
     widened,
 )
 
 
-@schedule("relu.forward", device="cpu")
-def relu_forward(problem: ReluForward, target: Target) -> str:
-    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}"))
+def _activation_kernels(row: Activation) -> None:
+    source = "y" if row.from_result else "x"
+
+    @schedule(f"{row.name}.forward", device="cpu")
+    def forward(problem: ActivationForward, target: Target) -> str:
+        return pointwise({"x": problem.x, "y": problem.y}, "y", spelled(row.formula, x="{x}"))
+
+    @schedule(f"{row.name}.backward", device="cpu")
+    def backward(problem: ActivationBackward, target: Target) -> str:
+        images = {"dy": problem.dy, source: problem.source, "dx": problem.dx}
+        return pointwise(images, "dx", spelled(row.gradient, x=f"{{{source}}}", dy="{dy}"), problem.accumulate)
 
 
-@schedule("relu.backward", device="cpu")
-def relu_backward(problem: ReluBackward, target: Target) -> str:
-    images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
-    return pointwise(images, "dx", passed("{y}", "{dy}"), problem.accumulate)
+for each in ACTIVATIONS.load().values():
+    _activation_kernels(each)
 
 
 @schedule("add.forward", device="cpu")

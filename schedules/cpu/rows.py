@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mest_compile.ir.expressions import Expression
 from mest_compile.ir.layouts.batch import Image
 
 PARALLEL_ELEMS = 16384  # below 64 KiB, waking the other threads costs as much as the work
@@ -36,14 +37,9 @@ def narrowed(image: Image, value: str) -> str:
     return value if image.dtype == "float32" else f'T.cast({value}, "{image.dtype}")'
 
 
-def rectified(value: str) -> str:
-    """ReLU as torch has it: NaN and -0 stay. T.max(a, b) is a > b ? a : b, so the other order would make 0 of NaN."""
-    return f"T.max(T.float32(0), {value})"
-
-
-def passed(y: str, dy: str) -> str:
-    """The gradient before a ReLU whose result is `y`. As in torch it is dy behind a NaN, which is not <= 0."""
-    return f"T.Select({y} <= T.float32(0), T.float32(0), {dy})"
+def spelled(expression: Expression, **names: str) -> str:
+    """A scalar expression, of these texts for its variables."""
+    return expression.text(names, lambda value: "T.float32(0)" if value == 0 else number(value))
 
 
 def fenced(value: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
     FAR,
     BatchNormBackward,
@@ -21,10 +22,10 @@ from mest_compile.schedules.opencl.text import (
     image,
     number,
     only_examples,
-    passed,
     plane_vectors,
     rectified,
     scalars,
+    spelled,
     vector_type,
     vectors,
     whole_groups,
@@ -209,7 +210,7 @@ def _centred(z: str, vector: int) -> str:
 
 
 def _normalised(z: str, vector: int) -> str:
-    """Before residual and ReLU; forward and backward use this one form, so that they agree on where it is positive."""
+    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is positive."""
     return f"({_centred(z, vector)} * {full('scale', vector)} + {full('shift', vector)})"
 
 
@@ -219,11 +220,12 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     residual = [image("residual", problem.residual)] if problem.residual else []
     text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read))
     load, here = _held("alive", at("z", z), "z_here", vector, problem.alive)
+    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     value = _normalised(here, vector) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
     with text.each_framed(y, target.limits.threads) as real, text.nest(*(["if read[c] != 0"] if problem.read else [])):
         with text.nest(f"if {real}"):
             text(*_set_facts(z.channels), *load)
-            text(f"value: T.let = {value}", f"{at('y', y)} = {rectified('value', vector) if problem.relu else 'value'}")
+            text(f"value: T.let = {value}", f"{at('y', y)} = {spelled(row.formula, vector, x='value') if row else 'value'}")
         with text.nest("else"):
             text(f"{at('y', y)} = {zeros(vector)}")
     return str(text)
@@ -241,13 +243,14 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
                 *flags(channels, problem.alive, problem.read))
     load_z, z_here = _held("alive", at("z", z), "z_here", vector, problem.alive)
     load_dy, dy_here = _held("read", at("dy", dy), "dy_here", vector, problem.read)
+    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     gradient = dy_here
-    if problem.relu and not problem.y:
-        gradient = passed(_normalised(z_here, vector), gradient, vector)
+    if row and not problem.y:
+        gradient = spelled(row.gradient, vector, x=_normalised(z_here, vector), dy=dy_here)
 
     def add() -> list[str]:
         there = at("dy", dy)
-        mask = [f"{there} = {passed(at('y', problem.y), there, vector)}"] if problem.y else []
+        mask = [f"{there} = {spelled(row.gradient, vector, x=at('y', problem.y), dy=there)}"] if row and problem.y else []
         return [*mask, *load_z, *load_dy, f"sums[0] = sums[0] + {gradient}",
                 f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}"]
 

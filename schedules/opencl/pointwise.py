@@ -5,13 +5,13 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ReluBackward, ReluForward
+from mest_compile.operators.activation import ACTIVATIONS, Activation, ActivationBackward, ActivationForward
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.opencl.sums import ChannelSums
-from mest_compile.schedules.opencl.text import Text, at, image, passed, plane_vectors, rectified, scalars, zeros
+from mest_compile.schedules.opencl.text import Text, at, image, plane_vectors, scalars, spelled, zeros
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
@@ -23,15 +23,22 @@ def pointwise(images: dict[str, Image], result: str, value: str, target: Target,
     return str(text)
 
 
-@schedule("relu.forward", device="opencl")
-def relu_forward(problem: ReluForward, target: Target) -> str:
-    return pointwise({"x": problem.x, "y": problem.y}, "y", rectified("{x}", problem.y.vector), target)
+def _activation_kernels(row: Activation) -> None:
+    source = "y" if row.from_result else "x"
+
+    @schedule(f"{row.name}.forward", device="opencl")
+    def forward(problem: ActivationForward, target: Target) -> str:
+        return pointwise({"x": problem.x, "y": problem.y}, "y", spelled(row.formula, problem.y.vector, x="{x}"), target)
+
+    @schedule(f"{row.name}.backward", device="opencl")
+    def backward(problem: ActivationBackward, target: Target) -> str:
+        images = {"dy": problem.dy, source: problem.source, "dx": problem.dx}
+        value = spelled(row.gradient, problem.dx.vector, x=f"{{{source}}}", dy="{dy}")
+        return pointwise(images, "dx", value, target, problem.accumulate)
 
 
-@schedule("relu.backward", device="opencl")
-def relu_backward(problem: ReluBackward, target: Target) -> str:
-    images = {"dy": problem.dy, "y": problem.y, "dx": problem.dx}
-    return pointwise(images, "dx", passed("{y}", "{dy}", problem.y.vector), target, problem.accumulate)
+for each in ACTIVATIONS.load().values():
+    _activation_kernels(each)
 
 
 @schedule("add.forward", device="opencl")

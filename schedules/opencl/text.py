@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from mest_compile.ir import expressions
+from mest_compile.ir.expressions import Expression
 from mest_compile.ir.layouts.batch import Image
 
 POSITION = "plane * {plane} + (h + {top}) * {columns} + w + {left}"
@@ -58,13 +60,17 @@ def infinity(vector: int) -> str:
 
 
 def rectified(value: str, vector: int) -> str:
-    """ReLU as torch has it: NaN and -0 stay. OpenCL's max may give either of NaN and a number."""
-    return f"T.Select({value} < {zeros(vector)}, {zeros(vector)}, {value})"
+    """The value, or 0 where it is below; NaN and -0 stay."""
+    return spelled(expressions.maximum(0, expressions.Variable("value")), vector, value=value)
 
 
-def passed(y: str, dy: str, vector: int) -> str:
-    """The gradient before a ReLU whose result is `y`. As in torch it is dy behind a NaN, which is not <= 0."""
-    return f"T.Select({y} <= {zeros(vector)}, {zeros(vector)}, {dy})"
+# OpenCL's max and min may give either of NaN and a number; here, too, it is the second one where they cannot be compared.
+SPELLINGS = expressions.SPELLINGS | {"maximum": "T.Select({1} < {0}, {0}, {1})", "minimum": "T.Select({1} > {0}, {0}, {1})"}
+
+
+def spelled(expression: Expression, vector: int, **names: str) -> str:
+    """A scalar expression in every lane, of these texts for its variables."""
+    return expression.text(names, lambda value: zeros(vector) if value == 0 else full(number(value), vector), SPELLINGS)
 
 
 def finite(value: str, otherwise: str = "T.float32(0)") -> str:

@@ -51,7 +51,7 @@ class Linear(Conv2d):
     """A 1x1 convolution of a 1x1 image."""
 
 
-@reads("relax.nn.conv2d")
+@reads("relax.nn.conv2d", gives=("conv2d (groups=1, dilation=1)",))
 def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, weight = call.attrs, arguments[1]
     image = reader.activation(arguments[0])
@@ -65,7 +65,7 @@ def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding})
 
 
-@reads("relax.matmul")
+@reads("relax.matmul", gives=("linear",))
 def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
     features, weight = reader.activation(arguments[0]), arguments[1]
     if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:

@@ -42,7 +42,7 @@ class CrossEntropy(Loss):
     dtype = "int32"
     tells_correct = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "smoothing", checks.number("CrossEntropy: smoothing", self.smoothing, below=1, error=SpecError))
 
     def check(self, shape: tuple[int, int]) -> None:

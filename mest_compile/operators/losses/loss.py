@@ -6,9 +6,9 @@ A loss is a file in this folder with one class. One that is a mean over elements
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Trace
 
 LOSSES = Registry("loss", "mest_compile.operators.losses")
+L = TypeVar("L", bound="Loss")
 
 
-def loss(name: str):
+def loss(name: str) -> Callable[[type[L]], type[L]]:
     """Class decorator: registers a loss under the name that users and files have for it."""
 
-    def register(cls):
+    def register(cls: type[L]) -> type[L]:
         cls.name = name
         LOSSES.add(name, cls)
         return cls

@@ -44,7 +44,7 @@ class AdamW(Optimizer):
     scalars = ("rate", "kept", "beta1", "fresh1", "beta2", "fresh2", "unbiased", "eps")
     formula = FORMULA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
             object.__setattr__(self, name, checks.number(f"AdamW: {name}", getattr(self, name), error=SpecError))
         if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) != 2:

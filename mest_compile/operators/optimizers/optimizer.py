@@ -6,9 +6,9 @@ An optimizer is a file in this folder with one class. No array's size stands in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -16,12 +16,13 @@ from mest_compile.base.registry import Registry
 from mest_compile.ir.expressions import Expression
 
 OPTIMIZERS = Registry("optimizer", "mest_compile.operators.optimizers")
+O = TypeVar("O", bound="Optimizer")
 
 
-def optimizer(name: str):
+def optimizer(name: str) -> Callable[[type[O]], type[O]]:
     """Class decorator: registers an optimizer under the name that files have for it."""
 
-    def register(cls):
+    def register(cls: type[O]) -> type[O]:
         cls.name = name
         OPTIMIZERS.add(name, cls)
         return cls

@@ -1,0 +1,102 @@
+"""Chains of operators on single numbers, read as the activation that they compute: x * clip(x + 3, 0, 6) / 6 is a hardswish however it is
+written, and importers and exporters write it in many ways.
+
+What a chain computes is followed as its values at `POINTS`, and compared with those of the known activations whenever an operator is added
+to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mest_compile.frontend.relax_graph import Fixed, Formula, Reader, Value, reads
+from mest_compile.ir.expressions import OPERATIONS
+from mest_compile.operators.activation import ACTIVATIONS, POINTS
+
+ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.16666667 is not a sixth
+
+
+def combined(reader: Reader, operation: str, *operands: Any) -> Value | Formula | Fixed:
+    """The result of an operation of `ir.expressions` on activations, formulas and numbers. Raises UnsupportedOperator."""
+    numbers = [operand.number if isinstance(operand, Fixed) else None for operand in operands]
+    forms = [None if number is not None else _forms(reader, operand) for operand, number in zip(operands, numbers, strict=True)]
+    with np.errstate(all="ignore"):
+        compute = OPERATIONS[operation].numpy
+        if None not in numbers:
+            return Fixed(float(compute(*numbers)))
+        shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
+        found = {base: compute(*(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True)))
+                 for base in shared}
+    names = tuple(dict.fromkeys(name for operand in operands if isinstance(operand, Formula) for name in operand.names))
+    names += (reader.name or operation,) if (reader.name or operation) not in names else ()
+    written = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    if not found:
+        raise reader.error(f"{written} of two activations")
+    for base in sorted(found, key=lambda base: -base.draft):
+        for row in ACTIVATIONS.load().values():
+            if np.allclose(row.formula.evaluate(x=POINTS), found[base], ROUNDING, ROUNDING, equal_nan=True):
+                value = reader.add(row.name, (base,), base.shape)
+                reader.forms[value] = found
+                return value
+    return Formula(found, names, reader.error(written if reader.name else f"{written} of a constant"))
+
+
+def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
+    """What is known of it as a function of activations, itself the first."""
+    if isinstance(operand, Formula):
+        return operand.forms
+    value = reader.activation(operand)
+    return {value: POINTS, **reader.forms.get(value, {})}
+
+
+@reads("relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum", "relax.abs", "relax.exp", "relax.log",
+       "relax.sqrt")
+def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
+    return combined(reader, call.op.name.removeprefix("relax."), *_constant_first(arguments, call.op.name))
+
+
+@reads("relax.nn.relu")
+def read_relu(reader: Reader, call: Any, arguments: list) -> Any:
+    return combined(reader, "maximum", Fixed(0.0), *arguments)
+
+
+@reads("relax.clip")
+def read_clip(reader: Reader, call: Any, arguments: list) -> Any:
+    value, low, high = arguments
+    found = value if low.number == -math.inf else combined(reader, "maximum", low, value)
+    return found if high.number == math.inf else combined(reader, "minimum", high, found)
+
+
+@reads("relax.call_tir")
+def read_call_tir(reader: Reader, call: Any, arguments: list) -> Any:
+    """ONNX's Clip, which TVM computes by functions of its own: `maximum`, `minimum1`."""
+    name = call.args[0].name_hint
+    if not re.fullmatch(r"(maximum|minimum)\d*", name):
+        raise reader.error(name)
+    return combined(reader, name.rstrip("0123456789"), *_constant_first(list(arguments[1]), name))
+
+
+@reads("relax.isnan")
+def read_isnan(reader: Reader, call: Any, arguments: list) -> Any:
+    """Of a bound of ONNX's Clip, which is none where it is NaN."""
+    if not isinstance(arguments[0], Fixed) or arguments[0].number is None:
+        raise reader.error("isnan")
+    return Fixed(float(math.isnan(arguments[0].number)))
+
+
+@reads("relax.where")
+def read_where(reader: Reader, call: Any, arguments: list) -> Any:
+    condition, chosen, other = arguments
+    if not isinstance(condition, Fixed) or condition.number is None:
+        raise reader.error("where")
+    return chosen if condition.number else other
+
+
+def _constant_first(arguments: list, name: str) -> list:
+    """Of `maximum` and `minimum`, in which the second argument's NaN stays."""
+    return sorted(arguments, key=lambda argument: not isinstance(argument, Fixed)) if "imum" in name else arguments
