@@ -169,7 +169,7 @@ def test_training_learns_and_reports(tmp_path):
     assert run.test_accuracy == run.history[-1]["test_accuracy"] > CHANCE
     last = run.history[-1]
     assert last["examples"] == 192 and last["images_per_second"] == pytest.approx(192 / last["train_seconds"])
-    assert 0 < last["step_seconds"] * 12 <= last["train_seconds"] and last["kernel_seconds"] is None
+    assert 0 < last["step_seconds"] * 12 <= last["train_seconds"]
     assert last["memory_bytes"] == {"values": 256, "total": 4096}
     assert last["sparsity"] == {"weight": pytest.approx(0.9, abs=1e-6)}
     assert run.history[0]["mutation"] is None

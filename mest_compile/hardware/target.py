@@ -29,24 +29,20 @@ from mest_compile.hardware.host import cores
 class Gpu:
     """What an OpenCL device allows and what it is capable of; for the generic targets the least of a family.
 
-    wave            threads that run in step
     threads         of a work-group, as kernels prefer them: a power of two
     most_threads    that a work-group may have
     local_bytes     local memory of a work-group
     most_buffer_bytes  of one buffer
-    most_image_side  pixels of a side of a 2D image; no kernel here reads images. The default is the least that OpenCL 1.2 allows
     name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the first device
     gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
     """
 
-    wave: int
     threads: int
     most_threads: int
     local_bytes: int
     most_buffer_bytes: int
     gflops: float
     gigabytes_per_second: float
-    most_image_side: int = 8192
     name: str | None = None
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mest_compile.base.errors import MestError, StateError
@@ -65,8 +65,10 @@ class Facts:
                            {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["graph"]["nodes"])
         graph = ForwardGraph(nodes, tuple(facts["graph"]["input_shape"]),
                              {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()})
+        known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
+        gpu = facts["target"].get("gpu")
         target = Target(**{**facts["target"], "llvm": _tuples(facts["target"]["llvm"]),
-                           "gpu": Gpu(**facts["target"]["gpu"]) if facts["target"].get("gpu") else None})
+                           "gpu": Gpu(**{name: value for name, value in gpu.items() if name in known}) if gpu else None})
         specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
         layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],
                                    entry["sections"][1], entry["capacity"])

@@ -279,7 +279,7 @@ class Trainer:
         step, rng = self.step, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
         among = np.flatnonzero(self._sieve.kept) if self._sieve else np.arange(len(train))
         count, whole = len(among) // step.batch, len(train) // step.batch
-        loss, correct, step_seconds, kernel_seconds, lr = 0.0, 0, 0.0, None, 0.0
+        loss, correct, step_seconds, lr = 0.0, 0, 0.0, 0.0
         bound = {} if self.recipe.clip_norm is None else {"clip_norm": self.recipe.clip_norm}
         began = perf_counter()
         with closing(batches(train, step.batch, rng, self.recipe.augment, among)) as prepared:  # type: ignore[type-var]
@@ -297,13 +297,11 @@ class Trainer:
                 loss += float(result.loss)
                 right = int(np.count_nonzero(result.correct))
                 correct += right
-                if (kernels := getattr(result, "kernel_seconds", None)) is not None:
-                    kernel_seconds = (kernel_seconds or 0.0) + kernels
                 self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, right / step.batch)
         seconds, trained = perf_counter() - began, count * step.batch
         return {"loss": loss / count, "train_accuracy": correct / trained, "lr": lr, "examples": trained, "iterations": count,
                 "iterations_saved": whole - count, "images_per_second": trained / seconds, "train_seconds": seconds,
-                "step_seconds": step_seconds / count, "kernel_seconds": None if kernel_seconds is None else kernel_seconds / count}
+                "step_seconds": step_seconds / count}
 
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
         batch, correct, began = self.step.batch, 0, perf_counter()
