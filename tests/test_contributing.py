@@ -1,5 +1,6 @@
 """What CONTRIBUTING.md shows works, and the paths that documents name are there."""
 
+import importlib
 import json
 import os
 import re
@@ -53,6 +54,16 @@ def test_paths_in_documents_are_there(repository):
         if document.name != "CHANGELOG.md":
             for path in set(PATH.findall(document.read_text())) - MADE:
                 assert any((where / path).exists() for where in (repository, repository / "mest_compile")), f"{document.name}: no {path}"
+
+
+def test_modules_in_texts_of_code_are_there(repository):
+    """Code that other processes run, and the documents': no import of ours fails there."""
+    for top, kind in (("tests", "py"), ("mest_compile", "py"), ("benchmarks", "py"), ("docs", "md")):
+        for path in (repository / top).rglob(f"*.{kind}"):
+            for module, names in set(re.findall(r"from (mest_compile[\w.]*) import ([\w, ]+)", path.read_text())):
+                for name in {name.split()[0] for name in names.split(",") if name.strip()}:
+                    if path.name != "test_import_order.py" and not hasattr(importlib.import_module(module), name):
+                        importlib.import_module(f"{module}.{name}")
 
 
 def test_make_help_lists_every_target(repository):

@@ -186,9 +186,9 @@ def test_a_damaged_cache_entry_is_compiled_by_workers_and_not_by_the_training_th
 ABANDONED = """
 import sys, time
 from pathlib import Path
-from mest_compile.building import KernelSource
-from mest_compile.hardware import find_target
-from mest_compile.workers import Workers
+from mest_compile.kernels.source import KernelSource
+from mest_compile.hardware.target import find_target
+from mest_compile.kernels.workers import Workers
 workers = Workers(Path(sys.argv[1]), count=1, share=0.01)
 workers.ask([KernelSource("none", "@T.prim_func", find_target("local"))])
 print(workers.processes[0].pid, flush=True)
@@ -219,8 +219,8 @@ import os, sys
 from pathlib import Path
 import numpy as np
 import mest_compile as mest
-from mest_compile.building import Builder
-from mest_compile.models import build_model
+from mest_compile.kernels.cache import Builder
+from mest_compile.models.catalog import build_model
 shape = (8, 3, 8, 8)
 builder = Builder(Path(sys.argv[1]))
 step = mest.compile(build_model("mlp", shape, 10, 64), shape, scheme="filter", sparsity=0.8, threads=2, builder=builder)

@@ -233,7 +233,7 @@ import sys
 import numpy as np
 import tvm
 import mest_compile as mest
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 
 shape, losses = (8, 3, 16, 16), []
 for threads in (1, 2):

@@ -165,7 +165,7 @@ def test_threads_compile_first_and_export_at_once_and_a_forked_process_is_told(t
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_a_process_forked_before_anything_was_compiled_may_compile():
-    code = ("import os, mest_compile as mest, mest_compile.exclusive as e\nchild = os.fork()\n"
+    code = ("import os, mest_compile as mest, mest_compile.base.exclusive as e\nchild = os.fork()\n"
             "if not child:\n    e.this_process()\n    os._exit(3)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "3\n"
 

@@ -151,7 +151,7 @@ class Workers:
         """Starts a worker and gives it requests, one after another, until it dies. What it was at then ends with a problem; others go to
         other workers. It lives no longer than this thread, which is its parent.
         """
-        process = subprocess.Popen([sys.executable, "-c", "from mest_compile.workers import serve; serve()", str(self.folder)],
+        process = subprocess.Popen([sys.executable, "-c", "from mest_compile.kernels.workers import serve; serve()", str(self.folder)],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.processes.append(process)
         begun.set()
