@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 INSIDE = ("schedules", "targets", "autotune_logs")  # folders of the top level that are installed in the package
 FILE = re.compile(r"^```(?:python|toml)\n# ((?:mest_compile|targets)/\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`([\w.-]+/(?:[\w./-]+/|[\w./-]+\.py)?)[`:]")
@@ -31,6 +33,7 @@ print(json.dumps([accuracy, len(pairs), all(pairs), step.describe()["target"], m
 """
 
 
+@pytest.mark.docs
 def test_the_files_that_it_shows_are_plug_ins_that_train(repository, tmp_path):
     files = FILE.findall((repository / "CONTRIBUTING.md").read_text())
     assert [path.split("/")[-2] for path, _ in files] == ["schemes", "sources", "targets"]

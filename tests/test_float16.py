@@ -217,6 +217,7 @@ def test_kernels_are_tuned_by_exact_answers(tmp_path):
         assert found.allowed == 0 and {array.dtype.name for array in found.arguments} >= {"float16", "float32", "int32"}
 
 
+@pytest.mark.device
 @pytest.mark.skipif(bool(emulation.missing_tools(emulation.machine_of(find_target("arm_cpu")))), reason="no emulator of an ARM CPU")
 @pytest.mark.parametrize("name", ["arm_cpu", "cortex-a76"])
 def test_an_arm_cpu_without_float16_arithmetic_converts(name):
@@ -235,6 +236,7 @@ def test_an_arm_cpu_without_float16_arithmetic_converts(name):
     assert names >= {"fcvtl", "fcvtn", "fmla"}
 
 
+@pytest.mark.device
 @pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 def test_ten_steps_on_the_emulated_device_are_those_of_this_machine(tmp_path):
     with emulated.tracker(tmp_path) as (_, port), emulated.device(tmp_path, port):
