@@ -20,8 +20,8 @@ MARKS = {
     "opencl": ("test_opencl_*",),
     "device": ("test_device", "test_emulation", "test_serve"),
     "docs": ("test_docs", "test_docs_python"),
-    "slow": ("test_artifact", "test_benchmark", "test_interruptions", "test_kill", "test_packaging", "test_specializing", "test_speedtable",
-             "test_tuning", "test_turns"),
+    "slow": ("test_artifact", "test_benchmark", "test_capacity", "test_float16", "test_fuzz", "test_interruptions", "test_kill",
+             "test_method_step", "test_packaging", "test_specializing", "test_speedtable", "test_tuning", "test_turns"),
 }
 
 

@@ -127,7 +127,8 @@ def test_ten_steps_of_a_deep_net_are_near_torch():
     stored = {buffer.name for call in step.program.calls for buffer in call.buffers if buffer.dtype == "float16"}
     assert len(stored) == 1 + 21 + 21 + 1  # the images, what 21 convolutions and their norms give, the pool
     np.testing.assert_allclose(got, wanted, rtol=len(stored) * HALF_ULP)
-    assert got != [compiled("float32")(*batch, lr=0.002).loss for batch in batches]
+    full = compiled("float32")
+    assert got != [full(*batch, lr=0.002).loss for batch in batches]
 
 
 def test_activations_take_half_the_bytes_and_everything_else_as_many():
