@@ -1,4 +1,4 @@
-# make venv | demo | test | lint | bench | device
+# `make help` lists the targets: the ## comments behind their names.
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,9 +6,9 @@ STAMP := $(VENV)/.installed-for-pyproject
 # Same bound as pyproject.toml. Torch comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: venv demo test lint bench device
+.PHONY: venv demo test test-quick lint bench device help
 
-venv: $(STAMP)
+venv: $(STAMP) ## the project's own virtual environment in .venv
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,21 +16,28 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-demo: venv
+demo: venv ## train a small sparse ResNet and time it beside dense torch
 	$(BIN)/mest-compile demo
 
 # An emulated aarch64 device for the tests; what it needs of Debian's packages is installed when this runs as root.
-device: .device/built
+device: .device/built ## an emulated aarch64 device for the tests
 
 .device/built: tests/device/build.sh tests/device/rpcd.cc tests/device/icount.c pyproject.toml | venv
 	PYTHON=$(abspath $(BIN)/python) tests/device/build.sh .device
 
-test: venv device
+test: venv device ## all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-lint: venv
+# What pre-commit asks before a push.
+test-quick: venv ## the tests that need neither an emulated device nor OpenCL, without the slow ones and the documentation's commands
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not (opencl or device or docs or slow)"
+
+lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: venv
+bench: venv ## the published figures, measured on this machine
 	$(BIN)/python benchmarks/run.py
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12

@@ -254,7 +254,7 @@ def check_objects(builder: Builder | None, device: Device | None, records: Recor
         raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the user's cache "
                          "folder")
     if records is not None and not isinstance(records, Records):
-        raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.Records, or None for the user's and the "
+        raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.log.Records, or None for the user's and the "
                          f"shipped ones")
     if device is not None:
         from mest_compile.devices.session import Device

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,24 @@ import pytest
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+# Marks of whole files, by their names; a test that uses the fixture `port` is of the device as well. `make test-quick` runs none of them.
+MARKS = {
+    "opencl": ("test_opencl_*",),
+    "device": ("test_device", "test_emulation", "test_serve"),
+    "docs": ("test_docs", "test_docs_python"),
+    "slow": ("test_artifact", "test_benchmark", "test_capacity", "test_float16", "test_fuzz", "test_interruptions", "test_kill",
+             "test_method_step", "test_packaging", "test_specializing", "test_speedtable", "test_tuning", "test_turns"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, files in MARKS.items():
+            if any(fnmatch(item.path.stem, file) for file in files) or mark == "device" and "port" in item.fixturenames:
+                item.add_marker(mark)
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,24 @@ class Ran:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def builder(pytestconfig, repository):
+    """Of kernels that tests run, kept between tests, processes and sessions for as long as the code that makes them is the same.
+
+    Builders of tests that are about building have cold folders of their own.
+    """
+    from mest_compile.hardware.folders import digest
+    from mest_compile.kernels.cache import Builder
+
+    makers = [path for part in ("kernels", "backends", "hardware") for path in sorted((repository / "mest_compile" / part).rglob("*.py"))]
+    kernels = pytestconfig.cache.mkdir("kernels")
+    made_by = digest(b"".join(path.read_bytes() for path in makers))
+    for stale in kernels.iterdir():
+        if stale.name != made_by:
+            shutil.rmtree(stale, ignore_errors=True)
+    return Builder(folder=kernels / made_by)
 
 
 @pytest.fixture(scope="module")

@@ -157,9 +157,11 @@ class Refuse:
         if name.partition(".")[0] in {HEAVY}:
             raise ImportError(f"a device has no {{name}}")
 sys.meta_path.insert(0, Refuse())
-import mest_compile.ondevice
+import mest_compile.training.ondevice
 from mest_compile.data import SOURCES
-from mest_compile.registry import FAMILIES, OPERATORS, SCHEMES
+from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.operator import OPERATORS
+from mest_compile.sparsity.scheme import SCHEMES
 for registry in (SOURCES, FAMILIES, OPERATORS, SCHEMES):
     registry.load()
 print("tvm_ffi" in sys.modules)

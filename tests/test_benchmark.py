@@ -173,8 +173,8 @@ def test_rivals_get_the_masks_that_our_step_starts_with():
 LOADED = """
 import sys
 import mest_compile as mest
-from mest_compile import benchmark
-from mest_compile.contestants import Case, find_contestant, run_miniature
+from mest_compile.measuring import benchmark
+from mest_compile.measuring.contestants import Case, find_contestant, run_miniature
 import mest_compile as mest
 
 contestant = find_contestant("mest")

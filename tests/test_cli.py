@@ -398,6 +398,7 @@ def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
     assert (jobs[1].recipe.epochs, jobs[1].recipe.method, jobs[1].recipe.lr) == (10, "em", None)
 
 
+@pytest.mark.slow
 def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = mest_compile_command("demo", "--quick", "--json")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_gather import VECTOR, activation, assert_close, builder, call, random_index  # noqa: F401 (builder is a fixture)
+from test_gather import VECTOR, activation, assert_close, call, random_index
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.specializing import structure_of
@@ -60,11 +60,11 @@ def values_of(rng, index, rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("step", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_convolution_writes_live_rows_and_leaves_the_others(builder, shape, step, accumulate):  # noqa: F811
+def test_convolution_writes_live_rows_and_leaves_the_others(builder, shape, step, accumulate):
     check_live_rows(builder, shape, step, accumulate)
 
 
-def check_live_rows(builder, shape, step, accumulate, baked=False):  # noqa: F811
+def check_live_rows(builder, shape, step, accumulate, baked=False):
     """baked: of the kernel with the layer's structure in it."""
     rng, source, result, index, pointers, rows, channels, count = row_case(shape, step)
     values, (live, sections) = values_of(rng, index, rows), shape[1::3]
@@ -84,7 +84,7 @@ def check_live_rows(builder, shape, step, accumulate, baked=False):  # noqa: F81
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
-def test_statistics_are_those_of_live_rows(builder, shape):  # noqa: F811
+def test_statistics_are_those_of_live_rows(builder, shape):
     rng, source, result, index, pointers, rows, channels, count = row_case(shape)
     values, (live, sections) = values_of(rng, index, rows), shape[1::3]
     problem = GatherConv(source, result, LISTED_ROWS, 1, (1, 1), (Pass(shape[2]),), sections[1], statistics=True, rows_live=live)
@@ -102,11 +102,11 @@ def test_statistics_are_those_of_live_rows(builder, shape):  # noqa: F811
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weight_gradient_of_live_rows(builder, shape):  # noqa: F811
+def test_weight_gradient_of_live_rows(builder, shape):
     check_gradient_of_live_rows(builder, shape)
 
 
-def check_gradient_of_live_rows(builder, shape, baked=False):  # noqa: F811
+def check_gradient_of_live_rows(builder, shape, baked=False):
     rng, source, delta, index, pointers, rows, channels, count = row_case(shape)
     live, sections = shape[1::3]
     problem = GatherGrad(source, delta, LISTED_ROWS, 1, (1, 1), sections[1], rows_live=live)
@@ -122,7 +122,7 @@ def check_gradient_of_live_rows(builder, shape, baked=False):  # noqa: F811
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_listed_sources_are_the_only_ones_read(builder, shape):  # noqa: F811
+def test_listed_sources_are_the_only_ones_read(builder, shape):
     (inputs, out), _, size, batch, sections = shape
     rng = np.random.default_rng(inputs)
     alive = np.sort(rng.choice(inputs, max(inputs // 3, 1), replace=False))
@@ -180,7 +180,7 @@ class Case:
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-def test_moments_of_a_dead_channel_are_those_of_zeros(builder, image):  # noqa: F811
+def test_moments_of_a_dead_channel_are_those_of_zeros(builder, image):
     case = Case(image)
     start = np.zeros(3 * image.channels, np.float32)
     got = call(builder, "batch_norm.moments", batch_norm.BatchNormMoments(image, 1e-5, alive=True), case.packed(case.z, case.alive), start,
@@ -198,7 +198,7 @@ def test_moments_of_a_dead_channel_are_those_of_zeros(builder, image):  # noqa: 
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("flags", [("alive",), ("read",), ("alive", "read")], ids=str)
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-def test_forward_neither_reads_nor_writes_what_is_dead(builder, image, flags, added):  # noqa: F811
+def test_forward_neither_reads_nor_writes_what_is_dead(builder, image, flags, added):
     case = Case(image)
     dead = {"alive": "alive" in flags, "read": "read" in flags}
     z = case.packed(case.z, case.alive if dead["alive"] else None)
@@ -215,7 +215,7 @@ def test_forward_neither_reads_nor_writes_what_is_dead(builder, image, flags, ad
 @pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in place"])
 @pytest.mark.parametrize("flags", [("alive",), ("read",), ("alive", "read")], ids=str)
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-def test_backward_neither_reads_nor_writes_what_is_dead(builder, image, flags, in_place):  # noqa: F811
+def test_backward_neither_reads_nor_writes_what_is_dead(builder, image, flags, in_place):
     case = Case(image)
     alive, read = "alive" in flags, "read" in flags
     z, dy = case.packed(case.z, case.alive if alive else None), case.packed(case.dy, case.read if read else None)

@@ -249,6 +249,15 @@ def test_a_test_set_is_normalised_like_its_training_set():
         as_dataset((bytes_of(2, 1, 8, 8), np.zeros(2, int)), like=train)
 
 
+def test_each_channel_is_standardised_by_its_own_mean_and_its_own_deviation():
+    images = np.empty((2, 3, 4, 4), np.uint8)
+    images[0] = np.array([10, 100, 70])[:, None, None]
+    images[1] = np.array([20, 140, 70])[:, None, None]
+    data = as_dataset((images, np.arange(2)))
+    assert data.mean.tolist() == [15, 120, 70] and data.std.tolist() == [5, 20, 1]  # that of a constant channel would be 0
+    assert data.normalise(images)[:, :, 0, 0].tolist() == [[-1, -1, 0], [1, 1, 0]]
+
+
 @pytest.mark.parametrize(("data", "message"), [
     ((np.zeros((2, 1, 4, 4)), np.zeros(2)), "labels must be integers"),
     ((np.zeros((2, 1, 4, 4)), np.zeros(3, int)), "2 images need as many"),

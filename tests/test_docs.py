@@ -14,7 +14,7 @@ import pytest
 from mest_compile.devices import cycles, emulation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 COVERED_ELSEWHERE = {
     'pip install "torch>=2.9,<2.14"': "tests/test_packaging.py compares the bound with pyproject.toml",

@@ -26,11 +26,6 @@ def assert_close(got: np.ndarray, wanted: np.ndarray, scale: np.ndarray, terms: 
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}"
 
 
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory):
-    return Builder(folder=tmp_path_factory.mktemp("kernels"))
-
-
 def call(builder: Builder, kernel: str, problem, *arrays: np.ndarray, structure: Structure | None = None, **knobs) -> list[np.ndarray]:
     """Runs a kernel; every array as it is afterwards. One that has `structure` baked in is given pointers that say there are no units."""
     import tvm

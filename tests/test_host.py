@@ -58,7 +58,8 @@ def test_a_lock_is_one_holders_until_it_is_released(tmp_path):
 
 
 def test_a_killed_process_keeps_no_lock(tmp_path):
-    code = f"from mest_compile import host; lock = host.exclusive({str(tmp_path / 'lock')!r}); print(lock is not None, flush=True); input()"
+    code = ("from mest_compile.hardware import host; "
+            f"lock = host.exclusive({str(tmp_path / 'lock')!r}); print(lock is not None, flush=True); input()")
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "True\n"
     assert host.exclusive(tmp_path / "lock") is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_compact import SHAPES as COMPACT_SHAPES
 from test_compact import row_case, values_of
-from test_gather import TARGET, VECTOR, activation, builder, call, random_problem  # noqa: F401 (builder is a fixture)
+from test_gather import TARGET, VECTOR, activation, call, random_problem
 from test_operators import HALO, JOINED, make, pack
 
 from mest_compile.ir.layouts.batch import Image
@@ -66,7 +66,7 @@ def agree(got: np.ndarray, wanted: np.ndarray, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_gives_what_its_reference_gives(builder, kernel, dtype):  # noqa: F811
+def test_a_kernel_gives_what_its_reference_gives(builder, kernel, dtype):
     rng = np.random.default_rng(11)
     met = 0
     with np.errstate(all="ignore"):
@@ -84,7 +84,7 @@ def test_a_kernel_gives_what_its_reference_gives(builder, kernel, dtype):  # noq
 
 @pytest.mark.skipif(TARGET.device != "cpu", reason="only kernels for the CPU are specialized")
 @pytest.mark.parametrize("kernel", ["gather.conv", "gather.grad"])
-def test_a_kernel_with_a_structure_baked_in_gives_the_same(builder, kernel):  # noqa: F811
+def test_a_kernel_with_a_structure_baked_in_gives_the_same(builder, kernel):
     with np.errstate(all="ignore"):
         for problem, arrays, wanted in gathered(kernel, np.random.default_rng(3), "float32", live=1.0):
             structure = structure_of(problem, arrays[0])

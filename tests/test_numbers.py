@@ -102,7 +102,7 @@ def test_a_random_net_on_awkward_data_trains_as_in_float64(seed, offset, batch):
     check_net(seed, "local", offset, batch)
 
 
-@pytest.mark.parametrize("target", ["local", "opencl"])
+@pytest.mark.parametrize("target", ["local", pytest.param("opencl", marks=pytest.mark.opencl)])
 def test_statistics_that_a_linear_layer_left_serve_data_far_from_zero(target):
     if target == "opencl":
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")

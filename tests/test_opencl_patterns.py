@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_gather import activation, assert_close
-from test_opencl_kernels import TARGET, builder, shaped_launch  # noqa: F401 (builder is a fixture)
+from test_opencl_kernels import TARGET, shaped_launch
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
@@ -49,7 +49,7 @@ def case(channels, size, batch, halo, live, **form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("channels", "size", "batch", "halo", "live", "knobs"), CASES, ids=str)
-def test_convolution_with_constant_taps(builder, channels, size, batch, halo, live, knobs, form):  # noqa: F811
+def test_convolution_with_constant_taps(builder, channels, size, batch, halo, live, knobs, form):
     rng, problem, pointers, offsets = case(channels, size, batch if form != "statistics" else -(-batch // 4) * 4, halo, live, **FORMS[form])
     gather = problem.gather
     values = rng.standard_normal((len(offsets), problem.taps)).astype(np.float32)
@@ -71,7 +71,7 @@ def test_convolution_with_constant_taps(builder, channels, size, batch, halo, li
 
 
 @pytest.mark.parametrize(("channels", "size", "batch", "halo", "live", "knobs"), CASES, ids=str)
-def test_weight_gradient_with_constant_taps(builder, channels, size, batch, halo, live, knobs):  # noqa: F811
+def test_weight_gradient_with_constant_taps(builder, channels, size, batch, halo, live, knobs):
     rng, problem, pointers, offsets = case(channels, size, batch, halo, live)
     conv = problem.gather
     grad = GroupedGrad(GatherGrad(conv.source, conv.result, 1, 1, (1, 1), channels[0]), SHAPES)

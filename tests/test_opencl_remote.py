@@ -132,7 +132,7 @@ def test_a_phones_step_is_a_library_for_its_cpu_that_holds_the_opencl_code_and_i
     assert facts.machine == "aarch64" and not facts.needed
     symbols = {source.symbol for source in step._compiled.sources.values()}
     assert all(f"__kernel void {symbol}_kernel".encode() in content for symbol in symbols)
-    monkeypatch.setattr("mest_compile.kernels.linking.compile_opencl_library", None)
+    monkeypatch.setattr("mest_compile.backends.opencl.linking.compile_opencl_library", None)
     assert step._compiled.library() == content
 
 

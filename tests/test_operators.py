@@ -12,7 +12,6 @@ import pytest
 from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
@@ -44,11 +43,6 @@ some_shapes = pytest.mark.parametrize("shape", SOME, ids=SOME.values())
 
 def other_halo(shape: Image) -> Image:
     return dataclasses.replace(shape, halo=(shape.halo[3], shape.halo[0] + 1, shape.halo[1], shape.halo[2]))
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory):
-    return Builder(folder=tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture

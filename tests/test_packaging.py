@@ -41,7 +41,7 @@ def test_wheel_holds_every_file_of_the_folders(wheel, repository):
 def test_wheel_works_without_the_repository(wheel, repository, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    script = ("import mest_compile, mest_compile.schedules as schedules; from mest_compile.hardware import find_target;"
+    script = ("import mest_compile, mest_compile.schedules as schedules; from mest_compile.hardware.target import find_target;"
               "print(mest_compile.__file__, schedules.__file__, find_target('local').device, sep='\\n')")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
                           capture_output=True, text=True)

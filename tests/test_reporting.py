@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from test_training import RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt
 
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
-from mest_compile.training.reporting import PLOTS, write_report
+from mest_compile.training.reporting import PLOTS, read_epochs, write_report
 from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.sieve import SieveRule
 
@@ -46,6 +47,34 @@ def test_what_a_report_says_is_what_the_metrics_say(finished):
     assert facts["dropped"] == [40] and sum(facts["forgetting_counts"].values()) == 200
     assert facts["iterations"] == 3 * 12 + 3 * 10 and facts["iterations_saved"] == 6
     assert f"<td>test accuracy</td><td>{lines[-1]['test_accuracy']:.2%}</td>" in (finished / "report" / "report.html").read_text()
+
+
+def test_the_page_shows_the_numbers_of_the_metrics(finished):
+    lines = RunFolder(finished).read_metrics()
+    lines[-1].update(loss=0.54321, train_accuracy=0.8125, test_accuracy=0.75)
+    RunFolder(finished).rewrite_metrics(lines)
+    RunFolder(finished).checkpoint.unlink()  # it knows the metrics as they were
+    write_report(finished)
+    rows = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", (finished / "report" / "report.html").read_text()))
+    assert rows["epochs"] == "6 of 6" and rows["training loss"] == "0.5432"
+    assert rows["training accuracy"] == "81.25%" and rows["test accuracy"] == "75.00%"
+    assert rows["seconds of training"] == f"{sum(metrics['train_seconds'] for metrics in lines):.1f}"
+    assert rows["mutations"] == "5, 1.25 s" and rows["iterations saved by the sieve"] == "6 beside 66 made"
+
+
+def test_the_plots_show_the_numbers_of_the_metrics(finished):
+    lines = read_epochs(RunFolder(finished))
+    assert all(metrics["train_accuracy"] > 0 for metrics in lines)
+    wanted = {"loss": [[metrics["loss"] for metrics in lines]],
+              "accuracy": [[100 * metrics[name] for metrics in lines] for name in ("train_accuracy", "test_accuracy")],
+              "sparsity": [[metrics["sparsity"]["weight"] for metrics in lines]],
+              "survival": [[metrics["survival"]["weight"] for metrics in lines]],
+              "epoch_seconds": [[metrics["train_seconds"] for metrics in lines], [0, 1]]}  # and the line where examples were dropped
+    for name, (_, draw) in PLOTS.items():
+        axes = Figure().add_subplot()
+        draw(axes, lines)
+        assert [list(line.get_ydata()) for line in axes.lines] == wanted[name], name
+        assert list(axes.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6], name
 
 
 def test_a_plot_changes_with_the_run(finished, tmp_path):

@@ -42,7 +42,7 @@ def test_while_one_trains_in_a_folder_another_is_refused_and_touches_nothing(tmp
             with pytest.raises(MestError, match="already holds a run|another training is at work in this folder"):
                 other()
             met.append(other)
-        code = f"from mest_compile.runfolder import RunFolder; RunFolder({str(folder)!r}).lock()"
+        code = f"from mest_compile.training.runfolder import RunFolder; RunFolder({str(folder)!r}).lock()"
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
         assert "another training is at work in this folder" in said and contents(folder) == before
 

@@ -230,6 +230,16 @@ def test_erk_meets_the_overall_sparsity_and_spares_small_layers():
     assert share["l2"] == 0.0 and share["l0"] < share["l1"]
 
 
+@pytest.mark.parametrize("live", [(980, 700, 420), (2048, 1750, 1050)])
+def test_erk_counts_the_kernels_sides_as_well_as_the_channels(live):
+    """Live weights in proportion to out + in + kh + kw, by hand: 98, 70 and 42. Ten of each; 25 are more than "one" has."""
+    shapes = {"one": (64, 32, 1, 1), "three": (32, 32, 3, 3), "five": (16, 16, 5, 5)}
+    elems = {"one": 2048, "three": 9216, "five": 6400}
+    layers = [LayerSpec(name, shape, (1, shape[1], 9, 9)) for name, shape in shapes.items()]
+    share = distribute("erk", layers, 1 - sum(live) / 17664)
+    assert {name: (1 - share[name]) * elems[name] for name in shapes} == pytest.approx(dict(zip(shapes, live, strict=True)))
+
+
 def test_uniform_gives_every_layer_the_same():
     assert distribute("uniform", [CONV], 0.9) == {"conv": 0.9}
     with pytest.raises(UnknownName, match="erk, uniform"):

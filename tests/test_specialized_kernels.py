@@ -5,7 +5,7 @@ given say that there is nothing: whoever reads them is found out.
 import numpy as np
 import pytest
 from test_compact import SHAPES, check_gradient_of_live_rows, check_live_rows
-from test_gather import Index, builder, check_conv, check_grad, random_problem  # noqa: F401 (builder is a fixture)
+from test_gather import Index, check_conv, check_grad, random_problem
 
 from mest_compile.kernels.specializing import Structure, structure_of
 from mest_compile.operators.layers.gather import GatherConv
@@ -22,7 +22,7 @@ def even_index(rng: np.random.Generator, full: Index, conv: GatherConv) -> Index
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_units_of_random_sizes(builder, seed):  # noqa: F811
+def test_units_of_random_sizes(builder, seed):
     taps = (1, 1, 2, 3)[seed % 4]
     conv, grad, full = random_problem(seed, taps, live=1.0)
     rng = np.random.default_rng(seed)
@@ -37,10 +37,10 @@ def test_units_of_random_sizes(builder, seed):  # noqa: F811
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("step", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_live_rows(builder, shape, step, accumulate):  # noqa: F811
+def test_live_rows(builder, shape, step, accumulate):
     check_live_rows(builder, shape, step, accumulate, baked=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weight_gradient_of_live_rows(builder, shape):  # noqa: F811
+def test_weight_gradient_of_live_rows(builder, shape):
     check_gradient_of_live_rows(builder, shape, baked=True)

@@ -233,7 +233,7 @@ import sys
 import numpy as np
 import tvm
 import mest_compile as mest
-from mest_compile.models import build_model
+from mest_compile.models.catalog import build_model
 
 shape, losses = (8, 3, 16, 16), []
 for threads in (1, 2):
@@ -246,6 +246,7 @@ print(losses[0] == losses[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
 def test_two_threads_are_two_and_give_the_same_bits():
     free = {name: value for name, value in os.environ.items() if name not in ("TVM_NUM_THREADS", "OMP_NUM_THREADS")}

@@ -33,6 +33,7 @@ def test_arm_targets_have_neon_and_say_how_much_memory_there_is(name):
     assert target.l1_bytes < target.l2_bytes < (target.memory_bytes or 0)
 
 
+@pytest.mark.slow
 def test_a_step_beyond_the_memory_of_its_target_is_said(caplog):
     """At its densest: with room to grow it needs more than it starts with."""
     def said():

@@ -16,7 +16,6 @@ import mest_compile as mest
 from mest_compile import compiling
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
-from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs
 from mest_compile.kernels.source import SCHEDULES, kernel_source, knob_space
 from mest_compile.lowering.fusing import fuse
@@ -38,11 +37,6 @@ from mest_compile.tuning.task import prepare, tasks_of
 SHAPE = (8, 3, 8, 8)
 MAIN = [sys.executable, "-c", "from mest_compile.cli import main; main()"]
 TINY = ["tune", "--model", "mlp", "--width", "32", "--batch", "8", "--scheme", "block:4x1"]
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory):
-    return Builder(folder=tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module")
