@@ -1,6 +1,7 @@
 """Threads and processes that want one step, or the compiler, at the same time.
 
-MEST_CALLS sets how many calls eight threads make together (default 400); `MEST_CALLS=10000 pytest tests/test_turns.py` takes a minute.
+MEST_CALLS sets how many calls eight threads make together (default 400);
+`MEST_CALLS=10000 pytest tests/runtime/test_turns.py` takes a minute.
 """
 
 import copy

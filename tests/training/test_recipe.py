@@ -167,7 +167,7 @@ def test_every_method_has_a_preset_that_checks_itself(method):
     assert Recipe.from_dict(preset(method, 0.5, 12).to_dict()).method == method
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Folders and modules of the package, what others stand on first. `schedules` is a folder of the top level.
 ORDER = ("base", "ir", "hardware", "records", "models", "data", "sparsity", "frontend", "operators", "options", "lowering", "planning",

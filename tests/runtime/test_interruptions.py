@@ -1,6 +1,7 @@
 """Ctrl-C in the middle of a change of a step: afterwards all is old or all is new, bit for bit, or a MestError says so; restoring heals.
 
-MEST_INTERRUPTIONS sets the number of places that are tried (default 80); `MEST_INTERRUPTIONS=1000 pytest tests/test_interruptions.py` takes
+MEST_INTERRUPTIONS sets the number of places that are tried (default 80);
+`MEST_INTERRUPTIONS=1000 pytest tests/runtime/test_interruptions.py` takes
 a minute.
 """
 

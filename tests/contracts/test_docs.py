@@ -13,19 +13,19 @@ import pytest
 
 from mest_compile.devices import cycles, emulation
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 COVERED_ELSEWHERE = {
-    'pip install "torch>=2.9,<2.14"': "tests/test_packaging.py compares the bound with pyproject.toml",
+    'pip install "torch>=2.9,<2.14"': "tests/contracts/test_packaging.py compares the bound with pyproject.toml",
     "pip install -e .": "make venv",
-    "benchmarks/environments.sh": "gigabytes of environments; tests/test_benchmark.py compares its names and bounds",
+    "benchmarks/environments.sh": "gigabytes of environments; tests/measuring/test_benchmark.py compares its names and bounds",
     'pip install -e ".[opencl]"': "make venv installs the same packages",
-    "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/test_benchmark.py measures a small net with it",
-    "python benchmarks/readme_table.py": "writes the README; tests/test_speedtable.py compares what it would write",
+    "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py measures a small net with it",
+    "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it would write",
 }
 COVERED_ELSEWHERE["mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "
-                  "--key phone --devices 2"] = "tests/test_tuning.py tunes behind a tracker"
+                  "--key phone --devices 2"] = "tests/tuning/test_tuning.py tunes behind a tracker"
 SHORTENED = {  # put behind the text's own options, which they override
     "train": ["--model", "mlp", "--data", "digits", "--epochs", "4"],
     "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],

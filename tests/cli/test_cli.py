@@ -252,7 +252,7 @@ def test_a_checkpoint_cut_in_half_costs_an_epoch_and_two_are_one_line(trained, m
 
 
 def test_the_quick_recipe_uses_every_part_of_the_method(mest_compile_command, tmp_path):
-    recipe = Path(__file__).parents[1] / "examples" / "recipes" / "quick.toml"
+    recipe = Path(__file__).parents[2] / "examples" / "recipes" / "quick.toml"
     ran = mest_compile_command("train", "--recipe", recipe, "--width", 32, "--out", tmp_path / "run", "--json")
     assert ran.code == 0, ran.err
     epochs = ran.document["epochs"]

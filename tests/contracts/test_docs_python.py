@@ -8,7 +8,7 @@ import opencl_loads
 import pytest
 import roofline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 

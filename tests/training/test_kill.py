@@ -1,7 +1,7 @@
 """Training that is killed with SIGKILL, again and again, and ends as if nothing had happened.
 
 Every other kill comes at a random moment, the others while a checkpoint is written. MEST_KILLS sets their number (default 2);
-`MEST_KILLS=50 pytest -s tests/test_kill.py` takes some minutes.
+`MEST_KILLS=50 pytest -s tests/training/test_kill.py` takes some minutes.
 """
 
 import json

@@ -30,7 +30,7 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "xgboost-cpu": "xgboo
 
 def absent() -> list[str]:
     """Modules of our requirements that a board does not have when it was set up as docs/devices.md says."""
-    page = (Path(__file__).resolve().parent.parent / "docs" / "devices.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "devices.md").read_text()
     line = next(line for line in page.splitlines() if line.strip().startswith("pip install apache-tvm==") and "typer" in line)
     installed = {re.split(r"[=<>]", word)[0] for word in line.split()[2:]}
     ours = {requirement.name for requirement in map(Requirement, metadata.requires("mest-compile")) if requirement.marker is None}

@@ -1,6 +1,7 @@
 """What is read from disk is what was written, or it is refused: artifacts, checkpoints, and the library that runs.
 
-MEST_DAMAGES sets how often each file is damaged at random (default 60); `MEST_DAMAGES=500 pytest tests/test_believed.py` takes minutes.
+MEST_DAMAGES sets how often each file is damaged at random (default 60);
+`MEST_DAMAGES=500 pytest tests/runtime/test_believed.py` takes minutes.
 """
 
 import json
