@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mest_compile as mest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import mest_compile as mest

@@ -14,7 +14,7 @@ from mest_compile.models.catalog import build_model
 from mest_compile.planning.layers import plan_layers
 from mest_compile.sparsity import parse_scheme
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 APART = {"partition", "rpartition", "removeprefix", "removesuffix", "split", "rsplit", "startswith", "endswith"}
 FOLDERS = ("operators", "lowering", "planning", "kernels", "backends", "runtime", "devices", "measuring", "tuning", "training")
 
