@@ -299,7 +299,6 @@ def with_value(value):
     (Two, "missing 1 required positional argument: 'y'"),
     (exported, "torch.nn.Module.*got ExportedProgram"),
     (lambda: exported().module(), "module of an ExportedProgram"),
-    (lambda: net(last=1), "one class is 0 for ever.*an output for each class"),
 ])
 def test_what_is_no_trainable_module_is_one_line(make, words):
     with pytest.raises(SpecError, match=words) as caught:

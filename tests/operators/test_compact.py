@@ -203,10 +203,10 @@ def test_forward_neither_reads_nor_writes_what_is_dead(builder, image, flags, ad
     dead = {"alive": "alive" in flags, "read": "read" in flags}
     z = case.packed(case.z, case.alive if dead["alive"] else None)
     known = case.known_z if dead["alive"] else case.z
-    problem = batch_norm.BatchNormForward(image, image, True, image if added else None, **dead)
+    problem = batch_norm.BatchNormForward(image, image, "relu", image if added else None, **dead)
     got = call(builder, "batch_norm.forward", problem, z, *case.facts, *([case.packed(case.residual)] if added else []),
                np.full(image.shape, 9.0, np.float32), *(getattr(case, flag) for flag in flags))[3 + added]
-    wanted = batch_norm.forward_reference(known, case.moments, case.weight, case.offset, case.residual if added else None, True)
+    wanted = batch_norm.forward_reference(known, case.moments, case.weight, case.offset, case.residual if added else None, "relu")
     written = case.read == 1 if dead["read"] else np.ones(image.channels, bool)
     case.close(image.unpack(got)[written], wanted[written], 8)
     assert (got[:, ~written] == 9.0).all()
@@ -221,9 +221,9 @@ def test_backward_neither_reads_nor_writes_what_is_dead(builder, image, flags, i
     z, dy = case.packed(case.z, case.alive if alive else None), case.packed(case.dy, case.read if read else None)
     known_z, known_dy = case.known_z if alive else case.z, case.known_dy if read else case.dy
     moments = batch_norm.moments_reference(known_z, 1e-5).astype(np.float32)
-    y = batch_norm.forward_reference(known_z, moments, case.weight, case.offset, None, True)
+    y = batch_norm.forward_reference(known_z, moments, case.weight, case.offset, None, "relu")
     _, sums, dz = batch_norm.backward_reference(known_dy, known_z, moments, case.weight, y)
-    problem = batch_norm.BatchNormBackward(image, image, None if in_place else image, True, in_place=in_place, alive=alive, read=read)
+    problem = batch_norm.BatchNormBackward(image, image, None if in_place else image, "relu", in_place=in_place, alive=alive, read=read)
     start = np.full(image.shape, 9.0, np.float32)
     arrays = call(builder, "batch_norm.backward", problem, dy, z, moments, case.facts[1], np.zeros(2 * image.channels, np.float32),
                   *([] if in_place else [start]), *(getattr(case, flag) for flag in flags))

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
-from mest_compile.kernels.source import SCHEDULES, kernel_source
+from mest_compile.kernels.source import kernel_source
 from mest_compile.kernels.specializing import Structure, specialized
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
 
@@ -231,7 +232,7 @@ def test_answers_do_not_depend_on_threads(builder):
 
 
 def test_sections_fit_the_first_level_cache():
-    section_channels = SCHEDULES.find("cpu/gather.conv").section_channels
+    section_channels = backend_of(TARGET).section_channels
     for size, channels in ((32, 32), (16, 64), (8, 128), (8, 12)):
         image = Image(channels, size, size, 64, (1, 1, 1, 1), VECTOR)
         count = section_channels(image, (1, 1), (3, 3), 4, TARGET.l1_bytes)
