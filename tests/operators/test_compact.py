@@ -222,7 +222,7 @@ def test_backward_neither_reads_nor_writes_what_is_dead(builder, image, flags, i
     known_z, known_dy = case.known_z if alive else case.z, case.known_dy if read else case.dy
     moments = batch_norm.moments_reference(known_z, 1e-5).astype(np.float32)
     y = batch_norm.forward_reference(known_z, moments, case.weight, case.offset, None, "relu")
-    _, sums, dz = batch_norm.backward_reference(known_dy, known_z, moments, case.weight, y)
+    _, sums, dz = batch_norm.backward_reference(known_dy, known_z, moments, case.weight, "relu", y)
     problem = batch_norm.BatchNormBackward(image, image, None if in_place else image, "relu", in_place=in_place, alive=alive, read=read)
     start = np.full(image.shape, 9.0, np.float32)
     arrays = call(builder, "batch_norm.backward", problem, dy, z, moments, case.facts[1], np.zeros(2 * image.channels, np.float32),

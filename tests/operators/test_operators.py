@@ -526,8 +526,8 @@ def test_sums_do_not_depend_on_the_number_of_threads(run, rng):
         for threads in (1, 2):
             configure(1, threads)
             results.append((run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), z, facts[:3])[1],
-                            run("batch_norm.backward", batch_norm.BatchNormBackward(shape, shape, None, "relu"), dy, z, facts[:3], facts[3:5],
-                                np.zeros(2 * shape.channels, np.float32))[4],
+                            run("batch_norm.backward", batch_norm.BatchNormBackward(shape, shape, None, "relu"), dy, z, facts[:3],
+                                facts[3:5], np.zeros(2 * shape.channels, np.float32))[4],
                             run("bias.gradient", bias.BiasGradient(shape), dy, facts[0])[1]))
     finally:
         configure(1, 1)
