@@ -209,6 +209,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
 
         runner = partial(StoreRunner, target.name, why)
     else:
+        kind.find_device(target)  # before anything is compiled for it
         runner = partial(kind.runner, kernels(), functions, target, threads)
     document = facts.to_json() | {"knobs": choosing.facts(choices)}
     described = {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": facts.seed,

@@ -104,6 +104,9 @@ class Backend(ABC):
 
     # Running.
 
+    def find_device(self, target: Target) -> None:  # noqa: B027
+        """Raises NotInstalled where this machine has no device that `runner` could run on."""
+
     @abstractmethod
     def runner(self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int) -> Any:
         """What holds a step's arrays in this process and runs its programs (runtime.runner.Runner)."""

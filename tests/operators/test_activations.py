@@ -1,5 +1,6 @@
 """Every activation of the table is torch's, value and gradient; chains of operators are read as the activation that they compute."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -274,5 +275,6 @@ print(sorted({call.kernel for call in step.program.calls if call.kernel.startswi
 
 def test_a_new_activation_is_one_row():
     """In a process of its own, whose table it stays in."""
-    done = subprocess.run([sys.executable, "-c", ROW], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", ROW], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.stdout == "['softsign.backward', 'softsign.forward']\n", done.stderr

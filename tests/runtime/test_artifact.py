@@ -20,7 +20,7 @@ import mest_compile as mest
 from mest_compile.base import tensorfile
 from mest_compile.data import load
 from mest_compile.models.catalog import build_model
-from mest_compile.runtime import artifact, checkpoint
+from mest_compile.runtime import artifact, checkpoint, library
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 
@@ -74,9 +74,9 @@ class Device:
         self.artifact = folder / "artifact"
         shutil.copytree(made, self.artifact)
         (folder / "empty").mkdir()
-        runtime = Path(tvm_ffi.__file__).parent.parent / "tvm" / "lib" / artifact.RUNTIME
+        runtime = Path(tvm_ffi.__file__).parent.parent / "tvm" / "lib" / library.RUNTIME
         if kind == "emulated":
-            site, runtime = folder / "site", emulated.FOLDER / "device" / artifact.RUNTIME
+            site, runtime = folder / "site", emulated.FOLDER / "device" / library.RUNTIME
             shutil.copytree(emulated.FOLDER / "site", site, symlinks=True)
             (site / "mest_compile").symlink_to(Path(mest.__file__).parent)
             root = emulated.FOLDER / "root"

@@ -20,7 +20,7 @@ import torch.nn as nn
 
 import mest_compile as mest
 from mest_compile.base import tensorfile
-from mest_compile.runtime import artifact, checkpoint
+from mest_compile.runtime import artifact, checkpoint, library
 
 DAMAGES = int(os.environ.get("MEST_DAMAGES", "60"))
 X, Y = np.random.default_rng(0).standard_normal((4, 16)).astype("f"), np.array([0, 1, 2, 0])
@@ -198,8 +198,8 @@ def test_nothing_runs_from_a_file_that_others_know(made):
 
 
 def test_a_process_that_has_tvms_runtime_loads_no_second_one(made, tmp_path):
-    (tmp_path / artifact.RUNTIME).write_text("no library")  # there is one in this process: the compiler's
-    assert np.isfinite(mest.open_artifact(made, runtime=tmp_path / artifact.RUNTIME)(X, Y).loss)
+    (tmp_path / library.RUNTIME).write_text("no library")  # there is one in this process: the compiler's
+    assert np.isfinite(mest.open_artifact(made, runtime=tmp_path / library.RUNTIME)(X, Y).loss)
 
 
 # Writing: the old one or the new one.

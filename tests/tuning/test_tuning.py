@@ -365,15 +365,15 @@ def test_a_step_for_a_device_has_the_records_of_that_device_which_is_asked_once_
     target, device, asked = find_target("cortex-a76"), mest.rpc("127.0.0.1:9190", "phone"), []
     monkeypatch.setattr("mest_compile.devices.probe.machine_of", lambda *given: asked.append(given) or "a phone")
     log = LogFile(tmp_path / "log.jsonl")
-    assert compiling._of_machine(Records(target, [log.path]), device).cpu == "" and not asked
+    assert compiling.of_machine(Records(target, [log.path]), device).cpu == "" and not asked
     for cpu, knobs, seconds in (("a Pi 5", {}, 1.0), ("a Pi 5", {"run": 4}, 2.0), ("a phone", {}, 3.0), ("a phone", {"run": 4}, 2.0)):
         log.append(Record("gather.conv", {"channels": 32}, 100, target_facts(target), cpu, knobs, Outcome.OK, Measure.MEASURED, (seconds,),
                           "text"))
-    records = compiling._of_machine(Records(target, [log.path]), device)
+    records = compiling.of_machine(Records(target, [log.path]), device)
     assert asked == [(device, target)] and records.cpu == "a phone"
     assert records.best("gather.conv", {"channels": 32}, 100, lambda knobs: "text").knobs == {"run": 4}
     here = Records(find_target("local"), [log.path])
-    assert compiling._of_machine(here, None) is here and len(asked) == 1
+    assert compiling.of_machine(here, None) is here and len(asked) == 1
 
 
 class Sleeper(Clock):

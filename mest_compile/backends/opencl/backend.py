@@ -63,6 +63,11 @@ class OpenclBackend(Backend):
 
         return link_opencl_step(functions, symbol, {source.symbol: source.text for source in sources}, target, builder.keep)
 
+    def find_device(self, target: Target) -> None:
+        from mest_compile.backends.opencl.runner import find_device
+
+        find_device(target.limits.name)
+
     def runner(self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int) -> Any:
         from mest_compile.backends.opencl.runner import OpenclRunner, find_device
 
