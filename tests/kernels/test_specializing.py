@@ -142,8 +142,8 @@ def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers
     monkeypatch.setattr("mest_compile.kernels.workers.SHARE", 1.0)
     measured = []
     monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure",
-                        lambda self, place, source, seconds: measured.append(place.phase) or Times(1.0, 2.0 if place.phase == "grad_weight"
-                                                                                                   else 0.1, seconds))
+                        lambda self, place, source, seconds: measured.append(place.call.phase) or
+                        Times(1.0, 2.0 if place.call.phase == "grad_weight" else 0.1, seconds))
     step = small_step("unstructured", tmp_path)
     name = next(name for name in step.masks() if name.startswith("layer3.2"))
     equal = np.zeros_like(step.masks()[name])
