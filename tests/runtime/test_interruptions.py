@@ -118,6 +118,12 @@ CHANGES = {
 }
 
 
+def spread(lines, count, seed):
+    """So many random places of a call's lines, one in every stretch of them, so that both ends are among them."""
+    draw = random.Random(seed).random
+    return [1 + int((stretch + draw()) * lines / count) for stretch in range(count)]
+
+
 def interrupt(step, batch, change, files, places, seed=0):
     """Interrupts a change at so many random places; (how many calls were stopped, outcomes that are neither old nor new)."""
     step.restore(files[0])
@@ -127,7 +133,7 @@ def interrupt(step, batch, change, files, places, seed=0):
     new = outcome(step, batch)
     assert old != new
     stopped, odd, seen = 0, [], set()
-    for place in sorted(random.Random(seed).choices(range(1, lines + 1), k=places)):
+    for place in spread(lines, places, seed):
         step.restore(files[0])
         stopped += Interruption(place).of(lambda: change(step, files))
         found = outcome(step, batch)
@@ -242,7 +248,7 @@ def test_an_interrupted_change_on_a_device_is_finished_or_the_device_is_lost_and
         step.restore(tmp_path / "first")
         lines = lines_of(lambda: step.mutate(0.7, 0.6))
         new, told = outcome(step, batch), 0
-        for place in random.Random(2).choices(range(1, lines + 1), k=max(3, PLACES // 13)):
+        for place in spread(lines, max(12, PLACES // 7), seed=2):
             step.restore(tmp_path / "first")
             Interruption(place).of(lambda: step.mutate(0.7, 0.6))
             try:
