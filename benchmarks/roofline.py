@@ -22,6 +22,7 @@ from mest_compile.ir.program import ITEM_BYTES, Call
 from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.batch_norm import BatchNormMoments
 from mest_compile.operators.layers.family import masked_elems
 from mest_compile.planning.layers import plan_layers
 from mest_compile.sparsity import parse_scheme
@@ -85,8 +86,11 @@ def _moved_bytes(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> 
     image = call.buffers[0].image
     if call.kernel == "image.zero_halo" and image:  # touches the border alone
         return (image.elems - image.channels * image.height * image.width * image.batch) * ITEM_BYTES["float32"]
+    buffers = call.buffers
+    if isinstance(call.problem, BatchNormMoments) and call.problem.chunks:  # the values are read of channels whose mean is far from 0 alone
+        buffers = tuple(buffer for buffer in buffers if not buffer.image)
     return sum((buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live)) * ITEM_BYTES[buffer.dtype]
-               for buffer in call.buffers)
+               for buffer in buffers)
 
 
 def table() -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # what type checkers and editors see of the names in _HOME
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
     from mest_compile.opening import to_torch as to_torch
+    from mest_compile.operators.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from mest_compile.operators.losses.mse import MSE as MSE
+    from mest_compile.operators.optimizers.adamw import AdamW as AdamW
     from mest_compile.operators.optimizers.sgd import SGD as SGD
     from mest_compile.sparsity.schemes.block import Block as Block
     from mest_compile.sparsity.schemes.channel import Channel as Channel

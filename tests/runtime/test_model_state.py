@@ -160,7 +160,7 @@ def test_a_checkpoint_without_what_the_model_does_not_use_is_refused(unused, tmp
     arrays, facts = checkpoint.read(tmp_path / "step")
     del arrays["kept/old.weight"]
     checkpoint.write(tmp_path / "old", arrays, facts)
-    with pytest.raises(StateError, match="lacks old.weight"):
+    with pytest.raises(StateError, match="lacks kept/old.weight"):
         step.restore(tmp_path / "old")
 
 
