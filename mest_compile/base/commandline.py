@@ -57,9 +57,11 @@ def results_alone() -> Iterator[None]:
     out = sys.stdout
     if not isinstance(out, TextIOWrapper) or out is not sys.__stdout__:  # somebody watches what this process prints
         _results.append(out)
-        with redirect_stdout(sys.stderr):
-            yield
-        _results.pop()
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.pop()
         return
     out.flush()
     with os.fdopen(os.dup(1), "w", encoding=out.encoding, errors=out.errors) as results:

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -405,3 +407,13 @@ def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypa
     assert ran.code == 0, ran.err
     assert ran.document["comparison"]["ratio"] > 0 and 0 < ran.document["test_accuracy"] <= 1
     assert (tmp_path / ran.document["folder"] / "metrics.jsonl").exists()
+
+
+def test_a_command_that_ends_with_an_error_keeps_no_later_ones_result(capsys):
+    from mest_compile.base.commandline import print_result, results_alone
+
+    with pytest.raises(ValueError, match="the command's"), results_alone():
+        raise ValueError("the command's")
+    with redirect_stdout(StringIO()) as later:
+        print_result("later")
+    assert later.getvalue() == "later\n" and not capsys.readouterr().out
