@@ -14,7 +14,7 @@ import pytest
 INSIDE = ("schedules", "targets", "autotune_logs")  # folders of the top level that are installed in the package
 FILE = re.compile(r"^```(?:python|toml)\n# ((?:mest_compile|targets)/\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`([\w.-]+/(?:[\w./-]+/|[\w./-]+\.py)?)[`:]")
-MADE = {"benchmarks/environments/"}  # folders that commands make
+MADE = {".device/", "benchmarks/environments/"}  # folders that commands make
 
 USE = """
 import json
