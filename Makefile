@@ -34,6 +34,7 @@ test-quick: venv ## the tests that need neither an emulated device nor OpenCL, w
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: venv ## the published figures, measured on this machine

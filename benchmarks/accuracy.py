@@ -1,9 +1,10 @@
 """Accuracy and time of training methods on all of Fashion-MNIST: `python benchmarks/accuracy.py`, hours of two cores.
 
-Every run is a process of its own on one thread, `--jobs` of them at a time, seed by seed. benchmarks/results/accuracy.json is written whole
-after each; what is in it is not run again, and a run that was stopped goes on from its last epoch.
-`--pace` measures what an iteration of every kind of run costs, side by side on a machine that should have nothing else to do: training that
-lasts for hours on a busy one says nothing about time. `--table` writes the table in docs/results.md and runs nothing.
+Every run is a process of its own on one thread, `--jobs` of them at a time, seed by seed.
+benchmarks/results/accuracy.json is written whole after each; what is in it is not run again, and a run that was stopped
+goes on from its last epoch. `--pace` measures what an iteration of every kind of run costs, side by side on a machine
+that should have nothing else to do: training that lasts for hours on a busy one says nothing about time. `--table`
+writes the table in docs/results.md and runs nothing.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ embed = partial(documents.embed, what="accuracy table")
 MODEL, WIDTH, BATCH, EPOCHS, LR, SEEDS = "resnet18", 32, 64, 8, 0.1, (0, 1, 2)
 SIEVE = {"drop": 0.24, "after_epoch": 3}  # 24% of the examples in five of eight epochs: 15% of all iterations
 PACE_ROUNDS, PACE_BATCHES = 7, 8
-WITHIN = 0.005                            # of dense accuracy: how far a run must come for "time to"
+WITHIN = 0.005  # of dense accuracy: how far a run must come for "time to"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training. method "torch" is dense torch in channels_last on the same batches, learning rates and initial weights."""
+    """One training. method "torch" is dense torch in channels_last on the same batches, learning rates and initial
+    weights."""
 
     method: str
     scheme: str = "dense"
@@ -73,11 +75,18 @@ class Run:
 
 def runs() -> list[Run]:
     """What is published, in the order in which it is run."""
-    rows = [("torch", "dense", 0.0, False), ("em_s", "unstructured", 0.9, False), ("em_s", "block:4x1", 0.9, False),
-            ("set", "unstructured", 0.9, False), ("em_s", "block:4x1", 0.9, True), ("em", "unstructured", 0.9, False),
-            ("em_s", "unstructured", 0.9, True), ("static", "unstructured", 0.9, False),
-            *(("em_s", scheme, 0.9, False) for scheme in ("pattern", "filter", "channel")),
-            *((method, "unstructured", 0.95, False) for method in ("em_s", "em", "set", "static"))]
+    rows = [
+        ("torch", "dense", 0.0, False),
+        ("em_s", "unstructured", 0.9, False),
+        ("em_s", "block:4x1", 0.9, False),
+        ("set", "unstructured", 0.9, False),
+        ("em_s", "block:4x1", 0.9, True),
+        ("em", "unstructured", 0.9, False),
+        ("em_s", "unstructured", 0.9, True),
+        ("static", "unstructured", 0.9, False),
+        *(("em_s", scheme, 0.9, False) for scheme in ("pattern", "filter", "channel")),
+        *((method, "unstructured", 0.95, False) for method in ("em_s", "em", "set", "static")),
+    ]
     halves = [Run("em_s", "block:4x1", 0.9, sieve, activations="float16") for sieve in (False, True)]
     return [replace(run, seed=seed) for seed in SEEDS for run in [*(Run(*row) for row in rows), *halves]]
 
@@ -114,19 +123,31 @@ class TorchStep:
             return self._model.eval()(self._images(images)).numpy()
 
     def save(self, path: Path, extra: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        momentum = {name: self._optimizer.state[parameter]["momentum_buffer"].numpy()
-                    for name, parameter in self._model.named_parameters() if parameter in self._optimizer.state}
-        checkpoint.write(path, {**{f"model/{name}": value.numpy() for name, value in self._model.state_dict().items()},
-                                **{f"momentum/{name}": value for name, value in momentum.items()}}, {"extra": dict(extra)})
+        momentum = {
+            name: self._optimizer.state[parameter]["momentum_buffer"].numpy()
+            for name, parameter in self._model.named_parameters()
+            if parameter in self._optimizer.state
+        }
+        checkpoint.write(
+            path,
+            {
+                **{f"model/{name}": value.numpy() for name, value in self._model.state_dict().items()},
+                **{f"momentum/{name}": value for name, value in momentum.items()},
+            },
+            {"extra": dict(extra)},
+        )
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         arrays, facts = checkpoint.read(path)
         tensors = {name: self._torch.from_numpy(array) for name, array in arrays.items()}
-        self._model.load_state_dict({name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")})
+        self._model.load_state_dict(
+            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        )
         for name, parameter in self._model.named_parameters():
             if f"momentum/{name}" in tensors:
                 self._optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{name}"].clone(
-                    memory_format=self._torch.channels_last if parameter.dim() == 4 else self._torch.contiguous_format)
+                    memory_format=self._torch.channels_last if parameter.dim() == 4 else self._torch.contiguous_format
+                )
         return facts["extra"], {}
 
     def describe(self) -> dict[str, Any]:
@@ -150,12 +171,18 @@ class TorchStep:
 
 def recipe_of(run: Run) -> Recipe:
     """What the run is trained by."""
-    return Recipe(EPOCHS, "static" if run.method == "torch" else run.method, lr=LR, seed=run.seed,
-                  sieve=SieveRule(**SIEVE) if run.sieve else None)  # type: ignore[arg-type]
+    return Recipe(
+        EPOCHS,
+        "static" if run.method == "torch" else run.method,
+        lr=LR,
+        seed=run.seed,
+        sieve=SieveRule(**SIEVE) if run.sieve else None,
+    )  # type: ignore[arg-type]
 
 
 def densities(recipe: Recipe, start: float) -> list[tuple[float, bool]]:
-    """(sparsity, whether a mutation came before it) of every epoch of a resolved recipe whose model starts at sparsity `start`."""
+    """(sparsity, whether a mutation came before it) of every epoch of a resolved recipe whose model starts at sparsity
+    `start`."""
     found = []
     for epoch in range(recipe.epochs):
         phase = recipe.mutation_at(epoch)
@@ -176,21 +203,33 @@ def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
 
     if run.method == "torch":
         return TorchStep(shape, classes, run.seed)
-    return mest.compile(build_model(MODEL, shape, classes, WIDTH, run.seed), shape, scheme=run.scheme, sparsity=run.sparsity,
-                        threads=1, seed=run.seed, grow_to=recipe_of(run).densest(run.sparsity),
-                        activations=run.activations)
+    return mest.compile(
+        build_model(MODEL, shape, classes, WIDTH, run.seed),
+        shape,
+        scheme=run.scheme,
+        sparsity=run.sparsity,
+        threads=1,
+        seed=run.seed,
+        grow_to=recipe_of(run).densest(run.sparsity),
+        activations=run.activations,
+    )
 
 
 def measure_pace(data_folder: Path | None) -> dict[str, Any]:
     """Seconds of an iteration of every kind, data preparation included, and of a mutation of every scheme.
 
-    All kinds take turns of PACE_BATCHES iterations of the training loop in one process; medians over PACE_ROUNDS rounds, and the spread.
+    All kinds take turns of PACE_BATCHES iterations of the training loop in one process; medians over PACE_ROUNDS
+    rounds, and the spread.
     """
     from mest_compile.data import load
     from mest_compile.training.loop import Trainer
 
     split = load("fashion-mnist", data_folder)
-    few = replace(split.train, images=split.train.images[:PACE_BATCHES * BATCH], labels=split.train.labels[:PACE_BATCHES * BATCH])
+    few = replace(
+        split.train,
+        images=split.train.images[: PACE_BATCHES * BATCH],
+        labels=split.train.labels[: PACE_BATCHES * BATCH],
+    )
     shape, trainers, mutations = (BATCH, *few.images.shape[1:]), {}, {}
     for run in runs():
         for sparsity in {sparsity for sparsity, _ in densities(recipe_of(run).resolved(run.sparsity), run.sparsity)}:
@@ -204,12 +243,19 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
             trainers[kind(run, sparsity)]._train(0, few)  # warms up
     turns: dict[str, list[float]] = {name: [] for name in trainers}
     for number in range(PACE_ROUNDS):
-        for name in list(trainers)[::1 if number % 2 else -1]:
+        for name in list(trainers)[:: 1 if number % 2 else -1]:
             turns[name].append(trainers[name]._train(0, few)["train_seconds"] / PACE_BATCHES)
-    return {"seconds": {name: statistics.median(found) for name, found in turns.items()},
-            "lowest": {name: min(found) for name, found in turns.items()}, "highest": {name: max(found) for name, found in turns.items()},
-            "mutation_seconds": mutations, "rounds": PACE_ROUNDS, "batches": PACE_BATCHES, "machine": machine(),
-            "load_before": os.getloadavg()[0], "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "seconds": {name: statistics.median(found) for name, found in turns.items()},
+        "lowest": {name: min(found) for name, found in turns.items()},
+        "highest": {name: max(found) for name, found in turns.items()},
+        "mutation_seconds": mutations,
+        "rounds": PACE_ROUNDS,
+        "batches": PACE_BATCHES,
+        "machine": machine(),
+        "load_before": os.getloadavg()[0],
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
@@ -225,19 +271,25 @@ def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
     kept = ("epoch", "loss", "test_accuracy", "train_seconds", "iterations", "iterations_saved")
     sizes = {name: mask.size for name, mask in trainer.step.masks().items()}
     zeros = sum(history[-1]["sparsity"][name] * size for name, size in sizes.items())
-    return {"run": asdict(run), "epochs": [{name: metrics[name] for name in kept} for metrics in history],
-            "test_accuracy": history[-1]["test_accuracy"], "train_seconds": sum(metrics["train_seconds"] for metrics in history),
-            "sparsity": zeros / sum(sizes.values()) if sizes else 0.0,
-            "recipe": trainer.recipe.to_dict(), "machine": machine(),
-            "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
-            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "run": asdict(run),
+        "epochs": [{name: metrics[name] for name in kept} for metrics in history],
+        "test_accuracy": history[-1]["test_accuracy"],
+        "train_seconds": sum(metrics["train_seconds"] for metrics in history),
+        "sparsity": zeros / sum(sizes.values()) if sizes else 0.0,
+        "recipe": trainer.recipe.to_dict(),
+        "machine": machine(),
+        "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def seconds_to(entry: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None) -> float | None:
-    """Seconds of training at the measured pace until the end of the first epoch whose test accuracy is at least `accuracy`.
+    """Seconds of training at the measured pace until the end of the first epoch whose test accuracy is at least
+    `accuracy`.
 
-    Iterations of every epoch at the pace of the sparsity that the model had then, and mutations. accuracy: None is the whole run.
-    None: the accuracy was never met.
+    Iterations of every epoch at the pace of the sparsity that the model had then, and mutations. accuracy: None is the
+    whole run. None: the accuracy was never met.
     """
     run, recipe, passed = Run(**entry["run"]), Recipe.from_dict(entry["recipe"]), 0.0
     for metrics, (sparsity, mutated) in zip(entry["epochs"], densities(recipe, run.sparsity), strict=True):
@@ -255,8 +307,12 @@ def table(results: Mapping[str, Any]) -> str:
         if run.key in results["entries"]:
             by_row.setdefault(run.row, {})[run.seed] = results["entries"][run.key]
     dense, pace = by_row.get("dense torch", {}), results.get("pace")
-    lines = ["| run | seeds | test accuracy % | spread | beside dense | sparsity | iterations saved | training, times shorter | "
-             "time to dense - 0.5, times shorter |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| run | seeds | test accuracy % | spread | beside dense | sparsity | iterations saved | training, times "
+        "shorter | "
+        "time to dense - 0.5, times shorter |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row, seeds in by_row.items():
         entries = list(seeds.values())
         found = [100 * entry["test_accuracy"] for entry in entries]
@@ -266,19 +322,24 @@ def table(results: Mapping[str, Any]) -> str:
         common = [seed for seed in seeds if seed in dense]
         beside, whole, faster = "-", "-", "-"
         if common and row != "dense torch":
-            beside = f"{statistics.mean(100 * (seeds[seed]['test_accuracy'] - dense[seed]['test_accuracy']) for seed in common):+.2f}"
+            apart = [100 * (seeds[seed]["test_accuracy"] - dense[seed]["test_accuracy"]) for seed in common]
+            beside = f"{statistics.mean(apart):+.2f}"
         if common and pace and row != "dense torch":
             wanted = statistics.mean(entry["test_accuracy"] for entry in dense.values()) - WITHIN
             whole = f"{statistics.median(_ratio(dense[seed], seeds[seed], pace, None) or 0.0 for seed in common):.2f}"
             reached = [ratio for seed in common if (ratio := _ratio(dense[seed], seeds[seed], pace, wanted))]
             faster = f"{statistics.median(reached):.2f} ({len(reached)} of {len(common)})" if reached else "not reached"
-        lines.append(f"| {row} | {len(found)} | {statistics.mean(found):.2f} | {spread} | {beside} | "
-                     f"{statistics.mean(entry['sparsity'] for entry in entries):.3f} | {share:.1%} | "
-                     f"{whole} | {faster} |")
+        lines.append(
+            f"| {row} | {len(found)} | {statistics.mean(found):.2f} | {spread} | {beside} | "
+            f"{statistics.mean(entry['sparsity'] for entry in entries):.3f} | {share:.1%} | "
+            f"{whole} | {faster} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _ratio(dense: Mapping[str, Any], ours: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None) -> float | None:
+def _ratio(
+    dense: Mapping[str, Any], ours: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None
+) -> float | None:
     """Dense torch's seconds over ours; None: one of them never had that accuracy."""
     theirs, own = (seconds_to(entry, pace, accuracy) for entry in (dense, ours))
     return theirs / own if theirs and own else None
@@ -291,7 +352,9 @@ def run_all(chosen: argparse.Namespace) -> None:
     options = ["--runs", str(chosen.runs), *(["--data-folder", str(chosen.data_folder)] if chosen.data_folder else [])]
 
     def start(run: Run) -> dict[str, Any]:
-        done = subprocess.run([sys.executable, __file__, *options, "--train", run.key], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *options, "--train", run.key], stdout=subprocess.PIPE, text=True
+        )
         if done.returncode:
             raise MestError(f"{run.key}: its process ended with code {done.returncode}")
         return json.loads(done.stdout)
@@ -302,7 +365,9 @@ def run_all(chosen: argparse.Namespace) -> None:
             run = waiting[done]
             results["entries"][run.key] = done.result()
             order = {one.key: number for number, one in enumerate(runs())}
-            results["entries"] = dict(sorted(results["entries"].items(), key=lambda item: order.get(item[0], len(order))))
+            results["entries"] = dict(
+                sorted(results["entries"].items(), key=lambda item: order.get(item[0], len(order)))
+            )
             write_json(chosen.results, results)
             print(f"{run.key}: {results['entries'][run.key]['test_accuracy']:.2%}", file=sys.stderr, flush=True)
 
@@ -322,7 +387,10 @@ def main() -> None:
         text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
         write_atomically(DOCUMENT, embed(DOCUMENT.read_text(encoding="utf-8"), text))
     elif chosen.pace:
-        write_json(chosen.results, json.loads(chosen.results.read_text(encoding="utf-8")) | {"pace": measure_pace(chosen.data_folder)})
+        write_json(
+            chosen.results,
+            json.loads(chosen.results.read_text(encoding="utf-8")) | {"pace": measure_pace(chosen.data_folder)},
+        )
     elif chosen.train:
         run = next(run for run in runs() if run.key == chosen.train)
         print(json.dumps(train(run, chosen.runs / run.key.replace(" ", "-").replace(":", ""), chosen.data_folder)))

@@ -1,5 +1,5 @@
-"""Sizes of artifacts as `mest-compile build` reports them; `python benchmarks/artifacts.py` writes results/artifacts.json and the table of
-docs/devices.md."""
+"""Sizes of artifacts as `mest-compile build` reports them; `python benchmarks/artifacts.py` writes
+results/artifacts.json and the table of docs/devices.md."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "results" / "artifacts.json", HERE.parent / "docs" / "devices.md"
 embed = partial(documents.embed, what="artifacts")
 COMMAND = "mest-compile build --target cortex-a76 --sparsity 0.9"
-CASES = (("--model resnet20 --batch 64", "block"), *(("--model resnet32 --width 32 --batch 64", scheme)
-                                                      for scheme in ("unstructured", "block", "pattern")))
+CASES = (
+    ("--model resnet20 --batch 64", "block"),
+    *(("--model resnet32 --width 32 --batch 64", scheme) for scheme in ("unstructured", "block", "pattern")),
+)
 
 
 def measure() -> list[dict[str, Any]]:
@@ -31,8 +33,19 @@ def measure() -> list[dict[str, Any]]:
         command = f"{COMMAND} {options} --scheme {scheme}"
         print(command, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([sys.executable, "-m", *command.replace("mest-compile", "mest_compile", 1).split(), "--out",
-                                   f"{folder}/artifact", "--json"], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    *command.replace("mest-compile", "mest_compile", 1).split(),
+                    "--out",
+                    f"{folder}/artifact",
+                    "--json",
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
         printed = json.loads(done.stdout)
         found.append({"command": command, "bytes": printed["bytes"], "files": printed["files"]})
     return found

@@ -2,8 +2,9 @@
 
     python benchmarks/cold.py
 
-writes benchmarks/results/cold.json: per scheme and kind of kernel, milliseconds of a step's calls on one thread, called again on the same
-arrays, on others in turn, more than the caches hold, and as tuning has them: on others of which is cached what the call before touches.
+writes benchmarks/results/cold.json: per scheme and kind of kernel, milliseconds of a step's calls on one thread, called
+again on the same arrays, on others in turn, more than the caches hold, and as tuning has them: on others of which is
+cached what the call before touches.
 """
 
 from __future__ import annotations
@@ -75,9 +76,17 @@ def main() -> None:
     for scheme in SCHEMES:
         found[scheme] = measure(scheme, ROUNDS)
         print(scheme, json.dumps(found[scheme], indent=1), flush=True)
-    write_json(RESULT, {"command": "python benchmarks/cold.py", "machine": machine(), "rounds": ROUNDS, "milliseconds": found,
-                        "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "numpy")},
-                        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    write_json(
+        RESULT,
+        {
+            "command": "python benchmarks/cold.py",
+            "machine": machine(),
+            "rounds": ROUNDS,
+            "milliseconds": found,
+            "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "numpy")},
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
 
 
 if __name__ == "__main__":

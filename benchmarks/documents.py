@@ -6,7 +6,8 @@ from mest_compile.base.errors import StateError
 
 
 def embed(page: str, text: str, what: str) -> str:
-    """`page` with `text` between its lines <!-- WHAT: begin --> and <!-- WHAT: end -->. Raises StateError when it has none."""
+    """`page` with `text` between its lines <!-- WHAT: begin --> and <!-- WHAT: end -->. Raises StateError when it has
+    none."""
     begin, end = f"<!-- {what}: begin -->", f"<!-- {what}: end -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,5 +1,5 @@
-"""Activations in float16 against float32: `python benchmarks/float16.py PART ...` measures parts of results/float16.json and writes the
-tables of docs/memory.md.
+"""Activations in float16 against float32: `python benchmarks/float16.py PART ...` measures parts of
+results/float16.json and writes the tables of docs/memory.md.
 
 accuracy  whole trainings on Fashion-MNIST with the same seeds
 speed     whole steps of the wide ResNet-32 in turns, two processes; the machine should have nothing else to do
@@ -46,18 +46,42 @@ def accuracy() -> dict[str, Any]:
     for seed in SEEDS:
         for name, runs in found.items():
             recipe = mest.Recipe(epochs=EPOCHS, method="em_s", lr=0.1, seed=seed)
-            step = mest.compile(build_model(MODEL, shape, 10, None, seed), shape, scheme="block:4x1", sparsity=0.9, seed=seed, threads=1,
-                                optimizer=mest.SGD(lr=recipe.lr), grow_to=recipe.densest(0.9), activations=name)
+            step = mest.compile(
+                build_model(MODEL, shape, 10, None, seed),
+                shape,
+                scheme="block:4x1",
+                sparsity=0.9,
+                seed=seed,
+                threads=1,
+                optimizer=mest.SGD(lr=recipe.lr),
+                grow_to=recipe.densest(0.9),
+                activations=name,
+            )
             run = mest.Trainer(step, recipe).fit(split.train, split.test)
             runs.append({"seed": seed, "test_accuracy": run.test_accuracy, "loss": run.history[-1]["loss"]})
             print(f"seed {seed}, {name}: {run.test_accuracy:.4f}", file=sys.stderr)
-    return {"data": DATA, "model": MODEL, "scheme": "block:4x1", "sparsity": 0.9, "method": "em_s", "epochs": EPOCHS, "runs": found}
+    return {
+        "data": DATA,
+        "model": MODEL,
+        "scheme": "block:4x1",
+        "sparsity": 0.9,
+        "method": "em_s",
+        "epochs": EPOCHS,
+        "runs": found,
+    }
 
 
 def speed() -> dict[str, Any]:
     """Comparisons with ourselves in float32, and planned bytes."""
-    return {"comparisons": [compare(replace(WIDE, scheme=scheme, threads=threads, activations="float16"), "mest-float32",
-                                    repeats=ROUNDS).to_dict() for scheme in SCHEMES[::2] for threads in (1, 2)]}
+    return {
+        "comparisons": [
+            compare(
+                replace(WIDE, scheme=scheme, threads=threads, activations="float16"), "mest-float32", repeats=ROUNDS
+            ).to_dict()
+            for scheme in SCHEMES[::2]
+            for threads in (1, 2)
+        ]
+    }
 
 
 def modelled() -> dict[str, Any]:
@@ -69,9 +93,19 @@ def modelled() -> dict[str, Any]:
 
     shape = (8, *WIDE.input_shape[1:])
     graph, _ = import_model(build_model(WIDE.model, shape, WIDE.classes, WIDE.width, WIDE.seed), shape)
-    return {"target": TARGET, "layers": LAYERS,
-            "schemes": {scheme: {name: analyse(graph, parse_scheme(scheme), WIDE.sparsity, find_target(TARGET), only=LAYERS,
-                                               activations=name).to_dict()["totals"] for name in ACTIVATIONS} for scheme in SCHEMES}}
+    return {
+        "target": TARGET,
+        "layers": LAYERS,
+        "schemes": {
+            scheme: {
+                name: analyse(
+                    graph, parse_scheme(scheme), WIDE.sparsity, find_target(TARGET), only=LAYERS, activations=name
+                ).to_dict()["totals"]
+                for name in ACTIVATIONS
+            }
+            for scheme in SCHEMES
+        },
+    }
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {"accuracy": accuracy, "speed": speed, "cycles": modelled}
@@ -79,32 +113,52 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {"accuracy": accuracy, "speed":
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: what is gained on this machine, then accuracy, then modelled cycles."""
-    lines = ["| scheme | threads | float32 ms | float16 ms | times as fast | interval | planned MiB | instead of | "
-             "peak MiB | instead of |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| scheme | threads | float32 ms | float16 ms | times as fast | interval | planned MiB | instead of | "
+        "peak MiB | instead of |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for one in results["speed"]["comparisons"]:
         ours, rival, (low, high, _) = one["ours"], one["rival"], one["ratio_interval"]
-        lines.append(f"| {one['case']['scheme']} | {one['case']['threads']} | {rival['median_seconds'] * 1e3:.1f} | "
-                     f"{ours['median_seconds'] * 1e3:.1f} | {one['ratio']:.2f} | {low:.2f} to {high:.2f} | "
-                     + " | ".join(f"{side[kind] / 2**20:.0f}" for kind in ("planned_bytes", "training_peak_bytes")
-                                  for side in (ours, rival)) + " |")
+        lines.append(
+            f"| {one['case']['scheme']} | {one['case']['threads']} | {rival['median_seconds'] * 1e3:.1f} | "
+            f"{ours['median_seconds'] * 1e3:.1f} | {one['ratio']:.2f} | {low:.2f} to {high:.2f} | "
+            + " | ".join(
+                f"{side[kind] / 2**20:.0f}"
+                for kind in ("planned_bytes", "training_peak_bytes")
+                for side in (ours, rival)
+            )
+            + " |"
+        )
     trained = results["accuracy"]
-    lines += ["", f"| {trained['model']}, {trained['data']}, {trained['epochs']} epochs | test accuracy of seeds "
-              f"{', '.join(str(run['seed']) for run in trained['runs']['float32'])} | mean |", "|---|---|---:|"]
+    lines += [
+        "",
+        f"| {trained['model']}, {trained['data']}, {trained['epochs']} epochs | test accuracy of seeds "
+        f"{', '.join(str(run['seed']) for run in trained['runs']['float32'])} | mean |",
+        "|---|---|---:|",
+    ]
     for name, runs in trained["runs"].items():
         found = [run["test_accuracy"] for run in runs]
         lines.append(f"| {name} | {', '.join(f'{one:.2%}' for one in found)} | {statistics.mean(found):.2%} |")
-    lines += ["", f"| modelled cycles, {results['cycles']['target']} | forward | input gradient | weight gradient | all |",
-              "|---|---:|---:|---:|---:|"]
+    lines += [
+        "",
+        f"| modelled cycles, {results['cycles']['target']} | forward | input gradient | weight gradient | all |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for scheme, found in results["cycles"]["schemes"].items():
         phases = ("forward", "grad_input", "grad_weight", "all")
-        shares = [found["float16"][phase]["sparse_cycles"] / found["float32"][phase]["sparse_cycles"] for phase in phases]
+        shares = [
+            found["float16"][phase]["sparse_cycles"] / found["float32"][phase]["sparse_cycles"] for phase in phases
+        ]
         lines.append(f"| {scheme}, float16 over float32 | {' | '.join(f'{share:.2f}' for share in shares)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"to measure: {', '.join(PARTS)}; none: the tables are written from what is there")
+    parser.add_argument(
+        "parts", nargs="*", help=f"to measure: {', '.join(PARTS)}; none: the tables are written from what is there"
+    )
     wanted = parser.parse_args().parts
     if unknown := set(wanted) - PARTS.keys():
         parser.error(f"there is no part {min(unknown)}")

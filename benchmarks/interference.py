@@ -1,8 +1,10 @@
-"""What a step of the wide ResNet-32, the compile workers and torch's data loading beside it cost each other. They take turns in one run.
+"""What a step of the wide ResNet-32, the compile workers and torch's data loading beside it cost each other. They take
+turns in one run.
 
     python benchmarks/interference.py
 
-writes benchmarks/results/interference.json: milliseconds a step alone, beside workers that compile, beside a DataLoader, beside both.
+writes benchmarks/results/interference.json: milliseconds a step alone, beside workers that compile, beside a
+DataLoader, beside both.
 """
 
 from __future__ import annotations
@@ -38,20 +40,23 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         image = self.images[number]
-        return torch.flip(image[:, number % 8:number % 8 + 32, :32], (2,)), number % 10
+        return torch.flip(image[:, number % 8 : number % 8 + 32, :32], (2,)), number % 10
 
 
 def batches():
     """Without end, from a process that is spawned: a fork would copy TVM's thread pool without its threads."""
-    loader = torch.utils.data.DataLoader(Images(), SHAPE[0], drop_last=True, num_workers=1, multiprocessing_context="spawn",
-                                         persistent_workers=True)
+    loader = torch.utils.data.DataLoader(
+        Images(), SHAPE[0], drop_last=True, num_workers=1, multiprocessing_context="spawn", persistent_workers=True
+    )
     while True:
         yield from loader
 
 
 def busy(sources: list[KernelSource], workers: Workers, turn: int) -> None:
     """More than they will have done at the end of the turn."""
-    workers.ask(KernelSource(source.kernel, source.text + "\n" * turn, source.target, source.checked) for source in sources)
+    workers.ask(
+        KernelSource(source.kernel, source.text + "\n" * turn, source.target, source.checked) for source in sources
+    )
 
 
 def main() -> None:
@@ -65,7 +70,9 @@ def main() -> None:
     loaded = batches()
     next(loaded)
     modes = [("alone", None, False), ("loader", None, True)]
-    modes += [(f"workers {share:g}", share, False) for share in shares] + [(f"workers {shares[0]:g} and loader", shares[0], True)]
+    modes += [(f"workers {share:g}", share, False) for share in shares] + [
+        (f"workers {shares[0]:g} and loader", shares[0], True)
+    ]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in modes}
     loads: dict[str, list[float]] = {name: [] for name, _, _ in modes}
     for turn in range(ROUNDS):
@@ -90,12 +97,19 @@ def main() -> None:
     found = {}
     for name, each in seconds.items():
         middle, mean = float(np.median(each)), float(np.mean(each))
-        found[name] = {"milliseconds": round(middle * 1e3, 2), "ratio": round(middle / float(np.median(seconds["alone"])), 3),
-                       "mean_milliseconds": round(mean * 1e3, 2), "mean_ratio": round(mean / float(np.mean(seconds["alone"])), 3),
-                       "waiting_for_data_milliseconds": round(float(np.median(loads[name])) * 1e3, 2)}
+        found[name] = {
+            "milliseconds": round(middle * 1e3, 2),
+            "ratio": round(middle / float(np.median(seconds["alone"])), 3),
+            "mean_milliseconds": round(mean * 1e3, 2),
+            "mean_ratio": round(mean / float(np.mean(seconds["alone"])), 3),
+            "waiting_for_data_milliseconds": round(float(np.median(loads[name])) * 1e3, 2),
+        }
     for name, each in found.items():
         print(name, each, flush=True)
-    RESULT.write_text(json.dumps({"command": "python benchmarks/interference.py", "machine": machine(), "modes": found}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps({"command": "python benchmarks/interference.py", "machine": machine(), "modes": found}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -40,22 +40,42 @@ def measure() -> dict[str, Any]:
         print(f"{len(found)} of {len(SCHEMES)} schemes and {done} of {total} kernels done", file=sys.stderr)
 
     for scheme in SCHEMES:
-        found[scheme] = analyse(graph, parse_scheme(scheme), SPARSITY, find_target(TARGET), only=LAYERS, progress=tell).to_dict()
-    return {"command": "python benchmarks/neon.py", "model": MODEL, "width": WIDTH, "input_shape": SHAPE,
-            "tvm": metadata.version("apache-tvm"), "analyses": found}
+        found[scheme] = analyse(
+            graph, parse_scheme(scheme), SPARSITY, find_target(TARGET), only=LAYERS, progress=tell
+        ).to_dict()
+    return {
+        "command": "python benchmarks/neon.py",
+        "model": MODEL,
+        "width": WIDTH,
+        "input_shape": SHAPE,
+        "tvm": metadata.version("apache-tvm"),
+        "analyses": found,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line a scheme and phase, and the worst and best kernel of each."""
-    lines = ["| scheme | phase | million instructions | million modelled cycles | share of the FMA floor | worst to best kernel | "
-             "dense share | times fewer cycles than dense |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| scheme | phase | million instructions | million modelled cycles | share of the FMA floor | worst to "
+        "best kernel | "
+        "dense share | times fewer cycles than dense |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for scheme, analysis in results["analyses"].items():
         for phase, name in PHASES.items():
             total = analysis["totals"][phase]
-            shares = [kernel["sparse"]["share_of_floor"] for kernel in analysis["kernels"] if phase in (kernel["phase"], "all")]
-            lines.append(f"| {scheme} | {name} | {total['sparse_instructions'] / 1e6:.0f} | {total['sparse_cycles'] / 1e6:.0f} | "
-                         f"{total['share_of_floor']:.0%} | {min(shares):.0%} to {max(shares):.0%} | {total['dense_share_of_floor']:.0%} | "
-                         f"{total['times_fewer_cycles']:.1f} |")
+            shares = [
+                kernel["sparse"]["share_of_floor"]
+                for kernel in analysis["kernels"]
+                if phase in (kernel["phase"], "all")
+            ]
+            lines.append(
+                f"| {scheme} | {name} | {total['sparse_instructions'] / 1e6:.0f} | "
+                f"{total['sparse_cycles'] / 1e6:.0f} | "
+                f"{total['share_of_floor']:.0%} | {min(shares):.0%} to {max(shares):.0%} | "
+                f"{total['dense_share_of_floor']:.0%} | "
+                f"{total['times_fewer_cycles']:.1f} |"
+            )
     return "\n".join(lines) + "\n"
 
 

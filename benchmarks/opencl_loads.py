@@ -1,9 +1,10 @@
 """What the innermost loops of the OpenCL convolutions ask of memory, counted in their code.
 
-`python benchmarks/opencl_loads.py` counts them for a 3x3 layer of 32 channels, 32x32 pixels, batch 64, at 90%, writes them under "now" to
-benchmarks/results/opencl_loads.json and the table into docs/opencl.md. "before" in that file was counted the same way in the schedules of
-commit c1da5ad, each thread of which loaded its own weights and offsets: `python opencl_loads.py before` in a checkout of it.
-Nothing is run: loads from global memory and multiply-adds are counted in the OpenCL C of the loop over units, one thread's.
+`python benchmarks/opencl_loads.py` counts them for a 3x3 layer of 32 channels, 32x32 pixels, batch 64, at 90%, writes
+them under "now" to benchmarks/results/opencl_loads.json and the table into docs/opencl.md. "before" in that file was
+counted the same way in the schedules of commit c1da5ad, each thread of which loaded its own weights and offsets:
+`python opencl_loads.py before` in a checkout of it. Nothing is run: loads from global memory and multiply-adds are
+counted in the OpenCL C of the loop over units, one thread's.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ def counted(source: str) -> tuple[int, int]:
 
 
 def rows(schemes: tuple[str, ...] = SCHEMES) -> list[dict[str, Any]]:
-    """For every scheme and phase: kernel, bytes asked and operations of its innermost loops, and megabytes asked by one call.
+    """For every scheme and phase: kernel, bytes asked and operations of its innermost loops, and megabytes asked by one
+    call.
 
-    A call's operations are known, so that bytes follow from the ratio in the loop. What a work-group loads once for all threads, weights
-    and offsets, is not counted.
+    A call's operations are known, so that bytes follow from the ratio in the loop. What a work-group loads once for all
+    threads, weights and offsets, is not counted.
     """
     target, found = find_target(TARGET), []
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, WIDTH), SHAPE)
@@ -84,15 +86,28 @@ def rows(schemes: tuple[str, ...] = SCHEMES) -> list[dict[str, Any]]:
         flop = 2 * 0.1 * WIDTH * WIDTH * 9 * height * width * SHAPE[0]
         for call in program.calls:
             if call.layer == f"{LAYER}.weight" and call.phase:
-                asked, operations = counted(compile_opencl(kernel_source(call.kernel, call.problem, target).text, "k", target).source)
-                found.append({"scheme": scheme, "phase": call.phase, "kernel": call.kernel, "bytes_asked": asked, "flop": operations,
-                              "call_megabytes": round(flop * asked / operations / 1e6, 1)})
+                asked, operations = counted(
+                    compile_opencl(kernel_source(call.kernel, call.problem, target).text, "k", target).source
+                )
+                found.append(
+                    {
+                        "scheme": scheme,
+                        "phase": call.phase,
+                        "kernel": call.kernel,
+                        "bytes_asked": asked,
+                        "flop": operations,
+                        "call_megabytes": round(flop * asked / operations / 1e6, 1),
+                    }
+                )
     return found
 
 
 def table(recorded: dict[str, list[dict[str, Any]]]) -> str:
     """The markdown between the markers."""
-    lines = ["| scheme | phase | FLOP a byte asked, before | now | MB asked by a call, before | now |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| scheme | phase | FLOP a byte asked, before | now | MB asked by a call, before | now |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for old, new in zip(recorded["before"], recorded["now"], strict=True):
         assert (old["scheme"], old["phase"]) == (new["scheme"], new["phase"])
         ratios = [f"{row['flop'] / row['bytes_asked']:.2f}" for row in (old, new)]

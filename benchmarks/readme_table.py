@@ -20,47 +20,70 @@ from mest_compile.measuring.speedtable import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
-OTHERS = {"avx2": "AVX2 table", "avx512": "AVX-512 table"}  # the same cases, or some of them, on machines with narrower multipliers
+OTHERS = {
+    "avx2": "AVX2 table",
+    "avx512": "AVX-512 table",
+}  # the same cases, or some of them, on machines with narrower multipliers
 DOCUMENT, TUNING = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tuning.md"
 TUNED = {"tuning": "tuning table", "tuning-zen5": "Zen 5 tuning table"}
 embed = partial(documents.embed, what="speed table")
-HEADLINE = {"model": "resnet32", "width": 32, "threads": 1, "memory_budget": None}  # the net, width and threads of the table
+HEADLINE = {
+    "model": "resnet32",
+    "width": 32,
+    "threads": 1,
+    "memory_budget": None,
+}  # the net, width and threads of the table
 NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/readme_table.py` writes it here.\n"
 
 
 def table(results: Mapping[str, Any] | None) -> str:
     """The markdown between the markers, for a file of results that `benchmarks/run.py` wrote, or None."""
-    chosen = [entry for entry in (results or {"entries": {}})["entries"].values()
-              if "ratio" in entry and entry["rival"]["name"] == "torch" and HEADLINE.items() <= entry["case"].items()]
+    chosen = [
+        entry
+        for entry in (results or {"entries": {}})["entries"].values()
+        if "ratio" in entry and entry["rival"]["name"] == "torch" and HEADLINE.items() <= entry["case"].items()
+    ]
     if not chosen:
         return NOT_MEASURED
     last = max(chosen, key=lambda entry: entry["measured_at"])
-    facts = {**{name: last["case"][name] for name in ("model", "width", "input_shape", "distribution", "target", "threads")},
-             "baseline": "torch", "repeats": min(len(entry["ratios"]) for entry in chosen), "machine": last["machine"],
-             "versions": last["versions"], "measured_at": last["measured_at"]}
+    facts = {
+        **{name: last["case"][name] for name in ("model", "width", "input_shape", "distribution", "target", "threads")},
+        "baseline": "torch",
+        "repeats": min(len(entry["ratios"]) for entry in chosen),
+        "machine": last["machine"],
+        "versions": last["versions"],
+        "measured_at": last["measured_at"],
+    }
     return SpeedTable(tuple(Row.of(entry) for entry in chosen), facts).to_markdown()
 
 
 def pairs(results: Mapping[str, Any] | None, headline: bool) -> str:
     """Markdown with a line for every comparison. headline: those in `table` too."""
-    lines = ["| net | scheme | sparsity | threads | against | times as fast | interval | of its peak memory |",
-             "|---|---|---:|---:|---|---:|---:|---:|"]
+    lines = [
+        "| net | scheme | sparsity | threads | against | times as fast | interval | of its peak memory |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
     for entry in (results or {"entries": {}})["entries"].values():
         case = entry["case"]
-        if "ratio" not in entry or (not headline and entry["rival"]["name"] == "torch" and HEADLINE.items() <= case.items()):
+        if "ratio" not in entry or (
+            not headline and entry["rival"]["name"] == "torch" and HEADLINE.items() <= case.items()
+        ):
             continue
         net = case["model"] + (f", width {case['width']}" if case["width"] else "")
         if case["memory_budget"]:
             net += f", in {case['memory_budget'] / 2**20:.0f} MiB"
         low, high = entry["ratio_interval"][:2]
         memory = entry["ours"]["training_peak_bytes"] / entry["rival"]["training_peak_bytes"]
-        lines.append(f"| {net} | {case['scheme']} | {case['sparsity']:.0%} | {case['threads']} | {entry['rival']['name']} | "
-                     f"{entry['ratio']:.2f} | {low:.2f} to {high:.2f} | {memory:.2f} |")
+        lines.append(
+            f"| {net} | {case['scheme']} | {case['sparsity']:.0%} | {case['threads']} | {entry['rival']['name']} | "
+            f"{entry['ratio']:.2f} | {low:.2f} to {high:.2f} | {memory:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def pages() -> dict[Path, str]:
     """{page: its text with the tables in place}. Raises MestError where a marker is missing."""
+
     def read(name: str) -> Any:
         path = FOLDER / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

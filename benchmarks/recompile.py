@@ -43,8 +43,12 @@ def measure(sources: list[KernelSource]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         workers = Workers(Path(folder), count=2)
         try:
-            workers.wait([KernelSource(source.kernel, source.text + "\n" * (1 + place), source.target)
-                          for place, source in enumerate(sources[:2])])
+            workers.wait(
+                [
+                    KernelSource(source.kernel, source.text + "\n" * (1 + place), source.target)
+                    for place, source in enumerate(sources[:2])
+                ]
+            )
             before = sum(cpu_seconds(process.pid) for process in workers.processes)
             start = time.perf_counter()
             built = workers.wait(sources)
@@ -66,7 +70,10 @@ def main() -> None:
         medians = {name: round(float(np.median([each[name] for each in rounds])), 3) for name in rounds[0]}
         found[scheme] = {"kernels": len(sources)} | medians
         print(scheme, found[scheme], flush=True)
-    RESULT.write_text(json.dumps({"command": "python benchmarks/recompile.py", "machine": machine(), "schemes": found}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps({"command": "python benchmarks/recompile.py", "machine": machine(), "schemes": found}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a mutation of the wide ResNet-32 costs the thread that trains, beside a step. Steps and mutations take turns in one run.
+"""What a mutation of the wide ResNet-32 costs the thread that trains, beside a step. Steps and mutations take turns in
+one run.
 
     python benchmarks/reindex.py
 
-writes benchmarks/results/reindex.json: milliseconds of a mutation that moves 2% of all weights, of what it takes to re-index every layer
-once the units are chosen, and of a step.
+writes benchmarks/results/reindex.json: milliseconds of a mutation that moves 2% of all weights, of what it takes to
+re-index every layer once the units are chosen, and of a step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ RESULT = Path(__file__).parent / "results" / "reindex.json"
 
 
 def measure(scheme: str, threads: int) -> dict[str, float]:
-    step = mest.compile(build_model("resnet32", SHAPE, 10, WIDTH), SHAPE, scheme=scheme, sparsity=SPARSITY, threads=threads)
+    step = mest.compile(
+        build_model("resnet32", SHAPE, 10, WIDTH), SHAPE, scheme=scheme, sparsity=SPARSITY, threads=threads
+    )
     rng = np.random.default_rng(0)
     images, labels = rng.standard_normal(SHAPE, np.float32), rng.integers(0, 10, SHAPE[0])
     steps, mutations, reindexed = [], [], []
@@ -41,8 +44,12 @@ def measure(scheme: str, threads: int) -> dict[str, float]:
         reindexed.append(report.reindex_seconds)
     step_seconds, found = median(steps[WARM:]), {"step_ms": round(1e3 * median(steps[WARM:]), 1)}
     for what, all_seconds in (("reindex", reindexed[WARM:]), ("mutation", mutations[WARM:])):
-        found |= {f"{what}_ms": round(1e3 * median(all_seconds), 2), f"{what}_ratio": round(median(all_seconds) / step_seconds, 3),
-                  f"{what}_lowest_ms": round(1e3 * min(all_seconds), 2), f"{what}_highest_ms": round(1e3 * max(all_seconds), 2)}
+        found |= {
+            f"{what}_ms": round(1e3 * median(all_seconds), 2),
+            f"{what}_ratio": round(median(all_seconds) / step_seconds, 3),
+            f"{what}_lowest_ms": round(1e3 * min(all_seconds), 2),
+            f"{what}_highest_ms": round(1e3 * max(all_seconds), 2),
+        }
     return found
 
 
@@ -52,9 +59,17 @@ def main() -> None:
         for scheme in SCHEMES:
             found.setdefault(f"{threads} threads", {})[scheme] = measure(scheme, threads)
             print(threads, scheme, json.dumps(found[f"{threads} threads"][scheme]), flush=True)
-    write_json(RESULT, {"command": "python benchmarks/reindex.py", "machine": machine(), "turns": TURNS, "threads": found,
-                        "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "numpy")},
-                        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    write_json(
+        RESULT,
+        {
+            "command": "python benchmarks/reindex.py",
+            "machine": machine(),
+            "turns": TURNS,
+            "threads": found,
+            "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "numpy")},
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
 
 
 if __name__ == "__main__":

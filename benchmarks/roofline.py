@@ -87,36 +87,68 @@ def _moved_bytes(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> 
     if call.kernel == "image.zero_halo" and image:  # touches the border alone
         return (image.elems - image.channels * image.height * image.width * image.batch) * ITEM_BYTES["float32"]
     buffers = call.buffers
-    if isinstance(call.problem, BatchNormMoments) and call.problem.chunks:  # the values are read of channels whose mean is far from 0 alone
+    if (
+        isinstance(call.problem, BatchNormMoments) and call.problem.chunks
+    ):  # the values are read of channels whose mean is far from 0 alone
         buffers = tuple(buffer for buffer in buffers if not buffer.image)
-    return sum((buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live)) * ITEM_BYTES[buffer.dtype]
-               for buffer in buffers)
+    return sum(
+        (buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live)) * ITEM_BYTES[buffer.dtype]
+        for buffer in buffers
+    )
 
 
 def table() -> str:
     """The markdown between the markers."""
     targets = [find_target(name) for name in TARGETS]
     found = rows(targets[0])
-    parts = ["| kernel | phase | calls | MFLOP | MB | FLOP a byte | " + " | ".join(f"{target.name} ms" for target in targets) + " |",
-             "|---|---|---:|---:|---:|---:|" + "---:|" * len(targets)]
+    parts = [
+        "| kernel | phase | calls | MFLOP | MB | FLOP a byte | "
+        + " | ".join(f"{target.name} ms" for target in targets)
+        + " |",
+        "|---|---|---:|---:|---:|---:|" + "---:|" * len(targets),
+    ]
 
     def line(kernel: str, phase: str, row: Row, least: list[str]) -> str:
-        cells = [kernel, phase, str(row.calls), f"{row.flop / 1e6:.0f}", f"{row.moved_bytes / 1e6:.1f}", f"{row.intensity:.1f}", *least]
+        cells = [
+            kernel,
+            phase,
+            str(row.calls),
+            f"{row.flop / 1e6:.0f}",
+            f"{row.moved_bytes / 1e6:.1f}",
+            f"{row.intensity:.1f}",
+            *least,
+        ]
         return f"| {' | '.join(cells)} |"
 
     for (kernel, phase), row in sorted(found.items(), key=lambda item: -item[1].moved_bytes):
         limits = [row.seconds(target) for target in targets]
-        parts.append(line(kernel, phase, row, [f"{seconds * 1e3:.2f}{'*' if by == 'operations' else ''}" for seconds, by in limits]))
-    total = Row(sum(row.calls for row in found.values()), sum(row.flop for row in found.values()),
-                sum(row.moved_bytes for row in found.values()))
+        parts.append(
+            line(
+                kernel,
+                phase,
+                row,
+                [f"{seconds * 1e3:.2f}{'*' if by == 'operations' else ''}" for seconds, by in limits],
+            )
+        )
+    total = Row(
+        sum(row.calls for row in found.values()),
+        sum(row.flop for row in found.values()),
+        sum(row.moved_bytes for row in found.values()),
+    )
     least = [sum(row.seconds(target)[0] for row in found.values()) for target in targets]
     parts.append(line("whole step", "", total, [f"{seconds * 1e3:.1f}" for seconds in least]))
-    parts += ["", "| device | GFLOP/s | GB/s | FLOP a byte at the ridge | threads | local memory, bytes |",
-              "|---|---:|---:|---:|---:|---:|"]
+    parts += [
+        "",
+        "| device | GFLOP/s | GB/s | FLOP a byte at the ridge | threads | local memory, bytes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for target in targets:
         gpu = target.limits
-        parts.append(f"| {target.name} | {gpu.gflops:.0f} | {gpu.gigabytes_per_second:.1f} | {gpu.gflops / gpu.gigabytes_per_second:.1f} | "
-                     f"{gpu.threads} of {gpu.most_threads} | {gpu.local_bytes} |")
+        parts.append(
+            f"| {target.name} | {gpu.gflops:.0f} | {gpu.gigabytes_per_second:.1f} | "
+            f"{gpu.gflops / gpu.gigabytes_per_second:.1f} | "
+            f"{gpu.threads} of {gpu.most_threads} | {gpu.local_bytes} |"
+        )
     return "\n".join(parts) + "\n"
 
 

@@ -1,7 +1,8 @@
 """Measures the published figures side by side: `python benchmarks/run.py`, or `make bench`.
 
-Writes benchmarks/results/NAME.json after every case, whole; what is in it already with at least as many rounds is not measured again, so
-a run that was stopped goes on where it was. A rival that is not installed is an entry with the reason and what installs it.
+Writes benchmarks/results/NAME.json after every case, whole; what is in it already with at least as many rounds is not
+measured again, so a run that was stopped goes on where it was. A rival that is not installed is an entry with the
+reason and what installs it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def key(case: Case, rival: str) -> str:
 
 def is_done(entry: dict[str, Any] | None, case: Case, rounds: int) -> bool:
     """Whether a comparison of this very case with at least as many rounds is there."""
-    return bool(entry and len(entry.get("ratios", ())) >= rounds and entry["case"] == json.loads(json.dumps(asdict(case))))
+    return bool(
+        entry and len(entry.get("ratios", ())) >= rounds and entry["case"] == json.loads(json.dumps(asdict(case)))
+    )
 
 
 def measure(case: Case, rival: str, rounds: int) -> dict[str, Any]:
@@ -98,7 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--name", help="of the file in the folder of results; default: full or quick")
     parser.add_argument("--quick", action="store_true", help="two tiny cases")
-    parser.add_argument("--rounds", type=int, default=9, help="of each case, both sides take a turn in each (default 9)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="of each case, both sides take a turn in each (default 9)"
+    )
     parser.add_argument("--only", default="", help="measure cases whose key contains this")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="of results")
     chosen = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Takes a tuning log into autotune_logs/: `python benchmarks/ship_log.py LOG [--target local]`.
 
-Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain, of steps of every vector
-width; a shipped log that is there already is joined, and what it holds of other CPU models stays as it is. What cannot be trusted is left
-out, as everywhere.
+Of every problem it keeps the records of the fastest right knobs and of the defaults, so that readers see the gain, of
+steps of every vector width; a shipped log that is there already is joined, and what it holds of other CPU models stays
+as it is. What cannot be trusted is left out, as everywhere.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ def condensed(target: Target, paths: list[Path]) -> list[Record]:
         ranking = trials.trials(first.kernel, first.problem, first.live, cpu=first.cpu).ranking()
         if ranking:
             wanted = ({}, plain(ranking[0][1]))
-            kept += dict.fromkeys(record.to_line() for record in records if first.kernel == STEP or plain(record.knobs) in wanted)
+            kept += dict.fromkeys(
+                record.to_line() for record in records if first.kernel == STEP or plain(record.knobs) in wanted
+            )
     return [Record.from_line(line) for line in kept]
 
 
 def elsewhere(target: Target, path: Path) -> list[Record]:
-    """The shipped records of other machines than this one; none where the target is not this machine: then `condensed` has those of all."""
+    """The shipped records of other machines than this one; none where the target is not this machine: then `condensed`
+    has those of all."""
     here = cpu_of(target)
     return [record for record in _records(path) if here and record.cpu != here]
 

@@ -1,6 +1,8 @@
-"""What a second thread gains, operator by operator: `python benchmarks/threads.py NAME` writes benchmarks/results/NAME.json.
+"""What a second thread gains, operator by operator: `python benchmarks/threads.py NAME` writes
+benchmarks/results/NAME.json.
 
-Two steps of the wide ResNet-32 live in one process and take turns, one on one thread, one on two; every figure is a median over all rounds.
+Two steps of the wide ResNet-32 live in one process and take turns, one on one thread, one on two; every figure is a
+median over all rounds.
 """
 
 from __future__ import annotations
@@ -31,13 +33,18 @@ def measure(scheme: str, rounds: int) -> dict[str, Any]:
 
     images, labels = WIDE.batch()
     model = build_model(WIDE.model, WIDE.input_shape, WIDE.classes, WIDE.width, WIDE.seed)
-    steps = [mest.compile(model, WIDE.input_shape, scheme=scheme, sparsity=WIDE.sparsity, threads=threads, seed=WIDE.seed)
-             for threads in THREADS]
+    steps = [
+        mest.compile(model, WIDE.input_shape, scheme=scheme, sparsity=WIDE.sparsity, threads=threads, seed=WIDE.seed)
+        for threads in THREADS
+    ]
     seen: list[list[dict[str, float]]] = [[] for _ in THREADS]
     for _ in range(rounds):
         for passes, step in zip(seen, steps):
             found = profile(step, images, labels, repeats=3)
-            passes.append({f"{row.kernel} {row.phase}".strip(): row.seconds for row in found.operators} | {"step": found.step_seconds})
+            passes.append(
+                {f"{row.kernel} {row.phase}".strip(): row.seconds for row in found.operators}
+                | {"step": found.step_seconds}
+            )
     medians = {name: [statistics.median(one[name] for one in passes) for passes in seen] for name in seen[0][0]}
     step_seconds = medians.pop("step")
     return {"step": step_seconds, "operators": medians}
@@ -49,7 +56,10 @@ def table(results: dict[str, Any]) -> str:
     for scheme, found in results["schemes"].items():
         whole = found["step"]
         large = {name: seconds for name, seconds in found["operators"].items() if seconds[0] >= LEAST_SHARE * whole[0]}
-        others = [sum(seconds[side] for name, seconds in found["operators"].items() if name not in large) for side in range(len(THREADS))]
+        others = [
+            sum(seconds[side] for name, seconds in found["operators"].items() if name not in large)
+            for side in range(len(THREADS))
+        ]
         for name, (one, two) in ({"whole step": whole} | large | {"all others": others}).items():
             lines.append(f"| {scheme} | {name} | {one * 1e3:.1f} | {two * 1e3:.1f} | {one / two:.2f} |")
     return "\n".join(lines) + "\n"
@@ -60,10 +70,13 @@ def main() -> None:
     parser.add_argument("name", help="of the file in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=11)
     chosen = parser.parse_args()
-    results = {"schemes": {scheme: measure(scheme, chosen.rounds) for scheme in SCHEMES}, "machine": machine(),
-               "command": shlex.join(["python", "benchmarks/threads.py", *sys.argv[1:]]),
-               "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
-               "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    results = {
+        "schemes": {scheme: measure(scheme, chosen.rounds) for scheme in SCHEMES},
+        "machine": machine(),
+        "command": shlex.join(["python", "benchmarks/threads.py", *sys.argv[1:]]),
+        "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")},
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     write_json(RESULTS / f"{chosen.name}.json", results)
     print(table(results))
 

@@ -1,7 +1,7 @@
 """Bring your own model: any torch module made of the supported operators compiles, whatever its class.
 
-    python examples/own_model.py            # 200 steps
-    python examples/own_model.py --quick    # 20 steps, for the tests
+python examples/own_model.py            # 200 steps
+python examples/own_model.py --quick    # 20 steps, for the tests
 """
 
 import argparse
@@ -47,8 +47,14 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = Tiny()
-    step = mest.compile(model, input_shape=(32, 2, 17, 17), scheme="block", sparsity=0.8, dense_layers=["stem.weight", "head.weight"],
-                        optimizer=mest.SGD(lr=0.05, momentum=0.9))
+    step = mest.compile(
+        model,
+        input_shape=(32, 2, 17, 17),
+        scheme="block",
+        sparsity=0.8,
+        dense_layers=["stem.weight", "head.weight"],
+        optimizer=mest.SGD(lr=0.05, momentum=0.9),
+    )
     losses = [step(images, labels).loss for images, labels in batches(steps, 32)]
     print(f"loss of the first step {losses[0]:.3f}, of the last {losses[-1]:.3f}")
 

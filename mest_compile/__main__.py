@@ -1,4 +1,5 @@
-"""`mest-compile`: the whole command line, or on a device that has nothing to draw it with, training from an artifact alone."""
+"""`mest-compile`: the whole command line, or on a device that has nothing to draw it with, training from an artifact
+alone."""
 
 from __future__ import annotations
 

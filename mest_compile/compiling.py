@@ -42,7 +42,6 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
 if TYPE_CHECKING:
-
     from mest_compile.devices.session import Device
     from mest_compile.runtime.compiled import Compiled
     from mest_compile.runtime.runner import Runner
@@ -50,47 +49,68 @@ if TYPE_CHECKING:
 
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
-# TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores would give one.
+# TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores
+# would give one.
 os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 
 Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
-def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "block", sparsity: float | Mapping[str, float] = 0.9,
-            distribution: str = "uniform", dense_layers: Sequence[str] | None = None, optimizer: Optimizer | None = None,
-            target: str | Path | Target = "local", device: Device | None = None, threads: int | None = None, seed: int = 0,
-            loss: str | Loss = "cross_entropy", label_smoothing: float = 0.0, memory_budget: int | None = None, lower_density: bool = False,
-            grow_to: float | None = None, activations: str = "float32", builder: Builder | None = None,
-            records: Records | None = None) -> TrainStep:
+def compile(
+    model: Any,
+    input_shape: Sequence[int],
+    scheme: str | Scheme = "block",
+    sparsity: float | Mapping[str, float] = 0.9,
+    distribution: str = "uniform",
+    dense_layers: Sequence[str] | None = None,
+    optimizer: Optimizer | None = None,
+    target: str | Path | Target = "local",
+    device: Device | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    loss: str | Loss = "cross_entropy",
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+    lower_density: bool = False,
+    grow_to: float | None = None,
+    activations: str = "float32",
+    builder: Builder | None = None,
+    records: Records | None = None,
+) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
     input_shape    (N, C, H, W) or (N, features); N is the batch of every step
     scheme         name, "name:arguments" or a scheme object
-    sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other layers dense
+    sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other
+                   layers dense
     distribution   "uniform" or "erk"
-    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with "pattern", which is for 3x3
-                   kernels, all 1x1 ones) and the classifier. The log says when that is more than half of the weights
+    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
+                   "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more
+                   than half of the weights
     optimizer      mest.SGD(...) or mest.AdamW(...); None: mest.SGD()
-    device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one can be saved and
-                   exported, but needs a device to run
+    device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one
+                   can be saved and exported, but needs a device to run
     threads        None: all cores
     loss           "cross_entropy", or a loss object: mest.CrossEntropy(smoothing), mest.MSE()
-    label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for mest.CrossEntropy(smoothing)
-    memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet it,
-                   activations are computed again in the backward pass instead of kept: first those that cost one pass over memory,
-                   then those of sparse convolutions
-    lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else BudgetError
-    grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory is planned for.
-                   What would need more room is a CapacityError. None: `sparsity` with a memory_budget, no bound without one
-    activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target can; everything is
-                   computed in float32, and weights, gradients, optimizer state, statistics and logits stay
-                   float32
+    label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for
+                     mest.CrossEntropy(smoothing)
+    memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet
+                   it, activations are computed again in the backward pass instead of kept: first those that cost one
+                   pass over memory, then those of sparse convolutions
+    lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else
+                   BudgetError
+    grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory
+                   is planned for. What would need more room is a CapacityError. None: `sparsity` with a memory_budget,
+                   no bound without one
+    activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target
+                   can; everything is computed in float32, and weights, gradients, optimizer state, statistics and
+                   logits stay float32
     builder        where kernels are compiled and cached; None: the user's cache folder
-    records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and the shipped ones;
-                   Records(target) has none
-    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError, BuildError,
-    DeviceError.
+    records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and
+                   the shipped ones; Records(target) has none
+    Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
+    BuildError, DeviceError.
     """
     from mest_compile.frontend import import_model
 
@@ -101,7 +121,9 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
     if memory_budget is not None:
         memory_budget = checks.whole("memory_budget", memory_budget, 1, ", in bytes, or None for no bound")
     elif checks.flag("lower_density", lower_density):
-        raise UsageError("lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out")
+        raise UsageError(
+            "lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out"
+        )
     grow_to = None if grow_to is None else checks.number("grow_to", grow_to, below=1, also=", or None")
     check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
@@ -126,8 +148,9 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
         layers = with_room(layers, start if grow_to is None else grow_to)
         excess = 0.0 if grow_to is None else start - grow_to
     if memory_budget is not None:
-        recomputed, raised = meet_budget(fuse(graph), layers, target, memory_budget, lower_density, excess, activations, optimizer,
-                                         loss)
+        recomputed, raised = meet_budget(
+            fuse(graph), layers, target, memory_budget, lower_density, excess, activations, optimizer, loss
+        )
         if raised is not None:
             layers = choose_sections(planned(raised, target), target, records, activations)
             layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
@@ -138,7 +161,8 @@ def compile(model: Any, input_shape: Sequence[int], scheme: str | Scheme = "bloc
 
 
 def of_machine(records: Records, device: Device | None) -> Records:
-    """The records of the machine that the step will run on. It is only asked what it is where there are records that it decides between."""
+    """The records of the machine that the step will run on. It is only asked what it is where there are records that it
+    decides between."""
     if device is None and backend_of(records.target).processor:
         return records
     records = records.on("")
@@ -151,23 +175,40 @@ def of_machine(records: Records, device: Device | None) -> Records:
     return records.on(backend_of(records.target).machine(records.target))
 
 
-def make_step(facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned) -> TrainStep:
+def make_step(
+    facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned
+) -> TrainStep:
     from mest_compile.runtime.step import TrainStep
 
     builder = builder or Builder()
 
     def dense() -> TrainStep:
-        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same after a load.
+        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same
+        after a load.
         A device has room for one step: it runs here, where float16 may be unknown.
         """
         where, threads, activations = facts.target, facts.threads, facts.activations
         if device is not None:
             where, activations = find_target("local"), "float32"
             threads = where.cores
-        every = {name: Layer(layer.spec, Dense(), 0.0, "gather", *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations))
-                 for name, layer in facts.layers.items()}
+        every = {
+            name: Layer(
+                layer.spec,
+                Dense(),
+                0.0,
+                "gather",
+                *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations),
+            )
+            for name, layer in facts.layers.items()
+        }
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-        return make_step(replace(facts, layers=every, target=where, threads=threads, activations=activations), zeros, builder, None, {})
+        return make_step(
+            replace(facts, layers=every, target=where, threads=threads, activations=activations),
+            zeros,
+            builder,
+            None,
+            {},
+        )
 
     with exclusive.COMPILER:
         compiled = _compile(facts, builder, device, tuned)
@@ -182,11 +223,19 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     train, predict = programs
     kind = backend_of(target)
     kind.check(programs, target)
-    warn_beyond_memory(train, predict, facts.layers, target, here=device is None and kind.processor and not is_foreign(target))
-    choices = choose_knobs(programs, facts.layers, target, tuned) if isinstance(tuned, Records) else remembered(programs, tuned)
+    warn_beyond_memory(
+        train, predict, facts.layers, target, here=device is None and kind.processor and not is_foreign(target)
+    )
+    choices = (
+        choose_knobs(programs, facts.layers, target, tuned)
+        if isinstance(tuned, Records)
+        else remembered(programs, tuned)
+    )
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]
-    functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
+    functions = {
+        name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()
+    }
 
     def symbol(program: Program, call: str) -> str:
         return sources[program.name][call].symbol
@@ -212,16 +261,29 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         kind.find_device(target)  # before anything is compiled for it
         runner = partial(kind.runner, kernels(), functions, target, threads)
     document = facts.to_json() | {"knobs": choosing.facts(choices)}
-    described = {"target": target.name, "cpu": target.tvm_fields.get("mcpu"), "threads": threads, "seed": facts.seed,
-                 "vector": target.vector, "kernels": choosing.origins(choices),
-                 "input_shape": list(facts.graph.input_shape), "recomputed": document["recomputed"],
-                 "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
-                 "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
-                 "optimizer": document["optimizer"], "loss": document["loss"], "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
-                 "activations": facts.activations,
-                 "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")}}
+    described = {
+        "target": target.name,
+        "cpu": target.tvm_fields.get("mcpu"),
+        "threads": threads,
+        "seed": facts.seed,
+        "vector": target.vector,
+        "kernels": choosing.origins(choices),
+        "input_shape": list(facts.graph.input_shape),
+        "recomputed": document["recomputed"],
+        "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
+        "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
+        "optimizer": document["optimizer"],
+        "loss": document["loss"],
+        "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
+        "activations": facts.activations,
+        "versions": {
+            name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
+        },
+    }
     by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
-    return Compiled(facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"])
+    return Compiled(
+        facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"]
+    )
 
 
 def check_threads(threads: int | None, usual: int) -> int:
@@ -242,24 +304,37 @@ def _check_loss(loss: str | Loss, label_smoothing: float) -> Loss:
         loss = LOSSES.find(loss)()
     if not isinstance(loss, Loss):
         there = ", ".join(LOSSES.find(name).signature() for name in LOSSES.names())
-        raise UsageError(f"loss is {checks.shown(loss)}; wanted one of {there}, or {' or '.join(map(repr, LOSSES.names()))}")
+        raise UsageError(
+            f"loss is {checks.shown(loss)}; wanted one of {there}, or {' or '.join(map(repr, LOSSES.names()))}"
+        )
     if not label_smoothing:
         return loss
     if loss != CrossEntropy():
-        raise UsageError(f"label_smoothing is short for loss=mest.CrossEntropy(smoothing=...), and the loss is {loss}; leave one out")
+        raise UsageError(
+            f"label_smoothing is short for loss=mest.CrossEntropy(smoothing=...), and the loss is {loss}; leave one out"
+        )
     return CrossEntropy(label_smoothing)
 
 
 def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
     if builder is not None and not isinstance(builder, Builder):
-        raise UsageError(f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the user's cache "
-                         "folder")
+        raise UsageError(
+            f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the "
+            "user's cache "
+            "folder"
+        )
     if records is not None and not isinstance(records, Records):
-        raise UsageError(f"records is {checks.shown(records)}; wanted a mest_compile.records.log.Records, or None for the user's and the "
-                         f"shipped ones")
+        raise UsageError(
+            f"records is {checks.shown(records)}; wanted a mest_compile.records.log.Records, or None for the "
+            "user's and the "
+            f"shipped ones"
+        )
     if device is not None:
         from mest_compile.devices.session import Device
 
         if not isinstance(device, Device):
-            raise UsageError(f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; what to compile "
-                             f"for is told by target")
+            raise UsageError(
+                f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; "
+                "what to compile "
+                f"for is told by target"
+            )

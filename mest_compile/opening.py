@@ -29,14 +29,20 @@ if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
 
-def load(path: str | Path, threads: int | None = None, builder: Builder | None = None, device: Device | None = None,
-         target: str | Path | Target | None = None, batch: int | None = None) -> TrainStep:
-    """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes nothing, so that a run
-    that goes on gives the same numbers.
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    builder: Builder | None = None,
+    device: Device | None = None,
+    target: str | Path | Target | None = None,
+    batch: int | None = None,
+) -> TrainStep:
+    """The step that `step.save` wrote, with all its state and on the kernels that it had: tuning since then changes
+    nothing, so that a run that goes on gives the same numbers.
 
     device  as in `compile`
-    target, batch  to go on with weights, masks, states and statistics on another device, or with so many examples a step; kernels and
-            threads are then chosen as `compile` does. None: as it was saved
+    target, batch  to go on with weights, masks, states and statistics on another device, or with so many examples a
+            step; kernels and threads are then chosen as `compile` does. None: as it was saved
     Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """
     from mest_compile.compiling import Tuned, check_objects, check_threads, make_step, of_machine
@@ -50,8 +56,12 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
     tuned: Tuned = document.get("knobs", {})
     if target is not None or batch is not None:
         where = facts.target if target is None else find_target(target)
-        facts, tuned = retargeted(facts, where, facts.graph.input_shape[0] if batch is None else batch,
-                                  lambda target: of_machine(Records.of(target), device))
+        facts, tuned = retargeted(
+            facts,
+            where,
+            facts.graph.input_shape[0] if batch is None else batch,
+            lambda target: of_machine(Records.of(target), device),
+        )
         document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
     step = make_step(replace(facts, threads=check_threads(threads, facts.threads)), zeros, builder, device, tuned)
@@ -60,8 +70,8 @@ def load(path: str | Path, threads: int | None = None, builder: Builder | None =
 
 
 def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model does not use as it
-    was. Raises StateError.
+    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model
+    does not use as it was. Raises StateError.
     """
     import torch
 
@@ -76,11 +86,14 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: str | os.PathLike | None = None) -> TrainStep:
+def open_artifact(
+    path: str | os.PathLike, threads: int | None = None, runtime: str | os.PathLike | None = None
+) -> TrainStep:
     """The step of an artifact, to train here: no compiler, no torch, no tvm package.
 
     threads  None: as many as it was built for, at most the cores there are
-    runtime  TVM's libtvm_runtime.so; None: in the artifact's folder, in an installed tvm package, or where the system looks
+    runtime  TVM's libtvm_runtime.so; None: in the artifact's folder, in an installed tvm package, or where the system
+             looks
     Raises StateError when files are damaged, TargetError when this machine lacks what the kernels use, NotInstalled.
     """
     from mest_compile.runtime.compiled import Compiled
@@ -93,15 +106,26 @@ def open_artifact(path: str | os.PathLike, threads: int | None = None, runtime: 
     _check_host(path, files[LIBRARY], facts, manifest["features"])
     train, predict = facts.lower()
     if manifest["functions"] != _signatures(train, predict):
-        raise StateError(f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have other arrays "
-                         f"than those of {__version__}, which is installed here; use the same version on both sides")
-    functions = {name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()}
-    wanted = facts.threads if threads is None else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
+        raise StateError(
+            f"artifact {path} was built by mest-compile {manifest['versions']['mest-compile']}, whose steps have "
+            "other arrays "
+            f"than those of {__version__}, which is installed here; use the same version on both sides"
+        )
+    functions = {
+        name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()
+    }
+    wanted = (
+        facts.threads
+        if threads is None
+        else checks.whole("threads", threads, 1, ", or None for as many as it was built for")
+    )
     module = _load(path, files[LIBRARY], find_runtime(path, runtime))
     runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
 
     def dense() -> TrainStep:
-        raise DeviceError("gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set")
+        raise DeviceError(
+            "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
+        )
 
     zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
     step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)

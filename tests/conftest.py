@@ -15,13 +15,27 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS"):
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
-# Marks of whole files, by their names; a test that uses the fixture `port` is of the device as well. `make test-quick` runs none of them.
+# Marks of whole files, by their names; a test that uses the fixture `port` is of the device as well. `make test-quick`
+# runs none of them.
 MARKS = {
     "opencl": ("test_opencl_*",),
     "device": ("test_device", "test_emulation", "test_serve"),
     "docs": ("test_docs", "test_docs_python"),
-    "slow": ("test_artifact", "test_benchmark", "test_capacity", "test_float16", "test_fuzz", "test_interruptions", "test_kill",
-             "test_method_step", "test_packaging", "test_specializing", "test_speedtable", "test_tuning", "test_turns"),
+    "slow": (
+        "test_artifact",
+        "test_benchmark",
+        "test_capacity",
+        "test_float16",
+        "test_fuzz",
+        "test_interruptions",
+        "test_kill",
+        "test_method_step",
+        "test_packaging",
+        "test_specializing",
+        "test_speedtable",
+        "test_tuning",
+        "test_turns",
+    ),
 }
 
 
@@ -29,7 +43,9 @@ MARKS = {
 def pytest_collection_modifyitems(items):
     for item in items:
         for mark, files in MARKS.items():
-            if any(fnmatch(item.path.stem, file) for file in files) or mark == "device" and "port" in item.fixturenames:
+            if any(fnmatch(item.path.stem, file) for file in files) or (
+                mark == "device" and "port" in item.fixturenames
+            ):
                 item.add_marker(mark)
 
 
@@ -53,14 +69,19 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def builder(pytestconfig, repository, tmp_path_factory):
-    """Of kernels that tests run, kept between tests, processes and sessions for as long as the code that makes them is the same.
+    """Of kernels that tests run, kept between tests, processes and sessions for as long as the code that makes them is
+    the same.
 
     Builders of tests that are about building have cold folders of their own.
     """
     from mest_compile.hardware.folders import digest
     from mest_compile.kernels.cache import Builder
 
-    makers = [path for part in ("kernels", "backends", "hardware") for path in sorted((repository / "mest_compile" / part).rglob("*.py"))]
+    makers = [
+        path
+        for part in ("kernels", "backends", "hardware")
+        for path in sorted((repository / "mest_compile" / part).rglob("*.py"))
+    ]
     if not hasattr(pytestconfig, "cache"):  # told to keep none
         return Builder(folder=tmp_path_factory.mktemp("kernels"))
     kernels = pytestconfig.cache.mkdir("kernels")

@@ -1,4 +1,5 @@
-"""Whether a caller's value is of the kind that was wanted. Python's and NumPy's numbers count alike; what comes back is Python's."""
+"""Whether a caller's value is of the kind that was wanted. Python's and NumPy's numbers count alike; what comes back is
+Python's."""
 
 from __future__ import annotations
 
@@ -24,8 +25,14 @@ def whole(name: str, value: Any, at_least: int = 0, also: str = "", error: type[
     return int(value)
 
 
-def number(name: str, value: Any, at_least: float = 0.0, below: float = math.inf, also: str = "",
-           error: type[MestError] = UsageError) -> float:
+def number(
+    name: str,
+    value: Any,
+    at_least: float = 0.0,
+    below: float = math.inf,
+    also: str = "",
+    error: type[MestError] = UsageError,
+) -> float:
     """`value` as a float of at_least <= value < below, finite in float32 as well. Raises `error`."""
     found = _as_float(value)
     if at_least <= found < below and abs(found) <= FLOAT32_MOST:
@@ -43,7 +50,9 @@ def is_number(value: Any) -> bool:
 def shape(name: str, value: Any, error: type[MestError] = UsageError) -> tuple[int, ...]:
     """`value` as (N, C, H, W) or (N, features), sizes of 1 or more. Raises `error`."""
     sizes = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
-    if len(sizes) not in (2, 4) or any(isinstance(size, bool) or not isinstance(size, Integral) or size < 1 for size in sizes):
+    if len(sizes) not in (2, 4) or any(
+        isinstance(size, bool) or not isinstance(size, Integral) or size < 1 for size in sizes
+    ):
         raise error(f"{name} is {shown(value)}; wanted (N, C, H, W) or (N, features), whole numbers of 1 or more")
     return tuple(map(int, sizes))
 
@@ -67,8 +76,11 @@ def memory(need_bytes: int, what: str, also: str = "") -> None:
     """Raises BudgetError when this machine has less memory than that: before anything tries to get it."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need_bytes > there:
-        raise BudgetError(f"{what} needs {need_bytes / MIB:,.0f} MiB, this machine has {there / MIB:,.0f} MiB; use a smaller batch, image "
-                          f"or model{also}")
+        raise BudgetError(
+            f"{what} needs {need_bytes / MIB:,.0f} MiB, this machine has {there / MIB:,.0f} MiB; use a smaller "
+            "batch, image "
+            f"or model{also}"
+        )
 
 
 def shown(value: Any) -> str:

@@ -18,7 +18,8 @@ _results: list[TextIO] = []  # where results go while `results_alone` keeps stdo
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code. What the caller can mend is one line on stderr; other exceptions are faults of ours."""
+    """Runs a command and returns its exit code. What the caller can mend is one line on stderr; other exceptions are
+    faults of ours."""
     try:
         code = command() or 0
         sys.stdout.flush()
@@ -44,16 +45,26 @@ def complain(problem: object, exit_code: int) -> int:
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Raises UsageError when an argument is empty, as that of a shell's variable which is not set: an empty path would be this folder."""
+    """Raises UsageError when an argument is empty, as that of a shell's variable which is not set: an empty path would
+    be this folder."""
     for before, argument in zip(["", *arguments], arguments):
-        option = before if not argument.strip() else argument[:-1] if argument.startswith("--") and argument.endswith("=") else None
+        option = (
+            before
+            if not argument.strip()
+            else argument[:-1]
+            if argument.startswith("--") and argument.endswith("=")
+            else None
+        )
         if option is not None:
-            raise UsageError(f"{option or 'an argument'} is given an empty text; leave it out, or look whether a variable is not set")
+            raise UsageError(
+                f"{option or 'an argument'} is given an empty text; leave it out, or look whether a variable is not set"
+            )
 
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Whatever is printed on stdout meanwhile goes to stderr, a library's own log lines too; only `print_result` still reaches stdout."""
+    """Whatever is printed on stdout meanwhile goes to stderr, a library's own log lines too; only `print_result` still
+    reaches stdout."""
     out = sys.stdout
     if not isinstance(out, TextIOWrapper) or out is not sys.__stdout__:  # somebody watches what this process prints
         _results.append(out)

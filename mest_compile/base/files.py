@@ -10,7 +10,9 @@ from typing import Any
 
 def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", errors="replace") as file:  # a name that is not UTF-8 is shown with question marks
+    with part.open(
+        "w", encoding="utf-8", errors="replace"
+    ) as file:  # a name that is not UTF-8 is shown with question marks
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

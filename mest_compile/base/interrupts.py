@@ -11,7 +11,8 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait until the block is done; pressed twice it does not wait. For what is quick and cannot be done again."""
+    """Lets Ctrl-C wait until the block is done; pressed twice it does not wait. For what is quick and cannot be done
+    again."""
     usual = signal.getsignal(signal.SIGINT)
     if usual is None or threading.current_thread() is not threading.main_thread():  # not Python's, or never interrupted
         yield

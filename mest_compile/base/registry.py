@@ -12,7 +12,8 @@ _loading = threading.RLock()  # one for all: a plug-in may be in two registries
 
 
 class Registry(dict[str, Any]):
-    """Names to plug-ins. `package` is the package whose modules, those in its folders too, register themselves when imported.
+    """Names to plug-ins. `package` is the package whose modules, those in its folders too, register themselves when
+    imported.
 
     each  where a plug-in is a folder: the one module of each that is imported
     """
@@ -24,7 +25,8 @@ class Registry(dict[str, Any]):
         self._begun = self._loaded = False
 
     def load(self) -> "Registry":
-        """Imports every module of the package and its folders once; returns self, with all there is: another thread waits until then."""
+        """Imports every module of the package and its folders once; returns self, with all there is: another thread
+        waits until then."""
         if not self._loaded:
             with _loading:
                 if not self._begun:  # a plug-in may ask for others while it is imported
@@ -44,7 +46,9 @@ class Registry(dict[str, Any]):
         return [module.name for module in pkgutil.walk_packages(package.__path__, f"{self.package}.")]
 
     def add(self, name: str, item: Any) -> None:
-        if name in self and _origin(item) != _origin(self[name]):  # a file whose import was interrupted is imported again
+        if name in self and _origin(item) != _origin(
+            self[name]
+        ):  # a file whose import was interrupted is imported again
             raise DuplicateName(f"{self.kind} {name!r} is registered twice; is its file imported twice?")
         self[name] = item
 
@@ -66,5 +70,3 @@ def _origin(item: Any) -> tuple[str, str]:
     """Module and name of what a plug-in is, or is an instance of."""
     made = item if hasattr(item, "__qualname__") else type(item)
     return made.__module__, made.__qualname__
-
-

@@ -1,7 +1,8 @@
 """Files of named arrays in the safetensors format, in plain numpy: a device that trains has no other library for them.
 
-Format: 8 bytes with the size of a JSON header (little-endian), the header, the arrays one after another. The header gives every array's
-type, shape and place; "__metadata__" holds texts. Source: https://github.com/huggingface/safetensors, its README.
+Format: 8 bytes with the size of a JSON header (little-endian), the header, the arrays one after another. The header
+gives every array's type, shape and place; "__metadata__" holds texts. Source:
+https://github.com/huggingface/safetensors, its README.
 """
 
 from __future__ import annotations
@@ -14,8 +15,20 @@ from typing import Any
 
 import numpy as np
 
-_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
-          "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64"}
+_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
 _CODES = {np.dtype(name): code for code, name in _NAMES.items()}
 MOST_HEADER_BYTES = 100_000_000  # as the format has it
 
@@ -27,7 +40,11 @@ def pack(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> bytes:
     # Widest types first, so that every array lies at a multiple of its own width.
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         content = np.ascontiguousarray(array).tobytes()
-        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [place, place + len(content)]}
+        header[name] = {
+            "dtype": _CODES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [place, place + len(content)],
+        }
         parts.append(content)
         place += len(content)
     said = json.dumps(header).encode()
@@ -42,10 +59,10 @@ def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     (size,) = struct.unpack_from("<Q", content)
     if size > min(MOST_HEADER_BYTES, len(content) - 8):
         raise ValueError("its header is cut short")
-    header = json.loads(content[8:8 + size])
+    header = json.loads(content[8 : 8 + size])
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
-    texts, data = header.pop("__metadata__", {}), memoryview(content)[8 + size:]
+    texts, data = header.pop("__metadata__", {}), memoryview(content)[8 + size :]
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise ValueError("its texts are no table of texts")
     return {name: _array(name, facts, data) for name, facts in header.items()}, texts

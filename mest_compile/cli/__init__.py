@@ -1,4 +1,5 @@
-"""`mest-compile ...`: results on stdout, progress on stderr, errors as one line; exit codes 0 done, 1 failed, 2 misused.
+"""`mest-compile ...`: results on stdout, progress on stderr, errors as one line; exit codes 0 done, 1 failed, 2
+misused.
 
 Nothing here or in the modules imported below loads torch or tvm: that happens inside the commands.
 """
@@ -15,11 +16,31 @@ from mest_compile import __version__
 from mest_compile.base.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
 from mest_compile.cli import analyze, bench, build, demo, devices, doctor, listing, plan, report, table, train, tune
 
-app = typer.Typer(name="mest-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    name="mest-compile",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
-for command in (train.train, report.report, bench.bench, plan.plan, table.table, tune.tune, analyze.analyze, demo.demo, listing.models,
-                listing.schemes, listing.targets, doctor.doctor, build.build, devices.tracker, devices.serve):
+for command in (
+    train.train,
+    report.report,
+    bench.bench,
+    plan.plan,
+    table.table,
+    tune.tune,
+    analyze.analyze,
+    demo.demo,
+    listing.models,
+    listing.schemes,
+    listing.targets,
+    doctor.doctor,
+    build.build,
+    devices.tracker,
+    devices.serve,
+):
     app.command()(command)
 
 
@@ -30,13 +51,17 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _about(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False
-           ) -> None:
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """A compiler for sparse training on devices: training steps that compute at the live weights only."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits. Whatever the caller can mend is one line on stderr; other exceptions are faults of ours."""
+    """Runs the command line and exits. Whatever the caller can mend is one line on stderr; other exceptions are faults
+    of ours."""
     given = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

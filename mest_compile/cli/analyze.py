@@ -21,10 +21,11 @@ def analyze(
     activations: Activations = "float32",
     as_json: Json = False,
 ) -> None:
-    """Executed instructions and modelled cycles of every convolution kernel of the sparse layers, beside our dense kernels.
+    """Executed instructions and modelled cycles of every convolution kernel of the sparse layers, beside our dense
+    kernels.
 
-    Kernels run under emulation; a cycle is one of LLVM's model of the core's pipeline. There are no caches in it and no branch
-    predictor, and no device has confirmed it. Model: 32x32 images of 3 channels, 10 classes.
+    Kernels run under emulation; a cycle is one of LLVM's model of the core's pipeline. There are no caches in it and no
+    branch predictor, and no device has confirmed it. Model: 32x32 images of 3 channels, 10 classes.
     """
     from mest_compile.devices.cycles import VERSION
     from mest_compile.frontend import import_model
@@ -37,25 +38,58 @@ def analyze(
     found_target, found_scheme = find_target(target), parse_scheme(scheme)
     graph, _ = import_model(build_model(model, shape, 10, width, 0), shape)
     with stderr_console().status("emulating") as status:
-        found = analyse(graph, found_scheme, sparsity, found_target, distribution, activations=activations,
-                        progress=lambda done, total: status.update(f"emulating: {done} of {total} kernels done"))
+        found = analyse(
+            graph,
+            found_scheme,
+            sparsity,
+            found_target,
+            distribution,
+            activations=activations,
+            progress=lambda done, total: status.update(f"emulating: {done} of {total} kernels done"),
+        )
     if as_json:
         print_json(found.to_dict() | {"model": model, "width": width, "activations": activations})
         return
-    columns = ["instructions, million", "modelled cycles, million", "share of FMA floor, %", "dense cycles, million", "dense share, %",
-               "dense / sparse"]
-    print_table(["phase", "layers", "weight", "output", "live", *columns],
-                [[kernel.phase, len(kernel.layers), "x".join(map(str, kernel.weight_shape)), "x".join(map(str, kernel.output_size)),
-                  kernel.live_weights, *(f"{value:.2f}" for value in (kernel.sparse.instructions / 1e6, kernel.sparse.cycles / 1e6)),
-                  f"{kernel.sparse.share_of_floor * 100:.1f}", f"{kernel.dense.cycles / 1e6:.2f}",
-                  f"{kernel.dense.share_of_floor * 100:.1f}", f"{kernel.dense.cycles / kernel.sparse.cycles:.2f}"]
-                 for kernel in found.kernels])
+    columns = [
+        "instructions, million",
+        "modelled cycles, million",
+        "share of FMA floor, %",
+        "dense cycles, million",
+        "dense share, %",
+        "dense / sparse",
+    ]
+    print_table(
+        ["phase", "layers", "weight", "output", "live", *columns],
+        [
+            [
+                kernel.phase,
+                len(kernel.layers),
+                "x".join(map(str, kernel.weight_shape)),
+                "x".join(map(str, kernel.output_size)),
+                kernel.live_weights,
+                *(f"{value:.2f}" for value in (kernel.sparse.instructions / 1e6, kernel.sparse.cycles / 1e6)),
+                f"{kernel.sparse.share_of_floor * 100:.1f}",
+                f"{kernel.dense.cycles / 1e6:.2f}",
+                f"{kernel.dense.share_of_floor * 100:.1f}",
+                f"{kernel.dense.cycles / kernel.sparse.cycles:.2f}",
+            ]
+            for kernel in found.kernels
+        ],
+    )
     print()
     rows = []
     for phase in (*PHASES, None):
         total = found.totals(phase)
-        rows.append([phase or "all", f"{total['sparse_instructions'] / 1e6:.1f}", f"{total['sparse_cycles'] / 1e6:.1f}",
-                     f"{total['share_of_floor'] * 100:.1f}", f"{total['dense_cycles'] / 1e6:.1f}",
-                     f"{total['dense_share_of_floor'] * 100:.1f}", f"{total['times_fewer_cycles']:.2f}"])
+        rows.append(
+            [
+                phase or "all",
+                f"{total['sparse_instructions'] / 1e6:.1f}",
+                f"{total['sparse_cycles'] / 1e6:.1f}",
+                f"{total['share_of_floor'] * 100:.1f}",
+                f"{total['dense_cycles'] / 1e6:.1f}",
+                f"{total['dense_share_of_floor'] * 100:.1f}",
+                f"{total['times_fewer_cycles']:.2f}",
+            ]
+        )
     print_table(["all sparse layers", *columns], rows)
     print(f"\n{batch} examples, one thread; cycles are modelled on {found.core} (LLVM {VERSION}), not measured.")

@@ -1,4 +1,5 @@
-"""`mest-compile bench`: our step against a rival's, side by side on this machine, or our step by itself, operator by operator."""
+"""`mest-compile bench`: our step against a rival's, side by side on this machine, or our step by itself, operator by
+operator."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mest_compile.base.errors import UsageError
-from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width, given_options
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    BuiltIn,
+    Distribution,
+    Scheme,
+    Seed,
+    Sparsity,
+    TargetName,
+    Width,
+    given_options,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
@@ -26,26 +38,48 @@ def bench(
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     target: TargetName = "local",
     vs: Annotated[str, typer.Option(help="Rival: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
-    rival_python: Annotated[Path | None, typer.Option(help="Python of the rival's own environment, if not the one that "
-                                                           "benchmarks/environments.sh makes.")] = None,
-    memory_budget: Annotated[int | None, typer.Option(help="Bytes that our step may need; it computes activations again to meet them.",
-                                                      min=1)] = None,
+    rival_python: Annotated[
+        Path | None,
+        typer.Option(
+            help="Python of the rival's own environment, if not the one that benchmarks/environments.sh makes."
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(help="Bytes that our step may need; it computes activations again to meet them.", min=1),
+    ] = None,
     activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
-    profile: Annotated[bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.
 
-    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense, channels_last.
+    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense,
+    channels_last.
     """
     from mest_compile.measuring.contestants import Case
 
     if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
-        raise UsageError(f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare")
-    case = Case(model=model, input_shape=(batch, 3, 32, 32), width=width, scheme=scheme, sparsity=sparsity, distribution=distribution,
-                target=target, threads=threads, seed=seed, memory_budget=memory_budget, activations=activations)
+        raise UsageError(
+            f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
+        )
+    case = Case(
+        model=model,
+        input_shape=(batch, 3, 32, 32),
+        width=width,
+        scheme=scheme,
+        sparsity=sparsity,
+        distribution=distribution,
+        target=target,
+        threads=threads,
+        seed=seed,
+        memory_budget=memory_budget,
+        activations=activations,
+    )
     if profile:
         _profile(case, repeats, as_json)
     else:
@@ -56,21 +90,39 @@ def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, as_js
     from mest_compile.measuring.benchmark import Side, compare
 
     with stderr_console().status("starting") as status:
-        comparison = compare(case, rival=vs, repeats=repeats, rival_python=rival_python,
-                             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rounds done"))
+        comparison = compare(
+            case,
+            rival=vs,
+            repeats=repeats,
+            rival_python=rival_python,
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rounds done"),
+        )
     if as_json:
         print_json(comparison.to_dict())
         return
 
     def row(side: Side) -> list[object]:
-        return [side.name, *(f"{seconds * 1e3:.2f}" for seconds in (side.median_seconds, min(side.round_seconds), max(side.round_seconds))),
-                f"{case.input_shape[0] / side.median_seconds:.0f}", f"{side.setup_seconds:.1f}", f"{side.training_peak_bytes / 2**20:.0f}"]
+        return [
+            side.name,
+            *(
+                f"{seconds * 1e3:.2f}"
+                for seconds in (side.median_seconds, min(side.round_seconds), max(side.round_seconds))
+            ),
+            f"{case.input_shape[0] / side.median_seconds:.0f}",
+            f"{side.setup_seconds:.1f}",
+            f"{side.training_peak_bytes / 2**20:.0f}",
+        ]
 
-    print_table(["", "median ms", "min ms", "max ms", "images/s", "setup s", "training peak MiB"],
-                [row(comparison.ours), row(comparison.rival)])
+    print_table(
+        ["", "median ms", "min ms", "max ms", "images/s", "setup s", "training peak MiB"],
+        [row(comparison.ours), row(comparison.rival)],
+    )
     low, high, confidence = comparison.ratio_interval
-    print(f"\n{vs} / {comparison.ours.name}: {comparison.ratio:.2f} ({confidence:.0%} interval of {repeats} rounds: {low:.2f} to "
-          f"{high:.2f}); {case.threads} thread(s), {comparison.machine['cpu']}")
+    print(
+        f"\n{vs} / {comparison.ours.name}: {comparison.ratio:.2f} ({confidence:.0%} interval of {repeats} "
+        f"rounds: {low:.2f} to "
+        f"{high:.2f}); {case.threads} thread(s), {comparison.machine['cpu']}"
+    )
     for side in (comparison.ours, comparison.rival):
         for note in side.notes:
             print(f"{side.name}: {note}")
@@ -82,25 +134,55 @@ def _profile(case: Case, repeats: int, as_json: bool) -> None:
     from mest_compile.models.catalog import build_model
 
     with stderr_console().status("compiling"):
-        step = mest.compile(build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape,
-                            scheme=case.scheme, sparsity=case.sparsity, distribution=case.distribution, target=case.target,
-                            memory_budget=case.memory_budget, activations=case.activations,
-                            threads=case.threads, seed=case.seed)
+        step = mest.compile(
+            build_model(case.model, case.input_shape, case.classes, case.width, case.seed),
+            case.input_shape,
+            scheme=case.scheme,
+            sparsity=case.sparsity,
+            distribution=case.distribution,
+            target=case.target,
+            memory_budget=case.memory_budget,
+            activations=case.activations,
+            threads=case.threads,
+            seed=case.seed,
+        )
         images, labels = case.batch()
         found = profile(step, images, labels, repeats)
     if as_json:
         print_json(found.to_dict())
         return
     print(f"one step: {found.step_seconds * 1e3:.2f} ms\n")
-    print_table(["operator", "phase", "calls", "ms", "share %"],
-                [[row.kernel, row.phase, row.calls, round(row.seconds * 1e3, 3), round(row.share * 100, 1)] for row in found.operators])
+    print_table(
+        ["operator", "phase", "calls", "ms", "share %"],
+        [
+            [row.kernel, row.phase, row.calls, round(row.seconds * 1e3, 3), round(row.share * 100, 1)]
+            for row in found.operators
+        ],
+    )
     phases = [phase for phase in PHASES if phase != "grad_bias" and any(phase in row.seconds for row in found.layers)]
     print()
 
     def cells(row: LayerTime, phase: str) -> list[str]:
         return [f"{row.seconds[phase] * 1e3:.3f}", f"{row.gflops(phase):.1f}"] if phase in row.seconds else ["", ""]
 
-    print_table(["layer", "weight", "output", "live", *(column for phase in phases for column in (f"{phase} ms", "GFLOP/s")), "kernels"],
-                [[row.layer.removesuffix(".weight"), "x".join(map(str, row.weight_shape)), "x".join(map(str, row.output_size)),
-                  row.live_weights, *(cell for phase in phases for cell in cells(row, phase)),
-                  ", ".join(dict.fromkeys(row.kernels.values()))] for row in found.layers])
+    print_table(
+        [
+            "layer",
+            "weight",
+            "output",
+            "live",
+            *(column for phase in phases for column in (f"{phase} ms", "GFLOP/s")),
+            "kernels",
+        ],
+        [
+            [
+                row.layer.removesuffix(".weight"),
+                "x".join(map(str, row.weight_shape)),
+                "x".join(map(str, row.output_size)),
+                row.live_weights,
+                *(cell for phase in phases for cell in cells(row, phase)),
+                ", ".join(dict.fromkeys(row.kernels.values())),
+            ]
+            for row in found.layers
+        ],
+    )

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from mest_compile.base.errors import UsageError
-from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width, given_options
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    Distribution,
+    Model,
+    Scheme,
+    Sparsity,
+    TargetName,
+    Width,
+    given_options,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
@@ -26,12 +36,23 @@ def build(
     target: TargetName = "arm_cpu",
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
     activations: Activations = "float32",
-    memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest; activations are computed again to "
-                                                           "meet them.", min=1)] = None,
-    grow_to: Annotated[float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")] = None,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes that the step may need at its densest; activations are computed again to meet them.", min=1
+        ),
+    ] = None,
+    grow_to: Annotated[
+        float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, with its weights, masks and momentum; of the other "
-                                                         "options only --target, --batch and --threads can change what it was.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from this checkpoint, with its weights, masks and momentum; of the other "
+            "options only --target, --batch and --threads can change what it was."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build an artifact that trains on a device without the compiler."""
@@ -40,31 +61,61 @@ def build(
     from mest_compile.runtime.artifact import size_bytes
 
     given = given_options(context)
-    if checkpoint is not None and (others := sorted(given - {"checkpoint", "out", "target", "batch", "threads", "as_json"})):
-        raise UsageError(f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model")
+    if checkpoint is not None and (
+        others := sorted(given - {"checkpoint", "out", "target", "batch", "threads", "as_json"})
+    ):
+        raise UsageError(
+            f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model"
+        )
     if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
         raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
     if scheme == "dense" and "sparsity" in given and sparsity:
         raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
-            step = mest.load(checkpoint, threads=threads, target=target if "target" in given else None,
-                             batch=batch if "batch" in given else None)
+            step = mest.load(
+                checkpoint,
+                threads=threads,
+                target=target if "target" in given else None,
+                batch=batch if "batch" in given else None,
+            )
         else:
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
-            step = mest.compile(net, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else sparsity, distribution=distribution,
-                                target=target, threads=threads, seed=seed, activations=activations, memory_budget=memory_budget,
-                                grow_to=grow_to)
+            step = mest.compile(
+                net,
+                shape,
+                scheme=scheme,
+                sparsity=0.0 if scheme == "dense" else sparsity,
+                distribution=distribution,
+                target=target,
+                threads=threads,
+                seed=seed,
+                activations=activations,
+                memory_budget=memory_budget,
+                grow_to=grow_to,
+            )
         manifest = step.export(out)
         need = step.memory(at_capacity=True)["total"]
     if as_json:
-        print_json({"folder": str(out), "bytes": size_bytes(manifest), "files": manifest["files"], "memory_bytes": need,
-                    "target": step.describe()["target"]})
+        print_json(
+            {
+                "folder": str(out),
+                "bytes": size_bytes(manifest),
+                "files": manifest["files"],
+                "memory_bytes": need,
+                "target": step.describe()["target"],
+            }
+        )
     else:
-        print_table(["file", "KiB"], [[name, round(entry["bytes"] / 1024, 1)] for name, entry in manifest["files"].items()])
-        print(f"\n{out}: {size_bytes(manifest) / 1024:.0f} KiB for {step.describe()['target']}, {need / 2**20:.1f} MiB of memory at its "
-              f"densest; on the device: mest-compile train --artifact {out} --data ...")
+        print_table(
+            ["file", "KiB"], [[name, round(entry["bytes"] / 1024, 1)] for name, entry in manifest["files"].items()]
+        )
+        print(
+            f"\n{out}: {size_bytes(manifest) / 1024:.0f} KiB for {step.describe()['target']}, {need / 2**20:.1f} "
+            "MiB of memory at its "
+            f"densest; on the device: mest-compile train --artifact {out} --data ..."
+        )
 
 
 def _image(text: str) -> tuple[int, ...]:

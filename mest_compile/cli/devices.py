@@ -48,9 +48,13 @@ def bare(host: str) -> str:
 
 def tracker(
     context: typer.Context,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for devices that are not this machine.")] = LOCAL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for devices that are not this machine.")
+    ] = LOCAL,
     port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9190,
-    query: Annotated[str | None, typer.Option(help="host:port of a tracker: list its devices instead of being one.")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="host:port of a tracker: list its devices instead of being one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Keep a list of devices that serve, until interrupted."""
@@ -68,14 +72,26 @@ def tracker(
 def serve(
     tracker: Annotated[str, typer.Option(help="host:port of the tracker.")],
     key: Annotated[str, typer.Option(help="Name of this kind of device; several may share it.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 when the driving machine is another one.")] = LOCAL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 when the driving machine is another one.")
+    ] = LOCAL,
     port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 9090,
-    address: Annotated[str | None, typer.Option(help="Address under which the driving machine reaches this one, if the tracker "
-                                                     "sees another.")] = None,
-    opencl: Annotated[bool, typer.Option("--opencl", help="Serve this machine's OpenCL device too; compiles a small library the first "
-                                                         "time.")] = False,
-    library: Annotated[list[Path] | None, typer.Option(help="Library to load first, such as the libtvm_runtime_opencl.so of a TVM that "
-                                                            "was built with OpenCL.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Address under which the driving machine reaches this one, if the tracker sees another."),
+    ] = None,
+    opencl: Annotated[
+        bool,
+        typer.Option(
+            "--opencl", help="Serve this machine's OpenCL device too; compiles a small library the first time."
+        ),
+    ] = False,
+    library: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Library to load first, such as the libtvm_runtime_opencl.so of a TVM that was built with OpenCL."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run steps and kernels that a tracker's clients send to this machine, until interrupted."""
@@ -97,20 +113,33 @@ def serve(
     try:
         summary(there)
     except OSError as problem:
-        stderr_console().print(f"tracker {tracker} does not answer ({problem.strerror or problem}); asking until it does", highlight=False,
-                               soft_wrap=True)
+        stderr_console().print(
+            f"tracker {tracker} does not answer ({problem.strerror or problem}); asking until it does",
+            highlight=False,
+            soft_wrap=True,
+        )
     folder = os.getcwd()
 
     def start() -> Any:
         os.chdir(folder)  # a session that ends badly leaves TVM's server in the session's own
-        return PopenRPCServerState(host, port, port + 1, tracker_addr=(there.host, there.port), key=key, load_library=paths,
-                                   custom_addr=address, silent=True)
+        return PopenRPCServerState(
+            host,
+            port,
+            port + 1,
+            tracker_addr=(there.host, there.port),
+            key=key,
+            load_library=paths,
+            custom_addr=address,
+            silent=True,
+        )
 
     _wait(start, f"{key} serves", host, port, as_json, again=True)
 
 
 def _wait(start: Callable[[], Any], what: str, host: str, port: int, as_json: bool, again: bool = False) -> None:
-    """Until interrupted. again: TVM's server ends with a session that crashed, or when its tracker is away for a minute; ours does not."""
+    """Until interrupted. again: TVM's server ends with a session that crashed, or when its tracker is away for a
+    minute; ours does not."""
+
     def say(problem: threading.ExceptHookArgs) -> None:
         stderr_console().print(f"{problem.exc_value}; going on", highlight=False, soft_wrap=True)
 
@@ -156,12 +185,21 @@ def _show(where: str, as_json: bool) -> None:
         said = problem.strerror or problem
         raise DeviceError(f"tracker {where} does not answer: {said}; start one with mest-compile tracker") from problem
     names = sorted({entry["key"].removeprefix("server:") for entry in found["server_info"]} | set(found["queue_info"]))
-    devices = [{"key": name,
-                "devices": [":".join(map(str, entry["addr"])) for entry in found["server_info"] if entry["key"] == f"server:{name}"],
-                "free": found["queue_info"].get(name, {}).get("free", 0),
-                "waiting": found["queue_info"].get(name, {}).get("pending", 0)} for name in names]
+    devices = [
+        {
+            "key": name,
+            "devices": [
+                ":".join(map(str, entry["addr"])) for entry in found["server_info"] if entry["key"] == f"server:{name}"
+            ],
+            "free": found["queue_info"].get(name, {}).get("free", 0),
+            "waiting": found["queue_info"].get(name, {}).get("pending", 0),
+        }
+        for name in names
+    ]
     if as_json:
         print_json(devices)
     else:
-        print_table(["key", "devices", "free", "waiting"],
-                    [[entry["key"], ", ".join(entry["devices"]), entry["free"], entry["waiting"]] for entry in devices])
+        print_table(
+            ["key", "devices", "free", "waiting"],
+            [[entry["key"], ", ".join(entry["devices"]), entry["free"], entry["waiting"]] for entry in devices],
+        )

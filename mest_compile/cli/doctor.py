@@ -29,7 +29,8 @@ class Check:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: packages, compiler, linker, target, threads, cache. Exit code 1 when something needed is missing."""
+    """Check this machine: packages, compiler, linker, target, threads, cache. Exit code 1 when something needed is
+    missing."""
     checks = list(_checks())
     if as_json:
         print_json([asdict(check) for check in checks])
@@ -93,7 +94,9 @@ def _torch_build() -> Check:
     except (ImportError, OSError) as problem:
         return Check("torch build", "fail", f"cannot be imported: {problem}")
     if torch.version.cuda:
-        return Check("torch build", "warn", f"CUDA {torch.version.cuda}; only the CPU is used, the CPU build is smaller")
+        return Check(
+            "torch build", "warn", f"CUDA {torch.version.cuda}; only the CPU is used, the CPU build is smaller"
+        )
     return Check("torch build", "ok", "CPU")
 
 
@@ -135,8 +138,12 @@ def _arm_model() -> Check:
     machine = emulation.MACHINES["aarch64"]
     missing = emulation.missing_tools(machine) + cycles.missing_tools()
     if missing:
-        return Check("modelled cycles", "warn", f"no {', '.join(missing)}, which only `analyze` and `tune --measure model` need: "
-                     f"apt install --no-install-recommends {' '.join(machine.packages)} {cycles.PACKAGE}")
+        return Check(
+            "modelled cycles",
+            "warn",
+            f"no {', '.join(missing)}, which only `analyze` and `tune --measure model` need: "
+            f"apt install --no-install-recommends {' '.join(machine.packages)} {cycles.PACKAGE}",
+        )
     return Check("modelled cycles", "ok", f"{shutil.which(machine.emulator)}, llvm-mca-{cycles.VERSION}")
 
 
@@ -156,8 +163,12 @@ def _host_target() -> Check:
         target = find_target("local")
     except MestError as problem:
         return Check("target local", "fail", str(problem))
-    return Check("target local", "ok", f"{target.tvm_fields.get('mcpu')}, {target.vector} floats a vector, "
-                 f"L1 {target.l1_bytes // 1024} KiB, L2 {target.l2_bytes // 1024} KiB")
+    return Check(
+        "target local",
+        "ok",
+        f"{target.tvm_fields.get('mcpu')}, {target.vector} floats a vector, "
+        f"L1 {target.l1_bytes // 1024} KiB, L2 {target.l2_bytes // 1024} KiB",
+    )
 
 
 def _threads() -> Check:
@@ -172,10 +183,14 @@ def _threads() -> Check:
 def _huge_pages() -> Check:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists():
-        return Check("huge pages", "warn", "this kernel has no transparent huge pages: more TLB misses in large activations")
+        return Check(
+            "huge pages", "warn", "this kernel has no transparent huge pages: more TLB misses in large activations"
+        )
     chosen = setting.read_text().partition("[")[2].partition("]")[0]
     if chosen == "never":
-        return Check("huge pages", "warn", f"transparent huge pages are off: echo madvise > {setting} avoids TLB misses")
+        return Check(
+            "huge pages", "warn", f"transparent huge pages are off: echo madvise > {setting} avoids TLB misses"
+        )
     return Check("huge pages", "ok", chosen)
 
 
@@ -194,10 +209,16 @@ def _cache_folder() -> Check:
     except OSError as problem:
         return Check("cache folder", "warn", f"{folder} cannot be written ({problem.strerror}): {remedy}")
     if folder == spare:
-        return Check("cache folder", "warn", f"{folder}, as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used; it may be "
-                     "gone with the machine's next start")
+        return Check(
+            "cache folder",
+            "warn",
+            f"{folder}, as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used; it may be "
+            "gone with the machine's next start",
+        )
     if free < LEAST_CACHE_BYTES:
         return Check("cache folder", "warn", f"{folder} has {free / 2**20:.0f} MiB left; when it is full {remedy}")
     if forbids_execution(folder):
-        return Check("cache folder", "warn", f"{folder} is mounted noexec: kernels are loaded from the temporary folder instead")
+        return Check(
+            "cache folder", "warn", f"{folder} is mounted noexec: kernels are loaded from the temporary folder instead"
+        )
     return Check("cache folder", "ok", f"{folder}, {free / 2**30:.1f} GiB free")

@@ -13,7 +13,10 @@ def models(as_json: Json = False) -> None:
     """List the built-in models."""
     from mest_compile.models.catalog import MODELS
 
-    _show([{"model": name, "width": model.width, "about": model.summary} for name, model in sorted(MODELS.items())], as_json)
+    _show(
+        [{"model": name, "width": model.width, "about": model.summary} for name, model in sorted(MODELS.items())],
+        as_json,
+    )
 
 
 def schemes(as_json: Json = False) -> None:
@@ -32,9 +35,22 @@ def targets(as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(target) | {"llvm": target.tvm_fields} for target in found])
         return
-    print_table(["target", "device", "cpu", "vector floats", "L1 KiB", "L2 KiB", "cores", "memory GiB"],
-                [[target.name, target.device, target.tvm_fields.get("mcpu", ""), target.vector, target.l1_bytes // 1024,
-                  target.l2_bytes // 1024, target.cores, target.memory_bytes / 2**30 if target.memory_bytes else ""] for target in found])
+    print_table(
+        ["target", "device", "cpu", "vector floats", "L1 KiB", "L2 KiB", "cores", "memory GiB"],
+        [
+            [
+                target.name,
+                target.device,
+                target.tvm_fields.get("mcpu", ""),
+                target.vector,
+                target.l1_bytes // 1024,
+                target.l2_bytes // 1024,
+                target.cores,
+                target.memory_bytes / 2**30 if target.memory_bytes else "",
+            ]
+            for target in found
+        ],
+    )
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

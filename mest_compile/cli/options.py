@@ -15,9 +15,15 @@ Sparsity = Annotated[float, typer.Option(help="Share of weights that are zero in
 Distribution = Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")]
 TargetName = Annotated[str, typer.Option(help="Target name or TOML file.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, and of all else that is drawn.")]
-Activations = Annotated[str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target can.")]
+Activations = Annotated[
+    str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target can.")
+]
 
 
 def given_options(context: typer.Context) -> set[str]:
     """Parameters that the command line named, whatever their values."""
-    return {name for name in context.params if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
+    return {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }

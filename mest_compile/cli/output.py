@@ -30,7 +30,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     from rich.table import Table
     from rich.text import Text
 
-    numeric = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(columns))]
+    numeric = [
+        bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(columns))
+    ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in zip(columns, numeric, strict=True):
         table.add_column(name, justify="right" if right else "left", overflow="fold")

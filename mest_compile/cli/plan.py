@@ -18,14 +18,16 @@ def plan(
     scheme: Scheme = "block",
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
-    steps_between_mutations: Annotated[int | None, typer.Option(help="Steps that a compiled kernel serves; without it masks never "
-                                                                     "change.", min=1)] = None,
+    steps_between_mutations: Annotated[
+        int | None, typer.Option(help="Steps that a compiled kernel serves; without it masks never change.", min=1)
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the step.", min=1)] = None,
     target: TargetName = "local",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is chosen and why.
+    """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is
+    chosen and why.
 
     Model: 32x32 images of 3 channels, 10 classes.
     """
@@ -34,17 +36,43 @@ def plan(
 
     shape = (batch, 3, 32, 32)
     with stderr_console().status("compiling and timing"):
-        step = mest.compile(build_model(model, shape, 10, width, seed), shape, scheme=scheme, sparsity=sparsity,
-                            distribution=distribution, target=target, threads=threads, seed=seed)
+        step = mest.compile(
+            build_model(model, shape, 10, width, seed),
+            shape,
+            scheme=scheme,
+            sparsity=sparsity,
+            distribution=distribution,
+            target=target,
+            threads=threads,
+            seed=seed,
+        )
         planned = step.plan(steps_between_mutations)
-    saved = sum(one.times.indexed_seconds - one.times.specialized_seconds for one in planned
-                if one.times and one.choice.variant == "specialized")
+    saved = sum(
+        one.times.indexed_seconds - one.times.specialized_seconds
+        for one in planned
+        if one.times and one.choice.variant == "specialized"
+    )
     chosen = sum(one.choice.variant == "specialized" for one in planned)
     if as_json:
-        print_json({"steps_between_mutations": steps_between_mutations, "saved_seconds_a_step": saved,
-                    "calls": [{"layer": one.layer, "phase": one.phase, "variant": one.choice.variant, "why": one.choice.why,
-                               "times": one.times and asdict(one.times)} for one in planned]})
+        print_json(
+            {
+                "steps_between_mutations": steps_between_mutations,
+                "saved_seconds_a_step": saved,
+                "calls": [
+                    {
+                        "layer": one.layer,
+                        "phase": one.phase,
+                        "variant": one.choice.variant,
+                        "why": one.choice.why,
+                        "times": one.times and asdict(one.times),
+                    }
+                    for one in planned
+                ],
+            }
+        )
         return
-    print_table(["layer", "phase", "variant", "why"],
-                [[one.layer.removesuffix(".weight"), one.phase, one.choice.variant, one.choice.why] for one in planned])
+    print_table(
+        ["layer", "phase", "variant", "why"],
+        [[one.layer.removesuffix(".weight"), one.phase, one.choice.variant, one.choice.why] for one in planned],
+    )
     print(f"\n{chosen} of {len(planned)} kernels specialized, which saves {saved * 1e3:.2f} ms a step")

@@ -21,10 +21,16 @@ class TrainingProgress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console, self._batch = console, batch
-        self._bar = Progress(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TimeRemainingColumn(),
-                             TextColumn("loss {task.fields[loss]:.4f}  train {task.fields[right]:.1%}"),
-                             TextColumn("{task.fields[state]}{task.fields[rate]:.0f} images/s"),
-                             console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  train {task.fields[right]:.1%}"),
+            TextColumn("{task.fields[state]}{task.fields[rate]:.0f} images/s"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, right=0.0, state="", rate=0.0)
         self._means: tuple[float, float] | None = None
         self._state, self._epochs = "", 0
@@ -42,20 +48,35 @@ class TrainingProgress:
         rate, self._last, self._epochs = self._batch / (now - self._last), now, epochs
         old = self._means or (loss, correct)
         self._means = SMOOTHING * old[0] + (1 - SMOOTHING) * loss, SMOOTHING * old[1] + (1 - SMOOTHING) * correct
-        self._bar.update(self._task, total=epochs * batches, completed=(epoch - 1) * batches + batch, epoch=f"{epoch}/{epochs}",
-                         loss=self._means[0], right=self._means[1], state=self._state, rate=rate)
+        self._bar.update(
+            self._task,
+            total=epochs * batches,
+            completed=(epoch - 1) * batches + batch,
+            epoch=f"{epoch}/{epochs}",
+            loss=self._means[0],
+            right=self._means[1],
+            state=self._state,
+            rate=rate,
+        )
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
         tested = metrics["test_accuracy"]
-        parts = [f"epoch {metrics['epoch']}/{self._epochs}", f"loss {metrics['loss']:.4f}", f"train {metrics['train_accuracy']:.2%}",
-                 "test -" if tested is None else f"test {tested:.2%}", f"{metrics['images_per_second']:.0f} images/s"]
+        parts = [
+            f"epoch {metrics['epoch']}/{self._epochs}",
+            f"loss {metrics['loss']:.4f}",
+            f"train {metrics['train_accuracy']:.2%}",
+            "test -" if tested is None else f"test {tested:.2%}",
+            f"{metrics['images_per_second']:.0f} images/s",
+        ]
         state = [] if tested is None else [f"test {tested:.2%}"]
         if (sparsity := metrics["overall_sparsity"]) is not None:
             state.append(f"sparsity {sparsity:.3f}")
             parts.append(state[-1])
         if mutation := metrics["mutation"]:
             fates = ", ".join(f"{count} {fate}" for fate, count in mutation["layers"].items())
-            parts.append(f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s")
+            parts.append(
+                f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s"
+            )
         if sieve := metrics["sieve"]:
             parts.append(f"sieve: {sieve['dropped']} examples dropped, {sieve['returned']} came back")
         if saved := metrics["iterations_saved"]:

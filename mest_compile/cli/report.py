@@ -23,6 +23,16 @@ def report(
         print_json(facts)
         return
     accuracy = "-" if facts["test_accuracy"] is None else f"{facts['test_accuracy']:.2%}"
-    print_table(["epochs", "loss", "test accuracy", "mutations", "iterations saved", "report"],
-                [[f"{facts['epochs']}/{facts['of_epochs']}", f"{facts['loss']:.4f}", accuracy, facts["mutations"],
-                  facts["iterations_saved"], facts["files"][0]]])
+    print_table(
+        ["epochs", "loss", "test accuracy", "mutations", "iterations saved", "report"],
+        [
+            [
+                f"{facts['epochs']}/{facts['of_epochs']}",
+                f"{facts['loss']:.4f}",
+                accuracy,
+                facts["mutations"],
+                facts["iterations_saved"],
+                facts["files"][0],
+            ]
+        ],
+    )

@@ -17,15 +17,24 @@ def table(
     model: BuiltIn = "resnet32",
     width: Width = None,
     batch: Batch = 64,
-    target: Annotated[str, typer.Option(help="local: this machine. Another one with the tracker and key of such a device.")] = "local",
-    tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker: measure on a device there, by its own clock.")] = None,
+    target: Annotated[
+        str, typer.Option(help="local: this machine. Another one with the tracker and key of such a device.")
+    ] = "local",
+    tracker: Annotated[
+        str | None, typer.Option(help="HOST:PORT of an RPC tracker: measure on a device there, by its own clock.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Key that the device is listed under.")] = None,
     schemes: Annotated[str, typer.Option(help="Names, separated by commas.")] = "unstructured,block,pattern",
     sparsities: Annotated[str, typer.Option(help="Shares of zero weights, separated by commas.")] = "0.8,0.9,0.95",
     distribution: Distribution = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
-    vs: Annotated[str | None, typer.Option(help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
-                                                "torch; on a device mest-dense, our dense step, which alone runs there.")] = None,
+    vs: Annotated[
+        str | None,
+        typer.Option(
+            help="Baseline: torch, torch-compile, sparseprop, onnxruntime-training or mest-dense. Default: "
+            "torch; on a device mest-dense, our dense step, which alone runs there."
+        ),
+    ] = None,
     activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     seed: Seed = 0,
@@ -34,7 +43,8 @@ def table(
     plot: Annotated[Path | None, typer.Option(help="Also draw this picture: .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a table of training speed and memory, scheme by sparsity, against dense torch, or on a device against our dense step.
+    """Measure a table of training speed and memory, scheme by sparsity, against dense torch, or on a device against our
+    dense step.
 
     Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. Every row is a pair of processes that take turns.
     """
@@ -47,10 +57,22 @@ def table(
     from mest_compile.measuring.speedtable import COLUMNS, speed_table
 
     with stderr_console().status("starting") as status:
-        found = speed_table(model, (batch, 3, 32, 32), [name.strip() for name in schemes.split(",") if name.strip()], wanted, target, vs,
-                            threads, repeats, width, distribution=distribution, seed=seed, activations=activations,
-                            device=device,
-                            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"))
+        found = speed_table(
+            model,
+            (batch, 3, 32, 32),
+            [name.strip() for name in schemes.split(",") if name.strip()],
+            wanted,
+            target,
+            vs,
+            threads,
+            repeats,
+            width,
+            distribution=distribution,
+            seed=seed,
+            activations=activations,
+            device=device,
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"),
+        )
     for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):
         if path is not None:
             write(path)

@@ -60,26 +60,51 @@ def train(
     distribution: Distribution = "uniform",
     method: Annotated[str, typer.Option(help="em, em_s, set, rigl or static (the mask never changes).")] = "em",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
-    sieve: Annotated[float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")] = None,
+    sieve: Annotated[
+        float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")
+    ] = None,
     batch: Batch = 64,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.1, or the artifact's.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     target: TargetName = "local",
-    tracker: Annotated[str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")] = None,
+    tracker: Annotated[
+        str | None, typer.Option(help="host:port of an RPC tracker: train on a device there, not here.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Name under which such devices serve.")] = None,
-    memory_budget: Annotated[int | None, typer.Option(help="Bytes that the step may need at its densest, which em_s is in its first phase; "
-                                                           "activations are computed again to meet them.", min=1)] = None,
-    lower_density: Annotated[bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")] = False,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes that the step may need at its densest, which em_s is in its first phase; "
+            "activations are computed again to meet them.",
+            min=1,
+        ),
+    ] = None,
+    lower_density: Annotated[
+        bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")
+    ] = False,
     activations: Activations = "float32",
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")] = None,
-    artifact: Annotated[Path | None, typer.Option(help="Train from this artifact, which decides model, scheme, sparsity, batch and "
-                                                       "target; nothing is compiled.")] = None,
-    runtime: Annotated[Path | None, typer.Option(help="TVM's libtvm_runtime.so for --artifact, if no tvm package is installed.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")
+    ] = None,
+    artifact: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train from this artifact, which decides model, scheme, sparsity, batch and "
+            "target; nothing is compiled."
+        ),
+    ] = None,
+    runtime: Annotated[
+        Path | None, typer.Option(help="TVM's libtvm_runtime.so for --artifact, if no tvm package is installed.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as TOML; options given beside it override it.")] = None,
-    specialize: Annotated[bool, typer.Option("--specialize", help="Compile kernels for the masks at hand, in the background, where that "
-                                                                  "pays (see plan).")] = False,
+    specialize: Annotated[
+        bool,
+        typer.Option(
+            "--specialize", help="Compile kernels for the masks at hand, in the background, where that pays (see plan)."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
@@ -93,13 +118,23 @@ def train(
         check_artifact_options(given)
     elif resume is not None:
         if others := sorted(given - {"resume", "as_json"}):
-            raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
+            raise UsageError(
+                f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run"
+            )
         _show(continue_run(resume), as_json)
         return
     elif runtime is not None:
         raise UsageError("--runtime belongs to --artifact; a step that is compiled here finds TVM by itself")
-    where: dict[str, Any] = {"model": model, "width": width, "data": data, "scheme": scheme, "sparsity": sparsity,
-                             "distribution": distribution, "batch": batch, "memory_budget": memory_budget}
+    where: dict[str, Any] = {
+        "model": model,
+        "width": width,
+        "data": data,
+        "scheme": scheme,
+        "sparsity": sparsity,
+        "distribution": distribution,
+        "batch": batch,
+        "memory_budget": memory_budget,
+    }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
     if artifact is None and parse_scheme(where["scheme"]).name == "dense":
@@ -109,18 +144,41 @@ def train(
         if "method" not in given:
             method = "static"
             given.add("method")
-    settings: dict[str, Any] = {"epochs": epochs, "method": method, "lr": lr, "seed": seed,
-                                "sieve": None if sieve is None else SieveRule(drop=sieve)}
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "sieve": None if sieve is None else SieveRule(drop=sieve),
+    }
     if recipe is None:
         chosen = Recipe(**settings)
     else:
         chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
     if artifact is not None:
-        job = Job(artifact, where["data"], out or _new_folder(artifact.name), chosen, data_folder, resume, threads, runtime)
+        job = Job(
+            artifact, where["data"], out or _new_folder(artifact.name), chosen, data_folder, resume, threads, runtime
+        )
         _show(_run_artifact(job), as_json)
         return
-    _show(start_run(Request(**where, recipe=chosen, data_folder=data_folder, threads=threads, target=target, lower_density=lower_density,
-                            activations=activations, out=out, tracker=tracker, key=key, specialize=specialize)), as_json)
+    _show(
+        start_run(
+            Request(
+                **where,
+                recipe=chosen,
+                data_folder=data_folder,
+                threads=threads,
+                target=target,
+                lower_density=lower_density,
+                activations=activations,
+                out=out,
+                tracker=tracker,
+                key=key,
+                specialize=specialize,
+            )
+        ),
+        as_json,
+    )
 
 
 def _run_artifact(job: Job) -> Run:
@@ -149,14 +207,20 @@ def start_run(request: Request) -> Run:
     folder.require_free()
     target = find_target(request.target)
     if find_device(request.tracker, request.key) is None and (why := obstacle(target)):
-        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, "
-                         "or build an artifact and train there")
+        raise UsageError(
+            f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device "
+            "that it is, "
+            "or build an artifact and train there"
+        )
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.target}"):
         step = _compile(request, split)
     with TrainingProgress(console, step.batch) as progress:
         trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
-        source: dict[str, Any] = {"data": request.data, "data_folder": request.data_folder and str(request.data_folder.resolve())}
+        source: dict[str, Any] = {
+            "data": request.data,
+            "data_folder": request.data_folder and str(request.data_folder.resolve()),
+        }
         if request.tracker is not None:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
@@ -190,8 +254,11 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
     except KeyboardInterrupt:
         assert trainer.folder is not None
         if trainer.folder.stamp() is not None:
-            console.print(f"stopped; continue with: mest-compile train {origin}--resume {trainer.folder.path}", markup=False,
-                          soft_wrap=True)
+            console.print(
+                f"stopped; continue with: mest-compile train {origin}--resume {trainer.folder.path}",
+                markup=False,
+                soft_wrap=True,
+            )
         raise
     finally:
         trainer.step.close()
@@ -210,11 +277,23 @@ def _compile(request: Request, split: Split) -> Any:
     else:
         model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
     optimizer = mest.SGD() if request.recipe.lr is None else mest.SGD(lr=request.recipe.lr)
-    return mest.compile(model, shape, scheme=parse_scheme(request.scheme), sparsity=request.sparsity, distribution=request.distribution,
-                        optimizer=optimizer, target=request.target, threads=request.threads, seed=request.recipe.seed,
-                        label_smoothing=request.recipe.label_smoothing, memory_budget=request.memory_budget,
-                        lower_density=request.lower_density, grow_to=request.recipe.densest(request.sparsity),
-                        activations=request.activations, device=find_device(request.tracker, request.key))
+    return mest.compile(
+        model,
+        shape,
+        scheme=parse_scheme(request.scheme),
+        sparsity=request.sparsity,
+        distribution=request.distribution,
+        optimizer=optimizer,
+        target=request.target,
+        threads=request.threads,
+        seed=request.recipe.seed,
+        label_smoothing=request.recipe.label_smoothing,
+        memory_budget=request.memory_budget,
+        lower_density=request.lower_density,
+        grow_to=request.recipe.densest(request.sparsity),
+        activations=request.activations,
+        device=find_device(request.tracker, request.key),
+    )
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -224,10 +303,27 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _show(run: Run, as_json: bool) -> None:
     if as_json:
-        print_json({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "best": run.best, "recipe": run.recipe.to_dict(),
-                    "epochs": run.history})
+        print_json(
+            {
+                "folder": str(run.folder),
+                "test_accuracy": run.test_accuracy,
+                "best": run.best,
+                "recipe": run.recipe.to_dict(),
+                "epochs": run.history,
+            }
+        )
         return
     last = run.history[-1]
-    print_table(["epochs", "loss", "train accuracy", "test accuracy", "images/s", "run folder"],
-                [[last["epoch"], f"{last['loss']:.4f}", f"{last['train_accuracy']:.2%}", f"{last['test_accuracy']:.2%}",
-                  f"{last['images_per_second']:.0f}", run.folder]])
+    print_table(
+        ["epochs", "loss", "train accuracy", "test accuracy", "images/s", "run folder"],
+        [
+            [
+                last["epoch"],
+                f"{last['loss']:.4f}",
+                f"{last['train_accuracy']:.2%}",
+                f"{last['test_accuracy']:.2%}",
+                f"{last['images_per_second']:.0f}",
+                run.folder,
+            ]
+        ],
+    )

@@ -10,7 +10,17 @@ import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    BuiltIn,
+    Distribution,
+    Scheme,
+    Seed,
+    Sparsity,
+    TargetName,
+    Width,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
@@ -29,26 +39,50 @@ def tune(
     scheme: Scheme = "block",
     sparsity: Sparsity = 0.9,
     distribution: Distribution = "uniform",
-    trials: Annotated[int, typer.Option(help="Candidates of each kernel, those of earlier sessions among them.", min=1)] = 64,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; start again to go on.", min=0)] = None,
+    trials: Annotated[
+        int, typer.Option(help="Candidates of each kernel, those of earlier sessions among them.", min=1)
+    ] = 64,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which to stop; start again to go on.", min=0)
+    ] = None,
     tracker: Annotated[str | None, typer.Option(help="HOST:PORT of an RPC tracker whose devices measure.")] = None,
     key: Annotated[str | None, typer.Option(help="Key that the devices are listed under.")] = None,
-    devices: Annotated[int | None, typer.Option(help="Devices of that key that may measure at once; default: all. Without a tracker: "
-                                                     "emulators.", min=1)] = None,
-    vectors: Annotated[str | None, typer.Option(help="Vector widths to compare first, by whole steps: 8,16; "
-                                                "default: those that the CPU may gain from.")] = None,
-    runner: Annotated[str | None, typer.Option("--runner", "--measure", help="Who measures: local, rpc, or for an ARM target without a "
-                                               "device model (cycles) or instructions; default: rpc with a tracker, else local.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)] = 30.0,
-    log: Annotated[Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            help="Devices of that key that may measure at once; default: all. Without a tracker: emulators.", min=1
+        ),
+    ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(
+            help="Vector widths to compare first, by whole steps: 8,16; default: those that the CPU may gain from."
+        ),
+    ] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            "--runner",
+            "--measure",
+            help="Who measures: local, rpc, or for an ARM target without a "
+            "device model (cycles) or instructions; default: rpc with a tracker, else local.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one candidate may take to compile, and to run.", min=0.1)
+    ] = 30.0,
+    log: Annotated[
+        Path | None, typer.Option(help="File of records to read and append to; default: the user's log of the target.")
+    ] = None,
     activations: Activations = "float32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Search the fastest kernels for a device.
 
-    Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes on where it was.
-    `mest.compile` and the other commands then use the best records. Model: 32x32 images of 3 channels, 10 classes.
+    Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes
+    on where it was. `mest.compile` and the other commands then use the best records. Model: 32x32 images of 3 channels,
+    10 classes.
     """
     began = monotonic()
     from mest_compile.tuning.command import Request
@@ -60,8 +94,13 @@ def tune(
     except ValueError as problem:
         raise UsageError(f"--vectors {vectors}; wanted whole numbers with commas between them") from problem
     if find_device(tracker, key) is not None and runner not in (None, "rpc"):
-        raise UsageError(f"the {runner} runner asks no tracker; leave out --tracker and --key, or --runner for their devices to measure")
-    request = Request(model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations)
+        raise UsageError(
+            f"the {runner} runner asks no tracker; leave out --tracker and --key, or --runner for their devices "
+            "to measure"
+        )
+    request = Request(
+        model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations
+    )
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     left = None if time_limit is None else max(0.0, time_limit - (monotonic() - began))
     with TuningProgress(stderr_console()) as progress:
@@ -86,12 +125,27 @@ def _show(result: SessionResult) -> None:
         gain = f"{task.default_seconds / task.best_seconds:.2f}" if task.default_seconds and task.best_seconds else "-"
         failed = ", ".join(f"{count} {outcome}" for outcome, count in task.outcomes.items() if outcome != "ok")
         knobs = " ".join(f"{name}={value}" for name, value in task.knobs.items())
-        rows.append([task.name, task.kernel, task.calls, scaled(task.default_seconds), scaled(task.best_seconds), gain,
-                     task.trials, failed, knobs or "default"])
-    print_table(["first call", "kernel", "calls", f"default {unit}", f"best {unit}", "gain", "trials", "failed", "knobs"], rows)
+        rows.append(
+            [
+                task.name,
+                task.kernel,
+                task.calls,
+                scaled(task.default_seconds),
+                scaled(task.best_seconds),
+                gain,
+                task.trials,
+                failed,
+                knobs or "default",
+            ]
+        )
+    print_table(
+        ["first call", "kernel", "calls", f"default {unit}", f"best {unit}", "gain", "trials", "failed", "knobs"], rows
+    )
     state = "finished" if result.finished else "stopped; start again to go on"
-    print(f"\n{result.measured} trials in {result.seconds:.0f} s, {state}. Vectors of {result.vector}. "
-          f"Records ({result.measure}): {result.log}")
+    print(
+        f"\n{result.measured} trials in {result.seconds:.0f} s, {state}. Vectors of {result.vector}. "
+        f"Records ({result.measure}): {result.log}"
+    )
     if result.left_out:
         print(f"No time was left for: {'; '.join(result.left_out)}.")
     if result.measure == "emulated":
@@ -99,15 +153,23 @@ def _show(result: SessionResult) -> None:
 
 
 class TuningProgress:
-    """Implements tuning.session.Progress on a rich console; a context manager. Time left is what the trials so far say."""
+    """Implements tuning.session.Progress on a rich console; a context manager. Time left is what the trials so far
+    say."""
 
     def __init__(self, console: Console):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console = console
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                             TimeRemainingColumn(), TextColumn("{task.fields[best]}"), console=console, transient=True,
-                             disable=not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._whole = self._bar.add_task("starting", total=1, best="")
         self._tasks: dict[str, Any] = {}
         self._said = monotonic()
@@ -124,7 +186,9 @@ class TuningProgress:
         if not self._console.is_terminal and done == 0:
             self._console.print(f"{stage}: {total}", highlight=False, soft_wrap=True)
 
-    def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None:
+    def on_trial(
+        self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int
+    ) -> None:
         from mest_compile.records.record import unit_of
 
         unit, scale = unit_of(record.measure, record.cpu)

@@ -14,7 +14,8 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def pad_crop_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4, flip: bool = True) -> np.ndarray:
-    """Each image shifted by up to `pad` pixels in y and x, zeros shifted in, and mirrored with probability 1/2 if `flip`.
+    """Each image shifted by up to `pad` pixels in y and x, zeros shifted in, and mirrored with probability 1/2 if
+    `flip`.
 
     images (n, channels, height, width), left unchanged; the result has the same shape and dtype.
     """
@@ -29,18 +30,21 @@ def pad_crop_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4, fl
     return cropped
 
 
-def batches(dataset: Dataset, batch: int, rng: np.random.Generator, augment: bool, among: np.ndarray | None = None) -> Iterator[Batch]:
-    """One epoch of (images (batch, C, H, W) float32 normalised, labels (batch,) int64, indices (batch,) int64 of the examples).
+def batches(
+    dataset: Dataset, batch: int, rng: np.random.Generator, augment: bool, among: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """One epoch of (images (batch, C, H, W) float32 normalised, labels (batch,) int64, indices (batch,) int64 of the
+    examples).
 
     The order is drawn anew from `rng`, and the examples that do not fill a last batch are left out: others each epoch.
     among  indices of the examples that the epoch is of; None: all
-    A worker thread prepares the next batch while the caller uses this one; it alone uses `rng` until the iterator is closed.
-    Raises DataError when the epoch is smaller than one batch.
+    A worker thread prepares the next batch while the caller uses this one; it alone uses `rng` until the iterator is
+    closed. Raises DataError when the epoch is smaller than one batch.
     """
     among = np.arange(len(dataset)) if among is None else among
     if len(among) < batch:
         raise DataError(f"{dataset.name}: {len(among)} examples do not fill one batch of {batch}; use a smaller batch")
-    order = rng.permutation(among)[:len(among) // batch * batch]
+    order = rng.permutation(among)[: len(among) // batch * batch]
     return _prefetched(dataset, order.reshape(-1, batch), rng, augment)
 
 

@@ -39,28 +39,44 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
-            raise DataError(f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
-                            f"not {self.images.shape} {self.images.dtype}")
+            raise DataError(
+                f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
+                f"not {self.images.shape} {self.images.dtype}"
+            )
         if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
-            raise DataError(f"{self.name}: {len(self.images)} images need as many int64 labels, "
-                            f"not {self.labels.shape} {self.labels.dtype}")
+            raise DataError(
+                f"{self.name}: {len(self.images)} images need as many int64 labels, "
+                f"not {self.labels.shape} {self.labels.dtype}"
+            )
         if not len(self.images):
             raise DataError(f"{self.name}: there are no examples")
         if self.labels.min() < 0 or self.labels.max() >= self.classes:
-            raise DataError(f"{self.name}: labels must be in 0..{self.classes - 1}, "
-                            f"found {self.labels.min()}..{self.labels.max()}")
+            raise DataError(
+                f"{self.name}: labels must be in 0..{self.classes - 1}, found {self.labels.min()}..{self.labels.max()}"
+            )
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
         channels = self.images.shape[1:2]
         fit = self.mean.shape == channels == self.std.shape
-        if not fit or not (np.isfinite(self.mean) & (0 < self.std) & (self.std < np.inf)).all():
-            raise DataError(f"{self.name}: mean and std must be {channels[0]} finite numbers each, a channel's, std above 0; "
-                            f"not {self.mean}, {self.std}")
+        if not fit or not (np.isfinite(self.mean) & (self.std > 0) & (self.std < np.inf)).all():
+            raise DataError(
+                f"{self.name}: mean and std must be {channels[0]} finite numbers each, a channel's, std above 0; "
+                f"not {self.mean}, {self.std}"
+            )
 
     @classmethod
-    def of(cls, images: np.ndarray, labels: np.ndarray, name: str, *, classes: int | None = None,
-           like: Dataset | None = None, flip: bool = False) -> Dataset:
-        """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are taken as they are.
+    def of(
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray,
+        name: str,
+        *,
+        classes: int | None = None,
+        like: Dataset | None = None,
+        flip: bool = False,
+    ) -> Dataset:
+        """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
+        taken as they are.
 
         classes  None: the largest label + 1
         like     a training set whose classes, mean, std and flip are used instead: what a test set needs
@@ -68,23 +84,29 @@ class Dataset:
         if like is not None:
             if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
                 found, wanted = images.shape[1:], like.images.shape[1:]
-                raise DataError(f"{name}: images are {found} {images.dtype}, "
-                                f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}")
+                raise DataError(
+                    f"{name}: images are {found} {images.dtype}, "
+                    f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}"
+                )
             return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
-        return cls(images, labels, int(labels.max()) + 1 if classes is None else classes, *_statistics(images), name, flip)
+        return cls(
+            images, labels, int(labels.max()) + 1 if classes is None else classes, *_statistics(images), name, flip
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def pad(self) -> int:
-        """Pixels that augmentation shifts an image by at most: an eighth of its side, the 4 of 32 that CIFAR recipes use."""
+        """Pixels that augmentation shifts an image by at most: an eighth of its side, the 4 of 32 that CIFAR recipes
+        use."""
         return min(self.images.shape[2:]) // 8
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
-        """(images - mean) / std as contiguous float32; images (k, channels, height, width) in the units of this data set."""
+        """(images - mean) / std as contiguous float32; images (k, channels, height, width) in the units of this data
+        set."""
         result = np.subtract(images, self.mean[:, None, None], dtype=np.float32)
         result /= self.std[:, None, None]
         return np.ascontiguousarray(result)
@@ -92,8 +114,16 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """JSON-able facts; `crc32` tells whether another data set holds the same examples in the same order."""
         crc = zlib.crc32(np.ascontiguousarray(self.labels).data, zlib.crc32(np.ascontiguousarray(self.images).data))
-        return {"name": self.name, "examples": len(self), "shape": list(self.images.shape[1:]), "classes": self.classes,
-                "mirrored": self.flip, "mean": self.mean.tolist(), "std": self.std.tolist(), "crc32": f"{crc:08x}"}
+        return {
+            "name": self.name,
+            "examples": len(self),
+            "shape": list(self.images.shape[1:]),
+            "classes": self.classes,
+            "mirrored": self.flip,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "crc32": f"{crc:08x}",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +158,9 @@ def load(name: str, folder: str | os.PathLike | None = None) -> Split:
 def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = None, name: str = "arrays") -> Dataset:
     """A Dataset of anything that holds labelled images.
 
-    data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i] -> (image, int).
-          Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel, (features,) as 1x1 images. Floating point
-          becomes float32. Labels are whole numbers of 0 or more.
+    data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
+          -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel,
+          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more.
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
     """
@@ -141,14 +171,18 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         images, labels = gather(data, name)
     else:
-        raise DataError(f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}")
+        raise DataError(
+            f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}"
+        )
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}; convert them")
     if images.ndim not in (2, 3, 4):
         raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
     if images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] == images.shape[2] > 4:
         found = images.shape[1:]
-        raise DataError(f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}")
+        raise DataError(
+            f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}"
+        )
     with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
         images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
@@ -156,14 +190,15 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel, (channels,) float32; 0 and 1 for float images and for a constant channel's deviation."""
+    """Mean and standard deviation per channel, (channels,) float32; 0 and 1 for float images and for a constant
+    channel's deviation."""
     channels = images.shape[1]
     if images.dtype != np.uint8:
         return np.zeros(channels, np.float32), np.ones(channels, np.float32)
     counts = np.zeros((channels, 256))
     for start in range(0, len(images), 4096):  # in pieces: bincount widens its input to 8 bytes a pixel
         for channel in range(channels):
-            counts[channel] += np.bincount(images[start:start + 4096, channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
     share, levels = counts / counts.sum(1, keepdims=True), np.arange(256)
     mean = share @ levels
     std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))

@@ -1,4 +1,5 @@
-"""Arrays, tensors, labels and examples as callers have them, read as what they are or refused: nothing is rounded, cut or turned."""
+"""Arrays, tensors, labels and examples as callers have them, read as what they are or refused: nothing is rounded, cut
+or turned."""
 
 from __future__ import annotations
 
@@ -13,16 +14,25 @@ INDEXED = ("P", "PA")  # Pillow's images whose pixels are places in a table of c
 
 
 def array_of(value: Any, what: str) -> np.ndarray:
-    """A numpy array of an array, a torch tensor wherever and however it is stored, or nested lists. Raises DataError."""
+    """A numpy array of an array, a torch tensor wherever and however it is stored, or nested lists. Raises
+    DataError."""
     if np.ma.is_masked(value):
         raise DataError(f"{what} are a masked array, whose masked values would become numbers; fill them first")
     try:
         if hasattr(value, "detach"):
-            value = value.detach().to_dense() if str(getattr(value, "layout", "torch.strided")) != "torch.strided" else value.detach()
+            value = (
+                value.detach().to_dense()
+                if str(getattr(value, "layout", "torch.strided")) != "torch.strided"
+                else value.detach()
+            )
             value = value.cpu().resolve_conj().resolve_neg()
             value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as problem:  # torch: NotImplementedError of a tensor without data is one of them
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as problem:  # torch: NotImplementedError of a tensor without data is one of them
         raise DataError(f"{what} are no array of numbers ({' '.join(str(problem).split())[:200]})") from problem
 
 
@@ -30,7 +40,10 @@ def labels_of(value: Any, name: str) -> np.ndarray:
     """Labels (n,) as int64. Raises DataError unless they are whole numbers by type."""
     labels = array_of(value, f"{name}: the labels")
     if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{name}: labels must be integers, not {labels.dtype}; number the classes from 0 and give labels.astype('int64')")
+        raise DataError(
+            f"{name}: labels must be integers, not {labels.dtype}; number the classes from 0 and give "
+            "labels.astype('int64')"
+        )
     if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
         raise DataError(f"{name}: labels must be in 0..classes - 1, found {labels.max()}")
     return labels.astype(np.int64, copy=False)
@@ -49,8 +62,10 @@ def gather(data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         if images is None:
             images = np.empty((len(data), *array.shape), array.dtype)
         if array.shape != images.shape[1:] or array.dtype != images.dtype:
-            raise DataError(f"{name}: example {i} is {array.shape} {array.dtype}, example 0 is {images.shape[1:]} {images.dtype}; "
-                            f"all must be alike")
+            raise DataError(
+                f"{name}: example {i} is {array.shape} {array.dtype}, example 0 is {images.shape[1:]} {images.dtype}; "
+                f"all must be alike"
+            )
         images[i] = array
         labels[i] = _label(label, f"{name}: the label of example {i}")
     if images is None:
@@ -73,7 +88,9 @@ def _image(image: Any, what: str) -> np.ndarray:
             return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
     # A PIL image, what torchvision gives without a transform, has its channels last.
     if image.mode in INDEXED:
-        raise DataError(f"{what} holds places in a table of colours (mode {image.mode}), no brightness; convert it to RGB or L")
+        raise DataError(
+            f"{what} holds places in a table of colours (mode {image.mode}), no brightness; convert it to RGB or L"
+        )
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 

@@ -1,7 +1,9 @@
-"""An ARM machine under qemu's user emulation, for compiled kernels: what they answer, and which instructions they execute.
+"""An ARM machine under qemu's user emulation, for compiled kernels: what they answer, and which instructions they
+execute.
 
 Nothing here measures time. Executed blocks are the same on every run; `cycles.py` gives them modelled cycles.
-The two helper programs are built from the C files of `native/` when they are first needed, and kept in the user's cache folder.
+The two helper programs are built from the C files of `native/` when they are first needed, and kept in the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -43,10 +45,18 @@ class Machine:
 
 
 MACHINES = {
-    "aarch64": Machine("qemu-aarch64", "aarch64-linux-gnu-gcc", "/usr/aarch64-linux-gnu",
-                       ("qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")),
-    "armv7": Machine("qemu-arm", "arm-linux-gnueabihf-gcc", "/usr/arm-linux-gnueabihf",
-                     ("qemu-user", "gcc-arm-linux-gnueabihf", "libc6-dev-armhf-cross")),
+    "aarch64": Machine(
+        "qemu-aarch64",
+        "aarch64-linux-gnu-gcc",
+        "/usr/aarch64-linux-gnu",
+        ("qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"),
+    ),
+    "armv7": Machine(
+        "qemu-arm",
+        "arm-linux-gnueabihf-gcc",
+        "/usr/arm-linux-gnueabihf",
+        ("qemu-user", "gcc-arm-linux-gnueabihf", "libc6-dev-armhf-cross"),
+    ),
 }
 
 
@@ -77,8 +87,11 @@ def machine_of(target: Target) -> Machine:
     for start, machine in MACHINES.items():
         if triple.startswith(start):
             return machine
-    raise TargetError(f"target {target.name!r} is not an ARM CPU that can be emulated; its triple is {triple or 'that of this machine'!r}, "
-                      f"wanted one of {', '.join(MACHINES)}")
+    raise TargetError(
+        f"target {target.name!r} is not an ARM CPU that can be emulated; its triple is "
+        f"{triple or 'that of this machine'!r}, "
+        f"wanted one of {', '.join(MACHINES)}"
+    )
 
 
 def missing_tools(machine: Machine) -> list[str]:
@@ -91,12 +104,15 @@ def check_tools(machine: Machine) -> None:
     """Raises NotInstalled with what to install."""
     missing = missing_tools(machine)
     if missing:
-        raise NotInstalled(f"emulating this target needs {', '.join(missing)}; on Debian or Ubuntu run: apt install "
-                           f"--no-install-recommends gcc libc6-dev {' '.join(machine.packages)}")
+        raise NotInstalled(
+            f"emulating this target needs {', '.join(missing)}; on Debian or Ubuntu run: apt install "
+            f"--no-install-recommends gcc libc6-dev {' '.join(machine.packages)}"
+        )
 
 
 def build(source: KernelSource, path: Path) -> None:
-    """Compiles a kernel for an ARM target to a shared library of that name. Raises BuildError, NotInstalled, TargetError."""
+    """Compiles a kernel for an ARM target to a shared library of that name. Raises BuildError, NotInstalled,
+    TargetError."""
     from tvm.support.cc import cross_compiler
 
     machine = machine_of(source.target)
@@ -107,10 +123,14 @@ def build(source: KernelSource, path: Path) -> None:
     except TargetError:
         raise
     except Exception as problem:  # of TVM's many types
-        raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}") from problem
+        raise BuildError(
+            f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}"
+        ) from problem
 
 
-def execute(library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Target, limit_seconds: float = LIMIT_SECONDS) -> Execution:
+def execute(
+    library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Target, limit_seconds: float = LIMIT_SECONDS
+) -> Execution:
     """Calls a kernel of a library for `target` once. arrays: its arguments, int32 or float32.
 
     Raises DeviceError (the kernel failed), EmulationTimeout, NotInstalled.
@@ -123,14 +143,28 @@ def execute(library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Ta
         flat = [np.ascontiguousarray(array).ravel() for array in arrays]
         _write_arguments(arguments, flat)
         # Static emulators know no plugins and no shared libraries of the host: this one is dynamic.
-        command = [machine.emulator, "-L", machine.root, "-plugin", f"{plugin},out={blocks}", runner, library.absolute(), symbol,
-                   arguments, results]
+        command = [
+            machine.emulator,
+            "-L",
+            machine.root,
+            "-plugin",
+            f"{plugin},out={blocks}",
+            runner,
+            library.absolute(),
+            symbol,
+            arguments,
+            results,
+        ]
         if machine.emulator == "qemu-aarch64":
             command[1:1] = ["-cpu", "max,sve=off"]  # with vectors of 128 bits only, as the targets have
         try:
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=limit_seconds)
+            done = subprocess.run(
+                [str(word) for word in command], capture_output=True, text=True, timeout=limit_seconds
+            )
         except subprocess.TimeoutExpired as problem:
-            raise EmulationTimeout(f"kernel {symbol} was emulated for more than {limit_seconds:g} s; give it a smaller batch") from problem
+            raise EmulationTimeout(
+                f"kernel {symbol} was emulated for more than {limit_seconds:g} s; give it a smaller batch"
+            ) from problem
         if done.returncode or not results.exists() or not blocks.exists():
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             raise DeviceError(f"kernel {symbol} failed on the emulated {target.name}: {said}")
@@ -169,8 +203,10 @@ def _helpers(machine: Machine) -> tuple[Path, Path]:
     sources = resources.files("mest_compile.devices.native")
     runner, plugin = sources.joinpath("runner.c").read_text(), sources.joinpath("blocks.c").read_text()
     # The runner exports what kernels call; its pages are no larger than any Linux wants them.
-    return (_built(runner, "runner", [machine.compiler, "-O2", "-rdynamic"], ["-ldl", "-Wl,--no-as-needed", "-lm"]),
-            _built(plugin, "blocks.so", ["cc", "-O2", "-shared", "-fPIC"], []))
+    return (
+        _built(runner, "runner", [machine.compiler, "-O2", "-rdynamic"], ["-ldl", "-Wl,--no-as-needed", "-lm"]),
+        _built(plugin, "blocks.so", ["cc", "-O2", "-shared", "-fPIC"], []),
+    )
 
 
 def _built(text: str, name: str, compiler: list[str], libraries: list[str]) -> Path:

@@ -1,17 +1,20 @@
 """The link to a device: a small process between TVM's RPC client and the device's RPC server.
 
-TVM's client waits for the answer to everything it sends. Nobody looks at the answers to uploads, releases and calls that only write
-arrays; for those this process answers at once and takes the device's answer for itself. So batches are on their way, or already in the
-device's receive buffer, while the device computes. The device does everything in the order in which it was asked. When it reports a
-failure of something that was answered early, the next question that is waited for gets that failure as its answer.
+TVM's client waits for the answer to everything it sends. Nobody looks at the answers to uploads, releases and calls
+that only write arrays; for those this process answers at once and takes the device's answer for itself. So batches are
+on their way, or already in the device's receive buffer, while the device computes. The device does everything in the
+order in which it was asked. When it reports a failure of something that was answered early, the next question that is
+waited for gets that failure as its answer.
 
 It also notices what the client would wait for without end: a device that is cut off, or silent for too long.
 It is a process of its own because the client holds Python's lock while it releases arrays.
-Protocol: TVM 0.27, src/runtime/rpc/minrpc/rpc_reference.h (version "0.8.0", which client and server compare when they meet).
+Protocol: TVM 0.27, src/runtime/rpc/minrpc/rpc_reference.h (version "0.8.0", which client and server compare when they
+meet).
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -28,7 +31,7 @@ VOID = struct.pack("<Qiii", 12, RETURN, 1, NONE)
 NOTHING = struct.pack("<Qiiiqi", 24, RETURN, 2, INT, NONE, NONE)  # a function's result goes with its type in front
 KEEPALIVE_SECONDS = 5
 GREETING_SECONDS = 30  # at most, for what a device says before it is asked for anything
-START_SECONDS = 30     # until there is a connection to the device
+START_SECONDS = 30  # until there is a connection to the device
 MOST_KEY_BYTES = 4096
 LOST = 3  # exit code
 
@@ -80,7 +83,13 @@ class Link:
             return str(problem)
         except OSError as problem:
             return problem.strerror or str(problem)
-        except (struct.error, IndexError, ValueError, OverflowError, MemoryError):  # what says its own size, kind or turn wrong
+        except (
+            struct.error,
+            IndexError,
+            ValueError,
+            OverflowError,
+            MemoryError,
+        ):  # what says its own size, kind or turn wrong
             return "what it says is not TVM's RPC protocol"
 
     def _greet(self) -> None:
@@ -113,10 +122,8 @@ class Link:
 
     def _hang_up(self) -> None:
         for end in (self._device, self._client):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def _answer(self, packet: bytes) -> None:
         early, _ = self._asked.popleft()
@@ -146,7 +153,9 @@ class Link:
                 self._check_patience()
             if not select.select([end], [], [], 1.0)[0]:
                 continue
-            if hasattr(socket, "TCP_QUICKACK"):  # servers that write an answer in pieces wait for this between them, else 40 ms
+            if hasattr(
+                socket, "TCP_QUICKACK"
+            ):  # servers that write an answer in pieces wait for this between them, else 40 ms
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             if not (got := end.recv_into(memoryview(content)[place:])):
                 raise EOFError
@@ -158,16 +167,25 @@ def keep_alive(end: socket.socket) -> None:
     """Notices within some 20 seconds that the other side is cut off."""
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", KEEPALIVE_SECONDS), ("TCP_KEEPINTVL", KEEPALIVE_SECONDS), ("TCP_KEEPCNT", 3),
-                          ("TCP_USER_TIMEOUT", 4000 * KEEPALIVE_SECONDS)):
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+        ("TCP_KEEPINTVL", KEEPALIVE_SECONDS),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 4000 * KEEPALIVE_SECONDS),
+    ):
         if hasattr(socket, option):
             end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def start(host: str, port: int, silence_seconds: float, early: bool = True) -> tuple[subprocess.Popen, int]:
-    """(the link's process, the local port where TVM's client finds the device). Raises OSError when it cannot be reached."""
-    process = subprocess.Popen([sys.executable, "-m", __name__, host, str(port), str(silence_seconds), str(int(early))], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """(the link's process, the local port where TVM's client finds the device). Raises OSError when it cannot be
+    reached."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, host, str(port), str(silence_seconds), str(int(early))],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout and process.stderr
     there = bool(select.select([process.stdout], [], [], START_SECONDS)[0])
     line = process.stdout.readline() if there else ""

@@ -21,7 +21,10 @@ from mest_compile.hardware.target import Target, needed_features
 from mest_compile.kernels.linking import link_kernel, triple_of
 from mest_compile.kernels.source import KernelSource
 
-CPUINFO, KERNEL = "/proc/cpuinfo", "/sys/devices/system/cpu/modalias"  # the second begins with the architecture of the running kernel
+CPUINFO, KERNEL = (
+    "/proc/cpuinfo",
+    "/sys/devices/system/cpu/modalias",
+)  # the second begins with the architecture of the running kernel
 MOST_BYTES = 65536
 SYSTEM_CALLS = ("open", "read", "close")
 CLOCK = "mest.clock"  # a function of devices whose timer counts something else than time; it gives what
@@ -32,8 +35,10 @@ def kernel(path: T.Buffer((64,), "uint8"), content: T.Buffer(({MOST_BYTES},), "u
     size[0] = T.call_extern("int32", "open", path.data, 0)
     size[1] = 0
     for _ in T.serial(64):
-        size[1] = size[1] + T.max(0, T.call_extern("int32", "read", size[0], T.address_of(content[T.min(size[1], {MOST_BYTES - 1})]),
-                                                   {MOST_BYTES - 1} - size[1]))
+        size[1] = size[1] + T.max(0, T.call_extern(
+            "int32", "read", size[0], T.address_of(content[T.min(size[1], {MOST_BYTES - 1})]),
+            {MOST_BYTES - 1} - size[1]
+        ))
     T.evaluate(T.call_extern("int32", "close", size[0]))
 """
 _ARM = ("aarch64", "arm")
@@ -67,7 +72,8 @@ class DeviceFacts:
 
 
 def check(session: Session, target: Target) -> DeviceFacts:
-    """What the device of a session is. Raises TargetError when it is not one that the target describes, DeviceLost when it is gone."""
+    """What the device of a session is. Raises TargetError when it is not one that the target describes, DeviceLost when
+    it is gone."""
     device = session.device
     gpu = "" if target.gpu is None else str(session.place(target.device).device_name)
     try:
@@ -76,15 +82,24 @@ def check(session: Session, target: Target) -> DeviceFacts:
         raise
     except Exception as problem:  # of TVM's many types
         if (lost := session.lost()) is not None:
-            raise DeviceLost(f"device {device} is lost: {lost}; does it run code for target {target.name!r}?") from problem
-        raise TargetError(f"device {device} does not run code for target {target.name!r}; choose the device's own target. It said: "
-                          f"{last_line(problem)}") from problem
+            raise DeviceLost(
+                f"device {device} is lost: {lost}; does it run code for target {target.name!r}?"
+            ) from problem
+        raise TargetError(
+            f"device {device} does not run code for target {target.name!r}; choose the device's own target. It said: "
+            f"{last_line(problem)}"
+        ) from problem
     if target.gpu and (target.gpu.name or "").lower() not in gpu.lower():
-        raise TargetError(f"device {device} serves the GPU {gpu!r}, target {target.name!r} asks for one named {target.gpu.name!r}; serve "
-                          "that one, or change gpu.name in the target's file")
+        raise TargetError(
+            f"device {device} serves the GPU {gpu!r}, target {target.name!r} asks for one named "
+            f"{target.gpu.name!r}; serve "
+            "that one, or change gpu.name in the target's file"
+        )
     if lacking := facts.lacks(target):
-        raise TargetError(f"device {device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
-                          f"{target.name!r} may use; choose the device's own target")
+        raise TargetError(
+            f"device {device} is {facts.cpu or 'unknown'} and lacks {', '.join(lacking)}, which code for target "
+            f"{target.name!r} may use; choose the device's own target"
+        )
     return facts
 
 
@@ -110,11 +125,14 @@ def _ask(session: Any, target: Target) -> DeviceFacts:
     except (AttributeError, RuntimeError, ValueError):  # TVM's ways to say that there is none
         clock = ""
     model = machine_model(cpuinfo, board)
-    return DeviceFacts(model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target.processor)[0], cpuinfo, kernel), clock)
+    return DeviceFacts(
+        model, frozenset(cpu_features(cpuinfo)), is_emulated(triple_of(target.processor)[0], cpuinfo, kernel), clock
+    )
 
 
 def is_emulated(architecture: str, cpuinfo: str, kernel: str) -> bool:
-    """Whether code of that architecture ran on a machine whose files are those of another. ARM runs 32-bit code on 64-bit kernels."""
+    """Whether code of that architecture ran on a machine whose files are those of another. ARM runs 32-bit code on
+    64-bit kernels."""
     if kernel.startswith("cpu:type:"):
         arm = kernel.startswith("cpu:type:aarch64") or kernel.startswith("cpu:type:arm")
     elif cpuinfo:
@@ -138,7 +156,11 @@ def _read(session: Any, read: Any, path: str) -> str:
     from tvm import runtime
 
     device = session.cpu(0)
-    arrays = [np.frombuffer(path.encode().ljust(64, b"\0"), np.uint8), np.zeros(MOST_BYTES, np.uint8), np.zeros(2, np.int32)]
+    arrays = [
+        np.frombuffer(path.encode().ljust(64, b"\0"), np.uint8),
+        np.zeros(MOST_BYTES, np.uint8),
+        np.zeros(2, np.int32),
+    ]
     there = [runtime.tensor(array, device) for array in arrays]
     read(*there)
-    return there[1].numpy()[:there[2].numpy()[1]].tobytes().decode(errors="replace")
+    return there[1].numpy()[: there[2].numpy()[1]].tobytes().decode(errors="replace")

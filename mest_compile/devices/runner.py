@@ -26,8 +26,14 @@ class RemoteRunner:
     target    that all this was compiled for; the device must be one
     """
 
-    def __init__(self, device: Device, library: bytes, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int,
-                 target: Target):
+    def __init__(
+        self,
+        device: Device,
+        library: bytes,
+        programs: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+        threads: int,
+        target: Target,
+    ):
         from mest_compile.devices.probe import check
 
         kind = target.device
@@ -43,14 +49,17 @@ class RemoteRunner:
             check(self._session, target)
             with self._told("the step cannot be loaded"):
                 remote = self._session.rpc
-                name = f"step.{secrets.token_hex(8)}.so"  # servers may share a folder, and nobody writes into what another one runs
+                # servers may share a folder, and nobody writes into what another one runs
+                name = f"step.{secrets.token_hex(8)}.so"
                 remote.upload(bytearray(library), name)
                 self.uploaded_bytes += len(library)
                 self._module = remote.load_module(name)
                 remote.remove(name)
                 self._machine = self._module["vm_load_executable"]()
                 kinds = dict.fromkeys((kind, "cpu"))  # a machine needs a processor beside another device
-                self._machine["vm_initialization"](*(fact for each in kinds for fact in (BACKENDS.find(each).device_type, 0, POOLED)))
+                self._machine["vm_initialization"](
+                    *(fact for each in kinds for fact in (BACKENDS.find(each).device_type, 0, POOLED))
+                )
                 remote.get_function("runtime.config_threadpool")(1, threads)
                 self._functions = {name: self._machine[name] for name in programs}
         except MestError:
@@ -91,14 +100,19 @@ class RemoteRunner:
             self._functions[function](*self._arguments[function])
 
     def seconds(self, function: str, repeats: int) -> list[float]:
-        """Of each of `repeats` runs by the device's own clock, after one that is not counted; the device's `early` must be off."""
+        """Of each of `repeats` runs by the device's own clock, after one that is not counted; the device's `early` must
+        be off."""
         self.run(function)
         with self._told(f"{function} cannot be timed"):
-            timed = self._machine.time_evaluator(function, self._device, number=1, repeat=repeats)(*self._arguments[function])
+            timed = self._machine.time_evaluator(function, self._device, number=1, repeat=repeats)(
+                *self._arguments[function]
+            )
         return list(map(float, timed.results))
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
-        raise DeviceError("a step on another device cannot be profiled call by call; tune or analyze its kernels instead")
+        raise DeviceError(
+            "a step on another device cannot be profiled call by call; tune or analyze its kernels instead"
+        )
 
     def close(self) -> None:
         """Gives the device back. What the step held there is lost."""
@@ -126,7 +140,9 @@ class RemoteRunner:
             device = self._session.device
             if (lost := self._session.lost()) is not None:
                 raise DeviceLost(f"device {device} is lost: {lost}") from problem
-            raise DeviceError(f"device {device}: {what}: {last_line(problem)}. Is the target that of the device?") from problem
+            raise DeviceError(
+                f"device {device}: {what}: {last_line(problem)}. Is the target that of the device?"
+            ) from problem
         except BaseException:  # Ctrl-C in the middle of a packet, or of an answer, which the next question would get
             self.close()
             raise

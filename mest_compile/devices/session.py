@@ -1,4 +1,5 @@
-"""Runs a step's programs on a device behind TVM's RPC tracker: arrays stay there, batches are sent ahead, results are read back."""
+"""Runs a step's programs on a device behind TVM's RPC tracker: arrays stay there, batches are sent ahead, results are
+read back."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ class Device:
     """Any device that serves under `key` at the tracker.
 
     wait_seconds     how long to wait until one is free
-    silence_seconds  how long a device may take for one answer before it counts as lost; a step of a slow board may take minutes
-    early            whether the link answers a step's calls before the device does; not where calls have results, as in timing
+    silence_seconds  how long a device may take for one answer before it counts as lost; a step of a slow board may take
+                     minutes
+    early            whether the link answers a step's calls before the device does; not where calls have results, as in
+                     timing
     """
 
     tracker: Address
@@ -49,7 +52,11 @@ class Device:
         end, said = time.monotonic() + self.wait_seconds, ""
         while (left := end - time.monotonic()) > 0:
             try:
-                return Session(self, *tracker.request(self.tracker, self.key, left if said else min(left, SILENT_SECONDS)), limit_seconds)
+                return Session(
+                    self,
+                    *tracker.request(self.tracker, self.key, left if said else min(left, SILENT_SECONDS)),
+                    limit_seconds,
+                )
             except TimeoutError:
                 now = "no device of that key is free"
             except (OSError, DeviceError) as problem:  # the tracker restarts, or gave away a device that is gone by now
@@ -58,8 +65,10 @@ class Device:
             if not said and self.wait_seconds > SILENT_SECONDS:
                 log.warning("device %s: %s; waiting up to %g s", self, now, self.wait_seconds)
             said = now
-        raise DeviceError(f"device {self}: none to be had within {self.wait_seconds:g} s ({said}); look at the tracker with "
-                         f"mest-compile tracker --query {self.tracker}")
+        raise DeviceError(
+            f"device {self}: none to be had within {self.wait_seconds:g} s ({said}); look at the tracker with "
+            f"mest-compile tracker --query {self.tracker}"
+        )
 
     def listed(self) -> int:
         """How many devices are at the tracker under the key. Raises OSError (no tracker answers)."""
@@ -95,14 +104,20 @@ class Session:
         """TVM's device for arrays and kernels, of a kind. Raises TargetError when what serves there has none."""
         there = self.rpc.device(BACKENDS.find(kind).device_type, 0)
         if not there.exist:
-            raise TargetError(f"device {self.device}: its TVM runtime has no {kind}, or finds no driver; serve there with a runtime that "
-                              "has it (docs/devices.md), or choose a target that is the device's CPU")
+            raise TargetError(
+                f"device {self.device}: its TVM runtime has no {kind}, or finds no driver; serve there with a "
+                "runtime that "
+                "has it (docs/devices.md), or choose a target that is the device's CPU"
+            )
         return there
 
     def lost(self) -> str | None:
         """Why the device is gone; None: it is not. The link's process ends with the connection."""
         if not self.close.alive:
-            return "the session was closed, by close() or by Ctrl-C in the middle of an exchange; call step.reconnect(), then restore"
+            return (
+                "the session was closed, by close() or by Ctrl-C in the middle of an exchange; call "
+                "step.reconnect(), then restore"
+            )
         try:
             self._link.wait(2)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """What is asked of TVM's RPC tracker, in its protocol: a device of a key, and what it has on its list.
 
-Every conversation has one deadline, from the connection to the last byte of the answer, and an answer that is none is a ConnectionError.
+Every conversation has one deadline, from the connection to the last byte of the answer, and an answer that is none is a
+ConnectionError.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mest_compile.base.errors import UsageError
 
 MAGIC, REQUEST, SUMMARY, SUCCESS = 0x2F271, 4, 6, 0
 ANSWER_SECONDS = 10.0  # for what needs no device
-MOST_BYTES = 2**24     # of an answer: some hundred thousand devices
+MOST_BYTES = 2**24  # of an answer: some hundred thousand devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Address:
         bracketed = host.startswith("[") and host.endswith("]")
         host = host[1:-1] if bracketed else host
         numbered = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
-        if not is_word(host) or ":" in host and not bracketed or not numbered:
+        if not is_word(host) or (":" in host and not bracketed) or not numbered:
             raise UsageError(f"tracker is {text!r}; wanted host:port, such as 127.0.0.1:9190 or [::1]:9190")
         return cls(host, int(port))
 
@@ -49,12 +50,15 @@ def is_word(text: Any) -> bool:
 def check_key(key: Any) -> str:
     """The key of a device, as it was given. Raises UsageError for what TVM's tracker and server would take apart."""
     if not is_word(key) or ":" in key:
-        raise UsageError(f"key is {key!r}; wanted the name under which a device serves, without blanks and colons, such as \"phone\"")
+        raise UsageError(
+            f'key is {key!r}; wanted the name under which a device serves, without blanks and colons, such as "phone"'
+        )
     return key
 
 
 def request(tracker: Address, key: str, seconds: float) -> tuple[Address, str]:
-    """(where a free device listens, key of the session). Raises TimeoutError (none was free in time), OSError (no tracker answers)."""
+    """(where a free device listens, key of the session). Raises TimeoutError (none was free in time), OSError (no
+    tracker answers)."""
     code, value = _ask(tracker, [REQUEST, key, "", 1], seconds)
     if code != SUCCESS:
         raise ConnectionError(f"tracker {tracker} answers {value!r}" if value is not None else _nonsense(tracker, code))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def import_model(model: torch.nn.Module | str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+def import_model(
+    model: torch.nn.Module | str | Path, input_shape: tuple[int, ...]
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
     model        torch.nn.Module, a path that ends in .onnx, or the name of a built-in model
@@ -37,8 +39,10 @@ def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[F
     from mest_compile.frontend.torch_import import read_module
 
     if not isinstance(module, torch.nn.Module):
-        raise SpecError("a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
-                        f"got {type(module).__name__}")
+        raise SpecError(
+            "a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
+            f"got {type(module).__name__}"
+        )
     return read_module(module, _checked(input_shape))
 
 

@@ -33,12 +33,16 @@ def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
         if index >= 0 and index not in needed:
             needed.add(index)
             pending.extend(drafts[index].inputs)
-    order = sorted(needed)                    # drafts are made in topological order, so the logits come last
+    order = sorted(needed)  # drafts are made in topological order, so the logits come last
     if not any(drafts[index].op in ("conv2d", "linear") for index in order):
         raise SpecError("there is nothing to train: the model's output depends on no convolution and no linear layer")
     _check_parameters([name for index in order for name in drafts[index].params.values()])
 
-    layers = {index: drafts[index].params["weight"].removesuffix(".weight") for index in order if "weight" in drafts[index].params}
+    layers = {
+        index: drafts[index].params["weight"].removesuffix(".weight")
+        for index in order
+        if "weight" in drafts[index].params
+    }
     taken = {INPUT, *layers.values()}
     names = {-1: INPUT}
     for index, path in layers.items():
@@ -51,8 +55,18 @@ def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
             if (name := f"{op}_{counts[op]}") not in taken:
                 names[index] = name
                 taken.add(name)
-    return tuple(Node(draft.op, names[index], tuple(names[source] for source in draft.inputs), draft.shape, draft.params, draft.attrs)
-                 for index in order for draft in [drafts[index]])
+    return tuple(
+        Node(
+            draft.op,
+            names[index],
+            tuple(names[source] for source in draft.inputs),
+            draft.shape,
+            draft.params,
+            draft.attrs,
+        )
+        for index in order
+        for draft in [drafts[index]]
+    )
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -67,8 +81,13 @@ def _check_parameters(used: list[str]) -> None:
     seen: set[str] = set()
     for name in used:
         if name in seen:
-            raise UnsupportedOperator(f"{name} is used by two operators; shared weights cannot be trained here: give each operator its own")
+            raise UnsupportedOperator(
+                f"{name} is used by two operators; shared weights cannot be trained here: give each operator its own"
+            )
         seen.add(name)
     for name in used:
-        if name in TAKEN or ":" in name and name.rpartition(":")[0] in seen:
-            raise SpecError(f"{name!r} cannot be a parameter's name here, a step calls an array of its own so: rename it in the model")
+        if name in TAKEN or (":" in name and name.rpartition(":")[0] in seen):
+            raise SpecError(
+                f"{name!r} cannot be a parameter's name here, a step calls an array of its own so: rename it in "
+                "the model"
+            )

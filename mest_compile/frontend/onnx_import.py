@@ -19,14 +19,23 @@ from mest_compile.frontend.relax_graph import check_finite, read_main, unsupport
 from mest_compile.ir.graph import ForwardGraph, Node
 
 # What TVM's converters raise; its own errors are RuntimeErrors.
-_CONVERTER_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError, NotImplementedError)
+_CONVERTER_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 def read_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The forward pass of an ONNX model and its weights by name, which torch.onnx.export takes from torch.
 
-    Export with `torch.onnx.export(model.eval(), x, path, dynamo=False, do_constant_folding=False)`; otherwise BatchNorm is folded into
-    the convolutions, and stays so.
+    Export with `torch.onnx.export(model.eval(), x, path, dynamo=False, do_constant_folding=False)`; otherwise BatchNorm
+    is folded into the convolutions, and stays so.
     input_shape  (N, C, H, W) or (N, features); N may differ from the exported one unless the file fixes it in a reshape
     Raises DataError when the file cannot be read, UnsupportedOperator, SpecError.
     """
@@ -34,7 +43,9 @@ def read_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     state, names = plain(model, input_shape)
     function = _to_relax(model, input_shape, names)
     parameters = {ours: name for ours, name in names.items() if name in state}
-    graph, transposed = read_main(function, parameters, {name: array.shape for name, array in state.items()}, {}, may_transpose=True)
+    graph, transposed = read_main(
+        function, parameters, {name: array.shape for name, array in state.items()}, {}, may_transpose=True
+    )
     check_finite(graph, state)
     for name in transposed:
         state[name] = np.ascontiguousarray(state[name].T)
@@ -76,7 +87,9 @@ def _to_relax(model: Any, input_shape: tuple[int, ...], names: Mapping[str, str]
         # TVM prints which operator it was converting when it failed, and warns of sizes that are given below.
         with warnings.catch_warnings(), redirect_stdout(printed):
             warnings.simplefilter("ignore", UserWarning)
-            return from_onnx(model, shape_dict={model.graph.input[0].name: list(input_shape)}, keep_params_in_input=True)["main"]
+            return from_onnx(
+                model, shape_dict={model.graph.input[0].name: list(input_shape)}, keep_params_in_input=True
+            )["main"]
     except _CONVERTER_ERRORS as error:
         failed = re.match(r"Error converting operator (\w+)", printed.getvalue())
         line = re.sub(r"\bvalue\d+\b", lambda found: names.get(found[0], found[0]), _first_line(error))

@@ -1,7 +1,8 @@
 """An ONNX model in the spellings that TVM's importer reads right, and what each name meant.
 
-TVM's importer drops prefixes, parses names as C++ scopes and lets two of them fall together, so it gets names of ours. Weights may come as
-initializers, as Constant nodes, or through Identity nodes where torch.onnx.export has merged equal ones: here all are initializers.
+TVM's importer drops prefixes, parses names as C++ scopes and lets two of them fall together, so it gets names of ours.
+Weights may come as initializers, as Constant nodes, or through Identity nodes where torch.onnx.export has merged equal
+ones: here all are initializers.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ def _refuse_foreign(graph: Any) -> None:
         if any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute):
             raise unsupported(node.op_type, where(node))
     if graph.sparse_initializer:
-        raise SpecError(f"dense weights are wanted, {graph.sparse_initializer[0].values.name} is a sparse_initializer: export the model "
-                        "with dense ones")
+        raise SpecError(
+            f"dense weights are wanted, {graph.sparse_initializer[0].values.name} is a sparse_initializer: "
+            "export the model "
+            "with dense ones"
+        )
 
 
 def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
@@ -62,13 +66,17 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
     held = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in held]
     if len(inputs) != 1:
-        raise SpecError(f"a model with one input is wanted, this one has {len(inputs)}: "
-                        f"{', '.join(value.name for value in inputs) or 'is it an ONNX model?'}")
+        raise SpecError(
+            f"a model with one input is wanted, this one has {len(inputs)}: "
+            f"{', '.join(value.name for value in inputs) or 'is it an ONNX model?'}"
+        )
     shape = inputs[0].type.tensor_type.shape
-    declared = [dim.dim_value or None for dim in shape.dim]       # None where the size is free
+    declared = [dim.dim_value or None for dim in shape.dim]  # None where the size is free
     known = inputs[0].type.tensor_type.HasField("shape")
-    if known and (len(declared) != len(input_shape)
-                  or any(want not in (None, size) for want, size in zip(declared[1:], input_shape[1:], strict=True))):
+    if known and (
+        len(declared) != len(input_shape)
+        or any(want not in (None, size) for want, size in zip(declared[1:], input_shape[1:], strict=True))
+    ):
         shown = ", ".join("any" if size is None else str(size) for size in declared)
         raise SpecError(f"the model takes an input of shape ({shown}), input_shape is {input_shape}")
     del shape.dim[:]
@@ -78,7 +86,8 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
 
 
 def _weights_to_initializers(graph: Any) -> None:
-    """Constant nodes of rank 1 and more, and Identity of an initializer, become initializers under their output's name."""
+    """Constant nodes of rank 1 and more, and Identity of an initializer, become initializers under their output's
+    name."""
     from onnx import TensorProto, numpy_helper
 
     held = {tensor.name: tensor for tensor in graph.initializer}
@@ -101,7 +110,8 @@ def _weights_to_initializers(graph: Any) -> None:
 
 
 def _numbers_to_constants(graph: Any) -> None:
-    """A single number that is read, as a bound of a Clip is, becomes a Constant node, which TVM folds: no weight has no axes."""
+    """A single number that is read, as a bound of a Clip is, becomes a Constant node, which TVM folds: no weight has no
+    axes."""
     from onnx import helper
 
     read = {name for node in graph.node for name in node.input}
@@ -161,10 +171,14 @@ def _same_to_pads(model: Any) -> None:
         kernel = attributes.get("kernel_shape") or list(shapes.get(node.input[1], ())[2:])
         image = shapes.get(node.input[0], ())[2:]
         if not kernel or len(kernel) != len(image):
-            raise SpecError(f"auto_pad={how} {where(node)} needs a known size of its input: export the model with explicit pads")
+            raise SpecError(
+                f"auto_pad={how} {where(node)} needs a known size of its input: export the model with explicit pads"
+            )
         strides, dilations = (attributes.get(name) or [1] * len(kernel) for name in ("strides", "dilations"))
-        totals = [0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
-                  for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)]
+        totals = [
+            0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
+            for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)
+        ]
         if odd := [total for total in totals if total % 2]:
             sides = f"{odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other"
             raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {sides},", where(node))
@@ -178,7 +192,10 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     from onnx import shape_inference
 
     graph = shape_inference.infer_shapes(model).graph
-    known = {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in [*graph.input, *graph.value_info]}
+    known = {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in [*graph.input, *graph.value_info]
+    }
     known = {name: shape for name, shape in known.items() if all(shape)}
     return known | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
 
@@ -193,14 +210,16 @@ def _state(graph: Any) -> dict[str, np.ndarray]:
         if not _is_float(tensor):
             continue
         if kind != "FLOAT":
-            raise SpecError(f"float32 parameters are wanted, {tensor.name} is {kind.lower()}: export the model in float32")
+            raise SpecError(
+                f"float32 parameters are wanted, {tensor.name} is {kind.lower()}: export the model in float32"
+            )
         state[tensor.name] = numpy_helper.to_array(tensor).copy()
     return state
 
 
 def _rename(graph: Any) -> dict[str, str]:
     """Gives every value of the graph a name of ours; returns {its own name: ours}."""
-    ours: dict[str, str] = {"": ""}                                # an input that is left out
+    ours: dict[str, str] = {"": ""}  # an input that is left out
 
     def named(names: Iterable[str]) -> list[str]:
         return [ours.setdefault(name, f"value{len(ours)}") for name in names]
@@ -209,8 +228,11 @@ def _rename(graph: Any) -> dict[str, str]:
         (value.name,) = named([value.name])
     for node in graph.node:
         if missing := [name for name in node.input if name not in ours]:
-            raise SpecError(f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight gives: the file is "
-                            "no whole model")
+            raise SpecError(
+                f"{node.op_type} {where(node)} reads {missing[0]!r}, which no node before it and no weight "
+                "gives: the file is "
+                "no whole model"
+            )
         node.input[:], node.output[:] = named(node.input), named(node.output)
     for value in graph.output:
         (value.name,) = named([value.name])

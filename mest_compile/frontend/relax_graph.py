@@ -38,18 +38,24 @@ def reads(*names: str, gives: tuple[str, ...] = ()) -> Callable[[R], R]:
 
 
 def unsupported(what: str, where: str = "") -> UnsupportedOperator:
-    """The error for an operator that has no training form here; `where` names the layer, for instance "in layer 'act'"."""
-    return UnsupportedOperator(f"{what}{' ' + where if where else ''} cannot be trained here; supported: {', '.join(SUPPORTED.names())}")
+    """The error for an operator that has no training form here; `where` names the layer, for instance "in layer
+    'act'"."""
+    return UnsupportedOperator(
+        f"{what}{' ' + where if where else ''} cannot be trained here; supported: {', '.join(SUPPORTED.names())}"
+    )
 
 
 def dropout_error(p: float, where: str) -> UnsupportedOperator:
-    return UnsupportedOperator(f"dropout with p={p} {where} trains differently from how it evaluates, which is not supported: "
-                               "set p to 0 or remove it")
+    return UnsupportedOperator(
+        f"dropout with p={p} {where} trains differently from how it evaluates, which is not supported: "
+        "set p to 0 or remove it"
+    )
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter on its way to its operator. `form` is "" as stored, "transposed", or "channel": reshaped to (1, C, 1, 1)."""
+    """A parameter on its way to its operator. `form` is "" as stored, "transposed", or "channel": reshaped to (1, C, 1,
+    1)."""
 
     name: str
     form: str = ""
@@ -81,7 +87,8 @@ class Value:
 class Formula:
     """A function of one activation on its way to being one, element by element: the x + 3 of a hardswish.
 
-    forms  the activation that it is a function of, or several where one is a function of the other -> its values at certain points
+    forms  the activation that it is a function of, or several where one is a function of the other -> its values at
+           certain points
     names  of the operators that it is made of
     error  why no training operator can take it as it is
     """
@@ -91,15 +98,21 @@ class Formula:
     error: UnsupportedOperator
 
 
-def read_main(function: Any, parameters: Mapping[str, str], state_shapes: Mapping[str, tuple[int, ...]],
-              places: Mapping[str, str], may_transpose: bool = False,
-              written: Mapping[str, str] | None = None) -> tuple[ForwardGraph, set[str]]:
+def read_main(
+    function: Any,
+    parameters: Mapping[str, str],
+    state_shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, str],
+    may_transpose: bool = False,
+    written: Mapping[str, str] | None = None,
+) -> tuple[ForwardGraph, set[str]]:
     """The Relax function as a ForwardGraph, and the names of the linear weights that it holds as (in, out).
 
     parameters     Relax parameter -> torch name
     state_shapes   every parameter and buffer by torch name, in torch's order
     places         Relax variable -> where in the model it is made ("in layer 'act' (GELU)"), for error messages
-    may_transpose  a linear weight may be stored as (in, out); `state_shapes` then still holds it that way, the graph does not
+    may_transpose  a linear weight may be stored as (in, out); `state_shapes` then still holds it that way, the graph
+                   does not
     written        Relax variable -> the operator that the model's author wrote, where it is made of several
     Raises UnsupportedOperator, SpecError.
     """
@@ -111,14 +124,23 @@ def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
     for node in graph.nodes:
         for name in node.params.values():
             if wrong := np.count_nonzero(~np.isfinite(state[name])):
-                raise SpecError(f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from before it diverged")
+                raise SpecError(
+                    f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from "
+                    "before it diverged"
+                )
 
 
 class Reader:
     """Walks the bindings of one Relax function."""
 
-    def __init__(self, parameters: Mapping[str, str], state_shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, str],
-                 may_transpose: bool, written: Mapping[str, str]):
+    def __init__(
+        self,
+        parameters: Mapping[str, str],
+        state_shapes: Mapping[str, tuple[int, ...]],
+        places: Mapping[str, str],
+        may_transpose: bool,
+        written: Mapping[str, str],
+    ):
         self.parameters = parameters
         self.state_shapes = dict(state_shapes)
         self.places = places
@@ -136,7 +158,9 @@ class Reader:
         count = int(function.attrs["num_input"])
         inputs, rest = list(function.params[:count]), list(function.params[count:])
         if len(inputs) != 1:
-            raise SpecError(f"a model with one input is wanted, this one has {len(inputs)}: {', '.join(var.name for var in inputs)}")
+            raise SpecError(
+                f"a model with one input is wanted, this one has {len(inputs)}: {', '.join(var.name for var in inputs)}"
+            )
         input_shape = _shape(inputs[0])
         self.values[inputs[0]] = Value(-1, input_shape)
         for var in rest:
@@ -157,8 +181,10 @@ class Reader:
             raise SpecError(f"a model that returns the logits alone is wanted, this one returns {len(result)} values")
         logits = self.activation(result)
         if len(logits.shape) != 2 or logits.shape[0] != input_shape[0]:
-            raise SpecError(f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
-                            "end it with flatten and a linear layer")
+            raise SpecError(
+                f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
+                "end it with flatten and a linear layer"
+            )
         return ForwardGraph(name_nodes(self.drafts, logits.draft), input_shape, self.state_shapes), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:
@@ -210,8 +236,14 @@ class Reader:
             raise self.error(f"{kind} used as an activation")
         return value
 
-    def add(self, op: str, inputs: tuple[Value, ...], shape: tuple[int, ...], params: dict[str, str] | None = None,
-            attrs: dict[str, Any] | None = None) -> Value:
+    def add(
+        self,
+        op: str,
+        inputs: tuple[Value, ...],
+        shape: tuple[int, ...],
+        params: dict[str, str] | None = None,
+        attrs: dict[str, Any] | None = None,
+    ) -> Value:
         self.drafts.append(Draft(op, tuple(value.draft for value in inputs), shape, params or {}, attrs or {}))
         return Value(len(self.drafts) - 1, shape)
 
@@ -220,7 +252,9 @@ def _shape(var: Any) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in var.ty.shape)
     except TypeError as error:
-        raise SpecError(f"every size must be known when the model is compiled; {var.name} has shape {var.ty.shape}") from error
+        raise SpecError(
+            f"every size must be known when the model is compiled; {var.name} has shape {var.ty.shape}"
+        ) from error
 
 
 def _number(expr: Any) -> float | None:
@@ -251,5 +285,3 @@ def _is_stored(*values: Any) -> bool:
 def _single(value: float) -> float:
     """The shortest decimal that is the same float32: ONNX stores 1e-5 as 9.99999975e-06, and both ways must agree."""
     return float(str(np.float32(value)))
-
-

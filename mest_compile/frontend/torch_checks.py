@@ -14,15 +14,20 @@ from mest_compile.ir.graph import ForwardGraph
 if TYPE_CHECKING:
     import torch
 
-_HOOKS = {"_forward_pre_hooks": "forward-pre", "_forward_hooks": "forward", "_backward_pre_hooks": "backward-pre",
-          "_backward_hooks": "backward"}
+_HOOKS = {
+    "_forward_pre_hooks": "forward-pre",
+    "_forward_hooks": "forward",
+    "_backward_pre_hooks": "backward-pre",
+    "_backward_hooks": "backward",
+}
 # What is not trained may be of these types, which a checkpoint can hold.
 KEPT = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _STATISTICS = ("running_mean", "running_var")
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel, which do not change what it computes."""
+    """The module inside torch.compile, DataParallel and DistributedDataParallel, which do not change what it
+    computes."""
     import torch
 
     while isinstance(model, torch.nn.Module):
@@ -36,23 +41,38 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_module(module: torch.nn.Module) -> None:
-    """Refuses what cannot be read at all, and what would not run in a compiled step. Raises SpecError, UnsupportedOperator."""
+    """Refuses what cannot be read at all, and what would not run in a compiled step. Raises SpecError,
+    UnsupportedOperator."""
     import torch
 
     if isinstance(module, torch.fx.GraphModule) and "train" in vars(module):  # torch.export puts one there that raises
-        raise SpecError("the model is a module of an ExportedProgram, which keeps the mode it was exported in: pass the module that it was "
-                        "exported from")
+        raise SpecError(
+            "the model is a module of an ExportedProgram, which keeps the mode it was exported in: pass the "
+            "module that it was "
+            "exported from"
+        )
     owners: dict[int, str] = {}
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
         if torch.nn.parameter.is_lazy(tensor):
             raise SpecError(f"{name} has no values yet, its module is lazy: call the model once on an example")
         if tensor.is_meta:
-            raise SpecError(f"{name} is on the meta device and has no values: load the weights first (to_empty, load_state_dict)")
+            raise SpecError(
+                f"{name} is on the meta device and has no values: load the weights first (to_empty, load_state_dict)"
+            )
     for name, part in module.named_modules():
         here = f"layer {name!r}" if name else "the model"
         if isinstance(part, torch.jit.ScriptModule):
-            raise SpecError(f"{here} is a ScriptModule, whose Python source is gone: pass the module that it was made from")
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.track_running_stats and part.momentum is None:
+            raise SpecError(
+                f"{here} is a ScriptModule, whose Python source is gone: pass the module that it was made from"
+            )
+        if (
+            isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+            and part.track_running_stats
+            and part.momentum is None
+        ):
             raise unsupported("batch_norm with momentum=None (a cumulative average)", f"in layer {name!r}")
         for hooks, kind in _HOOKS.items():
             if found := getattr(part, hooks, None):
@@ -65,25 +85,37 @@ def check_module(module: torch.nn.Module) -> None:
             if found := getattr(tensor, hooks, None):
                 raise _hook_error(kind, name, next(iter(found.values())))
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        other = owners.setdefault(parameter.data_ptr() or id(parameter), name)  # another Parameter may lie in the same memory
+        other = owners.setdefault(
+            parameter.data_ptr() or id(parameter), name
+        )  # another Parameter may lie in the same memory
         if other != name:
-            raise UnsupportedOperator(f"{other} and {name} are one parameter; shared weights cannot be trained here: "
-                                      "give each layer its own")
+            raise UnsupportedOperator(
+                f"{other} and {name} are one parameter; shared weights cannot be trained here: give each layer its own"
+            )
 
 
 def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:
     called = getattr(hook, "__qualname__", type(hook).__name__)
-    return UnsupportedOperator(f"{where} has a {kind} hook ({called}), which a compiled step would not call: remove it first "
-                               "(its handle's remove(), torch.nn.utils.prune.remove, remove_weight_norm)")
+    return UnsupportedOperator(
+        f"{where} has a {kind} hook ({called}), which a compiled step would not call: remove it first "
+        "(its handle's remove(), torch.nn.utils.prune.remove, remove_weight_norm)"
+    )
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`state_dict()` without what is no tensor and BatchNorm's counters of batches, which no operator reads."""
     import torch
 
-    counters = {f"{name}.num_batches_tracked".lstrip(".") for name, part in module.named_modules()
-                if isinstance(part, torch.nn.modules.batchnorm._NormBase)}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in counters and isinstance(tensor, torch.Tensor)}
+    counters = {
+        f"{name}.num_batches_tracked".lstrip(".")
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.modules.batchnorm._NormBase)
+    }
+    return {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name not in counters and isinstance(tensor, torch.Tensor)
+    }
 
 
 def read_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -100,7 +132,9 @@ def read_state(module: torch.nn.Module) -> dict[str, np.ndarray]:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.layout is not torch.strided or kind not in KEPT:
             kind = kind if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.")
-            raise SpecError(f"float32 parameters are wanted, {name} is {kind}: call model.float(), or make it dense float32")
+            raise SpecError(
+                f"float32 parameters are wanted, {name} is {kind}: call model.float(), or make it dense float32"
+            )
         state[name] = tensor.detach().cpu().numpy().copy()
     return state
 
@@ -124,26 +158,36 @@ def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
                     raise unsupported(f"{name}, a parameter, as batch_norm's {role}")
                 continue
             if name not in parameters:
-                raise UnsupportedOperator(f"{name} is a buffer, which torch does not train, used as {node.op}'s {role}; fixed weights are "
-                                          "not supported: make it an nn.Parameter to train it")
+                raise UnsupportedOperator(
+                    f"{name} is a buffer, which torch does not train, used as {node.op}'s {role}; fixed weights are "
+                    "not supported: make it an nn.Parameter to train it"
+                )
             if not parameters[name].requires_grad:
-                raise UnsupportedOperator(f"{name} is frozen (requires_grad=False); layers that stay as they are while others train are "
-                                          "not supported: call requires_grad_(True) on it, or on the whole model")
+                raise UnsupportedOperator(
+                    f"{name} is frozen (requires_grad=False); layers that stay as they are while others train are "
+                    "not supported: call requires_grad_(True) on it, or on the whole model"
+                )
         if node.op == "batch_norm":
             path = node.params["running_mean"].rpartition(".")[0]
             if mixed and path in parts and not parts[path].training:
-                raise UnsupportedOperator(f"batch_norm {path!r} is in eval mode while other parts of the model are in train mode; "
-                                          "statistics that stay as they are are not supported: call model.train(), or model.eval() to mean "
-                                          "the whole model")
+                raise UnsupportedOperator(
+                    f"batch_norm {path!r} is in eval mode while other parts of the model are in train mode; "
+                    "statistics that stay as they are are not supported: call model.train(), or model.eval() to mean "
+                    "the whole model"
+                )
 
 
 def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) -> None:
-    """Refuses the arguments that decomposition or TVM's importer drops without a word. Raises SpecError, UnsupportedOperator."""
+    """Refuses the arguments that decomposition or TVM's importer drops without a word. Raises SpecError,
+    UnsupportedOperator."""
     import torch
 
     needed = _needed(program.graph)
     used = {node.name for node in needed if node.op == "placeholder"}
-    check_float32(state, [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in used and spec.target in state])
+    check_float32(
+        state,
+        [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in used and spec.target in state],
+    )
     for node in program.graph.nodes:
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or not hasattr(node.target, "_schema"):
@@ -159,14 +203,19 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) ->
         if name.startswith("avg_pool2d") and given.get("divisor_override") is not None:
             raise unsupported(f"avg_pool2d with divisor_override={given['divisor_override']}", place(node))
         if name.startswith("max_pool2d") and not given.get("stride"):
-            _set_argument(node, "stride", given["kernel_size"])          # torch's default; TVM takes it for an empty list
+            _set_argument(node, "stride", given["kernel_size"])  # torch's default; TVM takes it for an empty list
 
 
 def check_unchanged(program: Any) -> None:
     """Raises UnsupportedOperator when forward itself changes a buffer or parameter of the decomposed program."""
-    changed = [*program.graph_signature.buffers_to_mutate.values(), *program.graph_signature.parameters_to_mutate.values()]
+    changed = [
+        *program.graph_signature.buffers_to_mutate.values(),
+        *program.graph_signature.parameters_to_mutate.values(),
+    ]
     if changed:
-        raise UnsupportedOperator(f"forward changes {changed[0]}, which a compiled step would not: change it outside of forward")
+        raise UnsupportedOperator(
+            f"forward changes {changed[0]}, which a compiled step would not: change it outside of forward"
+        )
 
 
 def _set_argument(node: Any, name: str, value: Any) -> None:
@@ -179,7 +228,11 @@ def _set_argument(node: Any, name: str, value: Any) -> None:
 
 def _needed(graph: Any) -> set[Any]:
     """The nodes that the output depends on, with all that write in place."""
-    pending = [node for node in graph.nodes if node.op == "output" or getattr(node.target, "__name__", "").split(".")[0].endswith("_")]
+    pending = [
+        node
+        for node in graph.nodes
+        if node.op == "output" or getattr(node.target, "__name__", "").split(".")[0].endswith("_")
+    ]
     needed = set(pending)
     while pending:
         for source in pending.pop().all_input_nodes:
@@ -196,4 +249,8 @@ def place(node: Any) -> str:
         return ""
     path, kind = stack[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
-    return f"in layer {path!r} ({kind.rsplit('.', 1)[-1]})" if path else f"in the model's own forward ({kind.rsplit('.', 1)[-1]})"
+    return (
+        f"in layer {path!r} ({kind.rsplit('.', 1)[-1]})"
+        if path
+        else f"in the model's own forward ({kind.rsplit('.', 1)[-1]})"
+    )

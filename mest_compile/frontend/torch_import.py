@@ -41,7 +41,7 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
     module = unwrapped(module)
     state = read_state(module)
     with _kept_as_it_was(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)               # torch 2.13 warns about its own pytree classes
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own pytree classes
         module.eval()
         program = _export(module, input_shape, state)
         check_before_decomposition(program, state)
@@ -49,7 +49,9 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
         check_unchanged(program)
     function, places, written = _to_relax(program)
     parameters = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target in state}
-    graph, _ = read_main(function, parameters, {name: array.shape for name, array in state.items()}, places, written=written)
+    graph, _ = read_main(
+        function, parameters, {name: array.shape for name, array in state.items()}, places, written=written
+    )
     check_trained(graph, module)
     check_finite(graph, state)
     with _kept_as_it_was(module):
@@ -64,7 +66,7 @@ def _kept_as_it_was(module: torch.nn.Module):
     try:
         yield
     finally:
-        module.train(before[0][1]["training"])                       # a module's own train() may do more than set the flag
+        module.train(before[0][1]["training"])  # a module's own train() may do more than set the flag
         for part, attributes in before:
             vars(part).clear()
             vars(part).update(attributes)
@@ -80,12 +82,14 @@ def _export(module: torch.nn.Module, input_shape: tuple[int, ...], state: Mappin
         except _TRACE_ERRORS as error:
             failure = error
         check_float32(state, state)
-        try:                       # torch's own complaint about sizes is one line and says more than torch.export's
+        try:  # torch's own complaint about sizes is one line and says more than torch.export's
             module(images)
         except _TRACE_ERRORS as error:
             raise SpecError(f"the model does not take input_shape {input_shape}: {_first_line(error)}") from error
-    raise UnsupportedOperator(f"torch.export cannot trace the model's forward pass: {_first_line(failure)}; "
-                              "it must not depend on the data's values") from failure
+    raise UnsupportedOperator(
+        f"torch.export cannot trace the model's forward pass: {_first_line(failure)}; "
+        "it must not depend on the data's values"
+    ) from failure
 
 
 def _first_line(error: Exception) -> str:
@@ -93,8 +97,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """The Relax main function of the decomposed program, the place in the model of each variable, and torch's operator that was decomposed
-    into it and others.
+    """The Relax main function of the decomposed program, the place in the model of each variable, and torch's operator
+    that was decomposed into it and others.
 
     The program's signature is changed: its buffers are parameters afterwards.
     """
@@ -102,8 +106,8 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     from tvm.relax.frontend.torch import from_exported_program
     from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-    # The importer keeps parameters as inputs and turns buffers into constants without a name. The running statistics are ours to
-    # update, so they go in as parameters. Non-persistent buffers are not state and stay constants.
+    # The importer keeps parameters as inputs and turns buffers into constants without a name. The running statistics
+    # are ours to update, so they go in as parameters. Non-persistent buffers are not state and stay constants.
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.BUFFER and spec.persistent and program.state_dict[spec.target].is_floating_point():
             spec.kind = InputKind.PARAMETER
@@ -131,14 +135,19 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
         if name not in known:
             raise unsupported(name.split(".")[0], place(node))
     try:
-        module = from_exported_program(program, keep_params_as_input=True, run_ep_decomposition=False,
-                                       custom_convert_map={name: remember(name) for name in called})
+        module = from_exported_program(
+            program,
+            keep_params_as_input=True,
+            run_ep_decomposition=False,
+            custom_convert_map={name: remember(name) for name in called},
+        )
     except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedOperator(f"TVM cannot import the model: {_first_line(error)}") from error
     return module["main"], places, written
 
 
 def _decomposed(node: Any) -> str:
-    """The operator that the author of the model called and that became `node` and others; "" where it is `node` itself."""
+    """The operator that the author of the model called and that became `node` and others; "" where it is `node`
+    itself."""
     original, called = (str(found).split(".")[1:2] for found in (node.meta.get("original_aten", ""), node.target))
     return "".join(original) if original != called else ""

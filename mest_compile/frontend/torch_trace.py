@@ -1,7 +1,7 @@
 """One forward pass in evaluation and one in training mode, on tensors without values, and what differs between them.
 
-Import reads the forward pass of evaluation mode and trains it; so both passes must make the same calls on the same values, BatchNorm's
-choice of statistics aside, and the gradient must flow through all of them.
+Import reads the forward pass of evaluation mode and trains it; so both passes must make the same calls on the same
+values, BatchNorm's choice of statistics aside, and the gradient must flow through all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 class Called:
     """A call of torch's Python functions.
 
-    arguments  tensors as the names of parameters and buffers or the numbers of the calls that made them, everything else as it is
+    arguments  tensors as the names of parameters and buffers or the numbers of the calls that made them, everything
+               else as it is
     sources    numbers of the calls whose results it takes
     cut        whether it lets no gradient through to a parameter
     training   batch_norm's: whether it normalises with the batch's statistics; None for any other function
@@ -43,45 +44,64 @@ class Called:
 
 
 def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is cut or changed."""
+    """Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is cut
+    or changed."""
     python, numpy = random.getstate(), np.random.get_state()
     module.eval()
     evaluated, _, _ = _forward(module, input_shape)
     module.train()
     trained, needed, functions = _forward(module, input_shape)
-    if random.getstate() != python or any(np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)):
-        raise UnsupportedOperator("forward draws random numbers in Python, which a compiled step would not: take them out")
+    if random.getstate() != python or any(
+        np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)
+    ):
+        raise UnsupportedOperator(
+            "forward draws random numbers in Python, which a compiled step would not: take them out"
+        )
     for call in trained + evaluated:
         if call.name in _HOOKS:
-            raise UnsupportedOperator(f"{call.name} {call.where}: a compiled step would not call that hook; take it out of forward")
+            raise UnsupportedOperator(
+                f"{call.name} {call.where}: a compiled step would not call that hook; take it out of forward"
+            )
     if functions:
-        raise UnsupportedOperator(f"forward uses {functions[0]}, whose own backward would not be used: write it with torch's operators")
+        raise UnsupportedOperator(
+            f"forward uses {functions[0]}, whose own backward would not be used: write it with torch's operators"
+        )
     for number in sorted(needed):
         call = trained[number]
         if call.cut:
             how = "detach" if call.name in _CUTS else f"no_grad around {call.name}"
-            raise UnsupportedOperator(f"{how} {call.where} cuts the gradient, which is not supported: take it out, or the part that would "
-                                      "not be trained")
+            raise UnsupportedOperator(
+                f"{how} {call.where} cuts the gradient, which is not supported: take it out, or the part that would "
+                "not be trained"
+            )
     for call, other in zip(trained, evaluated, strict=False):
         if (call.name, call.arguments) != (other.name, other.arguments):
-            raise _difference(f"{call.name} {call.where} where evaluation does {other.name} {other.where}" if call.name != other.name
-                              else f"{call.name} {call.where} with other arguments than in evaluation")
+            raise _difference(
+                f"{call.name} {call.where} where evaluation does {other.name} {other.where}"
+                if call.name != other.name
+                else f"{call.name} {call.where} with other arguments than in evaluation"
+            )
         if call.training is False:
-            raise UnsupportedOperator(f"batch_norm {call.where} stays in eval mode while the rest trains; statistics that stay as they "
-                                      "are are not supported")
-    if more := trained[len(evaluated):]:
+            raise UnsupportedOperator(
+                f"batch_norm {call.where} stays in eval mode while the rest trains; statistics that stay as they "
+                "are are not supported"
+            )
+    if more := trained[len(evaluated) :]:
         raise _difference(f"{more[0].name} {more[0].where}, which evaluation does not")
-    if more := evaluated[len(trained):]:
+    if more := evaluated[len(trained) :]:
         raise _difference(f"no {more[0].name} {more[0].where}, which evaluation does")
 
 
 def _difference(what: str) -> UnsupportedOperator:
-    return UnsupportedOperator(f"in training mode the model does {what}; a forward pass that differs by more than BatchNorm's statistics "
-                               "is not supported: take the branch on self.training out")
+    return UnsupportedOperator(
+        f"in training mode the model does {what}; a forward pass that differs by more than BatchNorm's statistics "
+        "is not supported: take the branch on self.training out"
+    )
 
 
 def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[list[Called], set[int], list[str]]:
-    """(calls of a pass in the module's present mode, numbers of those that the result depends on, custom autograd functions in it)."""
+    """(calls of a pass in the module's present mode, numbers of those that the result depends on, custom autograd
+    functions in it)."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -99,8 +119,10 @@ def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[lis
             except Exception as error:  # whatever the model's own code raises
                 mode = "training" if module.training else "evaluation"
                 line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise UnsupportedOperator(f"the forward pass in {mode} mode cannot be traced {_where(stack)}, {type(error).__name__}: "
-                                          f"{line}; it must not depend on the data's values or on chance") from error
+                raise UnsupportedOperator(
+                    f"the forward pass in {mode} mode cannot be traced {_where(stack)}, {type(error).__name__}: "
+                    f"{line}; it must not depend on the data's values or on chance"
+                ) from error
     return recorder.calls, recorder.needed(result), _own_functions(result)
 
 
@@ -114,20 +136,24 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
         def __init__(self):
             super().__init__()
             self.calls: list[Called] = []
-            self.makers: dict[int, int] = {}      # id of a tensor -> number of the call that made or last changed it
-            self.alive: list[Any] = []            # so that no id is given twice
+            self.makers: dict[int, int] = {}  # id of a tensor -> number of the call that made or last changed it
+            self.alive: list[Any] = []  # so that no id is given twice
 
         def __torch_function__(self, function, types, arguments=(), named=None):
             name = getattr(function, "__name__", str(function))
             name = function.__self__.__name__ if name == "__get__" else name
             named, training = dict(named or {}), None
             tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
-            if name == "_set_grad_enabled" or (name == "add_" and not tensors[0].is_floating_point() and tensors[0].dim() == 0):
-                return function(*arguments, **named)                           # BatchNorm counts its batches
+            if name == "_set_grad_enabled" or (
+                name == "add_" and not tensors[0].is_floating_point() and tensors[0].dim() == 0
+            ):
+                return function(*arguments, **named)  # BatchNorm counts its batches
             if name == "batch_norm":
                 training, arguments, named = _evaluating(arguments, named)
             cut = any(tensor.requires_grad for tensor in tensors) and (name in _CUTS or not torch.is_grad_enabled())
-            shown = "" if "dropout" in name else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
+            shown = (
+                "" if "dropout" in name else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
+            )
             result = function(*arguments, **named)
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             if made or name in _HOOKS:
@@ -158,14 +184,15 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
 
 
 def _evaluating(arguments: tuple, named: dict[str, Any]) -> tuple[bool, tuple, dict[str, Any]]:
-    """(whether batch_norm was asked to train, its arguments without that): a batch of one value a channel has a shape all the same."""
+    """(whether batch_norm was asked to train, its arguments without that): a batch of one value a channel has a shape
+    all the same."""
     place = 5  # of F.batch_norm and of torch.batch_norm
     training = bool(named.get("training", arguments[place] if len(arguments) > place else False))
     statistics = arguments[1] if len(arguments) > 1 else named.get("running_mean")
     if statistics is None:
         return training, arguments, named
     if len(arguments) > place:
-        return training, (*arguments[:place], False, *arguments[place + 1:]), named
+        return training, (*arguments[:place], False, *arguments[place + 1 :]), named
     return training, arguments, {**named, "training": False}
 
 
@@ -177,6 +204,7 @@ def _watched(module: torch.nn.Module) -> Iterator[list[tuple[str, str]]]:
     def entering(facts):
         def enter(*_):
             stack.append(facts)
+
         return enter
 
     def leave(*_):
@@ -184,7 +212,10 @@ def _watched(module: torch.nn.Module) -> Iterator[list[tuple[str, str]]]:
 
     handles = []
     for name, part in module.named_modules():
-        handles += [part.register_forward_pre_hook(entering((name, type(part).__name__))), part.register_forward_hook(leave)]
+        handles += [
+            part.register_forward_pre_hook(entering((name, type(part).__name__))),
+            part.register_forward_hook(leave),
+        ]
     try:
         yield stack
     finally:

@@ -17,7 +17,9 @@ from mest_compile.ir.program import Program, Stage
 
 BACKENDS = Registry("kind of device", "mest_compile.backends", each="backend")
 
-Functions = Mapping[str, tuple[Program, tuple[Stage, ...]]]  # what a step can run, by name: a program and the stages of it
+Functions = Mapping[
+    str, tuple[Program, tuple[Stage, ...]]
+]  # what a step can run, by name: a program and the stages of it
 
 
 B = TypeVar("B", bound="type[Backend]")
@@ -59,8 +61,9 @@ class Backend(ABC):
         """Whether there is a schedule of that kernel."""
 
     @abstractmethod
-    def section_channels(self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int,
-                         cache_bytes: int) -> int:
+    def section_channels(
+        self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+    ) -> int:
         """How many source channels a section of a gather's index has, of which a tile may read `cache_bytes`."""
 
     def widens_once(self, source: Image, target: Target) -> bool:
@@ -91,16 +94,27 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, content: bytes, symbol: str, folders: Sequence[Path] = ()) -> Any:
-        """What runs the kernel, from what `dump` gave. folders: where files may lie meanwhile, before the system's own place."""
+        """What runs the kernel, from what `dump` gave. folders: where files may lie meanwhile, before the system's own
+        place."""
 
     @abstractmethod
-    def link_kernel(self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]) -> None:
-        """Writes a shared library of one kernel. system_calls: functions of libc that it may call. Raises BuildError, NotInstalled."""
+    def link_kernel(
+        self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]
+    ) -> None:
+        """Writes a shared library of one kernel. system_calls: functions of libc that it may call. Raises BuildError,
+        NotInstalled."""
 
     @abstractmethod
-    def link_step(self, functions: Functions, symbol: Callable[[Program, str], str], sources: Collection[Any], target: Target,
-                  builder: Any) -> bytes:
-        """A shared library with all of a step's code. sources: KernelSource of every kernel. Raises BuildError, NotInstalled."""
+    def link_step(
+        self,
+        functions: Functions,
+        symbol: Callable[[Program, str], str],
+        sources: Collection[Any],
+        target: Target,
+        builder: Any,
+    ) -> bytes:
+        """A shared library with all of a step's code. sources: KernelSource of every kernel. Raises BuildError,
+        NotInstalled."""
 
     # Running.
 
@@ -108,7 +122,9 @@ class Backend(ABC):
         """Raises NotInstalled where this machine has no device that `runner` could run on."""
 
     @abstractmethod
-    def runner(self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int) -> Any:
+    def runner(
+        self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int
+    ) -> Any:
         """What holds a step's arrays in this process and runs its programs (runtime.runner.Runner)."""
 
     @abstractmethod

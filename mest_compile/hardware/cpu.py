@@ -11,24 +11,37 @@ from pathlib import Path
 
 from mest_compile.base.errors import TargetError
 
-# LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide instead.
-# AVX-512 code on 8 floats where the multipliers are 8 wide (Zen 4: with 16 a step of the wide ResNet-32 takes 264 ms instead of 207, block,
-# and 262 instead of 232, unstructured; with all 32 registers 231 and 263). On 16 floats where they are 16 wide (Zen 5: 114 ms instead of
-# 149, and 127 instead of 168; a Xeon with AMX: 293 instead of 310, block, 241 instead of 313, filter); flags that no CPU with narrower
-# multipliers has, or has together, tell.
+# LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide
+# instead.
+# AVX-512 code on 8 floats where the multipliers are 8 wide (Zen 4: with 16 a step of the wide ResNet-32 takes 264 ms
+# instead of 207, block, and 262 instead of 232, unstructured; with all 32 registers 231 and 263). On 16 floats where
+# they are 16 wide (Zen 5: 114 ms instead of 149, and 127 instead of 168; a Xeon with AMX: 293 instead of 310, block,
+# 241 instead of 313, filter); flags that no CPU with narrower multipliers has, or has together, tell.
 CPUINFO = Path("/proc/cpuinfo")
 NARROW = ("x86-64-v2",)  # knows no float16
 _AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
 _AVX512 = _AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
-_CPU_BY_FLAGS = ((_AVX512 | {"avx512_vp2intersect", "avx_vnni"}, "x86-64-v4", 16), (_AVX512 | {"amx_tile"}, "x86-64-v4", 16),
-                 (_AVX512, "x86-64-v4", 8),
-                 (_AVX2, "x86-64-v3", 8), ({"sse4_2"}, "x86-64-v2", 4), ({"asimd"}, "generic", 4))
+_CPU_BY_FLAGS = (
+    (_AVX512 | {"avx512_vp2intersect", "avx_vnni"}, "x86-64-v4", 16),
+    (_AVX512 | {"amx_tile"}, "x86-64-v4", 16),
+    (_AVX512, "x86-64-v4", 8),
+    (_AVX2, "x86-64-v3", 8),
+    ({"sse4_2"}, "x86-64-v2", 4),
+    ({"asimd"}, "generic", 4),
+)
 _ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm", "armv8l": "arm"}
 # What Linux calls what LLVM calls otherwise; of ARM what matters here.
 LINUX_NAMES = {"bmi": ("bmi1",), "lzcnt": ("abm",), "sse3": ("pni",), "egpr": ("apx",)}
 LINUX_NAMES_OF_ARM: dict[str, dict[str, tuple[str, ...]]] = {
-    "aarch64": {"neon": ("asimd",), "lse": ("atomics",), "fullfp16": ("fphp", "asimdhp"), "dotprod": ("asimddp",), "sve": ("sve",)},
-    "arm": {"neon": ("neon",), "vfp4": ("vfpv4",)}}
+    "aarch64": {
+        "neon": ("asimd",),
+        "lse": ("atomics",),
+        "fullfp16": ("fphp", "asimdhp"),
+        "dotprod": ("asimddp",),
+        "sve": ("sve",),
+    },
+    "arm": {"neon": ("neon",), "vfp4": ("vfpv4",)},
+}
 # Bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
 _HWCAP = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
 _AT_HWCAP = 16
@@ -56,7 +69,7 @@ def lacking_in(needed: Collection[str], features: Collection[str]) -> list[str]:
 
 
 def joined(name: str) -> str:
-    """"avx512_bf16", as the kernel has it, and "avx512bf16", as LLVM has it, are one; "sse4_1" and "sse4.1" too."""
+    """ "avx512_bf16", as the kernel has it, and "avx512bf16", as LLVM has it, are one; "sse4_1" and "sse4.1" too."""
     return re.sub(r"[._-]", "", name)
 
 
@@ -66,7 +79,9 @@ def host_cpu() -> tuple[str, int]:
     for needed, cpu, vector in _CPU_BY_FLAGS:
         if needed <= flags:
             return cpu, vector
-    raise TargetError(f"this CPU has none of AVX2, SSE4.2 or NEON (flags: {len(flags)} found); write a TOML target and pass its path")
+    raise TargetError(
+        f"this CPU has none of AVX2, SSE4.2 or NEON (flags: {len(flags)} found); write a TOML target and pass its path"
+    )
 
 
 def _cpu_flags() -> set[str]:
@@ -85,7 +100,9 @@ def cpu_features(cpuinfo: str) -> set[str]:
 def cache_bytes(level: int) -> int | None:
     """Data cache of one core in bytes, as the kernel tells it; None where it does not."""
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "level").read_text().strip() == str(level) and (index / "type").read_text().strip() != "Instruction":
+        if (index / "level").read_text().strip() == str(level) and (
+            index / "type"
+        ).read_text().strip() != "Instruction":
             return int((index / "size").read_text().strip().removesuffix("K")) * 1024
     return None
 
@@ -100,17 +117,29 @@ def host_model() -> str:
 
 
 def machine_model(cpuinfo: str, board: str = "") -> str:
-    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by generations, and cores by
-    boards whose caches and memory differ, so that the board's name, where the machine tells it, belongs to it. "": nothing is told.
+    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by
+    generations, and cores by boards whose caches and memory differ, so that the board's name, where the machine tells
+    it, belongs to it. "": nothing is told.
     """
-    names = {"model name": "", "cpu family": "family ", "model": "model ", "CPU implementer": "implementer ", "CPU part": "part ",
-             "Hardware": "", "Model": ""}
+    names = {
+        "model name": "",
+        "cpu family": "family ",
+        "model": "model ",
+        "CPU implementer": "implementer ",
+        "CPU part": "part ",
+        "Hardware": "",
+        "Model": "",
+    }
     found: dict[str, list[str]] = {}
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if value.strip() not in found.setdefault(name.strip(), []):
             found[name.strip()].append(value.strip())
-    told = [said + " and ".join(found[name] if name == "CPU part" else found[name][:1]) for name, said in names.items() if name in found]
+    told = [
+        said + " and ".join(found[name] if name == "CPU part" else found[name][:1])
+        for name, said in names.items()
+        if name in found
+    ]
     if (name := board.strip("\0 \n")) and name not in told:
         told.append(name)
     return ", ".join(told)

@@ -1,4 +1,5 @@
-"""Where this user's files are kept between processes, and files that are made once and believed only while they are what was made."""
+"""Where this user's files are kept between processes, and files that are made once and believed only while they are
+what was made."""
 
 from __future__ import annotations
 
@@ -19,20 +20,24 @@ DIGEST_DIGITS = 32  # of a content's SHA-256, in the name of a file that is beli
 
 
 def cache_folder() -> Path:
-    """The first of `cache_folders` that is there, or can be made; the last when none can. Raises nothing: a cache may be lost."""
+    """The first of `cache_folders` that is there, or can be made; the last when none can. Raises nothing: a cache may
+    be lost."""
     places = list(cache_folders())
     return next((place for place in places if _made(place)), places[-1])
 
 
 def cache_folders() -> Iterator[Path]:
-    """Folders for what can be made again, the preferred one first: below XDG_CACHE_HOME, below HOME, in the temporary folder. A variable
-    that names no folder that can be used counts as if it was absent, and no HOME is made that is not there.
+    """Folders for what can be made again, the preferred one first: below XDG_CACHE_HOME, below HOME, in the temporary
+    folder. A variable that names no folder that can be used counts as if it was absent, and no HOME is made that is not
+    there.
     """
     home = Path(os.path.expanduser("~"))
     for place in (platformdirs.user_cache_path("mest-compile"), home / ".cache" / "mest-compile"):
         if not place.is_relative_to(home) or os.path.isdir(home):
             yield place
-    yield Path(_temporary()) / f"mest-compile-{os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', '')}"
+    yield (
+        Path(_temporary()) / f"mest-compile-{os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', '')}"
+    )
 
 
 def _temporary() -> str:
@@ -43,8 +48,8 @@ def _temporary() -> str:
 
 
 def _made(place: Path) -> bool:
-    """Whether the folder is there after this call and its files can be read. A temporary one must be this user's alone: what lies in it
-    is run.
+    """Whether the folder is there after this call and its files can be read. A temporary one must be this user's alone:
+    what lies in it is run.
     """
     shared = place.parent == Path(_temporary())
     try:
@@ -63,12 +68,13 @@ def digest(content: bytes) -> str:
 
 
 def kept_file(folder: Path, key: str, name: str, make: Callable[[Path], None]) -> Path:
-    """A file that `make` writes to the path it is given, unless `folder` has it from before, whole: its name says what it holds.
+    """A file that `make` writes to the path it is given, unless `folder` has it from before, whole: its name says what
+    it holds.
 
     key   of all that decides the content
     name  that its name ends with
-    Where `folder` cannot be written or forbids execution a temporary one of this user takes its place. Raises BuildError when no folder
-    can be written, and what `make` does.
+    Where `folder` cannot be written or forbids execution a temporary one of this user takes its place. Raises
+    BuildError when no folder can be written, and what `make` does.
     """
     refused: OSError | None = None
     for place in dict.fromkeys((folder, list(cache_folders())[-1])):
@@ -87,5 +93,8 @@ def kept_file(folder: Path, key: str, name: str, make: Callable[[Path], None]) -
                 return path
         except OSError as problem:
             refused = problem
-    raise BuildError(f"{name} cannot be kept in {folder} or the temporary folder ({refused}); make room, or set TMPDIR to a folder that "
-                     "can be written and executed from") from refused
+    raise BuildError(
+        f"{name} cannot be kept in {folder} or the temporary folder ({refused}); make room, or set TMPDIR to a "
+        "folder that "
+        "can be written and executed from"
+    ) from refused

@@ -1,6 +1,7 @@
 """What the operating system tells and offers: cores that this process may use, and locks that end with who holds them.
 
-The only module that names what exists on Linux alone, so that another system costs a fallback here and nothing elsewhere.
+The only module that names what exists on Linux alone, so that another system costs a fallback here and nothing
+elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _taken: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def cores() -> int:
-    """Processor cores that this process may use, 1 or more: those that it may run on, and no more than its container's quota pays for.
+    """Processor cores that this process may use, 1 or more: those that it may run on, and no more than its container's
+    quota pays for.
     Of a quota of 2.5 cores 2: threads that wait for one another are all stopped when one has used it up.
     """
     asked = getattr(os, "sched_getaffinity", None)
@@ -33,20 +35,25 @@ def cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that the control groups of this process allow it; None: no limit, or none that can be read."""
+    """Cores' worth of time that the control groups of this process allow it; None: no limit, or none that can be
+    read."""
     found = []
     for line in _text(OWN_CGROUPS).splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":  # version 2: one tree, "quota period" in a file
             found += [_ratio(*_text(group / "cpu.max").split()) for group in _groups(CGROUPS, path)]
         elif "cpu" in kinds.split(","):  # version 1: a tree a kind, two files
-            found += [_ratio(*(_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")))
-                      for root in (CGROUPS / kinds, CGROUPS / "cpu") for group in _groups(root, path)]
+            found += [
+                _ratio(*(_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")))
+                for root in (CGROUPS / kinds, CGROUPS / "cpu")
+                for group in _groups(root, path)
+            ]
     return min((quota for quota in found if quota is not None), default=None)
 
 
 def _groups(root: Path, path: str) -> list[Path]:
-    """A group's folder and those above it, up to the root: each may have a limit. In a container the root stands for the group itself."""
+    """A group's folder and those above it, up to the root: each may have a limit. In a container the root stands for
+    the group itself."""
     inner = root / path.strip("/")
     return [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
 
@@ -91,10 +98,12 @@ class Lock:
 
 
 def exclusive(path: str | os.PathLike) -> Lock | None:
-    """Takes the file at `path`, which is made when it is not there, for the caller alone, without waiting; None: somebody else has it,
-    in this process or another. A process that is killed gives it up, a child that it forked does not hold it. The file is left behind.
+    """Takes the file at `path`, which is made when it is not there, for the caller alone, without waiting; None:
+    somebody else has it, in this process or another. A process that is killed gives it up, a child that it forked does
+    not hold it. The file is left behind.
 
-    Where the file system has no locks nothing is locked, with a line in the log. Raises OSError when the file cannot be made.
+    Where the file system has no locks nothing is locked, with a line in the log. Raises OSError when the file cannot be
+    made.
     """
     file = open(path, "ab")  # noqa: SIM115  # the lock lives as long as it
     try:

@@ -33,7 +33,8 @@ class Gpu:
     most_threads    that a work-group may have
     local_bytes     local memory of a work-group
     most_buffer_bytes  of one buffer
-    name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the first device
+    name            that the device's or its platform's name holds, in capitals or not; None: the first GPU, else the
+                    first device
     gflops, gigabytes_per_second  float32 peak and memory bandwidth: the two lines of the roofline
     """
 
@@ -49,7 +50,9 @@ class Gpu:
         if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
             raise TargetError(f"gpu.name is {self.name!r}; wanted a part of the device's name, or none for any device")
         if self.threads < 1 or self.threads & (self.threads - 1) or self.threads > self.most_threads:
-            raise TargetError(f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}")
+            raise TargetError(
+                f"gpu.threads is {self.threads}; wanted a power of two of at most most_threads, {self.most_threads}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class Target:
     memory_bytes  of the smallest device of that kind; None: not known
     cycle_model   LLVM's name of the core whose pipeline gives modelled cycles; None: there are none for it
     host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
-    float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be stored so
+    float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be
+             stored so
     """
 
     name: str
@@ -88,11 +92,14 @@ class Target:
         if self.vector < 1 or self.vector & (self.vector - 1):
             raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
         if (self.device == "opencl") != (self.gpu is not None):
-            raise TargetError(f"target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to \"opencl\" and only to it")
+            raise TargetError(
+                f'target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to "opencl" and only to it'
+            )
 
     @property
     def vectors(self) -> tuple[int, ...]:
-        """Widths that may be the fastest for a step: where registers hold 16 floats multipliers may hold 8, and 8 suit some steps."""
+        """Widths that may be the fastest for a step: where registers hold 16 floats multipliers may hold 8, and 8 suit
+        some steps."""
         return tuple(sorted({self.vector, 8, 16})) if self.tvm_fields.get("mcpu") == "x86-64-v4" else (self.vector,)
 
     @property
@@ -111,7 +118,8 @@ class Target:
         return replace(self, device="cpu", gpu=None, llvm=(("kind", "llvm"), *triple))
 
     def for_batch(self, batch: int) -> Target:
-        """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more would stay empty."""
+        """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more
+        would stay empty."""
         wasteful = self.vector > 8 and 0 < batch % self.vector <= self.vector // 2
         return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
 
@@ -121,7 +129,8 @@ class Target:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self.llvm}
 
     def to_tvm(self) -> Any:
-        """TVM's target. Raises TargetError when LLVM does not know the CPU: it would print a line and compile for any CPU of its kind."""
+        """TVM's target. Raises TargetError when LLVM does not know the CPU: it would print a line and compile for any
+        CPU of its kind."""
         import tvm
         from tvm.target.codegen import llvm_get_cpu_archlist, llvm_get_system_triple, llvm_is_valid_cpu
 
@@ -129,13 +138,17 @@ class Target:
         if fields["kind"] == "llvm" and "mcpu" in fields:
             triple = fields.get("mtriple") or str(llvm_get_system_triple())
             if not llvm_is_valid_cpu(fields["mcpu"], triple):
-                known = ", ".join(sorted(map(str, llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple})))))
-                raise TargetError(f"target {self.name!r}: LLVM has no CPU {fields['mcpu']!r} for {triple}; it has: {known}")
+                known = ", ".join(
+                    sorted(map(str, llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple}))))
+                )
+                raise TargetError(
+                    f"target {self.name!r}: LLVM has no CPU {fields['mcpu']!r} for {triple}; it has: {known}"
+                )
         return tvm.target.Target(fields)
 
 
-# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or what only an operating
-# system uses, does not matter.
+# Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or
+# what only an operating system uses, does not matter.
 _IN_LOOPS = re.compile(r"s?sse|avx(?!10)|fma|xop|f16c|bmi|tbm|lzcnt|popcnt|movbe|cmov|gfni|egpr")
 
 
@@ -162,8 +175,11 @@ def _needed(target: Target) -> frozenset[str]:
 
 def target_names() -> list[str]:
     """Names of the targets that are shipped."""
-    return sorted(entry.name.removesuffix(".toml") for entry in resources.files("mest_compile.targets").iterdir()
-                  if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("mest_compile.targets").iterdir()
+        if entry.name.endswith(".toml")
+    )
 
 
 def find_target(target: str | Path | Target) -> Target:
@@ -178,7 +194,9 @@ def find_target(target: str | Path | Target) -> Target:
             raise TargetError(f"no target file {path}; give a TOML file or one of: {', '.join(target_names())}")
         return _read(path.stem, path.read_text())
     if str(target) not in target_names():
-        raise UnknownName(f"no target {str(target)!r}; there are: {', '.join(target_names())}, or a path to a TOML file")
+        raise UnknownName(
+            f"no target {str(target)!r}; there are: {', '.join(target_names())}, or a path to a TOML file"
+        )
     return _read(str(target), (resources.files("mest_compile.targets") / f"{target}.toml").read_text())
 
 
@@ -186,13 +204,25 @@ def _read(name: str, text: str) -> Target:
     try:
         fields = tomllib.loads(text)
         llvm = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["llvm"].items()}
-        found = Target(name=name, device=fields["device"], llvm=tuple(sorted(llvm.items())), vector=fields["vector"],
-                       registers=fields["registers"], l1_bytes=fields["l1_bytes"], l2_bytes=fields["l2_bytes"], cores=fields["cores"],
-                       gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None, memory_bytes=fields.get("memory_bytes"),
-                       cycle_model=fields.get("cycle_model"), host_triple=fields.get("host_triple"),
-                       float16=fields.get("float16", False))
+        found = Target(
+            name=name,
+            device=fields["device"],
+            llvm=tuple(sorted(llvm.items())),
+            vector=fields["vector"],
+            registers=fields["registers"],
+            l1_bytes=fields["l1_bytes"],
+            l2_bytes=fields["l2_bytes"],
+            cores=fields["cores"],
+            gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None,
+            memory_bytes=fields.get("memory_bytes"),
+            cycle_model=fields.get("cycle_model"),
+            host_triple=fields.get("host_triple"),
+            float16=fields.get("float16", False),
+        )
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
-        raise TargetError(f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml") from problem
+        raise TargetError(
+            f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml"
+        ) from problem
     return _complete_from_host(found) if fields.get("detect", False) else found
 
 
@@ -200,9 +230,16 @@ def _complete_from_host(target: Target) -> Target:
     """`target` with the CPU, vector width, caches and cores of this machine."""
     cpu, vector = host_cpu()
     llvm = dict(target.llvm) | {"mcpu": cpu}
-    return replace(target, llvm=tuple(sorted(llvm.items())), vector=vector, registers=32 if cpu == "generic" else 16,  # "generic": NEON
-                   l1_bytes=cache_bytes(1) or target.l1_bytes, l2_bytes=cache_bytes(2) or target.l2_bytes,
-                   cores=cores(), float16=cpu not in NARROW)
+    return replace(
+        target,
+        llvm=tuple(sorted(llvm.items())),
+        vector=vector,
+        registers=32 if cpu == "generic" else 16,  # "generic": NEON
+        l1_bytes=cache_bytes(1) or target.l1_bytes,
+        l2_bytes=cache_bytes(2) or target.l2_bytes,
+        cores=cores(),
+        float16=cpu not in NARROW,
+    )
 
 
 def triple_of(target: Target) -> tuple[str, str]:
@@ -225,7 +262,8 @@ def is_foreign(target: Target) -> bool:
 
 
 def obstacle(target: Target) -> str:
-    """Why this machine cannot run what is compiled for the target; "": it can. An OpenCL device is one that it may have.
+    """Why this machine cannot run what is compiled for the target; "": it can. An OpenCL device is one that it may
+    have.
 
     Raises TargetError when LLVM does not know the CPU.
     """

@@ -1,4 +1,5 @@
-"""Scalar expressions, written once: the kernels of every kind of device, the float64 reference and the derivative follow from them.
+"""Scalar expressions, written once: the kernels of every kind of device, the float64 reference and the derivative
+follow from them.
 
     x = Variable("x")
     relu6 = minimum(6, maximum(0, x))
@@ -6,8 +7,9 @@
     relu6.derivative("x")                       # select(maximum(0, x) >= 6, 0, select(x <= 0, 0, 1))
     relu6.text({"x": "z[i]"}, constant)         # TVMScript
 
-NaN goes through all of them as through numpy and torch: comparisons with it are false, and every other operation keeps it; of `maximum`
-and `minimum` that is so of the second argument, which therefore is the variable where the other one is a constant.
+NaN goes through all of them as through numpy and torch: comparisons with it are false, and every other operation keeps
+it; of `maximum` and `minimum` that is so of the second argument, which therefore is the variable where the other one is
+a constant.
 """
 
 from __future__ import annotations
@@ -19,11 +21,23 @@ from typing import Any
 import numpy as np
 
 # T.max(a, b) is a > b ? a : b.
-SPELLINGS = {"add": "({0} + {1})", "subtract": "({0} - {1})", "multiply": "({0} * {1})", "divide": "({0} / {1})",
-             "maximum": "T.max({0}, {1})", "minimum": "T.min({0}, {1})", "abs": "T.abs({0})", "exp": "T.exp({0})", "log": "T.log({0})",
-             "sqrt": "T.sqrt({0})",
-             "greater": "{0} > {1}", "less": "{0} < {1}", "at_least": "{0} >= {1}", "at_most": "{0} <= {1}",
-             "select": "T.Select({0}, {1}, {2})"}
+SPELLINGS = {
+    "add": "({0} + {1})",
+    "subtract": "({0} - {1})",
+    "multiply": "({0} * {1})",
+    "divide": "({0} / {1})",
+    "maximum": "T.max({0}, {1})",
+    "minimum": "T.min({0}, {1})",
+    "abs": "T.abs({0})",
+    "exp": "T.exp({0})",
+    "log": "T.log({0})",
+    "sqrt": "T.sqrt({0})",
+    "greater": "{0} > {1}",
+    "less": "{0} < {1}",
+    "at_least": "{0} >= {1}",
+    "at_most": "{0} <= {1}",
+    "select": "T.Select({0}, {1}, {2})",
+}
 INFIX = ("add", "subtract", "multiply", "divide")
 
 
@@ -79,12 +93,14 @@ class Expression:
         raise NotImplementedError
 
     def derivative(self, name: str) -> Expression:
-        """With respect to that variable. What a `select` compares is taken for constant; `maximum(a, x)` has slope 0 where x <= a, as
-        torch's ReLU, and so 1 behind a NaN.
+        """With respect to that variable. What a `select` compares is taken for constant; `maximum(a, x)` has slope 0
+        where x <= a, as torch's ReLU, and so 1 behind a NaN.
         """
         raise NotImplementedError
 
-    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
+    def text(
+        self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS
+    ) -> str:
         """TVMScript.
 
         names      {variable: expression of the kernel}
@@ -111,7 +127,9 @@ class Constant(Expression):
     def derivative(self, name: str) -> Expression:
         return Constant(0.0)
 
-    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
+    def text(
+        self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS
+    ) -> str:
         return constant(self.value)
 
     @property
@@ -129,7 +147,9 @@ class Variable(Expression):
     def derivative(self, name: str) -> Expression:
         return Constant(float(name == self.name))
 
-    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
+    def text(
+        self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS
+    ) -> str:
         return names[self.name]
 
     @property
@@ -139,7 +159,8 @@ class Variable(Expression):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """numpy: of float64 arrays; slopes: what each argument's derivative is multiplied by, from the arguments; None of a comparison."""
+    """numpy: of float64 arrays; slopes: what each argument's derivative is multiplied by, from the arguments; None of a
+    comparison."""
 
     numpy: Callable[..., Any]
     slopes: Callable[..., tuple[Scalar, ...]] | None = None
@@ -181,13 +202,21 @@ class Apply(Expression):
             return select(condition, chosen.derivative(name), other.derivative(name))
         slopes = OPERATIONS[self.operation].slopes
         assert slopes, f"{self.operation} is a comparison, which has no derivative"
-        parts = [slope * argument.derivative(name) for slope, argument in zip(map(scalar, slopes(*self.arguments)), self.arguments)]
+        parts = [
+            slope * argument.derivative(name)
+            for slope, argument in zip(map(scalar, slopes(*self.arguments)), self.arguments)
+        ]
         return sum(parts[1:], parts[0])
 
-    def text(self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS) -> str:
+    def text(
+        self, names: Mapping[str, str], constant: Callable[[float], str], spellings: Mapping[str, str] = SPELLINGS
+    ) -> str:
         parts = [argument.text(names, constant, spellings) for argument in self.arguments]
         if self.operation in INFIX:  # what stands for a variable may be a sum
-            parts = [f"({part})" if isinstance(argument, Variable) else part for part, argument in zip(parts, self.arguments, strict=True)]
+            parts = [
+                f"({part})" if isinstance(argument, Variable) else part
+                for part, argument in zip(parts, self.arguments, strict=True)
+            ]
         return spellings[self.operation].format(*parts)
 
     @property
@@ -203,8 +232,9 @@ def scalar(value: Scalar) -> Expression:
 
 
 def apply(operation: str, *arguments: Scalar) -> Expression:
-    """The tree, without what is 0 or 1 in sums and products, of which derivatives would be full. A factor goes into a `select` between such
-    constants, so that 0 is 0 whatever the factor: torch's gradient before a ReLU is 0 for a NaN behind it, too.
+    """The tree, without what is 0 or 1 in sums and products, of which derivatives would be full. A factor goes into a
+    `select` between such constants, so that 0 is 0 whatever the factor: torch's gradient before a ReLU is 0 for a NaN
+    behind it, too.
     """
     made = tuple(map(scalar, arguments))
     match operation, made:
@@ -214,8 +244,11 @@ def apply(operation: str, *arguments: Scalar) -> Expression:
             return other
         case ("multiply", (Constant(0.0), _) | (_, Constant(0.0))):
             return Constant(0.0)
-        case ("multiply", (Apply("select", (condition, chosen, other)), factor) | (factor, Apply("select", (condition, chosen, other)))) \
-                if ZERO in (chosen, other):
+        case (
+            "multiply",
+            (Apply("select", (condition, chosen, other)), factor)
+            | (factor, Apply("select", (condition, chosen, other))),
+        ) if ZERO in (chosen, other):
             return select(condition, factor * chosen, factor * other)
         case ("select", (_, chosen, other)) if chosen == other:
             return chosen

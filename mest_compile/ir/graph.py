@@ -29,20 +29,27 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if self.weight_shape[1] != self.input_shape[1]:
-            raise SpecError(f"{self.name}: the weight takes {self.weight_shape[1]} channels, "
-                            f"the input has {self.input_shape[1]}")
+            raise SpecError(
+                f"{self.name}: the weight takes {self.weight_shape[1]} channels, the input has {self.input_shape[1]}"
+            )
         if self.weight_elems > MOST_ELEMS:
-            raise SpecError(f"{self.name}: the weight has {self.weight_elems:,} elements; wanted at most {MOST_ELEMS:,}, which "
-                            f"31 bits tell apart: make the layer narrower")
+            raise SpecError(
+                f"{self.name}: the weight has {self.weight_elems:,} elements; wanted at most {MOST_ELEMS:,}, which "
+                f"31 bits tell apart: make the layer narrower"
+            )
         if min(self.output_size) < 1:
-            raise SpecError(f"{self.name}: a {self.input_shape[2]}x{self.input_shape[3]} input is too small for "
-                            f"a {self.weight_shape[2]}x{self.weight_shape[3]} kernel with padding {self.padding}")
+            raise SpecError(
+                f"{self.name}: a {self.input_shape[2]}x{self.input_shape[3]} input is too small for "
+                f"a {self.weight_shape[2]}x{self.weight_shape[3]} kernel with padding {self.padding}"
+            )
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the output, pixels."""
-        return tuple((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in
-                     zip(self.input_shape[2:], self.padding, self.weight_shape[2:], self.stride))  # type: ignore
+        return tuple(
+            (size + 2 * pad - kernel) // step + 1
+            for size, pad, kernel, step in zip(self.input_shape[2:], self.padding, self.weight_shape[2:], self.stride)
+        )  # type: ignore
 
     @property
     def weight_elems(self) -> int:
@@ -58,9 +65,10 @@ class Node:
             "global_avg_pool", "flatten", or an activation: "relu"
     name    unique; the dotted torch module path where there is one
     inputs  names of the producing nodes; "input" is the graph's input
-    params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias, running_mean, running_var
-    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics); pools: kernel, stride,
-            padding, avg_pool2d also count_include_pad
+    params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
+            running_mean, running_var
+    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics); pools: kernel,
+            stride, padding, avg_pool2d also count_include_pad
     shape   of the output: (N, C, H, W) or (N, features)
     """
 
@@ -82,5 +90,3 @@ class ForwardGraph:
     nodes: tuple[Node, ...]
     input_shape: tuple[int, ...]
     state_shapes: Mapping[str, tuple[int, ...]]
-
-

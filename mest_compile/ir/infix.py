@@ -6,13 +6,30 @@ from collections.abc import Callable, Mapping
 
 from mest_compile.ir.expressions import Apply, Constant, Expression, Variable
 
-INFIX = {"greater": (">", 0), "less": ("<", 0), "at_least": (">=", 0), "at_most": ("<=", 0), "add": ("+", 1), "subtract": ("-", 1),
-         "multiply": ("*", 2), "divide": ("/", 2)}  # operation: (sign, how tightly it holds together)
-FUNCTIONS = {"maximum": "max", "minimum": "min", "abs": "abs", "exp": "exp", "log": "log", "sqrt": "sqrt", "select": "Select"}
+INFIX = {
+    "greater": (">", 0),
+    "less": ("<", 0),
+    "at_least": (">=", 0),
+    "at_most": ("<=", 0),
+    "add": ("+", 1),
+    "subtract": ("-", 1),
+    "multiply": ("*", 2),
+    "divide": ("/", 2),
+}  # operation: (sign, how tightly it holds together)
+FUNCTIONS = {
+    "maximum": "max",
+    "minimum": "min",
+    "abs": "abs",
+    "exp": "exp",
+    "log": "log",
+    "sqrt": "sqrt",
+    "select": "Select",
+}
 
 
 def written(expression: Expression, names: Mapping[str, str], constant: Callable[[float], str]) -> str:
-    """names: {variable: what it is in the kernel, in brackets where it is a sum}; constant: how a float32 that is not whole is written."""
+    """names: {variable: what it is in the kernel, in brackets where it is a sum}; constant: how a float32 that is not
+    whole is written."""
     if isinstance(expression, Variable):
         return names[expression.name]
     if isinstance(expression, Constant):

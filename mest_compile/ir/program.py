@@ -1,4 +1,5 @@
-"""A program: the kernel calls of one step in order, the buffers they use, and where the temporary ones lie in memory."""
+"""A program: the kernel calls of one step in order, the buffers they use, and where the temporary ones lie in
+memory."""
 
 from __future__ import annotations
 
@@ -9,11 +10,16 @@ from typing import Any, Literal
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 
-# "statistics" is what a training step writes of its forward pass; "update" uses held buffers only, so that it can be run on its own.
+# "statistics" is what a training step writes of its forward pass; "update" uses held buffers only, so that it can be
+# run on its own.
 Stage = Literal["forward", "statistics", "backward", "update"]
 FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: program and its stages
-    "train": ("train", ("forward", "statistics", "backward", "update")), "gradients": ("train", ("forward", "backward")),
-    "backward": ("train", ("forward", "statistics", "backward")), "update": ("train", ("update",)), "predict": ("predict", ("forward",))}
+    "train": ("train", ("forward", "statistics", "backward", "update")),
+    "gradients": ("train", ("forward", "backward")),
+    "backward": ("train", ("forward", "statistics", "backward")),
+    "update": ("train", ("update",)),
+    "predict": ("predict", ("forward",)),
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +30,8 @@ class Buffer:
     kind        what its bytes are counted as: "batch", "values", "indices", "gradients", "optimizer", "arena"
     image       how an activation lies in it, None for anything else
     parts       torch names of the dense parameters or statistics in it, one after another
-    layer       the layer's weight, where a layer holds it; `role` is what it is of the layer: "" its values, "gradient", an index array
+    layer       the layer's weight, where a layer holds it; `role` is what it is of the layer: "" its values,
+                "gradient", an index array
     """
 
     name: str
@@ -55,9 +62,11 @@ class Activation(Buffer):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one compiled kernel.
+    """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one
+    compiled kernel.
 
-    phase  of a convolution or linear layer: "forward", "recompute", "grad_input", "grad_weight", "grad_bias"; "" for other calls
+    phase  of a convolution or linear layer: "forward", "recompute", "grad_input", "grad_weight", "grad_bias"; "" for
+           other calls
     """
 
     name: str
@@ -116,16 +125,21 @@ def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
     """Gives every temporary buffer a slot, such that no two that live at the same time share one.
 
     `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
-    Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is none.
-    So small ones fill the gaps in the lives of large ones. Source: "greedy by size" of Pisarchyk and Lee, arXiv:2001.03288.
+    Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is
+    none. So small ones fill the gaps in the lives of large ones. Source: "greedy by size" of Pisarchyk and Lee,
+    arXiv:2001.03288.
     """
     born, dies = _lifetimes(program.calls)
     sizes = list(slots)
     taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
     for buffer in sorted(born, key=lambda b: (-b.size_bytes, born[b])):
         first, last = born[buffer], dies[buffer]
-        free = [slot for slot, size in enumerate(sizes) if size >= buffer.size_bytes
-                and all(last < other_first or other_last < first for other_first, other_last in taken[slot])]
+        free = [
+            slot
+            for slot, size in enumerate(sizes)
+            if size >= buffer.size_bytes
+            and all(last < other_first or other_last < first for other_first, other_last in taken[slot])
+        ]
         slot = min(free, key=sizes.__getitem__, default=len(sizes))
         if slot == len(sizes):
             sizes.append(buffer.size_bytes)

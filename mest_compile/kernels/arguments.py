@@ -14,10 +14,12 @@ from mest_compile.sparsity.layer import Layer
 
 
 def call_arrays(call: Call, layer: Layer, program: Program, seed: int = 0) -> list[np.ndarray]:
-    """Arrays that a layer's call takes: the index of a random legal mask at the layer's sparsity, random values, zero halos."""
+    """Arrays that a layer's call takes: the index of a random legal mask at the layer's sparsity, random values, zero
+    halos."""
     rng = np.random.default_rng(seed)
-    keep = layer.scheme.start(layer.spec, rng.random(layer.scheme.grid(layer.spec)), layer.scheme.live_units(layer.spec, layer.sparsity),
-                              rng)
+    keep = layer.scheme.start(
+        layer.spec, rng.random(layer.scheme.grid(layer.spec)), layer.scheme.live_units(layer.spec, layer.sparsity), rng
+    )
     index = FAMILIES.find(layer.kernels).index(layer, keep, program)
     return [_array(buffer, layer, index, rng) for buffer in call.buffers]
 
@@ -27,13 +29,21 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
         return index.arrays[buffer.role]
     if buffer.image is not None:
         image = buffer.image
-        return image.pack(rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype))
+        return image.pack(
+            rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype)
+        )
     elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
     return rng.standard_normal(elems).astype(np.float32)
 
 
-def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], indices: dict[str, LayerIndex], exact: bool,
-              rng: np.random.Generator) -> np.ndarray:
+def _argument(
+    buffer: Buffer,
+    program: Program,
+    layers: Mapping[str, Layer],
+    indices: dict[str, LayerIndex],
+    exact: bool,
+    rng: np.random.Generator,
+) -> np.ndarray:
     name, role = buffer.layer, buffer.role
     if name in layers and name not in indices:
         layer = layers[name]
@@ -44,7 +54,9 @@ def _argument(buffer: Buffer, program: Program, layers: Mapping[str, Layer], ind
         return indices[name].arrays[role].ravel()
     if buffer.image:
         image = buffer.image
-        return image.pack(_whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)).ravel()
+        return image.pack(
+            _whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)
+        ).ravel()
     if buffer.elems is None:
         order, there = indices[name].sort, indices[name].arrays.get("transposed_from")
         if there is None:

@@ -1,8 +1,9 @@
 """Kernel text to callable code, through a content-addressed cache in memory and on disk.
 
 A kernel's key is the digest of its TVMScript text, its target and the TVM version: everything that can change the code.
-Nothing with the same key is compiled twice. An entry on disk is one file, named by its key and by the digest of its content, that comes
-into being by a rename: several processes can use one folder, and a file that is not what its name says is damaged.
+Nothing with the same key is compiled twice. An entry on disk is one file, named by its key and by the digest of its
+content, that comes into being by a rename: several processes can use one folder, and a file that is not what its name
+says is damaged.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ MOST_BYTES = 2**30  # some 20,000 kernels; a wide ResNet-32 has about 150
 
 @dataclass(slots=True)
 class Builder:
-    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next. A folder that can only be read is read from;
-    one that is full, forbids execution or is not there costs no more than the cache.
+    """Compiles kernels and keeps them: in memory for this process, in `folder` for the next. A folder that can only be
+    read is read from; one that is full, forbids execution or is not there costs no more than the cache.
 
     most_bytes        that `folder` may hold: beyond it the entries go that were used longest ago
     compiled, loaded  how many kernels were compiled, and how many came from disk
@@ -52,7 +53,8 @@ class Builder:
     _refused: bool = False  # whether the log says that the folder cannot be written
 
     def build(self, sources: Iterable[KernelSource]) -> dict[str, Any]:
-        """key -> callable, for every source, compiled side by side: LLVM and the linker run outside Python's lock. Raises BuildError."""
+        """key -> callable, for every source, compiled side by side: LLVM and the linker run outside Python's lock.
+        Raises BuildError."""
         distinct = {source.key: source for source in sources}
         return dict(zip(distinct, self._side_by_side(self.function, distinct.values())))
 
@@ -72,26 +74,35 @@ class Builder:
 
     def has(self, source: KernelSource) -> bool:
         """Whether the kernel needs no compiling: it was loaded, or stands in the folder."""
-        return source.key in self._ready or any(path.suffix != ".o" for path in self._there(f"{source.key[:2]}/{source.key}.*"))
+        return source.key in self._ready or any(
+            path.suffix != ".o" for path in self._there(f"{source.key[:2]}/{source.key}.*")
+        )
 
     def store(self, source: KernelSource) -> None:
-        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError, also where it cannot be
-        kept.
+        """Compiles a kernel for other processes: into the folder, if it is not there, whole. Raises BuildError, also
+        where it cannot be kept.
         """
         suffix = backend_of(source.target).suffix
         if not any(self._entries(source.key, suffix)):
-            if not self._keep(source.key, suffix, backend_of(source.target).dump(self._new_library(source), source.target)):
-                raise BuildError(f"the kernel cache {self.folder} cannot be written, through which another process would get the kernel")
+            if not self._keep(
+                source.key, suffix, backend_of(source.target).dump(self._new_library(source), source.target)
+            ):
+                raise BuildError(
+                    f"the kernel cache {self.folder} cannot be written, through which another process would get "
+                    "the kernel"
+                )
             if self.compiled % STORED_PER_EVICTION == 0:
                 self._evict()
 
     def objects(self, sources: Iterable[KernelSource]) -> dict[str, bytes]:
-        """symbol -> object code, for every source: what is linked for another machine, or into an artifact. Raises BuildError."""
+        """symbol -> object code, for every source: what is linked for another machine, or into an artifact. Raises
+        BuildError."""
         distinct = list({source.key: source for source in sources}.values())
         return dict(zip([source.symbol for source in distinct], self._side_by_side(self._object, distinct)))
 
     def keep(self, digest: str, make: Callable[[], bytes]) -> bytes:
-        """The library of that digest, of all that decides it: from the folder, or what `make` gives. Raises BuildError."""
+        """The library of that digest, of all that decides it: from the folder, or what `make` gives. Raises
+        BuildError."""
         for _, content in self._entries(digest, ".lib"):
             return content
         try:
@@ -166,11 +177,14 @@ class Builder:
         try:
             return self._load(content, source)
         except (OSError, RuntimeError) as problem:
-            raise BuildError(f"kernel {source.kernel} cannot be loaded, neither from {self.folder} nor from the temporary folder "
-                             f"({_cause(problem)}); set TMPDIR to a folder that can be written and executed from") from problem
+            raise BuildError(
+                f"kernel {source.kernel} cannot be loaded, neither from {self.folder} nor from the temporary folder "
+                f"({_cause(problem)}); set TMPDIR to a folder that can be written and executed from"
+            ) from problem
 
     def _load(self, content: bytes, source: KernelSource) -> Any:
-        """The kernel of a library: what was checked, whatever becomes of the cached file. It goes with its last user."""
+        """The kernel of a library: what was checked, whatever becomes of the cached file. It goes with its last
+        user."""
         return backend_of(source.target).load(content, source.symbol, [self.folder])
 
     def _new_library(self, source: KernelSource) -> Any:
@@ -181,8 +195,10 @@ class Builder:
             raise
         except Exception as problem:  # TVM raises many types; the text is what a reader needs
             log.debug("text of kernel %s, which does not compile:\n%s", source.kernel, source.text)
-            raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}; "
-                             "its text is in the log at level DEBUG") from problem
+            raise BuildError(
+                f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}; "
+                "its text is in the log at level DEBUG"
+            ) from problem
         with self._lock:
             self.compiled += 1
             self.seconds += time.perf_counter() - start
@@ -201,7 +217,11 @@ class Builder:
         except OSError as problem:
             if not self._refused:
                 self._refused = True
-                log.warning("kernel cache %s cannot be written (%s); kernels will be compiled again next time", self.folder, problem)
+                log.warning(
+                    "kernel cache %s cannot be written (%s); kernels will be compiled again next time",
+                    self.folder,
+                    problem,
+                )
             return False
 
     @staticmethod
@@ -210,7 +230,8 @@ class Builder:
         return attempt(source, lambda: _made(source)[source.symbol])
 
     def _evict(self) -> None:
-        """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on using."""
+        """Removes the entries used longest ago until what is left fits; what this process has loaded it goes on
+        using."""
         entries = []
         for path in self._there("??/*.*"):
             try:
@@ -239,14 +260,16 @@ def attempt(source: KernelSource, compiling: Callable[[], Any]) -> Any:
     except MestError:
         raise
     except Exception as problem:  # of TVM's many types
-        raise BuildError(f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}") from problem
+        raise BuildError(
+            f"{_cause(problem)}: kernel {source.kernel} does not compile for {source.target.name}"
+        ) from problem
 
 
 def _cause(problem: Exception) -> str:
     """What went wrong in one line. TVM writes a stack before it, or the piece of source it points at behind it."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    said = next((line for line in lines if "error: " in line.lower()), lines[-1] if lines else "no message").removeprefix("error: ")
+    said = next(
+        (line for line in lines if "error: " in line.lower()), lines[-1] if lines else "no message"
+    ).removeprefix("error: ")
     kind = type(problem).__name__
     return said if said.startswith(kind) else f"{kind}: {said}"
-
-

@@ -1,4 +1,5 @@
-"""Which knobs each kernel of a step is compiled with, how wide its vectors are, how indices are cut: what tuning found out, applied."""
+"""Which knobs each kernel of a step is compiled with, how wide its vectors are, how indices are cut: what tuning found
+out, applied."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ def choose_knobs(programs: Sequence[Program], layers: Mapping[str, Layer], targe
 
 def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Choices:
     """The choices that `facts` noted: what a step was compiled with before."""
+
     def choice(program: Program, call: Call) -> Choice:
         noted = knobs.get(program.name, {}).get(call.name, {"knobs": {}, "origin": "default"})
         return Choice(knobs_from(noted["knobs"]), noted["origin"], modelled=noted.get("modelled", False))
@@ -46,16 +48,23 @@ def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Map
 
 def facts(choices: Choices) -> dict[str, dict[str, Any]]:
     """Choices that records made, ready for JSON."""
+
     def noted(choice: Choice) -> dict[str, Any]:
         return {"knobs": plain(choice.knobs), "origin": choice.origin, "modelled": choice.modelled}
 
-    return {program: {call: noted(choice) for call, choice in calls.items() if choice.origin != "default"}
-            for program, calls in choices.items()}
+    return {
+        program: {call: noted(choice) for call, choice in calls.items() if choice.origin != "default"}
+        for program, calls in choices.items()
+    }
 
 
 def origins(choices: Choices) -> dict[str, int]:
     """How many calls of the training step are of each origin; of those that a model chose the name says so."""
-    return dict(Counter(f"{choice.origin}, modelled" if choice.modelled else choice.origin for choice in choices["train"].values()))
+    return dict(
+        Counter(
+            f"{choice.origin}, modelled" if choice.modelled else choice.origin for choice in choices["train"].values()
+        )
+    )
 
 
 def sources(programs: Sequence[Program], target: Target, choices: Choices) -> dict[str, dict[str, KernelSource]]:
@@ -68,8 +77,10 @@ def sources(programs: Sequence[Program], target: Target, choices: Choices) -> di
             made[key] = kernel_source(call.kernel, call.problem, target, **knobs)
         return made[key]
 
-    return {program.name: {call.name: source(call, choices[program.name][call.name].knobs) for call in program.calls}
-            for program in programs}
+    return {
+        program.name: {call.name: source(call, choices[program.name][call.name].knobs) for call in program.calls}
+        for program in programs
+    }
 
 
 def _text(call: Call, target: Target, knobs: Mapping[str, Any]) -> str | None:

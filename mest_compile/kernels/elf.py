@@ -1,6 +1,7 @@
 """What a shared library says of itself: whose machine code it is, which libraries it needs, which symbols it lacks.
 
-Layout: System V Application Binary Interface, chapters 4 and 5. Little-endian files only, which is what all targets here are.
+Layout: System V Application Binary Interface, chapters 4 and 5. Little-endian files only, which is what all targets
+here are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from mest_compile.base.errors import BuildError
 
 MACHINES = {62: "x86_64", 183: "aarch64", 40: "arm", 243: "riscv64"}  # e_machine -> what `platform.machine()` calls it
 _LOAD, _DYNAMIC = 1, 2  # segments
-_NEEDED, _STRTAB, _SYMTAB, _SYMENT, _HASH, _SONAME, _GNU_HASH = 1, 5, 6, 11, 4, 14, 0x6FFFFEF5  # entries of the dynamic section
+_NEEDED, _STRTAB, _SYMTAB, _SYMENT, _HASH, _SONAME, _GNU_HASH = (
+    1,
+    5,
+    6,
+    11,
+    4,
+    14,
+    0x6FFFFEF5,
+)  # entries of the dynamic section
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +57,11 @@ def _read(content: bytes) -> Library:
     kind, machine = struct.unpack_from("<HH", content, 16)
     if kind != 3:
         raise ValueError(f"type {kind}, not a shared library")
-    at, size, count = ((struct.unpack_from("<Q", content, 32)[0], *struct.unpack_from("<HH", content, 54)) if wide
-                       else (struct.unpack_from("<I", content, 28)[0], *struct.unpack_from("<HH", content, 42)))
+    at, size, count = (
+        (struct.unpack_from("<Q", content, 32)[0], *struct.unpack_from("<HH", content, 54))
+        if wide
+        else (struct.unpack_from("<I", content, 28)[0], *struct.unpack_from("<HH", content, 42))
+    )
     segments = []
     for index in range(count):
         place = at + index * size
@@ -60,21 +72,26 @@ def _read(content: bytes) -> Library:
         segments.append((segment, offset, address, length))
 
     def offset_of(address: int) -> int:
-        return next(offset + address - start for segment, offset, start, length in segments
-                    if segment == _LOAD and start <= address < start + length)
+        return next(
+            offset + address - start
+            for segment, offset, start, length in segments
+            if segment == _LOAD and start <= address < start + length
+        )
 
-    (_, start, _, length), = [segment for segment in segments if segment[0] == _DYNAMIC]
+    ((_, start, _, length),) = [segment for segment in segments if segment[0] == _DYNAMIC]
     pair = struct.Struct("<qQ" if wide else "<iI")
     entries = [pair.unpack_from(content, start + place) for place in range(0, length, pair.size)]
-    entries = entries[:[tag for tag, _ in entries].index(0)]
+    entries = entries[: [tag for tag, _ in entries].index(0)]
     found = dict(entries)
     strings, symbols = offset_of(found[_STRTAB]), offset_of(found[_SYMTAB])
 
     def text(place: int) -> str:
-        return content[strings + place:content.index(b"\0", strings + place)].decode()
+        return content[strings + place : content.index(b"\0", strings + place)].decode()
 
     undefined, defined = [], []
-    for index in range(1, _symbols(content, wide, {tag: offset_of(found[tag]) for tag in (_HASH, _GNU_HASH) if tag in found})):
+    for index in range(
+        1, _symbols(content, wide, {tag: offset_of(found[tag]) for tag in (_HASH, _GNU_HASH) if tag in found})
+    ):
         place = symbols + index * found[_SYMENT]
         if wide:
             word, info, _, section = struct.unpack_from("<IBBH", content, place)
@@ -84,12 +101,18 @@ def _read(content: bytes) -> Library:
             defined.append(text(word))
         elif info >> 4 == 1:  # global, not weak
             undefined.append(text(word))
-    return Library(MACHINES.get(machine, str(machine)), 64 if wide else 32, tuple(text(value) for tag, value in entries if tag == _NEEDED),
-                   tuple(undefined), tuple(defined))
+    return Library(
+        MACHINES.get(machine, str(machine)),
+        64 if wide else 32,
+        tuple(text(value) for tag, value in entries if tag == _NEEDED),
+        tuple(undefined),
+        tuple(defined),
+    )
 
 
 def _symbols(content: bytes, wide: bool, tables: dict[int, int]) -> int:
-    """How many dynamic symbols there are, the empty first one among them: nothing but the hash tables tells. tables: tag -> place."""
+    """How many dynamic symbols there are, the empty first one among them: nothing but the hash tables tells. tables:
+    tag -> place."""
     if _HASH in tables:
         return struct.unpack_from("<I", content, tables[_HASH] + 4)[0]  # as many as it has chains
     buckets, first, words, _ = struct.unpack_from("<IIII", content, tables[_GNU_HASH])

@@ -1,4 +1,5 @@
-"""Which program links objects for a machine, and a kernel's library for this one. A bare linker is enough: no headers, no C compiler."""
+"""Which program links objects for a machine, and a kernel's library for this one. A bare linker is enough: no headers,
+no C compiler."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ class Linker:
 
 def linkers(architecture: str) -> list[Linker]:
     """Every linker for the architecture that this machine has, the preferred one first."""
-    found = [shutil.which(_PREFIXES.get(architecture, "") + "ld"), shutil.which("ld") if architecture == host_machine() else None]
+    found = [
+        shutil.which(_PREFIXES.get(architecture, "") + "ld"),
+        shutil.which("ld") if architecture == host_machine() else None,
+    ]
     options = [Linker(Path(path).name, (path,)) for path in found if path]
     mode = ("-m", _EMULATIONS[architecture]) if architecture in _EMULATIONS else ()
     if path := shutil.which("ld.lld"):
@@ -46,18 +50,23 @@ def find_linker(target: Target) -> Linker:
     architecture, _ = triple_of(target)
     for linker in linkers(architecture):
         return linker
-    raise NotInstalled(f"no linker for {architecture}, which target {target.name!r} needs; run: "
-                       f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang")
+    raise NotInstalled(
+        f"no linker for {architecture}, which target {target.name!r} needs; run: "
+        f"apt install {_PACKAGES.get(architecture, 'gcc')}, or without root: pip install ziglang"
+    )
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder that goes with the block. Raises BuildError where no file can be written or read in the block."""
+    """A temporary folder that goes with the block. Raises BuildError where no file can be written or read in the
+    block."""
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield Path(folder)
     except OSError as problem:
-        raise BuildError(f"the temporary folder cannot be used ({problem}); make room there, or set TMPDIR to another") from problem
+        raise BuildError(
+            f"the temporary folder cannot be used ({problem}); make room there, or set TMPDIR to another"
+        ) from problem
 
 
 def link_here(code: bytes, target: Target) -> bytes:

@@ -1,7 +1,8 @@
 """Kernels and the step that calls them to one shared library, for this machine or another.
 
-Compiled kernels need next to nothing of a C library, so that a bare linker is enough: no headers, no sysroot, no NDK. What they do need
-(`expf`, `memset`) is looked up at load time in the device's own libraries, whose names are put in by linking against empty stand-ins.
+Compiled kernels need next to nothing of a C library, so that a bare linker is enough: no headers, no sysroot, no NDK.
+What they do need (`expf`, `memset`) is looked up at load time in the device's own libraries, whose names are put in by
+linking against empty stand-ins.
 """
 
 from __future__ import annotations
@@ -22,19 +23,28 @@ from mest_compile.kernels.source import KernelSource
 from mest_compile.lowering.emitting import emit
 
 # What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
-MATH = frozenset({"expf", "exp2f", "logf", "log2f", "powf", "tanhf", "erff", "fmaxf", "fminf", "fmodf", "floorf", "ceilf", "roundf"})
+MATH = frozenset(
+    {"expf", "exp2f", "logf", "log2f", "powf", "tanhf", "erff", "fmaxf", "fminf", "fmodf", "floorf", "ceilf", "roundf"}
+)
 MEMORY = frozenset({"memset", "memcpy", "memmove"})
 # The rest is offered by libtvm_ffi and libtvm_runtime, which are there before a kernel library is loaded.
 RUNTIME = ("TVMFFI", "TVMBackend")
-# What the C compiler for 32-bit ARM has every function's unwinding table refer to; a Linux whose programs are in C++ has it.
+# What the C compiler for 32-bit ARM has every function's unwinding table refer to; a Linux whose programs are in C++
+# has it.
 UNWIND = frozenset({"__aeabi_unwind_cpp_pr0"})
-_LIBRARIES = {"gnu": {"libm.so.6": MATH, "libc.so.6": MEMORY, "libgcc_s.so.1": UNWIND},
-              "android": {"libm.so": MATH, "libc.so": MEMORY}}
+_LIBRARIES = {
+    "gnu": {"libm.so.6": MATH, "libc.so.6": MEMORY, "libgcc_s.so.1": UNWIND},
+    "android": {"libm.so": MATH, "libc.so": MEMORY},
+}
 PAGE_BYTES = 16384  # Android 15 has pages of 16 KiB; smaller ones do as well with it
 
 
-def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
-              objects: Mapping[str, bytes], target: Target) -> bytes:
+def link_step(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+    symbol: Callable[[Program, str], str],
+    objects: Mapping[str, bytes],
+    target: Target,
+) -> bytes:
     """A shared library with all kernels and the virtual machine's executable that calls them.
 
     symbol   (program, call name) -> the kernel's symbol
@@ -49,13 +59,16 @@ def link_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol
             paths[name] = scratch / f"{name}.o"
             paths[name].write_bytes(content)
         executable = _executable(functions, symbol, target)
-        # One object stands for all: that there is one tells TVM that the library's own functions belong to the executable.
+        # One object stands for all: that there is one tells TVM that the library's own functions belong to the
+        # executable.
         first = next(iter(paths))
         executable.import_module(tvm.runtime.load_static_library(str(paths[first]), [first]))
         return link([*paths.values(), _packed(executable, target, scratch)], target, scratch)
 
 
-def _executable(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], target: Target) -> Any:
+def _executable(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], target: Target
+) -> Any:
     """The virtual machine's executable, which calls kernels by name and has none."""
     import tvm
 
@@ -65,7 +78,8 @@ def _executable(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symb
 
 
 def _packed(executable: Any, target: Target, scratch: Path) -> Path:
-    """An object with the bytes of what is no machine code, the executable and OpenCL C, which the library's loader reads."""
+    """An object with the bytes of what is no machine code, the executable and OpenCL C, which the library's loader
+    reads."""
     from tvm.runtime import _ffi_api
 
     path = scratch / "executable.o"
@@ -75,9 +89,14 @@ def _packed(executable: Any, target: Target, scratch: Path) -> Path:
 
 
 def link_kernel(source: KernelSource, path: Path, system_calls: Collection[str] = ()) -> None:
-    """Compiles a kernel, for this machine's device or another's, to a shared library of that name. Raises BuildError, NotInstalled."""
-    attempt(source, lambda: backend_of(source.target).link_kernel(source.symbol, source.text, source.target, source.checked, path,
-                                                                  system_calls))
+    """Compiles a kernel, for this machine's device or another's, to a shared library of that name. Raises BuildError,
+    NotInstalled."""
+    attempt(
+        source,
+        lambda: backend_of(source.target).link_kernel(
+            source.symbol, source.text, source.target, source.checked, path, system_calls
+        ),
+    )
 
 
 def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: Collection[str] = ()) -> bytes:
@@ -90,15 +109,28 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
     run_linker(linker, ["-shared", *map(str, objects), "-o", str(made)])
     lacking = {name for name in read_library(made.read_bytes()).undefined if not name.startswith(RUNTIME)}
     if unknown := sorted(lacking.difference(system_calls, *_LIBRARIES[system].values())):
-        raise BuildError(f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
-                         "please report which model that was")
+        raise BuildError(
+            f"kernels for {target.name} call {', '.join(unknown)}, which a device without a compiler need not have; "
+            "please report which model that was"
+        )
     beside = []
     for name, offered in _LIBRARIES[system].items():
         if wanted := sorted(lacking & (offered.union(system_calls) if offered is MEMORY else offered)):
             beside.append(str(scratch / name))
-            stand_in = ["-shared", "-soname", name, *(f"--defsym={symbol}=0" for symbol in wanted), str(objects[0]), "-o", beside[-1]]
+            stand_in = [
+                "-shared",
+                "-soname",
+                name,
+                *(f"--defsym={symbol}=0" for symbol in wanted),
+                str(objects[0]),
+                "-o",
+                beside[-1],
+            ]
             run_linker(linker, stand_in)
-    run_linker(linker, ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)])
+    run_linker(
+        linker,
+        ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)],
+    )
     return made.read_bytes()
 
 

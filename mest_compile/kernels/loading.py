@@ -11,10 +11,12 @@ from typing import Any
 def load_library(content: bytes, folders: Iterable[Path] = ()) -> Any:
     """TVM's module of a library with exactly this content; with the last of what comes from it the library goes.
 
-    The loader goes by path: what was loaded from one is loaded again, whatever the file holds by then, and who writes into the file writes
-    into a running library. So the content gets a file that nobody else knows, and the file goes when it is loaded.
+    The loader goes by path: what was loaded from one is loaded again, whatever the file holds by then, and who writes
+    into the file writes into a running library. So the content gets a file that nobody else knows, and the file goes
+    when it is loaded.
 
-    folders  where to put it; where one is full, cannot be written or forbids execution, the next is tried, the temporary folder at last
+    folders  where to put it; where one is full, cannot be written or forbids execution, the next is tried, the
+             temporary folder at last
     Raises OSError, RuntimeError, as the last place did.
     """
     import tvm_ffi

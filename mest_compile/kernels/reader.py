@@ -1,8 +1,9 @@
 """TVMScript text of one kernel to TVM's function.
 
-TVM's own parser evaluates every expression as a Python program of its own, 60 to 160 ms a kernel and the largest part of compiling one.
-Kernels need a small part of the language: this reader walks their syntax tree once and calls the same builder, 5 to 10 ms a kernel,
-and gives the same function (asserted for every kind of kernel). What it does not know it refuses.
+TVM's own parser evaluates every expression as a Python program of its own, 60 to 160 ms a kernel and the largest part
+of compiling one. Kernels need a small part of the language: this reader walks their syntax tree once and calls the same
+builder, 5 to 10 ms a kernel, and gives the same function (asserted for every kind of kernel). What it does not know it
+refuses.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-# CPython before 3.11.8 counts the depth of all threads' syntax trees in one place and raises SystemError when two are made at once
-# (python/cpython issue 106905).
+# CPython before 3.11.8 counts the depth of all threads' syntax trees in one place and raises SystemError when two are
+# made at once (python/cpython issue 106905).
 _LOCK = threading.Lock()
-_OPERATORS = {ast.Add: ("_OpAdd", operator.add), ast.Sub: ("_OpSub", operator.sub), ast.Mult: ("_OpMul", operator.mul),
-              ast.Div: ("_OpDiv", operator.truediv), ast.FloorDiv: ("_OpFloorDiv", operator.floordiv),
-              ast.Mod: ("_OpFloorMod", operator.mod), ast.LShift: ("left_shift", operator.lshift),
-              ast.RShift: ("right_shift", operator.rshift)}
+_OPERATORS = {
+    ast.Add: ("_OpAdd", operator.add),
+    ast.Sub: ("_OpSub", operator.sub),
+    ast.Mult: ("_OpMul", operator.mul),
+    ast.Div: ("_OpDiv", operator.truediv),
+    ast.FloorDiv: ("_OpFloorDiv", operator.floordiv),
+    ast.Mod: ("_OpFloorMod", operator.mod),
+    ast.LShift: ("left_shift", operator.lshift),
+    ast.RShift: ("right_shift", operator.rshift),
+}
 _COMPARISONS = {ast.Eq: "EQ", ast.NotEq: "NE", ast.Lt: "LT", ast.LtE: "LE", ast.Gt: "GT", ast.GtE: "GE"}
 _JOINTS = {ast.And: "And", ast.Or: "Or"}
 
@@ -27,7 +34,7 @@ _JOINTS = {ast.And: "And", ast.Or: "Or"}
 def parse(text: str, symbol: str) -> Any:
     """The PrimFunc of a kernel's text under the name `symbol`. Raises SyntaxError, NameError, and what TVM does."""
     with _LOCK:
-        definition, = ast.parse(text).body
+        (definition,) = ast.parse(text).body
     return _Reader().function(definition).with_attr("global_symbol", symbol)
 
 
@@ -45,21 +52,33 @@ class _Reader:
         self._infix = {kind: (getattr(_ffi_api, name), plain) for kind, (name, plain) in _OPERATORS.items()}
         self.names: dict[str, Any] = {"T": script}
         self._values: dict[type, Callable[[Any], Any]] = {
-            ast.Constant: lambda node: node.value, ast.Name: self._name, ast.BinOp: self._binary, ast.UnaryOp: self._negative,
-            ast.Compare: self._compare, ast.BoolOp: self.joined, ast.Call: self._call,
+            ast.Constant: lambda node: node.value,
+            ast.Name: self._name,
+            ast.BinOp: self._binary,
+            ast.UnaryOp: self._negative,
+            ast.Compare: self._compare,
+            ast.BoolOp: self.joined,
+            ast.Call: self._call,
             ast.Attribute: lambda node: getattr(self.value(node.value), node.attr),
             ast.Subscript: lambda node: self.value(node.value)[self.value(node.slice)],
-            ast.Tuple: lambda node: tuple(map(self.value, node.elts)), ast.List: lambda node: list(map(self.value, node.elts)),
-            ast.Dict: lambda node: dict(zip(map(self.value, node.keys), map(self.value, node.values)))}
+            ast.Tuple: lambda node: tuple(map(self.value, node.elts)),
+            ast.List: lambda node: list(map(self.value, node.elts)),
+            ast.Dict: lambda node: dict(zip(map(self.value, node.keys), map(self.value, node.values))),
+        }
         self._statements: dict[type, Callable[[Any], None]] = {
-            ast.For: self._loop, ast.If: self._branch, ast.Assign: self._assign, ast.AnnAssign: self._let, ast.Expr: self._call_only}
+            ast.For: self._loop,
+            ast.If: self._branch,
+            ast.Assign: self._assign,
+            ast.AnnAssign: self._let,
+            ast.Expr: self._call_only,
+        }
 
     def function(self, definition: ast.stmt) -> Any:
         if not isinstance(definition, ast.FunctionDef):
             raise SyntaxError("a kernel's text is one function")
         from tvm.tirx.script.builder import prim_func
 
-        decorator, = definition.decorator_list
+        (decorator,) = definition.decorator_list
         if self.value(decorator.func if isinstance(decorator, ast.Call) else decorator) is not self._script.prim_func:
             raise SyntaxError(f"line {decorator.lineno}: a kernel's text is one T.prim_func")
         options = self._options(decorator) if isinstance(decorator, ast.Call) else {}
@@ -68,7 +87,9 @@ class _Reader:
                 self._script.func_name(definition.name)
                 for argument in definition.args.args:
                     kind = self.value(argument.annotation)
-                    self.names[argument.arg] = self._script.arg(argument.arg, kind if isinstance(kind, self._ir.Expr) else kind())
+                    self.names[argument.arg] = self._script.arg(
+                        argument.arg, kind if isinstance(kind, self._ir.Expr) else kind()
+                    )
                 self._body(definition.body)
             return builder.get()
 
@@ -101,7 +122,7 @@ class _Reader:
                     self._body(branch.orelse)
 
     def _assign(self, assignment: ast.Assign) -> None:
-        target, = assignment.targets
+        (target,) = assignment.targets
         value = self.value(assignment.value)
         if isinstance(target, ast.Subscript):
             self._script.buffer_store(self.value(target.value), value, self.value(target.slice))
@@ -141,11 +162,17 @@ class _Reader:
         if type(node.op) not in self._infix:
             raise SyntaxError(f"line {node.lineno}: a kernel has no {type(node.op).__name__}")
         build, plain = self._infix[type(node.op)]
-        return plain(left, right) if isinstance(left, int | float) and isinstance(right, int | float) else build(left, right, None)
+        return (
+            plain(left, right)
+            if isinstance(left, int | float) and isinstance(right, int | float)
+            else build(left, right, None)
+        )
 
     def _compare(self, node: ast.Compare) -> Any:
         (operation,), (right,) = node.ops, node.comparators
-        return getattr(self._tirx, _COMPARISONS[type(operation)])(*self._alike(self.value(node.left), self.value(right)))
+        return getattr(self._tirx, _COMPARISONS[type(operation)])(
+            *self._alike(self.value(node.left), self.value(right))
+        )
 
     def joined(self, node: ast.BoolOp) -> Any:
         found, *others = map(self.value, node.values)

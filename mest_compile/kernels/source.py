@@ -45,7 +45,8 @@ class KernelSource:
 
 
 def kernel_source(kernel: str, problem: Any, target: Target, **knobs: Any) -> KernelSource:
-    """The text that `target`'s schedule gives for `problem`. Raises UnknownName when that kind of device has no such kernel."""
+    """The text that `target`'s schedule gives for `problem`. Raises UnknownName when that kind of device has no such
+    kernel."""
     schedule = SCHEDULES.find(f"{target.device}/{kernel}")
     return KernelSource(kernel, schedule(problem, target, **knobs), target)
 
@@ -76,7 +77,8 @@ def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | Non
     """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
 
     The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
-    `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that does.
+    `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that
+    does.
     """
 
     def register(function: Any) -> Any:

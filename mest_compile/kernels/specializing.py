@@ -1,10 +1,11 @@
 """Specialized kernels: what a layer's index says about its structure, baked into the text of its kernels as constants.
 
-An indexed kernel reads from `pointers` how many units each group of rows has. Where all groups of a section have the same number (dense
-layers, whole filters and channels, patterns), the number, and with it where each group begins, can stand in the code: loops have known
-lengths, and no address waits for a load. Values, offsets and the order of additions stay what they are, so both kernels give the same bits
-and can be exchanged between any two steps. It works on any schedule's text, whatever its knobs; what a known length makes superfluous goes
-from it, as there is then less to compile (wide ResNet-32: filter a quarter, channel a third).
+An indexed kernel reads from `pointers` how many units each group of rows has. Where all groups of a section have the
+same number (dense layers, whole filters and channels, patterns), the number, and with it where each group begins, can
+stand in the code: loops have known lengths, and no address waits for a load. Values, offsets and the order of additions
+stay what they are, so both kernels give the same bits and can be exchanged between any two steps. It works on any
+schedule's text, whatever its knobs; what a known length makes superfluous goes from it, as there is then less to
+compile (wide ResNet-32: filter a quarter, channel a third).
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import numpy as np
 from mest_compile.kernels.source import KernelSource
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 
-MOST_COPIES = 3  # loops over sections of equal length, each of which is code of its own; with more of them nothing is gained
+MOST_COPIES = (
+    3  # loops over sections of equal length, each of which is code of its own; with more of them nothing is gained
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """counts: units of every group, one number a section; groups: those that have units, where rows are listed, else 0."""
+    """counts: units of every group, one number a section; groups: those that have units, where rows are listed, else
+    0."""
 
     counts: tuple[int, ...]
     groups: int = 0
@@ -32,7 +36,9 @@ class Structure:
         return ", ".join(map(str, dict.fromkeys(self.counts))) + " units a group"
 
 
-def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_groups: int | None = None) -> Structure | str:
+def structure_of(
+    problem: GatherConv | GatherGrad, pointers: np.ndarray, live_groups: int | None = None
+) -> Structure | str:
     """What can be baked for a problem under these pointers, or the reason why nothing can.
 
     live_groups  content of the buffer of that name, where rows are listed
@@ -57,13 +63,16 @@ def structure_of(problem: GatherConv | GatherGrad, pointers: np.ndarray, live_gr
 def specialized(source: KernelSource, problem: GatherConv | GatherGrad, structure: Structure) -> KernelSource:
     """The kernel of `source` with `structure` baked in; equal structures give equal kernels.
 
-    Neighbouring sections of equal length share one loop over them, so a layer whose last section alone is shorter has two.
+    Neighbouring sections of equal length share one loop over them, so a layer whose last section alone is shorter has
+    two.
     """
     groups, lines = structure.groups or problem.groups, source.text.split("\n")
     (head,) = (number for number, line in enumerate(lines) if _SECTIONS.match(line))
     indent, names, extents = _SECTIONS.match(lines[head]).group(1, 2, 3)  # type: ignore[union-attr]
-    end = next((number for number in range(head + 1, len(lines)) if not lines[number].startswith(indent + " ")), len(lines))
-    body = "\n".join(lines[head + 1:end])
+    end = next(
+        (number for number in range(head + 1, len(lines)) if not lines[number].startswith(indent + " ")), len(lines)
+    )
+    body = "\n".join(lines[head + 1 : end])
     loops, first, begun = [], 0, 0  # the section and the unit that the next loop begins at
     for count, run in itertools.groupby(structure.counts):
         many = len(list(run))
@@ -83,16 +92,20 @@ def specialized(source: KernelSource, problem: GatherConv | GatherGrad, structur
 
 
 def _shortened(body: str) -> str:
-    """Lines of known lengths without the loops that never turn, and with one loop over all units where one over rounds of several was
-    followed by one over those that remain: LLVM unrolls it as far as that pays.
+    """Lines of known lengths without the loops that never turn, and with one loop over all units where one over rounds
+    of several was followed by one over those that remain: LLVM unrolls it as far as that pays.
     """
     body = _REST.sub("unit", _ROUNDS.sub(r"\1for unit in T.serial(\2):", body))
-    return _BATCHES.sub(lambda loop: loop[0] if eval(loop[2]) else "", body)  # digits, brackets, divisions and remainders only
+    return _BATCHES.sub(
+        lambda loop: loop[0] if eval(loop[2]) else "", body
+    )  # digits, brackets, divisions and remainders only
 
 
 _SECTIONS = re.compile(r"^( *)for section(?: in T\.serial\(\d+\)|, ([a-z, ]+) in T\.grid\(\d+, (.*)\)):$")
 _POINTER = re.compile(r"\bpointers\[([^\[\]]*)\]")
 _COUNT = re.compile(r"\(pointers\[([^\[\]]*) \+ 1\] - pointers\[\1\]\)")
-_ROUNDS = re.compile(r"^( *)for round in T\.serial\((\d+) // (\d+)\):\n(?:\1 .*\n)+\1for unit in T\.serial\(\2 % \3\):$", re.MULTILINE)
+_ROUNDS = re.compile(
+    r"^( *)for round in T\.serial\((\d+) // (\d+)\):\n(?:\1 .*\n)+\1for unit in T\.serial\(\2 % \3\):$", re.MULTILINE
+)
 _REST = re.compile(r"\(\d+ // (\d+) \* \1 \+ unit\)")
 _BATCHES = re.compile(r"^( *)for several in T\.serial\(([\d()%/ ]+)\):\n(?:\1 .*(?:\n|$))+", re.MULTILINE)

@@ -1,9 +1,10 @@
 """Processes that compile kernels while training goes on.
 
-A worker is a Python process of its own, started when the first kernel is asked for and kept: TVM's parser runs one at a time within a
-process, a fork would copy a thread pool without its threads, and starting costs a second. It reads requests and writes answers, a line of
-JSON each, and leaves what it compiles in the kernel cache, from where the trainer loads it. It runs at idle priority, and beside training
-rests most of the time: without rests a step on all cores takes 1.3 times as long.
+A worker is a Python process of its own, started when the first kernel is asked for and kept: TVM's parser runs one at a
+time within a process, a fork would copy a thread pool without its threads, and starting costs a second. It reads
+requests and writes answers, a line of JSON each, and leaves what it compiles in the kernel cache, from where the
+trainer loads it. It runs at idle priority, and beside training rests most of the time: without rests a step on all
+cores takes 1.3 times as long.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import KernelSource
 
 log = logging.getLogger(__name__)
-SHARE = 0.05          # of the time: a step of the wide ResNet-32 takes 1.02 times as long then (docs/planning.md)
-RUN_SECONDS = 0.02    # at a time
+SHARE = 0.05  # of the time: a step of the wide ResNet-32 takes 1.02 times as long then (docs/planning.md)
+RUN_SECONDS = 0.02  # at a time
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -48,7 +49,8 @@ class Built:
 class Workers:
     """Compiles kernels into the cache of `folder`, `count` at a time. processes: those that live.
 
-    share  of the time that they run while nobody waits for them, 0 < share <= 1; None: so little that a step is hardly slower
+    share  of the time that they run while nobody waits for them, 0 < share <= 1; None: so little that a step is hardly
+           slower
     """
 
     def __init__(self, folder: Path, count: int | None = None, share: float | None = None):
@@ -92,7 +94,8 @@ class Workers:
         return found
 
     def wait(self, sources: Iterable[KernelSource], timeout_seconds: float = 600) -> list[Built]:
-        """Asks, and waits until all of them have ended. Raises BuildError after timeout_seconds without one that ends."""
+        """Asks, and waits until all of them have ended. Raises BuildError after timeout_seconds without one that
+        ends."""
         self._hurry.set()
         try:
             return self._wait(sources, timeout_seconds)
@@ -108,7 +111,9 @@ class Workers:
             try:
                 built = self._done.get(timeout=timeout_seconds)
             except Empty:
-                raise BuildError(f"compile workers gave no answer for {timeout_seconds:.0f} s; go on without specialize") from None
+                raise BuildError(
+                    f"compile workers gave no answer for {timeout_seconds:.0f} s; go on without specialize"
+                ) from None
             if built.key in wanted:
                 found[built.key] = built
                 self._asked.discard(built.key)
@@ -130,8 +135,8 @@ class Workers:
             self._done.put(Built(self._requests.get().key, 0.0, "no compile worker is left"))
 
     def _pace(self) -> None:
-        """Lets the processes run for their share of the time: their priority alone does not keep them from a core on which a thread of the
-        step waits for another, as TVM's threads give way while they wait.
+        """Lets the processes run for their share of the time: their priority alone does not keep them from a core on
+        which a thread of the step waits for another, as TVM's threads give way while they wait.
         """
         while self.processes:
             if self._hurry.wait(timeout=RUN_SECONDS * (1 / self.share - 1)):
@@ -148,11 +153,15 @@ class Workers:
             process.send_signal(number)
 
     def _feed(self, begun: threading.Event) -> None:
-        """Starts a worker and gives it requests, one after another, until it dies. What it was at then ends with a problem; others go to
-        other workers. It lives no longer than this thread, which is its parent.
+        """Starts a worker and gives it requests, one after another, until it dies. What it was at then ends with a
+        problem; others go to other workers. It lives no longer than this thread, which is its parent.
         """
-        process = subprocess.Popen([sys.executable, "-c", "from mest_compile.kernels.workers import serve; serve()", str(self.folder)],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from mest_compile.kernels.workers import serve; serve()", str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.processes.append(process)
         begun.set()
         assert process.stdin and process.stdout
@@ -172,7 +181,11 @@ class Workers:
             process.stdin.close()
             process.stdout.close()
             if process in self.processes:  # otherwise closed by us
-                log.warning("a compile worker ended with code %d at kernel %s; its layer stays on the indexed one", code, source.kernel)
+                log.warning(
+                    "a compile worker ended with code %d at kernel %s; its layer stays on the indexed one",
+                    code,
+                    source.kernel,
+                )
                 self.processes.remove(process)
             self._done.put(Built(source.key, 0.0, f"its compile worker ended with code {code}"))
             if not self.processes:
@@ -181,7 +194,8 @@ class Workers:
 
 
 def die_with_parent() -> None:
-    """A worker that rests when the trainer is killed would rest for ever. Where the system cannot do that nothing is done."""
+    """A worker that rests when the trainer is killed would rest for ever. Where the system cannot do that nothing is
+    done."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
@@ -210,5 +224,9 @@ def _source(facts: dict[str, Any]) -> KernelSource:
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return KernelSource(facts["kernel"], facts["text"], Target(**{name: tuples(value) for name, value in facts["target"].items()}),
-                        facts["checked"])
+    return KernelSource(
+        facts["kernel"],
+        facts["text"],
+        Target(**{name: tuples(value) for name, value in facts["target"].items()}),
+        facts["checked"],
+    )

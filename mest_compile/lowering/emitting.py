@@ -1,6 +1,7 @@
 """Programs to a Relax module: one function a program, its arena as storages, its kernels called by name.
 
-Kernels are looked up by name when a virtual machine is made, so one of them is exchanged without building the module again.
+Kernels are looked up by name when a virtual machine is made, so one of them is exchanged without building the module
+again.
 """
 
 from __future__ import annotations
@@ -14,45 +15,63 @@ from mest_compile.ir.program import Buffer, Program, Stage
 _LOCK = threading.Lock()  # TVM keeps one stack of builders for all threads
 
 
-def emit(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
-         arena: str | None = None) -> Any:
+def emit(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+    symbol: Callable[[Program, str], str],
+    arena: str | None = None,
+) -> Any:
     """An IRModule with a function for each name: the program's calls of the given stages.
 
     symbol  (program, call name) -> name under which the machine finds the call's kernel
-    arena   a name: beside the functions stands "arena", which shows all storages to the function of that name, as the allocator hands the
-            same ones out again
-    A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them, and returns 0, which
-    unlike an object needs no releasing at the far end of a link.
+    arena   a name: beside the functions stands "arena", which shows all storages to the function of that name, as the
+            allocator hands the same ones out again
+    A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them,
+    and returns 0, which unlike an object needs no releasing at the far end of a link.
     """
     with _LOCK:
         return _emitted(functions, symbol, arena)
 
 
-def _emitted(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], arena: str | None) -> Any:
+def _emitted(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], arena: str | None
+) -> Any:
     from tvm import relax
 
     builder = relax.BlockBuilder()
     for name, (program, stages) in functions.items():
         held = program.held()
-        variables = {buffer: relax.Var(f"b{i}", relax.TensorType(ndim=1, dtype=buffer.dtype)) for i, buffer in enumerate(held)}
+        variables = {
+            buffer: relax.Var(f"b{i}", relax.TensorType(ndim=1, dtype=buffer.dtype)) for i, buffer in enumerate(held)
+        }
         with builder.function(name, list(variables.values()), pure=False):
             known: dict[Buffer, Any] = dict(variables)
-            storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8"))
-                        for size in program.slots]
+            storages = [
+                builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8"))
+                for size in program.slots
+            ]
             for call in program.calls:
                 if call.stage not in stages:
                     continue
                 _place(call.buffers, known, storages, program, builder)
-                builder.emit(relax.Call(relax.ExternFunc(symbol(program, call.name)), [known[b] for b in call.buffers],
-                                        ty_args=[relax.TupleType([])]))
+                builder.emit(
+                    relax.Call(
+                        relax.ExternFunc(symbol(program, call.name)),
+                        [known[b] for b in call.buffers],
+                        ty_args=[relax.TupleType([])],
+                    )
+                )
             builder.emit_func_output(relax.prim_value(0))
     if arena is None:
         return builder.finalize()
     with builder.function("arena", [], pure=False):
         slots = max((program.slots for program, _ in functions.values()), key=len)
-        storages = [builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in slots]
-        views = [builder.emit(relax.op.memory.alloc_tensor(storage, 0, relax.ShapeExpr([size]), "uint8"))
-                 for storage, size in zip(storages, slots)]
+        storages = [
+            builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in slots
+        ]
+        views = [
+            builder.emit(relax.op.memory.alloc_tensor(storage, 0, relax.ShapeExpr([size]), "uint8"))
+            for storage, size in zip(storages, slots)
+        ]
         builder.emit(relax.Call(relax.ExternFunc(arena), views, ty_args=[relax.TupleType([])]))
         builder.emit_func_output(relax.prim_value(0))
     return builder.finalize()
@@ -64,8 +83,11 @@ def _place(buffers: Iterable[Buffer], known: dict[Buffer, Any], storages: list, 
 
     for buffer in buffers:
         if buffer not in known:
-            known[buffer] = builder.emit(relax.op.memory.alloc_tensor(storages[program.slot_of[buffer]], 0, relax.ShapeExpr([buffer.elems]),
-                                                                      buffer.dtype))
+            known[buffer] = builder.emit(
+                relax.op.memory.alloc_tensor(
+                    storages[program.slot_of[buffer]], 0, relax.ShapeExpr([buffer.elems]), buffer.dtype
+                )
+            )
 
 
 def kernel_name(prefix: str, program: Program, call_name: str) -> str:

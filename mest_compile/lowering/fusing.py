@@ -1,8 +1,9 @@
-"""Makes the forward graph cheap to differentiate: joins batch_norm with the addition and the activation that follow it, and puts strided
-1x1 convolutions first among the consumers of a value.
+"""Makes the forward graph cheap to differentiate: joins batch_norm with the addition and the activation that follow it,
+and puts strided 1x1 convolutions first among the consumers of a value.
 
-The joined operator has one backward pass over memory instead of three, and saves nothing for the activation. A convolution that reads only
-some pixels has an input gradient only there: when it is the last to contribute, as the first consumer is, it need not write the others.
+The joined operator has one backward pass over memory instead of three, and saves nothing for the activation. A
+convolution that reads only some pixels has an input gradient only there: when it is the last to contribute, as the
+first consumer is, it need not write the others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from mest_compile.operators.activation import ACTIVATIONS
 
 
 def fuse(graph: ForwardGraph) -> ForwardGraph:
-    """`graph` with batch_norm(+add)(+activation) as single batch_norm nodes: attrs gain `activation`, inputs gain the other summand.
+    """`graph` with batch_norm(+add)(+activation) as single batch_norm nodes: attrs gain `activation`, inputs gain the
+    other summand.
 
     Behind an addition only an activation whose slope follows from its result: the sum, which others need, is not kept.
     """
     activations = ACTIVATIONS.load()
-    nodes = [replace(node, attrs={**node.attrs, "activation": None}) if node.op == "batch_norm" else node for node in graph.nodes]
+    nodes = [
+        replace(node, attrs={**node.attrs, "activation": None}) if node.op == "batch_norm" else node
+        for node in graph.nodes
+    ]
     uses = Counter(source for node in nodes for source in node.inputs)
     by_name = {node.name: node for node in nodes}
     order = {node.name: place for place, node in enumerate(nodes)}
@@ -33,7 +38,9 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
 
     def plain_norm(name: str) -> Node | None:
         node = by_name.get(name)
-        return node if node and node.op == "batch_norm" and node.attrs["activation"] is None and uses[name] == 1 else None
+        return (
+            node if node and node.op == "batch_norm" and node.attrs["activation"] is None and uses[name] == 1 else None
+        )
 
     placed: dict[str, Node] = {}  # by name, in order; a joined node stands where the last of its parts stood
     for node in nodes:
@@ -45,7 +52,7 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
                 norm = max(found, key=order.__getitem__)
                 residual = inputs[1] if norm == inputs[0] else inputs[0]
                 joined = replace(by_name[norm], inputs=(by_name[norm].inputs[0], residual))
-        elif node.op in activations and (plain := plain_norm(inputs[0])):
+        elif node.op in activations and (plain := plain_norm(inputs[0])):  # noqa: SIM102
             if len(plain.inputs) == 1 or activations[node.op].from_result:
                 joined = replace(plain, attrs={**plain.attrs, "activation": node.op})
         if joined is None:
@@ -61,9 +68,12 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
 
 def _partial_readers_first(graph: ForwardGraph) -> ForwardGraph:
     """`graph` with every convolution whose stride exceeds its kernel directly behind the node that it reads."""
+
     def partial(node: Node) -> bool:
-        return node.op == "conv2d" and any(step > taps for step, taps in
-                                           zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True))
+        return node.op == "conv2d" and any(
+            step > taps
+            for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
+        )
 
     nodes = [node for node in graph.nodes if not partial(node)]
     for node in filter(partial, graph.nodes):

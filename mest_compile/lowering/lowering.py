@@ -1,6 +1,7 @@
 """Forward graph to program: every operator adds its kernel calls, forward in order, then backward in reverse.
 
-This is the reverse pass: it knows who produces and who consumes a value, adds up gradients, and asks each operator for the rest.
+This is the reverse pass: it knows who produces and who consumes a value, adds up gradients, and asks each operator for
+the rest.
 """
 
 from __future__ import annotations
@@ -27,8 +28,17 @@ from mest_compile.sparsity.layer import Layer
 class Lowering:
     """Collects the calls of one program. Operators use it; its buffers are shared between the programs of a step."""
 
-    def __init__(self, graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer], training: bool,
-                 recomputed: frozenset[str] = frozenset(), activations: str = "float32", optimizer: Optimizer = USUAL):
+    def __init__(
+        self,
+        graph: ForwardGraph,
+        layers: Mapping[str, Layer],
+        vector: int,
+        held: dict[str, Buffer],
+        training: bool,
+        recomputed: frozenset[str] = frozenset(),
+        activations: str = "float32",
+        optimizer: Optimizer = USUAL,
+    ):
         self.graph = graph
         self.activations = activations
         self.optimizer = optimizer
@@ -108,7 +118,8 @@ class Lowering:
         return self._root(node.name) in self._gradients
 
     def contribute(self, name: str) -> tuple[Activation, bool]:
-        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there already."""
+        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there
+        already."""
         name = self._root(name)
         if name in self._gradients:
             return self._gradients[name], True
@@ -116,7 +127,8 @@ class Lowering:
         return self._gradients[name], False
 
     def adopt(self, name: str, buffer: Activation) -> bool:
-        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
+        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it
+        cannot be."""
         name = self._root(name)
         wanted = self._image(name, self.gradient_halo(name))
         if name in self._gradients or buffer.image != wanted:
@@ -143,7 +155,9 @@ class Lowering:
     def parameter(self, node: Node, *roles: str) -> Buffer:
         """Dense parameters or statistics of these roles, flat, one after another."""
         names = tuple(node.params[role] for role in roles)
-        buffer = self.hold("+".join(names), sum(int(np.prod(self.graph.state_shapes[name])) for name in names), "values")
+        buffer = self.hold(
+            "+".join(names), sum(int(np.prod(self.graph.state_shapes[name])) for name in names), "values"
+        )
         buffer.parts = names
         return buffer
 
@@ -160,9 +174,11 @@ class Lowering:
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None) -> None:
-        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer whose halo the
-        kernel itself sets to 0.
+    def call(
+        self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None
+    ) -> None:
+        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer
+        whose halo the kernel itself sets to 0.
         """
         if fills:
             self._touched.add(fills)
@@ -176,14 +192,17 @@ class Lowering:
         """Records a call that only runs when the step updates parameters."""
         self._record(kernel, problem, buffers, name, "update")
 
-    def _record(self, kernel: str, problem: Any, buffers: Sequence[Buffer], name: str | None, stage: Stage,
-                phase: str = "") -> None:
+    def _record(
+        self, kernel: str, problem: Any, buffers: Sequence[Buffer], name: str | None, stage: Stage, phase: str = ""
+    ) -> None:
         for buffer in buffers:
             if buffer not in self._touched:
                 self._touched.add(buffer)
                 if buffer.image and any(buffer.image.halo):
                     zero = ZeroHalo(buffer.image)
-                    self.calls.append(Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", zero, (buffer,), self.stage))
+                    self.calls.append(
+                        Call(f"{len(self.calls)}.zero_halo", "image.zero_halo", zero, (buffer,), self.stage)
+                    )
         self.calls.append(Call(name or f"{len(self.calls)}.{kernel}", kernel, problem, tuple(buffers), stage, phase))
 
     # Internal.
@@ -231,23 +250,36 @@ def _start(low: Lowering) -> Activation:
 
 
 def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
-    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time than the one before:
+    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time
+    than the one before:
 
-    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is kept per
-    convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input only.
+    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is
+    kept per convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input
+    only.
     """
     consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
     norms = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
-    normed = {node.name: consumers[node.name][0] for node in graph.nodes
-              if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]}
+    normed = {
+        node.name: consumers[node.name][0]
+        for node in graph.nodes
+        if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]
+    }
     added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
     return norms, norms | added, norms.union(normed)
 
 
-def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                   recomputed: frozenset[str] = frozenset(), loss: Loss = USUAL_LOSS, activations: str = "float32",
-                   optimizer: Optimizer = USUAL) -> Program:
-    """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the backward pass."""
+def lower_training(
+    graph: ForwardGraph,
+    layers: Mapping[str, Layer],
+    vector: int,
+    held: dict[str, Buffer],
+    recomputed: frozenset[str] = frozenset(),
+    loss: Loss = USUAL_LOSS,
+    activations: str = "float32",
+    optimizer: Optimizer = USUAL,
+) -> Program:
+    """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
+    backward pass."""
     loss.check(graph.nodes[-1].shape)  # type: ignore[arg-type]
     low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer)
     _start(low)
@@ -258,14 +290,28 @@ def lower_training(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int
             OPERATORS.find(node.op).backward(node, low)
     for values, gradients in low._updates.items():
         states = [low.hold(f"{values.name}:{state}", values.elems, "optimizer") for state in optimizer.state]
-        low.call_update("optimizer.update", Update(optimizer.name), values, gradients, *states, low.hyper(), name=f"{values.name}.update")
+        low.call_update(
+            "optimizer.update",
+            Update(optimizer.name),
+            values,
+            gradients,
+            *states,
+            low.hyper(),
+            name=f"{values.name}.update",
+        )
     program = Program("train", low.calls)
     plan_memory(program)
     return program
 
 
-def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: int, held: dict[str, Buffer],
-                     slots: Sequence[int], activations: str = "float32") -> Program:
+def lower_prediction(
+    graph: ForwardGraph,
+    layers: Mapping[str, Layer],
+    vector: int,
+    held: dict[str, Buffer],
+    slots: Sequence[int],
+    activations: str = "float32",
+) -> Program:
     """The forward pass with running statistics, in the training program's memory."""
     low = Lowering(graph, layers, vector, held, training=False, activations=activations)
     logits = _start(low)
@@ -277,8 +323,15 @@ def lower_prediction(graph: ForwardGraph, layers: Mapping[str, Layer], vector: i
     return program
 
 
-def lower(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, recomputed: frozenset[str] = frozenset(),
-          loss: Loss = USUAL_LOSS, activations: str = "float32", optimizer: Optimizer = USUAL) -> tuple[Program, Program]:
+def lower(
+    graph: ForwardGraph,
+    layers: Mapping[str, Layer],
+    target: Target,
+    recomputed: frozenset[str] = frozenset(),
+    loss: Loss = USUAL_LOSS,
+    activations: str = "float32",
+    optimizer: Optimizer = USUAL,
+) -> tuple[Program, Program]:
     """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
 
     activations  what values of nodes are stored as, the logits excepted

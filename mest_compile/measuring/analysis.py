@@ -1,4 +1,5 @@
-"""What a step's convolutions execute on an ARM core: emulated kernel by kernel, beside those of our dense step of the same model."""
+"""What a step's convolutions execute on an ARM core: emulated kernel by kernel, beside those of our dense step of the
+same model."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ PHASES = ("forward", "grad_input", "grad_weight")
 class KernelFigures:
     """One distinct convolution kernel of a step, beside the dense kernel that does the same without zeros.
 
-    layers   weight names that run it, each on a mask of its own; figures are of one call with the first one's sizes and a random mask
+    layers   weight names that run it, each on a mask of its own; figures are of one call with the first one's sizes and
+             a random mask
     weight_shape, output_size, live_weights  of the first layer
     """
 
@@ -57,49 +59,76 @@ class Analysis:
     kernels: tuple[KernelFigures, ...]
 
     def totals(self, phase: str | None = None) -> dict[str, float]:
-        """Sums over the layers of the step, of one phase or of all: instructions and cycles, sparse and dense, and how they compare."""
+        """Sums over the layers of the step, of one phase or of all: instructions and cycles, sparse and dense, and how
+        they compare."""
         chosen = [kernel for kernel in self.kernels if phase in (None, kernel.phase)]
 
         def total(side: str, fact: str) -> float:
             return sum(getattr(getattr(kernel, side), fact) * len(kernel.layers) for kernel in chosen)
 
-        found = {f"{side}_{fact}": total(side, fact) for side in ("sparse", "dense") for fact in ("instructions", "cycles", "floor_cycles")}
-        return found | {"share_of_floor": found["sparse_floor_cycles"] / found["sparse_cycles"],
-                        "dense_share_of_floor": found["dense_floor_cycles"] / found["dense_cycles"],
-                        "times_fewer_cycles": found["dense_cycles"] / found["sparse_cycles"]}
+        found = {
+            f"{side}_{fact}": total(side, fact)
+            for side in ("sparse", "dense")
+            for fact in ("instructions", "cycles", "floor_cycles")
+        }
+        return found | {
+            "share_of_floor": found["sparse_floor_cycles"] / found["sparse_cycles"],
+            "dense_share_of_floor": found["dense_floor_cycles"] / found["dense_cycles"],
+            "times_fewer_cycles": found["dense_cycles"] / found["sparse_cycles"],
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; cycles are modelled ones."""
         kernels = []
         for kernel in self.kernels:
-            sides = {side: asdict(figures) | {"share_of_floor": figures.share_of_floor}
-                     for side, figures in (("sparse", kernel.sparse), ("dense", kernel.dense))}
+            sides = {
+                side: asdict(figures) | {"share_of_floor": figures.share_of_floor}
+                for side, figures in (("sparse", kernel.sparse), ("dense", kernel.dense))
+            }
             kernels.append(asdict(kernel) | sides | {"times_fewer_cycles": kernel.dense.cycles / kernel.sparse.cycles})
         facts = {name: getattr(self, name) for name in ("target", "core", "batch", "scheme", "sparsity")}
-        return {"kind": "modelled", "llvm": cycles.VERSION, **facts, "kernels": kernels,
-                "totals": {phase: self.totals(phase) for phase in PHASES} | {"all": self.totals()}}
+        return {
+            "kind": "modelled",
+            "llvm": cycles.VERSION,
+            **facts,
+            "kernels": kernels,
+            "totals": {phase: self.totals(phase) for phase in PHASES} | {"all": self.totals()},
+        }
 
 
-def analyse(graph: ForwardGraph, scheme: Scheme, sparsity: float, target: Target, distribution: str = "uniform",
-            only: Collection[str] | None = None, activations: str = "float32",
-            progress: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
+def analyse(
+    graph: ForwardGraph,
+    scheme: Scheme,
+    sparsity: float,
+    target: Target,
+    distribution: str = "uniform",
+    only: Collection[str] | None = None,
+    activations: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Analysis:
     """Figures of every distinct convolution kernel of the sparse layers in `graph`.
 
     only      weight names of the layers to look at; None: all sparse ones
     activations  what both steps' values are stored as
     progress  told kernels done, and how many there are
 
-    The batch is the graph's. Tiles do not depend on it where images are larger than a few pixels, so figures of a small batch are those of
-    a large one, example for example, but for what a kernel does once a call.
+    The batch is the graph's. Tiles do not depend on it where images are larger than a few pixels, so figures of a small
+    batch are those of a large one, example for example, but for what a kernel does once a call.
     Raises NotInstalled, TargetError, SparsityError, UsageError (no sparse layer).
     """
     core = cycles.core_of(target)
     cycles.check_tools()
     emulation.check_tools(emulation.machine_of(target))
     fused = fuse(graph)
-    sides = {side: _Side(fused, plan_layers(graph, kind, share, distribution, None, target, activations), target, activations)
-             for side, kind, share in (("sparse", scheme, sparsity), ("dense", Dense(), 0.0))}
-    sparse = [name for name, layer in sides["sparse"].layers.items() if layer.sparsity > 0 and (only is None or name in only)]
+    sides = {
+        side: _Side(
+            fused, plan_layers(graph, kind, share, distribution, None, target, activations), target, activations
+        )
+        for side, kind, share in (("sparse", scheme, sparsity), ("dense", Dense(), 0.0))
+    }
+    sparse = [
+        name for name, layer in sides["sparse"].layers.items() if layer.sparsity > 0 and (only is None or name in only)
+    ]
     if not sparse:
         raise UsageError("the model has no such sparse layer: nothing to compare with dense kernels")
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -113,8 +142,18 @@ def analyse(graph: ForwardGraph, scheme: Scheme, sparsity: float, target: Target
         progress(number, len(groups))
         layer = sides["sparse"].layers[names[0]]
         modelled = {side: facts.model(names[0], phase) for side, facts in sides.items()}
-        figures.append(KernelFigures(phase, sides["sparse"].calls[names[0], phase].kernel, tuple(names), layer.spec.weight_shape,
-                                     layer.spec.output_size, sides["sparse"].live_weights(names[0]), modelled["sparse"], modelled["dense"]))
+        figures.append(
+            KernelFigures(
+                phase,
+                sides["sparse"].calls[names[0], phase].kernel,
+                tuple(names),
+                layer.spec.weight_shape,
+                layer.spec.output_size,
+                sides["sparse"].live_weights(names[0]),
+                modelled["sparse"],
+                modelled["dense"],
+            )
+        )
     progress(len(groups), len(groups))
     return Analysis(target.name, core, graph.input_shape[0], str(scheme), sparsity, tuple(figures))
 
@@ -160,5 +199,3 @@ def emulate(source: KernelSource, arrays: list[np.ndarray]) -> emulation.Executi
 def convolutions(program: Program, layers: Mapping[str, Layer]) -> dict[tuple[str, str], Call]:
     """{(weight name, phase): call} of every convolution and linear layer in a training program."""
     return {(call.layer, call.phase): call for call in program.calls if call.layer in layers and call.phase in PHASES}
-
-

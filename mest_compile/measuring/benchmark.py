@@ -1,7 +1,7 @@
 """Side-by-side timing of whole training steps: two processes take turns on one machine, so that its moods hit both.
 
-Each contestant (`contestants.py`) runs in a process of its own, `python -m mest_compile.measuring.benchmark NAME`, and talks JSON
-lines: first the
+Each contestant (`contestants.py`) runs in a process of its own, `python -m mest_compile.measuring.benchmark NAME`, and
+talks JSON lines: first the
 case comes in, then turns of a number of steps, then the end.
 """
 
@@ -30,7 +30,9 @@ from mest_compile.base.errors import MestError, UsageError
 from mest_compile.measuring.contestants import Built, Case, find_contestant, find_interpreter, run_miniature
 
 ANSWER_SECONDS = 3600  # that a contestant may take for one answer; compiling a step takes minutes
-TURN_SECONDS = 0.25    # a turn lasts about this long; a shorter one would mostly time the caches refilling after the other's turn
+TURN_SECONDS = (
+    0.25  # a turn lasts about this long; a shorter one would mostly time the caches refilling after the other's turn
+)
 SETTLE_SECONDS = 0.02  # thread pools spin for some milliseconds after their last task and would steal the other's core
 
 
@@ -40,7 +42,8 @@ class Side:
 
     setup_seconds       to build the step, kernels that the cache keeps excluded
     import_bytes        resident once everything was imported
-    warm_bytes          resident once a miniature net has run a step: imports and the code that libraries load on first use
+    warm_bytes          resident once a miniature net has run a step: imports and the code that libraries load on first
+                        use
     setup_peak_bytes    highest resident set while the step was built and compiled, above warm_bytes
     ready_bytes         resident when the step was built and freed memory given back to the system, above warm_bytes
     training_peak_bytes highest resident set while steps ran, above warm_bytes
@@ -78,7 +81,9 @@ class Comparison:
     @property
     def ratios(self) -> tuple[float, ...]:
         """The rival's time over ours, round by round."""
-        return tuple(theirs / mine for mine, theirs in zip(self.ours.round_seconds, self.rival.round_seconds, strict=True))
+        return tuple(
+            theirs / mine for mine, theirs in zip(self.ours.round_seconds, self.rival.round_seconds, strict=True)
+        )
 
     @property
     def ratio(self) -> float:
@@ -91,40 +96,63 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
-        def side(figures: Side) -> dict[str, Any]:
-            return {**asdict(figures), "median_seconds": figures.median_seconds,
-                    "min_seconds": min(figures.round_seconds), "max_seconds": max(figures.round_seconds)}
 
-        return {"case": asdict(self.case), "ours": side(self.ours), "rival": side(self.rival), "ratio": self.ratio,
-                "ratio_interval": self.ratio_interval, "ratio_min": min(self.ratios), "ratio_max": max(self.ratios), "ratios": self.ratios,
-                "machine": self.machine, "versions": self.versions, "measured_at": self.measured_at}
+        def side(figures: Side) -> dict[str, Any]:
+            return {
+                **asdict(figures),
+                "median_seconds": figures.median_seconds,
+                "min_seconds": min(figures.round_seconds),
+                "max_seconds": max(figures.round_seconds),
+            }
+
+        return {
+            "case": asdict(self.case),
+            "ours": side(self.ours),
+            "rival": side(self.rival),
+            "ratio": self.ratio,
+            "ratio_interval": self.ratio_interval,
+            "ratio_min": min(self.ratios),
+            "ratio_max": max(self.ratios),
+            "ratios": self.ratios,
+            "machine": self.machine,
+            "versions": self.versions,
+            "measured_at": self.measured_at,
+        }
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """(low, high, confidence) of the median, from order statistics: no assumption about how the values are spread.
 
-    The narrowest symmetric pair of ordered values whose confidence is at least the wanted one; the extremes where none is (fewer than six
-    values), then with the lower confidence that they have. Source: the sign test; k-th smallest and k-th largest of n values enclose the
-    median with probability 1 - 2 P(Binomial(n, 1/2) < k).
+    The narrowest symmetric pair of ordered values whose confidence is at least the wanted one; the extremes where none
+    is (fewer than six values), then with the lower confidence that they have. Source: the sign test; k-th smallest and
+    k-th largest of n values enclose the median with probability 1 - 2 P(Binomial(n, 1/2) < k).
     """
     ordered, count = sorted(values), len(values)
-    low, found, below = 0, 1 - 2.0 ** (1 - count), 2.0 ** -count
+    low, found, below = 0, 1 - 2.0 ** (1 - count), 2.0**-count
     for place in range(1, (count + 1) // 2):
-        below += math.comb(count, place) * 2.0 ** -count
+        below += math.comb(count, place) * 2.0**-count
         if 1 - 2 * below < confidence:
             break
         low, found = place, 1 - 2 * below
     return ordered[low], ordered[count - 1 - low], found
 
 
-def compare(case: Case, rival: str = "torch", ours: str = "mest", repeats: int = 7, warmup: int = 3,
-            progress: Callable[[str, int, int], None] | None = None, rival_python: str | Path | None = None) -> Comparison:
+def compare(
+    case: Case,
+    rival: str = "torch",
+    ours: str = "mest",
+    repeats: int = 7,
+    warmup: int = 3,
+    progress: Callable[[str, int, int], None] | None = None,
+    rival_python: str | Path | None = None,
+) -> Comparison:
     """Times both contestants in alternation, each in its own process.
 
     repeats       rounds; in each, both sides have a turn of at least one step, and who goes first changes
     warmup        steps of each side before anything counts, at least 1
     progress      called with (what happens now, rounds done, rounds in all)
-    rival_python  interpreter of a rival that needs its own environment; None: the one that benchmarks/environments.sh makes
+    rival_python  interpreter of a rival that needs its own environment; None: the one that benchmarks/environments.sh
+                  makes
     Raises UnknownName, UsageError, NotInstalled, and MestError when a process fails.
     """
     interpreters = {name: find_interpreter(name, sys.executable, rival_python) for name in (ours, rival)}
@@ -159,8 +187,14 @@ def compare(case: Case, rival: str = "torch", ours: str = "mest", repeats: int =
     versions = {"python": platform.python_version()}
     for runner in runners:
         versions |= runner.versions
-    return Comparison(case, sides[0], sides[1], {**machine(), "load_before": load_before}, versions,
-                      datetime.now(UTC).isoformat(timespec="seconds"))
+    return Comparison(
+        case,
+        sides[0],
+        sides[1],
+        {**machine(), "load_before": load_before},
+        versions,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -171,9 +205,13 @@ def machine() -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", facts.get("Features", "")).split()
-    return {"cpu": facts.get("model name") or platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "vector_isa": [flag for flag in ("avx2", "fma", "avx512f", "amx_tile", "asimd", "sve") if flag in flags],
-            "memory_bytes": psutil.virtual_memory().total, "system": f"{platform.system()} {platform.release()}"}
+    return {
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "vector_isa": [flag for flag in ("avx2", "fma", "avx512f", "amx_tile", "asimd", "sve") if flag in flags],
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 class _Runner:
@@ -185,16 +223,29 @@ class _Runner:
         self._setup: dict[str, Any] = {}
         self._loss = math.nan
         threads = str(case.threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TVM_NUM_THREADS": threads,
-                       "TVM_BIND_THREADS": "0"}
-        self._messages = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block a talkative process
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TVM_NUM_THREADS": threads,
+            "TVM_BIND_THREADS": "0",
+        }
+        # A pipe that nobody reads would block a talkative process.
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         # A rival's own environment needs our package, and nothing of what is installed beside it.
         self._path = tempfile.TemporaryDirectory()
         if python != sys.executable:
             Path(self._path.name, "mest_compile").symlink_to(Path(__file__).resolve().parent, target_is_directory=True)
             environment["PYTHONPATH"] = self._path.name
-        self._process = subprocess.Popen([python, "-m", "mest_compile.measuring.benchmark", name], text=True, bufsize=1,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, env=environment)
+        self._process = subprocess.Popen(
+            [python, "-m", "mest_compile.measuring.benchmark", name],
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            env=environment,
+        )
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
@@ -203,8 +254,11 @@ class _Runner:
             there = select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]
             if not there:
                 self._process.kill()
-                raise MestError(f"the {self.name} process of the benchmark has not answered for {ANSWER_SECONDS} s, and was killed; it was "
-                                f"asked for {json.dumps(request)[:100]}")
+                raise MestError(
+                    f"the {self.name} process of the benchmark has not answered for {ANSWER_SECONDS} s, and was "
+                    "killed; it was "
+                    f"asked for {json.dumps(request)[:100]}"
+                )
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -229,14 +283,28 @@ class _Runner:
         reply = self._ask({"steps": steps})
         self._loss = reply["loss"]
         if not math.isfinite(self._loss):
-            raise MestError(f"the {self.name} side's loss became {self._loss}, whose time would say nothing; lower lr={self.case.lr}")
+            raise MestError(
+                f"the {self.name} side's loss became {self._loss}, whose time would say nothing; lower "
+                f"lr={self.case.lr}"
+            )
         return reply["seconds"]
 
     def finish(self, round_seconds: tuple[float, ...]) -> Side:
         peak = self._ask({"finish": True})["peak_bytes"]
         setup, warm = self._setup, self._setup["warm_bytes"]
-        return Side(self.name, round_seconds, setup["setup_seconds"], self._loss, setup["import_bytes"], warm, setup["peak_bytes"] - warm,
-                    setup["ready_bytes"] - warm, peak - warm, setup["planned_bytes"], tuple(setup["notes"]))
+        return Side(
+            self.name,
+            round_seconds,
+            setup["setup_seconds"],
+            self._loss,
+            setup["import_bytes"],
+            warm,
+            setup["peak_bytes"] - warm,
+            setup["ready_bytes"] - warm,
+            peak - warm,
+            setup["planned_bytes"],
+            tuple(setup["notes"]),
+        )
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -278,9 +346,17 @@ def _set_up(name: str, case: Case) -> tuple[Built, dict[str, Any]]:
     started = time.perf_counter()
     built = contestant.build(case)
     seconds, peak = time.perf_counter() - started, _memory_bytes("VmHWM")
-    answer = {"setup_seconds": seconds, "import_bytes": imported, "warm_bytes": warm, "peak_bytes": peak, "ready_bytes": _settle_memory(),
-              "planned_bytes": built.planned_bytes, "cold": cold or built.cold, "notes": built.notes,
-              "versions": {package: metadata.version(package) for package in contestant.packages}}
+    answer = {
+        "setup_seconds": seconds,
+        "import_bytes": imported,
+        "warm_bytes": warm,
+        "peak_bytes": peak,
+        "ready_bytes": _settle_memory(),
+        "planned_bytes": built.planned_bytes,
+        "cold": cold or built.cold,
+        "notes": built.notes,
+        "versions": {package: metadata.version(package) for package in contestant.packages},
+    }
     _forget_peak()
     return built, answer
 

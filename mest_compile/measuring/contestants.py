@@ -1,7 +1,8 @@
-"""Who can be timed against whom: each contestant builds the same training step from a `Case`, in its own way and its own process.
+"""Who can be timed against whom: each contestant builds the same training step from a `Case`, in its own way and its
+own process.
 
-A further rival is one more entry in `CONTESTANTS`. Rivals whose versions cannot live beside ours have an environment of their own
-(`benchmarks/environments.sh`); nothing that they call here needs tvm.
+A further rival is one more entry in `CONTESTANTS`. Rivals whose versions cannot live beside ours have an environment of
+their own (`benchmarks/environments.sh`); nothing that they call here needs tvm.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
 
 ENVIRONMENTS = Path(__file__).resolve().parent.parent / "benchmarks" / "environments"
 PROGRAM, STEP = "model.pt2", "step.safetensors"  # what a folder given as Case.model holds
-SWAPPED_ABOVE = 0.8                              # SparseProp leaves layers dense that are not sparser than this
-SPARSEPROP_VECTOR = 8                            # examples that its convolution takes at a time; those left over it leaves out
+SWAPPED_ABOVE = 0.8  # SparseProp leaves layers dense that are not sparser than this
+SPARSEPROP_VECTOR = 8  # examples that its convolution takes at a time; those left over it leaves out
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """What both sides compute: an SGD-momentum step on random images.
 
-    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our compiled step
+    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our
+                 compiled step
     input_shape  (N, C, H, W) or (N, features), elements
     width        channels of the first stage; None is the model's own
     sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
@@ -62,7 +64,8 @@ class Case:
         return images, rng.integers(0, self.classes, self.input_shape[0])
 
 
-# One step of this net is run before memory is counted, so that code which libraries load on first use counts as imported on every side.
+# One step of this net is run before memory is counted, so that code which libraries load on first use counts as
+# imported on every side.
 MINIATURE = Case("vgg11", (8, 3, 8, 8), width=4, scheme="unstructured")
 
 
@@ -71,8 +74,8 @@ class Built:
     """A training step that returns its loss, and what its builder knows about it.
 
     planned_bytes  memory that the step says it needs, None where it does not say
-    cold           whether something was compiled that a second process would find ready; the harness then starts a second one, because a
-                   compiler leaves memory behind that is no part of training
+    cold           whether something was compiled that a second process would find ready; the harness then starts a
+                   second one, because a compiler leaves memory behind that is no part of training
     notes          what a reader must know to judge the comparison
     """
 
@@ -110,12 +113,16 @@ def find_interpreter(name: str, own: str, given: str | Path | None = None) -> st
         return own
     path = Path(given) if given is not None else ENVIRONMENTS / environment / "bin" / "python"
     if not os.access(path, os.X_OK):
-        raise NotInstalled(f"{name} needs an environment of its own and there is no {path}; run benchmarks/environments.sh {environment} "
-                           "in a clone of mest-compile, or give the Python of such an environment with --rival-python")
+        raise NotInstalled(
+            f"{name} needs an environment of its own and there is no {path}; run benchmarks/environments.sh "
+            f"{environment} "
+            "in a clone of mest-compile, or give the Python of such an environment with --rival-python"
+        )
     return str(path)
 
 
 # Ours.
+
 
 def _load_mest() -> None:
     import torch.export  # noqa: F401
@@ -138,14 +145,28 @@ def _build_mest(case: Case, tuned: bool = True) -> Built:
         step = mest.load(Path(case.model, STEP), threads=case.threads, builder=builder)
     else:
         step = mest.compile(
-            build_model(case.model, case.input_shape, case.classes, case.width, case.seed), case.input_shape, scheme=case.scheme,
-            sparsity=case.sparsity, distribution=case.distribution, target=case.target, threads=case.threads, seed=case.seed,
+            build_model(case.model, case.input_shape, case.classes, case.width, case.seed),
+            case.input_shape,
+            scheme=case.scheme,
+            sparsity=case.sparsity,
+            distribution=case.distribution,
+            target=case.target,
+            threads=case.threads,
+            seed=case.seed,
             optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-            memory_budget=case.memory_budget, activations=case.activations, builder=builder,
-            records=None if tuned else Records(find_target(case.target)))
+            memory_budget=case.memory_budget,
+            activations=case.activations,
+            builder=builder,
+            records=None if tuned else Records(find_target(case.target)),
+        )
     images, labels = case.batch()
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
-    return Built(lambda: step(images, labels, lr=case.lr).loss, step.memory()["total"], builder.compiled > 0, (f"kernels: {origins}",))
+    return Built(
+        lambda: step(images, labels, lr=case.lr).loss,
+        step.memory()["total"],
+        builder.compiled > 0,
+        (f"kernels: {origins}",),
+    )
 
 
 def _build_mest_untuned(case: Case) -> Built:
@@ -174,6 +195,7 @@ def _build_mest_on_one_thread(case: Case) -> Built:
 
 # Dense torch.
 
+
 def _load_torch() -> None:
     import torch  # noqa: F401
 
@@ -201,8 +223,9 @@ def _build_torch_compile(case: Case) -> Built:
     return Built(step)
 
 
-def _torch_step(model: torch.nn.Module, case: Case, channels_last: bool, wrap: Callable[[Any], Any] = lambda model: model
-                ) -> Callable[[], float]:
+def _torch_step(
+    model: torch.nn.Module, case: Case, channels_last: bool, wrap: Callable[[Any], Any] = lambda model: model
+) -> Callable[[], float]:
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -226,17 +249,25 @@ def _torch_step(model: torch.nn.Module, case: Case, channels_last: bool, wrap: C
 
 # SparseProp.
 
+
 def _load_sparseprop() -> None:
     import sparseprop.utils  # noqa: F401
 
 
 def _build_sparseprop(case: Case) -> Built:
-    """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel is slower."""
+    """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel
+    is slower."""
     if case.sparsity <= SWAPPED_ABOVE:
-        raise UsageError(f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {case.sparsity}")
+        raise UsageError(
+            f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has "
+            f"{case.sparsity}"
+        )
     if left := case.input_shape[0] % SPARSEPROP_VECTOR:
-        raise UsageError(f"SparseProp's convolution takes {SPARSEPROP_VECTOR} examples at a time and would leave out the last {left} of "
-                         f"{case.input_shape[0]}, without a word; give a batch that is a multiple of {SPARSEPROP_VECTOR}")
+        raise UsageError(
+            f"SparseProp's convolution takes {SPARSEPROP_VECTOR} examples at a time and would leave out the last "
+            f"{left} of "
+            f"{case.input_shape[0]}, without a word; give a batch that is a multiple of {SPARSEPROP_VECTOR}"
+        )
     import torch
     from sparseprop.utils import swap_modules_with_sparse
 
@@ -249,7 +280,9 @@ def _build_sparseprop(case: Case) -> Built:
     # Per layer it measures its kernels against the dense one, on inputs of the case's size.
     swapped = swap_modules_with_sparse(model, case.input_shape)
     layers = [part for part in swapped.modules() if type(part).__module__.startswith("sparseprop")]
-    return Built(_torch_step(swapped, case, channels_last=False), notes=(f"{len(layers)} layers run SparseProp's kernels",))
+    return Built(
+        _torch_step(swapped, case, channels_last=False), notes=(f"{len(layers)} layers run SparseProp's kernels",)
+    )
 
 
 def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
@@ -276,6 +309,7 @@ def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarr
 
 # onnxruntime-training.
 
+
 def _load_onnxruntime() -> None:
     import onnxruntime.training.artifacts  # noqa: F401
     import torch  # noqa: F401
@@ -293,15 +327,27 @@ def _build_onnxruntime(case: Case) -> Built:
     images, labels = case.batch()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        torch.onnx.export(model, (torch.from_numpy(images),), str(path), dynamo=False, opset_version=14, do_constant_folding=False,
-                          training=torch.onnx.TrainingMode.TRAINING)
+        torch.onnx.export(
+            model,
+            (torch.from_numpy(images),),
+            str(path),
+            dynamo=False,
+            opset_version=14,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.TRAINING,
+        )
         graph = onnx.load(path)
         graph.ir_version = 8  # the newest that this onnxruntime reads
         trained = {name for name, _ in model.named_parameters()}
         names = [tensor.name for tensor in graph.graph.initializer]
-        artifacts.generate_artifacts(graph, requires_grad=[name for name in names if name in trained],
-                                     frozen_params=[name for name in names if name not in trained],
-                                     loss=artifacts.LossType.CrossEntropyLoss, optimizer=artifacts.OptimType.SGD, artifact_directory=folder)
+        artifacts.generate_artifacts(
+            graph,
+            requires_grad=[name for name in names if name in trained],
+            frozen_params=[name for name in names if name not in trained],
+            loss=artifacts.LossType.CrossEntropyLoss,
+            optimizer=artifacts.OptimType.SGD,
+            artifact_directory=folder,
+        )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
         state = CheckpointState.load_checkpoint(str(Path(folder, "checkpoint")))
@@ -329,9 +375,16 @@ CONTESTANTS = {
     "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-compile": Contestant(_load_torch, _build_torch_compile, ("torch", "numpy"), _build_torch),
-    "sparseprop": Contestant(_load_sparseprop, _build_sparseprop, ("sparseprop", "torch", "numpy"), _build_sparseprop, "sparseprop"),
-    "onnxruntime-training": Contestant(_load_onnxruntime, _build_onnxruntime, ("onnxruntime-training", "onnx", "torch", "numpy"),
-                                       _build_onnxruntime, "onnxruntime-training"),
+    "sparseprop": Contestant(
+        _load_sparseprop, _build_sparseprop, ("sparseprop", "torch", "numpy"), _build_sparseprop, "sparseprop"
+    ),
+    "onnxruntime-training": Contestant(
+        _load_onnxruntime,
+        _build_onnxruntime,
+        ("onnxruntime-training", "onnx", "torch", "numpy"),
+        _build_onnxruntime,
+        "onnxruntime-training",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Where a training step's time goes: by operator and phase, and by layer with the rate at which its live weights are computed."""
+"""Where a training step's time goes: by operator and phase, and by layer with the rate at which its live weights are
+computed."""
 
 from __future__ import annotations
 
@@ -57,13 +58,19 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
-        return {"step_seconds": self.step_seconds, "operators": [asdict(row) for row in self.operators],
-                "layers": [asdict(row) | {"gflops": {phase: row.gflops(phase) for phase in row.seconds if phase != "grad_bias"}}
-                           for row in self.layers]}
+        return {
+            "step_seconds": self.step_seconds,
+            "operators": [asdict(row) for row in self.operators],
+            "layers": [
+                asdict(row) | {"gflops": {phase: row.gflops(phase) for phase in row.seconds if phase != "grad_bias"}}
+                for row in self.layers
+            ],
+        }
 
 
 def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Profile:
-    """Times every kernel call of `repeats` whole steps on one batch (medians); the step's state stays as it is. Raises InputError."""
+    """Times every kernel call of `repeats` whole steps on one batch (medians); the step's state stays as it is. Raises
+    InputError."""
     seconds = step.profile(images, labels, repeats)
     whole = sum(seconds.values())
     times: dict[tuple[str, str], float] = defaultdict(float)
@@ -79,11 +86,23 @@ def profile(step: TrainStep, images: Any, labels: Any, repeats: int = 5) -> Prof
             by_layer[call.layer][call.phase] = seconds[call.name]
             chosen[call.layer][call.phase] = choices[call.name].origin
     times["rest", ""] = seconds["rest"]
-    operators = [OperatorTime(kernel, phase, calls[kernel, phase], spent, spent / whole) for (kernel, phase), spent in times.items()]
+    operators = [
+        OperatorTime(kernel, phase, calls[kernel, phase], spent, spent / whole)
+        for (kernel, phase), spent in times.items()
+    ]
     live = step.live_weights()
     layers = []
     for name, layer in step.layers.items():
         height, width = layer.spec.output_size
-        layers.append(LayerTime(name, layer.spec.weight_shape, (height, width), live[name], 2 * live[name] * height * width * step.batch,
-                                by_layer[name], chosen[name]))
+        layers.append(
+            LayerTime(
+                name,
+                layer.spec.weight_shape,
+                (height, width),
+                live[name],
+                2 * live[name] * height * width * step.batch,
+                by_layer[name],
+                chosen[name],
+            )
+        )
     return Profile(whole, tuple(sorted(operators, key=lambda row: -row.seconds)), tuple(layers))

@@ -1,4 +1,5 @@
-"""Built-in models: plain torch modules for small images, with torchvision's attribute names. torch is imported when one is built."""
+"""Built-in models: plain torch modules for small images, with torchvision's attribute names. torch is imported when one
+is built."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """How a built-in model is made: `make(input_shape, classes, width)` gives the module with torch's own initial values."""
+    """How a built-in model is made: `make(input_shape, classes, width)` gives the module with torch's own initial
+    values."""
 
     make: Callable[[tuple[int, ...], int, int], Any]
     width: int
@@ -30,8 +32,11 @@ def model_names() -> list[str]:
     return sorted(MODELS)
 
 
-def build_model(name: str, input_shape: tuple[int, ...], classes: int = 10, width: int | None = None, seed: int = 0) -> torch.nn.Module:
-    """A built-in model with fresh weights. The same arguments give the same weights; torch's random state stays as it was.
+def build_model(
+    name: str, input_shape: tuple[int, ...], classes: int = 10, width: int | None = None, seed: int = 0
+) -> torch.nn.Module:
+    """A built-in model with fresh weights. The same arguments give the same weights; torch's random state stays as it
+    was.
 
     input_shape  (N, C, H, W), `mlp` also (N, features); N is not used
     width        channels of the first stage (`mlp`: hidden features); None: the model's own
@@ -39,11 +44,18 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int = 10, widt
     """
     if not isinstance(name, str) or name not in MODELS:
         raise UnknownName(f"no model {checks.shown(name)}; there are: {', '.join(model_names())}")
-    width = MODELS[name].width if width is None else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
+    width = (
+        MODELS[name].width
+        if width is None
+        else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
+    )
     classes, seed = checks.whole("classes", classes, 2, error=SpecError), checks.whole("seed", seed)
     input_shape = checks.shape("input_shape", input_shape, SpecError)
     if len(input_shape) not in ((2, 4) if name == "mlp" else (4,)):
-        raise SpecError(f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if name == 'mlp' else ''}, got {input_shape}")
+        raise SpecError(
+            f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if name == 'mlp' else ''}, got "
+            f"{input_shape}"
+        )
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -51,7 +63,7 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int = 10, widt
         torch.manual_seed(seed)
         module = MODELS[name].make(input_shape, classes, width)
         for part in module.modules():
-            if isinstance(part, torch.nn.Conv2d):      # as MEST does; linear layers and BatchNorm keep torch's own
+            if isinstance(part, torch.nn.Conv2d):  # as MEST does; linear layers and BatchNorm keep torch's own
                 torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     return module
 
@@ -64,8 +76,10 @@ def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes
         with torch.device("meta"):
             elems = sum(weight.numel() for weight in model.make(input_shape, classes, width).parameters())
     except (RuntimeError, OverflowError, TypeError) as problem:  # torch tells sizes by 64 bits
-        raise SpecError(f"{name} with a width of {width} and {classes} classes has more weights than torch can count; "
-                        f"give it a smaller width") from problem
+        raise SpecError(
+            f"{name} with a width of {width} and {classes} classes has more weights than torch can count; "
+            f"give it a smaller width"
+        ) from problem
     checks.memory(FLOAT_BYTES * elems, f"{name} with a width of {width}")
 
 

@@ -24,7 +24,9 @@ def _resnet(blocks: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], An
                 self.bn2 = nn.BatchNorm2d(outputs)
                 self.downsample = None
                 if stride != 1 or inputs != outputs:
-                    self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+                    self.downsample = nn.Sequential(
+                        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                    )
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 shortcut = x if self.downsample is None else self.downsample(x)

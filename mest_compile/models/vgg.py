@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def _vgg(stages: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], Any]:
-    """VGG with BatchNorm: `stages` counts the 3x3 convolutions between pools; channels are width times 1, 2, 4, 8, 8."""
+    """VGG with BatchNorm: `stages` counts the 3x3 convolutions between pools; channels are width times 1, 2, 4, 8,
+    8."""
 
     def make(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:
         from torch import nn
@@ -22,10 +23,10 @@ def _vgg(stages: tuple[int, ...]) -> Callable[[tuple[int, ...], int, int], Any]:
                 channels, size = input_shape[1], min(input_shape[2:])
                 for stage, count in enumerate(stages):
                     for _ in range(count):
-                        outputs = width * min(8, 2 ** stage)
+                        outputs = width * min(8, 2**stage)
                         parts += [nn.Conv2d(channels, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
                         channels = outputs
-                    if size > 1:                       # 8x8 and 28x28 images are down to one pixel before the last stage
+                    if size > 1:  # 8x8 and 28x28 images are down to one pixel before the last stage
                         parts.append(nn.MaxPool2d(2))
                         size //= 2
                 self.features = nn.Sequential(*parts)

@@ -1,5 +1,5 @@
-"""Activations: functions of one number, each a row that says what it computes. Everything else follows: operator, kernels, reference,
-gradient, how models that spell it out are read, and that batch_norm takes it in.
+"""Activations: functions of one number, each a row that says what it computes. Everything else follows: operator,
+kernels, reference, gradient, how models that spell it out are read, and that batch_norm takes it in.
 """
 
 from __future__ import annotations
@@ -18,17 +18,24 @@ from mest_compile.operators.operator import OPERATORS, Operator, Trace
 
 X, DY = Variable("x"), Variable("dy")
 ACTIVATIONS = Registry("activation", "mest_compile.operators")
-# Where formulas are compared: two that agree here are one. No point is on a grid that a formula might be periodic in, bounds of usual
-# formulas are among them, and infinities tell a bound however large.
-POINTS = np.concatenate([np.random.default_rng(0).standard_normal(200) * 4, np.geomspace(1e-4, 1e4, 24), -np.geomspace(1e-4, 1e4, 24),
-                         [0.0, -1.0, 1.0, -3.0, 3.0, 6.0, np.nan, np.inf, -np.inf]])
+# Where formulas are compared: two that agree here are one. No point is on a grid that a formula might be periodic in,
+# bounds of usual formulas are among them, and infinities tell a bound however large.
+POINTS = np.concatenate(
+    [
+        np.random.default_rng(0).standard_normal(200) * 4,
+        np.geomspace(1e-4, 1e4, 24),
+        -np.geomspace(1e-4, 1e4, 24),
+        [0.0, -1.0, 1.0, -3.0, 3.0, 6.0, np.nan, np.inf, -np.inf],
+    ]
+)
 
 
 @dataclass(frozen=True)  # without slots, for cached_property
 class Activation:
     """name     as people know it; of the operator, and of the kernels "<name>.forward" and "<name>.backward"
     formula     y, an expression of x
-    told_slope  dy/dx, an expression of x: where that which follows from the formula is not torch's for an infinite dy, or is longer
+    told_slope  dy/dx, an expression of x: where that which follows from the formula is not torch's for an infinite dy,
+                or is longer
     """
 
     name: str
@@ -46,8 +53,11 @@ class Activation:
 
     @cached_property
     def from_result(self) -> bool:
-        """Whether the slope at x is that at y, as of a function that changes nothing twice: then y is kept for the backward pass, not x."""
-        return np.array_equal(self.slope.evaluate(x=self.formula.evaluate(x=POINTS)), self.slope.evaluate(x=POINTS), equal_nan=True)
+        """Whether the slope at x is that at y, as of a function that changes nothing twice: then y is kept for the
+        backward pass, not x."""
+        return np.array_equal(
+            self.slope.evaluate(x=self.formula.evaluate(x=POINTS)), self.slope.evaluate(x=POINTS), equal_nan=True
+        )
 
     def forward_reference(self, x: np.ndarray) -> np.ndarray:
         """y in float64."""
@@ -102,7 +112,13 @@ class Elementwise(Operator):
         if low.needs_gradient(node.inputs[0]):
             dy, source = low.gradient(node), low.value(node.name if self.row.from_result else node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
-            low.call(f"{self.row.name}.backward", ActivationBackward(dy.image, source.image, dx.image, accumulate), dy, source, dx)
+            low.call(
+                f"{self.row.name}.backward",
+                ActivationBackward(dy.image, source.image, dx.image, accumulate),
+                dy,
+                source,
+                dx,
+            )
 
 
 activation("relu", maximum(0, X))

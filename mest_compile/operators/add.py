@@ -61,12 +61,19 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
     if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
         layer = reader.drafts[value.draft]
-        held = (1, prod(reader.state_shapes[bias.name]), 1, 1) if bias.form == "channel" else reader.state_shapes[bias.name]
+        held = (
+            (1, prod(reader.state_shapes[bias.name]), 1, 1)
+            if bias.form == "channel"
+            else reader.state_shapes[bias.name]
+        )
         # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
         wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
-        fits = bias.form in ("", "channel") and held == wanted[len(wanted) - len(held):] and prod(held) == value.shape[1]
+        fits = (
+            bias.form in ("", "channel") and held == wanted[len(wanted) - len(held) :] and prod(held) == value.shape[1]
+        )
         if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
-            # A second draft of the same layer: should its result without the bias be used as well, the shared weight is noticed.
+            # A second draft of the same layer: should its result without the bias be used as well, the shared weight is
+            # noticed.
             reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
             return Value(len(reader.drafts) - 1, value.shape)
     raise reader.error("add of a parameter that is no bias of a layer")

@@ -1,7 +1,8 @@
 """Batch normalisation with an addition and an activation that may follow it: one operator, one kernel each way.
 
-y = activation(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the activation are optional. Nothing but z (and
-y where both follow) is kept for the backward pass: the normalised value and the activation's slope are computed again.
+y = activation(weight * (z - mean) * inverse_deviation + bias + residual); the addition and the activation are optional.
+Nothing but z (and y where both follow) is kept for the backward pass: the normalised value and the activation's slope
+are computed again.
 
 `moments` is (3, channels) float32: mean, 1 / sqrt(biased variance + eps), unbiased variance.
 `affine` is (2, channels) float32: bias and weight, in this order; `sums` their gradients, likewise.
@@ -22,17 +23,20 @@ from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.operator import Operator, Trace, operator
 
-# Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most 1e-6 of them, and
-# of the variance as many times that; channels of nets on standardised data stay below, so that the second look at z costs them nothing.
+# Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most
+# 1e-6 of them, and of the variance as many times that; channels of nets on standardised data stay below, so that the
+# second look at z costs them nothing.
 FAR = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNormMoments:
-    """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), z, moments.
+    """Kernel "batch_norm.moments": z (z.elems,), moments; with `chunks`: statistics (chunks, 2, channels, vector), z,
+    moments.
 
-    chunks  where not 0, statistics holds, per chunk and lane, the sum of z and the sum of its squares; z is only read where these do not
-            say how far values are from each other: of channels whose mean is more than sqrt(FAR) standard deviations from 0
+    chunks  where not 0, statistics holds, per chunk and lane, the sum of z and the sum of its squares; z is only read
+            where these do not say how far values are from each other: of channels whose mean is more than sqrt(FAR)
+            standard deviations from 0
     alive   a last argument, (channels,) int32: z of a channel that is 0 there was not written and counts as 0
     """
 
@@ -43,8 +47,10 @@ class BatchNormMoments:
 
     def __post_init__(self):
         if self.count < 2:
-            raise SpecError(f"batch_norm needs more than 1 value per channel when training, got batch {self.z.batch} of "
-                            f"{self.z.height}x{self.z.width} pixels; use a larger batch")
+            raise SpecError(
+                f"batch_norm needs more than 1 value per channel when training, got batch {self.z.batch} of "
+                f"{self.z.height}x{self.z.width} pixels; use a larger batch"
+            )
 
     @property
     def count(self) -> int:
@@ -65,7 +71,8 @@ class BatchNormRunning:
 
 @dataclass(frozen=True, slots=True)
 class BatchNormFrozen:
-    """Kernel "batch_norm.frozen": running_mean (channels,), running_var (channels,), moments: what evaluation normalises with."""
+    """Kernel "batch_norm.frozen": running_mean (channels,), running_var (channels,), moments: what evaluation
+    normalises with."""
 
     channels: int
     eps: float
@@ -73,7 +80,8 @@ class BatchNormFrozen:
 
 @dataclass(frozen=True, slots=True)
 class BatchNormForward:
-    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y, alive only if `alive`, read only if `read`.
+    """Kernel "batch_norm.forward": z, moments, affine, residual only if there is one, y, alive only if `alive`, read
+    only if `read`.
 
     The halo of y becomes 0.
     activation  name of the one that follows
@@ -91,8 +99,8 @@ class BatchNormForward:
 
 @dataclass(frozen=True, slots=True)
 class BatchNormBackward:
-    """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`, alive only if `alive`, read only if
-    `read`.
+    """Kernel "batch_norm.backward": dy, z, moments, affine, y only if `y`, sums, dz only if `dz`, alive only if
+    `alive`, read only if `read`.
 
     activation  name of the one that follows: dy counts as often as its slope says
     y     needed when a residual was added before the activation; dy then becomes, in place, the residual's gradient.
@@ -116,7 +124,9 @@ class BatchNormBackward:
 
     def __post_init__(self):
         assert self.activation or self.y is None, "y is only read for the activation's slope"
-        assert not (self.in_place and (self.dz or self.y)), "in place there is no dz, and dy is not needed for a residual"
+        assert not (self.in_place and (self.dz or self.y)), (
+            "in place there is no dz, and dy is not needed for a residual"
+        )
 
 
 def _by_channel(values: np.ndarray) -> np.ndarray:
@@ -131,8 +141,10 @@ def moments_reference(z: np.ndarray, eps: float) -> np.ndarray:
 
 def running_reference(moments, running_mean, running_var, momentum: float) -> tuple[np.ndarray, np.ndarray]:
     """New (running_mean, running_var) in float64."""
-    return tuple((1 - momentum) * np.asarray(old, np.float64) + momentum * moments[row]
-                 for old, row in ((running_mean, 0), (running_var, 2)))  # type: ignore
+    return tuple(
+        (1 - momentum) * np.asarray(old, np.float64) + momentum * moments[row]
+        for old, row in ((running_mean, 0), (running_var, 2))
+    )  # type: ignore
 
 
 def frozen_reference(running_mean, running_var, eps: float) -> np.ndarray:
@@ -143,15 +155,19 @@ def frozen_reference(running_mean, running_var, eps: float) -> np.ndarray:
 
 def forward_reference(z, moments, weight, bias, residual=None, activation: str | None = None) -> np.ndarray:
     """y (C, H, W, N) in float64."""
-    y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(bias)
+    y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(
+        bias
+    )
     if residual is not None:
         y = y + residual
     return ACTIVATIONS.find(activation).forward_reference(y) if activation else y
 
 
-def backward_reference(dy, z, moments, weight, activation: str | None = None, source=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told from, its result or
-    what it took.
+def backward_reference(
+    dy, z, moments, weight, activation: str | None = None, source=None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told
+    from, its result or what it took.
     """
     masked = ACTIVATIONS.find(activation).backward_reference(dy, source) if activation else dy.astype(np.float64)
     normal = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1])
@@ -179,9 +195,17 @@ class BatchNorm(Operator):
             statistics = low.statistics(node.inputs[0])
             chunks = (statistics.elems or 0) // (2 * channels * z.image.vector) if statistics else 0
             alive = low.written(node.inputs[0])
-            low.call("batch_norm.moments", BatchNormMoments(z.image, eps, chunks, bool(alive)), *([statistics] if statistics else []), z,
-                     moments, *([alive] if alive else []))
-            low.call_statistics("batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running)
+            low.call(
+                "batch_norm.moments",
+                BatchNormMoments(z.image, eps, chunks, bool(alive)),
+                *([statistics] if statistics else []),
+                z,
+                moments,
+                *([alive] if alive else []),
+            )
+            low.call_statistics(
+                "batch_norm.running", BatchNormRunning(channels, node.attrs["momentum"]), moments, *running
+            )
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
         self._normalise(node, low, z, moments, residual, y)
@@ -189,16 +213,33 @@ class BatchNorm(Operator):
     def recompute(self, node: Node, low: Trace) -> None:
         """y once more from z and the moments, which are kept."""
         z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
-        self._normalise(node, low, z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), residual, low.output(node))
+        self._normalise(
+            node, low, z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), residual, low.output(node)
+        )
 
     @staticmethod
     def _normalise(node: Node, low: Trace, z, moments, residual, y) -> None:
         alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
-        problem = BatchNormForward(z.image, y.image, node.attrs.get("activation"), residual.image if residual else None, bool(alive),
-                                   bool(read))
+        problem = BatchNormForward(
+            z.image,
+            y.image,
+            node.attrs.get("activation"),
+            residual.image if residual else None,
+            bool(alive),
+            bool(read),
+        )
         affine = low.parameter(node, "bias", "weight")
-        low.call("batch_norm.forward", problem, z, moments, affine, *([residual] if residual else []), y,
-                 *(flags for flags in (alive, read) if flags), fills=y)
+        low.call(
+            "batch_norm.forward",
+            problem,
+            z,
+            moments,
+            affine,
+            *([residual] if residual else []),
+            y,
+            *(flags for flags in (alive, read) if flags),
+            fills=y,
+        )
 
     def backward(self, node: Node, low: Trace) -> None:
         dy, z = low.gradient(node), low.value(node.inputs[0])
@@ -210,10 +251,28 @@ class BatchNorm(Operator):
         in_place = wanted and not added and low.adopt(node.inputs[0], dy)
         dz, accumulate = low.contribute(node.inputs[0]) if wanted and not in_place else (None, False)
         alive, read = low.written(node.inputs[0]), None if added else low.read(node.name)
-        problem = BatchNormBackward(dy.image, z.image, dz.image if dz else None, activation, y.image if y else None, accumulate, in_place,
-                                    bool(alive), bool(read))
-        low.call("batch_norm.backward", problem, dy, *facts, *([y] if y else []), sums, *([dz] if dz else []),
-                 *(flags for flags in (alive, read) if flags), fills=dz)
+        problem = BatchNormBackward(
+            dy.image,
+            z.image,
+            dz.image if dz else None,
+            activation,
+            y.image if y else None,
+            accumulate,
+            in_place,
+            bool(alive),
+            bool(read),
+        )
+        low.call(
+            "batch_norm.backward",
+            problem,
+            dy,
+            *facts,
+            *([y] if y else []),
+            sums,
+            *([dz] if dz else []),
+            *(flags for flags in (alive, read) if flags),
+            fills=dz,
+        )
         # After dz, because from here on later contributions may be added to dy in place.
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])
@@ -228,7 +287,12 @@ def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
         raise reader.error("batch_norm without its own weight, bias and running statistics")
     roles = ("weight", "bias", "running_mean", "running_var")
     params = {role: parameter.name for role, parameter in zip(roles, arguments[1:], strict=True)}
-    normalised = reader.add("batch_norm", (image,), image.shape, params,
-                            {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)})
+    normalised = reader.add(
+        "batch_norm",
+        (image,),
+        image.shape,
+        params,
+        {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)},
+    )
     statistics = Refused(reader.error("batch_norm's running statistics used as values"))
     return normalised, statistics, statistics

@@ -11,7 +11,8 @@ from mest_compile.ir.layouts.batch import Image
 
 @dataclass(frozen=True, slots=True)
 class ImageImport:
-    """Kernel "image.import": images (N, C, H, W) float32, result (result.elems,). Lanes without an example repeat the last one:
+    """Kernel "image.import": images (N, C, H, W) float32, result (result.elems,). Lanes without an example repeat the
+    last one:
     what the network makes of them is finite where that is.
     """
 

@@ -1,8 +1,8 @@
-"""Chains of operators on single numbers, read as the activation that they compute: x * clip(x + 3, 0, 6) / 6 is a hardswish however it is
-written, and importers and exporters write it in many ways.
+"""Chains of operators on single numbers, read as the activation that they compute: x * clip(x + 3, 0, 6) / 6 is a
+hardswish however it is written, and importers and exporters write it in many ways.
 
-What a chain computes is followed as its values at `POINTS`, and compared with those of the known activations whenever an operator is added
-to it.
+What a chain computes is followed as its values at `POINTS`, and compared with those of the known activations whenever
+an operator is added to it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.
 
 
 def combined(reader: Reader, operation: str, *operands: Any) -> Value | Formula | Fixed:
-    """The result of an operation of `ir.expressions` on activations, formulas and numbers. Raises UnsupportedOperator."""
+    """The result of an operation of `ir.expressions` on activations, formulas and numbers. Raises
+    UnsupportedOperator."""
     numbers = [operand.number if isinstance(operand, Fixed) else None for operand in operands]
-    forms = [None if number is not None else _forms(reader, operand) for operand, number in zip(operands, numbers, strict=True)]
+    forms = [
+        None if number is not None else _forms(reader, operand)
+        for operand, number in zip(operands, numbers, strict=True)
+    ]
     with np.errstate(all="ignore"):
         compute = OPERATIONS[operation].numpy
         if None not in numbers:
             return Fixed(float(compute(*numbers)))
         shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
-        found = {base: compute(*(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True)))
-                 for base in shared}
+        found = {
+            base: compute(
+                *(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True))
+            )
+            for base in shared
+        }
     names = tuple(dict.fromkeys(name for operand in operands if isinstance(operand, Formula) for name in operand.names))
     names += (reader.name or operation,) if (reader.name or operation) not in names else ()
     written = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
@@ -54,8 +62,17 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     return {value: POINTS, **reader.forms.get(value, {})}
 
 
-@reads("relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum", "relax.abs", "relax.exp", "relax.log",
-       "relax.sqrt")
+@reads(
+    "relax.subtract",
+    "relax.multiply",
+    "relax.divide",
+    "relax.maximum",
+    "relax.minimum",
+    "relax.abs",
+    "relax.exp",
+    "relax.log",
+    "relax.sqrt",
+)
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, call.op.name.removeprefix("relax."), *_constant_first(arguments, call.op.name))
 

@@ -77,10 +77,12 @@ class Trace(Protocol):
         """Zero pixels that the operator of `name` reads around the gradient of its value."""
 
     def contribute(self, name: str) -> tuple[Activation, bool]:
-        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there already."""
+        """(buffer, accumulate): where to write a contribution to the gradient of `name`, and whether one is there
+        already."""
 
     def adopt(self, name: str, buffer: Activation) -> bool:
-        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it cannot be."""
+        """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it
+        cannot be."""
 
     def temporary(self, name: str, elems: int, dtype: str = "float32", image: Image | None = None) -> Buffer:
         """Arena memory that lives from its first call to its last; the same name gives the same buffer."""
@@ -102,9 +104,11 @@ class Trace(Protocol):
 
     # Calls.
 
-    def call(self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None) -> None:
-        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer whose halo the
-        kernel itself sets to 0.
+    def call(
+        self, kernel: str, problem: Any, *buffers: Buffer, node: str = "", phase: str = "", fills: Buffer | None = None
+    ) -> None:
+        """Records a kernel call in the present stage, a layer's by the names of its node and phase. `fills` is a buffer
+        whose halo the kernel itself sets to 0.
         """
 
     def call_statistics(self, kernel: str, problem: Any, *buffers: Buffer) -> None:
@@ -115,7 +119,8 @@ class Trace(Protocol):
 
 
 class Operator:
-    """Base of the operators: what most of them answer. Each has `forward`, and `backward` unless nothing flows back through it."""
+    """Base of the operators: what most of them answer. Each has `forward`, and `backward` unless nothing flows back
+    through it."""
 
     def source_halo(self, node: Node, low: Trace) -> Halo:
         """Zero pixels that it reads around its input's value."""

@@ -17,10 +17,11 @@ from mest_compile.operators.operator import Operator, Trace, operator
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Windows of `kernel` (y, x) pixels, `stride` apart, over x with `padding` around it; sizes of y as torch rounds them (down).
+    """Windows of `kernel` (y, x) pixels, `stride` apart, over x with `padding` around it; sizes of y as torch rounds
+    them (down).
 
-    Kernels "max_pool2d.forward", "avg_pool2d.forward": x (x.elems,), y (y.elems,). Here and below x, y may be the images of the
-    values or of their gradients.
+    Kernels "max_pool2d.forward", "avg_pool2d.forward": x (x.elems,), y (y.elems,). Here and below x, y may be the
+    images of the values or of their gradients.
     """
 
     x: Image
@@ -31,11 +32,18 @@ class Pool:
     count_include_pad: bool = True
 
     def __post_init__(self) -> None:
-        wanted = tuple((size + 2 * pad - window) // step + 1 for size, pad, window, step in
-                       zip((self.x.height, self.x.width), self.padding, self.kernel, self.stride, strict=True))
+        wanted = tuple(
+            (size + 2 * pad - window) // step + 1
+            for size, pad, window, step in zip(
+                (self.x.height, self.x.width), self.padding, self.kernel, self.stride, strict=True
+            )
+        )
         if wanted != (self.y.height, self.y.width) or min(wanted) < 1:
-            raise SpecError(f"pooling {self.x.height}x{self.x.width} pixels with kernel {self.kernel}, stride {self.stride}, padding "
-                            f"{self.padding} gives {wanted[0]}x{wanted[1]}, not {self.y.height}x{self.y.width}")
+            raise SpecError(
+                f"pooling {self.x.height}x{self.x.width} pixels with kernel {self.kernel}, stride {self.stride}, "
+                "padding "
+                f"{self.padding} gives {wanted[0]}x{wanted[1]}, not {self.y.height}x{self.y.width}"
+            )
         if any(2 * pad > window for pad, window in zip(self.padding, self.kernel, strict=True)):
             raise SpecError(f"pooling's padding {self.padding} is more than half its kernel {self.kernel}")
 
@@ -44,7 +52,8 @@ class Pool:
 class MaxPoolBackward:
     """Kernel "max_pool2d.backward": dy (dy.elems,), x (forward.x.elems,), dx (dx.elems,).
 
-    The gradient of a window goes to its first largest value in reading order, where there are NaN to the last of them, as torch has it.
+    The gradient of a window goes to its first largest value in reading order, where there are NaN to the last of them,
+    as torch has it.
     accumulate  dx +=
     """
 
@@ -66,7 +75,8 @@ class AvgPoolBackward:
 
 @dataclass(frozen=True, slots=True)
 class GlobalPool:
-    """Kernels "global_avg_pool.forward": x (x.elems,), y (y.elems,) of 1x1 pixels; "global_avg_pool.backward": dy like y, dx like x.
+    """Kernels "global_avg_pool.forward": x (x.elems,), y (y.elems,) of 1x1 pixels; "global_avg_pool.backward": dy like
+    y, dx like x.
 
     accumulate  backward only: dx +=
     """
@@ -81,8 +91,12 @@ def _windows(problem: Pool) -> Iterator[tuple[int, int, slice, slice]]:
     for y in range(problem.y.height):
         for x in range(problem.y.width):
             top, left = y * problem.stride[0] - problem.padding[0], x * problem.stride[1] - problem.padding[1]
-            yield (y, x, slice(max(top, 0), min(top + problem.kernel[0], problem.x.height)),
-                   slice(max(left, 0), min(left + problem.kernel[1], problem.x.width)))
+            yield (
+                y,
+                x,
+                slice(max(top, 0), min(top + problem.kernel[0], problem.x.height)),
+                slice(max(left, 0), min(left + problem.kernel[1], problem.x.width)),
+            )
 
 
 def _divisor(problem: Pool, rows: slice, columns: slice) -> int:
@@ -152,7 +166,13 @@ class MaxPool(Operator):
         if low.needs_gradient(node.inputs[0]):
             dy, x = low.gradient(node), low.value(node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
-            low.call("max_pool2d.backward", MaxPoolBackward(_pool(node, x.image, dy.image), dy.image, dx.image, accumulate), dy, x, dx)
+            low.call(
+                "max_pool2d.backward",
+                MaxPoolBackward(_pool(node, x.image, dy.image), dy.image, dx.image, accumulate),
+                dy,
+                x,
+                dx,
+            )
 
 
 @operator("avg_pool2d")
@@ -165,7 +185,12 @@ class AvgPool(Operator):
         if low.needs_gradient(node.inputs[0]):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])
-            low.call("avg_pool2d.backward", AvgPoolBackward(_pool(node, dx.image, dy.image), dy.image, dx.image, accumulate), dy, dx)
+            low.call(
+                "avg_pool2d.backward",
+                AvgPoolBackward(_pool(node, dx.image, dy.image), dy.image, dx.image, accumulate),
+                dy,
+                dx,
+            )
 
 
 @operator("global_avg_pool")
@@ -189,8 +214,10 @@ def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
     if _pair(attrs.dilation) != (1, 1):
         raise reader.error(f"dilated {op} (dilation={_pair(attrs.dilation)})")
     padding = _padding(reader, attrs)
-    whole = tuple((size + 2 * pad - width) // step + 1
-                  for size, pad, width, step in zip(image.shape[2:], padding, kernel, stride, strict=True))
+    whole = tuple(
+        (size + 2 * pad - width) // step + 1
+        for size, pad, width, step in zip(image.shape[2:], padding, kernel, stride, strict=True)
+    )
     if shape[2:] != whole:
         raise reader.error(f"{op} with ceil_mode=True, whose last window leaves the image,")
     pool: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
@@ -207,8 +234,12 @@ def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
     if any(size % out for size, out in zip(image.shape[2:], shape[2:], strict=True)):
         raise reader.error(f"adaptive_avg_pool2d from {image.shape[2:]} to {shape[2:]}, whose windows differ in size,")
     window = _pair(size // out for size, out in zip(image.shape[2:], shape[2:], strict=True))
-    return reader.add("avg_pool2d", (image,), shape,
-                      attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True})
+    return reader.add(
+        "avg_pool2d",
+        (image,),
+        shape,
+        attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True},
+    )
 
 
 @reads("relax.mean", gives=("global average pooling",))

@@ -1,4 +1,5 @@
-"""What a step was compiled from, as a JSON document: checkpoints and artifacts hold it, and the same programs come out of it again."""
+"""What a step was compiled from, as a JSON document: checkpoints and artifacts hold it, and the same programs come out
+of it again."""
 
 from __future__ import annotations
 
@@ -40,42 +41,102 @@ class Facts:
 
     def lower(self) -> tuple[Program, Program]:
         """(training step, prediction)."""
-        return lower(fuse(self.graph), self.layers, self.target, self.recomputed, self.loss, self.activations,
-                     self.optimizer)
+        return lower(
+            fuse(self.graph), self.layers, self.target, self.recomputed, self.loss, self.activations, self.optimizer
+        )
 
     def to_json(self) -> dict[str, Any]:
         graph, target = self.graph, self.target
         return {
-            "graph": {"input_shape": list(graph.input_shape), "state_shapes": _plain(dict(graph.state_shapes)),
-                      "nodes": [{"op": node.op, "name": node.name, "inputs": list(node.inputs), "shape": list(node.shape),
-                                 "params": dict(node.params), "attrs": _plain(node.attrs)} for node in graph.nodes]},
+            "graph": {
+                "input_shape": list(graph.input_shape),
+                "state_shapes": _plain(dict(graph.state_shapes)),
+                "nodes": [
+                    {
+                        "op": node.op,
+                        "name": node.name,
+                        "inputs": list(node.inputs),
+                        "shape": list(node.shape),
+                        "params": dict(node.params),
+                        "attrs": _plain(node.attrs),
+                    }
+                    for node in graph.nodes
+                ],
+            },
             "optimizer": _plain(self.optimizer.to_json()),
-            "threads": self.threads, "seed": self.seed, "recomputed": sorted(self.recomputed),
-            "loss": self.loss.to_json(), "activations": self.activations,
+            "threads": self.threads,
+            "seed": self.seed,
+            "recomputed": sorted(self.recomputed),
+            "loss": self.loss.to_json(),
+            "activations": self.activations,
             "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
-            "layers": [{"spec": _plain(asdict(layer.spec)), "scheme": str(layer.scheme), "sparsity": layer.sparsity,
-                        "kernels": layer.kernels, "capacity": layer.capacity,
-                        "sections": [layer.section_channels, layer.transposed_section_channels]}
-                       for layer in self.layers.values()]}
+            "layers": [
+                {
+                    "spec": _plain(asdict(layer.spec)),
+                    "scheme": str(layer.scheme),
+                    "sparsity": layer.sparsity,
+                    "kernels": layer.kernels,
+                    "capacity": layer.capacity,
+                    "sections": [layer.section_channels, layer.transposed_section_channels],
+                }
+                for layer in self.layers.values()
+            ],
+        }
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Facts:
         """Raises KeyError or TypeError when the document is of another version."""
-        nodes = tuple(Node(node["op"], node["name"], tuple(node["inputs"]), tuple(node["shape"]), node["params"],
-                           {key: _tuples(value) for key, value in node["attrs"].items()}) for node in facts["graph"]["nodes"])
-        graph = ForwardGraph(nodes, tuple(facts["graph"]["input_shape"]),
-                             {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()})
+        nodes = tuple(
+            Node(
+                node["op"],
+                node["name"],
+                tuple(node["inputs"]),
+                tuple(node["shape"]),
+                node["params"],
+                {key: _tuples(value) for key, value in node["attrs"].items()},
+            )
+            for node in facts["graph"]["nodes"]
+        )
+        graph = ForwardGraph(
+            nodes,
+            tuple(facts["graph"]["input_shape"]),
+            {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()},
+        )
         known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
         gpu = facts["target"].get("gpu")
-        target = Target(**{**facts["target"], "llvm": _tuples(facts["target"]["llvm"]),
-                           "gpu": Gpu(**{name: value for name, value in gpu.items() if name in known}) if gpu else None})
-        specs = [LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
-        layers = {spec.name: Layer(spec, parse_scheme(entry["scheme"]), entry["sparsity"], entry["kernels"], entry["sections"][0],
-                                   entry["sections"][1], entry["capacity"])
-                  for spec, entry in zip(specs, facts["layers"], strict=True)}
-        return cls(graph, layers, frozenset(facts["recomputed"]), read_optimizer(facts["optimizer"]),
-                   target, facts["threads"], facts["seed"],
-                   read_loss(facts), facts.get("activations", "float32"))
+        target = Target(
+            **{
+                **facts["target"],
+                "llvm": _tuples(facts["target"]["llvm"]),
+                "gpu": Gpu(**{name: value for name, value in gpu.items() if name in known}) if gpu else None,
+            }
+        )
+        specs = [
+            LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]
+        ]
+        layers = {
+            spec.name: Layer(
+                spec,
+                parse_scheme(entry["scheme"]),
+                entry["sparsity"],
+                entry["kernels"],
+                entry["sections"][0],
+                entry["sections"][1],
+                entry["capacity"],
+            )
+            for spec, entry in zip(specs, facts["layers"], strict=True)
+        }
+        return cls(
+            graph,
+            layers,
+            frozenset(facts["recomputed"]),
+            read_optimizer(facts["optimizer"]),
+            target,
+            facts["threads"],
+            facts["seed"],
+            read_loss(facts),
+            facts.get("activations", "float32"),
+        )
 
 
 def read_facts(document: Mapping[str, Any], where: str) -> Facts:

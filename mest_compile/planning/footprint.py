@@ -15,24 +15,34 @@ from mest_compile.sparsity.layer import Layer
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
 
 
-def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int],
-              target: Target) -> dict[str, int]:
+def footprint(
+    train: Program, predict: Program, layers: Mapping[str, Layer], live_units: Mapping[str, int], target: Target
+) -> dict[str, int]:
     """{kind: bytes, "total": bytes}.
 
-    live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps what `kept_bytes` says
-    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and what kernels allocate: partial
-                 sums of the weight gradient of the largest layer, vector lanes times threads' shares of every live weight, and copies in
-                 float32 of what is stored in less
+    live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps what
+                 `kept_bytes` says
+    activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and what kernels
+                 allocate: partial sums of the weight gradient of the largest layer, vector lanes times threads' shares
+                 of every live weight, and copies in float32 of what is stored in less
     """
     found = dict.fromkeys(KINDS, 0)
     for buffer in _held((train, predict)):
         elems = buffer.elems if buffer.elems is not None else masked_elems(buffer, layers, live_units)
         found[buffer.kind] += elems * ITEM_BYTES[buffer.dtype]
-    found["indices"] += sum(FAMILIES.find(layers[name].kernels).kept_bytes(layers[name], cells) for name, cells in live_units.items())
+    found["indices"] += sum(
+        FAMILIES.find(layers[name].kernels).kept_bytes(layers[name], cells) for name, cells in live_units.items()
+    )
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
-    most_live = max((live_units[name] * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()
-                     if layer.spec.output_size != (1, 1)), default=0)
+    most_live = max(
+        (
+            live_units[name] * layer.scheme.cell_elems(layer.spec)
+            for name, layer in layers.items()
+            if layer.spec.output_size != (1, 1)
+        ),
+        default=0,
+    )
     kernels = (most_live * target.vector + _copied_elems(train, target)) * target.cores * ITEM_BYTES["float32"]
     found["workspace"] = arena_bytes - found["activations"] + kernels
     return found | {"total": sum(found.values())}
@@ -41,8 +51,14 @@ def footprint(train: Program, predict: Program, layers: Mapping[str, Layer], liv
 def _copied_elems(train: Program, target: Target) -> int:
     """Elements of the largest slice that a thread widens as a whole before it reads it."""
     sources = [call.problem.source for call in train.calls if isinstance(call.problem, GatherConv)]
-    return max((source.slice_elems for source in sources if source.dtype != "float32" and
-                backend_of(target).widens_once(source, target)), default=0)
+    return max(
+        (
+            source.slice_elems
+            for source in sources
+            if source.dtype != "float32" and backend_of(target).widens_once(source, target)
+        ),
+        default=0,
+    )
 
 
 def _held(programs: Iterable[Program]) -> list[Buffer]:
@@ -51,5 +67,3 @@ def _held(programs: Iterable[Program]) -> list[Buffer]:
 
 def _padded(program: Program, other: Program) -> list[int]:
     return program.slots + [0] * (len(other.slots) - len(program.slots))
-
-

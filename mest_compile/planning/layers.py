@@ -1,4 +1,5 @@
-"""Which layers are sparse, by how much, in which scheme, and how their index is cut: decided before anything is compiled."""
+"""Which layers are sparse, by how much, in which scheme, and how their index is cut: decided before anything is
+compiled."""
 
 from __future__ import annotations
 
@@ -29,22 +30,41 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
         if node.op in ("conv2d", "linear"):
             weight, source = graph.state_shapes[node.params["weight"]], shapes[node.inputs[0]]
             pad = (1,) * (4 - len(weight))
-            specs.append(LayerSpec(node.params["weight"], (*weight, *pad), (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
-                                   tuple(node.attrs.get("stride", (1, 1))), tuple(node.attrs.get("padding", (0, 0)))))
+            specs.append(
+                LayerSpec(
+                    node.params["weight"],
+                    (*weight, *pad),
+                    (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
+                    tuple(node.attrs.get("stride", (1, 1))),
+                    tuple(node.attrs.get("padding", (0, 0))),
+                )
+            )
     return specs
 
 
-def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
-                dense_layers: Sequence[str] | None, target: Target, activations: str = "float32") -> dict[str, Layer]:
-    """{weight name: Layer}. activations: what values are stored as. Raises SparsityError, UnknownName, UsageError, TargetError."""
+def plan_layers(
+    graph: ForwardGraph,
+    scheme: Scheme,
+    sparsity: float | Mapping[str, float],
+    distribution: str,
+    dense_layers: Sequence[str] | None,
+    target: Target,
+    activations: str = "float32",
+) -> dict[str, Layer]:
+    """{weight name: Layer}. activations: what values are stored as. Raises SparsityError, UnknownName, UsageError,
+    TargetError."""
     check_activations(activations, target)
     specs = layer_specs(graph)
     if not specs:
-        raise SpecError("the model has no convolution and no linear layer, so there is nothing to train sparsely; give one that has")
+        raise SpecError(
+            "the model has no convolution and no linear layer, so there is nothing to train sparsely; give one that has"
+        )
     share = _shares(graph, specs, scheme, sparsity, distribution, dense_layers)
     layers = {}
     for spec in specs:
-        chosen = Dense() if spec.name not in share or share[spec.name] == 0.0 and isinstance(scheme, Dense) else scheme
+        chosen = (
+            Dense() if spec.name not in share or (share[spec.name] == 0.0 and isinstance(scheme, Dense)) else scheme
+        )
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
         kernels = family_for(chosen, spec, target)
@@ -53,23 +73,36 @@ def plan_layers(graph: ForwardGraph, scheme: Scheme, sparsity: float | Mapping[s
     return layers
 
 
-def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme, sparsity: float | Mapping[str, float], distribution: str,
-            dense_layers: Sequence[str] | None) -> dict[str, float]:
+def _shares(
+    graph: ForwardGraph,
+    specs: Sequence[LayerSpec],
+    scheme: Scheme,
+    sparsity: float | Mapping[str, float],
+    distribution: str,
+    dense_layers: Sequence[str] | None,
+) -> dict[str, float]:
     """{weight name: sparsity} of the layers that are not dense. What is said twice and differs is refused."""
     known = [spec.name for spec in specs]
     check_distribution(distribution)
     also = ", or None for the first convolution, the 1x1 convolutions of shortcuts and the classifier"
-    dense = None if dense_layers is None else [_weight_name(name, known, "dense_layers")
-                                               for name in checks.names("dense_layers", dense_layers, also)]
+    dense = (
+        None
+        if dense_layers is None
+        else [_weight_name(name, known, "dense_layers") for name in checks.names("dense_layers", dense_layers, also)]
+    )
     if not isinstance(sparsity, Mapping):
         overall = checks.number("sparsity", sparsity, below=1, also=", or {layer name: number}", error=SparsityError)
         if isinstance(scheme, Dense) and overall != 0:
-            raise SparsityError(f"scheme dense has sparsity 0, not {overall:g}; pass sparsity=0, or choose another scheme")
+            raise SparsityError(
+                f"scheme dense has sparsity 0, not {overall:g}; pass sparsity=0, or choose another scheme"
+            )
         left = default_dense_layers(graph, specs, scheme) if dense is None else dense
         return distribute(distribution, [spec for spec in specs if spec.name not in left], overall)
     if distribution != "uniform":
-        raise UsageError(f"distribution {distribution!r} spreads one sparsity over the layers, but sparsity says each layer's; "
-                         f"give sparsity as a number, or leave distribution out")
+        raise UsageError(
+            f"distribution {distribution!r} spreads one sparsity over the layers, but sparsity says each layer's; "
+            f"give sparsity as a number, or leave distribution out"
+        )
     share: dict[str, float] = {}
     for layer, value in sparsity.items():
         name = _weight_name(layer, known, "sparsity")
@@ -82,13 +115,20 @@ def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme, spa
 
 
 def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
-    """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in such."""
+    """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in
+    such."""
     sparse = sparse_layers(layers)
     inside, every = (sum(layer.spec.weight_elems for layer in some.values()) for some in (sparse, layers))
     if 2 * inside < every:
         dense = ", ".join(name for name in layers if name not in sparse)
-        log.warning("%s of the weights are in sparse layers, so that the sparsity of all is %.3f; dense are: %s. dense_layers says "
-                    "which are", f"{inside / every:.0%}" if inside else "none", overall_sparsity(layers) * inside / every, dense)
+        log.warning(
+            "%s of the weights are in sparse layers, so that the sparsity of all is %.3f; dense are: %s. "
+            "dense_layers says "
+            "which are",
+            f"{inside / every:.0%}" if inside else "none",
+            overall_sparsity(layers) * inside / every,
+            dense,
+        )
 
 
 def check_activations(activations: str, target: Target) -> None:
@@ -97,8 +137,11 @@ def check_activations(activations: str, target: Target) -> None:
         raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
     if activations == "float16" and not target.float16:
         able = ", ".join(name for name in target_names() if find_target(name).float16)
-        raise TargetError(f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that are used; "
-                          f"leave activations at float32, or compile for one of: {able}")
+        raise TargetError(
+            f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that "
+            "are used; "
+            f"leave activations at float32, or compile for one of: {able}"
+        )
 
 
 def _weight_name(name: str, names: Sequence[str], where: str) -> str:

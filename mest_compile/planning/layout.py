@@ -15,12 +15,31 @@ from mest_compile.sparsity.layer import Layer, live_cells
 
 def step_facts(layers: Mapping[str, Layer]) -> dict[str, Any]:
     """What records of whole steps know them by: `layers` tells them apart, the rest says which are alike."""
-    entries = [[list(layer.spec.input_shape), list(layer.spec.weight_shape), list(layer.spec.stride), str(layer.scheme), layer.sparsity]
-               for layer in layers.values()]
-    flop = sum(2 * live_cells(layer) * layer.scheme.cell_elems(layer.spec) * layer.spec.output_size[0] * layer.spec.output_size[1]
-               * layer.spec.input_shape[0] for layer in layers.values())
-    return {"layers": text_digest(repr(entries)), "schemes": sorted({str(layer.scheme) for layer in layers.values()}),
-            "batch": next(iter(layers.values())).spec.input_shape[0], "flop": flop}
+    entries = [
+        [
+            list(layer.spec.input_shape),
+            list(layer.spec.weight_shape),
+            list(layer.spec.stride),
+            str(layer.scheme),
+            layer.sparsity,
+        ]
+        for layer in layers.values()
+    ]
+    flop = sum(
+        2
+        * live_cells(layer)
+        * layer.scheme.cell_elems(layer.spec)
+        * layer.spec.output_size[0]
+        * layer.spec.output_size[1]
+        * layer.spec.input_shape[0]
+        for layer in layers.values()
+    )
+    return {
+        "layers": text_digest(repr(entries)),
+        "schemes": sorted({str(layer.scheme) for layer in layers.values()}),
+        "batch": next(iter(layers.values())).spec.input_shape[0],
+        "flop": flop,
+    }
 
 
 def widened(target: Target, vector: int) -> Target:
@@ -29,7 +48,8 @@ def widened(target: Target, vector: int) -> Target:
 
 
 def choose_vector(layers: Mapping[str, Layer], target: Target, records: Records) -> Target:
-    """`target` with the vector width that was fastest for this step, or for one like it; as it is where no step was timed."""
+    """`target` with the vector width that was fastest for this step, or for one like it; as it is where no step was
+    timed."""
     facts = step_facts(layers)
     batch = facts["batch"]
 
@@ -43,18 +63,26 @@ def choose_vector(layers: Mapping[str, Layer], target: Target, records: Records)
 def section_facts(layer: Layer, activations: str) -> dict[str, Any]:
     """What records of sections know a layer by."""
     batch, channels, height, width = layer.spec.input_shape
-    return {"source": {"batch": batch, "channels": channels, "height": height, "width": width},
-            "result": {"channels": layer.spec.weight_shape[0]}, "kernel": list(layer.spec.weight_shape[2:]),
-            "stride": list(layer.spec.stride), "scheme": str(layer.scheme), "activations": activations}
+    return {
+        "source": {"batch": batch, "channels": channels, "height": height, "width": width},
+        "result": {"channels": layer.spec.weight_shape[0]},
+        "kernel": list(layer.spec.weight_shape[2:]),
+        "stride": list(layer.spec.stride),
+        "scheme": str(layer.scheme),
+        "activations": activations,
+    }
 
 
 def with_sections(layer: Layer, target: Target, activations: str, caches: tuple[int, int]) -> Layer:
-    """The layer with its index cut so that a tile reads so many first-level caches full of a section, forward and transposed."""
+    """The layer with its index cut so that a tile reads so many first-level caches full of a section, forward and
+    transposed."""
     forward, transposed = FAMILIES.find(layer.kernels).sections(layer.spec, layer.scheme, target, activations, caches)
     return replace(layer, section_channels=forward, transposed_section_channels=transposed)
 
 
-def section_knobs(layers: Mapping[str, Layer], records: Records, activations: str) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+def section_knobs(
+    layers: Mapping[str, Layer], records: Records, activations: str
+) -> dict[tuple[str, str, int], Mapping[str, Any]]:
     """{key of a kind of section and a layer: how that is cut}, as was fastest for such layers."""
     found: dict[tuple[str, str, int], Mapping[str, Any]] = {}
     for layer in layers.values():
@@ -66,7 +94,9 @@ def section_knobs(layers: Mapping[str, Layer], records: Records, activations: st
     return found
 
 
-def choose_sections(layers: Mapping[str, Layer], target: Target, records: Records, activations: str) -> dict[str, Layer]:
+def choose_sections(
+    layers: Mapping[str, Layer], target: Target, records: Records, activations: str
+) -> dict[str, Layer]:
     """The layers with their indices cut as was fastest for such layers; as they are where none was timed."""
     knobs = section_knobs(layers, records, activations)
 

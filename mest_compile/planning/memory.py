@@ -25,26 +25,39 @@ from mest_compile.sparsity.room import overall_sparsity, units_at
 MIB = 2**20
 
 
-def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target, budget_bytes: int, lower_density: bool,
-                excess: float, activations: str = "float32",
-                optimizer: Optimizer = USUAL, loss: Loss = USUAL_LOSS) -> tuple[frozenset[str], float | None]:
-    """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused graph's step
-    needs at most `budget_bytes` when it is densest.
+def meet_budget(
+    graph: ForwardGraph,
+    layers: Mapping[str, Layer],
+    target: Target,
+    budget_bytes: int,
+    lower_density: bool,
+    excess: float,
+    activations: str = "float32",
+    optimizer: Optimizer = USUAL,
+    loss: Loss = USUAL_LOSS,
+) -> tuple[frozenset[str], float | None]:
+    """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused
+    graph's step needs at most `budget_bytes` when it is densest.
 
     excess  by how much mutations grow beyond the sparsity that the model starts with
     activations  what values are stored as
     optimizer, loss  whose arrays count
     Raises BudgetError.
     """
+
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
         units = room if sparsity is None else units_at(layers, round(max(0.0, sparsity - excess), DIGITS))
         train, predict = programs[recomputed]
         return footprint(train, predict, layers, held_cells(layers, units), target)["total"]
 
-    start, room = overall_sparsity(layers), {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
+    start, room = (
+        overall_sparsity(layers),
+        {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None},
+    )
     choices = list(dict.fromkeys([usually_recomputed(graph, target), *recomputable(graph)]))
-    programs = {recomputed: lower(graph, layers, target, recomputed, loss, activations, optimizer)
-                for recomputed in choices}
+    programs = {
+        recomputed: lower(graph, layers, target, recomputed, loss, activations, optimizer) for recomputed in choices
+    }
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
             return recomputed, None
@@ -52,25 +65,33 @@ def meet_budget(graph: ForwardGraph, layers: Mapping[str, Layer], target: Target
     if lower_density and start:
         for percent in range(int(start * 100) + 1, 100):
             if need(leanest, percent / 100) <= budget_bytes:
-                log.warning("memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, start, percent / 100)
+                log.warning(
+                    "memory_budget %d bytes: sparsity raised from %.3f to %.2f", budget_bytes, start, percent / 100
+                )
                 return leanest, percent / 100
     least = need(leanest, 0.99 if lower_density and start else None)
     densest = f", {excess:g} denser than it starts," if excess else ""
-    raise BudgetError(f"memory_budget is {budget_bytes} bytes; the step{densest} needs at least {least}, most of it activations: use a "
-                      "smaller batch or model, or a larger budget")
+    raise BudgetError(
+        f"memory_budget is {budget_bytes} bytes; the step{densest} needs at least {least}, most of it "
+        "activations: use a "
+        "smaller batch or model, or a larger budget"
+    )
 
 
 def usually_recomputed(graph: ForwardGraph, target: Target) -> frozenset[str]:
     """Nodes of a fused graph that the backward pass computes again whatever the budget.
 
-    On a CPU what batch_norm gives: from its input, which the backward pass reads anyhow, that takes no longer than to fetch what was kept
-    from memory (0 to 8% of a step less on a Zen 5), and needs a quarter less memory.
+    On a CPU what batch_norm gives: from its input, which the backward pass reads anyhow, that takes no longer than to
+    fetch what was kept from memory (0 to 8% of a step less on a Zen 5), and needs a quarter less memory.
     """
     return recomputable(graph)[0] if backend_of(target).recomputes_norms else frozenset()
 
 
-def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, Layer], target: Target, here: bool) -> None:
-    """Says in the log when the step, at its densest, needs more than the smallest device that the target stands for has. It is no error:
+def warn_beyond_memory(
+    train: Program, predict: Program, layers: Mapping[str, Layer], target: Target, here: bool
+) -> None:
+    """Says in the log when the step, at its densest, needs more than the smallest device that the target stands for
+    has. It is no error:
     the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
 
     here  the step is to run on this machine. Raises BudgetError when that has not as much memory.
@@ -80,6 +101,11 @@ def warn_beyond_memory(train: Program, predict: Program, layers: Mapping[str, La
     if here:
         checks.memory(need, "the step", " or compile with a memory_budget")
     if target.memory_bytes is not None and need > target.memory_bytes:
-        log.warning("the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller batch or model, "
-                    "or memory_budget, which computes values again instead of keeping them",
-                    need / MIB, target.name, target.memory_bytes / MIB)
+        log.warning(
+            "the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller "
+            "batch or model, "
+            "or memory_budget, which computes values again instead of keeping them",
+            need / MIB,
+            target.name,
+            target.memory_bytes / MIB,
+        )

@@ -18,9 +18,12 @@ from mest_compile.records.log import Records
 from mest_compile.sparsity.layer import Layer
 
 
-def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Target], Records] = Records.of) -> tuple[Facts, Records]:
-    """(the facts of the same model, schemes, sparsities, capacities and optimizer for `target` and steps of `batch` examples; records that
-    its kernels' knobs are chosen by). threads: as they were, on another target its cores. Raises UsageError, TargetError.
+def retargeted(
+    facts: Facts, target: Target, batch: int, records: Callable[[Target], Records] = Records.of
+) -> tuple[Facts, Records]:
+    """(the facts of the same model, schemes, sparsities, capacities and optimizer for `target` and steps of `batch`
+    examples; records that its kernels' knobs are chosen by). threads: as they were, on another target its cores. Raises
+    UsageError, TargetError.
     """
     batch = checks.whole("batch", batch, 1)
     target = target.for_batch(batch)
@@ -34,16 +37,26 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
             spec = replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:]))
             kernels = family_for(layer.scheme, spec, target)
             forward, transposed = FAMILIES.find(kernels).sections(spec, layer.scheme, target, facts.activations)
-            layers[name] = replace(layer, spec=spec, kernels=kernels, section_channels=forward, transposed_section_channels=transposed)
+            layers[name] = replace(
+                layer, spec=spec, kernels=kernels, section_channels=forward, transposed_section_channels=transposed
+            )
         return layers
 
     if (tuned := choose_vector(planned(target), target, found)) != target:
         target, found = tuned, found.for_target(tuned)
-    usual = facts.recomputed == usually_recomputed(fuse(facts.graph), facts.target)  # else a memory budget asked for more
+    usual = facts.recomputed == usually_recomputed(
+        fuse(facts.graph), facts.target
+    )  # else a memory budget asked for more
     recomputed = usually_recomputed(fuse(graph), target) if usual else facts.recomputed
     layers = choose_sections(planned(target), target, found, facts.activations)
-    return replace(facts, graph=graph, layers=layers, recomputed=recomputed, target=target,
-                   threads=facts.threads if target.name == facts.target.name else target.cores), found
+    return replace(
+        facts,
+        graph=graph,
+        layers=layers,
+        recomputed=recomputed,
+        target=target,
+        threads=facts.threads if target.name == facts.target.name else target.cores,
+    ), found
 
 
 def _with_batch(graph: ForwardGraph, batch: int) -> ForwardGraph:

@@ -1,9 +1,11 @@
-"""Tuning records: which knobs of a schedule were tried for which kernel, how that ended, and which are the best. Needs no tvm.
+"""Tuning records: which knobs of a schedule were tried for which kernel, how that ended, and which are the best. Needs
+no tvm.
 
-There is a log for each target (`local.jsonl`): the user's own in `folder()`, shipped ones in autotune_logs/. What cannot be trusted is
-left out and counted:
+There is a log for each target (`local.jsonl`): the user's own in `folder()`, shipped ones in autotune_logs/. What
+cannot be trusted is left out and counted:
 
-torn        a last line without its end: the process that wrote it was killed; the next line written starts on a line of its own
+torn        a last line without its end: the process that wrote it was killed; the next line written starts on a line of
+            its own
 damaged     a line that is no record, or whose digest is not that of its content: a time, or anything else, was edited
 foreign     a record of another device, machine or TVM version: its times say nothing about this one
 """
@@ -49,16 +51,55 @@ from mest_compile.records.record import (
     unit_of,
 )
 
-__all__ = ["COUNTED", "IN_STEP", "MODEL_UNIT", "SECTIONS", "STEP", "Choice", "FixedRecords", "LogFile", "Measure", "Outcome", "Record",
-           "Records", "Trials", "cpu_of", "folder", "host_model", "is_foreign", "key_of", "knobs_from", "machine_model", "plain", "shipped",
-           "target_facts", "text_digest", "tvm_version", "unit_of", "user_log"]
+__all__ = [
+    "COUNTED",
+    "IN_STEP",
+    "MODEL_UNIT",
+    "SECTIONS",
+    "STEP",
+    "Choice",
+    "FixedRecords",
+    "LogFile",
+    "Measure",
+    "Outcome",
+    "Record",
+    "Records",
+    "Trials",
+    "cpu_of",
+    "folder",
+    "host_model",
+    "is_foreign",
+    "key_of",
+    "knobs_from",
+    "machine_model",
+    "plain",
+    "shipped",
+    "target_facts",
+    "text_digest",
+    "tvm_version",
+    "unit_of",
+    "user_log",
+]
 
 log = logging.getLogger(__name__)
 
-SIZES = frozenset({"channels", "height", "width", "batch", "section_channels", "rows_live", "sources_live", "live", "chunks", "count",
-                   "flop"})
+SIZES = frozenset(
+    {
+        "channels",
+        "height",
+        "width",
+        "batch",
+        "section_channels",
+        "rows_live",
+        "sources_live",
+        "live",
+        "chunks",
+        "count",
+        "flop",
+    }
+)
 IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
-FARTHEST = 4.0        # doublings of sizes, all together, up to which another problem is near
+FARTHEST = 4.0  # doublings of sizes, all together, up to which another problem is near
 
 
 @dataclass(slots=True)
@@ -103,16 +144,25 @@ class Trials:
 
     def decided(self, limit_seconds: float) -> Trials:
         """Without what timed out within a shorter limit than this one, which decides nothing."""
-        open_ = {knobs for knobs, limit in self.late.items() if limit < limit_seconds and knobs not in self.wrong | self.in_time.keys()}
+        open_ = {
+            knobs
+            for knobs, limit in self.late.items()
+            if limit < limit_seconds and knobs not in self.wrong | self.in_time.keys()
+        }
         records = [record for record in self.records if knobs_text(record.knobs) not in open_]
         return replace(self, tried=self.tried - open_, records=records) if open_ else self
 
     def beside(self, unbuilt: Trials) -> Trials:
         """With what could not be built."""
-        return replace(self, wrong=self.wrong | unbuilt.wrong, tried=self.tried | unbuilt.tried, records=[*unbuilt.records, *self.records])
+        return replace(
+            self,
+            wrong=self.wrong | unbuilt.wrong,
+            tried=self.tried | unbuilt.tried,
+            records=[*unbuilt.records, *self.records],
+        )
 
     def _failed(self, knobs: str) -> bool:
-        return knobs in self.wrong or knobs in self.late and self.late[knobs] >= self.in_time[knobs]
+        return knobs in self.wrong or (knobs in self.late and self.late[knobs] >= self.in_time[knobs])
 
     def ranking(self, by_themselves: bool = False) -> list[tuple[float, dict[str, Any], str]]:
         """(median seconds, knobs, digest of the text), fastest first; by_themselves: whatever whole steps said."""
@@ -124,15 +174,17 @@ class Trials:
 class Records:
     """The trustworthy records of one target. Reads `paths` when first asked.
 
-    cpu  the machine whose times count, by `machine_model`; None: `cpu_of` the target. "": not known; then the machine that most records
-         are of comes first, and those of two are never compared
+    cpu  the machine whose times count, by `machine_model`; None: `cpu_of` the target. "": not known; then the machine
+         that most records are of comes first, and those of two are never compared
     """
 
     def __init__(self, target: Target, paths: Iterable[Path] = (), cpu: str | None = None):
         self.target, self.paths = target, tuple(paths)
         self.cpu = cpu_of(target) if cpu is None else cpu
         self.left_out: Counter[str] = Counter()
-        self._trials: dict[tuple[Measure, str], dict[tuple[str, str, int], Trials]] = {}  # by clock: seconds of two are never compared
+        self._trials: dict[
+            tuple[Measure, str], dict[tuple[str, str, int], Trials]
+        ] = {}  # by clock: seconds of two are never compared
         self._read = False
 
     @classmethod
@@ -173,33 +225,48 @@ class Records:
         return doubted
 
     def add(self, record: Record) -> None:
-        clock = self._trials.setdefault((record.measure, "" if record.measure is Measure.UNMEASURED else record.cpu), {})
+        clock = self._trials.setdefault(
+            (record.measure, "" if record.measure is Measure.UNMEASURED else record.cpu), {}
+        )
         clock.setdefault(record.key, Trials(record.kernel, record.problem, record.live)).add(record)
 
-    def trials(self, kernel: str, problem: Any, live: int, measure: Measure = Measure.MEASURED, cpu: str | None = None) -> Trials:
-        """What is known of this very problem by one clock; cpu: None for that of the target. What does not build does not by any."""
+    def trials(
+        self, kernel: str, problem: Any, live: int, measure: Measure = Measure.MEASURED, cpu: str | None = None
+    ) -> Trials:
+        """What is known of this very problem by one clock; cpu: None for that of the target. What does not build does
+        not by any."""
         facts = plain(problem)
         key = problem_key(kernel, facts, live)
-        known = self.load()._trials.get((measure, self.cpu if cpu is None else cpu), {}).get(key) or Trials(kernel, facts, live)
+        known = self.load()._trials.get((measure, self.cpu if cpu is None else cpu), {}).get(key) or Trials(
+            kernel, facts, live
+        )
         unbuilt = self._trials.get((Measure.UNMEASURED, ""), {}).get(key)
         return known if unbuilt is None else known.beside(unbuilt)
 
     def measured(self) -> list[str]:
         """The machines that measured records are of, the one with most records first."""
-        counts = Counter({cpu: sum(len(trials.records) for trials in clock.values())
-                          for (measure, cpu), clock in self.load()._trials.items() if measure is Measure.MEASURED})
+        counts = Counter(
+            {
+                cpu: sum(len(trials.records) for trials in clock.values())
+                for (measure, cpu), clock in self.load()._trials.items()
+                if measure is Measure.MEASURED
+            }
+        )
         return sorted(counts, key=lambda cpu: (-counts[cpu], cpu))
 
     def _clocks(self) -> list[tuple[Measure, str]]:
         """Those that decide, the best first: measured times, modelled cycles, executed instructions."""
         modelled = [cpu for measure, cpu in self.load()._trials if measure is Measure.MODELLED]
-        return [*((Measure.MEASURED, cpu) for cpu in ([self.cpu] if self.cpu else self.measured())),
-                *((Measure.MODELLED, cpu) for cpu in sorted(modelled, key=lambda cpu: (cpu.startswith(COUNTED), cpu)))]
+        return [
+            *((Measure.MEASURED, cpu) for cpu in ([self.cpu] if self.cpu else self.measured())),
+            *((Measure.MODELLED, cpu) for cpu in sorted(modelled, key=lambda cpu: (cpu.startswith(COUNTED), cpu))),
+        ]
 
     def best(self, kernel: str, problem: Any, live: int, text: Callable[[Mapping[str, Any]], str | None]) -> Choice:
         """The knobs for a kernel.
 
-        text  knobs -> digest of the kernel's text with them, None where the schedule does not take them for this problem
+        text  knobs -> digest of the kernel's text with them, None where the schedule does not take them for this
+              problem
         An exact record only counts while its schedule still gives the text that was timed.
         """
         for measure, cpu in self._clocks():
@@ -215,7 +282,9 @@ class Records:
         return Choice()
 
     @staticmethod
-    def _near(kernel: str, problem: Mapping[str, Any], live: int, clock: Mapping[tuple[str, str, int], Trials]) -> list[Trials]:
+    def _near(
+        kernel: str, problem: Mapping[str, Any], live: int, clock: Mapping[tuple[str, str, int], Trials]
+    ) -> list[Trials]:
         """Trials of other problems of the same structure, nearest first."""
         structure, sizes = _class(problem, live)
         found = []
@@ -230,7 +299,8 @@ class Records:
 
 
 class FixedRecords(Records):
-    """Records that name one set of knobs for each (kernel, problem, live) of `knobs`, by `key_of`, and the defaults for the rest."""
+    """Records that name one set of knobs for each (kernel, problem, live) of `knobs`, by `key_of`, and the defaults for
+    the rest."""
 
     def __init__(self, target: Target, knobs: Mapping[tuple[str, str, int], Mapping[str, Any]]):
         super().__init__(target)
@@ -262,7 +332,8 @@ def shipped(target: Target) -> Path:
 
 
 def is_foreign(record: Record, target: Target, cpu: str | None = None) -> bool:
-    """Whether the record is of another device, machine or TVM version. A step's records are of every vector width, a model's of any CPU.
+    """Whether the record is of another device, machine or TVM version. A step's records are of every vector width, a
+    model's of any CPU.
 
     cpu  as `Records` takes it
     """
@@ -275,7 +346,8 @@ def is_foreign(record: Record, target: Target, cpu: str | None = None) -> bool:
 
 
 def cpu_of(target: Target) -> str:
-    """Model of this machine where steps of the target run on its CPU; "" where they run on another or on a GPU, and a device must tell."""
+    """Model of this machine where steps of the target run on its CPU; "" where they run on another or on a GPU, and a
+    device must tell."""
     return host_model() if target.device == "cpu" and is_native(target) else ""
 
 

@@ -41,7 +41,8 @@ class Outcome(Enum):
 
 
 class Measure(Enum):
-    """Where a record's seconds come from. MEASURED beats MODELLED; EMULATED says nothing about a device and is never used to choose.
+    """Where a record's seconds come from. MEASURED beats MODELLED; EMULATED says nothing about a device and is never
+    used to choose.
     UNMEASURED is what was never on a device: its build failed.
     """
 
@@ -58,8 +59,8 @@ class Record:
     kernel, problem  "gather.conv" and its sizes, as `plain` gives them
     live     live cells of the layer it was timed with, 0 where there are none
     target   `target_facts`
-    cpu      model of the machine that it ran on, see `machine_model`; of a modelled record the model, of an emulated one what was behind
-             the emulation: clocks of their own
+    cpu      model of the machine that it ran on, see `machine_model`; of a modelled record the model, of an emulated
+             one what was behind the emulation: clocks of their own
     knobs    those that are not the schedule's defaults
     seconds  of each run, empty unless the outcome is OK
     text     digest of the kernel's text: a schedule that changed since gives another
@@ -99,8 +100,15 @@ class Record:
             if digest != _digest(json.dumps(facts, sort_keys=True)):
                 raise ValueError("its content is not what its digest was taken of")
             facts["problem"] = _named_activation(facts["problem"])
-            return cls(**facts | {"outcome": Outcome(facts["outcome"]), "measure": Measure(facts["measure"]),
-                                  "seconds": tuple(map(float, facts["seconds"])), "knobs": knobs_from(facts["knobs"])})
+            return cls(
+                **facts
+                | {
+                    "outcome": Outcome(facts["outcome"]),
+                    "measure": Measure(facts["measure"]),
+                    "seconds": tuple(map(float, facts["seconds"])),
+                    "knobs": knobs_from(facts["knobs"]),
+                }
+            )
         except (AttributeError, KeyError, TypeError) as problem:
             raise ValueError(f"it is no tuning record ({problem!r})") from problem
 
@@ -109,7 +117,10 @@ class Record:
         return problem_key(self.kernel, self.problem, self.live)
 
 
-VERDICTS = (Outcome.WRONG, Outcome.CRASHED)  # of knobs that must never win: written twice, so that no damage to one line loses them
+VERDICTS = (
+    Outcome.WRONG,
+    Outcome.CRASHED,
+)  # of knobs that must never win: written twice, so that no damage to one line loses them
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +144,8 @@ _READABLE = re.compile(r'"kernel": "([^"]*)", "knobs": (\{[^{}]*\})')
 def read_log(path: Path) -> Iterator[Record | Damaged]:
     """What a log holds, in order; nothing where there is no log.
 
-    A line that is no record, or whose digest is not that of its content, is damaged: its seconds are not believed, nor is it forgotten that
-    it may have been a verdict. Of verdicts that stand there twice one is told.
+    A line that is no record, or whose digest is not that of its content, is damaged: its seconds are not believed, nor
+    is it forgotten that it may have been a verdict. Of verdicts that stand there twice one is told.
     """
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
@@ -144,7 +155,7 @@ def read_log(path: Path) -> Iterator[Record | Damaged]:
     for number, line in enumerate(lines, 1):
         for part in filter(None, _BEGINS.split(line)):
             try:
-                record = Record.from_line(part[:part.rfind("}") + 1] or part)
+                record = Record.from_line(part[: part.rfind("}") + 1] or part)
             except ValueError as problem:
                 yield Damaged(number, str(problem), number == len(lines), _verdict_of(part))
                 continue
@@ -164,7 +175,8 @@ def _verdict_of(line: str) -> tuple[str, str] | None:
 
 
 class LogFile:
-    """Appends records to a log; several processes may. Each record is one write, on the disk before the next trial begins."""
+    """Appends records to a log; several processes may. Each record is one write, on the disk before the next trial
+    begins."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -183,11 +195,14 @@ class LogFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as problem:
-            raise StateError(f"the log {self.path} cannot be written: {problem.strerror}; pass another --log") from problem
+            raise StateError(
+                f"the log {self.path} cannot be written: {problem.strerror}; pass another --log"
+            ) from problem
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON gives it back. Images in float32 do not say so: records from before there was a choice stay theirs."""
+    """`value` as JSON gives it back. Images in float32 do not say so: records from before there was a choice stay
+    theirs."""
     if is_dataclass(value) and not isinstance(value, type):
         found = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
         return {name: item for name, item in found.items() if (name, item) != ("dtype", "float32")}
@@ -200,7 +215,9 @@ def _named_activation(problem: Mapping[str, Any]) -> Mapping[str, Any]:
     """A problem as today's are: batch_norm once knew one activation, `relu`, behind it or none."""
     if "relu" not in problem:
         return problem
-    return {name: item for name, item in problem.items() if name != "relu"} | {"activation": "relu" if problem["relu"] else None}
+    return {name: item for name, item in problem.items() if name != "relu"} | {
+        "activation": "relu" if problem["relu"] else None
+    }
 
 
 def knobs_from(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,16 +247,20 @@ def problem_key(kernel: str, problem: Mapping[str, Any], live: int) -> tuple[str
     return kernel, json.dumps(problem, sort_keys=True), live
 
 
-IN_STEP = "in step"   # the message of records whose seconds are those of the calls within a whole step
-STEP = "step"         # the "kernel" of records that time a whole training step
-SECTIONS = ("sections.forward", "sections.grad_input")  # the "kernels" of records that time a layer whose index is cut otherwise
+IN_STEP = "in step"  # the message of records whose seconds are those of the calls within a whole step
+STEP = "step"  # the "kernel" of records that time a whole training step
+SECTIONS = (
+    "sections.forward",
+    "sections.grad_input",
+)  # the "kernels" of records that time a layer whose index is cut otherwise
 COUNTED = "instructions"  # begins the `cpu` of records that are ranked by executed instructions
-MODEL_UNIT = 1e-9     # "seconds" of a modelled cycle or an executed instruction in records, as if the core ran at 1 GHz
+MODEL_UNIT = 1e-9  # "seconds" of a modelled cycle or an executed instruction in records, as if the core ran at 1 GHz
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Knobs for a kernel and where they are from: "exact" (this very problem was tuned), "nearest" (one like it) or "default".
+    """Knobs for a kernel and where they are from: "exact" (this very problem was tuned), "nearest" (one like it) or
+    "default".
     A step that is loaded keeps those of the step that was saved.
 
     seconds, default_seconds  as recorded for these knobs and for the default ones, where they are

@@ -14,7 +14,8 @@ _NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
 
 
 def array(value: Any, dtype: type, what: str, error: type[MestError] = InputError) -> np.ndarray:
-    """A C-ordered numpy array of a numpy array, torch tensor or nested list; whole numbers where int64 is wanted. Raises `error`."""
+    """A C-ordered numpy array of a numpy array, torch tensor or nested list; whole numbers where int64 is wanted.
+    Raises `error`."""
     try:
         found = np.asarray(_of_torch(value) if hasattr(value, "detach") else value)
         if dtype is np.int64 and found.dtype.kind not in "iu":
@@ -52,15 +53,22 @@ def mapping(value: Any, what: str) -> Mapping[str, Any]:
 
 
 def state(value: Any, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{torch name: array} of a state_dict, float32 or, of what is kept unused, the type that it has; batch counters that the model does not
-    have are left out. Raises StateError; what is used must be finite.
+    """{torch name: array} of a state_dict, float32 or, of what is kept unused, the type that it has; batch counters
+    that the model does not have are left out. Raises StateError; what is used must be finite.
     """
-    found = {str(name): one for name, one in mapping(value, "the state").items()
-             if name in shapes or not str(name).endswith("num_batches_tracked")}
+    found = {
+        str(name): one
+        for name, one in mapping(value, "the state").items()
+        if name in shapes or not str(name).endswith("num_batches_tracked")
+    }
     for name, one in found.items():
-        found[name] = _as_kept(one, kept[name].dtype, name) if name in kept else array(one, np.float32, name, StateError)
+        found[name] = (
+            _as_kept(one, kept[name].dtype, name) if name in kept else array(one, np.float32, name, StateError)
+        )
     if bad := [name for name, one in found.items() if name not in kept and not np.isfinite(one).all()]:
-        raise StateError(f"the state has values that are NaN or infinite in float32: in {shortened(bad)}; load an earlier one")
+        raise StateError(
+            f"the state has values that are NaN or infinite in float32: in {shortened(bad)}; load an earlier one"
+        )
     return found
 
 
@@ -78,8 +86,11 @@ def mask(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise StateError(f"{name}: the mask has shape {found.shape}, the weight {tuple(shape)}")
     live = found == 1
     if odd := np.count_nonzero(~live & (found != 0)):
-        raise StateError(f"{name}: a mask is True where a weight lives, else False, or 1 and 0; {odd} values are others: compare scores "
-                         "with a threshold first")
+        raise StateError(
+            f"{name}: a mask is True where a weight lives, else False, or 1 and 0; {odd} values are others: "
+            "compare scores "
+            "with a threshold first"
+        )
     return live
 
 
@@ -100,11 +111,16 @@ def gradients(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
 def within_range(images: np.ndarray, activations: str) -> None:
     """Raises InputError for what is not finite, also as the step stores images: activations."""
     if not np.isfinite(images).all():
-        raise InputError(f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first")
+        raise InputError(
+            f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first"
+        )
     most = float(np.finfo(activations).max)
     if activations != "float32" and (largest := float(np.abs(images).max())) > most:
-        raise InputError(f"image values go up to {largest:g} in magnitude; activations=\"{activations}\" holds {most:g} at most: scale the "
-                         "images, or compile with activations=\"float32\"")
+        raise InputError(
+            f'image values go up to {largest:g} in magnitude; activations="{activations}" holds {most:g} at '
+            "most: scale the "
+            'images, or compile with activations="float32"'
+        )
 
 
 def shortened(names: list[str]) -> str:

@@ -1,9 +1,12 @@
-"""Artifacts: a folder with all that a device needs to train, and the runner that does it with numpy, tvm_ffi and TVM's runtime library.
+"""Artifacts: a folder with all that a device needs to train, and the runner that does it with numpy, tvm_ffi and TVM's
+runtime library.
 
 step.so            kernels and the virtual machine's executable
 state.safetensors  a checkpoint: weights, optimizer state, statistics, masks
-manifest.json      format, versions, what the step was compiled from, size and digest of the files, and a digest of all that
-Index arrays are made from the masks when the artifact is opened, and by every mutation: kernels read them, nothing is compiled.
+manifest.json      format, versions, what the step was compiled from, size and digest of the files, and a digest of all
+                   that
+Index arrays are made from the masks when the artifact is opened, and by every mutation: kernels read them, nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -35,36 +38,49 @@ LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
 
 
 def write(compiled: Compiled, save: Callable[[Path], None], path: str | os.PathLike) -> dict[str, Any]:
-    """Writes a step as an artifact, whole or not at all; returns its manifest. save: writes its state to a file. Raises UsageError,
-    BuildError, NotInstalled.
+    """Writes a step as an artifact, whole or not at all; returns its manifest. save: writes its state to a file. Raises
+    UsageError, BuildError, NotInstalled.
     """
     path = Path(path)
     if compiled.library is None:
-        raise UsageError("a step that was opened from an artifact has no compiler to make another; copy its folder and a checkpoint")
+        raise UsageError(
+            "a step that was opened from an artifact has no compiler to make another; copy its folder and a checkpoint"
+        )
     if not backend_of(compiled.facts.target).processor:
-        raise UsageError(f"target {compiled.facts.target.name!r} is an OpenCL device, artifacts are for CPUs; drive the device over a "
-                         "tracker (docs/devices.md), or build for its CPU")
+        raise UsageError(
+            f"target {compiled.facts.target.name!r} is an OpenCL device, artifacts are for CPUs; drive the "
+            "device over a "
+            "tracker (docs/devices.md), or build for its CPU"
+        )
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path} is there and is no artifact; pass another path")
     content = compiled.library()
     try:
         place = path.resolve()  # where a link leads
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True) as scratch:
+        with tempfile.TemporaryDirectory(
+            dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True
+        ) as scratch:
             made = Path(scratch) / "new"
             made.mkdir()
             _write(made / LIBRARY, content)
             save(made / STATE)
-            manifest = {"format": FORMAT, "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
-                        "facts": dict(compiled.document), "features": sorted(needed_features(compiled.facts.target)),
-                        "functions": _signatures(compiled.train, compiled.predict),
-                        "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)}}
+            manifest = {
+                "format": FORMAT,
+                "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
+                "facts": dict(compiled.document),
+                "features": sorted(needed_features(compiled.facts.target)),
+                "functions": _signatures(compiled.train, compiled.predict),
+                "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)},
+            }
             manifest["digest"] = _digest(manifest)
             write_json(made / MANIFEST, manifest)
             made.chmod(0o755)
             _take_place(made, place, Path(f"{scratch}.old"))
     except OSError as problem:
-        raise UsageError(f"artifact {path} cannot be written: {problem.strerror}; one that was there is untouched") from problem
+        raise UsageError(
+            f"artifact {path} cannot be written: {problem.strerror}; one that was there is untouched"
+        ) from problem
     return manifest
 
 
@@ -76,8 +92,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _take_place(made: Path, path: Path, old: Path) -> None:
-    """Gives a folder the name `path`. What had that name waits under the name `old`, and gets its own again when the new one cannot take
-    its place. Others may do the same at the same time: the last one's is left.
+    """Gives a folder the name `path`. What had that name waits under the name `old`, and gets its own again when the
+    new one cannot take its place. Others may do the same at the same time: the last one's is left.
     """
     while not _moved(made, path):
         try:
@@ -110,7 +126,8 @@ def size_bytes(manifest: Mapping[str, Any]) -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, content of each file), of which every byte that decides anything is what was written. Raises StateError."""
+    """(manifest, content of each file), of which every byte that decides anything is what was written. Raises
+    StateError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest.get("format") != FORMAT:
@@ -120,13 +137,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         files = {name: (path / name).read_bytes() for name in (LIBRARY, STATE)}
         for name, content in files.items():
             if _facts_of(content) != manifest["files"][name]:
-                raise StateError(f"{path / name} is not what was built (size or SHA-256 differ); copy the artifact again")
+                raise StateError(
+                    f"{path / name} is not what was built (size or SHA-256 differ); copy the artifact again"
+                )
         return manifest, files
     except FileNotFoundError as problem:
-        raise StateError(f"{path} is no whole artifact: {Path(problem.filename).name} is missing; make one with "
-                         "mest-compile build") from problem
+        raise StateError(
+            f"{path} is no whole artifact: {Path(problem.filename).name} is missing; make one with mest-compile build"
+        ) from problem
     except OSError as problem:
-        raise StateError(f"artifact {path} cannot be read: {Path(problem.filename or path).name}: {problem.strerror}") from problem
+        raise StateError(
+            f"artifact {path} cannot be read: {Path(problem.filename or path).name}: {problem.strerror}"
+        ) from problem
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
         raise StateError(f"{path / MANIFEST} is damaged ({problem}); copy the artifact again") from problem
 
@@ -142,20 +164,28 @@ def _facts_of(content: bytes) -> dict[str, Any]:
 
 def _signatures(train: Program, predict: Program) -> dict[str, list[list[Any]]]:
     """The arrays that each program takes, in order: what the library and who calls it must agree on."""
-    return {program.name: [[buffer.name, buffer.dtype, buffer.elems] for buffer in program.held()] for program in (train, predict)}
+    return {
+        program.name: [[buffer.name, buffer.dtype, buffer.elems] for buffer in program.held()]
+        for program in (train, predict)
+    }
 
 
 def _check_host(path: Path, library: bytes, facts: Facts, features: list[str]) -> None:
-    """Raises TargetError when this machine is not one that the library was compiled for. features: that its code may use."""
+    """Raises TargetError when this machine is not one that the library was compiled for. features: that its code may
+    use."""
     try:
         machine = read_library(library, str(path / LIBRARY)).machine
     except BuildError as problem:
         raise StateError(str(problem)) from problem
     if machine != host_machine():
-        raise TargetError(f"artifact {path} is for {machine}, target {facts.target.name!r}; this machine is {host_machine()}: build it for "
-                          "this machine's target")
+        raise TargetError(
+            f"artifact {path} is for {machine}, target {facts.target.name!r}; this machine is {host_machine()}: "
+            "build it for "
+            "this machine's target"
+        )
     if lacking := lacking_features(features):
-        raise TargetError(f"artifact {path} is for {facts.target.tvm_fields.get('mcpu')}, target {facts.target.name!r}; this machine's CPU "
-                          f"lacks {', '.join(lacking)}: build it for a target that does without")
-
-
+        raise TargetError(
+            f"artifact {path} is for {facts.target.tvm_fields.get('mcpu')}, target {facts.target.name!r}; this "
+            "machine's CPU "
+            f"lacks {', '.join(lacking)}: build it for a target that does without"
+        )

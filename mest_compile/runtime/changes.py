@@ -1,4 +1,5 @@
-"""Changes of a step that are made whole, whatever interrupts them: a list of what is left to do, which is done before anything else."""
+"""Changes of a step that are made whole, whatever interrupts them: a list of what is left to do, which is done before
+anything else."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from mest_compile.base import exclusive
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# A part may be called again when it was interrupted: it writes the same however often, or it writes nothing and returns the parts that do.
+# A part may be called again when it was interrupted: it writes the same however often, or it writes nothing and returns
+# the parts that do.
 Part = Callable[[], "Sequence[Part] | None"]
 
 
 class Changes:
-    """What is left of a change of a step. Ctrl-C, or any other exception, leaves the change before its first part or to be finished."""
+    """What is left of a change of a step. Ctrl-C, or any other exception, leaves the change before its first part or to
+    be finished."""
 
     def __init__(self) -> None:
         self._left: tuple[Part, ...] = ()
@@ -37,8 +40,6 @@ class Changes:
             more = left[0]() or ()
             if self._left is left:  # otherwise a signal's handler came in between and has finished
                 self._left = (*more, *left[1:])
-
-
 
 
 class Shared(Protocol):

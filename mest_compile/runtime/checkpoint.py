@@ -1,4 +1,5 @@
-"""Checkpoints: one safetensors file with every array, a JSON document and a digest in its header, written whole or not at all."""
+"""Checkpoints: one safetensors file with every array, a JSON document and a digest in its header, written whole or not
+at all."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ FORMAT = "mest-compile checkpoint 3"
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Writes to a temporary file beside `path`, then renames. Raises StateError when the folder cannot be written or is full."""
+    """Writes to a temporary file beside `path`, then renames. Raises StateError when the folder cannot be written or is
+    full."""
     path = Path(path)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     said = json.dumps(facts)
@@ -37,11 +39,14 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
             scratch.unlink(missing_ok=True)
             raise
     except OSError as problem:
-        raise StateError(f"checkpoint {path} cannot be written: {problem.strerror}; an earlier one there is untouched") from problem
+        raise StateError(
+            f"checkpoint {path} cannot be written: {problem.strerror}; an earlier one there is untouched"
+        ) from problem
 
 
 def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
-    """Of all contents, and of what they are read as: a disk that loses the middle of a file leaves a file that can be parsed."""
+    """Of all contents, and of what they are read as: a disk that loses the middle of a file leaves a file that can be
+    parsed."""
     described = [[name, str(arrays[name].dtype), arrays[name].shape] for name in sorted(arrays)]
     digest = hashlib.blake2b(json.dumps([facts, described]).encode(), digest_size=16)
     for name in sorted(arrays):

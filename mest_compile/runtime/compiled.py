@@ -60,8 +60,8 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: of the batch, as the step was compiled with; correct: (N,) bool, whether the largest logit is the label's, None of a loss that
-    does not tell that (MSE).
+    """loss: of the batch, as the step was compiled with; correct: (N,) bool, whether the largest logit is the label's,
+    None of a loss that does not tell that (MSE).
     """
 
     loss: float

@@ -58,13 +58,18 @@ class Feeding:
         """(n, ...) float32 of any number of images. Raises InputError."""
         images, wanted = arguments.array(images, np.float32, "images"), self._input_shape[1:]
         if images.shape[1:] != wanted or len(images) == 0:
-            raise InputError(f"images have shape {images.shape}; wanted (n, {', '.join(map(str, wanted))}), n 1 or more")
+            raise InputError(
+                f"images have shape {images.shape}; wanted (n, {', '.join(map(str, wanted))}), n 1 or more"
+            )
         arguments.within_range(images, self._activations)
         return images
 
     def _check(self, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         """The batch as it is sent. Raises InputError."""
-        images, labels = arguments.array(images, np.float32, "images"), arguments.array(labels, self._loss.reads, "labels")
+        images, labels = (
+            arguments.array(images, np.float32, "images"),
+            arguments.array(labels, self._loss.reads, "labels"),
+        )
         if images.shape != self._input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
         labels = self._loss.targets(labels, (self._input_shape[0], self._classes))

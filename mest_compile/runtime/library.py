@@ -38,21 +38,27 @@ def find_runtime(path: Path, given: str | os.PathLike | None = None) -> Path | s
         ctypes.CDLL(RUNTIME)
         return RUNTIME
     except OSError as problem:
-        raise NotInstalled(f"TVM's {RUNTIME} is not here: take it out of the apache-tvm wheel for this machine and put it into {path}, or "
-                           "pass its path") from problem
+        raise NotInstalled(
+            f"TVM's {RUNTIME} is not here: take it out of the apache-tvm wheel for this machine and put it into "
+            f"{path}, or "
+            "pass its path"
+        ) from problem
 
 
 def _load(path: Path, library: bytes, runtime: Path | str) -> Any:
-    """The module of a library, which needs TVM's runtime: `runtime`, unless this process has one, for there can be only one. Raises
-    NotInstalled, DeviceError.
+    """The module of a library, which needs TVM's runtime: `runtime`, unless this process has one, for there can be only
+    one. Raises NotInstalled, DeviceError.
     """
-    # One thread would be tied to a core, with all threads that it starts; and TVM takes half of the cores for second threads of others.
+    # One thread would be tied to a core, with all threads that it starts; and TVM takes half of the cores for second
+    # threads of others.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
     try:
         import tvm_ffi
     except ImportError as problem:
-        raise NotInstalled(f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1") from problem
+        raise NotInstalled(
+            f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1"
+        ) from problem
     try:
         if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # stays, as libraries do that ctypes opens
@@ -86,7 +92,8 @@ class LibraryRunner:
         """Copies an array, flat, into the one of that name; a new size makes a new one."""
         flat, held = np.asarray(array).ravel(), self._held.get(name)
         if held is None or held[0].size != flat.size or held[0].dtype != flat.dtype:
-            self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
+            # first, and then all at once: an interruption leaves no arguments that are not what is held
+            self._arguments.clear()
             there = _aligned(flat.size, flat.dtype)
             self._held[name] = held = there, self._ffi.from_dlpack(there)
         held[0][...] = flat
@@ -103,11 +110,13 @@ class LibraryRunner:
         self._functions[function](*self._arguments[function])
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
-        raise DeviceError("an artifact's step cannot be profiled call by call; compile it on this machine and profile that")
+        raise DeviceError(
+            "an artifact's step cannot be profiled call by call; compile it on this machine and profile that"
+        )
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
     """A new array that starts at a multiple of ALIGN_BYTES."""
     room = np.empty(size * dtype.itemsize + ALIGN_BYTES, np.uint8)
     start = -room.ctypes.data % ALIGN_BYTES
-    return room[start:start + size * dtype.itemsize].view(dtype)
+    return room[start : start + size * dtype.itemsize].view(dtype)

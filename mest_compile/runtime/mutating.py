@@ -19,7 +19,8 @@ from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.mutation import importance
 from mest_compile.sparsity.room import sparse_layers, units_at
 
-# Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at; None: 0.
+# Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at;
+# None: 0.
 Change = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -29,7 +30,8 @@ class MutationReport:
 
     layers           {weight name: "unchanged" | "re-indexed" | "recompiled"}
     seconds          of the whole mutation
-    reindex_seconds  of these, once all units were chosen: for the index arrays and what moves with them, weights, momentum and gradients
+    reindex_seconds  of these, once all units were chosen: for the index arrays and what moves with them, weights,
+                     momentum and gradients
     uploaded_bytes   what went to another device, 0 where there is none
     """
 
@@ -52,17 +54,25 @@ class Mutating:
         self._units_at = cache(lambda overall: units_at(layers, overall))  # mutations ask for the same few sparsities
 
     def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
+        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where
+        there is no room."""
         units = self._units_at(checks.number("grow_to", grow_to, below=1))
         for name, count in units.items():
             self._layers[name].check_room(count, grow_to)
         return units
 
-    def by_magnitude(self, weights: Mapping[str, np.ndarray], rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    def by_magnitude(
+        self, weights: Mapping[str, np.ndarray], rng: np.random.Generator
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """(weight name, live cells) of every layer, sparse or not, as it starts with those weights."""
         for name, layer in self._layers.items():
             energy = layer.scheme.energy(layer.spec, as_conv(weights[name]))
-            yield name, cells_of(layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng))
+            yield (
+                name,
+                cells_of(
+                    layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
+                ),
+            )
 
     def to_masks(self, masks: Mapping[str, np.ndarray]) -> dict[str, Change]:
         """What gives layers those masks, bool in torch's shape. Raises StateError, CapacityError."""
@@ -74,16 +84,30 @@ class Mutating:
             keeps[name] = layer.scheme.collapse(layer.spec, as_conv(arguments.mask(mask, name, self._shapes[name])))
             units = layer.scheme.count(layer.spec, keeps[name])
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
-        return {name: (np.flatnonzero(keep.ravel()[self._state.cells[name]]), cells_of(keep & ~self._state.keep(name)), None)
-                for name, keep in keeps.items()}
+        return {
+            name: (
+                np.flatnonzero(keep.ravel()[self._state.cells[name]]),
+                cells_of(keep & ~self._state.keep(name)),
+                None,
+            )
+            for name, keep in keeps.items()
+        }
 
-    def by_importance(self, prune_to: float, grow_to: float, importance_lambda: float, rng: np.random.Generator,
-                      gradients: Mapping[str, np.ndarray] | None) -> dict[str, Change]:
+    def by_importance(
+        self,
+        prune_to: float,
+        grow_to: float,
+        importance_lambda: float,
+        rng: np.random.Generator,
+        gradients: Mapping[str, np.ndarray] | None,
+    ) -> dict[str, Change]:
         """Elastic Mutation, as `TrainStep.mutate` has it, with what it draws from `rng`.
 
         Raises UsageError, InputError, SparsityError, CapacityError.
         """
-        prune_to, grow_to = (checks.number(name, value, below=1) for name, value in (("prune_to", prune_to), ("grow_to", grow_to)))
+        prune_to, grow_to = (
+            checks.number(name, value, below=1) for name, value in (("prune_to", prune_to), ("grow_to", grow_to))
+        )
         importance_lambda = checks.number("importance_lambda", importance_lambda)
         if grow_to > prune_to:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
@@ -94,7 +118,11 @@ class Mutating:
         for name in self.sparse:
             spec, scheme = self._layers[name].spec, self._layers[name].scheme
             cells, places = self._state.cells[name], self._state.places[name]
-            score = importance(self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda)
+            score = importance(
+                self._state.get(name),
+                self._state.get(f"{name}:gradient") if importance_lambda else None,
+                importance_lambda,
+            )
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
             fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
@@ -104,10 +132,13 @@ class Mutating:
             changes[name] = stay, new, self._start_of(name, stay, new, dead, rng)
         return changes  # nothing is changed before all layers were asked, any of which may refuse
 
-    def _start_of(self, name: str, stay: np.ndarray, new: np.ndarray, dead: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-        """What new cells start at: 0, next to live ones. A filter all of whose weights are 0 may get no gradient: the normalisation behind
-        it gives its bias, and a ReLU nothing where that is not above 0. So those of `dead`, the groups of filters of which nothing stays,
-        are drawn as large as the layer's weights are. (new, weights of a cell) float32; None: all start at 0. Ours: MEST's start at 0.
+    def _start_of(
+        self, name: str, stay: np.ndarray, new: np.ndarray, dead: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray | None:
+        """What new cells start at: 0, next to live ones. A filter all of whose weights are 0 may get no gradient: the
+        normalisation behind it gives its bias, and a ReLU nothing where that is not above 0. So those of `dead`, the
+        groups of filters of which nothing stays, are drawn as large as the layer's weights are. (new, weights of a
+        cell) float32; None: all start at 0. Ours: MEST's start at 0.
         """
         if not len(dead) or not len(new):
             return None
@@ -115,12 +146,18 @@ class Mutating:
         elems, revived = layer.scheme.cell_elems(layer.spec), layer.scheme.lie_in(layer.spec, new, dead)
         living = self._state.get(name).reshape(-1, elems).take(self._state.places[name].take(stay), axis=0)
         start = np.zeros((len(new), elems), np.float32)
-        start[revived] = rng.standard_normal((int(revived.sum()), elems)) * np.sqrt(np.square(living, dtype=np.float64).mean())
+        start[revived] = rng.standard_normal((int(revived.sum()), elems)) * np.sqrt(
+            np.square(living, dtype=np.float64).mean()
+        )
         return start
 
     def parts(self, changes: Mapping[str, Change], install: Callable[[Arrangement], Any]) -> list[Part]:
         """The parts of a change that lets layers hold that. install: lets one of them hold an arrangement."""
-        changing = {name: change for name, change in changes.items() if len(change[1]) or len(change[0]) < len(self._state.cells[name])}
+        changing = {
+            name: change
+            for name, change in changes.items()
+            if len(change[1]) or len(change[0]) < len(self._state.cells[name])
+        }
         return [partial(self._exchange, name, change, install) for name, change in changing.items()]
 
     def _exchange(self, name: str, change: Change, install: Callable[[Arrangement], Any]) -> list[Part]:

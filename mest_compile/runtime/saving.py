@@ -17,8 +17,14 @@ from mest_compile.runtime.compiled import Compiled
 from mest_compile.runtime.state import Arrangement, HeldState
 
 
-def write(path: str | Path, document: Mapping[str, Any], state: HeldState, rng: np.random.Generator, extra: Mapping[str, Any],
-          arrays: Mapping[str, np.ndarray]) -> None:
+def write(
+    path: str | Path,
+    document: Mapping[str, Any],
+    state: HeldState,
+    rng: np.random.Generator,
+    extra: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> None:
     """Writes all of it to one file, whole or not at all.
 
     document  JSON from which the same step is compiled again
@@ -31,8 +37,12 @@ def write(path: str | Path, document: Mapping[str, Any], state: HeldState, rng: 
         raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
     held = {f"held/{name}": state.get(name) for name in state.own()}
     orders = {f"order/{name}": state.order(name) for name in state.cells}
-    others = {f"extra/{name}": array for name, array in arrays.items()} | {f"kept/{name}": array for name, array in state.kept.items()}
-    checkpoint.write(path, held | orders | others, dict(document) | {"extra": dict(extra), "rng": rng.bit_generator.state})
+    others = {f"extra/{name}": array for name, array in arrays.items()} | {
+        f"kept/{name}": array for name, array in state.kept.items()
+    }
+    checkpoint.write(
+        path, held | orders | others, dict(document) | {"extra": dict(extra), "rng": rng.bit_generator.state}
+    )
 
 
 def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | Path) -> None:
@@ -40,16 +50,26 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | P
     if mine["graph"] != theirs.get("graph"):
         raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
     if _masks(mine) != _masks(theirs):
-        raise StateError(f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
-                         f"step as then")
+        raise StateError(
+            f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
+            f"step as then"
+        )
     rule, its = (document["optimizer"].get("name", "sgd") for document in (mine, theirs))
     if rule != its:
-        raise StateError(f"checkpoint {path} is of optimizer {its!r}, the step has {rule!r}; load it with mest.load, or compile the step "
-                         "as then")
+        raise StateError(
+            f"checkpoint {path} is of optimizer {its!r}, the step has {rule!r}; load it with mest.load, or "
+            "compile the step "
+            "as then"
+        )
 
 
-def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compiled, state: HeldState,
-             install: Callable[[Arrangement], Any]) -> list[Part]:
+def parts_of(
+    arrays: Mapping[str, np.ndarray],
+    path: str | Path,
+    compiled: Compiled,
+    state: HeldState,
+    install: Callable[[Arrangement], Any],
+) -> list[Part]:
     """The parts of a change that takes the arrays of a checkpoint. install: lets a layer hold an arrangement.
 
     Raises StateError where some are missing.
@@ -59,14 +79,18 @@ def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compi
     lacking |= {f"held/{name}" for name in state.own() if name not in held}
     lacking |= {f"kept/{name}" for name in state.kept} - arrays.keys()
     if lacking:
-        raise StateError(f"checkpoint {path} lacks {arguments.shortened(sorted(lacking))}; it is of another version of mest-compile")
+        raise StateError(
+            f"checkpoint {path} lacks {arguments.shortened(sorted(lacking))}; it is of another version of mest-compile"
+        )
     parts: list[Part] = []
     kept = {name: arrays[f"kept/{name}"].reshape(compiled.graph.state_shapes[name]) for name in state.kept}
     for name in compiled.layers:
         order = arrays[f"order/{name}"]
         arranged = state.arranged(name, np.unique(order))
         parts_of = state.parts(name)
-        if not np.array_equal(order, arranged.order):  # tuning since then has cut the index otherwise, or a device has other kernels
+        if not np.array_equal(
+            order, arranged.order
+        ):  # tuning since then has cut the index otherwise, or a device has other kernels
             sort = np.argsort(order, kind="stable")
             there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
             held |= {part: held[part].reshape(len(order), -1)[there] for part in parts_of}
@@ -75,19 +99,30 @@ def parts_of(arrays: Mapping[str, np.ndarray], path: str | Path, compiled: Compi
     return [*parts, partial(state.write, held), partial(setattr, state, "kept", kept)]
 
 
-def rest_of(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any],
-            path: str | Path) -> tuple[dict, int, dict, dict[str, np.ndarray]]:
-    """(state of the random generator, updates so far, the caller's extra, the caller's arrays) of a checkpoint. Raises StateError."""
+def rest_of(
+    arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path
+) -> tuple[dict, int, dict, dict[str, np.ndarray]]:
+    """(state of the random generator, updates so far, the caller's extra, the caller's arrays) of a checkpoint. Raises
+    StateError."""
     rng = np.random.default_rng()
     try:
         rng.bit_generator.state = facts["rng"]
         extra, updates = dict(facts["extra"]), int(facts.get("updates", 0))
     except (KeyError, TypeError, ValueError) as problem:
-        raise StateError(f"checkpoint {path} lacks a random generator's state ({problem}); take another one") from problem
-    return dict(rng.bit_generator.state), updates, extra, {name.removeprefix("extra/"): array for name, array in arrays.items()
-                                                           if name.startswith("extra/")}
+        raise StateError(
+            f"checkpoint {path} lacks a random generator's state ({problem}); take another one"
+        ) from problem
+    return (
+        dict(rng.bit_generator.state),
+        updates,
+        extra,
+        {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")},
+    )
 
 
 def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a document says of layers, but for what only orders their values."""
-    return [{fact: value for fact, value in layer.items() if fact not in ("kernels", "sections")} for layer in facts.get("layers", ())]
+    return [
+        {fact: value for fact, value in layer.items() if fact not in ("kernels", "sections")}
+        for layer in facts.get("layers", ())
+    ]

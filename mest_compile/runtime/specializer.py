@@ -1,4 +1,5 @@
-"""Keeps a step on its fastest kernels: plans by measured times, has them compiled in the background, exchanges them between two steps."""
+"""Keeps a step on its fastest kernels: plans by measured times, has them compiled in the background, exchanges them
+between two steps."""
 
 from __future__ import annotations
 
@@ -85,9 +86,18 @@ class Specializer:
     steps     between two mutations, None without
     """
 
-    def __init__(self, program: Program, layers: Iterable[str], sources: Mapping[tuple[str, str], KernelSource],
-                 exchange: Callable[[Mapping[str, Any]], None], get: Callable[[str], np.ndarray], builder: Builder,
-                 steps: int | None, threads: int, workers: Workers | None = None):
+    def __init__(
+        self,
+        program: Program,
+        layers: Iterable[str],
+        sources: Mapping[tuple[str, str], KernelSource],
+        exchange: Callable[[Mapping[str, Any]], None],
+        get: Callable[[str], np.ndarray],
+        builder: Builder,
+        steps: int | None,
+        threads: int,
+        workers: Workers | None = None,
+    ):
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
         for call in program.calls:
@@ -107,10 +117,25 @@ class Specializer:
     @classmethod
     def of(cls, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray], steps: int | None) -> Specializer:
         """That of a compiled step. Raises UsageError where its kernels cannot be exchanged."""
-        steps = None if steps is None else checks.whole("steps", steps, 1, " between two mutations, or None for no mutations")
+        steps = (
+            None
+            if steps is None
+            else checks.whole("steps", steps, 1, " between two mutations, or None for no mutations")
+        )
         if not isinstance(runner, Exchanges) or compiled.builder is None:
-            raise UsageError("specialized kernels are for steps that run in this process on the processor; leave specialize out")
-        return cls(compiled.train, compiled.layers, compiled.sources, runner.exchange, get, compiled.builder, steps, compiled.facts.threads)
+            raise UsageError(
+                "specialized kernels are for steps that run in this process on the processor; leave specialize out"
+            )
+        return cls(
+            compiled.train,
+            compiled.layers,
+            compiled.sources,
+            runner.exchange,
+            get,
+            compiled.builder,
+            steps,
+            compiled.facts.threads,
+        )
 
     def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
@@ -151,14 +176,19 @@ class Specializer:
         self.plan()
         for name in self._places:
             self._want(name)
-        missing = [source for state in self._states.values() for source in state.wanted.values() if not self._builder.has(source)]
+        missing = [
+            source
+            for state in self._states.values()
+            for source in state.wanted.values()
+            if not self._builder.has(source)
+        ]
         if missing:
             self.workers.wait(missing)
         self.poll()
 
     def changed(self, name: str) -> bool:
-        """Called when a layer's index has changed. Kernels whose structure is no longer the layer's make room for the indexed ones at
-        once. Whether others take their place, now or when they are compiled.
+        """Called when a layer's index has changed. Kernels whose structure is no longer the layer's make room for the
+        indexed ones at once. Whether others take their place, now or when they are compiled.
         """
         state, before = self._states[name], dict(self._states[name].running)
         self._want(name)
@@ -166,7 +196,9 @@ class Specializer:
         stale = before.keys() - kept.keys()
         if stale:
             start = time.perf_counter()
-            indexed = {place.name: self._builder.function(place.indexed) for place in self._places[name] if place.name in stale}
+            indexed = {
+                place.name: self._builder.function(place.indexed) for place in self._places[name] if place.name in stale
+            }
             self._exchange(indexed)
             self._note(name).exchange_seconds += time.perf_counter() - start
             state.running = kept
@@ -211,7 +243,8 @@ class Specializer:
         return exchanged
 
     def _compile_again(self, name: str, damaged: list[KernelSource]) -> None:
-        """A cache entry that is not what it was is no work for the training thread. What is damaged a second time stays indexed."""
+        """A cache entry that is not what it was is no work for the training thread. What is damaged a second time stays
+        indexed."""
         hopeless = {source.key for source in damaged} & self._damaged
         if hopeless:
             log.warning("%s stays on its indexed kernels: they are damaged in the cache time and again", name)
@@ -237,7 +270,8 @@ class Specializer:
         return self.history.setdefault(name, LayerTimes())
 
     def _want(self, name: str) -> None:
-        """What the layer is to run on: of measured calls what was chosen, of others the specialized kernel, to measure it."""
+        """What the layer is to run on: of measured calls what was chosen, of others the specialized kernel, to measure
+        it."""
         state = self._states[name]
         state.wanted = {}
         for place in self._places[name]:
@@ -276,9 +310,14 @@ class Specializer:
 
         tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
         rng = np.random.default_rng(0)
-        arguments = [tvm.runtime.tensor(self._get(buffer.name) if buffer.held else
-                                        rng.standard_normal(buffer.elems, np.float32).astype(buffer.dtype))
-                     for buffer in place.call.buffers]
+        arguments = [
+            tvm.runtime.tensor(
+                self._get(buffer.name)
+                if buffer.held
+                else rng.standard_normal(buffer.elems, np.float32).astype(buffer.dtype)
+            )
+            for buffer in place.call.buffers
+        ]
         kernels = self._builder.function(place.indexed), self._builder.function(source)
         seconds: tuple[list[float], list[float]] = [], []
         for turn in range(REPEATS + 1):

@@ -1,5 +1,5 @@
-"""What a step holds between calls, in the order that its kernels want: weights, optimizer state and index arrays of the live units,
-statistics.
+"""What a step holds between calls, in the order that its kernels want: weights, optimizer state and index arrays of the
+live units, statistics.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ class HeldState:
     kept   torch name -> what no operator of the model uses, in its own type: it stays in this process as it is
     """
 
-    def __init__(self, programs: Sequence[Program], layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], runner: Runner):
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        layers: Mapping[str, Layer],
+        shapes: Mapping[str, tuple[int, ...]],
+        runner: Runner,
+    ):
         """programs: of the step, the training program first; shapes: torch name -> shape."""
         self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
         self.cells: dict[str, np.ndarray] = {}
@@ -51,7 +57,9 @@ class HeldState:
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
         used = {*layers, *(part for buffer in self._dense for part in buffer.parts)}
-        self.kept: dict[str, np.ndarray] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in used}
+        self.kept: dict[str, np.ndarray] = {
+            name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in used
+        }
         self.start_on(runner)
 
     def start_on(self, runner: Runner) -> None:
@@ -74,25 +82,32 @@ class HeldState:
         return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
 
     def clip_gradients(self, most: float) -> None:
-        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts once."""
+        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts
+        once."""
         gradients = self.of_kinds("gradients")
         squares = 0.0
         for name, array in gradients.items():
             layer = self._layers.get(weight := self.held[name].layer)
-            once = array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self.places[weight]]
+            once = (
+                array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self.places[weight]]
+            )
             squares += float(np.square(once, dtype=np.float64).sum())
-        norm = squares ** 0.5
+        norm = squares**0.5
         if not norm <= most:
             for name, array in gradients.items():
                 self.put(name, array * np.float32(most / norm))
 
     def own(self) -> list[str]:
         """Names of what the state consists of: all else is made from it, or is a batch's."""
-        return [name for name, buffer in self.held.items()
-                if buffer.kind in ("values", "optimizer", "gradients") and buffer.role != "transposed"]
+        return [
+            name
+            for name, buffer in self.held.items()
+            if buffer.kind in ("values", "optimizer", "gradients") and buffer.role != "transposed"
+        ]
 
     def parts(self, name: str) -> list[str]:
-        """Names of the layer's own arrays, all in the order of its values: values, gradients, the optimizer's states."""
+        """Names of the layer's own arrays, all in the order of its values: values, gradients, the optimizer's
+        states."""
         return [part for part in self.own() if self.held[part].layer == name]
 
     # Masks.
@@ -114,9 +129,11 @@ class HeldState:
         cells = self.cells[name]
         return cells.take(self._index[name](cells).sort)
 
-    def arranged(self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None) -> Arrangement:
-        """What makes `cells`, ascending, the layer's live ones: index arrays, and values, gradients and optimizer state of those that
-        stay.
+    def arranged(
+        self, name: str, cells: np.ndarray, places: np.ndarray | None = None, start: np.ndarray | None = None
+    ) -> Arrangement:
+        """What makes `cells`, ascending, the layer's live ones: index arrays, and values, gradients and optimizer state
+        of those that stay.
 
 
         places  where in the value array each stands now, -1 for new ones; None: all are new
@@ -127,16 +144,19 @@ class HeldState:
         stood = None if places is None else places.take(index.sort)
         arrays = {f"{name}:{part}": array for part, array in index.arrays.items()}
         for part in self.parts(name):
-            arrays[part] = (np.zeros(len(index.sort) * elems, np.float32) if stood is None else
-                            carry_over(self.get(part).reshape(-1, elems), stood))
+            arrays[part] = (
+                np.zeros(len(index.sort) * elems, np.float32)
+                if stood is None
+                else carry_over(self.get(part).reshape(-1, elems), stood)
+            )
         if start is not None and places is not None and stood is not None:
             values, new = arrays[name].reshape(-1, elems), stood < 0
             values[new] = start[(np.cumsum(places < 0) - 1).take(index.sort)[new]]
         return Arrangement(name, cells, index.places, cells.take(index.sort), arrays)
 
     def moved(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None = None) -> Arrangement:
-        """`arranged` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that died and was drawn
-        again as well.
+        """`arranged` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that
+        died and was drawn again as well.
         """
         return self.arranged(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new), start)
 
@@ -161,7 +181,9 @@ class HeldState:
             permutation = self.get(f"{name}:permutation")
             layer = self._layers[name]
             rows, sources = layer.scheme.block(layer.spec)
-            values: np.ndarray = self.get(name).reshape(-1, sources, rows).transpose(0, 2, 1).reshape(-1, rows * sources)
+            values: np.ndarray = (
+                self.get(name).reshape(-1, sources, rows).transpose(0, 2, 1).reshape(-1, rows * sources)
+            )
             if rows * sources == 1:
                 values = values[:, 0]  # NumPy moves plain numbers three times as fast as rows of one
             turned = np.empty_like(values)
@@ -174,7 +196,9 @@ class HeldState:
         """Raises StateError when names or shapes are not the model's."""
         missing, foreign = sorted(self._shapes.keys() - state.keys()), sorted(state.keys() - self._shapes.keys())
         if missing or foreign:
-            raise StateError(f"the state does not fit the model: missing {missing[:3] or 'none'}, unknown {foreign[:3] or 'none'}")
+            raise StateError(
+                f"the state does not fit the model: missing {missing[:3] or 'none'}, unknown {foreign[:3] or 'none'}"
+            )
         for name, shape in self._shapes.items():
             if tuple(state[name].shape) != tuple(shape):
                 raise StateError(f"{name}: the state has shape {tuple(state[name].shape)}, the model {tuple(shape)}")
@@ -184,12 +208,16 @@ class HeldState:
         for name, layer in self._layers.items():
             wrong = np.count_nonzero(as_conv(state[name])[~layer.scheme.expand(layer.spec, self.keep(name))])
             if wrong:
-                raise StateError(f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them")
+                raise StateError(
+                    f"{name}: {wrong} weights are not 0 where the mask is dead; call set_masks first or zero them"
+                )
 
     def filling(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What to write to set every parameter and statistic; of weights what the masks keep."""
-        arrays = {buffer.name: np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts])
-                  for buffer in self._dense}
+        arrays = {
+            buffer.name: np.concatenate([np.asarray(state[part], np.float32).ravel() for part in buffer.parts])
+            for buffer in self._dense
+        }
         for name, layer in self._layers.items():
             arrays[name] = gather_units(as_conv(state[name]), self.order(name), layer.scheme.grid(layer.spec))
         return arrays
@@ -199,8 +227,8 @@ class HeldState:
         return {name: np.array(state[name]) for name in self.kept}
 
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
-        """Every parameter's array of that suffix ("" weights, ":gradient", ":" and a state of the optimizer) by torch name and shape, 0 at
-        dead weights.
+        """Every parameter's array of that suffix ("" weights, ":gradient", ":" and a state of the optimizer) by torch
+        name and shape, 0 at dead weights.
         """
         found = {} if suffix else {name: array.copy() for name, array in self.kept.items()}
         for buffer in self._dense:
@@ -208,11 +236,13 @@ class HeldState:
                 flat, start = self.get(buffer.name + suffix), 0
                 for part in buffer.parts:
                     size = int(np.prod(self._shapes[part]))
-                    found[part] = flat[start:start + size].reshape(self._shapes[part]).copy()
+                    found[part] = flat[start : start + size].reshape(self._shapes[part]).copy()
                     start += size
         for name, layer in self._layers.items():
             grid = layer.scheme.grid(layer.spec)
-            values = self.get(name + suffix).reshape(-1, layer.scheme.cell_elems(layer.spec)).take(self.places[name], axis=0)
+            values = (
+                self.get(name + suffix).reshape(-1, layer.scheme.cell_elems(layer.spec)).take(self.places[name], axis=0)
+            )
             dense = scatter_units(values, self.cells[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(self._shapes[name])
         return found

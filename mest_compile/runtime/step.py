@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 class TrainStep:
     """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
-    Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C interrupts is either
-    not begun or finished by the next call, so that all is old or all is new. In a process forked off this one every call raises UsageError.
+    Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C
+    interrupts is either not begun or finished by the next call, so that all is old or all is new. In a process forked
+    off this one every call raises UsageError.
     """
 
     def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray], dense: Callable[[], TrainStep]):
-        """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with all weights alive."""
+        """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with
+        all weights alive."""
         self._compiled = compiled
         self._make_dense = dense
         self._specializer: Specializer | None = None
@@ -52,7 +54,9 @@ class TrainStep:
         self._from_file = False
         self._runner = compiled.runner()
         self._feeding = self._new_feeding(self._runner)
-        self._state = HeldState((compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner)
+        self._state = HeldState(
+            (compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner
+        )
         self._state.check(state)
         self._mutating = Mutating(compiled.layers, compiled.graph.state_shapes, self._state)
         for name, cells in self._mutating.by_magnitude(state, self._rng):
@@ -62,8 +66,11 @@ class TrainStep:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Of copy, deepcopy and pickle. Raises UsageError."""
-        raise UsageError("a step holds compiled code and memory of its device, which cannot be copied or pickled: step.save(path) and "
-                         "mest.load(path) give another one, step.export(path) and mest.open_artifact(path) one without a compiler")
+        raise UsageError(
+            "a step holds compiled code and memory of its device, which cannot be copied or pickled: "
+            "step.save(path) and "
+            "mest.load(path) give another one, step.export(path) and mest.open_artifact(path) one without a compiler"
+        )
 
     # Facts.
 
@@ -87,7 +94,8 @@ class TrainStep:
 
     @property
     def asked_lr(self) -> float | None:
-        """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is nobody's wish now."""
+        """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is
+        nobody's wish now."""
         rule = self._compiled.optimizer
         return None if self._from_file or rule.lr == type(rule)().lr else rule.lr
 
@@ -105,7 +113,10 @@ class TrainStep:
     def live_weights(self) -> dict[str, int]:
         """{weight name: weights that are computed with now}, every convolution and linear layer."""
         layers = self._compiled.layers
-        return {name: int(self._state.keep(name).sum()) * layer.scheme.cell_elems(layer.spec) for name, layer in layers.items()}
+        return {
+            name: int(self._state.keep(name).sum()) * layer.scheme.cell_elems(layer.spec)
+            for name, layer in layers.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """Target, threads, seed, schemes and versions, ready for JSON."""
@@ -122,18 +133,24 @@ class TrainStep:
 
     @in_turn
     def not_finite(self) -> list[str]:
-        """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when training is sound."""
+        """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when
+        training is sound."""
         held = self._state.of_kinds("values", "optimizer", "gradients")
         return [name for name, array in held.items() if not np.isfinite(array).all()]
 
     @in_turn
     def memory(self, at_capacity: bool = False) -> dict[str, int]:
-        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace, batch, total.
+        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace,
+        batch, total.
 
-        at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound count as they are
+        at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound
+                     count as they are
         """
         layers = self._compiled.layers
-        units = {name: len(cells) // layers[name].scheme.unit_cells(layers[name].spec) for name, cells in self._state.cells.items()}
+        units = {
+            name: len(cells) // layers[name].scheme.unit_cells(layers[name].spec)
+            for name, cells in self._state.cells.items()
+        }
         if at_capacity:
             units |= {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
         target = self._compiled.facts.target
@@ -142,21 +159,31 @@ class TrainStep:
     # Running.
 
     @in_turn
-    def __call__(self, images: Any, labels: Any, lr: float | None = None, clip_norm: float | None = None,
-                 ahead: tuple | None = None) -> StepResult:
+    def __call__(
+        self,
+        images: Any,
+        labels: Any,
+        lr: float | None = None,
+        clip_norm: float | None = None,
+        ahead: tuple | None = None,
+    ) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), or (N, outputs) numbers for mest.MSE; numpy
-        or torch. lr: None takes the optimizer's.
-        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's clip_grad_norm_ does: by NaN
-        where it is NaN. Above 0.
-        ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes with these.
-        Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is changed then. Raises DeviceLost
-        when the device is gone.
+        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), or (N, outputs) numbers
+        for mest.MSE; numpy or torch. lr: None takes the optimizer's.
+        clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's
+        clip_grad_norm_ does: by NaN where it is NaN. Above 0.
+        ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes
+        with these. Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is
+        changed then. Raises DeviceLost when the device is gone.
         """
         rule = self._compiled.optimizer
         rate = rule.lr if lr is None else checks.number("lr", lr, error=InputError)
-        bound = None if clip_norm is None else checks.number("clip_norm", clip_norm, also=", or None for no bound", error=InputError)
+        bound = (
+            None
+            if clip_norm is None
+            else checks.number("clip_norm", clip_norm, also=", or None for no bound", error=InputError)
+        )
         if bound == 0:
             raise InputError("clip_norm is 0, which leaves no gradient; wanted a number above 0, or None for no bound")
         if self._specializer is not None:
@@ -173,7 +200,9 @@ class TrainStep:
                 self._runner.run("update")
         self._feeding.send_ahead(ahead)
         tells = self._compiled.facts.loss.tells_correct
-        return StepResult(float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool) if tells else None)
+        return StepResult(
+            float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool) if tells else None
+        )
 
     @in_turn
     def predict(self, images: Any) -> np.ndarray:
@@ -181,10 +210,10 @@ class TrainStep:
         images = self._feeding.check_images(images)
         logits = np.empty((len(images), self.classes), np.float32)
         for start in range(0, len(images), self.batch):
-            part = images[start:start + self.batch]
+            part = images[start : start + self.batch]
             self._feeding.load_images(part)
             self._runner.run("predict")
-            logits[start:start + len(part)] = self._state.get("logits").reshape(self.batch, -1)[: len(part)]
+            logits[start : start + len(part)] = self._state.get("logits").reshape(self.batch, -1)[: len(part)]
         return logits
 
     @in_turn
@@ -196,7 +225,8 @@ class TrainStep:
 
     @in_turn
     def dense_gradients(self, images: Any, labels: Any) -> tuple[dict[str, np.ndarray], int]:
-        """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took beside the step).
+        """({torch name: gradient of every weight of a sparse layer, live or not, in torch's shape}, bytes that it took
+        beside the step).
 
         They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
         """
@@ -207,7 +237,8 @@ class TrainStep:
 
     @in_turn
     def profile(self, images: Any, labels: Any, repeats: int = 5) -> dict[str, float]:
-        """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it was.
+        """{name of a call of `program`: seconds}, the median of `repeats` whole steps; the state is afterwards what it
+        was.
 
         "rest" is what a step that nobody watches takes beside its kernels: the machine that calls them.
         """
@@ -217,7 +248,8 @@ class TrainStep:
 
     @in_turn
     def device_seconds(self, images: Any, labels: Any, repeats: int = 5) -> list[float]:
-        """Seconds of each of `repeats` whole steps by the clock of the device behind a tracker; the state is afterwards what it was."""
+        """Seconds of each of `repeats` whole steps by the clock of the device behind a tracker; the state is afterwards
+        what it was."""
         if not isinstance(self._runner, Clocked):
             raise UsageError("this step runs here; device_seconds is for one with device=mest.rpc(...)")
         repeats = checks.whole("repeats", repeats, 1)
@@ -246,14 +278,16 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets every parameter and statistic; optimizer state is kept.
 
-        Raises StateError on names or shapes that do not fit, on values that are not finite, and on weights that are not 0 where the mask is
-        dead; nothing is changed then.
+        Raises StateError on names or shapes that do not fit, on values that are not finite, and on weights that are not
+        0 where the mask is dead; nothing is changed then.
         """
         state = arguments.state(state, self._compiled.graph.state_shapes, self._state.kept)
         self._state.check(state)
         self._state.check_dead(state)
-        self._changes.make(partial(self._state.write, self._state.filling(state)),
-                           partial(setattr, self._state, "kept", self._state.unused(state)))
+        self._changes.make(
+            partial(self._state.write, self._state.filling(state)),
+            partial(setattr, self._state, "kept", self._state.unused(state)),
+        )
 
     # Masks.
 
@@ -273,25 +307,37 @@ class TrainStep:
         return self._exchange(self._mutating.to_masks(masks), begun, lambda: None)
 
     @in_turn
-    def mutate(self, prune_to: float, grow_to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None,
-               gradients: Mapping[str, np.ndarray] | None = None) -> MutationReport:
-        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow until `grow_to`.
+    def mutate(
+        self,
+        prune_to: float,
+        grow_to: float,
+        importance_lambda: float = 0.0,
+        rng: np.random.Generator | None = None,
+        gradients: Mapping[str, np.ndarray] | None = None,
+    ) -> MutationReport:
+        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow until
+        `grow_to`.
 
         prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
         importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
-        gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL; None: random ones
-        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing is changed then.
+        gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL;
+                           None: random ones
+        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing
+        is changed then.
         """
         begun = time.perf_counter(), self._runner.uploaded_bytes
         rng = self._rng if rng is None else rng
         if not isinstance(rng, np.random.Generator):
-            raise UsageError(f"rng is {checks.shown(rng)}; wanted np.random.default_rng(seed), or None for the step's own")
+            raise UsageError(
+                f"rng is {checks.shown(rng)}; wanted np.random.default_rng(seed), or None for the step's own"
+            )
         drawn = deepcopy(rng)  # what is refused or interrupted has drawn nothing
         changes = self._mutating.by_importance(prune_to, grow_to, importance_lambda, drawn, gradients)
         return self._exchange(changes, begun, partial(_set_state, rng, drawn.bit_generator.state))
 
     def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where there is no room."""
+        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where
+        there is no room."""
         return self._mutating.check_room(grow_to)
 
     # Kernels.
@@ -300,17 +346,20 @@ class TrainStep:
     def plan(self, steps: int | None = None) -> list[Planned]:
         """Which kernel every phase of every layer should run on under the present masks, and why.
 
-        steps  between two mutations; None: there are none. Compiles the candidates and times them on the layers' own index arrays.
+        steps  between two mutations; None: there are none. Compiles the candidates and times them on the layers' own
+               index arrays.
         Raises UsageError when the step does not run on this machine's processor.
         """
         return (self._specializer or self._new_specializer(steps)).plan()
 
     @in_turn
     def specialize(self, steps: int | None = None) -> None:
-        """From now on layers run on kernels with their structure baked in where that is planned to be faster (see `plan`).
+        """From now on layers run on kernels with their structure baked in where that is planned to be faster (see
+        `plan`).
 
-        Results stay the same bit for bit. After a mutation that changes a layer's structure it runs on the indexed kernels while others
-        are compiled in the background; they are put in place between two steps. Raises as `plan` does.
+        Results stay the same bit for bit. After a mutation that changes a layer's structure it runs on the indexed
+        kernels while others are compiled in the background; they are put in place between two steps. Raises as `plan`
+        does.
         """
         self._specializer = self._new_specializer(steps)
         self._specializer.begin()
@@ -328,40 +377,55 @@ class TrainStep:
     # Files.
 
     @in_turn
-    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Writes all state to one file, whole or not at all: weights, optimizer state, masks, statistics, the caller's `extra` and
-        `arrays`.
+    def save(
+        self, path: str | Path, extra: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Writes all state to one file, whole or not at all: weights, optimizer state, masks, statistics, the caller's
+        `extra` and `arrays`.
         """
-        saving.write(path, dict(self._compiled.document) | {"updates": self._updates}, self._state, self._rng, extra or {}, arrays or {})
+        saving.write(
+            path,
+            dict(self._compiled.document) | {"updates": self._updates},
+            self._state,
+            self._rng,
+            extra or {},
+            arrays or {},
+        )
 
     @in_turn
     def export(self, path: str | Path) -> dict[str, Any]:
-        """Writes an artifact, a folder from which a device trains on without a compiler; returns its manifest. Raises MestError."""
+        """Writes an artifact, a folder from which a device trains on without a compiler; returns its manifest. Raises
+        MestError."""
         from mest_compile.runtime import artifact
 
         return artifact.write(self._compiled, self.save, path)
 
     def restore(self, path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays). Raises StateError."""
+        """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays).
+        Raises StateError."""
         arrays, facts = checkpoint.read(path)
         return self._restore(arrays, facts, path)
 
-    def _restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path) -> tuple[dict, dict]:
+    def _restore(
+        self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path
+    ) -> tuple[dict, dict]:
         saving.check_same(self._compiled.document, facts, path)
         exclusive.check_process()
         with self._turn:
             changed = saving.parts_of(arrays, path, self._compiled, self._state, self._install)
             drawn, updates, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
-            self._changes.make(*changed, partial(_set_state, self._rng, drawn), partial(setattr, self, "_updates", updates))
+            self._changes.make(
+                *changed, partial(_set_state, self._rng, drawn), partial(setattr, self, "_updates", updates)
+            )
             self._from_file = True
         return extra, others
 
     # Devices.
 
     def reconnect(self) -> None:
-        """After DeviceLost: takes another device. Until `restore` gives it a state other calls raise StateError. Raises DeviceError when
-        there is none in time.
+        """After DeviceLost: takes another device. Until `restore` gives it a state other calls raise StateError. Raises
+        DeviceError when there is none in time.
         """
         exclusive.check_process()
         with self._turn:
@@ -379,10 +443,13 @@ class TrainStep:
     # Internal.
 
     def _new_feeding(self, runner: Runner) -> Feeding:
-        return Feeding(runner, self.input_shape, self.classes, self._compiled.facts.loss, self._compiled.facts.activations)
+        return Feeding(
+            runner, self.input_shape, self.classes, self._compiled.facts.loss, self._compiled.facts.activations
+        )
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
-        """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent before."""
+        """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent
+        before."""
         chosen = time.perf_counter()
         fates = dict.fromkeys(self._mutating.sparse, "unchanged")
         self._changes.make(*self._mutating.parts(changes, partial(self._install, fates=fates)), last)

@@ -1,4 +1,5 @@
-"""Which kernel a layer's phase runs on: the indexed one, or one with the layer's structure baked in. A pure function of measured times."""
+"""Which kernel a layer's phase runs on: the indexed one, or one with the layer's structure baked in. A pure function of
+measured times."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ LEAST_GAIN = 0.02  # of a kernel's time: less is within what two measurements of
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of one kernel call, measured. compile_seconds: of the specialized kernel in a compile worker; 0 where it is compiled already."""
+    """Of one kernel call, measured. compile_seconds: of the specialized kernel in a compile worker; 0 where it is
+    compiled already."""
 
     indexed_seconds: float
     specialized_seconds: float

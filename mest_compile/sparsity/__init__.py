@@ -7,11 +7,14 @@ from mest_compile.sparsity.scheme import SCHEMES, Scheme
 
 
 def parse_scheme(scheme: str | Scheme) -> Scheme:
-    """A Scheme from itself or from "name" or "name:arguments" ("block", "block:4x1"). Raises UnknownName, UsageError."""
+    """A Scheme from itself or from "name" or "name:arguments" ("block", "block:4x1"). Raises UnknownName,
+    UsageError."""
     if isinstance(scheme, Scheme):
         return scheme
     if not isinstance(scheme, str):
-        raise UsageError(f"a scheme is a name or a mest.Scheme, not {type(scheme).__name__}; names: {', '.join(SCHEMES.names())}")
+        raise UsageError(
+            f"a scheme is a name or a mest.Scheme, not {type(scheme).__name__}; names: {', '.join(SCHEMES.names())}"
+        )
     name, _, arguments = scheme.partition(":")
     return SCHEMES.find(name).parse(arguments)
 

@@ -9,7 +9,8 @@ from mest_compile.sparsity.scheme import Scheme
 
 
 def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme) -> list[str]:
-    """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of shortcuts, the classifier.
+    """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
+    shortcuts, the classifier.
     A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
 
     specs: of the graph's layers, in order.
@@ -28,13 +29,16 @@ def _is_shortcut(graph: ForwardGraph, convolution: Node) -> bool:
     for node in graph.nodes:
         if node.op == "add":
             for mine, others in ((mine, [other for other in node.inputs if other != mine]) for mine in node.inputs):
-                if _before(mine, nodes)[-1] == convolution.name and any(_layers_between(starts, other, nodes) > 1 for other in others):
+                if _before(mine, nodes)[-1] == convolution.name and any(
+                    _layers_between(starts, other, nodes) > 1 for other in others
+                ):
                     return True
     return False
 
 
 def _before(name: str, nodes: dict[str, Node]) -> list[str]:
-    """A value and those before it that normalisation, activations and pools made it of, up to a layer, an addition or the input."""
+    """A value and those before it that normalisation, activations and pools made it of, up to a layer, an addition or
+    the input."""
     found = [name]
     while name in nodes and nodes[name].op not in ("conv2d", "linear", "add"):
         name = nodes[name].inputs[0]

@@ -17,7 +17,8 @@ def uniform(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
 
 
 def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: density in proportion to (out + in + kh + kw) / (out * in * kh * kw); layers that would pass 1 stay dense.
+    """Erdos-Renyi-Kernel: density in proportion to (out + in + kh + kw) / (out * in * kh * kw); layers that would pass
+    1 stay dense.
 
     Source: Evci et al., RigL, arXiv:1911.11134, section 3.
     """
@@ -28,7 +29,7 @@ def erk(layers: Sequence[LayerSpec], sparsity: float) -> dict[str, float]:
     while True:
         rest = [name for name in raw if name not in full]
         if not rest:
-            return {name: 0.0 for name in raw}
+            return dict.fromkeys(raw, 0.0)
         scale = (live - sum(elems[name] for name in full)) / sum(raw[name] * elems[name] for name in rest)
         over = {name for name in rest if scale * raw[name] > 1.0 - ROUNDING}
         if not over:
@@ -40,15 +41,18 @@ _DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
 
 
 def together(share: Mapping[str, float], elems: Mapping[str, int]) -> float:
-    """The sparsity of all layers together, of `share` ({layer: sparsity}) and `elems` ({layer: weights}); 0 when there are none."""
+    """The sparsity of all layers together, of `share` ({layer: sparsity}) and `elems` ({layer: weights}); 0 when there
+    are none."""
     zeros = sum(sparsity * elems[name] for name, sparsity in share.items())
     return round(zeros / max(1, sum(elems[name] for name in share)), DIGITS)
 
 
 def rescaled(share: Mapping[str, float], elems: Mapping[str, int], overall: float) -> dict[str, float]:
-    """`share` ({layer: sparsity}) with every density scaled alike, so that all layers together have the sparsity `overall`.
+    """`share` ({layer: sparsity}) with every density scaled alike, so that all layers together have the sparsity
+    `overall`.
 
-    elems  {layer: weights}. No layer becomes denser than dense; one that was asked to makes the whole sparser than `overall`.
+    elems  {layer: weights}. No layer becomes denser than dense; one that was asked to makes the whole sparser than
+           `overall`.
     """
     live = sum((1.0 - sparsity) * elems[name] for name, sparsity in share.items())
     scale = (1.0 - overall) * sum(elems[name] for name in share) / live if live else 1.0

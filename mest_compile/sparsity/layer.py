@@ -14,7 +14,8 @@ class Layer:
     """A weight's layer as it is compiled: its facts, scheme, target sparsity, and how its index is cut.
 
     kernels           name of the kernel family that it runs on
-    section_channels, transposed_section_channels  source channels of a section in the forward pass and in the input gradient
+    section_channels, transposed_section_channels  source channels of a section in the forward pass and in the input
+                                                   gradient
     capacity          units of the scheme that the layer has room for: its densest phase; None: nobody set a bound
     """
 
@@ -29,8 +30,10 @@ class Layer:
     def check_room(self, units: int, sparsity: float) -> None:
         """Raises CapacityError when the live units that `sparsity` stands for are more than the layer has room for."""
         if self.capacity is not None and units > self.capacity:
-            raise CapacityError(f"{self.spec.name}: {units} units live at a sparsity of {sparsity:g}, but memory is planned for "
-                                f"{self.capacity}; compile the step with grow_to={sparsity:g}, or keep the mask sparser")
+            raise CapacityError(
+                f"{self.spec.name}: {units} units live at a sparsity of {sparsity:g}, but memory is planned for "
+                f"{self.capacity}; compile the step with grow_to={sparsity:g}, or keep the mask sparser"
+            )
 
 
 def live_cells(layer: Layer) -> int:

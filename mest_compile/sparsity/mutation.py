@@ -1,7 +1,8 @@
-"""Elastic Mutation: which units live next. Pure functions on flat masks; randomness is handed in, inputs are left unchanged.
+"""Elastic Mutation: which units live next. Pure functions on flat masks; randomness is handed in, inputs are left
+unchanged.
 
-Source: MEST (arXiv:2110.14032). EM prunes below its target and grows back; EM&S grows beyond it and prunes later. Both are one
-prune-to / grow-to routine with two sparsities a phase.
+Source: MEST (arXiv:2110.14032). EM prunes below its target and grows back; EM&S grows beyond it and prunes later. Both
+are one prune-to / grow-to routine with two sparsities a phase.
 """
 
 from __future__ import annotations
@@ -30,16 +31,21 @@ class Phase:
         for name in ("prune_to", "grow_to"):
             object.__setattr__(self, name, checks.number(name, getattr(self, name), error=SparsityError))
         if not 0 <= self.grow_to <= self.prune_to < 1:
-            raise SparsityError(f"a phase needs 0 <= grow_to <= prune_to < 1, not grow_to {self.grow_to}, prune_to {self.prune_to}")
+            raise SparsityError(
+                f"a phase needs 0 <= grow_to <= prune_to < 1, not grow_to {self.grow_to}, prune_to {self.prune_to}"
+            )
 
 
 def importance(weights: np.ndarray, gradients: np.ndarray | None, importance_lambda: float) -> np.ndarray:
-    """|w| + importance_lambda * |dL/dw|, same shape as `weights`. `gradients` may be None when importance_lambda is 0."""
+    """|w| + importance_lambda * |dL/dw|, same shape as `weights`. `gradients` may be None when importance_lambda is
+    0."""
     if not importance_lambda:
         return np.abs(weights)
     if gradients is None or gradients.shape != weights.shape:
-        raise InputError(f"importance_lambda {importance_lambda} needs gradients of shape {weights.shape}, "
-                         f"not {None if gradients is None else gradients.shape}")
+        raise InputError(
+            f"importance_lambda {importance_lambda} needs gradients of shape {weights.shape}, "
+            f"not {None if gradients is None else gradients.shape}"
+        )
     return np.abs(weights) + np.asarray(importance_lambda, weights.dtype) * np.abs(gradients)
 
 
@@ -56,10 +62,11 @@ def prune(scores: np.ndarray, live: int, units: int, rng: np.random.Generator) -
     return _best(scores[None], live, rng)[0]
 
 
-def prune_filters(scores: np.ndarray, live: int, units: int, rng: np.random.Generator,
-                  bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(places of the live units that stay, filters that none of them lies in), both ascending: `prune`, but no filter dies while `live` is
-    enough for all that live, and where it is not none keeps more than one unit.
+def prune_filters(
+    scores: np.ndarray, live: int, units: int, rng: np.random.Generator, bounds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the live units that stay, filters that none of them lies in), both ascending: `prune`, but no filter
+    dies while `live` is enough for all that live, and where it is not none keeps more than one unit.
 
     bounds  (filters + 1,): the live units of filter n stand from bounds[n] to bounds[n + 1]
     Raises as `prune` does. Ours.
@@ -78,14 +85,16 @@ def prune_filters(scores: np.ndarray, live: int, units: int, rng: np.random.Gene
     return stay, np.flatnonzero(ends[1:] == ends[:-1])
 
 
-def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
+def grow(
+    alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None = None
+) -> np.ndarray:
     """Dead units that join the live ones until there are `live`, ascending: drawn evenly, or those of highest score.
 
     A unit that was pruned is as likely to be drawn again as any other dead one, and counts as new.
     alive   the live units, ascending; units: live and dead
     scores  (units,) float; of equal scores the generator chooses. None: it chooses all
-    Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already, InputError when
-    a score is NaN or infinite.
+    Raises CapacityError when there are fewer than `live` units, SparsityError when more than `live` are alive already,
+    InputError when a score is NaN or infinite.
     """
     count = live - alive.size
     if live > units:
@@ -96,13 +105,21 @@ def grow(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, sco
         _check_scores(scores)
         dead = np.delete(np.arange(units), alive)
         return dead[_best(scores[dead][None], count, rng)[0]]
-    # Listing the dead would cost more than all the rest: the one with n dead before it stands behind the live ones with n or fewer.
+    # Listing the dead would cost more than all the rest: the one with n dead before it stands behind the live ones with
+    # n or fewer.
     drawn = np.sort(rng.choice(units - alive.size, size=count, replace=False))
     return drawn + np.searchsorted(alive - np.arange(alive.size), drawn, side="right")
 
 
-def grow_filters(alive: np.ndarray, units: int, live: int, rng: np.random.Generator, scores: np.ndarray | None,
-                 dead: np.ndarray, each: int) -> np.ndarray:
+def grow_filters(
+    alive: np.ndarray,
+    units: int,
+    live: int,
+    rng: np.random.Generator,
+    scores: np.ndarray | None,
+    dead: np.ndarray,
+    each: int,
+) -> np.ndarray:
     """`grow`, but filters without a live unit get one each before others grow.
 
     dead  those filters, ascending; each: units of every filter, of which filter n has those from n * each
@@ -120,7 +137,8 @@ def grow_filters(alive: np.ndarray, units: int, live: int, rng: np.random.Genera
 
 
 def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
-    """A copy of a mask (rows, units) that `prune` was applied to row by row, each to `live` live units. Raises as `prune` does."""
+    """A copy of a mask (rows, units) that `prune` was applied to row by row, each to `live` live units. Raises as
+    `prune` does."""
     fewest = int(keep.sum(1).min())
     if not 0 <= live <= fewest:
         raise SparsityError(f"cannot prune to {live} live units a row: a row has only {fewest} alive")
@@ -129,7 +147,8 @@ def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int, rng: np.random.G
 
 
 def grow_rows(keep: np.ndarray, live: int, rng: np.random.Generator, scores: np.ndarray | None = None) -> np.ndarray:
-    """A copy of a mask (rows, units) that `grow` was applied to row by row, each to `live` live units. Raises as `grow` does."""
+    """A copy of a mask (rows, units) that `grow` was applied to row by row, each to `live` live units. Raises as `grow`
+    does."""
     most = int(keep.sum(1).max())
     if live > keep.shape[1]:
         raise CapacityError(f"cannot grow to {live} live units a row: there are {keep.shape[1]}")
@@ -150,11 +169,14 @@ def choices(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _check_scores(scores: np.ndarray) -> None:
     if scores.size and not np.isfinite(scores.max()):  # the largest is NaN when any is
-        raise InputError("a unit's score is NaN or infinite: the weights or gradients have diverged; lower the learning rate")
+        raise InputError(
+            "a unit's score is NaN or infinite: the weights or gradients have diverged; lower the learning rate"
+        )
 
 
 def _best(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(rows, units) bool: the `count` of highest score in every row; of equal scores the generator chooses, which nothing else asks."""
+    """(rows, units) bool: the `count` of highest score in every row; of equal scores the generator chooses, which
+    nothing else asks."""
     if count == 0:
         return np.zeros(scores.shape, bool)
     place = scores.shape[1] - count

@@ -17,7 +17,8 @@ def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
-    """{weight name: live units} of the sparse layers when all of them together have the sparsity `overall`. Raises SparsityError."""
+    """{weight name: live units} of the sparse layers when all of them together have the sparsity `overall`. Raises
+    SparsityError."""
     sparse = sparse_layers(layers)
     share = rescaled({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse), overall)
     return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse.items()}
@@ -30,10 +31,13 @@ def overall_sparsity(layers: Mapping[str, Layer]) -> float:
 
 
 def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
-    """The layers with the capacity for a sparsity of `grow_to`, all sparse layers together. Raises UsageError, SparsityError."""
+    """The layers with the capacity for a sparsity of `grow_to`, all sparse layers together. Raises UsageError,
+    SparsityError."""
     start = overall_sparsity(layers)
     if not 0 <= grow_to <= start:
-        raise UsageError(f"grow_to is {grow_to}; wanted the lowest sparsity that mutations grow to, at most the model's {start}")
+        raise UsageError(
+            f"grow_to is {grow_to}; wanted the lowest sparsity that mutations grow to, at most the model's {start}"
+        )
     starts = {name: layer.scheme.live_units(layer.spec, layer.sparsity) for name, layer in layers.items()}
     room = {name: max(units, starts[name]) for name, units in units_at(layers, grow_to).items()}
     return {name: replace(layer, capacity=room.get(name)) for name, layer in layers.items()}

@@ -1,8 +1,9 @@
 """What a sparsity scheme is: which units a layer's weight falls into, and which sets of live units are legal.
 
-A layer's mask is `keep`, a bool grid (groups, sources, kh, kw) of *cells*: the blocks of weights that the kernels load together. A scheme's
-*unit*, what it keeps or drops whole, is one cell or several. *Energy* is the squared importance of a cell's weights, summed. Who mutates
-lists live cells, int32 places in the grid, ascending: at usual sparsities that is less work than whole grids.
+A layer's mask is `keep`, a bool grid (groups, sources, kh, kw) of *cells*: the blocks of weights that the kernels load
+together. A scheme's *unit*, what it keeps or drops whole, is one cell or several. *Energy* is the squared importance of
+a cell's weights, summed. Who mutates lists live cells, int32 places in the grid, ascending: at usual sparsities that is
+less work than whole grids.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from mest_compile.sparsity import mutation
 
 
 class Scheme(ABC):
-    """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the grid.
+    """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the
+    grid.
 
     spans  axes of the grid that a unit covers from end to end, all but one; () when a unit is one cell
     pointwise  whether 1x1 kernels can have it
@@ -48,7 +50,8 @@ class Scheme(ABC):
         """(output channels, input channels) of one cell."""
 
     def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
-        """Names of the kernel families that the layer may run on, best first; a device takes the first that it has kernels of."""
+        """Names of the kernel families that the layer may run on, best first; a device takes the first that it has
+        kernels of."""
         return ("gather",)
 
     def check(self, layer: LayerSpec) -> None:
@@ -56,8 +59,10 @@ class Scheme(ABC):
         rows, sources = self.block(layer)
         out, inputs = layer.weight_shape[:2]
         if out % rows or inputs % sources:
-            raise SparsityError(f"{layer.name}: scheme {self} needs multiples of {rows} output and {sources} input channels, the layer "
-                                f"has {out} and {inputs}; choose another block, or list the layer in dense_layers")
+            raise SparsityError(
+                f"{layer.name}: scheme {self} needs multiples of {rows} output and {sources} input channels, the layer "
+                f"has {out} and {inputs}; choose another block, or list the layer in dense_layers"
+            )
 
     def grid(self, layer: LayerSpec) -> tuple[int, int, int, int]:
         """Shape of the layer's grid of cells."""
@@ -76,7 +81,8 @@ class Scheme(ABC):
         return prod([grid[axis] for axis in self.spans])
 
     def energy(self, layer: LayerSpec, importance: np.ndarray) -> np.ndarray:
-        """Squared importance of every cell in float64. (out, in, kh, kw) -> grid. Its root over a unit is the L2 norm MEST ranks by."""
+        """Squared importance of every cell in float64. (out, in, kh, kw) -> grid. Its root over a unit is the L2 norm
+        MEST ranks by."""
         rows, sources = self.block(layer)
         groups, blocks, height, width = self.grid(layer)
         return np.square(importance, dtype=np.float64).reshape(groups, rows, blocks, sources, height, width).sum((1, 3))
@@ -103,17 +109,19 @@ class Scheme(ABC):
     # Mutation. Live cells are listed, as the module says.
 
     def units(self, layer: LayerSpec, cells: np.ndarray) -> np.ndarray:
-        """Which units live, ascending: each one's place on the axis of the grid that units do not span, or in the grid."""
+        """Which units live, ascending: each one's place on the axis of the grid that units do not span, or in the
+        grid."""
         if not self.spans:
             return cells
         grid = self.grid(layer)
         return self._alive(cells.reshape(self._listed(grid))).ravel() // _strides(grid)[self._axis]
 
-    def prune(self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int,
-              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(places in the list of the live cells that stay, groups of filters that none of these lies in), both ascending: the `live` units
-        of most energy; of equals the generator chooses. A filter that lives keeps its best unit while `live` is enough for all, where
-        units are smaller than filters.
+    def prune(
+        self, layer: LayerSpec, cells: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(places in the list of the live cells that stay, groups of filters that none of these lies in), both
+        ascending: the `live` units of most energy; of equals the generator chooses. A filter that lives keeps its best
+        unit while `live` is enough for all, where units are smaller than filters.
 
         energy (cells,). Raises SparsityError, InputError (NaN, infinite, or not one a cell).
         """
@@ -125,13 +133,25 @@ class Scheme(ABC):
             return mutation.prune_filters(energy, live, prod(grid), rng, bounds)
         listed = energy.reshape(self._listed(grid))
         stays = mutation.prune(self._sums(listed), live, grid[self._axis], rng)
-        kept = np.broadcast_to(stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape)
-        groups = np.arange(0 if 0 in self.spans else grid[0])  # units that span filters leave none dead; others here are whole filters
+        kept = np.broadcast_to(
+            stays.reshape([1 if axis in self.spans else -1 for axis in range(listed.ndim)]), listed.shape
+        )
+        groups = np.arange(
+            0 if 0 in self.spans else grid[0]
+        )  # units that span filters leave none dead; others here are whole filters
         return np.flatnonzero(kept), np.delete(groups, self.units(layer, cells)[stays]) if len(groups) else groups
 
-    def grow(self, layer: LayerSpec, cells: np.ndarray, live: int, rng: np.random.Generator, energy: np.ndarray | None,
-             dead: np.ndarray) -> np.ndarray:
-        """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn evenly.
+    def grow(
+        self,
+        layer: LayerSpec,
+        cells: np.ndarray,
+        live: int,
+        rng: np.random.Generator,
+        energy: np.ndarray | None,
+        dead: np.ndarray,
+    ) -> np.ndarray:
+        """Cells of dead units that join until `live` units live: those of most energy (a grid), or, without one, drawn
+        evenly.
 
         dead  groups of filters without a live unit, as `prune` gives them, which get one each before others do
         Raises SparsityError, CapacityError, InputError.
@@ -140,10 +160,13 @@ class Scheme(ABC):
         if not self.spans:
             scores = None if energy is None else energy.ravel()
             return mutation.grow_filters(cells, prod(grid), live, rng, scores, dead, prod(grid[1:])).astype(np.int32)
-        units = mutation.grow(self.units(layer, cells), grid[self._axis], live, rng,
-                              None if energy is None else self._sums(energy)).astype(np.int32)
-        places = [(np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
-                  for axis, (size, stride) in enumerate(zip(grid, _strides(grid), strict=True))]
+        units = mutation.grow(
+            self.units(layer, cells), grid[self._axis], live, rng, None if energy is None else self._sums(energy)
+        ).astype(np.int32)
+        places = [
+            (np.arange(size, dtype=np.int32) if axis in self.spans else units) * stride
+            for axis, (size, stride) in enumerate(zip(grid, _strides(grid), strict=True))
+        ]
         return reduce(np.add, np.ix_(*places)).ravel()
 
     def lie_in(self, layer: LayerSpec, cells: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -158,18 +181,24 @@ class Scheme(ABC):
         return np.repeat(np.repeat(keep, rows, axis=0), sources, axis=1)
 
     def collapse(self, layer: LayerSpec, mask: np.ndarray) -> np.ndarray:
-        """Grid of a weight mask. Raises StateError when this scheme cannot have that mask: units cut in two, or none alive."""
+        """Grid of a weight mask. Raises StateError when this scheme cannot have that mask: units cut in two, or none
+        alive."""
         if mask.shape != layer.weight_shape:
             raise StateError(f"{layer.name}: the mask has shape {mask.shape}, the weight {layer.weight_shape}")
         rows, sources = self.block(layer)
         keep = mask[::rows, ::sources].astype(bool)
         if not np.array_equal(self.expand(layer, np.broadcast_to(self._units(keep), keep.shape)), mask.astype(bool)):
-            raise StateError(f"{layer.name}: the mask is not made of whole units of scheme {self}; build it with the scheme's own mutation")
+            raise StateError(
+                f"{layer.name}: the mask is not made of whole units of scheme {self}; build it with the scheme's "
+                "own mutation"
+            )
         if not keep.any():
             raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
         return keep
 
-    def _pruned(self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
+    def _pruned(
+        self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator
+    ) -> np.ndarray:
         """`prune` of a grid, into a grid."""
         cells, kept = np.flatnonzero(keep).astype(np.int32), np.zeros(keep.shape, bool)
         kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live, rng)[0]]] = True
@@ -186,7 +215,9 @@ class Scheme(ABC):
     def _sums(self, energy: np.ndarray) -> np.ndarray:
         """The units' energies, flat."""
         if 0 in self.spans:
-            energy = energy.sum(0, keepdims=True)  # by itself: NumPy is four times as slow over first and last axes at once
+            energy = energy.sum(
+                0, keepdims=True
+            )  # by itself: NumPy is four times as slow over first and last axes at once
         return energy.sum(self.spans).ravel() if self.spans else energy.ravel()
 
     @property
@@ -201,7 +232,7 @@ class Scheme(ABC):
 
 def _strides(grid: tuple[int, ...]) -> list[int]:
     """How far neighbours on each axis of the grid are apart."""
-    return [prod(grid[axis + 1:]) for axis in range(len(grid))]
+    return [prod(grid[axis + 1 :]) for axis in range(len(grid))]
 
 
 @cache
@@ -213,11 +244,14 @@ def _filter_starts(groups: int, each: int) -> np.ndarray:
 def check_sparsity(layer: LayerSpec, sparsity: float) -> None:
     """Raises SparsityError."""
     if not 0.0 <= sparsity < 1.0:
-        raise SparsityError(f"{layer.name}: sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)")
+        raise SparsityError(
+            f"{layer.name}: sparsity is {sparsity}; wanted 0 <= sparsity < 1 (0.9 keeps one weight in ten)"
+        )
 
 
 def loads_shared(channels: int) -> int:
-    """The most channels of a cell, up to 4, that divide `channels`: its rows share their loads in forward, its sources in grad_input."""
+    """The most channels of a cell, up to 4, that divide `channels`: its rows share their loads in forward, its sources
+    in grad_input."""
     return next(size for size in (4, 2, 1) if channels % size == 0)
 
 

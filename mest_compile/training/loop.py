@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -29,7 +30,8 @@ from mest_compile.training.sieve import Sieve
 
 log = logging.getLogger(__name__)
 
-# Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no generator's state.
+# Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no
+# generator's state.
 SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
 
 
@@ -44,7 +46,8 @@ def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def target_sparsity(step: Any) -> float:
-    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has none."""
+    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has
+    none."""
     targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
     return together({name: targets[name] for name in elems}, elems)
 
@@ -58,19 +61,32 @@ class Trainer:
 
     out       folder for the run's files (RunFolder names them), or None to write nothing
     progress  told about every batch and epoch
-    specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the same bits
+    specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the
+                same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
-    Raises UsageError where both were given and differ, or label_smoothing does, or where the step's loss does not tell which examples are
-    right, SparsityError and CapacityError where the recipe does not fit the step. `source` goes into the folder of a run that begins.
+    Raises UsageError where both were given and differ, or label_smoothing does, or where the step's loss does not tell
+    which examples are right, SparsityError and CapacityError where the recipe does not fit the step. `source` goes into
+    the folder of a run that begins.
     """
 
-    def __init__(self, step: Any, recipe: Recipe, out: str | os.PathLike | None = None, progress: Progress | None = None,
-                 specialize: bool = False):
+    def __init__(
+        self,
+        step: Any,
+        recipe: Recipe,
+        out: str | os.PathLike | None = None,
+        progress: Progress | None = None,
+        specialize: bool = False,
+    ):
         if not isinstance(recipe, Recipe):
-            raise UsageError(f"recipe is a {type(recipe).__name__}; wanted a mest.Recipe, such as Recipe.from_dict or from_file give")
+            raise UsageError(
+                f"recipe is a {type(recipe).__name__}; wanted a mest.Recipe, such as Recipe.from_dict or from_file give"
+            )
         if None not in (recipe.lr, step.asked_lr) and recipe.lr != step.asked_lr:
-            raise UsageError(f"the recipe's lr is {recipe.lr:g}, that of the optimizer which the step was compiled with {step.asked_lr:g}; "
-                             f"leave one of the two out")
+            raise UsageError(
+                f"the recipe's lr is {recipe.lr:g}, that of the optimizer which the step was compiled with "
+                f"{step.asked_lr:g}; "
+                f"leave one of the two out"
+            )
         self.step = step
         self.specialize = specialize
         self.source: dict[str, Any] | None = None
@@ -80,12 +96,16 @@ class Trainer:
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
         if not (loss := read_loss(step.describe())).tells_correct:
-            raise UsageError(f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
-                             f"step(images, targets) in a loop of your own, or compile with loss=\"cross_entropy\"")
+            raise UsageError(
+                f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
+                f'step(images, targets) in a loop of your own, or compile with loss="cross_entropy"'
+            )
         smoothing = step.describe().get("label_smoothing", 0.0)
         if smoothing != recipe.label_smoothing:
-            raise UsageError(f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
-                             f"compile it with label_smoothing={recipe.label_smoothing}")
+            raise UsageError(
+                f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
+                f"compile it with label_smoothing={recipe.label_smoothing}"
+            )
         self._sieve: Sieve | None = None
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
@@ -94,7 +114,9 @@ class Trainer:
         self._stamp: tuple[int, int] | None = None  # of that checkpoint
 
     @classmethod
-    def resume(cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None) -> Trainer:
+    def resume(
+        cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None
+    ) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
         step  compiled as the run's was; None: rebuilt from the checkpoint, to run on `device`
@@ -104,12 +126,17 @@ class Trainer:
         folder = RunFolder(out)
         recipe = Recipe.from_dict(folder.read_recipe(), where=str(folder.recipe))
         if folder.stamp() is None and not folder.previous.exists():
-            raise StateError(f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out")
+            raise StateError(
+                f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out"
+            )
         with folder.lock():
             step, extra, arrays = restored(folder, step, device)
             stamp = folder.stamp()
         if Recipe.from_dict(extra["recipe"], where=str(folder.checkpoint)) != recipe:
-            raise StateError(f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out")
+            raise StateError(
+                f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in "
+                "another --out"
+            )
         trainer = cls(step, recipe, out, progress)
         trainer._resumed, trainer._stamp = (extra, arrays), stamp
         return trainer
@@ -118,16 +145,19 @@ class Trainer:
         """Trains to the recipe's last epoch and returns the run.
 
         train_set, test_set  a Dataset, (images, labels) arrays or a torch Dataset (see data.as_dataset)
-        Raises InputError when the data do not fit the step, UsageError when the folder holds a run, StateError when somebody else trains
-        in it, MestError when the loss, a weight or a statistic is no longer finite. However training ends, the checkpoint of the last
-        whole epoch stays.
+        Raises InputError when the data do not fit the step, UsageError when the folder holds a run, StateError when
+        somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
+        training ends, the checkpoint of the last whole epoch stays.
         """
         train = as_dataset(train_set, classes=self.step.classes, name="training set")
         test = as_dataset(test_set, like=train, name="test set")
         self._check_data(train)
         self._check_data(test)
         if len(train) < self.step.batch:
-            raise InputError(f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a smaller one")
+            raise InputError(
+                f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a "
+                "smaller one"
+            )
         if self.recipe.mirror is not None:
             train = replace(train, flip=self.recipe.mirror)
         with self._alone():
@@ -136,9 +166,16 @@ class Trainer:
     def about(self, train: Dataset, test: Dataset) -> str:
         """One line on what is about to be trained, what the data go through and what will never happen."""
         mirrored = train.flip if self.recipe.mirror is None else self.recipe.mirror
-        said = f"shifted by up to {train.pad} pixels, {'' if mirrored else 'not '}mirrored" if self.recipe.augment else "not augmented"
-        line = (f"{train.name}: {len(train)} examples to train, {len(test)} to test; images {said}; method {self.recipe.method}; "
-                f"lr {self.recipe.lr:g}, {self.recipe.lr_schedule}")
+        said = (
+            f"shifted by up to {train.pad} pixels, {'' if mirrored else 'not '}mirrored"
+            if self.recipe.augment
+            else "not augmented"
+        )
+        line = (
+            f"{train.name}: {len(train)} examples to train, {len(test)} to test; images {said}; method "
+            f"{self.recipe.method}; "
+            f"lr {self.recipe.lr:g}, {self.recipe.lr_schedule}"
+        )
         return "; ".join([line, *self._idle])
 
     def _alone(self) -> Any:
@@ -184,10 +221,22 @@ class Trainer:
         mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
         trained = self._train(epoch, train)
         if broken := self.step.not_finite():
-            raise self._diverged(f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch)
-        evaluated = self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
-        metrics = {"epoch": epoch + 1, **trained, **evaluated, "mutation": mutation, "sieve": sieved,
-                   "survival": self._survival(), **self._sparsity(), "memory_bytes": self.step.memory()}
+            raise self._diverged(
+                f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
+            )
+        evaluated = (
+            self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
+        )
+        metrics = {
+            "epoch": epoch + 1,
+            **trained,
+            **evaluated,
+            "mutation": mutation,
+            "sieve": sieved,
+            "survival": self._survival(),
+            **self._sparsity(),
+            "memory_bytes": self.step.memory(),
+        }
         if self.specialize:
             metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
         self._keep(run, metrics, data)
@@ -213,23 +262,35 @@ class Trainer:
             extra, arrays = self._resumed
             if extra["data"] != data:
                 part = next(part for part in data if extra["data"].get(part) != data[part])
-                raise StateError(f"the run was trained on {extra['data'][part]['name']}; this is other data: {data[part]['name']}, "
-                                 f"{data[part]['examples']} examples. A run resumes on its own data, labels and order included")
+                raise StateError(
+                    f"the run was trained on {extra['data'][part]['name']}; this is other data: {data[part]['name']}, "
+                    f"{data[part]['examples']} examples. A run resumes on its own data, labels and order included"
+                )
             run.history, run.best = list(extra["history"]), extra["best"]
             if self._sieve:
                 self._sieve.restore(arrays)
             self._first_live = extra["first_live"]
-            self._survivors = {name: np.unpackbits(arrays[f"survivors.{name}"], count=mask.size).astype(bool)
-                               for name, mask in self._survivors.items()}
+            self._survivors = {
+                name: np.unpackbits(arrays[f"survivors.{name}"], count=mask.size).astype(bool)
+                for name, mask in self._survivors.items()
+            }
             assert self.folder is not None
             self.folder.remove_torn()
             self.folder.rewrite_metrics(run.history)
         if broken := self.step.not_finite():
             raise self._diverged(f"{_some(broken)} not finite before training", len(run.history))
         if self._resumed is None and self.folder:
-            self.folder.begin(self.recipe.to_dict(), {"seed": self.recipe.seed, "data": data, "step": self.step.describe(),
-                                                      "machine": machine(),
-                                                      "versions": {"mest-compile": __version__, "numpy": np.__version__}}, self.source)
+            self.folder.begin(
+                self.recipe.to_dict(),
+                {
+                    "seed": self.recipe.seed,
+                    "data": data,
+                    "step": self.step.describe(),
+                    "machine": machine(),
+                    "versions": {"mest-compile": __version__, "numpy": np.__version__},
+                },
+                self.source,
+            )
             self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
         return run, data
 
@@ -240,20 +301,34 @@ class Trainer:
         said: dict[str, Any] = {"prune_to": phase.prune_to, "grow_to": phase.grow_to}
         gradients = {}
         if self.recipe.method == "rigl":
-            chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(len(train), self.step.batch, replace=False)
+            chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(
+                len(train), self.step.batch, replace=False
+            )
             images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
-            gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(images, train.labels[chosen])
-        report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, importance_lambda=self.recipe.importance_lambda,
-                                  rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]), **gradients)
+            gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(
+                images, train.labels[chosen]
+            )
+        report = self.step.mutate(
+            prune_to=phase.prune_to,
+            grow_to=phase.grow_to,
+            importance_lambda=self.recipe.importance_lambda,
+            rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]),
+            **gradients,
+        )
         for name, mask in self.step.masks().items():
             self._survivors[name] = self._survivors[name] & mask.ravel()
-        return {**said, "layers": dict(Counter(report.layers.values())), "seconds": report.seconds,
-                "reindex_seconds": report.reindex_seconds, "uploaded_bytes": report.uploaded_bytes}
+        return {
+            **said,
+            "layers": dict(Counter(report.layers.values())),
+            "seconds": report.seconds,
+            "reindex_seconds": report.reindex_seconds,
+            "uploaded_bytes": report.uploaded_bytes,
+        }
 
     def _steps_between_mutations(self, examples: int) -> int | None:
         """Fewest steps between two mutations of the recipe; None where there is at most one."""
         epochs = [epoch for epoch in range(self.recipe.epochs) if self.recipe.mutation_at(epoch)]
-        gaps = [after - before for before, after in zip(epochs, epochs[1:])]
+        gaps = [after - before for before, after in itertools.pairwise(epochs)]
         return min(gaps) * (examples // self.step.batch) if gaps else None
 
     def _survival(self) -> dict[str, float]:
@@ -269,10 +344,16 @@ class Trainer:
     def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
         if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):
             return None
-        said = self._sieve.drop(self.recipe.sieve, np.random.default_rng([self.recipe.seed, epoch, SIEVE]), self.step.batch)
+        said = self._sieve.drop(
+            self.recipe.sieve, np.random.default_rng([self.recipe.seed, epoch, SIEVE]), self.step.batch
+        )
         if said["spared"]:
-            log.warning("the sieve would have left %d examples, less than a batch of %d; the %d forgotten most stay as well",
-                        said["kept"] - said["spared"], self.step.batch, said["spared"])
+            log.warning(
+                "the sieve would have left %d examples, less than a batch of %d; the %d forgotten most stay as well",
+                said["kept"] - said["spared"],
+                self.step.batch,
+                said["spared"],
+            )
         return said
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
@@ -290,8 +371,10 @@ class Trainer:
                 result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
                 step_seconds += perf_counter() - called
                 if not math.isfinite(result.loss):
-                    raise self._diverged(f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, "
-                                         f"learning rate {lr:.3g}", epoch)
+                    raise self._diverged(
+                        f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}",
+                        epoch,
+                    )
                 if self._sieve:
                     self._sieve.count(examples, result.correct)
                 loss += float(result.loss)
@@ -299,25 +382,36 @@ class Trainer:
                 correct += right
                 self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, right / step.batch)
         seconds, trained = perf_counter() - began, count * step.batch
-        return {"loss": loss / count, "train_accuracy": correct / trained, "lr": lr, "examples": trained, "iterations": count,
-                "iterations_saved": whole - count, "images_per_second": trained / seconds, "train_seconds": seconds,
-                "step_seconds": step_seconds / count}
+        return {
+            "loss": loss / count,
+            "train_accuracy": correct / trained,
+            "lr": lr,
+            "examples": trained,
+            "iterations": count,
+            "iterations_saved": whole - count,
+            "images_per_second": trained / seconds,
+            "train_seconds": seconds,
+            "step_seconds": step_seconds / count,
+        }
 
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
         batch, correct, began = self.step.batch, 0, perf_counter()
         for start in range(0, len(test), batch):
-            images = test.normalise(test.images[start:start + batch])
+            images = test.normalise(test.images[start : start + batch])
             logits = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
             answers = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))  # no number is the largest beside NaN
-            correct += int(np.count_nonzero(answers == test.labels[start:start + batch]))
+            correct += int(np.count_nonzero(answers == test.labels[start : start + batch]))
         return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
         run.history.append(metrics)
         accuracy, best = metrics["test_accuracy"], run.best
-        improved = (accuracy is not None and self.recipe.meets_target(metrics["epoch"] - 1)
-                    and (best is None or accuracy > best["test_accuracy"]))
+        improved = (
+            accuracy is not None
+            and self.recipe.meets_target(metrics["epoch"] - 1)
+            and (best is None or accuracy > best["test_accuracy"])
+        )
         if improved:
             run.best = {"epoch": metrics["epoch"], "test_accuracy": accuracy}
         if self.folder:
@@ -330,20 +424,40 @@ class Trainer:
     def _diverged(self, what: str, epochs: int) -> MestError:
         """What came after `epochs` whole ones."""
         whole = f"Epoch {epochs} is the last whole one" if epochs else "No epoch is whole"
-        kept = f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}" if self.folder else ""
+        kept = (
+            f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}"
+            if self.folder
+            else ""
+        )
         return MestError(f"{what}; lower lr or add warmup_epochs. {whole}{kept}")
 
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
         arrays = {f"survivors.{name}": np.packbits(mask) for name, mask in self._survivors.items()}
-        self.step.save(path, {"epoch": len(run.history), "recipe": self.recipe.to_dict(), "data": data, "best": run.best,
-                              "history": run.history, "first_live": self._first_live},
-                       arrays | (self._sieve.arrays() if self._sieve else {}))
+        self.step.save(
+            path,
+            {
+                "epoch": len(run.history),
+                "recipe": self.recipe.to_dict(),
+                "data": data,
+                "best": run.best,
+                "history": run.history,
+                "first_live": self._first_live,
+            },
+            arrays | (self._sieve.arrays() if self._sieve else {}),
+        )
 
     def _check_data(self, data: Dataset) -> None:
         wanted, found = tuple(self.step.input_shape[1:]), data.images.shape[1:]
         if wanted != found and wanted != (math.prod(found),):
-            raise InputError(f"the step takes images of shape {wanted}, {data.name} has {found}" + (turned(found, wanted) or
-                             f"; compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})"))
+            raise InputError(
+                f"the step takes images of shape {wanted}, {data.name} has {found}"
+                + (
+                    turned(found, wanted)
+                    or f"; compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})"
+                )
+            )
         if data.classes > self.step.classes:
-            raise InputError(f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
-                             f"give the model as many outputs")
+            raise InputError(
+                f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
+                f"give the model as many outputs"
+            )

@@ -1,4 +1,5 @@
-"""Training from an artifact: what a device runs. Needs numpy, tvm_ffi and TVM's runtime library; no compiler, no torch, no tvm package."""
+"""Training from an artifact: what a device runs. Needs numpy, tvm_ffi and TVM's runtime library; no compiler, no torch,
+no tvm package."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "lr", "seed", "out",
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to train on a device; the fields are the options of the same names. artifact: folder that `mest-compile build` wrote."""
+    """What to train on a device; the fields are the options of the same names. artifact: folder that `mest-compile
+    build` wrote."""
 
     artifact: Path
     data: str
@@ -47,9 +49,13 @@ def open_job(job: Job) -> tuple[Trainer, Split]:
 def check_artifact_options(given: Set[str]) -> None:
     """Raises UsageError for an option that would be dropped. given: names of those on the command line."""
     if others := sorted(given - WITH_ARTIFACT):
-        raise UsageError(f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact")
+        raise UsageError(
+            f"the artifact has its --{others[0].replace('_', '-')} already; leave it out, or build another artifact"
+        )
     if "resume" in given and (others := sorted(given - WITH_RESUME)):
-        raise UsageError(f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run")
+        raise UsageError(
+            f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run"
+        )
 
 
 class Lines:
@@ -69,11 +75,16 @@ class Lines:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of a device without typer and rich: `mest-compile train --artifact DIR --data NAME`."""
-    parser = argparse.ArgumentParser("mest-compile", description="Train from an artifact. The other commands need: pip install typer rich, "
-                                                                 "and a machine with the compiler.")
+    parser = argparse.ArgumentParser(
+        "mest-compile",
+        description="Train from an artifact. The other commands need: pip install typer rich, "
+        "and a machine with the compiler.",
+    )
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train from an artifact")
     train.add_argument("--artifact", type=Path, required=True, help="folder that `mest-compile build` wrote")
-    train.add_argument("--data", default="digits", help="digits (the default), fashion-mnist, cifar10, cifar100, arrays, folder")
+    train.add_argument(
+        "--data", default="digits", help="digits (the default), fashion-mnist, cifar10, cifar100, arrays, folder"
+    )
     train.add_argument("--data-folder", type=Path)
     train.add_argument("--recipe", type=Path, help="recipe as TOML; options given beside it override it")
     train.add_argument("--method", help="em (the default), em_s, set or static")
@@ -102,9 +113,21 @@ def _train(given: argparse.Namespace) -> int:
     if given.threads is not None and given.threads < 1:
         raise UsageError(f"--threads is {given.threads}; wanted 1 or more")
     settings = {name: said[name] for name in ("epochs", "method", "lr", "seed") if name in said}
-    recipe = replace(Recipe.from_file(given.recipe), **settings) if given.recipe else Recipe(**{"epochs": 10, **settings})
-    trainer, split = open_job(Job(given.artifact, given.data, given.out or Path("run"), recipe, given.data_folder, given.resume,
-                                  given.threads, given.runtime))
+    recipe = (
+        replace(Recipe.from_file(given.recipe), **settings) if given.recipe else Recipe(**{"epochs": 10, **settings})
+    )
+    trainer, split = open_job(
+        Job(
+            given.artifact,
+            given.data,
+            given.out or Path("run"),
+            recipe,
+            given.data_folder,
+            given.resume,
+            given.threads,
+            given.runtime,
+        )
+    )
     trainer.progress = Lines()
     print(trainer.about(split.train, split.test), file=sys.stderr, flush=True)
     try:

@@ -23,12 +23,14 @@ PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES, PAPER_LR = 160, 5, (90, 120), 
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
-# SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three quarters.
+# SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three
+# quarters.
 DROP_SHARE, RIGL_END = 0.3, 0.75
 
 
 def _em(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for any target."""
+    """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for
+    any target."""
     return _scaled([(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)], epochs)
 
 
@@ -43,11 +45,15 @@ def _set(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
 
 
 def _rigl(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """A share that falls by a cosine to 0 at RIGL_END of training, a phase for each mutation. Source: Evci et al., arXiv:1911.11134."""
+    """A share that falls by a cosine to 0 at RIGL_END of training, a phase for each mutation. Source: Evci et al.,
+    arXiv:1911.11134."""
     end = RIGL_END * epochs
     starts = [0, *range(interval, epochs, interval)]
     shares = [0.5 * DROP_SHARE * (1 + math.cos(math.pi * start / end)) if start < end else 0.0 for start in starts]
-    return tuple(_phase(until, _fewer(sparsity, share), sparsity) for until, share in zip([*starts[1:], epochs], shares, strict=True))
+    return tuple(
+        _phase(until, _fewer(sparsity, share), sparsity)
+        for until, share in zip([*starts[1:], epochs], shares, strict=True)
+    )
 
 
 def _fewer(sparsity: float, share: float) -> float:
@@ -56,12 +62,19 @@ def _fewer(sparsity: float, share: float) -> float:
 
 
 def _phase(until: int, prune_to: float, grow_to: float) -> Phase:
-    return Phase(until, round(prune_to, 6), round(grow_to, 6))  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
+    return Phase(
+        until, round(prune_to, 6), round(grow_to, 6)
+    )  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
 
 
 # method -> phases of (target sparsity, epochs, epochs between mutations); None: the mask never changes
 METHODS: dict[str, Callable[[float, int, int], tuple[Phase, ...]] | None] = {
-    "static": None, "em": _em, "em_s": _em_s, "set": _set, "rigl": _rigl}
+    "static": None,
+    "em": _em,
+    "em_s": _em_s,
+    "set": _set,
+    "rigl": _rigl,
+}
 
 # name -> share of the way from lr_final to lr, given the share of training done
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -72,12 +85,21 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 # What a recipe's table [run] may say, and of which type it is.
-RUN_OPTIONS: dict[str, type] = {"model": str, "width": int, "data": str, "scheme": str, "sparsity": float, "distribution": str,
-                                "batch": int, "memory_budget": int}
+RUN_OPTIONS: dict[str, type] = {
+    "model": str,
+    "width": int,
+    "data": str,
+    "scheme": str,
+    "sparsity": float,
+    "distribution": str,
+    "batch": int,
+    "memory_budget": int,
+}
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
-ELSEWHERE = ({key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")}
-             | {key: "it belongs into the table [run]" for key in RUN_OPTIONS})
+ELSEWHERE = {
+    key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")
+} | dict.fromkeys(RUN_OPTIONS, "it belongs into the table [run]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +107,23 @@ class Recipe:
     """A training run's settings; checked when made.
 
     epochs             whole passes over the training set
-    method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead weights)
+    method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead
+                       weights)
     lr                 learning rate at its highest; None: the one of the step's optimizer
-    lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs; "constant".
-                       It moves with every iteration, not only between epochs.
+    lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs;
+                       "constant". It moves with every iteration, not only between epochs.
     lr_final           where the schedule ends; "step" and "constant" do not go below it
     warmup_epochs      the learning rate first rises linearly over this many epochs; the schedule covers the rest
     mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
-    phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion to `epochs`
+    phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion
+                       to `epochs`
     label_smoothing    share of every label that is spread over all classes; the step must be compiled with it too
     clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
     importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
     sieve              when which examples are dropped; None: all stay
     augment            shift, and mirror
-    mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow it
+    mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow
+                       it
     seed               of shuffling, augmentation and mutation
     eval_every         epochs between evaluations; the last epoch is always evaluated
     """
@@ -142,9 +167,14 @@ class Recipe:
             if not isinstance(value, str) or value not in known:
                 raise UnknownName(f"no {name} {checks.shown(value)}; there are: {', '.join(known)}")
         if self.mirror and not self.augment:
-            raise UsageError("mirror is part of the augmentation, which augment = false turns off; leave one of the two out")
+            raise UsageError(
+                "mirror is part of the augmentation, which augment = false turns off; leave one of the two out"
+            )
         if self.mutate_every is not None and self.mutate_every >= self.epochs > 1:
-            raise UsageError(f"mutate_every is {self.mutate_every} of {self.epochs} epochs: it would never act; lower it or leave it out")
+            raise UsageError(
+                f"mutate_every is {self.mutate_every} of {self.epochs} epochs: it would never act; lower it or "
+                "leave it out"
+            )
         self._check_sieve()
         self._check_phases()
 
@@ -161,11 +191,17 @@ class Recipe:
             raise UsageError(f"sieve must be a SieveRule or None, not {checks.shown(self.sieve)}")
         first, every = self.sieve.first(self.epochs), self.sieve.every
         if first >= self.epochs:
-            raise UsageError(f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or leave the "
-                             f"sieve out")
+            raise UsageError(
+                f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or "
+                "leave the "
+                f"sieve out"
+            )
         if every is not None and first + every >= self.epochs:
-            raise UsageError(f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there would be no "
-                             f"second one; lower it or leave it out")
+            raise UsageError(
+                f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there "
+                "would be no "
+                f"second one; lower it or leave it out"
+            )
 
     def _check_phases(self) -> None:
         if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
@@ -173,20 +209,26 @@ class Recipe:
         if not self.phases:
             return
         if METHODS[self.method] is None:
-            raise UsageError(f"the method {self.method!r} never mutates and takes no phases; use method 'em' or leave phases out")
+            raise UsageError(
+                f"the method {self.method!r} never mutates and takes no phases; use method 'em' or leave phases out"
+            )
         ends = [phase.until_epoch for phase in self.phases]
         if ends != sorted(set(ends)) or ends[-1] != self.epochs:
             raise UsageError(f"the phases' until_epoch must rise and end at epochs ({self.epochs}), not {ends}")
         for before, after in pairwise(self.phases):
             if after.prune_to < before.grow_to:
-                raise SparsityError(f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
-                                    f"by then: {before.grow_to}; raise its prune_to")
+                raise SparsityError(
+                    f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
+                    f"by then: {before.grow_to}; raise its prune_to"
+                )
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Recipe:
-        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has unknown keys.
+        """The recipe in a TOML file whose keys are the fields above. Raises UsageError when it cannot be read or has
+        unknown keys.
 
-        A table [run] in it says on what the recipe is meant to be run, and is no part of the recipe: `run_options` reads it.
+        A table [run] in it says on what the recipe is meant to be run, and is no part of the recipe: `run_options`
+        reads it.
         """
         data = _read_toml(path)
         data.pop("run", None)
@@ -197,10 +239,12 @@ class Recipe:
         """What the table [run] of a recipe's file says: options of `mest-compile train` by name. Raises UsageError."""
         table = _read_toml(path).get("run", {})
         if not isinstance(table, Mapping):
-            raise UsageError(f"{path}: run must be a table, for example [run] with model = \"resnet32\"")
+            raise UsageError(f'{path}: run must be a table, for example [run] with model = "resnet32"')
         for key, value in table.items():
             if key not in RUN_OPTIONS:
-                raise UsageError(f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?")
+                raise UsageError(
+                    f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
+                )
             wanted = RUN_OPTIONS[key]
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
@@ -208,7 +252,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one, and wrong values."""
+        """The recipe that `to_dict` described. Raises UsageError for unknown keys, naming the nearest known one, and
+        wrong values."""
         if not isinstance(data, Mapping):
             raise UsageError(f"{where} is no table of settings: {checks.shown(data)}")
         _check_keys(cls, data, where)
@@ -243,11 +288,15 @@ class Recipe:
             return dataclasses.replace(self, lr=rate)
         interval = self._interval()
         if not 0 < sparsity < 1:
-            raise SparsityError(f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'")
+            raise SparsityError(
+                f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'"
+            )
         phases = self.phases or phases_of(sparsity, self.epochs, interval)
         if phases[0].prune_to < sparsity:
-            raise SparsityError(f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
-                                f"raise its prune_to")
+            raise SparsityError(
+                f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
+                f"raise its prune_to"
+            )
         return dataclasses.replace(self, mutate_every=interval, phases=phases, lr=rate)
 
     def idle(self) -> list[str]:
@@ -258,22 +307,25 @@ class Recipe:
         if self.epochs == 1:
             return [f"the method {self.method!r} mutates between epochs: in 1 epoch it never does"]
         if self.phases and self.phases[0].until_epoch <= self._interval():
-            return [f"the phase until epoch {self.phases[0].until_epoch} never acts: the first mutation comes after epoch "
-                    f"{min(self._interval(), self.phases[0].until_epoch)}"]
+            return [
+                f"the phase until epoch {self.phases[0].until_epoch} never acts: the first mutation comes after epoch "
+                f"{min(self._interval(), self.phases[0].until_epoch)}"
+            ]
         return []
 
     def _interval(self) -> int:
         return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
 
     def densest(self, sparsity: float) -> float:
-        """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be planned for."""
+        """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be
+        planned for."""
         return min([sparsity, *(phase.grow_to for phase in self.resolved(sparsity).phases)])
 
     def mutation_at(self, epoch: int) -> Phase | None:
         """The mutation that a resolved recipe makes before `epoch` (counted from 0), if any.
 
-        There is one every `mutate_every` epochs and where a phase begins, so that the last phase always makes the model exact.
-        Never before epoch 0: untrained weights say nothing about importance.
+        There is one every `mutate_every` epochs and where a phase begins, so that the last phase always makes the model
+        exact. Never before epoch 0: untrained weights say nothing about importance.
         """
         if not self.phases or epoch == 0:
             return None
@@ -281,7 +333,8 @@ class Recipe:
         return self._phase_of(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
 
     def meets_target(self, epoch: int) -> bool:
-        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no result."""
+        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no
+        result."""
         last = next((phase for earlier in range(epoch, 0, -1) if (phase := self.mutation_at(earlier))), None)
         return last is None or last.grow_to >= self.phases[-1].grow_to
 
@@ -290,7 +343,8 @@ class Recipe:
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
     def lr_at(self, epoch: int, iteration: int, iterations: int) -> float:
-        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). Raises UsageError when there is no lr yet."""
+        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). Raises UsageError when
+        there is no lr yet."""
         if self.lr is None:
             raise UsageError("the recipe has no lr and no step that has one; give it lr")
         if epoch < self.warmup_epochs:
@@ -310,7 +364,8 @@ def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe
 
 
 def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
-    """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last epoch."""
+    """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last
+    epoch."""
     ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
     starts = [0, *ends[:-1]]
     return tuple(_phase(end, *pair) for pair, start, end in zip(pairs, starts, ends, strict=True) if start < end)

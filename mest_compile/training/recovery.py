@@ -19,6 +19,7 @@ MOST_LOSSES = 4  # devices that may be lost without a whole epoch in between
 
 def restored(folder: RunFolder, step: Any, device: Any = None) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
     """(step, extra, arrays) of the last whole checkpoint."""
+
     def restore(path: Path) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
         if step is not None:
             return step, *step.restore(path)
@@ -40,6 +41,13 @@ def restored(folder: RunFolder, step: Any, device: Any = None) -> tuple[Any, dic
 
 def why_lost(problem: DeviceLost, losses: Sequence[bool]) -> str:
     """Why a run ends with the last of `losses`, each of them whether the device had the step by then."""
-    whose = ("and every one had been given the step: it is not the link, but the step's kernels, the devices' driver or their memory"
-             if all(losses) else "and not every one had been given the step by then: look at the link and at the devices")
-    return f"{problem}. {len(losses)} were lost without a whole epoch in between, {whose}. The last whole epoch's checkpoint is intact"
+    whose = (
+        "and every one had been given the step: it is not the link, but the step's kernels, the devices' driver "
+        "or their memory"
+        if all(losses)
+        else "and not every one had been given the step by then: look at the link and at the devices"
+    )
+    return (
+        f"{problem}. {len(losses)} were lost without a whole epoch in between, {whose}. The last whole "
+        "epoch's checkpoint is intact"
+    )

@@ -1,4 +1,5 @@
-"""What a run folder shows: five plots and one page that needs nothing else. Reads only; a run that still trains can be reported."""
+"""What a run folder shows: five plots and one page that needs nothing else. Reads only; a run that still trains can be
+reported."""
 
 from __future__ import annotations
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 Epochs = list[dict[str, Any]]
 LEGEND_LINES = 8  # layers named in a plot's legend; more would hide the lines
 
-STYLE = ("body{font-family:sans-serif;margin:2em auto;max-width:60em} td{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}"
-         "td:first-child{text-align:left} img{max-width:100%}")
+STYLE = (
+    "body{font-family:sans-serif;margin:2em auto;max-width:60em} td{padding:.2em "
+    ".8em;text-align:right;border-bottom:1px solid #ccc}"
+    "td:first-child{text-align:left} img{max-width:100%}"
+)
 
 
 def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
-    """The run in one JSON-able dict. epochs: its metrics. Raises StateError when it has no run with at least one whole epoch."""
+    """The run in one JSON-able dict. epochs: its metrics. Raises StateError when it has no run with at least one whole
+    epoch."""
     recipe, run = folder.read_facts()
     if not epochs:
         raise StateError(f"{folder.path} holds a run without a whole epoch; wait for its first one")
@@ -34,30 +39,50 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     tested = [metrics for metrics in epochs if metrics["test_accuracy"] is not None]
     drops = [metrics["sieve"] for metrics in epochs if metrics["sieve"]]
     return {
-        "folder": str(folder.path), "epochs": len(epochs), "of_epochs": recipe["epochs"], "method": recipe["method"],
-        "data": run["data"]["train"]["name"], "target": run["step"]["target"], "seed": run["seed"], "versions": run["versions"],
-        "loss": last["loss"], "train_accuracy": last["train_accuracy"], "test_accuracy": tested[-1]["test_accuracy"] if tested else None,
+        "folder": str(folder.path),
+        "epochs": len(epochs),
+        "of_epochs": recipe["epochs"],
+        "method": recipe["method"],
+        "data": run["data"]["train"]["name"],
+        "target": run["step"]["target"],
+        "seed": run["seed"],
+        "versions": run["versions"],
+        "loss": last["loss"],
+        "train_accuracy": last["train_accuracy"],
+        "test_accuracy": tested[-1]["test_accuracy"] if tested else None,
         "train_seconds": sum(metrics["train_seconds"] for metrics in epochs),
         "mutations": sum(metrics["mutation"] is not None for metrics in epochs),
         "mutation_seconds": sum(metrics["mutation"]["seconds"] for metrics in epochs if metrics["mutation"]),
         "iterations": sum(metrics["iterations"] for metrics in epochs),
         "iterations_saved": sum(metrics["iterations_saved"] for metrics in epochs),
-        "dropped": [drop["dropped"] for drop in drops], "forgetting_counts": drops[-1]["counts"] if drops else None,
-        "sparsity": last["sparsity"], "survival": last["survival"], "memory_bytes": last["memory_bytes"],
+        "dropped": [drop["dropped"] for drop in drops],
+        "forgetting_counts": drops[-1]["counts"] if drops else None,
+        "sparsity": last["sparsity"],
+        "survival": last["survival"],
+        "memory_bytes": last["memory_bytes"],
     }
 
 
 def read_epochs(folder: RunFolder) -> Epochs:
-    """The metrics of a run's whole epochs. Raises StateError where they are damaged, or not what the checkpoint knows under its digest."""
+    """The metrics of a run's whole epochs. Raises StateError where they are damaged, or not what the checkpoint knows
+    under its digest."""
     try:
         kept = checkpoint.read(folder.checkpoint)[1]["extra"]["history"]
-    except (StateError, KeyError, TypeError):  # a copy without it, or one that is damaged itself: it vouches for nothing
+    except (
+        StateError,
+        KeyError,
+        TypeError,
+    ):  # a copy without it, or one that is damaged itself: it vouches for nothing
         kept = []
     epochs = folder.read_metrics()
     for number, metrics in enumerate(epochs, 1):
-        if wrong := next((name for name, right in NEEDED.items() if name not in metrics or not right(metrics[name])), None):
-            raise StateError(f"{folder.metrics} is damaged: {wrong} of line {number} is {checks.shown(metrics.get(wrong))}; {REMEDY}")
-    if epochs[:len(kept)] != kept:
+        if wrong := next(
+            (name for name, right in NEEDED.items() if name not in metrics or not right(metrics[name])), None
+        ):
+            raise StateError(
+                f"{folder.metrics} is damaged: {wrong} of line {number} is {checks.shown(metrics.get(wrong))}; {REMEDY}"
+            )
+    if epochs[: len(kept)] != kept:
         raise StateError(f"{folder.metrics} is damaged: it is not what the checkpoint says; {REMEDY}")
     if any(epochs[0][name].keys() != metrics[name].keys() for name in ("sparsity", "survival") for metrics in epochs):
         raise StateError(f"{folder.metrics} is damaged: its lines are of other layers; {REMEDY}")
@@ -83,11 +108,15 @@ NEEDED: dict[str, Callable[[Any], bool]] = {
     "test_accuracy": lambda value: value is None or _number(value),
     "mutation": lambda value: value is None or _with(value, {"seconds": _number}),
     "sieve": lambda value: value is None or _with(value, {"dropped": _number, "counts": _numbers}),
-    "sparsity": _numbers, "survival": _numbers, "memory_bytes": lambda value: _numbers(value) and "total" in value}
+    "sparsity": _numbers,
+    "survival": _numbers,
+    "memory_bytes": lambda value: _numbers(value) and "total" in value,
+}
 
 
 def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """Writes report.html and its plots as PNG to `out`, by default RUN/report; returns `summary` with the files' names under "files".
+    """Writes report.html and its plots as PNG to `out`, by default RUN/report; returns `summary` with the files' names
+    under "files".
 
     Raises StateError when `path` holds no run, UsageError when `out` cannot be written.
     """
@@ -114,7 +143,9 @@ def _loss(axes: Axes, epochs: Epochs) -> None:
 def _accuracy(axes: Axes, epochs: Epochs) -> None:
     for key, label in (("train_accuracy", "training"), ("test_accuracy", "test")):
         known = [metrics for metrics in epochs if metrics[key] is not None]
-        axes.plot([metrics["epoch"] for metrics in known], [100 * metrics[key] for metrics in known], marker=".", label=label)
+        axes.plot(
+            [metrics["epoch"] for metrics in known], [100 * metrics[key] for metrics in known], marker=".", label=label
+        )
     axes.set(ylabel="accuracy, %")
     axes.legend()
 
@@ -122,8 +153,12 @@ def _accuracy(axes: Axes, epochs: Epochs) -> None:
 def _by_layer(key: str, label: str) -> Callable[[Axes, Epochs], None]:
     def draw(axes: Axes, epochs: Epochs) -> None:
         for number, name in enumerate(epochs[0][key]):
-            axes.plot([metrics["epoch"] for metrics in epochs], [metrics[key][name] for metrics in epochs], linewidth=1,
-                      label=name if number < LEGEND_LINES else None)
+            axes.plot(
+                [metrics["epoch"] for metrics in epochs],
+                [metrics[key][name] for metrics in epochs],
+                linewidth=1,
+                label=name if number < LEGEND_LINES else None,
+            )
         axes.set(ylabel=label)
         axes.legend(fontsize="small")
 
@@ -135,7 +170,13 @@ def _seconds(axes: Axes, epochs: Epochs) -> None:
     for metrics in epochs:
         if metrics["sieve"]:
             axes.axvline(metrics["epoch"], color="grey", linestyle="--", linewidth=1)
-            axes.annotate(f"{metrics['sieve']['dropped']} dropped", (metrics["epoch"], 0), rotation=90, fontsize="small", va="bottom")
+            axes.annotate(
+                f"{metrics['sieve']['dropped']} dropped",
+                (metrics["epoch"], 0),
+                rotation=90,
+                fontsize="small",
+                va="bottom",
+            )
     axes.set(ylabel="seconds of training in the epoch", ylim=(0, None))
 
 
@@ -170,24 +211,43 @@ def _png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
 def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
     accuracy = "not tested" if facts["test_accuracy"] is None else f"{facts['test_accuracy']:.2%}"
     sparsities = list(facts["sparsity"].values())
-    rows = [("epochs", f"{facts['epochs']} of {facts['of_epochs']}"), ("method", facts["method"]), ("data", facts["data"]),
-            ("target", facts["target"]), ("seed", facts["seed"]), ("training loss", f"{facts['loss']:.4f}"),
-            ("training accuracy", f"{facts['train_accuracy']:.2%}"), ("test accuracy", accuracy),
-            ("sparsity of sparse layers", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
-            ("seconds of training", f"{facts['train_seconds']:.1f}"),
-            ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
-            ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),
-            ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
-            ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))]
+    rows = [
+        ("epochs", f"{facts['epochs']} of {facts['of_epochs']}"),
+        ("method", facts["method"]),
+        ("data", facts["data"]),
+        ("target", facts["target"]),
+        ("seed", facts["seed"]),
+        ("training loss", f"{facts['loss']:.4f}"),
+        ("training accuracy", f"{facts['train_accuracy']:.2%}"),
+        ("test accuracy", accuracy),
+        ("sparsity of sparse layers", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
+        ("seconds of training", f"{facts['train_seconds']:.1f}"),
+        ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
+        ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),
+        ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+    ]
     parts = [f"<h1>{html.escape(str(Path(facts['folder']).resolve().name))}</h1>", _table(rows)]
     if counts := facts["forgetting_counts"]:
-        parts += ["<h2>Forgetting events when examples were last dropped</h2>", _table([("events", "examples"), *counts.items()])]
+        parts += [
+            "<h2>Forgetting events when examples were last dropped</h2>",
+            _table([("events", "examples"), *counts.items()]),
+        ]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
         parts.append(f'<h2>{html.escape(PLOTS[name][0])}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
     title = html.escape(f"Run {Path(facts['folder']).resolve().name}")
-    return "\n".join(["<!doctype html>", f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>', f"<style>{STYLE}</style>",
-                      "</head><body>", *parts, "</body></html>", ""])
+    return "\n".join(
+        [
+            "<!doctype html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+            f"<style>{STYLE}</style>",
+            "</head><body>",
+            *parts,
+            "</body></html>",
+            "",
+        ]
+    )
 
 
 def _table(rows: Sequence[tuple[object, object]]) -> str:

@@ -10,7 +10,8 @@ from mest_compile.training.recipe import Recipe
 
 
 class Progress(Protocol):
-    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is a share of the batch."""
+    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is a share of the
+    batch."""
 
     def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None: ...
 
@@ -32,7 +33,8 @@ class Run:
     """What training gave.
 
     history  one dict an epoch, the lines of metrics.jsonl
-    best     {"epoch", "test_accuracy"} of the best model that met its target sparsity, or None before the first evaluation
+    best     {"epoch", "test_accuracy"} of the best model that met its target sparsity, or None before the first
+             evaluation
     folder   where the run's files are, or None
     """
 

@@ -1,4 +1,5 @@
-"""The files of a run: what was asked for, where it ran, what came out. Every file is replaced whole, so a crash leaves the old one."""
+"""The files of a run: what was asked for, where it ran, what came out. Every file is replaced whole, so a crash leaves
+the old one."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class RunFolder:
 
     source.json (where data and device are from)  recipe.json  run.json (seed, data, step, machine, versions)
     metrics.jsonl (one line an epoch)
-    checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that one be damaged)
+    checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
+                                                         one be damaged)
     best.safetensors (best test accuracy among models at their target sparsity)
     lock (held by who trains)
     """
@@ -48,7 +50,9 @@ class RunFolder:
                     raise UsageError(f"{self.path} already holds a run ({file.name}); pass --resume or another --out")
             there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise UsageError(f"cannot write the run to {self.path}: {there} is no folder that can be written; pass another --out")
+            raise UsageError(
+                f"cannot write the run to {self.path}: {there} is no folder that can be written; pass another --out"
+            )
 
     def make(self) -> None:
         """Makes the folder where it is not. Raises UsageError."""
@@ -56,7 +60,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def begin(self, recipe: dict[str, Any], run: dict[str, Any], source: dict[str, Any] | None = None) -> None:
-        """Writes what is known before the first epoch. Raises UsageError when the folder holds a run or cannot be written.
+        """Writes what is known before the first epoch. Raises UsageError when the folder holds a run or cannot be
+        written.
 
         source  where the data and the device are from, for `mest-compile train --resume`
         """
@@ -72,11 +77,14 @@ class RunFolder:
                 self.source.unlink(missing_ok=True)
 
     def lock(self) -> host.Lock:
-        """The right to train in the folder, which ends with the process at the latest. Raises StateError when somebody else has it."""
+        """The right to train in the folder, which ends with the process at the latest. Raises StateError when somebody
+        else has it."""
         with _told(self.path):
             lock = host.exclusive(self.path / "lock")
         if lock is None:
-            raise StateError(f"{self.path}: another training is at work in this folder; let it end or stop it, or pass another --out")
+            raise StateError(
+                f"{self.path}: another training is at work in this folder; let it end or stop it, or pass another --out"
+            )
         return lock
 
     def stamp(self) -> tuple[int, int] | None:
@@ -93,7 +101,8 @@ class RunFolder:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
 
     def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes. Raises StateError."""
+        """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes.
+        Raises StateError."""
         with _told(self.metrics):
             write_atomically(self.metrics, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
 
@@ -119,20 +128,31 @@ class RunFolder:
         return _read(self.recipe)
 
     def read_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(recipe, run) as they were written. Raises StateError when the folder holds no run, or one that was changed since."""
+        """(recipe, run) as they were written. Raises StateError when the folder holds no run, or one that was changed
+        since."""
         recipe, run = _read(self.recipe), _read(self.run)
         if run.pop("digest", None) != _digest(recipe, run):
-            raise StateError(f"{self.run} and {self.recipe.name} are not what was written: one is damaged, edited or of an older version; "
-                             f"take them from a copy of the run")
+            raise StateError(
+                f"{self.run} and {self.recipe.name} are not what was written: one is damaged, edited or of an "
+                "older version; "
+                f"take them from a copy of the run"
+            )
         return recipe, run
 
     def read_source(self) -> dict[str, Any]:
         """{"data", "data_folder", ...}: what `begin` was given. Raises StateError where it is missing or damaged."""
         if self.recipe.is_file() and not self.source.exists():
-            raise StateError(f"{self.path} holds a run without {self.source.name}: go on with --artifact and --data where it was begun "
-                             f"from an artifact, with mest.Trainer.resume where in Python")
+            raise StateError(
+                f"{self.path} holds a run without {self.source.name}: go on with --artifact and --data where it "
+                "was begun "
+                f"from an artifact, with mest.Trainer.resume where in Python"
+            )
         source = _read(self.source)
-        texts = [source.get("data"), *(source.get(key, "") for key in ("tracker", "key")), source.get("data_folder", "") or ""]
+        texts = [
+            source.get("data"),
+            *(source.get(key, "") for key in ("tracker", "key")),
+            source.get("data_folder", "") or "",
+        ]
         if not all(isinstance(text, str) for text in texts) or not isinstance(source.get("specialize", False), bool):
             raise StateError(f"{self.source} is damaged: it holds the keys data and data_folder, each a text")
         return source
@@ -162,8 +182,10 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as problem:
         raise StateError(f"{path} is damaged: {problem}") from problem
     except (OSError, ValueError) as problem:
-        raise StateError(f"{path.parent} holds no run: {path.name} cannot be read ({getattr(problem, 'strerror', problem)}); "
-                         f"give the folder of an earlier train") from problem
+        raise StateError(
+            f"{path.parent} holds no run: {path.name} cannot be read ({getattr(problem, 'strerror', problem)}); "
+            f"give the folder of an earlier train"
+        ) from problem
 
 
 def _table(text: str, path: Path) -> dict[str, Any]:
@@ -191,8 +213,10 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise StateError(f"{path} cannot be written: {problem.strerror}; what the run had written is intact, make room or mend the "
-                         f"folder's rights and go on with --resume") from problem
+        raise StateError(
+            f"{path} cannot be written: {problem.strerror}; what the run had written is intact, make room or mend the "
+            f"folder's rights and go on with --resume"
+        ) from problem
 
 
 def _name(path: Path, name: Path) -> None:
@@ -209,4 +233,9 @@ def _name(path: Path, name: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Where this process runs."""
-    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }

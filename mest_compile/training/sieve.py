@@ -1,8 +1,8 @@
 """The data sieve: which training examples stay, by how often training has forgotten them.
 
-A forgetting event is a step from right to wrong between two presentations of one example (Toneva et al., ICLR 2019), counted in the results
-of ordinary training steps, under augmentation and while masks mutate. MEST (arXiv:2110.14032) drops the least forgotten examples once;
-SpFDE (NeurIPS 2022) again and again, what was dropped before coming back.
+A forgetting event is a step from right to wrong between two presentations of one example (Toneva et al., ICLR 2019),
+counted in the results of ordinary training steps, under augmentation and while masks mutate. MEST (arXiv:2110.14032)
+drops the least forgotten examples once; SpFDE (NeurIPS 2022) again and again, what was dropped before coming back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class SieveRule:
     drop             share of all examples, of which those least often forgotten go
     forgets_at_most  all examples with at most this many forgetting events go
     after_epoch      epochs before the first drop; None: the paper's 70 of 160, in proportion
-    every            epochs between further drops, before each of which all dropped examples come back; None: there is one drop
+    every            epochs between further drops, before each of which all dropped examples come back; None: there is
+                     one drop
     Examples that were never right are never dropped.
     """
 
@@ -39,13 +40,18 @@ class SieveRule:
 
     def __post_init__(self) -> None:
         if (self.drop is None) == (self.forgets_at_most is None):
-            raise UsageError("a sieve takes either drop (share of the examples) or forgets_at_most (forgetting events), one of the two")
+            raise UsageError(
+                "a sieve takes either drop (share of the examples) or forgets_at_most (forgetting events), one "
+                "of the two"
+            )
         if self.drop is not None:
             if not checks.is_number(self.drop) or not 0 < self.drop < 1:
                 raise UsageError(f"the sieve's drop must be a share between 0 and 1, not {checks.shown(self.drop)}")
             object.__setattr__(self, "drop", float(self.drop))
         if self.drop is not None and self.every is not None and self.drop > 0.5:
-            raise UsageError(f"a repeated sieve drops others than the last time and so at most half of the examples, not {self.drop}")
+            raise UsageError(
+                f"a repeated sieve drops others than the last time and so at most half of the examples, not {self.drop}"
+            )
         for name, low in ("forgets_at_most", 0), ("after_epoch", 1), ("every", 1):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checks.whole(f"the sieve's {name}", getattr(self, name), low))
@@ -57,7 +63,7 @@ class SieveRule:
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether examples are dropped before `epoch` (counted from 0) of `epochs`."""
         first = self.first(epochs)
-        return epoch == first or self.every is not None and epoch > first and (epoch - first) % self.every == 0
+        return epoch == first or (self.every is not None and epoch > first and (epoch - first) % self.every == 0)
 
 
 @dataclass(slots=True)
@@ -91,9 +97,10 @@ class Sieve:
     def drop(self, rule: SieveRule, rng: np.random.Generator, at_least: int = 0) -> dict[str, Any]:
         """Drops by the rule and says what came of it, ready for JSON. Examples dropped before come back.
 
-        at_least  examples that stay whatever the rule says, those forgotten most often: a batch. "spared": how many owe it that they do
-        Of equally often forgotten examples the generator chooses, so that data sets sorted by class do not lose one class.
-        A share is met exactly, unless fewer trained examples were ever right.
+        at_least  examples that stay whatever the rule says, those forgotten most often: a batch. "spared": how many owe
+                  it that they do
+        Of equally often forgotten examples the generator chooses, so that data sets sorted by class do not lose one
+        class. A share is met exactly, unless fewer trained examples were ever right.
         """
         before = self.kept
         candidates = np.flatnonzero(before & self.learned)
@@ -102,13 +109,18 @@ class Sieve:
         if rule.drop is None:
             chosen = ranked[self.forgets[ranked] <= rule.forgets_at_most]
         else:
-            chosen = ranked[:round(rule.drop * self.examples)]
+            chosen = ranked[: round(rule.drop * self.examples)]
         spared = max(0, len(chosen) - max(0, self.examples - at_least))
-        chosen = chosen[:len(chosen) - spared]
+        chosen = chosen[: len(chosen) - spared]
         self.kept = np.ones(self.examples, bool)
         self.kept[chosen] = False
-        return {"dropped": len(chosen), "returned": int((~before).sum()), "kept": int(self.kept.sum()), "spared": spared,
-                "counts": self.histogram()}
+        return {
+            "dropped": len(chosen),
+            "returned": int((~before).sum()),
+            "kept": int(self.kept.sum()),
+            "spared": spared,
+            "counts": self.histogram(),
+        }
 
     def histogram(self) -> dict[str, int]:
         """{forgetting events: examples}; examples that were never right count as "never learned"."""
@@ -125,5 +137,7 @@ class Sieve:
         for name in ("forgets", "right", "learned", "kept"):
             array = arrays.get(f"sieve.{name}")
             if array is None or array.shape != (self.examples,):
-                raise StateError(f"the checkpoint's sieve is not one of {self.examples} examples; resume with the run's own data")
+                raise StateError(
+                    f"the checkpoint's sieve is not one of {self.examples} examples; resume with the run's own data"
+                )
             setattr(self, name, array.astype(getattr(self, name).dtype))

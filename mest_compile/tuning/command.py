@@ -58,9 +58,15 @@ class Request:
     activations: str = "float32"
 
 
-def tune(request: Request, options: RunnerOptions, trials: int, time_limit: float | None = None,
-         progress: Progress | None = None) -> SessionResult:
-    """What can be refused is refused before anything is built; what there was no time for is in the result. Raises MestError.
+def tune(
+    request: Request,
+    options: RunnerOptions,
+    trials: int,
+    time_limit: float | None = None,
+    progress: Progress | None = None,
+) -> SessionResult:
+    """What can be refused is refused before anything is built; what there was no time for is in the result. Raises
+    MestError.
 
     time_limit  seconds from now
     """
@@ -68,8 +74,11 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
     target = find_target(request.target).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
     if kind.whole_steps and (why := obstacle(target)):
-        raise UsageError(f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device that it is, or "
-                         "without one, for an ARM core, --measure model")
+        raise UsageError(
+            f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device "
+            "that it is, or "
+            "without one, for an ARM core, --measure model"
+        )
     vectors = _vectors(request, target)
     runner = kind(target, options)
     try:
@@ -79,13 +88,22 @@ def tune(request: Request, options: RunnerOptions, trials: int, time_limit: floa
         runner.close()
 
 
-def _tune(request: Request, target: Target, runner: Runner, vectors: Sequence[int], trials: int, deadline: Deadline,
-          progress: Progress | None) -> SessionResult:
+def _tune(
+    request: Request,
+    target: Target,
+    runner: Runner,
+    vectors: Sequence[int],
+    trials: int,
+    deadline: Deadline,
+    progress: Progress | None,
+) -> SessionResult:
     scheme, log = parse_scheme(request.scheme), LogFile(request.log or user_log(target))
     left_out: list[str] = []
     paths = [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)]
     records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
-    graph, _ = import_model(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape)
+    graph, _ = import_model(
+        build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape
+    )
 
     def planned(target: Target) -> Mapping[str, Layer]:
         return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target, request.activations)
@@ -102,31 +120,48 @@ def _tune(request: Request, target: Target, runner: Runner, vectors: Sequence[in
     if by_steps:
         program, _ = lower(fuse(graph), layers, target, activations=request.activations)
         with deadline.noting("comparing sizes of sections", left_out):
-            time_sections(program, layers, request.activations, target, compiled, batch, log, records, progress, deadline)
+            time_sections(
+                program, layers, request.activations, target, compiled, batch, log, records, progress, deadline
+            )
     sections = section_knobs(layers, records, request.activations)
     layers = choose_sections(layers, target, records, request.activations)
     train, _ = lower(fuse(graph), layers, target, activations=request.activations)
     runner.target = target
     timer = partial(time_in_steps, request, builder, target, sections) if runner.whole_steps else None
-    result = Session(train, layers, target, runner, log, records, builder, progress, timer).run(trials, deadline, request.seed)
+    result = Session(train, layers, target, runner, log, records, builder, progress, timer).run(
+        trials, deadline, request.seed
+    )
     return replace(result, finished=result.finished and not left_out, left_out=(*left_out, *result.left_out))
 
 
-def time_in_steps(request: Request, builder: TimedBuilder, target: Target, sections: Mapping[tuple[str, str, int], Mapping[str, Any]],
-                  choices: Sequence[Mapping[Task, Mapping[str, Any]]]) -> list[dict[Task, list[float]]]:
-    """For every choice of knobs, {task: seconds of one of its calls in each round}. What a kernel finds in the caches is there what the
-    kernels before it left, and how it leaves them counts in nobody's favour.
+def time_in_steps(
+    request: Request,
+    builder: TimedBuilder,
+    target: Target,
+    sections: Mapping[tuple[str, str, int], Mapping[str, Any]],
+    choices: Sequence[Mapping[Task, Mapping[str, Any]]],
+) -> list[dict[Task, list[float]]]:
+    """For every choice of knobs, {task: seconds of one of its calls in each round}. What a kernel finds in the caches
+    is there what the kernels before it left, and how it leaves them counts in nobody's favour.
 
     sections  `section_knobs` of the step
     Raises OutOfTime.
     """
-    knobs = [{key_of(task.kernel, task.problem, task.live): knobs for task, knobs in choice.items()} for choice in choices]
+    knobs = [
+        {key_of(task.kernel, task.problem, task.live): knobs for task, knobs in choice.items()} for choice in choices
+    ]
     steps = [_compiled(request, builder, target, FixedRecords(target, {**sections, **found})) for found in knobs]
     images, labels = _batch(request)
     found: list[dict[Task, list[float]]] = [{task: [] for task in choice} for choice in choices]
-    calls = {task: [call.name for call in steps[0].program.calls
-                    if (call.kernel, call.problem, live_of(call, steps[0].layers)) == (task.kernel, task.problem, task.live)]
-             for choice in choices for task in choice}
+    calls = {
+        task: [
+            call.name
+            for call in steps[0].program.calls
+            if (call.kernel, call.problem, live_of(call, steps[0].layers)) == (task.kernel, task.problem, task.live)
+        ]
+        for choice in choices
+        for task in choice
+    }
     for _ in range(FINAL_ROUNDS):
         for step, seconds in zip(steps, found):
             builder.deadline.check()
@@ -137,9 +172,18 @@ def time_in_steps(request: Request, builder: TimedBuilder, target: Target, secti
 
 
 def _compiled(request: Request, builder: TimedBuilder, target: Target, records: Records) -> Any:
-    return compile_step(build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape,
-                        scheme=request.scheme, sparsity=request.sparsity, distribution=request.distribution, target=target, threads=1,
-                        activations=request.activations, builder=builder, records=records)
+    return compile_step(
+        build_model(request.model, request.input_shape, 10, request.width, request.seed),
+        request.input_shape,
+        scheme=request.scheme,
+        sparsity=request.sparsity,
+        distribution=request.distribution,
+        target=target,
+        threads=1,
+        activations=request.activations,
+        builder=builder,
+        records=records,
+    )
 
 
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:

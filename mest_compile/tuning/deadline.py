@@ -39,7 +39,8 @@ class Deadline:
 
     @contextmanager
     def noting(self, what: str, left_out: list[str]) -> Iterator[None]:
-        """Adds `what` to `left_out` when there is no time for what is done within, or not enough; goes on in any case."""
+        """Adds `what` to `left_out` when there is no time for what is done within, or not enough; goes on in any
+        case."""
         try:
             yield
         except OutOfTime:

@@ -1,4 +1,5 @@
-"""How a step's values lie in memory and how its indices are cut: what decides the kernels' problems, and is settled before they are tuned.
+"""How a step's values lie in memory and how its indices are cut: what decides the kernels' problems, and is settled
+before they are tuned.
 
 Both are timed in whole untuned steps: vector widths by the step, sections by the calls of each layer.
 """
@@ -20,19 +21,35 @@ from mest_compile.sparsity.layer import Layer, live_cells
 from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.session import Progress
 
-ROUNDS = 7          # in which whole steps of every layout take turns
-CACHES = (1, 2, 8)  # first-level caches full of a section: what stays there, a little more, and all that the second-level cache allows
+ROUNDS = 7  # in which whole steps of every layout take turns
+CACHES = (
+    1,
+    2,
+    8,
+)  # first-level caches full of a section: what stays there, a little more, and all that the second-level cache allows
 
 Compile = Callable[[Target, Records], Any]  # a step of the model for that target, with those records
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Target, compiled: Compile, batch: Batch, log: LogFile,
-                 records: Records, progress: Progress | None = None, deadline: Deadline | None = None) -> None:
-    """Records how long steps take with each vector width, unless each was timed before. Raises OutOfTime, and then records nothing."""
+def time_vectors(
+    vectors: Sequence[int],
+    layers: Mapping[str, Layer],
+    target: Target,
+    compiled: Compile,
+    batch: Batch,
+    log: LogFile,
+    records: Records,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> None:
+    """Records how long steps take with each vector width, unless each was timed before. Raises OutOfTime, and then
+    records nothing."""
     deadline = deadline or Deadline()
     facts = step_facts(layers)
-    knobs = {vector: {"vector": vector} for vector in vectors}  # said in so many words: what is a target's own width may change
+    knobs = {
+        vector: {"vector": vector} for vector in vectors
+    }  # said in so many words: what is a target's own width may change
     if _tried(records, STEP, facts, 0, knobs.values()):
         return
     deadline.check()
@@ -52,9 +69,20 @@ def time_vectors(vectors: Sequence[int], layers: Mapping[str, Layer], target: Ta
         _note(log, records, STEP, facts, 0, target, knobs[vector], found)
 
 
-def time_sections(program: Program, layers: Mapping[str, Layer], activations: str, target: Target, compiled: Compile, batch: Batch,
-                  log: LogFile, records: Records, progress: Progress | None = None, deadline: Deadline | None = None) -> None:
-    """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a difference to.
+def time_sections(
+    program: Program,
+    layers: Mapping[str, Layer],
+    activations: str,
+    target: Target,
+    compiled: Compile,
+    batch: Batch,
+    log: LogFile,
+    records: Records,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> None:
+    """Records how long layers take with sections of each size, unless each was timed before: those that sizes make a
+    difference to.
 
     program  the training step, however its indices are cut
     Raises OutOfTime, and then records nothing.
@@ -62,8 +90,10 @@ def time_sections(program: Program, layers: Mapping[str, Layer], activations: st
     deadline = deadline or Deadline()
     alike: dict[tuple[str, str, int], list[str]] = {}  # key of a kind of section and a layer -> layers
     for name, layer in layers.items():
-        cut = {(size.section_channels, size.transposed_section_channels)
-               for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)}
+        cut = {
+            (size.section_channels, size.transposed_section_channels)
+            for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)
+        }
         for kind, sizes in zip(SECTIONS, zip(*cut, strict=True), strict=True):
             if len(set(sizes)) > 1 and _calls(program, name, kind):
                 alike.setdefault(key_of(kind, section_facts(layer, activations), live_cells(layer)), []).append(name)
@@ -94,14 +124,34 @@ def _calls(program: Program, name: str, kind: str) -> list[str]:
     return [call.name for call in program.calls if call.layer == name and call.buffers[0].role == pointers]
 
 
-def _tried(records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]) -> bool:
+def _tried(
+    records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]
+) -> bool:
     ranked = [known for _, known, _ in records.trials(kernel, facts, live).ranking()]
     return all(one in ranked for one in knobs)
 
 
-def _note(log: LogFile, records: Records, kernel: str, facts: Mapping[str, Any], live: int, target: Target, knobs: Mapping[str, Any],
-          seconds: Sequence[float]) -> None:
-    record = Record(kernel, facts, live, target_facts(target), records.cpu, knobs, Outcome.OK, Measure.MEASURED, tuple(seconds),
-                    text_digest(kernel))
+def _note(
+    log: LogFile,
+    records: Records,
+    kernel: str,
+    facts: Mapping[str, Any],
+    live: int,
+    target: Target,
+    knobs: Mapping[str, Any],
+    seconds: Sequence[float],
+) -> None:
+    record = Record(
+        kernel,
+        facts,
+        live,
+        target_facts(target),
+        records.cpu,
+        knobs,
+        Outcome.OK,
+        Measure.MEASURED,
+        tuple(seconds),
+        text_digest(kernel),
+    )
     log.append(record)
     records.add(record)

@@ -9,8 +9,9 @@ To add one (a modelled clock, OpenCL, another way to reach a device), put a file
         def build(self, source, folder): ...               # the default compiles a shared library for the target
         def run(self, task, artifact): ...                 # -> Timing; must not raise for what a candidate did
 
-A candidate's failures are results: `attempt` turns what `build` raises into one. `task.arguments()` are valid arrays, `task.check(arrays)`
-says what is wrong with the arrays after a run, None when they are right; a runner whose device computes answers must call it.
+A candidate's failures are results: `attempt` turns what `build` raises into one. `task.arguments()` are valid arrays,
+`task.check(arrays)` says what is wrong with the arrays after a run, None when they are right; a runner whose device
+computes answers must call it.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class RunnerOptions:
     tracker, key     "host:port" of an RPC tracker, and the key that devices are listed under
     timeout_seconds  of one candidate's build, and of its run
     repeats          timed runs of a candidate
-    devices          candidates that may be timed at once; a runner takes fewer when it has fewer devices. None: every device that a
-                     tracker has, else one
+    devices          candidates that may be timed at once; a runner takes fewer when it has fewer devices. None: every
+                     device that a tracker has, else one
     """
 
     tracker: str | None = None
@@ -75,8 +76,9 @@ class Timing:
 
 
 class Runner(ABC):
-    """measure: where its seconds come from; devices: how many candidates it times at once; whole_steps: whether training steps run there in
-    this process, so that vector widths can be compared; deadline: of the session that it works for.
+    """measure: where its seconds come from; devices: how many candidates it times at once; whole_steps: whether
+    training steps run there in this process, so that vector widths can be compared; deadline: of the session that it
+    works for.
     """
 
     measure: Measure
@@ -93,17 +95,20 @@ class Runner(ABC):
 
     @property
     def patience_seconds(self) -> float:
-        """How long a candidate may take. Raises OutOfTime. One that is ended by the session's deadline is no result: check that first."""
+        """How long a candidate may take. Raises OutOfTime. One that is ended by the session's deadline is no result:
+        check that first."""
         self.deadline.check()
         return min(self.options.timeout_seconds, self.deadline.left)
 
     @abstractmethod
     def build(self, source: KernelSource, folder: Path) -> Path:
-        """Compiles a kernel to a file in `folder`. Raises BuildError; TimeoutError, ChildProcessError when the compiler hung or died."""
+        """Compiles a kernel to a file in `folder`. Raises BuildError; TimeoutError, ChildProcessError when the compiler
+        hung or died."""
 
     @abstractmethod
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        """Runs and checks a built kernel. Raises OutOfTime, or DeviceError when the device, not the candidate, is at fault."""
+        """Runs and checks a built kernel. Raises OutOfTime, or DeviceError when the device, not the candidate, is at
+        fault."""
 
     def close(self) -> None:  # noqa: B027  # a runner that starts nothing ends nothing
         """Ends what the runner started."""

@@ -15,16 +15,26 @@ from mest_compile.tuning.deadline import Deadline, OutOfTime
 from mest_compile.tuning.runner import Runner, Timing
 from mest_compile.tuning.space import Space, feature_extractor, meta_schedule, mutator, places_in
 
-ROUND = 8             # candidates between two trainings of the cost model
-WARM_UP = 16          # trials, of all tasks together, before it is asked
+ROUND = 8  # candidates between two trainings of the cost model
+WARM_UP = 16  # trials, of all tasks together, before it is asked
 FAILED_SECONDS = 1e10  # what MetaSchedule takes a failure for
 
 Report = Callable[[Space, dict[str, Any], Timing], None]
 
 
-def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done: Sequence[int], known: Sequence[Sequence[Record]],
-           runner: Runner, report: Report, deadline: Deadline, seed: int = 0) -> Any:
-    """Tries candidates until every task has had `trials` or time is up; returns MetaSchedule's database with all of them.
+def search(
+    spaces: Sequence[Space],
+    weights: Sequence[float],
+    trials: int,
+    done: Sequence[int],
+    known: Sequence[Sequence[Record]],
+    runner: Runner,
+    report: Report,
+    deadline: Deadline,
+    seed: int = 0,
+) -> Any:
+    """Tries candidates until every task has had `trials` or time is up; returns MetaSchedule's database with all of
+    them.
 
     weights  seconds of a step that each task takes
     done     trials that each had in sessions before; known: their records, with which database and cost model start
@@ -40,8 +50,11 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
     target = tvm.target.Target({"kind": "llvm", "num-cores": 1})  # of the stand-ins
     tokens = itertools.count()
     raised: list[BaseException] = []
-    tried = {(space.number, repr(sorted(record.knobs.items()))): Timing(record.outcome, record.seconds)
-             for space, records in zip(spaces, known, strict=True) for record in records}
+    tried = {
+        (space.number, repr(sorted(record.knobs.items()))): Timing(record.outcome, record.seconds)
+        for space, records in zip(spaces, known, strict=True)
+        for record in records
+    }
     candidates: dict[str, tuple[Space, dict[str, int]]] = {}
 
     @derived_object
@@ -78,8 +91,14 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
                 except BaseException as problem:
                     raised.append(problem)
                     raise
-            return [Done(ms.runner.RunnerResult(list(timing.seconds), None) if timing.outcome is Outcome.OK else
-                         ms.runner.RunnerResult(None, timing.message or timing.outcome.value)) for timing in timings]
+            return [
+                Done(
+                    ms.runner.RunnerResult(list(timing.seconds), None)
+                    if timing.outcome is Outcome.OK
+                    else ms.runner.RunnerResult(None, timing.message or timing.outcome.value)
+                )
+                for timing in timings
+            ]
 
         def _attempt(self, token: str, folder: Path) -> Timing:
             deadline.check()
@@ -93,24 +112,44 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
 
     def context(space: Space) -> Any:
         many = max(min(64, space.size // 2), 2)
-        generator = ms.space_generator.ScheduleFn(space.sample, sch_rules=[], postprocs=[], mutator_probs={mutator(seed): 1.0})
-        strategy = ms.search_strategy.EvolutionarySearch(population_size=many, init_measured_ratio=0.3, init_min_unmeasured=1,
-                                                         genetic_num_iters=3, eps_greedy=0.1)
-        return ms.TuneContext(mod=space.module, target=target, space_generator=generator, search_strategy=strategy, num_threads=1,
-                              task_name=space.task.name, rand_state=seed + 1)
+        generator = ms.space_generator.ScheduleFn(
+            space.sample, sch_rules=[], postprocs=[], mutator_probs={mutator(seed): 1.0}
+        )
+        strategy = ms.search_strategy.EvolutionarySearch(
+            population_size=many, init_measured_ratio=0.3, init_min_unmeasured=1, genetic_num_iters=3, eps_greedy=0.1
+        )
+        return ms.TuneContext(
+            mod=space.module,
+            target=target,
+            space_generator=generator,
+            search_strategy=strategy,
+            num_threads=1,
+            task_name=space.task.name,
+            rand_state=seed + 1,
+        )
 
     contexts = [context(space) for space in spaces]
     database = ms.database.MemoryDatabase()
-    model = ms.cost_model.XGBModel(extractor=feature_extractor(spaces), num_tuning_cores=1, num_warmup_samples=WARM_UP,
-                                   adaptive_training=True)
+    model = ms.cost_model.XGBModel(
+        extractor=feature_extractor(spaces), num_tuning_cores=1, num_warmup_samples=WARM_UP, adaptive_training=True
+    )
     for space, one, records in zip(spaces, contexts, known, strict=True):
         _start_from(database, model, one, space, records)
     left = sum(max(trials - spent, 0) for spent in done)
     try:
-        ms.tune.tune_tasks(tasks=contexts, task_weights=list(weights), work_dir="", max_trials_global=left,
-                           max_trials_per_task=max(trials - spent for spent in done), num_trials_per_iter=ROUND,
-                           builder=KnobBuilder(), runner=KnobRunner(), database=database, cost_model=model,
-                           measure_callbacks=[ms.measure_callback.AddToDatabase(), ms.measure_callback.UpdateCostModel()])
+        ms.tune.tune_tasks(
+            tasks=contexts,
+            task_weights=list(weights),
+            work_dir="",
+            max_trials_global=left,
+            max_trials_per_task=max(trials - spent for spent in done),
+            num_trials_per_iter=ROUND,
+            builder=KnobBuilder(),
+            runner=KnobRunner(),
+            database=database,
+            cost_model=model,
+            measure_callbacks=[ms.measure_callback.AddToDatabase(), ms.measure_callback.UpdateCostModel()],
+        )
     except Exception:  # TVM gives another type to what a callback raises
         if not raised:
             raise
@@ -120,7 +159,8 @@ def search(spaces: Sequence[Space], weights: Sequence[float], trials: int, done:
 
 
 def to_database(space: Space, records: Sequence[Record], database: Any) -> list[tuple[Any, Any]]:
-    """Commits records of a task to a MetaSchedule database; returns (candidate, result) of those whose knobs the space still has."""
+    """Commits records of a task to a MetaSchedule database; returns (candidate, result) of those whose knobs the space
+    still has."""
     import tvm
     from tvm.s_tir import Schedule
 
@@ -135,8 +175,11 @@ def to_database(space: Space, records: Sequence[Record], database: Any) -> list[
         space.sample(schedule, places)
         right = record.outcome is Outcome.OK
         seconds = [median(record.seconds)] if right else [FAILED_SECONDS]
-        database.commit_tuning_record(ms.database.TuningRecord(schedule.trace, workload, seconds, target,
-                                                               ms.arg_info.ArgInfo.from_entry_func(space.module)))
+        database.commit_tuning_record(
+            ms.database.TuningRecord(
+                schedule.trace, workload, seconds, target, ms.arg_info.ArgInfo.from_entry_func(space.module)
+            )
+        )
         result = ms.runner.RunnerResult(seconds if right else None, None if right else record.outcome.value)
         found.append((ms.search_strategy.MeasureCandidate(schedule, []), result))
     return found
@@ -147,5 +190,3 @@ def _start_from(database: Any, model: Any, context: Any, space: Space, records: 
     if known:
         candidates, results = zip(*known)
         model.update(context, list(candidates), list(results))
-
-

@@ -1,7 +1,7 @@
 """A tuning session: tasks of a step, their default kernels, MetaSchedule's search, and a second look at the winners.
 
-Everything it learns goes to the log at once, one record a trial, and it begins by reading that log: stopped anywhere, even by kill -9, it
-goes on behind the last record.
+Everything it learns goes to the log at once, one record a trial, and it begins by reading that log: stopped anywhere,
+even by kill -9, it goes on behind the last record.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mest_compile.tuning.search import search
 from mest_compile.tuning.space import Space
 from mest_compile.tuning.task import Task, prepare, tasks_of
 
-FINALISTS = 3            # kernels of a task that are timed again beside the default one, in turns
-ROUNDS = 5               # of these turns
-STEP_FINALISTS = 6       # kernels of a task that are timed within whole steps
-DRAWS = 3                # among as many draws of the other tasks' kernels
+FINALISTS = 3  # kernels of a task that are timed again beside the default one, in turns
+ROUNDS = 5  # of these turns
+STEP_FINALISTS = 6  # kernels of a task that are timed within whole steps
+DRAWS = 3  # among as many draws of the other tasks' kernels
 CONFIRMED = "confirmed"  # the message of records of a second look
-SMALL_SHARE = 0.004      # of the step: kernels below are left on their defaults
+SMALL_SHARE = 0.004  # of the step: kernels below are left on their defaults
 
 
 InStep = Callable[[Sequence[Mapping[Task, Mapping[str, Any]]]], list[dict[Task, list[float]]]]
@@ -44,12 +44,15 @@ class Progress(Protocol):
 
     def on_stage(self, stage: str, done: int, total: int) -> None: ...
 
-    def on_trial(self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int) -> None: ...
+    def on_trial(
+        self, task: Task, record: Record, best: float | None, default: float | None, done: int, total: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """calls: of the step; seconds of one call; knobs: of the fastest right kernel; outcomes: how many trials ended how."""
+    """calls: of the step; seconds of one call; knobs: of the fastest right kernel; outcomes: how many trials ended
+    how."""
 
     name: str
     kernel: str
@@ -64,8 +67,8 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """finished: whether every task had its trials; measured: trials of this session; cpu: of its records; log: where they are;
-    left_out: what there was no time for.
+    """finished: whether every task had its trials; measured: trials of this session; cpu: of its records; log: where
+    they are; left_out: what there was no time for.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -89,8 +92,18 @@ class Session:
     in_step  times choices of knobs within whole steps; None: winners are timed again by themselves
     """
 
-    def __init__(self, program: Program, layers: Mapping[str, Layer], target: Target, runner: Runner, log: LogFile, records: Records,
-                 builder: Builder | None = None, progress: Progress | None = None, in_step: InStep | None = None):
+    def __init__(
+        self,
+        program: Program,
+        layers: Mapping[str, Layer],
+        target: Target,
+        runner: Runner,
+        log: LogFile,
+        records: Records,
+        builder: Builder | None = None,
+        progress: Progress | None = None,
+        in_step: InStep | None = None,
+    ):
         self.program, self.layers, self.target, self.runner = program, layers, target, runner
         self.log, self.records, self.progress, self.in_step = log, records, progress, in_step
         self.builder = builder or Builder()
@@ -107,8 +120,17 @@ class Session:
             tasks = tasks_of(self.program, self.layers, self.target, Path(folder))
             left_out = self._tune(tasks, trials, seed)
         results = tuple(self._result(task) for task in tasks)
-        return SessionResult(results, not left_out, self._measured, time.monotonic() - started, self.target.vector,
-                             self.runner.measure.value, self.runner.cpu, str(self.log.path), tuple(left_out))
+        return SessionResult(
+            results,
+            not left_out,
+            self._measured,
+            time.monotonic() - started,
+            self.target.vector,
+            self.runner.measure.value,
+            self.runner.cpu,
+            str(self.log.path),
+            tuple(left_out),
+        )
 
     def _tune(self, tasks: list[Task], trials: int, seed: int) -> list[str]:
         """What there was no time for: defaults, trials, the winners' second look."""
@@ -144,8 +166,17 @@ class Session:
         searched = [task for task in unsearched if _size(task) > trials]
         if searched:
             spaces = [Space(task, number) for number, task in enumerate(searched)]
-            search(spaces, [self._weight(task) for task in searched], trials, [self._spent(task) for task in searched],
-                   [self._known(task).records for task in searched], self.runner, self._report, self._deadline, seed)
+            search(
+                spaces,
+                [self._weight(task) for task in searched],
+                trials,
+                [self._spent(task) for task in searched],
+                [self._known(task).records for task in searched],
+                self.runner,
+                self._report,
+                self._deadline,
+                seed,
+            )
         for task in unsearched:
             self._fill(task, trials, seed)
 
@@ -153,8 +184,12 @@ class Session:
         if self.runner.measure is Measure.MODELLED:  # the same whenever it is asked for
             return
         wanted = CONFIRMED if self.in_step is None else IN_STEP
-        unconfirmed = [task for task in tasks if self._known(task).records[-1].message != wanted
-                       and any(knobs for _, knobs, _ in self._known(task).ranking())]
+        unconfirmed = [
+            task
+            for task in tasks
+            if self._known(task).records[-1].message != wanted
+            and any(knobs for _, knobs, _ in self._known(task).ranking())
+        ]
         if self.in_step is not None:
             if unconfirmed:
                 self._stage("timing the winners in whole steps", 0, 1)
@@ -166,7 +201,8 @@ class Session:
             self._confirm(task)
 
     def _fill(self, task: Task, trials: int, seed: int) -> None:
-        """Tries candidates that nobody tried, evenly drawn, until the task had its trials: a search may end early, a space be smaller."""
+        """Tries candidates that nobody tried, evenly drawn, until the task had its trials: a search may end early, a
+        space be smaller."""
         space = task.space()
         untried = list(product(*space.values()))
         random.Random(f"{seed} {task.name}").shuffle(untried)
@@ -186,7 +222,7 @@ class Session:
     def _confirm(self, task: Task) -> None:
         """Times the finalists and the default kernel in turns: what looked fastest once may have been lucky."""
         best = [knobs for _, knobs, _ in self._known(task).ranking()[:FINALISTS]]
-        if not best or not best[0] and len(best) == 1:
+        if not best or (not best[0] and len(best) == 1):
             return
         knobs: list[dict[str, Any]] = [{}, *(one for one in best if one)]
         with tempfile.TemporaryDirectory() as folder:
@@ -204,17 +240,29 @@ class Session:
             self._note(task, one, Timing(Outcome.OK, tuple(found), CONFIRMED))
 
     def _confirm_in_step(self, tasks: list[Task]) -> None:
-        """Times the finalists of all tasks within whole steps, in turns; each step has one of every task's, drawn by lot.
+        """Times the finalists of all tasks within whole steps, in turns; each step has one of every task's, drawn by
+        lot.
 
-        What a kernel finds in the caches depends on its neighbours' knobs, so each of its own is timed among several draws of those.
+        What a kernel finds in the caches depends on its neighbours' knobs, so each of its own is timed among several
+        draws of those.
         """
         assert self.in_step is not None
-        finalists = {task: [{}, *[knobs for _, knobs, _ in self._known(task).ranking(by_themselves=True) if knobs][:STEP_FINALISTS]]
-                     for task in tasks}
+        finalists = {
+            task: [
+                {},
+                *[knobs for _, knobs, _ in self._known(task).ranking(by_themselves=True) if knobs][:STEP_FINALISTS],
+            ]
+            for task in tasks
+        }
         for draw in range(DRAWS):
             rng = random.Random(draw)
-            drawn: dict[Task, list[dict[str, Any]]] = {task: rng.sample(knobs, len(knobs)) for task, knobs in finalists.items()}
-            chosen = [{task: knobs[place] for task, knobs in drawn.items() if place < len(knobs)} for place in range(STEP_FINALISTS + 1)]
+            drawn: dict[Task, list[dict[str, Any]]] = {
+                task: rng.sample(knobs, len(knobs)) for task, knobs in finalists.items()
+            }
+            chosen = [
+                {task: knobs[place] for task, knobs in drawn.items() if place < len(knobs)}
+                for place in range(STEP_FINALISTS + 1)
+            ]
             for choice, found in zip(chosen, self.in_step([choice for choice in chosen if choice])):
                 for task, knobs in choice.items():
                     self._note(task, knobs, Timing(Outcome.OK, tuple(found[task]), IN_STEP))
@@ -233,15 +281,28 @@ class Session:
         if self.progress:
             ranking = self._known(task).ranking()
             default = next((seconds for seconds, found, _ in ranking if not found), None)
-            self.progress.on_trial(task, record, ranking[0][0] if ranking else None, default, self._spent(task), self._trials)
+            self.progress.on_trial(
+                task, record, ranking[0][0] if ranking else None, default, self._spent(task), self._trials
+            )
 
     def _note(self, task: Task, knobs: Mapping[str, Any], timing: Timing) -> Record:
         """The log first: what is not on the disk did not happen."""
         measure = Measure.UNMEASURED if timing.outcome is Outcome.BUILD_FAILED else self.runner.measure
         limited = timing.outcome in (Outcome.OK, Outcome.TIMED_OUT) and timing.message != IN_STEP
-        record = Record(task.kernel, plain(task.problem), task.live, target_facts(self.target), self.runner.cpu, dict(knobs),
-                        timing.outcome, measure, timing.seconds, text_digest(task.source(knobs).text), message=timing.message,
-                        limit_seconds=self.runner.options.timeout_seconds if limited else None)
+        record = Record(
+            task.kernel,
+            plain(task.problem),
+            task.live,
+            target_facts(self.target),
+            self.runner.cpu,
+            dict(knobs),
+            timing.outcome,
+            measure,
+            timing.seconds,
+            text_digest(task.source(knobs).text),
+            message=timing.message,
+            limit_seconds=self.runner.options.timeout_seconds if limited else None,
+        )
         self.log.append(record)
         self.records.add(record)
         return record
@@ -271,7 +332,9 @@ class Session:
             if record.message not in (CONFIRMED, IN_STEP):
                 outcomes[record.outcome.value] = outcomes.get(record.outcome.value, 0) + 1
         best = ranking[0] if ranking else (None, {}, "")
-        return TaskResult(task.name, task.kernel, task.live, task.calls, default, best[0], best[1], len(known.tried), outcomes)
+        return TaskResult(
+            task.name, task.kernel, task.live, task.calls, default, best[0], best[1], len(known.tried), outcomes
+        )
 
 
 def _size(task: Task) -> int:

@@ -1,8 +1,9 @@
 """A schedule's knobs as a MetaSchedule design space.
 
-Our candidates are differently generated PrimFuncs, which no trace of schedule primitives gives. So MetaSchedule schedules a stand-in: a
-function with one block whose annotations name the knobs' values, each drawn by `sample_categorical`. Its traces, mutations, database and
-cost model are MetaSchedule's own; builder and runner read the knobs off the annotations and make the kernel from them.
+Our candidates are differently generated PrimFuncs, which no trace of schedule primitives gives. So MetaSchedule
+schedules a stand-in: a function with one block whose annotations name the knobs' values, each drawn by
+`sample_categorical`. Its traces, mutations, database and cost model are MetaSchedule's own; builder and runner read the
+knobs off the annotations and make the kernel from them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def main(a: T.Buffer((1,), "float32")):
 
 
 def meta_schedule() -> Any:
-    """TVM's module. Its contexts import `tensor_intrin`, tables of intrinsics that none of ours uses, for a minute where torch is
-    installed; an empty module in its place spares that.
+    """TVM's module. Its contexts import `tensor_intrin`, tables of intrinsics that none of ours uses, for a minute
+    where torch is installed; an empty module in its place spares that.
     """
     name = "tvm.s_tir.tensor_intrin"
     sys.modules.setdefault(name, types.ModuleType(name))
@@ -62,7 +63,9 @@ class Space:
         block = schedule.get_sblock(BLOCK)
         for name, values in self.knobs.items():
             count = len(values)
-            place = schedule.sample_categorical(list(range(count)), [1 / count] * count, None if decisions is None else decisions[name])
+            place = schedule.sample_categorical(
+                list(range(count)), [1 / count] * count, None if decisions is None else decisions[name]
+            )
             schedule.annotate(block, f"mest.{name}", place)
 
     def places(self, knobs: Mapping[str, Any]) -> dict[str, int] | None:
@@ -87,7 +90,7 @@ class Space:
             numbers = [float(part) if isinstance(part, int | float) else -1.0 for part in parts]
             if any(isinstance(part, str) for part in parts):
                 numbers = [float(places[name])]
-            found += (numbers + [math.prod(numbers)] + [math.nan] * PARTS)[:PARTS + 1]
+            found += (numbers + [math.prod(numbers)] + [math.nan] * PARTS)[: PARTS + 1]
         return found
 
 
@@ -97,7 +100,11 @@ def places_in(module: Any) -> tuple[int, dict[str, int]]:
 
     schedule = Schedule(module)
     annotations = schedule.get(schedule.get_sblock(BLOCK)).annotations
-    found = {str(name).removeprefix("mest."): int(place) for name, place in annotations.items() if str(name).startswith("mest.")}
+    found = {
+        str(name).removeprefix("mest."): int(place)
+        for name, place in annotations.items()
+        if str(name).startswith("mest.")
+    }
     return int(module["main"].attrs["mest.task"]), found
 
 

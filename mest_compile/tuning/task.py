@@ -1,7 +1,8 @@
 """A kernel of a step as it is tuned: its problem, valid arguments, and what they must hold after a run.
 
-Arguments hold whole numbers between -1 and 1, so that float32 sums of products are exact in any order: a right answer of a convolution
-is equal bit by bit, and one wrong pixel among 65,536 is seen. Kernels that divide are compared within rounding instead.
+Arguments hold whole numbers between -1 and 1, so that float32 sums of products are exact in any order: a right answer
+of a convolution is equal bit by bit, and one wrong pixel among 65,536 is seen. Kernels that divide are compared within
+rounding instead.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGra
 from mest_compile.records.log import text_digest
 from mest_compile.sparsity.layer import Layer
 
-EXACT = frozenset({"conv", "grad"})     # last words of kernels that only add up products
-ROUNDINGS = 64                          # float32 roundings that two right answers of other kernels may differ by, at the largest value
+EXACT = frozenset({"conv", "grad"})  # last words of kernels that only add up products
+ROUNDINGS = 64  # float32 roundings that two right answers of other kernels may differ by, at the largest value
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,11 @@ class Task:
 
     def space(self) -> dict[str, tuple]:
         """{knob: values, the default first}, knobs with a choice only."""
-        return {name: tuple(values) for name, values in knob_space(self.kernel, self.problem, self.target).items() if len(values) > 1}
+        return {
+            name: tuple(values)
+            for name, values in knob_space(self.kernel, self.problem, self.target).items()
+            if len(values) > 1
+        }
 
     def source(self, knobs: Mapping[str, Any]) -> KernelSource:
         return kernel_source(self.kernel, self.problem, self.target, **knobs)
@@ -90,19 +95,27 @@ class Arrays:
     @classmethod
     def load(cls, path: Path) -> Arrays:
         with np.load(path, allow_pickle=False) as found:
-            arguments = [found[f"argument{place}"] for place in range(sum(name.startswith("argument") for name in found.files))]
-            wanted = {int(name.removeprefix("wanted")): found[name] for name in found.files if name.startswith("wanted")}
+            arguments = [
+                found[f"argument{place}"] for place in range(sum(name.startswith("argument") for name in found.files))
+            ]
+            wanted = {
+                int(name.removeprefix("wanted")): found[name] for name in found.files if name.startswith("wanted")
+            }
             return cls(arguments, wanted, float(found["allowed"]), tuple(found["warm"].tolist()))
 
     def check(self, after: Sequence[np.ndarray]) -> str | None:
         """As Task.check."""
         for place, array in enumerate(after):
             wanted = self.wanted.get(place, self.arguments[place])
-            wrong = ~(np.abs(array - wanted) <= self.allowed * max(float(np.abs(wanted).max(initial=0)), 1e-30))  # not true of NaN
+            wrong = ~(
+                np.abs(array - wanted) <= self.allowed * max(float(np.abs(wanted).max(initial=0)), 1e-30)
+            )  # not true of NaN
             if wrong.any():
                 first = int(np.argmax(wrong))
-                return (f"argument {place}: {wrong.sum()} of {wrong.size} elements, the first at {first}: {array[first]}, "
-                        f"not {wanted[first]}")
+                return (
+                    f"argument {place}: {wrong.sum()} of {wrong.size} elements, the first at {first}: {array[first]}, "
+                    f"not {wanted[first]}"
+                )
         return None
 
 
@@ -120,8 +133,8 @@ def tasks_of(program: Program, layers: Mapping[str, Layer], target: Target, fold
 
 
 def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: Builder, seed: int = 0) -> None:
-    """Writes the task's arrays. The wanted answer is that of the default kernel on this machine, which is itself compared with the float64
-    reference where there is one. Raises StateError when they differ.
+    """Writes the task's arrays. The wanted answer is that of the default kernel on this machine, which is itself
+    compared with the float64 reference where there is one. Raises StateError when they differ.
     """
     rng = np.random.default_rng([seed, int(text_digest(repr(task.problem)), 16)])
     number = next(number for number, call in enumerate(program.calls) if call.name == task.name)
@@ -141,7 +154,11 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
 def _warm(calls: Sequence[Call], number: int) -> Iterable[int]:
     """Arguments of call `number` that the last call before it that touched an image had as well."""
     before = next((call for call in reversed(calls[:number]) if any(buffer.image for buffer in call.buffers)), None)
-    return [place for place, buffer in enumerate(calls[number].buffers) if before and buffer.image and buffer in before.buffers]
+    return [
+        place
+        for place, buffer in enumerate(calls[number].buffers)
+        if before and buffer.image and buffer in before.buffers
+    ]
 
 
 def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builder) -> list[np.ndarray]:
@@ -152,8 +169,9 @@ def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builde
     if not backend_of(host).has(task.kernel):  # what only OpenCL devices have is computed on this machine's
         from mest_compile.backends.opencl.runner import answer_here
 
-        return answer_here(task.kernel, task.problem, builder.function(task.source({})), list(arguments),
-                           task.target.limits.name)
+        return answer_here(
+            task.kernel, task.problem, builder.function(task.source({})), list(arguments), task.target.limits.name
+        )
     tensors = [tvm.runtime.tensor(array) for array in arguments]
     builder.function(kernel_source(task.kernel, task.problem, host))(*tensors)
     return [tensor.numpy() for tensor in tensors]
@@ -171,13 +189,18 @@ def _check_default(task: Task, arguments: Sequence[np.ndarray], after: Sequence[
     if isinstance(problem, GatherGrad):
         pointers, offsets = arguments[:2]
         got = after[-1]
-        wanted = gather_grad_reference(problem, pointers, offsets, *arguments[2 + lists:4 + lists]).ravel()
+        wanted = gather_grad_reference(problem, pointers, offsets, *arguments[2 + lists : 4 + lists]).ravel()
     else:
         pointers, offsets, values = arguments[:3]
         rest = list(range(3 + lists, len(arguments)))
         bias = arguments[rest.pop(0)] if problem.bias else None
         source, result = arguments[rest[0]], arguments[rest[1]]
-        got, wanted = after[rest[1]], gather_conv_reference(problem, pointers, offsets, values, source, result, bias).ravel()
+        got, wanted = (
+            after[rest[1]],
+            gather_conv_reference(problem, pointers, offsets, values, source, result, bias).ravel(),
+        )
     if not np.array_equal(got, wanted):
-        raise StateError(f"the default kernel of {task.kernel} for {task.name} differs from its reference at "
-                         f"{np.count_nonzero(got != wanted)} of {wanted.size} elements; nothing can be tuned against it")
+        raise StateError(
+            f"the default kernel of {task.kernel} for {task.name} differs from its reference at "
+            f"{np.count_nonzero(got != wanted)} of {wanted.size} elements; nothing can be tuned against it"
+        )

@@ -1,4 +1,5 @@
-"""What a worker process does for a runner: compile a kernel, or run, check and time it. A crash here costs one trial."""
+"""What a worker process does for a runner: compile a kernel, or run, check and time it. A crash here costs one
+trial."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from mest_compile.kernels.linking import link_kernel
 from mest_compile.kernels.source import KernelSource
 from mest_compile.tuning.task import Arrays
 
-COLD_BYTES = 96 * 2**20  # of copies of the arguments, beyond the last-level cache: what a call finds cached is what the one before left
+COLD_BYTES = (
+    96 * 2**20
+)  # of copies of the arguments, beyond the last-level cache: what a call finds cached is what the one before left
 MOST_COPIES = 8
 
 _loaded: dict[Path, tuple[Arrays, list[list[Any]]]] = {}
@@ -24,12 +27,16 @@ def compile_kernel(source: KernelSource, path: str) -> None:
     link_kernel(source, Path(path))
 
 
-def compile_check_and_time(source: KernelSource, arrays_path: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
+def compile_check_and_time(
+    source: KernelSource, arrays_path: str, repeats: int, threads: int
+) -> tuple[str | None, list[float]]:
     """As `check_and_time`, without a library on disk: linking would take as long as compiling. Raises BuildError."""
     return _check_and_time(Builder.compile_here(source), arrays_path, repeats, threads)
 
 
-def check_and_time(arrays_path: str, library: str, symbol: str, repeats: int, threads: int) -> tuple[str | None, list[float]]:
+def check_and_time(
+    arrays_path: str, library: str, symbol: str, repeats: int, threads: int
+) -> tuple[str | None, list[float]]:
     """(what is wrong with the answer, or None; seconds of each run)."""
     import tvm_ffi
 

@@ -56,10 +56,12 @@ def _store_moments(text: Text, problem: BatchNormMoments, mean: str, squares: st
     channels, count = problem.z.channels, problem.count
     if problem.alive:
         mean, squares = (f"T.Select(alive[c] != 0, {value}, T.float64(0))" for value in (mean, squares))
-    text(f'moments[c] = T.cast({mean}, "float32")',
-         f"moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt({squares} * {number(1 / count, 'float64')} + "
-         f'{number(problem.eps, "float64")}), "float32")',
-         f'moments[{2 * channels} + c] = T.cast({squares} * {number(1 / (count - 1), "float64")}, "float32")')
+    text(
+        f'moments[c] = T.cast({mean}, "float32")',
+        f"moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt({squares} * {number(1 / count, 'float64')} + "
+        f'{number(problem.eps, "float64")}), "float32")',
+        f'moments[{2 * channels} + c] = T.cast({squares} * {number(1 / (count - 1), "float64")}, "float32")',
+    )
 
 
 def _finite(value: str) -> str:
@@ -84,8 +86,8 @@ def _add_distances(text: Text, chunks: Chunks) -> None:
 def _moments_of_values(problem: BatchNormMoments) -> str:
     """Sums of distances from a nearby value, in one pass; chunks are joined in float64.
 
-    The nearby value is the mean of the chunk's first row. That is at most sqrt(rows) standard deviations from the chunk's mean,
-    so the subtraction of squares loses little whatever the data.
+    The nearby value is the mean of the chunk's first row. That is at most sqrt(rows) standard deviations from the
+    chunk's mean, so the subtraction of squares loses little whatever the data.
     """
     image, vector = problem.z, problem.z.vector
     chunks = Chunks(image)
@@ -109,9 +111,11 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
             text("near[0] = near[0] + sample[i]")
         text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")', f"near[0] = {_finite('near[0]')}")
         _add_distances(text, chunks)
-        text(f'values: T.let = T.cast({chunks.values("first", "rows")}, "float64")',
-             "chunk_sums[n * 2 + 1] = chunk_sums[n * 2 + 1] - chunk_sums[n * 2] * chunk_sums[n * 2] / values",
-             'chunk_sums[n * 2] = T.cast(near[0], "float64") + chunk_sums[n * 2] / values')
+        text(
+            f'values: T.let = T.cast({chunks.values("first", "rows")}, "float64")',
+            "chunk_sums[n * 2 + 1] = chunk_sums[n * 2 + 1] - chunk_sums[n * 2] * chunk_sums[n * 2] / values",
+            'chunk_sums[n * 2] = T.cast(near[0], "float64") + chunk_sums[n * 2] / values',
+        )
     with text.nest(f"for c in T.serial({image.channels})"):
         text.local("mean", 1, "float64")
         text.local("squares", 1, "float64")
@@ -122,40 +126,59 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
         with text.nest(f"for k in T.serial({chunks.count})"):
             text(f"mean[0] = mean[0] + chunk_sums[{at}] * {share} * {number(1 / problem.count, 'float64')}")
         with text.nest(f"for k in T.serial({chunks.count})"):
-            text(f"squares[0] = squares[0] + T.max(T.float64(0), chunk_sums[{at} + 1]) + "
-                 f"{share} * (chunk_sums[{at}] - mean[0]) * (chunk_sums[{at}] - mean[0])")
+            text(
+                f"squares[0] = squares[0] + T.max(T.float64(0), chunk_sums[{at} + 1]) + "
+                f"{share} * (chunk_sums[{at}] - mean[0]) * (chunk_sums[{at}] - mean[0])"
+            )
         _store_moments(text, problem, "mean[0]", "squares[0]")
     return str(text)
 
 
 def _moments_of_sums(problem: BatchNormMoments) -> str:
-    """Joins the sums that a convolution left in its epilogue. A channel whose mean is far from 0 is looked at once more."""
+    """Joins the sums that a convolution left in its epilogue. A channel whose mean is far from 0 is looked at once
+    more."""
     channels, vector, count = problem.z.channels, problem.z.vector, number(problem.count, "float64")
     elems = problem.chunks * 2 * channels * vector
-    text = Text(buffer("statistics", elems), array("z", problem.z), buffer("moments", 3 * channels), *_flags(problem, "alive"))
+    text = Text(
+        buffer("statistics", elems), array("z", problem.z), buffer("moments", 3 * channels), *_flags(problem, "alive")
+    )
     with text.nest(f"for c in {loop(channels, elems)}"):
         text.local("total", 2 * vector, "float64")
         text.local("sums", 2, "float64")
-        with text.nest("for s in T.unroll(2)"):
-            with text.nest(f"for i in T.vectorized({vector})"):
-                text(f"total[s * {vector} + i] = T.float64(0)")
-        with text.nest(f"for k in T.serial({problem.chunks})", "for s in T.unroll(2)", f"for i in T.vectorized({vector})"):
-            text(f'total[s * {vector} + i] = total[s * {vector} + i] + '
-                 f'T.cast(statistics[((k * 2 + s) * {channels} + c) * {vector} + i], "float64")')
+        with text.nest("for s in T.unroll(2)"), text.nest(f"for i in T.vectorized({vector})"):
+            text(f"total[s * {vector} + i] = T.float64(0)")
+        with text.nest(
+            f"for k in T.serial({problem.chunks})", "for s in T.unroll(2)", f"for i in T.vectorized({vector})"
+        ):
+            text(
+                f"total[s * {vector} + i] = total[s * {vector} + i] + "
+                f'T.cast(statistics[((k * 2 + s) * {channels} + c) * {vector} + i], "float64")'
+            )
         with text.nest("for s in T.unroll(2)"):
             text("sums[s] = T.float64(0)")
             with text.nest(f"for i in T.serial({vector})"):
                 text(f"sums[s] = sums[s] + total[s * {vector} + i]")
-        text(f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}", f"sums[1] = sums[1] - sums[0] * sums[0] * {count}",
-             f"far: T.let = T.Select(sums[0] * sums[0] * {number(problem.count / FAR, 'float64')} <= sums[1], sums[1], {INFINITE})")
+        text(
+            f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}",
+            f"sums[1] = sums[1] - sums[0] * sums[0] * {count}",
+            f"far: T.let = T.Select(sums[0] * sums[0] * {number(problem.count / FAR, 'float64')} <= sums[1], "
+            f"sums[1], {INFINITE})",
+        )
         with text.nest(f"if far == {INFINITE}"), _if(text, "alive" if problem.alive else None):
             text.local("near", 1)
             text.local("chunk_sums", 2, "float64")
-            text('near[0] = T.cast(sums[0], "float32")', f"near[0] = {_finite('near[0]')}",
-                 "n: T.let = 0", "first: T.let = 0", f"rows: T.let = {problem.z.slices * problem.z.height}")
+            text(
+                'near[0] = T.cast(sums[0], "float32")',
+                f"near[0] = {_finite('near[0]')}",
+                "n: T.let = 0",
+                "first: T.let = 0",
+                f"rows: T.let = {problem.z.slices * problem.z.height}",
+            )
             _add_distances(text, Chunks(problem.z))
-            text(f"sums[0] = T.cast(near[0], \"float64\") + chunk_sums[0] / {count}",
-                 f"sums[1] = T.max(T.float64(0), chunk_sums[1] - chunk_sums[0] * chunk_sums[0] / {count})")
+            text(
+                f'sums[0] = T.cast(near[0], "float64") + chunk_sums[0] / {count}',
+                f"sums[1] = T.max(T.float64(0), chunk_sums[1] - chunk_sums[0] * chunk_sums[0] / {count})",
+            )
         _store_moments(text, problem, "sums[0]", "sums[1]")
     return str(text)
 
@@ -166,7 +189,10 @@ def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
     text = Text(buffer("moments", 3 * channels), buffer("running_mean", channels), buffer("running_var", channels))
     with text.nest(f"for c in T.serial({channels})"):
         for name, row in ("running_mean", 0), ("running_var", 2):
-            text(f"{name}[c] = {name}[c] * {number(1 - problem.momentum)} + moments[{row * channels} + c] * {number(problem.momentum)}")
+            text(
+                f"{name}[c] = {name}[c] * {number(1 - problem.momentum)} + moments[{row * channels} + c] * "
+                f"{number(problem.momentum)}"
+            )
     return str(text)
 
 
@@ -175,10 +201,12 @@ def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
     channels = problem.channels
     text = Text(buffer("running_mean", channels), buffer("running_var", channels), buffer("moments", 3 * channels))
     with text.nest(f"for c in T.serial({channels})"):
-        text("moments[c] = running_mean[c]",
-             f'moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt(T.cast(running_var[c], "float64") + '
-             f'{number(problem.eps, "float64")}), "float32")',
-             f"moments[{2 * channels} + c] = running_var[c]")
+        text(
+            "moments[c] = running_mean[c]",
+            f'moments[{channels} + c] = T.cast(T.float64(1) / T.sqrt(T.cast(running_var[c], "float64") + '
+            f'{number(problem.eps, "float64")}), "float32")',
+            f"moments[{2 * channels} + c] = running_var[c]",
+        )
     return str(text)
 
 
@@ -187,11 +215,16 @@ def _facts(channels: int) -> list[str]:
 
 
 def _set_facts(text: Text, channels: int) -> None:
-    text("mean: T.let = moments[c]", f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]", "shift: T.let = affine[c]")
+    text(
+        "mean: T.let = moments[c]",
+        f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]",
+        "shift: T.let = affine[c]",
+    )
 
 
 def _normalised(z: str) -> str:
-    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is positive."""
+    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is
+    positive."""
     return f"(({z} - mean) * scale + shift)"
 
 
@@ -210,8 +243,8 @@ def _kinds(problem: BatchNormForward | BatchNormBackward) -> list[tuple[bool, st
     return [(True, "alive"), (False, "alive")] if problem.alive else [(True, None)]
 
 
-# Bytes. Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when they are: on a Xeon
-# with 2 MiB of second-level cache a pass takes a sixth less time.
+# Bytes. Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when
+# they are: on a Xeon with 2 MiB of second-level cache a pass takes a sixth less time.
 AHEAD = {"ahead": (0, 512, 1024, 2048)}
 
 
@@ -226,10 +259,17 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0
     def rows(there: bool) -> None:
         def body(at: str, slot: str, live: str | None) -> list[str]:
             z = widened(problem.z, f"z[z_row + {at}]") if there else "T.float32(0)"
-            value = _normalised(z) + (f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else "")
+            value = _normalised(z) + (
+                f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else ""
+            )
             return [f"y[y_row + {at}] = {narrowed(problem.y, spelled(row.formula, x=value) if row else value)}"]
 
-        walk_row(text, problem.y, body, fetch(ahead, images if there else {name: images[name] for name in images if name != "z"}, "y"))
+        walk_row(
+            text,
+            problem.y,
+            body,
+            fetch(ahead, images if there else {name: images[name] for name in images if name != "z"}, "y"),
+        )
 
     with each_row(text, images), _if(text, "read" if problem.read else None):
         _set_facts(text, problem.z.channels)
@@ -253,8 +293,15 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
     share = number(1 / (image.batch * image.height * image.width))
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
     target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)
-    text = Text(array("dy", image), array("z", problem.z), *_facts(channels), *([array("y", problem.y)] if problem.y else []),
-                buffer("sums", 2 * channels), *([array("dz", problem.dz)] if problem.dz else []), *_flags(problem, "alive", "read"))
+    text = Text(
+        array("dy", image),
+        array("z", problem.z),
+        *_facts(channels),
+        *([array("y", problem.y)] if problem.y else []),
+        buffer("sums", 2 * channels),
+        *([array("dz", problem.dz)] if problem.dz else []),
+        *_flags(problem, "alive", "read"),
+    )
 
     def dy(at: str) -> str:
         return widened(image, f"dy[dy_row + {at}]")
@@ -318,12 +365,17 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
             text("joined[s] = T.float64(0)")
             with text.nest(f"for i in T.serial({vector})"):
                 text(f"joined[s] = joined[s] + total[s * {vector} + i]")
-        text('sums[c] = T.cast(joined[0], "float32")',
-             f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")')
+        text(
+            'sums[c] = T.cast(joined[0], "float32")',
+            f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")',
+        )
         if target_image:
             text.local("mean_dy", 1)
             text.local("slope", 1)
-            text(f"mean_dy[0] = sums[c] * {share}", f"slope[0] = sums[{channels} + c] * {share} * moments[{channels} + c]")
+            text(
+                f"mean_dy[0] = sums[c] * {share}",
+                f"slope[0] = sums[{channels} + c] * {share} * moments[{channels} + c]",
+            )
             with _if(text, "alive" if problem.alive else None):
                 with _if(text, "read" if problem.read else None):
                     write(spread)

@@ -1,4 +1,5 @@
-"""The sparse convolution as a gather, on a CPU: one register tile of result pixels, all live units, then the next tile."""
+"""The sparse convolution as a gather, on a CPU: one register tile of result pixels, all live units, then the next
+tile."""
 
 from __future__ import annotations
 
@@ -24,24 +25,35 @@ from mest_compile.schedules.cpu.tiles import (
     widens_once,
 )
 
-ACCUMULATORS = 0.5    # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
-PIXELS = 8            # of a row: what sections are cut for
-STACK_BYTES = 1024    # what TVM keeps on the stack, from where LLVM takes it into registers
+ACCUMULATORS = (
+    0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
+)
+PIXELS = 8  # of a row: what sections are cut for
+STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
 
 
 def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[int, int, int]:
     """(grid rows, grid columns, slices) of a register tile, each a divisor; the product is at most `accumulators`.
 
-    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are not in cache).
+    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are
+    not in cache).
     """
-    fits = [(high, wide, deep) for high in divisors(grid[0]) for wide in divisors(grid[1]) for deep in divisors(slices)
-            if high * wide * deep <= accumulators]
+    fits = [
+        (high, wide, deep)
+        for high in divisors(grid[0])
+        for wide in divisors(grid[1])
+        for deep in divisors(slices)
+        if high * wide * deep <= accumulators
+    ]
     return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
 
 
-def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int) -> int:
-    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in `cache_bytes`, usually
-    the first-level cache, so that all groups of result channels read it from there. Sections of a layer are of about the same size.
+def section_channels(
+    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+) -> int:
+    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in
+    `cache_bytes`, usually the first-level cache, so that all groups of result channels read it from there. Sections of
+    a layer are of about the same size.
 
     kernel  (height, width) of the taps, pixels
     """
@@ -52,55 +64,83 @@ def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[
 
 
 def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
-    """What tuning may choose from. Tiles of more accumulators than a target has registers for are in it where it may have more: with
-    AVX-512 there are 32 registers, half of them unused by what the rules choose."""
+    """What tuning may choose from. Tiles of more accumulators than a target has registers for are in it where it may
+    have more: with AVX-512 there are 32 registers, half of them unused by what the rules choose."""
     grids = {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
     tiles: list[tuple[int, int, int, int] | None] = [None]
     if len(grids) == 1:
-        grid, = grids
-        # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
+        (grid,) = grids
+        # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once
+        # more.
         for rows in [problem.row_block] if problem.rows_live else divisors(problem.row_block):
-            tiles += [(rows, high, wide, deep) for high in divisors(grid[0])[:2] for wide in divisors(grid[1])
-                      for deep in divisors(problem.result.slices)[:3]
-                      if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
-                      and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES]
+            tiles += [
+                (rows, high, wide, deep)
+                for high in divisors(grid[0])[:2]
+                for wide in divisors(grid[1])
+                for deep in divisors(problem.result.slices)[:3]
+                if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
+                and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
+            ]
     widest = max((grid[1] for grid in grids), default=1)
     once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
-    return once | {"tile": tuple(tiles), "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
-            "together": (1, 2, 4), "prefetch": ("both", "source", "result", "none")}
+    return once | {
+        "tile": tuple(tiles),
+        "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
+        "together": (1, 2, 4),
+        "prefetch": ("both", "source", "result", "none"),
+    }
 
 
 @schedule("pattern.conv", device="cpu", knobs=conv_knobs)
 @schedule("compact.conv", device="cpu", knobs=conv_knobs)
 @schedule("gather.conv", device="cpu", knobs=conv_knobs)
-def gather_conv(problem: GatherConv, target: Target, tile: tuple[int, int, int, int] | None = None, run: int | None = None,
-                together: int = 1, prefetch: str = "both", once: bool | None = None) -> str:
+def gather_conv(
+    problem: GatherConv,
+    target: Target,
+    tile: tuple[int, int, int, int] | None = None,
+    run: int | None = None,
+    together: int = 1,
+    prefetch: str = "both",
+    once: bool | None = None,
+) -> str:
     """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass.
 
-    tile      (rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and the slices;
-              None: chosen from the sizes
+    tile      (rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid
+              and the slices; None: chosen from the sizes
     run       pixels of a row that a group passes over before the next group comes; None: chosen from the sizes
     together  units per round of the innermost loop
     prefetch  what is asked for ahead: "both", "source", "result" or "none"
-    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the target
+    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen
+              by the target
     """
     knobs = _Knobs(tile, run, together, prefetch, widens_once(problem.source, target, once))
     source, result = problem.source, problem.result
     block = problem.unit[0] * problem.row_block
     arguments = [
         f"pointers: T.Buffer(({len(problem.passes) * problem.sections * problem.groups + 1},), 'int32')",
-        "offsets_handle: T.handle", "values_handle: T.handle", *listed(problem, source),
+        "offsets_handle: T.handle",
+        "values_handle: T.handle",
+        *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
-        f"source: T.Buffer(({source.elems},), '{source.dtype}')", f"result: T.Buffer(({result.elems},), '{result.dtype}')",
+        f"source: T.Buffer(({source.elems},), '{source.dtype}')",
+        f"result: T.Buffer(({result.elems},), '{result.dtype}')",
     ]
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.vector
         arguments.append(f"statistics: T.Buffer(({elems},), 'float32')")
-    lines = ["@T.prim_func", f"def kernel({', '.join(arguments)}):", *indent(1, [
-        "T.func_attr({'tirx.noalias': True})",
-        "units = T.int32()",
-        "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-        f"values = T.match_buffer(values_handle, (units * {block},), 'float32')"])]
+    lines = [
+        "@T.prim_func",
+        f"def kernel({', '.join(arguments)}):",
+        *indent(
+            1,
+            [
+                "T.func_attr({'tirx.noalias': True})",
+                "units = T.int32()",
+                "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
+                f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
+            ],
+        ),
+    ]
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
             lines += indent(1, _pass_lines(problem, index, grid_pass, target, knobs))
@@ -121,12 +161,17 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     source, result, vector = problem.source, problem.result, problem.result.vector
     accumulators = max(int(target.registers * ACCUMULATORS), 1)
     rows = largest_divisor(problem.row_block, accumulators)
-    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid_pass.grid, result.slices, max(accumulators // rows, 1)))
+    rows, high, wide, deep = knobs.tile or (
+        rows,
+        *pick_tile(grid_pass.grid, result.slices, max(accumulators // rows, 1)),
+    )
     parts = problem.row_block // rows
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
-    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the next group comes:
-    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more evenly.
+    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the
+    # next group comes:
+    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more
+    # evenly.
     near = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes <= target.l2_bytes
     run = largest_divisor(across, max((knobs.run or (PIXELS if near else 1)) // wide, 1))
 
@@ -135,32 +180,53 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
     groups = "live_groups[0]" if problem.rows_live else problem.groups
     start = f"bias[{channel}]" if problem.bias else "T.float32(0)"
     reads, distance = problem.unit
-    value = (f"values[(pointers[{cell}] + %unit) * {reads * problem.row_block} + k * {problem.row_block}"
-             f" + part % {parts} * {rows} + %j]")
+    value = (
+        f"values[(pointers[{cell}] + %unit) * {reads * problem.row_block} + k * {problem.row_block}"
+        f" + part % {parts} * {rows} + %j]"
+    )
     total = f"sums_%j[((a * {wide} + c) * {deep} + v) * {vector} + i]"
 
     def pixel(image: Image, step: tuple[int, int], first: str = "z") -> str:
-        return (f"({first} * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
-                f" + (x * {wide} + c) * {step[1] * vector} + i")
+        return (
+            f"({first} * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
+            f" + (x * {wide} + c) * {step[1] * vector} + i"
+        )
 
     if knobs.once:
-        read = f"wide[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step, first='0')}]"
+        read = (
+            f"wide[offsets[pointers[{cell}] + %unit] + k * {distance} + "
+            f"{pixel(source, problem.source_step, first='0')}]"
+        )
     else:
-        read = widened(source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]")
+        read = widened(
+            source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]"
+        )
     first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
     # Between sections sums stay float32: where the result is narrower, beside it.
     stretch_elems = problem.groups * parts * run * rows * high * wide * deep * vector
     beside = problem.sections > 1 and result.dtype != "float32"
-    partial = write if not beside else \
-        f"partial[((((part * {run} + tile) * {rows} + %j) * {high} + a) * {wide} + c) * {deep * vector} + v * {vector} + i]"
+    partial = (
+        write
+        if not beside
+        else f"partial[((((part * {run} + tile) * {rows} + %j) * {high} + a) * {wide} + c) * {deep * vector} + v "
+        f"* {vector} + i]"
+    )
 
     def each(body: str) -> list[str]:
-        """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be in registers."""
-        return [line for j in range(rows) for line in nest([("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))]
+        """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be
+        in registers."""
+        return [
+            line
+            for j in range(rows)
+            for line in nest([("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))
+        ]
 
     def units(unit: str) -> list[str]:
-        return [f"for k in T.unroll({reads}):", *indent(1, each(f"{total} = {total} + {value} * {read}".replace("%unit", unit)))]
+        return [
+            f"for k in T.unroll({reads}):",
+            *indent(1, each(f"{total} = {total} + {value} * {read}".replace("%unit", unit))),
+        ]
 
     # Less than 1 KiB of scope "global": the stack, then registers. Scope "local" would be heap workspace.
     inner = [f"sums_{j} = T.alloc_buffer(({high * wide * deep * vector},), 'float32')" for j in range(rows)]
@@ -173,65 +239,140 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
             inner += ["else:", *indent(1, each(f"{total} = {partial}"))]
     count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
     if several > 1:
-        inner += [f"for round in T.serial({count} // {several}):", *(line for unit in range(several)
-                                                                     for line in indent(1, units(f"(round * {several} + {unit})")))]
-        inner += [f"for unit in T.serial({count} % {several}):", *indent(1, units(f"({count} // {several} * {several} + unit)"))]
+        inner += [
+            f"for round in T.serial({count} // {several}):",
+            *(line for unit in range(several) for line in indent(1, units(f"(round * {several} + {unit})"))),
+        ]
+        inner += [
+            f"for unit in T.serial({count} % {several}):",
+            *indent(1, units(f"({count} // {several} * {several} + unit)")),
+        ]
     else:
         inner += [f"for unit in T.serial({count}):", *indent(1, units("unit"))]
     done = each(f"{write} = {narrowed(result, total)}")
     if beside:
-        done = [f"if section == {problem.sections - 1}:", *indent(1, done), "else:", *indent(1, each(f"{partial} = {total}"))]
+        done = [
+            f"if section == {problem.sections - 1}:",
+            *indent(1, done),
+            "else:",
+            *indent(1, each(f"{partial} = {total}")),
+        ]
     inner += done
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
     strip = high * problem.source_step[0], run * wide * problem.source_step[1]
     window = high * grid_pass.step[0], run * wide * grid_pass.step[1]
-    ahead = [f"next_z: T.let = (piece + 1) // {down}", f"next_y: T.let = (piece + 1) % {down}",
-             f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})"]
-    starts = [f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + stretch * {strip[1] * vector}",
-              f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
-              f" + (stretch + 1) * {window[1] * vector}"]
-    visit = [f"for tile in T.serial({run}):", *indent(1, [
-        f"x: T.let = stretch * {run} + tile",
-        *(prefetch("source", source, problem.sources_live or source.channels, "source_ahead", (strip[0], 1), strip[1], *visits,
-                   planes="sources" if problem.sources_live else None) if knobs.prefetch in ("both", "source") and not knobs.once else []),
-        *(prefetch("result", result, problem.rows_live or result.channels, "result_ahead", (high, grid_pass.step[0]), window[1], *visits,
-                   write=True, planes="channels" if problem.rows_live else None) if knobs.prefetch in ("both", "result") else []),
-        *inner])]
+    ahead = [
+        f"next_z: T.let = (piece + 1) // {down}",
+        f"next_y: T.let = (piece + 1) % {down}",
+        f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})",
+    ]
+    starts = [
+        f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + stretch * "
+        f"{strip[1] * vector}",
+        f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
+        f" + (stretch + 1) * {window[1] * vector}",
+    ]
+    visit = [
+        f"for tile in T.serial({run}):",
+        *indent(
+            1,
+            [
+                f"x: T.let = stretch * {run} + tile",
+                *(
+                    prefetch(
+                        "source",
+                        source,
+                        problem.sources_live or source.channels,
+                        "source_ahead",
+                        (strip[0], 1),
+                        strip[1],
+                        *visits,
+                        planes="sources" if problem.sources_live else None,
+                    )
+                    if knobs.prefetch in ("both", "source") and not knobs.once
+                    else []
+                ),
+                *(
+                    prefetch(
+                        "result",
+                        result,
+                        problem.rows_live or result.channels,
+                        "result_ahead",
+                        (high, grid_pass.step[0]),
+                        window[1],
+                        *visits,
+                        write=True,
+                        planes="channels" if problem.rows_live else None,
+                    )
+                    if knobs.prefetch in ("both", "result")
+                    else []
+                ),
+                *inner,
+            ],
+        ),
+    ]
     statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
-    around = [*ahead, f"for stretch in T.serial({across // run}):", *indent(1, starts),
-              f"    for section in T.serial({problem.sections}):",
-              f"        for part in T.serial({groups} * {parts}):", *indent(3, visit), *statistics]
+    around = [
+        *ahead,
+        f"for stretch in T.serial({across // run}):",
+        *indent(1, starts),
+        f"    for section in T.serial({problem.sections}):",
+        f"        for part in T.serial({groups} * {parts}):",
+        *indent(3, visit),
+        *statistics,
+    ]
     sums = [f"partial = T.alloc_buffer(({stretch_elems},), 'float32')"] if beside else []
     if not knobs.once:
-        return [f"for piece in T.parallel({layers * down}):",
-                *indent(1, [*sums, f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *around])]
+        return [
+            f"for piece in T.parallel({layers * down}):",
+            *indent(1, [*sums, f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *around]),
+        ]
     elems = deep * source.slice_elems
-    return [f"for z in T.parallel({layers}):",
-            *indent(1, [*sums, f"wide = T.alloc_buffer(({elems},), 'float32')", *widen("source", source, f"z * {elems}", str(elems)),
-                        f"for y in T.serial({down}):", *indent(1, [f"piece: T.let = z * {down} + y", *around])])]
+    return [
+        f"for z in T.parallel({layers}):",
+        *indent(
+            1,
+            [
+                *sums,
+                f"wide = T.alloc_buffer(({elems},), 'float32')",
+                *widen("source", source, f"z * {elems}", str(elems)),
+                f"for y in T.serial({down}):",
+                *indent(1, [f"piece: T.let = z * {down} + y", *around]),
+            ],
+        ),
+    ]
 
 
 def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
     """Sums of a piece's rows, which are still in cache. Within a tile's own loop they cost twice as much."""
     result, vector = problem.result, problem.result.vector
     lanes = next(size for size in (4, 2, 1) if result.width % size == 0)  # independent sums hide an addition's latency
-    element = widened(result, f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
-               f" + (y * {high} + a) * {result.row_elems} + (c * {lanes} + lane) * {vector} + i]")
+    element = widened(
+        result,
+        f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
+        f" + (y * {high} + a) * {result.row_elems} + (c * {lanes} + lane) * {vector} + i]",
+    )
     part, square = f"moments[lane * {vector} + i]", f"moments[({lanes} + lane) * {vector} + i]"
     chunk = f"((z * {deep} + v) * {result.height} + y * {high} + a)"
-    lines = [f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')",
-             *nest([("lane", 2 * lanes)], vector, f"{part} = T.float32(0)"),
-             f"for c in T.serial({result.width // lanes}):", f"    for lane in T.unroll({lanes}):",
-             f"        for i in T.vectorized({vector}):",
-             f"            {part} = {part} + {element}", f"            {square} = {square} + {element} * {element}"]
+    lines = [
+        f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')",
+        *nest([("lane", 2 * lanes)], vector, f"{part} = T.float32(0)"),
+        f"for c in T.serial({result.width // lanes}):",
+        f"    for lane in T.unroll({lanes}):",
+        f"        for i in T.vectorized({vector}):",
+        f"            {part} = {part} + {element}",
+        f"            {square} = {square} + {element} * {element}",
+    ]
     for moment in range(2):
         total = " + ".join(f"moments[{(moment * lanes + lane) * vector} + i]" for lane in range(lanes))
-        lines += [f"for i in T.vectorized({vector}):",
-                  f"    statistics[(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i] = {total}"]
+        lines += [
+            f"for i in T.vectorized({vector}):",
+            f"    statistics[(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i] = {total}",
+        ]
     if problem.rows_live:
-        return [f"for v, a, row in T.grid({deep}, {high}, live_groups[0] * {problem.row_block}):",
-                *indent(1, ["channel: T.let = channels[row]", *lines])]
+        return [
+            f"for v, a, row in T.grid({deep}, {high}, live_groups[0] * {problem.row_block}):",
+            *indent(1, ["channel: T.let = channels[row]", *lines]),
+        ]
     return [f"for v, a, channel in T.grid({deep}, {high}, {result.channels}):", *indent(1, lines)]
-
-

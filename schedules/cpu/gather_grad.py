@@ -42,9 +42,9 @@ def halves(lanes: int) -> list[int]:
 def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
     """(rows, columns) of result pixels that pass over all units before the next strip.
 
-    Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than the second-level
-    cache holds with what is prefetched. Where they do not, what a unit reads should be in the first-level cache: 2 x 8, unless the
-    images come from memory, which wants long strips.
+    Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than
+    the second-level cache holds with what is prefetched. Where they do not, what a unit reads should be in the
+    first-level cache: 2 x 8, unless the images come from memory, which wants long strips.
 
     shared  whether a unit has several rows or channels
     """
@@ -65,8 +65,12 @@ def grad_knobs(problem: GatherGrad, target: Target) -> dict[str, tuple]:
     several = tuple(units for units in range(1, MOST_TILE // each + 1) if units * each >= LEAST_TILE)
     if delta.height * delta.width == 1:
         return {"several": (None, *several)}
-    strips = [(high, wide) for high in divisors(delta.height) for wide in divisors(delta.width)
-              if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16]
+    strips = [
+        (high, wide)
+        for high in divisors(delta.height)
+        for wide in divisors(delta.width)
+        if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16
+    ]
     once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
     return once | {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
 
@@ -81,18 +85,25 @@ def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
 @schedule("pattern.grad", device="cpu", knobs=grad_knobs)
 @schedule("compact.grad", device="cpu", knobs=grad_knobs)
 @schedule("gather.grad", device="cpu", knobs=grad_knobs)
-def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | None = None, several: int | None = None,
-                prefetch: bool = True, once: bool | None = None) -> str:
+def gather_grad(
+    problem: GatherGrad,
+    target: Target,
+    strip: tuple[int, int] | None = None,
+    several: int | None = None,
+    prefetch: bool = True,
+    once: bool | None = None,
+) -> str:
     """Several units of a group at a time, so that they share what they read of delta.
 
-    Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A thread owns strips,
-    and sums of its own: were it groups, each thread would read all of source. What a thread owns follows from the target's cores, so
-    results are the same on any number of threads.
+    Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A
+    thread owns strips, and sums of its own: were it groups, each thread would read all of source. What a thread owns
+    follows from the target's cores, so results are the same on any number of threads.
 
     strip     (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
     several   units that pass together; None: chosen from the registers
     prefetch  whether the next strip is asked for ahead
-    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the target
+    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen
+              by the target
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     most = max(target.registers - 4, 1)
@@ -103,8 +114,10 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     # A unit of neighbouring pixels also holds those that its next pixel reads again.
     most_units = max(target.registers // (2 * each), 1) if each == 1 or problem.taps > 1 else most // each
     if is_neon(vector, target) and problem.taps == 1:
-        # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each row are in registers.
-        # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add floor, eight 59%).
+        # LLVM loads neighbouring vectors in pairs on ARM: beside a unit's sums, two of what it reads and two of each
+        # row are in registers.
+        # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add
+        # floor, eight 59%).
         most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
     most_units = several or most_units
     sizes = _batches(most_units)
@@ -125,42 +138,57 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     def together(units: int, first: str) -> list[str]:
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
-        weight = f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j)"
-        place = (f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
-                 f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i")
+        weight = (
+            f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + "
+            f"part * {rows} + j)"
+        )
+        place = (
+            f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
+            f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i"
+        )
         read = f"offsets[{first} + %u] + " + place
         if copied:
             read = f"wide[{read.replace('%s', f'section * -{section_elems}')}]"
         else:
             read = widened(source, f"source[{read.replace('%s', f'z * {source.slice_elems}')}]")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
-        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
-                          f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]")
+        against = widened(
+            delta,
+            f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+            f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]",
+        )
         loops = [("k", depth), ("j", rows)]
 
         def per_unit(loops: list[tuple[str, int]], body: str) -> list[str]:
-            """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not in registers."""
+            """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not
+            in registers."""
             *around, last = nest(loops, vector, body)
             return [*around, *(last.replace("%u", str(unit)) for unit in range(units))]
 
-        return [*(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)),
-                *per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]"),
-                f"for a in T.serial({high}):",
-                *indent(1, per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")),
-                *per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}")]
+        return [
+            *(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)),
+            *per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]"),
+            f"for a in T.serial({high}):",
+            *indent(1, per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")),
+            *per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}"),
+        ]
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
-    runs = {"source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
-            "delta": (problem.rows_live or delta.channels, high, wide, delta)}
+    runs = {
+        "source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
+        "delta": (problem.rows_live or delta.channels, high, wide, delta),
+    }
     if copied:
         del runs["source"]
-    lists = {"source": f"sources[T.min(section * {read} + %s, {source.channels - 1})]" if problem.sources_live else "%s",
-             "delta": f"channels[T.min(%s, {delta.channels - 1})]" if problem.rows_live else "%s"}
+    lists = {
+        "source": f"sources[T.min(section * {read} + %s, {source.channels - 1})]" if problem.sources_live else "%s",
+        "delta": f"channels[T.min(%s, {delta.channels - 1})]" if problem.rows_live else "%s",
+    }
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
 
     def fetch(name: str, first: str, many: str) -> list[str]:
         """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
-        channels, rows_each, columns, image = runs[name]
+        _channels, rows_each, columns, image = runs[name]
         run = f"({first} + ahead)"
         channel = lists[name].replace("%s", f"{run} // {rows_each}")
         start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
@@ -170,7 +198,9 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
     if not prefetch:
         per_group = {}
-    at_once = [line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))]
+    at_once = [
+        line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))
+    ]
     spread = {name: many for name, many in per_group.items() if many > BURST}
     for units in sizes:
         body = together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
@@ -186,52 +216,95 @@ def gather_grad(problem: GatherGrad, target: Target, strip: tuple[int, int] | No
     then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
     tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
     starts = [
-        f"source_ahead: T.let = next_z * {source.slice_elems} + section * {0 if problem.sources_live else section_elems}"
+        f"source_ahead: T.let = next_z * {source.slice_elems} + section * "
+        f"{0 if problem.sources_live else section_elems}"
         f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
         f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
-        f" + next_x * {wide * vector}"]
+        f" + next_x * {wide * vector}",
+    ]
     mine = f"T.min({share}, {strips_each} - chunk * {share})"
     copy, room = [], []
     if copied:
         room = [f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')"]
         elems = f"T.min({section_elems}, {source.slice_elems} - section * {section_elems})"
-        copy = [f"if turn == 0 or strip % {down * across} == 0:",
-                *indent(1, widen("source", source, f"z * {source.slice_elems} + section * {section_elems}", elems))]
+        copy = [
+            f"if turn == 0 or strip % {down * across} == 0:",
+            *indent(1, widen("source", source, f"z * {source.slice_elems} + section * {section_elems}", elems)),
+        ]
     of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
     lines = [
         f"for chunk in T.parallel({chunks}):",
-        *indent(1, [
-            *room, f"for weight in T.serial(units * {block}):", f"    for i in T.vectorized({vector}):",
-            f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
-            f"for section, turn in T.grid({problem.sections}, {mine}):", *indent(1, [
-                f"strip: T.let = chunk * {share} + turn", *where, *then, *starts, *copy,
-                f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):", *indent(1, at_once),
-                f"    for layer, part in T.grid({layers}, {parts}):", *indent(2, strips)])]),
-        f"for weight in T.parallel(units * {block}):", *indent(1, [
-            f"total = T.alloc_buffer(({vector},), 'float32')", *nest([], vector, f"total[i] = {of_owners}"),
-            *(line for half in halves(vector) for line in nest([], half, f"total[i] = total[i] + total[{half} + i]")),
-            "gradients[weight] = total[0]"])]
+        *indent(
+            1,
+            [
+                *room,
+                f"for weight in T.serial(units * {block}):",
+                f"    for i in T.vectorized({vector}):",
+                f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
+                f"for section, turn in T.grid({problem.sections}, {mine}):",
+                *indent(
+                    1,
+                    [
+                        f"strip: T.let = chunk * {share} + turn",
+                        *where,
+                        *then,
+                        *starts,
+                        *copy,
+                        f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):",
+                        *indent(1, at_once),
+                        f"    for layer, part in T.grid({layers}, {parts}):",
+                        *indent(2, strips),
+                    ],
+                ),
+            ],
+        ),
+        f"for weight in T.parallel(units * {block}):",
+        *indent(
+            1,
+            [
+                f"total = T.alloc_buffer(({vector},), 'float32')",
+                *nest([], vector, f"total[i] = {of_owners}"),
+                *(
+                    line
+                    for half in halves(vector)
+                    for line in nest([], half, f"total[i] = total[i] + total[{half} + i]")
+                ),
+                "gradients[weight] = total[0]",
+            ],
+        ),
+    ]
     return _kernel(problem, [f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])
 
 
 def _kernel(problem: GatherGrad, body: list[str]) -> str:
     """The kernel's text around its body."""
     source, delta, block = problem.source, problem.delta, problem.unit[0] * problem.row_block
-    return "\n".join([
-        "@T.prim_func",
-        f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), offsets_handle: T.handle, "
-        + "".join(argument + ", " for argument in listed(problem, source)) +
-        f"source: T.Buffer(({source.elems},), '{source.dtype}'), delta: T.Buffer(({delta.elems},), '{delta.dtype}'), "
-        "gradients_handle: T.handle):",
-        *indent(1, [
-            "T.func_attr({'tirx.noalias': True})",
-            "units = T.int32()",
-            "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-            f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')", *body])])
+    return "\n".join(
+        [
+            "@T.prim_func",
+            f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), "
+            "offsets_handle: T.handle, "
+            + "".join(argument + ", " for argument in listed(problem, source))
+            + f"source: T.Buffer(({source.elems},), '{source.dtype}'), delta: T.Buffer(({delta.elems},), "
+            f"'{delta.dtype}'), "
+            "gradients_handle: T.handle):",
+            *indent(
+                1,
+                [
+                    "T.func_attr({'tirx.noalias': True})",
+                    "units = T.int32()",
+                    "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
+                    f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')",
+                    *body,
+                ],
+            ),
+        ]
+    )
 
 
 def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) -> str:
-    """A linear layer: the sums of some units over all examples fit in registers, so threads share groups and nothing is kept between.
+    """A linear layer: the sums of some units over all examples fit in registers, so threads share groups and nothing is
+    kept between.
 
     rows, depth  of a unit, that pass together; sizes: units that do
     """
@@ -245,17 +318,37 @@ def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) 
     for units in sizes:
         first = f"(pointers[{cell} + 1] - {left} + several * {units})"
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector}"
-        read = widened(source, f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]")
-        against = widened(delta, f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
-                   f" + z * {delta.slice_elems} + i]")
+        read = widened(
+            source, f"source[offsets[{first} + u] + (layer * {depth} + k) * {distance} + z * {source.slice_elems} + i]"
+        )
+        against = widened(
+            delta,
+            f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+            f" + z * {delta.slice_elems} + i]",
+        )
         loops = [("k", depth), ("j", rows), ("u", units)]
         lanes = " + ".join(f"{total} + {lane}]" for lane in range(vector))
-        lines += [f"for several in T.serial({left} // {units}):", *indent(1, [
-            f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')",
-            *nest(loops, vector, f"{total} + i] = T.float32(0)"),
-            f"for z in T.serial({delta.slices}):", *indent(1, nest(loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")),
-            f"for k, j, u in T.grid({depth}, {rows}, {units}):",
-            f"    gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part * {rows} + j] = {lanes}"])]
+        lines += [
+            f"for several in T.serial({left} // {units}):",
+            *indent(
+                1,
+                [
+                    f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')",
+                    *nest(loops, vector, f"{total} + i] = T.float32(0)"),
+                    f"for z in T.serial({delta.slices}):",
+                    *indent(1, nest(loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")),
+                    f"for k, j, u in T.grid({depth}, {rows}, {units}):",
+                    f"    gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part "
+                    f"* {rows} + j] = {lanes}",
+                ],
+            ),
+        ]
         left = f"({left} % {units})"
-    return _kernel(problem, [f"for group in T.parallel({groups}):",
-                             f"    for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts}):", *indent(2, lines)])
+    return _kernel(
+        problem,
+        [
+            f"for group in T.parallel({groups}):",
+            f"    for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts}):",
+            *indent(2, lines),
+        ],
+    )

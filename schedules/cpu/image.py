@@ -10,15 +10,18 @@ from mest_compile.schedules.cpu.rows import Text, array, buffer, each_row, frame
 
 @schedule("image.import", device="cpu")
 def image_import(problem: ImageImport, target: Target) -> str:
-    """Transposes tiles of vector x vector elements in registers: loads run along a row of pixels, stores along the batch."""
+    """Transposes tiles of vector x vector elements in registers: loads run along a row of pixels, stores along the
+    batch."""
     image, vector = problem.result, problem.result.vector
     example = image.channels * image.height * image.width
     text = Text(buffer("images", image.batch * example), array("result", image))
 
     def load(lane: str, pixel: str) -> str:
         number = lane if image.batch == image.lanes else f"T.min({lane}, examples - 1)"
-        return (f"images[(plane // {image.channels} * {vector} + {number}) * {example}"
-                f" + (c * {image.height} + h) * {image.width} + {pixel}]")
+        return (
+            f"images[(plane // {image.channels} * {vector} + {number}) * {example}"
+            f" + (c * {image.height} + h) * {image.width} + {pixel}]"
+        )
 
     with each_row(text, {"result": image}):
         text.local("tile", vector * vector)
@@ -27,7 +30,10 @@ def image_import(problem: ImageImport, target: Target) -> str:
                 with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
                     text(f"tile[j * {vector} + i] = {load('j', f't * {vector} + i')}")
                 with text.nest(f"for j in T.unroll({vector})", f"for i in T.vectorized({vector})"):
-                    text(f"result[result_row + (t * {vector} + j) * {vector} + i] = {narrowed(image, f'tile[i * {vector} + j]')}")
+                    text(
+                        f"result[result_row + (t * {vector} + j) * {vector} + i] = "
+                        f"{narrowed(image, f'tile[i * {vector} + j]')}"
+                    )
         with text.nest(f"for w in T.serial({image.width % vector})", f"for i in T.vectorized({vector})"):
             at = f"({image.width // vector * vector} + w)"
             text(f"result[result_row + {at} * {vector} + i] = {narrowed(image, load('i', at))}")
@@ -40,7 +46,10 @@ def image_export(problem: ImageExport, target: Target) -> str:
     image = problem.source
     text = Text(array("source", image), buffer("result", image.batch * image.channels))
     with text.nest(f"for n, c in T.grid({image.batch}, {image.channels})"):
-        element = f"source[n // {image.vector} * {image.slice_elems} + c * {image.channel_elems} + {image.origin} + n % {image.vector}]"
+        element = (
+            f"source[n // {image.vector} * {image.slice_elems} + c * {image.channel_elems} + "
+            f"{image.origin} + n % {image.vector}]"
+        )
         text(f"result[n * {image.channels} + c] = {widened(image, element)}")
     return str(text)
 

@@ -18,7 +18,7 @@ CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time, stil
 def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
     """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
     kind = OPTIMIZERS.find(rule)
-    handles = {name: (elems, "float32") for name in ("values", "gradients", *kind.state)}
+    handles = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
     handles |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
     text = Text(*(f"{name}_handle: T.handle" for name in handles))
     text(f"{symbol} = T.int32()")
@@ -28,7 +28,8 @@ def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, s
 
 
 def _update(text: Text, rule: str, at: str) -> None:
-    """The formula at one place. What it names itself stands where it is used, or is read from the state that it was stored as."""
+    """The formula at one place. What it names itself stands where it is used, or is read from the state that it was
+    stored as."""
     kind = OPTIMIZERS.find(rule)
     arrays = {name: f"{name}[{at}]" for name in ("values", "gradients", *kind.state)}
     names = {**arrays, **{name: name for name in kind.scalars}}
@@ -47,7 +48,11 @@ def _update(text: Text, rule: str, at: str) -> None:
 def _update_chunk(text: Text, rule: str, vector: int, elems: int) -> None:
     """Elements `chunk * elems` up to the next chunk's; elems is a multiple of vector."""
     unroll = UNROLL if elems % (UNROLL * vector) == 0 else 1
-    with text.nest(f"for t in T.serial({elems // (unroll * vector)})", f"for j in T.unroll({unroll})", f"for i in T.vectorized({vector})"):
+    with text.nest(
+        f"for t in T.serial({elems // (unroll * vector)})",
+        f"for j in T.unroll({unroll})",
+        f"for i in T.vectorized({vector})",
+    ):
         _update(text, rule, f"chunk * {elems} + t * {unroll * vector} + j * {vector} + i")
 
 
@@ -72,8 +77,10 @@ def update_units(problem: UpdateUnits, target: Target) -> str:
 
     def copy(unit: str) -> None:
         with text.nest(f"for j in T.unroll({problem.row_block})", f"for k in T.unroll({problem.source_block})"):
-            text(f"transposed[permutation[{unit}] * {size} + j * {problem.source_block} + k] = "
-                 f"values[{unit} * {size} + k * {problem.row_block} + j]")
+            text(
+                f"transposed[permutation[{unit}] * {size} + j * {problem.source_block} + k] = "
+                f"values[{unit} * {size} + k * {problem.row_block} + j]"
+            )
 
     with text.nest(f"if units >= {units}", f"for chunk in T.parallel(units // {units})"):
         _update_chunk(text, problem.rule, target.vector, units * size)
@@ -91,8 +98,13 @@ def update_units(problem: UpdateUnits, target: Target) -> str:
 @schedule("optimizer.copy", device="cpu")
 def copy_values(problem: CopyValues, target: Target) -> str:
     text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
-    text("n = T.int32()", "m = T.int32()", 'values = T.match_buffer(values_handle, (n,), "float32")',
-         'places = T.match_buffer(places_handle, (m,), "int32")', 'copies = T.match_buffer(copies_handle, (m,), "float32")')
+    text(
+        "n = T.int32()",
+        "m = T.int32()",
+        'values = T.match_buffer(values_handle, (n,), "float32")',
+        'places = T.match_buffer(places_handle, (m,), "int32")',
+        'copies = T.match_buffer(copies_handle, (m,), "float32")',
+    )
     with text.nest("for i in T.serial(m)"):
         text("copies[i] = values[places[i]]")
     return str(text)

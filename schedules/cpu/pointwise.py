@@ -75,8 +75,13 @@ def bias_gradient(problem: BiasGradient, target: Target) -> str:
     text = Text(array("dy", image), buffer("dbias", image.channels))
     text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count},), "float64")')
     with chunks.each(text):
-        channel_sums(text, chunks, {"dy": image}, 1,
-                     lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + {widened(image, f'dy[dy_row + {at}]')}"])
+        channel_sums(
+            text,
+            chunks,
+            {"dy": image},
+            1,
+            lambda at, slot, live: [f"partial[{slot}] = partial[{slot}] + {widened(image, f'dy[dy_row + {at}]')}"],
+        )
     with text.nest(f"for c in T.serial({image.channels})"):
         text.local("joined", 1, "float64")
         text("joined[0] = T.float64(0)")

@@ -13,12 +13,18 @@ from mest_compile.schedules.cpu.rows import Text, array, each_row, loop, narrowe
 
 
 def _set_window(text: Text, problem: Pool) -> None:
-    """Sets, for the result pixel (h, w), the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`)."""
-    for corner, size, pixel, axis, extent in (("top", "tall", "h", 0, problem.x.height), ("left", "wide", "w", 1, problem.x.width)):
+    """Sets, for the result pixel (h, w), the window's corner (`top`, `left`) in the image and its size (`tall`,
+    `wide`)."""
+    for corner, size, pixel, axis, extent in (
+        ("top", "tall", "h", 0, problem.x.height),
+        ("left", "wide", "w", 1, problem.x.width),
+    ):
         kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
         if padding:
-            text(f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
-                 f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}")
+            text(
+                f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
+                f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}",
+            )
         else:
             text(f"{corner}: T.let = {pixel} * {stride}")
 
@@ -26,15 +32,19 @@ def _set_window(text: Text, problem: Pool) -> None:
 @contextmanager
 def _each_tap(text: Text, problem: Pool) -> Iterator[None]:
     """Loops `ky`, `kx` over the window that `_set_window` found."""
-    loops = [f"for {name} in " + (f"T.serial({size})" if problem.padding[axis] else f"T.unroll({problem.kernel[axis]})")
-             for axis, (name, size) in enumerate((("ky", "tall"), ("kx", "wide")))]
+    loops = [
+        f"for {name} in " + (f"T.serial({size})" if problem.padding[axis] else f"T.unroll({problem.kernel[axis]})")
+        for axis, (name, size) in enumerate((("ky", "tall"), ("kx", "wide")))
+    ]
     with text.nest(*loops):
         yield
 
 
 def _tap(name: str, image: Image) -> str:
-    return (f"{name}[plane * {image.channel_elems} + {image.origin} + (top + ky) * {image.row_elems} + "
-            f"(left + kx) * {image.vector} + i]")
+    return (
+        f"{name}[plane * {image.channel_elems} + {image.origin} + (top + ky) * {image.row_elems} + "
+        f"(left + kx) * {image.vector} + i]"
+    )
 
 
 def _pixel(name: str, image: Image) -> str:
@@ -45,7 +55,9 @@ def _share(problem: Pool) -> str:
     """What each value of an average counts."""
     if problem.count_include_pad or not any(problem.padding):
         return number(1 / (problem.kernel[0] * problem.kernel[1]))
-    tall, wide = ((size if problem.padding[axis] else str(problem.kernel[axis])) for axis, size in enumerate(("tall", "wide")))
+    tall, wide = (
+        (size if problem.padding[axis] else str(problem.kernel[axis])) for axis, size in enumerate(("tall", "wide"))
+    )
     return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
 
 
@@ -54,24 +66,26 @@ def _forward(problem: Pool, steps: dict[str, tuple[str, str]], last: str) -> str
     x, y = problem.x, problem.y
     text = Text(array("x", x), array("y", y))
     vector = f"for i in T.vectorized({x.vector})"
-    with each_row(text, {"y": y}):
-        with text.nest(f"for w in T.serial({y.width})"):
-            _set_window(text, problem)
-            for name in steps:
-                text.local(name, x.vector)
-            with text.nest(vector):
-                text(*(f"{name}[i] = {start}" for name, (start, _) in steps.items()))
-            with _each_tap(text, problem), text.nest(vector):
-                text(*(f"{name}[i] = {step.format(widened(x, _tap('x', x)))}" for name, (_, step) in steps.items()))
-            with text.nest(vector):
-                text(f"{_pixel('y', y)} = {narrowed(y, last)}")
+    with each_row(text, {"y": y}), text.nest(f"for w in T.serial({y.width})"):
+        _set_window(text, problem)
+        for name in steps:
+            text.local(name, x.vector)
+        with text.nest(vector):
+            text(*(f"{name}[i] = {start}" for name, (start, _) in steps.items()))
+        with _each_tap(text, problem), text.nest(vector):
+            text(*(f"{name}[i] = {step.format(widened(x, _tap('x', x)))}" for name, (_, step) in steps.items()))
+        with text.nest(vector):
+            text(f"{_pixel('y', y)} = {narrowed(y, last)}")
     return str(text)
 
 
 @schedule("max_pool2d.forward", device="cpu")
 def max_pool_forward(problem: Pool, target: Target) -> str:
     """NaN stays, as in torch: T.max passes over it, but the sum of squares is NaN where a tap is, and nowhere else."""
-    steps = {"value": ('T.float32("-inf")', "T.max(value[i], {0})"), "squares": ("T.float32(0)", "squares[i] + {0} * {0}")}
+    steps = {
+        "value": ('T.float32("-inf")', "T.max(value[i], {0})"),
+        "squares": ("T.float32(0)", "squares[i] + {0} * {0}"),
+    }
     return _forward(problem, steps, 'T.Select(squares[i] <= T.float32("inf"), value[i], squares[i])')
 
 
@@ -82,8 +96,12 @@ def avg_pool_forward(problem: Pool, target: Target) -> str:
 
 def _written_once(problem: Pool) -> bool:
     """Every pixel of x is in exactly one window."""
-    return problem.kernel == problem.stride and problem.padding == (0, 0) and \
-        (problem.x.height, problem.x.width) == (problem.y.height * problem.stride[0], problem.y.width * problem.stride[1])
+    return (
+        problem.kernel == problem.stride
+        and problem.padding == (0, 0)
+        and (problem.x.height, problem.x.width)
+        == (problem.y.height * problem.stride[0], problem.y.width * problem.stride[1])
+    )
 
 
 @contextmanager
@@ -92,8 +110,7 @@ def _each_window_of_gradient(text: Text, problem: MaxPoolBackward | AvgPoolBackw
     forward, dx = problem.forward, problem.dx
     with text.nest(f"for plane in {loop(dx.slices * dx.channels, dx.elems)}"):
         if not (problem.accumulate or _written_once(forward)):
-            with text.nest(f"for h, w in T.grid({dx.height}, {dx.width})",
-                           f"for i in T.vectorized({dx.vector})"):
+            with text.nest(f"for h, w in T.grid({dx.height}, {dx.width})", f"for i in T.vectorized({dx.vector})"):
                 text(f"{_pixel('dx', dx)} = {narrowed(dx, 'T.float32(0)')}")
         with text.nest(f"for h, w in T.grid({forward.y.height}, {forward.y.width})"):
             _set_window(text, forward)
@@ -111,7 +128,8 @@ def _give(problem: MaxPoolBackward | AvgPoolBackward, share: str) -> str:
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
     """Finds again which tap of a window is its maximum, then gives each tap what is its own.
 
-    As in torch the last NaN of a window is: in the place of a NaN `best` is infinite, so that only another NaN is not <= it.
+    As in torch the last NaN of a window is: in the place of a NaN `best` is infinite, so that only another NaN is not
+    <= it.
     """
     x, vector = problem.forward.x, f"for i in T.vectorized({problem.dx.vector})"
     text = Text(array("dy", problem.dy), array("x", x), array("dx", problem.dx))
@@ -121,11 +139,17 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
         text.local("winner", x.vector, "int32")
         text.local("value", x.vector)
         with text.nest(vector):
-            text('best[i] = T.float32("-inf")', "winner[i] = 0", f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}")
+            text(
+                'best[i] = T.float32("-inf")',
+                "winner[i] = 0",
+                f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}",
+            )
         number_of = f"ky * {problem.forward.kernel[1]} + kx"
         with _each_tap(text, problem.forward), text.nest(vector):
-            text(f"winner[i] = T.Select({tap} <= best[i], winner[i], {number_of})",
-                 f'best[i] = T.max(T.Select({tap} < T.float32("inf"), {tap}, T.float32("inf")), best[i])')
+            text(
+                f"winner[i] = T.Select({tap} <= best[i], winner[i], {number_of})",
+                f'best[i] = T.max(T.Select({tap} < T.float32("inf"), {tap}, T.float32("inf")), best[i])',
+            )
         with _each_tap(text, problem.forward), text.nest(vector):
             text(_give(problem, f"T.Select(winner[i] == {number_of}, value[i], T.float32(0))"))
     return str(text)
@@ -172,9 +196,12 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
 def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy = problem.x, problem.y
     text = Text(array("dy", dy), array("dx", dx))
-    with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"):
+    with each_row(text, {"dx": dx}), text.nest(f"for w in T.serial({dx.width})"):  # noqa: SIM117
         with text.nest(f"for i in T.vectorized({dx.vector})"):
             element = _pixel("dx", dx)
-            value = widened(dy, f"dy[plane * {dy.channel_elems} + {dy.origin} + i]") + f" * {number(1 / (dx.height * dx.width))}"
+            value = (
+                widened(dy, f"dy[plane * {dy.channel_elems} + {dy.origin} + i]")
+                + f" * {number(1 / (dx.height * dx.width))}"
+            )
             text(f"{element} = {narrowed(dx, f'{widened(dx, element)} + {value}' if problem.accumulate else value)}")
     return str(text)

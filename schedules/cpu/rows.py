@@ -1,7 +1,7 @@
 """Text of CPU kernels that walk over the rows of images: what the memory-bound schedules share.
 
-A row (width x vector floats) is contiguous in every image, and its length is the same whatever the halo, so one offset within
-the row serves all images of a kernel; only the row's start differs.
+A row (width x vector floats) is contiguous in every image, and its length is the same whatever the halo, so one offset
+within the row serves all images of a kernel; only the row's start differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mest_compile.ir.expressions import Expression
 from mest_compile.ir.layouts.batch import Image
 
 PARALLEL_ELEMS = 16384  # below 64 KiB, waking the other threads costs as much as the work
-UNROLL = 4              # vectors in flight: enough independent sums to hide an addition's latency, few enough for 16 registers
+UNROLL = 4  # vectors in flight: enough independent sums to hide an addition's latency, few enough for 16 registers
 
 
 def buffer(name: str, elems: int, dtype: str = "float32") -> str:
@@ -43,8 +43,8 @@ def spelled(expression: Expression, **names: str) -> str:
 
 
 def fenced(value: str) -> str:
-    """A float32 as it is. Without the fence a Select that keeps or clears what it overwrites becomes masked stores, which take twice as
-    long (0.30 ms instead of 0.13 for 128x8x8x64).
+    """A float32 as it is. Without the fence a Select that keeps or clears what it overwrites becomes masked stores,
+    which take twice as long (0.30 ms instead of 0.13 for 128x8x8x64).
     """
     return f'T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", {value})'
 
@@ -91,8 +91,8 @@ Body = Callable[[str, str, str | None], list[str]]
 def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = ()) -> None:
     """Statements for every vector of a row: body(offset in the row, slot, live).
 
-    `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples, otherwise the
-    condition under which the lane does.
+    `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples,
+    otherwise the condition under which the lane does.
     fetched  what `fetch` gives, before the vector at `{at}`
     """
     main, rest = divmod(image.width, UNROLL)
@@ -108,33 +108,49 @@ def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = ()) 
 
 
 def fetch(ahead: int, images: dict[str, Image], written: str | None = None) -> list[str]:
-    """Asks for what images hold `ahead` bytes behind a vector, as `walk_row` takes it; 0: nothing. written: which one is to be written."""
+    """Asks for what images hold `ahead` bytes behind a vector, as `walk_row` takes it; 0: nothing. written: which one
+    is to be written."""
+
     def one(name: str) -> str:
         element = f"{name}[{name}_row + {{at}} + {ahead // images[name].item_bytes}]"
-        return f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({element}), {int(name == written)}, 3, 1))"
+        return (
+            f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({element}), "
+            f"{int(name == written)}, 3, 1))"
+        )
 
     return [one(name) for name in images] if ahead else []
 
 
 @contextmanager
 def each_row(text: Text, images: dict[str, Image]) -> Iterator[None]:
-    """A loop over the rows of images of one size: sets `plane` (channel of a slice), `c` (channel), `h` (row) and what `set_rows` sets.
+    """A loop over the rows of images of one size: sets `plane` (channel of a slice), `c` (channel), `h` (row) and what
+    `set_rows` sets.
 
-    The last slice comes first: the convolution before wrote it last, and the one behind, which begins with the first slice, finds
-    that in cache (5% of a step of the wide ResNet-32 where a stage's activations are larger than the last-level cache).
+    The last slice comes first: the convolution before wrote it last, and the one behind, which begins with the first
+    slice, finds that in cache (5% of a step of the wide ResNet-32 where a stage's activations are larger than the
+    last-level cache).
     """
     image = next(iter(images.values()))
     rows = image.channels * image.height
     with text.nest(f"for turn in {loop(image.slices * rows, image.elems)}"):
-        text(f"n: T.let = ({image.slices - 1} - turn // {rows}) * {rows} + turn % {rows}", f"plane: T.let = n // {image.height}",
-             f"c: T.let = plane % {image.channels}", f"h: T.let = n % {image.height}")
+        text(
+            f"n: T.let = ({image.slices - 1} - turn // {rows}) * {rows} + turn % {rows}",
+            f"plane: T.let = n // {image.height}",
+            f"c: T.let = plane % {image.channels}",
+            f"h: T.let = n % {image.height}",
+        )
         set_rows(text, images)
         yield
 
 
 def set_rows(text: Text, images: dict[str, Image]) -> None:
     """Sets `<name>_row`, the element where row `h` of `plane` starts, for every image, and what `set_examples` sets."""
-    text(*(f"{name}_row: T.let = plane * {image.channel_elems} + h * {image.row_elems} + {image.origin}" for name, image in images.items()))
+    text(
+        *(
+            f"{name}_row: T.let = plane * {image.channel_elems} + h * {image.row_elems} + {image.origin}"
+            for name, image in images.items()
+        )
+    )
     set_examples(text, next(iter(images.values())))
 
 
@@ -145,9 +161,12 @@ def set_examples(text: Text, image: Image) -> None:
 
 
 def frame_row(text: Text, name: str, image: Image) -> None:
-    """Zeroes the halo that borders row `h` of `plane`: both its sides, all above the first row and all below the last."""
-    top, left, bottom, right = (size * unit for size, unit in
-                                zip(image.halo, (image.row_elems, image.vector, image.row_elems, image.vector), strict=True))
+    """Zeroes the halo that borders row `h` of `plane`: both its sides, all above the first row and all below the
+    last."""
+    top, left, bottom, right = (
+        size * unit
+        for size, unit in zip(image.halo, (image.row_elems, image.vector, image.row_elems, image.vector), strict=True)
+    )
 
     def strip(start: str, elems: int) -> None:
         if elems:
@@ -189,8 +208,8 @@ def pointwise(images: dict[str, Image], result: str, value: str, accumulate: boo
 class Chunks:
     """How a sum over the pixels and examples of each channel is cut, so that few channels still occupy all threads.
 
-    The rows of a channel are counted through all slices. The cut follows from the image alone, never from the number of threads:
-    sums are then the same on any number of them.
+    The rows of a channel are counted through all slices. The cut follows from the image alone, never from the number of
+    threads: sums are then the same on any number of them.
     """
 
     image: Image
@@ -216,11 +235,17 @@ class Chunks:
         if image.batch == image.lanes:
             return f"({rows} * {image.width * image.vector})"
         full = f"T.max(0, T.min({rows}, {(image.slices - 1) * image.height} - {first}))"
-        return f"(({rows}) * {image.width * (image.batch % image.vector)} + {full} * {image.width * (image.lanes - image.batch)})"
+        return (
+            f"(({rows}) * {image.width * (image.batch % image.vector)} + {full} * "
+            f"{image.width * (image.lanes - image.batch)})"
+        )
 
     def set_row(self, text: Text, row: str, images: dict[str, Image]) -> None:
         """Sets `plane`, `h` and what `set_rows` sets for row `row` of channel `c`."""
-        text(f"plane: T.let = ({row}) // {self.image.height} * {self.image.channels} + c", f"h: T.let = ({row}) % {self.image.height}")
+        text(
+            f"plane: T.let = ({row}) // {self.image.height} * {self.image.channels} + c",
+            f"h: T.let = ({row}) % {self.image.height}",
+        )
         set_rows(text, images)
 
     @contextmanager
@@ -228,8 +253,11 @@ class Chunks:
         """A loop over all chunks: sets `n` (chunk), `c` (channel), `first` (row) and `rows`."""
         image = self.image
         with text.nest(f"for n in {loop(image.channels * self.count, image.elems)}"):
-            text(f"c: T.let = n // {self.count}", f"first: T.let = n % {self.count} * {self.rows}",
-                 f"rows: T.let = T.min({self.rows}, {self.all_rows} - first)")
+            text(
+                f"c: T.let = n // {self.count}",
+                f"first: T.let = n % {self.count} * {self.rows}",
+                f"rows: T.let = T.min({self.rows}, {self.all_rows} - first)",
+            )
             yield
 
 
@@ -239,13 +267,18 @@ def zero(text: Text, name: str, elems: int, vector: int, dtype: str = "float32")
 
 
 def fold(text: Text, sums: int, vector: int) -> None:
-    """Adds the float32 `partial` (sums, UNROLL, vector) to the float64 `total` (sums, vector), which holds all rows so far."""
+    """Adds the float32 `partial` (sums, UNROLL, vector) to the float64 `total` (sums, vector), which holds all rows so
+    far."""
     with text.nest(f"for s in T.unroll({sums})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
-        text(f'total[s * {vector} + i] = total[s * {vector} + i] + T.cast(partial[s * {UNROLL * vector} + j * {vector} + i], "float64")')
+        text(
+            f"total[s * {vector} + i] = total[s * {vector} + i] + T.cast(partial[s * {UNROLL * vector} + j * "
+            f'{vector} + i], "float64")'
+        )
 
 
 def channel_sums(text: Text, chunks: Chunks, images: dict[str, Image], sums: int, body: Body) -> None:
-    """Fills the float64 `chunk_sums` (channels * chunks, sums): `body` adds to `partial` (sums, UNROLL, vector) along each row."""
+    """Fills the float64 `chunk_sums` (channels * chunks, sums): `body` adds to `partial` (sums, UNROLL, vector) along
+    each row."""
     image, vector = chunks.image, chunks.image.vector
     text.local("partial", sums * UNROLL * vector)
     text.local("total", sums * vector, "float64")

@@ -7,9 +7,9 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.schedules.cpu.rows import widened
 
-LINE_BYTES = 64       # a cache line of every CPU we know
+LINE_BYTES = 64  # a cache line of every CPU we know
 LEAST_TILE, MOST_TILE = 4, 28  # accumulators that tuning tries
-TAPS = 3              # kernel height and width that tiles are chosen for
+TAPS = 3  # kernel height and width that tiles are chosen for
 NEON_FLOATS, NEON_REGISTERS = 4, 32  # of a vector; of a 64-bit ARM core
 
 
@@ -18,10 +18,12 @@ def is_neon(vector: int, target: Target) -> bool:
 
 
 def widens_once(source: Image, target: Target, once: bool | None = None) -> bool:
-    """Whether a kernel first makes a float32 copy of what it reads of a source that is stored in less, or widens at every read.
+    """Whether a kernel first makes a float32 copy of what it reads of a source that is stored in less, or widens at
+    every read.
 
-    A copy stays in the thread's caches. Where a conversion costs as much as four multiply-adds, as on ARM cores (2 cycles on Neoverse N1,
-    by LLVM's model), it is made up for by few reads; on x86 conversions run beside the multiply-adds, and the smaller source is near.
+    A copy stays in the thread's caches. Where a conversion costs as much as four multiply-adds, as on ARM cores (2
+    cycles on Neoverse N1, by LLVM's model), it is made up for by few reads; on x86 conversions run beside the
+    multiply-adds, and the smaller source is near.
     """
     return source.dtype != "float32" and (is_neon(source.vector, target) if once is None else once)
 
@@ -29,8 +31,10 @@ def widens_once(source: Image, target: Target, once: bool | None = None) -> bool
 def widen(name: str, image: Image, start: str, elems: str) -> list[str]:
     """Fills `wide` with `elems` elements from element `start` on."""
     at = f"t * {image.vector} + i"
-    return [f"for t in T.serial({elems} // {image.vector}):", *indent(1, nest([], image.vector, f"wide[{at}] = "
-                                                                              + widened(image, f"{name}[{start} + {at}]")))]
+    return [
+        f"for t in T.serial({elems} // {image.vector}):",
+        *indent(1, nest([], image.vector, f"wide[{at}] = " + widened(image, f"{name}[{start} + {at}]"))),
+    ]
 
 
 def divisors(number: int) -> list[int]:
@@ -45,7 +49,10 @@ def largest_divisor(number: int, most: int) -> int:
 
 def nest(loops: list[tuple[str, int]], vector: int, body: str) -> list[str]:
     """Unrolled loops (name, extent) around a vector loop over `i` around one statement."""
-    lines = [f"for {name} in T.unroll({extent}):" for name, extent in loops] + [f"for i in T.vectorized({vector}):", body]
+    lines = [f"for {name} in T.unroll({extent}):" for name, extent in loops] + [
+        f"for i in T.vectorized({vector}):",
+        body,
+    ]
     return ["    " * depth + line for depth, line in enumerate(lines)]
 
 
@@ -55,17 +62,35 @@ def indent(depth: int, lines: list[str]) -> list[str]:
 
 def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
     """Arguments that list live channels."""
-    rows = [f"channels: T.Buffer(({problem.groups * problem.row_block},), 'int32')", "live_groups: T.Buffer((1,), 'int32')"]
-    return [*(rows if problem.rows_live else []), *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else [])]
+    rows = [
+        f"channels: T.Buffer(({problem.groups * problem.row_block},), 'int32')",
+        "live_groups: T.Buffer((1,), 'int32')",
+    ]
+    return [
+        *(rows if problem.rows_live else []),
+        *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else []),
+    ]
 
 
-def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int, int], columns: int, visit: str, visits: int,
-             write: bool = False, planes: str | None = None) -> list[str]:
-    """Asks for `rows` (how many, distance) of `columns` pixels of `channels` channels from element `start` on, some cache lines at each
-    of `visits` visits: all at once would hold up the loads behind them. A line too many does no harm, prefetches cannot fault.
+def prefetch(
+    name: str,
+    image: Image,
+    channels: int,
+    start: str,
+    rows: tuple[int, int],
+    columns: int,
+    visit: str,
+    visits: int,
+    write: bool = False,
+    planes: str | None = None,
+) -> list[str]:
+    """Asks for `rows` (how many, distance) of `columns` pixels of `channels` channels from element `start` on, some
+    cache lines at each of `visits` visits: all at once would hold up the loads behind them. A line too many does no
+    harm, prefetches cannot fault.
 
     planes  buffer that lists the channels; None: the first ones
-    Without this a layer whose activations come from memory waits for them half of its time (32x32x32, batch 64: 21 -> 39 GFLOP/s).
+    Without this a layer whose activations come from memory waits for them half of its time (32x32x32, batch 64: 21 ->
+    39 GFLOP/s).
     """
     line = LINE_BYTES // image.item_bytes
     lines = -(-columns * image.vector // line)
@@ -74,14 +99,22 @@ def prefetch(name: str, image: Image, channels: int, start: str, rows: tuple[int
     channel = f"{at} // {rows[0] * lines}"
     if planes:
         channel = f"{planes}[T.min({channel}, {image.channels - 1})]"
-    element = (f"{start} + {channel} * {image.channel_elems} + {at} // {lines} % {rows[0]} * {rows[1] * image.row_elems}"
-               f" + {at} % {lines} * {line}")
-    return [f"for ahead in T.unroll({share}):",
-            f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), {int(write)}, 2, 1))"]
+    element = (
+        f"{start} + {channel} * {image.channel_elems} + {at} // {lines} % {rows[0]} * {rows[1] * image.row_elems}"
+        f" + {at} % {lines} * {line}"
+    )
+    return [
+        f"for ahead in T.unroll({share}):",
+        f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), "
+        f"{int(write)}, 2, 1))",
+    ]
 
 
 def prefetch_run(name: str, image: Image, start: str, elems: int) -> list[str]:
     """Asks for `elems` elements from element `start` on."""
     line = LINE_BYTES // image.item_bytes
-    return [f"for line in T.unroll({-(-elems // line)}):",
-            f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * {line}]), 0, 2, 1))"]
+    return [
+        f"for line in T.unroll({-(-elems // line)}):",
+        f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * "
+        f"{line}]), 0, 2, 1))",
+    ]

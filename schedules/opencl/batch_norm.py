@@ -1,4 +1,5 @@
-"""Batch normalisation on OpenCL, without float64: sums go through trees, squares are of distances from a value close to the mean."""
+"""Batch normalisation on OpenCL, without float64: sums go through trees, squares are of distances from a value close to
+the mean."""
 
 from __future__ import annotations
 
@@ -41,32 +42,41 @@ def batch_norm_moments(problem: BatchNormMoments, target: Target) -> str:
 def _store_moments(text: Text, problem: BatchNormMoments, c: str, mean: str, squares: str) -> None:
     """From the mean and the sum of squared distances from it."""
     channels, count = problem.z.channels, problem.count
-    text(f"moments[{c}] = {mean}",
-         f"moments[{channels} + {c}] = T.float32(1) / T.sqrt({squares} * {number(1 / count)} + {number(problem.eps)})",
-         f"moments[{2 * channels} + {c}] = {squares} * {number(1 / (count - 1))}")
+    text(
+        f"moments[{c}] = {mean}",
+        f"moments[{channels} + {c}] = T.float32(1) / T.sqrt({squares} * {number(1 / count)} + {number(problem.eps)})",
+        f"moments[{2 * channels} + {c}] = {squares} * {number(1 / (count - 1))}",
+    )
 
 
 def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
-    """Two passes over a chunk: its mean, then distances from it; everything relative to the channel's first value, so that no digits
-    are lost where the mean is large. Then a channel's chunks are joined (Chan, Golub and LeVeque, 1979).
+    """Two passes over a chunk: its mean, then distances from it; everything relative to the channel's first value, so
+    that no digits are lost where the mean is large. Then a channel's chunks are joined (Chan, Golub and LeVeque, 1979).
     """
     layout, vector = problem.z, problem.z.vector
     cut = ChannelSums(layout, target)
-    text = Text(image("z", layout), scalars("moments", 3 * layout.channels), *flags(layout.channels, alive=problem.alive))
+    text = Text(
+        image("z", layout), scalars("moments", 3 * layout.channels), *flags(layout.channels, alive=problem.alive)
+    )
     text.scratch("chunk_facts", layout.channels * cut.count * 4)
     living = "alive[c] != 0" if problem.alive else ""
     first = f"z[c * {plane_vectors(layout)} + {layout.halo[0] * layout.columns + layout.halo[1]}]"
 
     def distance(origin: str) -> str:
-        return only_examples(layout, f"place // {layout.height * layout.width}", f"({at('z', layout)} - {full(origin, vector)})")
+        return only_examples(
+            layout, f"place // {layout.height * layout.width}", f"({at('z', layout)} - {full(origin, vector)})"
+        )
 
     with text.groups(cut.size, layout.channels * cut.count):
         text.private("sums", 2, vector_type(vector))
         text.private("value", 1)
         text.private("middle", 1)
         text.shared(2, cut.size, vector_type(vector))
-        text(f"c: T.let = block // {cut.count}", f"start: T.let = block % {cut.count} * {cut.share}",
-             f"end: T.let = T.min(start + {cut.share}, {cut.vectors})")
+        text(
+            f"c: T.let = block // {cut.count}",
+            f"start: T.let = block % {cut.count} * {cut.share}",
+            f"end: T.let = T.min(start + {cut.share}, {cut.vectors})",
+        )
         behind = f"T.max(0, end - T.max(start, {(layout.slices - 1) * layout.height * layout.width}))"
         count = f'T.cast((end - start) * {vector} - {behind} * {layout.lanes - layout.batch}, "float32")'
         text(f"sums[0] = {zeros(vector)}")
@@ -76,19 +86,31 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
         cut.start(text, 2)
         cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('value[0]')}"], living)
         cut.share_out(text, 1)
-        text("sums[0] = shared_0[0]", f"middle[0] = value[0] + {fold('sums[0]', vector)} / {count}",
-             f"middle[0] = {finite('middle[0]', 'value[0]')}")
+        text(
+            "sums[0] = shared_0[0]",
+            f"middle[0] = value[0] + {fold('sums[0]', vector)} / {count}",
+            f"middle[0] = {finite('middle[0]', 'value[0]')}",
+        )
         text.barrier()
         cut.start(text, 2)
-        cut.walk(text, lambda: [f"sums[0] = sums[0] + {distance('middle[0]')}",
-                                f"sums[1] = sums[1] + {distance('middle[0]')} * {distance('middle[0]')}"], living)
+        cut.walk(
+            text,
+            lambda: [
+                f"sums[0] = sums[0] + {distance('middle[0]')}",
+                f"sums[1] = sums[1] + {distance('middle[0]')} * {distance('middle[0]')}",
+            ],
+            living,
+        )
         cut.share_out(text, 2)
         with text.nest("if lane == 0"):
             text("sums[0] = shared_0[0]", "sums[1] = shared_1[0]")
             rest, squares = (fold(f"sums[{s}]", vector) for s in range(2))
-            text("chunk_facts[block * 4] = value[0]", f"chunk_facts[block * 4 + 1] = {count}",
-                 f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
-                 f"chunk_facts[block * 4 + 3] = {rectified(f'({squares} - {rest} * {rest} / {count})', 1)}")
+            text(
+                "chunk_facts[block * 4] = value[0]",
+                f"chunk_facts[block * 4 + 1] = {count}",
+                f"chunk_facts[block * 4 + 2] = (middle[0] - value[0]) + {rest} / {count}",
+                f"chunk_facts[block * 4 + 3] = {rectified(f'({squares} - {rest} * {rest} / {count})', 1)}",
+            )
     with text.each(layout.channels, target.limits.threads):
         text.private("mean", 1)
         text.private("squares", 1)
@@ -103,13 +125,17 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
 
 
 def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
-    """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances of its own. Where
-    the channel's mean is far from 0, distances of z from it decide.
+    """Joins the sums that a convolution left in its epilogue: a lane of a row has a mean and a sum of squared distances
+    of its own. Where the channel's mean is far from 0, distances of z from it decide.
     """
     layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
     width, channels = problem.count // (chunks * vector), layout.channels
-    text = Text(vectors("statistics", chunks * 2 * channels * vector, vector), image("z", layout), scalars("moments", 3 * channels),
-                *flags(channels, alive=problem.alive))
+    text = Text(
+        vectors("statistics", chunks * 2 * channels * vector, vector),
+        image("z", layout),
+        scalars("moments", 3 * channels),
+        *flags(channels, alive=problem.alive),
+    )
     living = ["alive[block] != 0"] if problem.alive else []
     size = whole_groups(chunks, target.limits.threads)
     share = full(number(1 / width), vector)
@@ -130,7 +156,10 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
         def total(items: int, terms: list[str], *conditions: str) -> list[str]:
             """Sums of `terms` over all items k and lanes."""
             text(*(f"sums[{s}] = {zeros(vector)}" for s in range(len(terms))))
-            with text.nest(*(f"if {condition}" for condition in [*living, *conditions]), f"for turn in T.serial({-(-items // size)})"):
+            with text.nest(
+                *(f"if {condition}" for condition in [*living, *conditions]),
+                f"for turn in T.serial({-(-items // size)})",
+            ):
                 text(f"k: T.let = turn * {size} + lane")
                 with text.nest(f"if k < {items}"):
                     text(*(f"sums[{s}] = sums[{s}] + {term}" for s, term in enumerate(terms)))
@@ -148,16 +177,26 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
         within = rectified(f"({row_squares} - {row_sum} * {mean_of('k')})", vector)
         (found,) = total(chunks, [f"({within} + {apart} * {apart} * {full(number(width), vector)})"])
         whole = "(value[0] + mean[0])"
-        text(f"squares[0] = {found}", f"origin[0] = {finite(whole)}", f"rest[0] = {whole} - origin[0]",
-             f"far: T.let = T.Select({whole} * {whole} * {number(problem.count / FAR)} <= {finite('squares[0]', 'T.float32(-1)')}, 0, 1)")
+        text(
+            f"squares[0] = {found}",
+            f"origin[0] = {finite(whole)}",
+            f"rest[0] = {whole} - origin[0]",
+            f"far: T.let = T.Select({whole} * {whole} * {number(problem.count / FAR)} <= "
+            f"{finite('squares[0]', 'T.float32(-1)')}, 0, 1)",
+        )
         pixels = layout.height * layout.width
-        place = (f"(k // {pixels} * {channels} + block) * {plane_vectors(layout)} + (k % {pixels} // {layout.width} + {layout.halo[0]})"
-                 f" * {layout.columns} + k % {layout.width} + {layout.halo[1]}")
+        place = (
+            f"(k // {pixels} * {channels} + block) * {plane_vectors(layout)} + (k % {pixels} // {layout.width} + "
+            f"{layout.halo[0]})"
+            f" * {layout.columns} + k % {layout.width} + {layout.halo[1]}"
+        )
         distance = f"(z[{place}] - {full('origin[0]', vector)})"
         rest, squares = total(layout.slices * pixels, [distance, f"{distance} * {distance}"], "far == 1")
         with text.nest("if far == 1"):
-            text(f"rest[0] = {rest} * {number(1 / problem.count)}",
-                 f"squares[0] = {rectified(f'({squares} - rest[0] * rest[0] * {number(problem.count)})', 1)}")
+            text(
+                f"rest[0] = {rest} * {number(1 / problem.count)}",
+                f"squares[0] = {rectified(f'({squares} - rest[0] * rest[0] * {number(problem.count)})', 1)}",
+            )
         with text.nest("if lane == 0"):
             _store_moments(text, problem, "block", "origin[0] + rest[0]", "squares[0]")
     return str(text)
@@ -169,7 +208,10 @@ def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
     text = Text(scalars("moments", 3 * channels), scalars("running_mean", channels), scalars("running_var", channels))
     with text.each(channels, target.limits.threads):
         for name, row in ("running_mean", 0), ("running_var", 2):
-            text(f"{name}[n] = {name}[n] * {number(1 - problem.momentum)} + moments[{row * channels} + n] * {number(problem.momentum)}")
+            text(
+                f"{name}[n] = {name}[n] * {number(1 - problem.momentum)} + moments[{row * channels} + n] * "
+                f"{number(problem.momentum)}"
+            )
     return str(text)
 
 
@@ -178,8 +220,11 @@ def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
     channels = problem.channels
     text = Text(scalars("running_mean", channels), scalars("running_var", channels), scalars("moments", 3 * channels))
     with text.each(channels, target.limits.threads):
-        text("moments[n] = running_mean[n]", f"moments[{channels} + n] = T.float32(1) / T.sqrt(running_var[n] + {number(problem.eps)})",
-             f"moments[{2 * channels} + n] = running_var[n]")
+        text(
+            "moments[n] = running_mean[n]",
+            f"moments[{channels} + n] = T.float32(1) / T.sqrt(running_var[n] + {number(problem.eps)})",
+            f"moments[{2 * channels} + n] = running_var[n]",
+        )
     return str(text)
 
 
@@ -196,13 +241,21 @@ def _held(flag: str, value: str, name: str, vector: int, there: bool) -> tuple[l
     """(statements, expression): `value`, or 0 and nothing is loaded where the channel's flag is 0."""
     if not there:
         return [], value
-    return [f'{name} = T.alloc_buffer((1,), "{vector_type(vector)}", scope="local")', f"{name}[0] = {zeros(vector)}",
-            f"if {flag}[c] != 0:", f"    {name}[0] = {value}"], f"{name}[0]"
+    return [
+        f'{name} = T.alloc_buffer((1,), "{vector_type(vector)}", scope="local")',
+        f"{name}[0] = {zeros(vector)}",
+        f"if {flag}[c] != 0:",
+        f"    {name}[0] = {value}",
+    ], f"{name}[0]"
 
 
 def _set_facts(channels: int) -> tuple[str, ...]:
-    return ("mean: T.let = moments[c]", f"inverse: T.let = moments[{channels} + c]",
-            f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]", "shift: T.let = affine[c]")
+    return (
+        "mean: T.let = moments[c]",
+        f"inverse: T.let = moments[{channels} + c]",
+        f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]",
+        "shift: T.let = affine[c]",
+    )
 
 
 def _centred(z: str, vector: int) -> str:
@@ -210,7 +263,8 @@ def _centred(z: str, vector: int) -> str:
 
 
 def _normalised(z: str, vector: int) -> str:
-    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is positive."""
+    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is
+    positive."""
     return f"({_centred(z, vector)} * {full('scale', vector)} + {full('shift', vector)})"
 
 
@@ -218,14 +272,19 @@ def _normalised(z: str, vector: int) -> str:
 def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     z, y, vector = problem.z, problem.y, problem.z.vector
     residual = [image("residual", problem.residual)] if problem.residual else []
-    text = Text(image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read))
+    text = Text(
+        image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read)
+    )
     load, here = _held("alive", at("z", z), "z_here", vector, problem.alive)
     row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     value = _normalised(here, vector) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
     with text.each_framed(y, target.limits.threads) as real, text.nest(*(["if read[c] != 0"] if problem.read else [])):
         with text.nest(f"if {real}"):
             text(*_set_facts(z.channels), *load)
-            text(f"value: T.let = {value}", f"{at('y', y)} = {spelled(row.formula, vector, x='value') if row else 'value'}")
+            text(
+                f"value: T.let = {value}",
+                f"{at('y', y)} = {spelled(row.formula, vector, x='value') if row else 'value'}",
+            )
         with text.nest("else"):
             text(f"{at('y', y)} = {zeros(vector)}")
     return str(text)
@@ -238,9 +297,15 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     dz, result = (problem.dy, "dy") if problem.in_place else (problem.dz, "dz")
     cut = ChannelSums(dy, target)
     share = number(1 / (dy.batch * dy.height * dy.width))
-    text = Text(image("dy", dy), image("z", z), *_facts(channels), *([image("y", problem.y)] if problem.y else []),
-                scalars("sums_out", 2 * channels), *([image("dz", problem.dz)] if problem.dz else []),
-                *flags(channels, problem.alive, problem.read))
+    text = Text(
+        image("dy", dy),
+        image("z", z),
+        *_facts(channels),
+        *([image("y", problem.y)] if problem.y else []),
+        scalars("sums_out", 2 * channels),
+        *([image("dz", problem.dz)] if problem.dz else []),
+        *flags(channels, problem.alive, problem.read),
+    )
     load_z, z_here = _held("alive", at("z", z), "z_here", vector, problem.alive)
     load_dy, dy_here = _held("read", at("dy", dy), "dy_here", vector, problem.read)
     row = ACTIVATIONS.find(problem.activation) if problem.activation else None
@@ -250,23 +315,40 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
 
     def add() -> list[str]:
         there = at("dy", dy)
-        mask = [f"{there} = {spelled(row.gradient, vector, x=at('y', problem.y), dy=there)}"] if row and problem.y else []
-        return [*mask, *load_z, *load_dy, f"sums[0] = sums[0] + {gradient}",
-                f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}"]
+        mask = (
+            [f"{there} = {spelled(row.gradient, vector, x=at('y', problem.y), dy=there)}"] if row and problem.y else []
+        )
+        return [
+            *mask,
+            *load_z,
+            *load_dy,
+            f"sums[0] = sums[0] + {gradient}",
+            f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}",
+        ]
 
     cut.collect(text, 2, add, before=_set_facts(channels), condition="read[c] != 0" if problem.read else "")
     with text.each(channels, target.limits.threads):
         cut.join(text, 2, "n")
         text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
     if dz:
-        mean_dy, slope = full(f"(sums_out[c] * {share})", vector), full(f"(sums_out[{channels} + c] * {share} * inverse)", vector)
-        value = only_examples(dz, f"plane // {channels}",
-                              f"({full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope}))")
+        mean_dy, slope = (
+            full(f"(sums_out[c] * {share})", vector),
+            full(f"(sums_out[{channels} + c] * {share} * inverse)", vector),
+        )
+        value = only_examples(
+            dz,
+            f"plane // {channels}",
+            f"({full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope}))",
+        )
         written = ["if alive[c] != 0"] if problem.alive else []
         if problem.accumulate or problem.in_place:
             with text.each_pixel(dz, target.limits.threads), text.nest(*written):
-                text(*_set_facts(channels), *load_z, *load_dy,
-                     f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value)
+                text(
+                    *_set_facts(channels),
+                    *load_z,
+                    *load_dy,
+                    f"{at(result, dz)} = " + (f"{at(result, dz)} + " if problem.accumulate else "") + value,
+                )
         else:
             with text.each_framed(dz, target.limits.threads) as real, text.nest(*written):
                 with text.nest(f"if {real}"):

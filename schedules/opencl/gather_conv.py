@@ -1,8 +1,8 @@
 """The sparse convolution as a gather, on OpenCL.
 
-A work-group has some groups of result channels, one after another, and neighbouring pixels: what it reads of a group's weights and offsets
-serves all of its threads, and every load of activations is of neighbouring vectors. Work-groups on the same pixels run side by side, so
-that all groups of result channels meet the same activations in the device's cache.
+A work-group has some groups of result channels, one after another, and neighbouring pixels: what it reads of a group's
+weights and offsets serves all of its threads, and every load of activations is of neighbouring vectors. Work-groups on
+the same pixels run side by side, so that all groups of result channels meet the same activations in the device's cache.
 """
 
 from __future__ import annotations
@@ -16,12 +16,24 @@ from mest_compile.kernels.source import schedule
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
-from mest_compile.schedules.opencl.text import Text, full, image, plane_vectors, scalars, vector_type, vectors, whole_groups, zeros
+from mest_compile.schedules.opencl.text import (
+    Text,
+    full,
+    image,
+    plane_vectors,
+    scalars,
+    vector_type,
+    vectors,
+    whole_groups,
+    zeros,
+)
 
 MOST_PIECES = 4  # groups of channels that a work-group computes one after another: they share where its pixels are
 
 
-def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int) -> int:
+def section_channels(
+    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+) -> int:
     """All source channels are one section: a GPU hides the way to memory behind other work-groups, not in a cache."""
     return source.channels
 
@@ -29,7 +41,10 @@ def section_channels(source: Image, source_step: tuple[int, int], kernel: tuple[
 def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
     """Arguments that list live channels. `sources` is not read: nothing is prefetched."""
     rows = [scalars("channels", problem.groups * problem.row_block, "int32"), scalars("live_groups", 1, "int32")]
-    return [*(rows if problem.rows_live else []), *([scalars("sources", source.channels, "int32")] if problem.sources_live else [])]
+    return [
+        *(rows if problem.rows_live else []),
+        *([scalars("sources", source.channels, "int32")] if problem.sources_live else []),
+    ]
 
 
 def pieces_of(groups: int, blocks: int) -> int:
@@ -45,17 +60,41 @@ def pieces_in_turn(text: Text, turns: int) -> Iterator[None]:
         yield
 
 
-@schedule("compact.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "staged": (None, 0, 32, 128),
-                                                  "pieces": (None, 1, 2, 8)})
-@schedule("gather.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "staged": (None, 0, 32, 128),
-                                                 "pieces": (None, 1, 2, 8)})
-def gather_conv(problem: GatherConv, target: Target, accumulators: int = 8, threads: int | None = None, staged: int | None = None,
-                pieces: int | None = None) -> str:
+@schedule(
+    "compact.conv",
+    device="opencl",
+    knobs={
+        "accumulators": (8, 4, 16),
+        "threads": (None, 32, 128),
+        "staged": (None, 0, 32, 128),
+        "pieces": (None, 1, 2, 8),
+    },
+)
+@schedule(
+    "gather.conv",
+    device="opencl",
+    knobs={
+        "accumulators": (8, 4, 16),
+        "threads": (None, 32, 128),
+        "staged": (None, 0, 32, 128),
+        "pieces": (None, 1, 2, 8),
+    },
+)
+def gather_conv(
+    problem: GatherConv,
+    target: Target,
+    accumulators: int = 8,
+    threads: int | None = None,
+    staged: int | None = None,
+    pieces: int | None = None,
+) -> str:
     """A device kernel for each pass.
 
-    accumulators  vectors of results that a thread keeps in registers: rows of a unit, which share what they read, times pixels
+    accumulators  vectors of results that a thread keeps in registers: rows of a unit, which share what they read, times
+                  pixels
     threads       of a work-group; None: what the target prefers
-    staged        units whose offsets and weights are in local memory at a time, 0: none are; None: as many as there is room for
+    staged        units whose offsets and weights are in local memory at a time, 0: none are; None: as many as there is
+                  room for
     pieces        groups of result channels that a work-group computes one after another; None: chosen from the sizes
     """
     source, result, vector = problem.source, problem.result, problem.result.vector
@@ -64,39 +103,65 @@ def gather_conv(problem: GatherConv, target: Target, accumulators: int = 8, thre
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * vector
         statistics = [vectors("statistics", elems, vector)]
-    text = Text(scalars("pointers", problem.cells + 1, "int32"), "offsets_handle: T.handle", "values_handle: T.handle",
-                *listed(problem, source), *bias, image("source", source), image("result", result), *statistics)
+    text = Text(
+        scalars("pointers", problem.cells + 1, "int32"),
+        "offsets_handle: T.handle",
+        "values_handle: T.handle",
+        *listed(problem, source),
+        *bias,
+        image("source", source),
+        image("result", result),
+        *statistics,
+    )
     block = problem.source_block * problem.row_block
     text.symbolic("units", {"offsets": ("units", "int32"), "values": (f"units * {block}", "float32")})
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
-            _conv_pass(text, problem, index, grid_pass, target, accumulators, threads or target.limits.threads, staged, pieces)
+            _conv_pass(
+                text, problem, index, grid_pass, target, accumulators, threads or target.limits.threads, staged, pieces
+            )
     return str(text)
 
 
-def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, target: Target, accumulators: int, threads: int,
-               staged: int | None, pieces: int | None) -> None:
+def _conv_pass(
+    text: Text,
+    problem: GatherConv,
+    index: int,
+    grid_pass: Pass,
+    target: Target,
+    accumulators: int,
+    threads: int,
+    staged: int | None,
+    pieces: int | None,
+) -> None:
     source, result, vector = problem.source, problem.result, problem.result.vector
     high, wide = grid_pass.grid
     pixels = result.slices * high * wide
     rows = largest_divisor(problem.row_block, accumulators)
     parts = problem.row_block // rows
     size = whole_groups(pixels, threads)
-    in_group = problem.statistics and wide <= target.limits.most_threads  # a group has whole rows of pixels, so that it can add them up
+    in_group = (
+        problem.statistics and wide <= target.limits.most_threads
+    )  # a group has whole rows of pixels, so that it can add them up
     if in_group:
         size = wide * max(size // wide, 1)
     each = max(min(accumulators // rows, pixels // size), 1)
     room = target.limits.local_bytes - (epilogue_bytes(size, rows * each, vector) if in_group else 0)
     units = Stage.pick(problem.source_block * rows, room) if staged is None else staged
-    stage = Stage(units, size, problem.source_block, rows, problem.source_block * problem.row_block, problem.row_block, vector)
+    stage = Stage(
+        units, size, problem.source_block, rows, problem.source_block * problem.row_block, problem.row_block, vector
+    )
     blocks = -(-pixels // (size * each))
     turns = largest_divisor(problem.groups * parts, pieces) if pieces else pieces_of(problem.groups * parts, blocks)
     target_start = result.halo[0] + grid_pass.start[0], result.halo[1] + grid_pass.start[1]
 
     def place(layout: Image, start: tuple[int, int], step: tuple[int, int], q: str) -> str:
         """Distance in vectors from the first channel's start to grid pixel q, which is counted through all slices."""
-        return (f"{q} // {high * wide} * {layout.channels * plane_vectors(layout)} + ({q} // {wide} % {high} * {step[0]} + {start[0]})"
-                f" * {layout.columns} + {q} % {wide} * {step[1]} + {start[1]}")
+        return (
+            f"{q} // {high * wide} * {layout.channels * plane_vectors(layout)} + ({q} // {wide} % {high} * "
+            f"{step[0]} + {start[0]})"
+            f" * {layout.columns} + {q} % {wide} * {step[1]} + {start[1]}"
+        )
 
     with text.groups(size, problem.groups * parts // turns, blocks):
         base = f"{'block_y' if blocks > 1 else '0'} * {size * each}"
@@ -107,11 +172,18 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
         stage.declare(text)
         if in_group:
             declare_row_sums(text, size, rows * each, vector)
-        with text.nest(f"for a in T.unroll({each})"):  # a thread behind the last pixel reads what the last one reads, and writes nothing
-            text(f"q: T.let = T.min({pixel}, {pixels - 1})", f"from_where[a] = {place(source, (0, 0), problem.source_step, 'q')}")
+        with text.nest(
+            f"for a in T.unroll({each})"
+        ):  # a thread behind the last pixel reads what the last one reads, and writes nothing
+            text(
+                f"q: T.let = T.min({pixel}, {pixels - 1})",
+                f"from_where[a] = {place(source, (0, 0), problem.source_step, 'q')}",
+            )
         with pieces_in_turn(text, turns):
             channel = f"channels[part * {rows} + j]" if problem.rows_live else f"(part * {rows} + j)"
-            written = f"result[{channel} * {plane_vectors(result)} + {place(result, target_start, grid_pass.step, '{q}')}]"
+            written = (
+                f"result[{channel} * {plane_vectors(result)} + {place(result, target_start, grid_pass.step, '{q}')}]"
+            )
             start = full(f"bias[{channel}]", vector) if problem.bias else zeros(vector)
             with text.nest(f"for a in T.unroll({each})"):
                 if problem.accumulate:
@@ -129,10 +201,16 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
                     with text.nest(f"for a in T.unroll({each})"):
                         text(f"seen[0] = source[way + k * {plane_vectors(source)} + from_where[a]]")
                         with text.nest(f"for j in T.unroll({rows})"):
-                            text(f"sums[j * {each} + a] = sums[j * {each} + a] + {full(stage.weight('j'), vector)} * seen[0]")
+                            text(
+                                f"sums[j * {each} + a] = sums[j * {each} + a] + "
+                                f"{full(stage.weight('j'), vector)} * seen[0]"
+                            )
             alive = [f"part // {parts} < live_groups[0]"] if problem.rows_live else []
-            with text.nest(f"for a in T.unroll({each})", f"if {' and '.join([f'{pixel} < {pixels}', *alive])}",
-                           f"for j in T.unroll({rows})"):
+            with text.nest(
+                f"for a in T.unroll({each})",
+                f"if {' and '.join([f'{pixel} < {pixels}', *alive])}",
+                f"for j in T.unroll({rows})",
+            ):
                 text(f"{written.format(q=pixel)} = sums[j * {each} + a]")
             if in_group:
                 here, chunks = size // wide, result.slices * high
@@ -145,8 +223,15 @@ def _conv_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, tar
                     row = channel.replace("+ j", f"+ {number} // {each}")
                     return [f"statistics[(({chunk(number, run)}) * 2 + {power}) * {result.channels} + {row}] = {value}"]
 
-                row_sums(text, size, wide, rows * each, vector, store,
-                         lambda number, run: " and ".join([f"{chunk(number, run)} < {chunks}", *alive]))
+                row_sums(
+                    text,
+                    size,
+                    wide,
+                    rows * each,
+                    vector,
+                    store,
+                    lambda number, run: " and ".join([f"{chunk(number, run)} < {chunks}", *alive]),
+                )
     if problem.statistics and not in_group:
         statistics_of_result(text, problem, high, wide, target)
 
@@ -157,14 +242,18 @@ def statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, 
     rows = problem.groups * problem.row_block if problem.rows_live else result.channels
     with text.each(result.slices * rows * high, target.limits.threads):
         text.private("row_sums", 2, vector_type(vector))
-        text(f"c: T.let = channels[n % {rows}]" if problem.rows_live else f"c: T.let = n % {rows}", f"chunk: T.let = n // {rows}",
-             f"row_start: T.let = (chunk // {high} * {result.channels} + c) * {plane_vectors(result)} + "
-             f"(chunk % {high} + {result.halo[0]}) * {result.columns} + {result.halo[1]}",
-             f"row_sums[0] = {zeros(vector)}", f"row_sums[1] = {zeros(vector)}")
+        text(
+            f"c: T.let = channels[n % {rows}]" if problem.rows_live else f"c: T.let = n % {rows}",
+            f"chunk: T.let = n // {rows}",
+            f"row_start: T.let = (chunk // {high} * {result.channels} + c) * {plane_vectors(result)} + "
+            f"(chunk % {high} + {result.halo[0]}) * {result.columns} + {result.halo[1]}",
+            f"row_sums[0] = {zeros(vector)}",
+            f"row_sums[1] = {zeros(vector)}",
+        )
         with text.nest(*([f"if n % {rows} < live_groups[0] * {problem.row_block}"] if problem.rows_live else [])):
             with text.nest(f"for w in T.serial({wide})"):
-                text("row_sums[0] = row_sums[0] + result[row_start + w]",
-                     "row_sums[1] = row_sums[1] + result[row_start + w] * result[row_start + w]")
+                text(
+                    "row_sums[0] = row_sums[0] + result[row_start + w]",
+                    "row_sums[1] = row_sums[1] + result[row_start + w] * result[row_start + w]",
+                )
             text(*(f"statistics[(chunk * 2 + {s}) * {result.channels} + c] = row_sums[{s}]" for s in range(2)))
-
-

@@ -10,14 +10,26 @@ from mest_compile.schedules.opencl.staging import largest_divisor
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS, declare_totals, totals
 from mest_compile.schedules.opencl.text import Text, image, plane_vectors, scalars, vector_type, whole_groups, zeros
 
-MOST_SPLITS = 16  # parts of the pixels that a weight's gradient is summed over apart: scratch memory is as many times the gradient
+# parts of the pixels that a weight's gradient is summed over apart: scratch memory is as many times the gradient
+MOST_SPLITS = 16
 
 
-@schedule("compact.grad", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)})
-@schedule("gather.grad", device="opencl", knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)})
-def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, threads: int | None = None, splits: int | None = None) -> str:
-    """A work-group has the units of one cell and some of the pixels: a few units at a time share what they read of delta, and a tree in
-    local memory adds up what its threads found. A second device kernel adds up the parts. Each sum's order follows from sizes alone.
+@schedule(
+    "compact.grad",
+    device="opencl",
+    knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)},
+)
+@schedule(
+    "gather.grad",
+    device="opencl",
+    knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)},
+)
+def gather_grad(
+    problem: GatherGrad, target: Target, accumulators: int = 8, threads: int | None = None, splits: int | None = None
+) -> str:
+    """A work-group has the units of one cell and some of the pixels: a few units at a time share what they read of
+    delta, and a tree in local memory adds up what its threads found. A second device kernel adds up the parts. Each
+    sum's order follows from sizes alone.
 
     accumulators  vectors of sums that a thread keeps in registers: weights that it works on at a time
     threads       of a work-group; None: what the target prefers
@@ -35,8 +47,14 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, thre
     size = whole_groups(places, threads or target.limits.threads)
     splits = splits_of(problem.cells * parts * layers, places, size) if splits is None else min(splits, places)
     share = -(-places // splits)
-    text = Text(scalars("pointers", problem.cells + 1, "int32"), "offsets_handle: T.handle", *listed(problem, source),
-                image("source", source), image("delta", delta), "gradients_handle: T.handle")
+    text = Text(
+        scalars("pointers", problem.cells + 1, "int32"),
+        "offsets_handle: T.handle",
+        *listed(problem, source),
+        image("source", source),
+        image("delta", delta),
+        "gradients_handle: T.handle",
+    )
     text.symbolic("units", {"offsets": ("units", "int32"), "gradients": (f"units * {block}", "float32")})
     if splits > 1:
         text.scratch("split_sums", splits * block, "units")
@@ -55,38 +73,56 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int = 8, thre
         with text.nest(f"for several in T.serial((end - begin + {together - 1}) // {together})"):
             text(f"first: T.let = begin + several * {together}")
             with text.nest(f"for u in T.unroll({together})"):
-                text(f"from_where[u] = offsets[T.min(first + u, end - 1)] // {vector} + "
-                     f"{piece} // {parts} * {depth * plane_vectors(source)}")
+                text(
+                    f"from_where[u] = offsets[T.min(first + u, end - 1)] // {vector} + "
+                    f"{piece} // {parts} * {depth * plane_vectors(source)}"
+                )
             with text.nest(f"for e in T.unroll({count})"):
                 text(f"sums[e] = {zeros(vector)}")
             with text.nest(f"for turn in T.serial({-(-share // size)})"):
                 text(f"inside: T.let = turn * {size} + lane", f"place: T.let = {split} * {share} + inside")
                 with text.nest(f"if inside < {share} and place < {places}"):
-                    text(f"s: T.let = place // {pixels}", f"h: T.let = place % {pixels} // {delta.width}",
-                         f"w: T.let = place % {delta.width}",
-                         f"way: T.let = s * {source.channels * plane_vectors(source)} + h * {problem.source_step[0] * source.columns}"
-                         f" + w * {problem.source_step[1]}")
+                    text(
+                        f"s: T.let = place // {pixels}",
+                        f"h: T.let = place % {pixels} // {delta.width}",
+                        f"w: T.let = place % {delta.width}",
+                        f"way: T.let = s * {source.channels * plane_vectors(source)} + h * "
+                        f"{problem.source_step[0] * source.columns}"
+                        f" + w * {problem.source_step[1]}",
+                    )
                     with text.nest(f"for j in T.unroll({rows})"):
-                        text(f"seen[j] = delta[(s * {delta.channels} + row[j]) * {plane_vectors(delta)} + (h + {delta.halo[0]})"
-                             f" * {delta.columns} + w + {delta.halo[1]}]")
+                        text(
+                            f"seen[j] = delta[(s * {delta.channels} + row[j]) * {plane_vectors(delta)} + (h + "
+                            f"{delta.halo[0]})"
+                            f" * {delta.columns} + w + {delta.halo[1]}]"
+                        )
                     with text.nest(f"for u in T.unroll({together})", f"for k in T.unroll({depth})"):
                         text(f"met[0] = source[from_where[u] + k * {plane_vectors(source)} + way]")
                         with text.nest(f"for j in T.unroll({rows})"):
                             total = f"sums[(u * {depth} + k) * {rows} + j]"
                             text(f"{total} = {total} + seen[j] * met[0]")
             inner = depth * rows
-            weight = (f"(first + {{e}} // {inner}) * {block} + ({piece} // {parts} * {depth} + {{e}} % {inner} // {rows})"
-                      f" * {problem.row_block} + {piece} % {parts} * {rows} + {{e}} % {rows}")
+            weight = (
+                f"(first + {{e}} // {inner}) * {block} + ({piece} // {parts} * {depth} + {{e}} % {inner} // {rows})"
+                f" * {problem.row_block} + {piece} % {parts} * {rows} + {{e}} % {rows}"
+            )
             goal = f"split_sums[{split} * units * {block} + {weight}]" if splits > 1 else f"gradients[{weight}]"
-            totals(text, count, size, vector, lambda e, value: [f"{goal.format(e=e)} = {value}"],
-                   lambda e: f"first + {e} // {inner} < end")
+            totals(
+                text,
+                count,
+                size,
+                vector,
+                lambda e, value: [f"{goal.format(e=e)} = {value}"],
+                lambda e: f"first + {e} // {inner} < end",
+            )
     if splits > 1:
         join_splits(text, splits, block, target)
     return str(text)
 
 
 def splits_of(groups: int, places: int, size: int) -> int:
-    """Parts of the pixels: as many as give the device enough work-groups, while each thread of one has several pixels."""
+    """Parts of the pixels: as many as give the device enough work-groups, while each thread of one has several
+    pixels."""
     return max(1, min(MOST_SPLITS, -(-4 * ENOUGH_GROUPS // groups), places // (4 * size)))
 
 

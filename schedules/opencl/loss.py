@@ -14,8 +14,10 @@ from mest_compile.schedules.opencl.text import Text, number, scalars, whole_grou
 
 def _element(name: str, image: Image, channel: str) -> str:
     """That of a channel and of example n."""
-    return (f"{name}[n // {image.vector} * {image.slice_elems} + {channel} * {image.channel_elems} + {image.origin}"
-            f" + n % {image.vector}]")
+    return (
+        f"{name}[n // {image.vector} * {image.slice_elems} + {channel} * {image.channel_elems} + {image.origin}"
+        f" + n % {image.vector}]"
+    )
 
 
 def _add_up(text: Text, batch: int, count: int, target: Target) -> None:
@@ -36,7 +38,12 @@ def elementwise(problem: Elementwise, target: Target) -> str:
     output, gradient = problem.output, problem.gradient
     batch, width = output.batch, output.channels
     count = batch * width
-    text = Text(scalars("output", output.elems), scalars("targets", count), scalars("loss", 1), scalars("gradient", gradient.elems))
+    text = Text(
+        scalars("output", output.elems),
+        scalars("targets", count),
+        scalars("loss", 1),
+        scalars("gradient", gradient.elems),
+    )
     text.scratch("losses", batch)
     slope = _element("gradient", gradient, "k")
     names = {"output": _element("output", output, "k"), "target": f"targets[n * {width} + k]"}
@@ -45,8 +52,10 @@ def elementwise(problem: Elementwise, target: Target) -> str:
             text.private("total", 1)
             text("total[0] = T.float32(0)")
             with text.nest(f"for k in T.serial({width})"):
-                text(f"total[0] = total[0] + ({written(problem.term, names, number)})",
-                     f"{slope} = ({written(problem.slope, names, number)}) * {number(1 / count)}")
+                text(
+                    f"total[0] = total[0] + ({written(problem.term, names, number)})",
+                    f"{slope} = ({written(problem.slope, names, number)}) * {number(1 / count)}",
+                )
             text("losses[n] = total[0]")
         with text.nest("else", f"for k in T.serial({width})"):
             text(f"{slope} = T.float32(0)")
@@ -58,14 +67,23 @@ def elementwise(problem: Elementwise, target: Target) -> str:
 def cross_entropy(problem: SoftmaxCrossEntropy, target: Target) -> str:
     logits, dlogits = problem.logits, problem.dlogits
     batch, classes = logits.batch, logits.channels
-    text = Text(scalars("logits", logits.elems), scalars("labels", batch, "int32"), scalars("loss", 1), scalars("correct", batch, "int32"),
-                scalars("dlogits", dlogits.elems))
+    text = Text(
+        scalars("logits", logits.elems),
+        scalars("labels", batch, "int32"),
+        scalars("loss", 1),
+        scalars("correct", batch, "int32"),
+        scalars("dlogits", dlogits.elems),
+    )
     text.scratch("losses", batch)
     first, logit = (_element("logits", logits, channel) for channel in ("0", "k"))
     gradient = _element("dlogits", dlogits, "k")
     share = problem.smoothing / classes
     # Without smoothing only the label's logit counts: 0 times what another one is below the largest need not be 0.
-    add = "chosen[0] + {wanted} * ({logit} - best[0])" if share else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"
+    add = (
+        "chosen[0] + {wanted} * ({logit} - best[0])"
+        if share
+        else "T.Select(k == labels[n], {logit} - best[0], chosen[0])"
+    )
     # NaN is the largest, the first one of several.
     larger = f'T.Select({logit} <= T.float32("inf"), {logit} > best[0], best[0] <= T.float32("inf"))'
     wanted = f"T.Select(k == labels[n], {number(1 - problem.smoothing + share)}, {number(share)})"
@@ -77,8 +95,11 @@ def cross_entropy(problem: SoftmaxCrossEntropy, target: Target) -> str:
             with text.nest(f"for k in T.serial({classes})", f"if {larger}"):
                 text(f"best[0] = {logit}", "winner[0] = k")
             with text.nest(f"for k in T.serial({classes})"):
-                text(f"{gradient} = T.exp({logit} - best[0])", f"total[0] = total[0] + {gradient}",
-                     f"chosen[0] = {add.format(wanted=wanted, logit=logit)}")
+                text(
+                    f"{gradient} = T.exp({logit} - best[0])",
+                    f"total[0] = total[0] + {gradient}",
+                    f"chosen[0] = {add.format(wanted=wanted, logit=logit)}",
+                )
             text("losses[n] = T.log(total[0]) - chosen[0]", "correct[n] = T.Select(winner[0] == labels[n], 1, 0)")
             with text.nest(f"for k in T.serial({classes})"):
                 text(f"{gradient} = ({gradient} / total[0] - {wanted}) * {number(1 / batch)}")

@@ -16,7 +16,7 @@ from mest_compile.schedules.opencl.text import Text, number
 def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
     """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
     kind = OPTIMIZERS.find(rule)
-    sizes = {name: (elems, "float32") for name in ("values", "gradients", *kind.state)}
+    sizes = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
     sizes |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
     text = Text(*(f"{name}_handle: T.handle" for name in sizes))
     text.symbolic(symbol, sizes)
@@ -51,8 +51,11 @@ def update_units(problem: UpdateUnits, target: Target) -> str:
     text = _start(problem.rule, elems, "units", {"permutation": ("units", "int32"), "transposed": (elems, "float32")})
     with text.each_of(f"(units * {size})", ENOUGH_GROUPS, target.limits.threads):
         _update(text, problem.rule)
-        text(f"k: T.let = n % {size} // {problem.row_block}", f"j: T.let = n % {problem.row_block}",
-             f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]")
+        text(
+            f"k: T.let = n % {size} // {problem.row_block}",
+            f"j: T.let = n % {problem.row_block}",
+            f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]",
+        )
     return str(text)
 
 

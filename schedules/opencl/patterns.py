@@ -1,6 +1,7 @@
-"""Pattern convolutions on OpenCL. A thread has a run of pixels one below the other, and its neighbours stand beside it: what two taps of a
-column read for two pixels is loaded once, and every load of the work-group is of neighbouring vectors. (A run along the row, where half of
-the taps are neighbours too, would spread each load over as many cache lines as it spares loads.)
+"""Pattern convolutions on OpenCL. A thread has a run of pixels one below the other, and its neighbours stand beside it:
+what two taps of a column read for two pixels is loaded once, and every load of the work-group is of neighbouring
+vectors. (A run along the row, where half of the taps are neighbours too, would spread each load over as many cache
+lines as it spares loads.)
 """
 
 from __future__ import annotations
@@ -13,11 +14,22 @@ from mest_compile.schedules.opencl.gather_conv import pieces_in_turn, pieces_of,
 from mest_compile.schedules.opencl.gather_grad import join_splits, splits_of
 from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
 from mest_compile.schedules.opencl.sums import declare_totals, totals
-from mest_compile.schedules.opencl.text import Text, full, image, plane_vectors, scalars, vector_type, vectors, whole_groups, zeros
+from mest_compile.schedules.opencl.text import (
+    Text,
+    full,
+    image,
+    plane_vectors,
+    scalars,
+    vector_type,
+    vectors,
+    whole_groups,
+    zeros,
+)
 
 
 def reads(shape: Shape, run: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """What a run of pixels reads: (row, column, [(tap, pixel of the run) that use it]), distances from the first tap of the first pixel."""
+    """What a run of pixels reads: (row, column, [(tap, pixel of the run) that use it]), distances from the first tap of
+    the first pixel."""
     places: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for pixel in range(run):
         for tap, (y, x) in enumerate(shape):
@@ -25,10 +37,26 @@ def reads(shape: Shape, run: int) -> list[tuple[int, int, list[tuple[int, int]]]
     return [(y, x, places[y, x]) for y, x in sorted(places, key=lambda place: (place[1], place[0]))]
 
 
-@schedule("pattern_groups.conv", device="opencl", knobs={"accumulators": (8, 4, 16), "run": (4, 2, 8), "threads": (None, 32, 128),
-                                                         "staged": (None, 0, 32, 128), "pieces": (None, 1, 2, 8)})
-def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, run: int = 4, threads: int | None = None,
-                 staged: int | None = None, pieces: int | None = None) -> str:
+@schedule(
+    "pattern_groups.conv",
+    device="opencl",
+    knobs={
+        "accumulators": (8, 4, 16),
+        "run": (4, 2, 8),
+        "threads": (None, 32, 128),
+        "staged": (None, 0, 32, 128),
+        "pieces": (None, 1, 2, 8),
+    },
+)
+def pattern_conv(
+    problem: GroupedConv,
+    target: Target,
+    accumulators: int = 8,
+    run: int = 4,
+    threads: int | None = None,
+    staged: int | None = None,
+    pieces: int | None = None,
+) -> str:
     """accumulators, threads, staged, pieces: as "gather.conv" has them. run: most pixels of a thread's run."""
     gather = problem.gather
     source, result, vector = gather.source, gather.result, gather.result.vector
@@ -37,7 +65,9 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
     run = largest_divisor(high, min(run, accumulators))
     runs = result.slices * (high // run) * wide
     size = whole_groups(runs, threads or target.limits.threads)
-    in_group = gather.statistics and wide <= target.limits.most_threads  # a group has whole rows of pixels, so that it can add them up
+    in_group = (
+        gather.statistics and wide <= target.limits.most_threads
+    )  # a group has whole rows of pixels, so that it can add them up
     if in_group:
         size = wide * max(size // wide, 1)
     each = max(min(accumulators // run, runs // size), 1)
@@ -47,19 +77,31 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
     blocks = -(-runs // (size * each))
     turns = largest_divisor(gather.groups, pieces) if pieces else pieces_of(gather.groups, blocks)
     statistics = vectors("statistics", result.slices * high * 2 * result.channels * vector, vector)
-    text = Text(scalars("pointers", problem.runs + 1, "int32"), "offsets_handle: T.handle", "values_handle: T.handle",
-                *([scalars("bias", result.channels)] if gather.bias else []), image("source", source), image("result", result),
-                *([statistics] if gather.statistics else []))
+    text = Text(
+        scalars("pointers", problem.runs + 1, "int32"),
+        "offsets_handle: T.handle",
+        "values_handle: T.handle",
+        *([scalars("bias", result.channels)] if gather.bias else []),
+        image("source", source),
+        image("result", result),
+        *([statistics] if gather.statistics else []),
+    )
     text.symbolic("units", {"offsets": ("units", "int32"), "values": (f"units * {problem.taps}", "float32")})
 
     def place(layout: Image, start: tuple[int, int], q: str) -> str:
-        """Distance in vectors from the first channel's start to the first pixel of run q, which is counted through all slices."""
-        return (f"{q} // {high // run * wide} * {layout.channels * plane_vectors(layout)}"
-                f" + ({q} // {wide} % {high // run} * {run} + {start[0]}) * {layout.columns} + {q} % {wide} + {start[1]}")
+        """Distance in vectors from the first channel's start to the first pixel of run q, which is counted through all
+        slices."""
+        return (
+            f"{q} // {high // run * wide} * {layout.channels * plane_vectors(layout)}"
+            f" + ({q} // {wide} % {high // run} * {run} + {start[0]}) * {layout.columns} + {q} % {wide} + {start[1]}"
+        )
 
     def written(q: str) -> str:
-        return (f"result[part * {plane_vectors(result)} + "
-                f"{place(result, (result.halo[0] + grid_pass.start[0], result.halo[1] + grid_pass.start[1]), q)} + p * {result.columns}]")
+        return (
+            f"result[part * {plane_vectors(result)} + "
+            f"{place(result, (result.halo[0] + grid_pass.start[0], result.halo[1] + grid_pass.start[1]), q)} + p "
+            f"* {result.columns}]"
+        )
 
     with text.groups(size, gather.groups // turns, blocks):
         base = f"{'block_y' if blocks > 1 else '0'} * {size * each}"
@@ -71,7 +113,9 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
         stage.declare(text)
         if in_group:
             declare_row_sums(text, size, run * each, vector)
-        with text.nest(f"for a in T.unroll({each})"):  # a thread behind the last run reads what the last one reads, and writes nothing
+        with text.nest(
+            f"for a in T.unroll({each})"
+        ):  # a thread behind the last run reads what the last one reads, and writes nothing
             text(f"q: T.let = T.min({start_of}, {runs - 1})", f"from_where[a] = {place(source, (0, 0), 'q')}")
         with pieces_in_turn(text, turns):
             with text.nest(f"for a in T.unroll({each})"):
@@ -110,17 +154,35 @@ def pattern_conv(problem: GroupedConv, target: Target, accumulators: int = 8, ru
                     row = f"{chunk(number, part)} * {run} + {number} // {each}"
                     return [f"statistics[(({row}) * 2 + {power}) * {result.channels} + part] = {value}"]
 
-                row_sums(text, size, wide, run * each, vector, store, lambda number, part: f"{chunk(number, part)} < {chunks}")
+                row_sums(
+                    text,
+                    size,
+                    wide,
+                    run * each,
+                    vector,
+                    store,
+                    lambda number, part: f"{chunk(number, part)} < {chunks}",
+                )
     if gather.statistics and not in_group:
         statistics_of_result(text, gather, high, wide, target)
     return str(text)
 
 
-@schedule("pattern_groups.grad", device="opencl", knobs={"accumulators": (8, 4, 16), "run": (4, 2, 8), "threads": (None, 32, 128),
-                                                         "splits": (None, 1, 4)})
-def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, run: int = 4, threads: int | None = None,
-                 splits: int | None = None) -> str:
-    """As "gather.grad", a run of pixels in the place of a pixel; units that pass together are of one shape. run: most pixels of a run."""
+@schedule(
+    "pattern_groups.grad",
+    device="opencl",
+    knobs={"accumulators": (8, 4, 16), "run": (4, 2, 8), "threads": (None, 32, 128), "splits": (None, 1, 4)},
+)
+def pattern_grad(
+    problem: GroupedGrad,
+    target: Target,
+    accumulators: int = 8,
+    run: int = 4,
+    threads: int | None = None,
+    splits: int | None = None,
+) -> str:
+    """As "gather.grad", a run of pixels in the place of a pixel; units that pass together are of one shape. run: most
+    pixels of a run."""
     gather = problem.gather
     source, delta, vector, taps = gather.source, gather.delta, gather.delta.vector, problem.taps
     together = max(accumulators // taps, 1)
@@ -131,8 +193,13 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
     size = whole_groups(places, threads or target.limits.threads)
     splits = splits_of(gather.cells, places, size) if splits is None else min(splits, places)
     share = -(-places // splits)
-    text = Text(scalars("pointers", problem.runs + 1, "int32"), "offsets_handle: T.handle", image("source", source), image("delta", delta),
-                "gradients_handle: T.handle")
+    text = Text(
+        scalars("pointers", problem.runs + 1, "int32"),
+        "offsets_handle: T.handle",
+        image("source", source),
+        image("delta", delta),
+        "gradients_handle: T.handle",
+    )
     text.symbolic("units", {"offsets": ("units", "int32"), "gradients": (f"units * {taps}", "float32")})
     if splits > 1:
         text.scratch("split_sums", splits * taps, "units")
@@ -145,7 +212,12 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
         declare_totals(text, count, size)
         for number, shape in enumerate(problem.shapes):
             begin, end = f"begin_{number}", f"end_{number}"
-            text(*(f"{name}: T.let = pointers[block * {len(problem.shapes)} + {number + step}]" for step, name in enumerate((begin, end))))
+            text(
+                *(
+                    f"{name}: T.let = pointers[block * {len(problem.shapes)} + {number + step}]"
+                    for step, name in enumerate((begin, end))
+                )
+            )
             with text.nest(f"for several in T.serial(({end} - {begin} + {together - 1}) // {together})"):
                 text(f"first: T.let = {begin} + several * {together}")
                 with text.nest(f"for u in T.unroll({together})"):
@@ -155,12 +227,18 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
                 with text.nest(f"for turn in T.serial({-(-share // size)})"):
                     text(f"inside: T.let = turn * {size} + lane", f"place: T.let = {split} * {share} + inside")
                     with text.nest(f"if inside < {share} and place < {places}"):
-                        text(f"s: T.let = place // {runs_high * delta.width}", f"h: T.let = place // {delta.width} % {runs_high} * {run}",
-                             f"w: T.let = place % {delta.width}",
-                             f"way: T.let = s * {source.channels * plane_vectors(source)} + h * {source.columns} + w")
+                        text(
+                            f"s: T.let = place // {runs_high * delta.width}",
+                            f"h: T.let = place // {delta.width} % {runs_high} * {run}",
+                            f"w: T.let = place % {delta.width}",
+                            f"way: T.let = s * {source.channels * plane_vectors(source)} + h * {source.columns} + w",
+                        )
                         with text.nest(f"for p in T.unroll({run})"):
-                            text(f"seen[p] = delta[(s * {delta.channels} + block % {gather.groups}) * {plane_vectors(delta)}"
-                                 f" + (h + p + {delta.halo[0]}) * {delta.columns} + w + {delta.halo[1]}]")
+                            text(
+                                f"seen[p] = delta[(s * {delta.channels} + block % {gather.groups}) * "
+                                f"{plane_vectors(delta)}"
+                                f" + (h + p + {delta.halo[0]}) * {delta.columns} + w + {delta.halo[1]}]"
+                            )
                         for u in range(together):
                             for y, x, uses in reads(shape, run):
                                 text(f"met[0] = source[from_where[{u}] + way + {y * source.columns + x}]")
@@ -174,5 +252,11 @@ def pattern_grad(problem: GroupedGrad, target: Target, accumulators: int = 8, ru
 
 def _store_totals(text: Text, count: int, size: int, vector: int, taps: int, goal: str, end: str) -> None:
     """Totals of the units from `first` on, up to `end`."""
-    totals(text, count, size, vector, lambda e, value: [f"{goal.format(f'first * {taps} + {e}')} = {value}"],
-           lambda e: f"first + {e} // {taps} < {end}")
+    totals(
+        text,
+        count,
+        size,
+        vector,
+        lambda e, value: [f"{goal.format(f'first * {taps} + {e}')} = {value}"],
+        lambda e: f"first + {e} // {taps} < {end}",
+    )

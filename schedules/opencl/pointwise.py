@@ -15,7 +15,8 @@ from mest_compile.schedules.opencl.text import Text, at, image, plane_vectors, s
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
-    """A kernel `result = value` on every pixel; `value` has `{x}` for the vector of image x, `accumulate` adds it to the result."""
+    """A kernel `result = value` on every pixel; `value` has `{x}` for the vector of image x, `accumulate` adds it to
+    the result."""
     text = Text(*(image(name, layout) for name, layout in images.items()))
     with text.each_pixel(images[result], target.limits.threads):
         elements = {name: at(name, layout) for name, layout in images.items()}
@@ -48,7 +49,9 @@ def add_forward(problem: AddForward, target: Target) -> str:
 
 @schedule("image.copy", device="opencl")
 def image_copy(problem: ImageCopy, target: Target) -> str:
-    return pointwise({"source": problem.source, "result": problem.result}, "result", "{source}", target, problem.accumulate)
+    return pointwise(
+        {"source": problem.source, "result": problem.result}, "result", "{source}", target, problem.accumulate
+    )
 
 
 def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: Target) -> str:
@@ -91,9 +94,12 @@ def image_import(problem: ImageImport, target: Target) -> str:
     example = layout.channels * layout.height * layout.width
     text = Text(scalars("images", layout.batch * example), scalars("result", layout.elems))
     with text.each_pixel(layout, target.limits.threads):
-        text(f"first: T.let = plane // {layout.channels} * {layout.vector}",
-             f"start: T.let = (plane * {plane_vectors(layout)} + (h + {layout.halo[0]}) * {layout.columns} + w + {layout.halo[1]})"
-             f" * {layout.vector}")
+        text(
+            f"first: T.let = plane // {layout.channels} * {layout.vector}",
+            f"start: T.let = (plane * {plane_vectors(layout)} + (h + {layout.halo[0]}) * {layout.columns} + w + "
+            f"{layout.halo[1]})"
+            f" * {layout.vector}",
+        )
         with text.nest(f"for i in T.unroll({layout.vector})"):
             lane = "first + i" if layout.batch == layout.lanes else f"T.min(first + i, {layout.batch - 1})"
             value = f"images[({lane}) * {example} + (c * {layout.height} + h) * {layout.width} + w]"
@@ -106,9 +112,13 @@ def image_export(problem: ImageExport, target: Target) -> str:
     layout = problem.source
     text = Text(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
     with text.each(layout.batch * layout.channels, target.limits.threads):
-        text(f"example: T.let = n // {layout.channels}", f"c: T.let = n % {layout.channels}",
-             f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} + {layout.origin}"
-             f" + example % {layout.vector}]")
+        text(
+            f"example: T.let = n // {layout.channels}",
+            f"c: T.let = n % {layout.channels}",
+            f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} "
+            f"+ {layout.origin}"
+            f" + example % {layout.vector}]",
+        )
     return str(text)
 
 

@@ -1,4 +1,5 @@
-"""Pooling on OpenCL. Backward kernels ask, for every pixel, which windows hold it: nothing is scattered, so nothing needs an atomic."""
+"""Pooling on OpenCL. Backward kernels ask, for every pixel, which windows hold it: nothing is scattered, so nothing
+needs an atomic."""
 
 from __future__ import annotations
 
@@ -9,21 +10,37 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
-from mest_compile.schedules.opencl.text import Text, at, full, image, infinity, number, plane_vectors, vector_type, zeros
+from mest_compile.schedules.opencl.text import (
+    Text,
+    at,
+    full,
+    image,
+    infinity,
+    number,
+    plane_vectors,
+    vector_type,
+    zeros,
+)
 
 _AXES = (("h", "top", "tall", 0), ("w", "left", "wide", 1))  # pixel, window's corner, window's size
 
 
 def _set_window(text: Text, problem: Pool, pixels: tuple[str, str]) -> None:
-    """Sets, for a result pixel, the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`) within the image."""
+    """Sets, for a result pixel, the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`) within
+    the image."""
     for (_, corner, size, axis), pixel, extent in zip(_AXES, pixels, (problem.x.height, problem.x.width), strict=True):
         kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
-        text(f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
-             f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}")
+        text(
+            f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
+            f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}",
+        )
 
 
 def _tap(name: str, layout: Image) -> str:
-    return (f"{name}[plane * {plane_vectors(layout)} + (top + ky + {layout.halo[0]}) * {layout.columns} + left + kx + {layout.halo[1]}]")
+    return (
+        f"{name}[plane * {plane_vectors(layout)} + (top + ky + {layout.halo[0]}) * {layout.columns} + left + "
+        f"kx + {layout.halo[1]}]"
+    )
 
 
 def _share(problem: Pool) -> str:
@@ -49,7 +66,8 @@ def _forward(problem: Pool, start: str, step: str, last: str, target: Target) ->
 @schedule("max_pool2d.forward", device="opencl")
 def max_pool_forward(problem: Pool, target: Target) -> str:
     vector = problem.x.vector
-    larger = f"T.Select({{0}} <= {infinity(vector)}, T.Select({{0}} > value[0], {{0}}, value[0]), {{0}})"  # NaN stays, as in torch
+    # NaN stays, as in torch
+    larger = f"T.Select({{0}} <= {infinity(vector)}, T.Select({{0}} > value[0], {{0}}, value[0]), {{0}})"
     return _forward(problem, full('T.float32("-inf")', vector), larger, "value[0]", target)
 
 
@@ -61,12 +79,16 @@ def avg_pool_forward(problem: Pool, target: Target) -> str:
 
 @contextmanager
 def _each_window_of(text: Text, problem: Pool) -> Iterator[None]:
-    """Loops `oy`, `ox` over the result pixels whose windows hold the pixel (h, w), in reading order; sets their windows."""
+    """Loops `oy`, `ox` over the result pixels whose windows hold the pixel (h, w), in reading order; sets their
+    windows."""
     loops = []
     for (pixel, _, _, axis), name, extent in zip(_AXES, ("y", "x"), (problem.y.height, problem.y.width), strict=True):
         kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
-        text(f"first_{name}: T.let = T.max({pixel} + {padding + stride - kernel}, 0) // {stride}",
-             f"count_{name}: T.let = T.max(T.min(({pixel} + {padding}) // {stride}, {extent - 1}) - first_{name} + 1, 0)")
+        text(
+            f"first_{name}: T.let = T.max({pixel} + {padding + stride - kernel}, 0) // {stride}",
+            f"count_{name}: T.let = T.max(T.min(({pixel} + {padding}) // {stride}, {extent - 1}) - first_{name} "
+            "+ 1, 0)",
+        )
         loops.append(f"for k{name}_window in T.serial(count_{name})")
     with text.nest(*loops):
         text("oy: T.let = first_y + ky_window", "ox: T.let = first_x + kx_window")
@@ -75,7 +97,9 @@ def _each_window_of(text: Text, problem: Pool) -> Iterator[None]:
 
 
 def _result(name: str, layout: Image) -> str:
-    return f"{name}[plane * {plane_vectors(layout)} + (oy + {layout.halo[0]}) * {layout.columns} + ox + {layout.halo[1]}]"
+    return (
+        f"{name}[plane * {plane_vectors(layout)} + (oy + {layout.halo[0]}) * {layout.columns} + ox + {layout.halo[1]}]"
+    )
 
 
 def _store(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> None:
@@ -85,8 +109,8 @@ def _store(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> None:
 
 @schedule("max_pool2d.backward", device="opencl")
 def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
-    """A pixel has a window's gradient where no earlier value of the window is as large and no later one is larger. NaN is larger than any
-    number and, as in torch, than the NaN before it.
+    """A pixel has a window's gradient where no earlier value of the window is as large and no later one is larger. NaN
+    is larger than any number and, as in torch, than the NaN before it.
     """
     x, dx, vector = problem.forward.x, problem.dx, problem.dx.vector
     text = Text(image("dy", problem.dy), image("x", x), image("dx", dx))
@@ -99,7 +123,10 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
             with text.nest("for ky in T.serial(tall)", "for kx in T.serial(wide)"):
                 tap, here = _tap("x", x), at("x", x)
                 with text.nest("if top + ky < h or (top + ky == h and left + kx < w)"):
-                    text(f"open[0] = T.Select({tap} < {here}, open[0], T.Select({here} <= {infinity(vector)}, {zeros(vector)}, open[0]))")
+                    text(
+                        f"open[0] = T.Select({tap} < {here}, open[0], T.Select({here} <= {infinity(vector)}, "
+                        f"{zeros(vector)}, open[0]))"
+                    )
                 with text.nest("else", "if top + ky > h or left + kx > w"):
                     least = f"T.Select({here} <= {infinity(vector)}, {here}, {infinity(vector)})"
                     text(f"open[0] = T.Select({tap} <= {least}, open[0], {zeros(vector)})")
@@ -136,8 +163,10 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
             with text.nest(f"for w in T.serial({x.width})"):
                 text(f"line[0] = line[0] + {at('x', x)}")
             text("total[0] = total[0] + line[0]")
-        text(f"y[plane * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}] = "
-             f"total[0] * {full(number(1 / (x.height * x.width)), vector)}")
+        text(
+            f"y[plane * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}] = "
+            f"total[0] * {full(number(1 / (x.height * x.width)), vector)}"
+        )
     return str(text)
 
 
@@ -146,7 +175,9 @@ def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy, vector = problem.x, problem.y, problem.x.vector
     text = Text(image("dy", dy), image("dx", dx))
     with text.each_pixel(dx, target.limits.threads):
-        value = (f"dy[plane * {plane_vectors(dy)} + {dy.halo[0] * dy.columns + dy.halo[1]}] * "
-                 f"{full(number(1 / (dx.height * dx.width)), vector)}")
+        value = (
+            f"dy[plane * {plane_vectors(dy)} + {dy.halo[0] * dy.columns + dy.halo[1]}] * "
+            f"{full(number(1 / (dx.height * dx.width)), vector)}"
+        )
         text(f"{at('dx', dx)} = " + (f"{at('dx', dx)} + " if problem.accumulate else "") + value)
     return str(text)

@@ -1,4 +1,5 @@
-"""What sparse convolutions on OpenCL share: how a work-group gets at its units' offsets and weights, and the sums of its results' rows."""
+"""What sparse convolutions on OpenCL share: how a work-group gets at its units' offsets and weights, and the sums of
+its results' rows."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.schedules.opencl.text import Text, slots, vector_type, zeros
 
-STAGE_BYTES = 2048       # of local memory: sixteen work-groups of a core of 32 KiB have room for theirs
-MOST_STAGED = 64         # units: as many as the threads that load them
-EPILOGUE_BYTES = 4096    # of local memory for rows of results
-LANES = (2, 4, 8, 16)    # of OpenCL's vector types
+STAGE_BYTES = 2048  # of local memory: sixteen work-groups of a core of 32 KiB have room for theirs
+MOST_STAGED = 64  # units: as many as the threads that load them
+EPILOGUE_BYTES = 4096  # of local memory for rows of results
+LANES = (2, 4, 8, 16)  # of OpenCL's vector types
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -22,8 +23,9 @@ def largest_divisor(number: int, most: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A loop over units. Their offsets and weights come to local memory, `units` at a time: the work-group loads each of them once, side
-    by side, and all of its threads read them there. With 0 units each thread asks global memory for what its neighbours ask for.
+    """A loop over units. Their offsets and weights come to local memory, `units` at a time: the work-group loads each
+    of them once, side by side, and all of its threads read them there. With 0 units each thread asks global memory for
+    what its neighbours ask for.
 
     depth, rows    weights of a unit that count here: `depth` times `rows` neighbours
     block, pitch   weights of a whole unit; distance of one row of `rows` from the next
@@ -40,7 +42,8 @@ class Stage:
 
     @staticmethod
     def pick(weights: int, room_bytes: int) -> int:
-        """Units, as many as `STAGE_BYTES` and `room_bytes` have room for, of so many weights each; 0 where there is no room for eight."""
+        """Units, as many as `STAGE_BYTES` and `room_bytes` have room for, of so many weights each; 0 where there is no
+        room for eight."""
         units = MOST_STAGED
         while units >= 8 and units * (1 + weights) * FLOAT_BYTES > min(STAGE_BYTES, room_bytes):
             units //= 2
@@ -48,19 +51,27 @@ class Stage:
 
     def declare(self, text: Text) -> None:
         if self.units:
-            text(f'staged_offsets = T.alloc_buffer(({self.units},), "int32", scope="shared")',
-                 f'staged_values = T.alloc_buffer(({self.units * self.depth * self.rows},), "float32", scope="shared")')
+            text(
+                f'staged_offsets = T.alloc_buffer(({self.units},), "int32", scope="shared")',
+                f'staged_values = T.alloc_buffer(({self.units * self.depth * self.rows},), "float32", scope="shared")',
+            )
         if self.rows in LANES:
             text.private("weights", 1, f"float32x{self.rows}")
         else:
             text.private("weights", self.rows)
 
     def load(self, text: Text, first: str, many: str, start: str) -> None:
-        """Brings `many` units from `first` on to local memory. start: a unit's first weight that counts. All threads must come here."""
+        """Brings `many` units from `first` on to local memory. start: a unit's first weight that counts. All threads
+        must come here."""
         each = self.depth * self.rows
-        place = f"({first} + e // {each}) * {self.block} + {start} + e % {each} // {self.rows} * {self.pitch} + e % {self.rows}"
-        for count, line in ((1, f"staged_offsets[e] = offsets[{first} + e] // {self.divisor}"),
-                            (each, f"staged_values[e] = values[{place}]")):
+        place = (
+            f"({first} + e // {each}) * {self.block} + {start} + e % {each} // {self.rows} * {self.pitch} + "
+            f"e % {self.rows}"
+        )
+        for count, line in (
+            (1, f"staged_offsets[e] = offsets[{first} + e] // {self.divisor}"),
+            (each, f"staged_values[e] = values[{place}]"),
+        ):
             with text.nest(f"for turn in T.unroll({-(-self.units * count // self.size)})"):
                 text(f"e: T.let = turn * {self.size} + lane")
                 with text.nest(f"if e < ({many}) * {count}"):
@@ -69,7 +80,8 @@ class Stage:
 
     @contextmanager
     def chunks(self, text: Text, begin: str, end: str, start: str) -> Iterator[tuple[str, str]]:
-        """A loop over what is in local memory at a time, in which `units_between` loops; gives names of its first unit and its size."""
+        """A loop over what is in local memory at a time, in which `units_between` loops; gives names of its first unit
+        and its size."""
         if not self.units:
             yield "0", "0"
             return
@@ -81,16 +93,19 @@ class Stage:
 
     @contextmanager
     def units_between(self, text: Text, low: str, high: str) -> Iterator[None]:
-        """A loop over units, counted from the chunk's first one where there are chunks: sets `unit`, and `way`, its offset in vectors."""
+        """A loop over units, counted from the chunk's first one where there are chunks: sets `unit`, and `way`, its
+        offset in vectors."""
         with text.nest(f"for turn in T.serial(T.max({high} - {low}, 0))"):
-            text(f"unit: T.let = {low} + turn",
-                 "way: T.let = staged_offsets[unit]" if self.units else f"way: T.let = offsets[unit] // {self.divisor}")
+            text(
+                f"unit: T.let = {low} + turn",
+                "way: T.let = staged_offsets[unit]" if self.units else f"way: T.let = offsets[unit] // {self.divisor}",
+            )
             yield
 
     @contextmanager
     def each(self, text: Text, begin: str, end: str, start: str) -> Iterator[None]:
         """A loop over the units from begin to end, as `units_between`."""
-        with self.chunks(text, begin, end, start) as (_, many):
+        with self.chunks(text, begin, end, start) as (_, many):  # noqa: SIM117
             with self.units_between(text, *(("0", many) if self.units else (begin, end))):
                 yield
 
@@ -117,16 +132,29 @@ def epilogue_bytes(size: int, sums: int, vector: int) -> int:
 
 
 def declare_row_sums(text: Text, size: int, sums: int, vector: int) -> None:
-    """Local memory of `row_sums`, as single numbers: TVM gives it the place of what the stage does not need any more."""
-    text(f'row_values = T.alloc_buffer(({epilogue_bytes(size, sums, vector) // FLOAT_BYTES},), "float32", scope="shared")')
+    """Local memory of `row_sums`, as single numbers: TVM gives it the place of what the stage does not need any
+    more."""
+    text(
+        f'row_values = T.alloc_buffer(({epilogue_bytes(size, sums, vector) // FLOAT_BYTES},), "float32", '
+        'scope="shared")'
+    )
 
 
-def row_sums(text: Text, size: int, wide: int, sums: int, vector: int, store: Callable[[str, str, int, str], list[str]],
-             guard: Callable[[str, str], str]) -> None:
-    """Sums and sums of squares over runs of `wide` threads, of each of the private vectors `sums`, some at a time through local memory:
+def row_sums(
+    text: Text,
+    size: int,
+    wide: int,
+    sums: int,
+    vector: int,
+    store: Callable[[str, str, int, str], list[str]],
+    guard: Callable[[str, str], str],
+) -> None:
+    """Sums and sums of squares over runs of `wide` threads, of each of the private vectors `sums`, some at a time
+    through local memory:
     then each run has a thread of its own, which adds it up in order. `declare_row_sums` came before.
 
-    store(number of the sum, run, 0 or 1 for the power, value) gives the statements that keep one; guard, the condition that it is kept.
+    store(number of the sum, run, 0 or 1 for the power, value) gives the statements that keep one; guard, the condition
+    that it is kept.
     """
     runs = size // wide
     together = epilogue_bytes(size, sums, vector) // (size * vector * FLOAT_BYTES)
@@ -135,7 +163,12 @@ def row_sums(text: Text, size: int, wide: int, sums: int, vector: int, store: Ca
     for first in range(0, sums, together):
         here = min(together, sums - first)
         text.barrier()
-        text(*(f"row_values[{slots(f'({e * size} + lane) * {vector}', vector)}] = sums[{first + e}]" for e in range(here)))
+        text(
+            *(
+                f"row_values[{slots(f'({e * size} + lane) * {vector}', vector)}] = sums[{first + e}]"
+                for e in range(here)
+            )
+        )
         text.barrier()
         for turn in range(-(-here * runs // size)):
             text(f"run_{first}_{turn}: T.let = {turn * size} + lane")
@@ -144,7 +177,9 @@ def row_sums(text: Text, size: int, wide: int, sums: int, vector: int, store: Ca
             with text.nest(f"if {run} < {here * runs} and {guard(number, part)}"):
                 text(f"row_sum[0] = {zeros(vector)}", f"row_squares[0] = {zeros(vector)}")
                 with text.nest(f"for w in T.serial({wide})"):
-                    value = f"row_values[{slots(f'({run} // {runs} * {size} + {part} * {wide} + w) * {vector}', vector)}]"
+                    value = (
+                        f"row_values[{slots(f'({run} // {runs} * {size} + {part} * {wide} + w) * {vector}', vector)}]"
+                    )
                     text(f"row_sum[0] = row_sum[0] + {value}", f"row_squares[0] = row_squares[0] + {value} * {value}")
                 for power, name in enumerate(("row_sum", "row_squares")):
                     text(*store(number, part, power, f"{name}[0]"))

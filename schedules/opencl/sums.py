@@ -32,7 +32,7 @@ def fold(value: str, vector: int) -> str:
     """The sum of the lanes of a vector that is at hand, pairwise."""
     parts = [lane_of(value, lane, vector) for lane in range(vector)]
     while len(parts) > 1:
-        parts = [f"({' + '.join(parts[i:i + 2])})" for i in range(0, len(parts), 2)]
+        parts = [f"({' + '.join(parts[i : i + 2])})" for i in range(0, len(parts), 2)]
     return parts[0]
 
 
@@ -50,11 +50,14 @@ def declare_totals(text: Text, count: int, size: int) -> None:
     text(f'middle = T.alloc_buffer(({count * _segments(count, size)},), "float32", scope="shared")')
 
 
-def totals(text: Text, count: int, size: int, vector: int, store: Callable[[str, str], list[str]], guard: Callable[[str], str]) -> None:
-    """Adds up the private vectors `sums` (count,) over their lanes and over the group's threads. All threads must come here.
+def totals(
+    text: Text, count: int, size: int, vector: int, store: Callable[[str, str], list[str]], guard: Callable[[str], str]
+) -> None:
+    """Adds up the private vectors `sums` (count,) over their lanes and over the group's threads. All threads must come
+    here.
 
-    A thread adds up its lanes, then some threads a sum add up every so many of these, then one thread a sum: three levels, of which each
-    has about as much to do, and two barriers; halving from 64 threads to one takes seven.
+    A thread adds up its lanes, then some threads a sum add up every so many of these, then one thread a sum: three
+    levels, of which each has about as much to do, and two barriers; halving from 64 threads to one takes seven.
     store(e, value) gives the statements that keep sum e; guard(e), the condition that it is kept.
     """
     segments = _segments(count, size)
@@ -71,8 +74,10 @@ def totals(text: Text, count: int, size: int, vector: int, store: Callable[[str,
 
     def middle() -> None:
         part = f"shared_0[item // {segments} * {size} + k * {segments} + item % {segments}]"
-        with text.nest(f"for k in T.serial({-(-size // segments)})", *([] if size % segments == 0 else [
-                f"if k * {segments} + item % {segments} < {size}"])):
+        with text.nest(
+            f"for k in T.serial({-(-size // segments)})",
+            *([] if size % segments == 0 else [f"if k * {segments} + item % {segments} < {size}"]),
+        ):
             text(f"total[0] = total[0] + {part}")
         text("middle[item] = total[0]")
 
@@ -90,7 +95,8 @@ def totals(text: Text, count: int, size: int, vector: int, store: Callable[[str,
 
 @dataclass(frozen=True, slots=True)
 class ChannelSums:
-    """How a sum over a channel is cut. `collect` leaves each chunk's sums in scratch memory, `join` adds a channel's up."""
+    """How a sum over a channel is cut. `collect` leaves each chunk's sums in scratch memory, `join` adds a channel's
+    up."""
 
     image: Image
     target: Target
@@ -117,15 +123,23 @@ class ChannelSums:
         return -(-self.vectors // self.share)
 
     def walk(self, text: Text, body: Callable[[], list[str]], condition: str = "") -> None:
-        """`body` at every vector of chunk `block`, if `condition` holds: sets `plane`, `h`, `w`. Neighbouring threads take neighbouring
-        pixels.
+        """`body` at every vector of chunk `block`, if `condition` holds: sets `plane`, `h`, `w`. Neighbouring threads
+        take neighbouring pixels.
         """
         image, pixels = self.image, self.image.height * self.image.width
         with text.nest(f"for turn in T.serial({-(-self.share // self.size)})"):
-            text(f"inside: T.let = turn * {self.size} + lane", f"place: T.let = block % {self.count} * {self.share} + inside")
-            with text.nest(f"if {' and '.join([f'inside < {self.share}', f'place < {self.vectors}', *filter(None, [condition])])}"):
-                text(f"plane: T.let = place // {pixels} * {image.channels} + block // {self.count}",
-                     f"h: T.let = place % {pixels} // {image.width}", f"w: T.let = place % {image.width}")
+            text(
+                f"inside: T.let = turn * {self.size} + lane",
+                f"place: T.let = block % {self.count} * {self.share} + inside",
+            )
+            with text.nest(
+                f"if {' and '.join([f'inside < {self.share}', f'place < {self.vectors}', *filter(None, [condition])])}"
+            ):
+                text(
+                    f"plane: T.let = place // {pixels} * {image.channels} + block // {self.count}",
+                    f"h: T.let = place % {pixels} // {image.width}",
+                    f"w: T.let = place % {image.width}",
+                )
                 text(*body())
 
     def start(self, text: Text, sums: int) -> None:
@@ -138,7 +152,9 @@ class ChannelSums:
         text(*(f"shared_{s}[lane] = sums[{s}]" for s in range(sums)))
         tree(text, sums, self.size)
 
-    def collect(self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = "") -> None:
+    def collect(
+        self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = ""
+    ) -> None:
         """A device kernel in which `body` adds to the private vectors `sums`; fills the scratch array `chunk_sums`."""
         vector = self.image.vector
         text.scratch("chunk_sums", self.image.channels * self.count * sums)
@@ -151,7 +167,9 @@ class ChannelSums:
             self.share_out(text, sums)
             with text.nest("if lane == 0"):
                 for s in range(sums):
-                    text(f"sums[{s}] = shared_{s}[0]", f"chunk_sums[block * {sums} + {s}] = {fold(f'sums[{s}]', vector)}")
+                    text(
+                        f"sums[{s}] = shared_{s}[0]", f"chunk_sums[block * {sums} + {s}] = {fold(f'sums[{s}]', vector)}"
+                    )
 
     def join(self, text: Text, sums: int, channel: str) -> None:
         """Sets the private `joined` (sums,) to the sums of a channel."""

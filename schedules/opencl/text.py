@@ -1,8 +1,9 @@
 """Text of OpenCL kernels: what their schedules share.
 
-A slice's vector of examples is one OpenCL vector (float4), so images are declared as arrays of vectors and every position below counts
-vectors. Neighbouring threads take neighbouring pixels of a row: their loads stand side by side. There is no float64 and no atomic: sums
-go through a tree in local memory, in an order that follows from the sizes alone.
+A slice's vector of examples is one OpenCL vector (float4), so images are declared as arrays of vectors and every
+position below counts vectors. Neighbouring threads take neighbouring pixels of a row: their loads stand side by side.
+There is no float64 and no atomic: sums go through a tree in local memory, in an order that follows from the sizes
+alone.
 """
 
 from __future__ import annotations
@@ -64,8 +65,12 @@ def rectified(value: str, vector: int) -> str:
     return spelled(expressions.maximum(0, expressions.Variable("value")), vector, value=value)
 
 
-# OpenCL's max and min may give either of NaN and a number; here, too, it is the second one where they cannot be compared.
-SPELLINGS = expressions.SPELLINGS | {"maximum": "T.Select({1} < {0}, {0}, {1})", "minimum": "T.Select({1} > {0}, {0}, {1})"}
+# OpenCL's max and min may give either of NaN and a number; here, too, it is the second one where they cannot be
+# compared.
+SPELLINGS = expressions.SPELLINGS | {
+    "maximum": "T.Select({1} < {0}, {0}, {1})",
+    "minimum": "T.Select({1} > {0}, {0}, {1})",
+}
 
 
 def spelled(expression: Expression, vector: int, **names: str) -> str:
@@ -99,7 +104,8 @@ def plane_vectors(layout: Image) -> int:
 
 def at(name: str, layout: Image) -> str:
     """The vector of the pixel (h, w) of `plane`."""
-    return f"{name}[{POSITION.format(plane=plane_vectors(layout), top=layout.halo[0], columns=layout.columns, left=layout.halo[1])}]"
+    top, left = layout.halo[:2]
+    return f"{name}[{POSITION.format(plane=plane_vectors(layout), top=top, columns=layout.columns, left=left)}]"
 
 
 def whole_groups(items: int, most: int) -> int:
@@ -137,9 +143,12 @@ class Text:
         self._depth -= len(headers)
 
     def symbolic(self, symbol: str, sizes: dict[str, tuple[str, str]]) -> None:
-        """Arguments `<name>_handle: T.handle` whose size is known when the kernel runs: name -> (size in terms of symbol, dtype)."""
+        """Arguments `<name>_handle: T.handle` whose size is known when the kernel runs: name -> (size in terms of
+        symbol, dtype)."""
         self._symbols.append(f"{symbol} = T.int32()")
-        self._matches += [f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in sizes.items()]
+        self._matches += [
+            f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in sizes.items()
+        ]
 
     def scratch(self, name: str, elems: int, per_symbol: str = "", dtype: str = "float32") -> None:
         """Global memory between the device kernels of one call: `elems` numbers, or as many for each of a symbol."""
@@ -151,8 +160,8 @@ class Text:
         self(f'{name} = T.alloc_buffer(({elems},), "{dtype}", scope="local")')
 
     def shared(self, arrays: int, elems: int, dtype: str) -> None:
-        """Local memory of a work-group: `shared_0`, `shared_1`, ... of `elems` each. TVM would put a barrier, which may not stand under a
-        condition, between two statements on one array.
+        """Local memory of a work-group: `shared_0`, `shared_1`, ... of `elems` each. TVM would put a barrier, which may
+        not stand under a condition, between two statements on one array.
         """
         self(*(f'shared_{i} = T.alloc_buffer(({elems},), "{dtype}", scope="shared")' for i in range(arrays)))
 
@@ -161,11 +170,15 @@ class Text:
 
     @contextmanager
     def groups(self, size: int, x: int, y: int = 1, z: int = 1) -> Iterator[None]:
-        """A device kernel of x * y * z work-groups of `size` threads: sets `block`, `block_y`, `block_z` where above 1, and `lane`."""
+        """A device kernel of x * y * z work-groups of `size` threads: sets `block`, `block_y`, `block_z` where above 1,
+        and `lane`."""
         axes = [(axis, name, count) for axis, name, count in (("z", "block_z", z), ("y", "block_y", y)) if count > 1]
         loops = [f'for {name} in T.thread_binding({count}, thread="blockIdx.{axis}")' for axis, name, count in axes]
-        with self.nest(*loops, f'for block in T.thread_binding({x}, thread="blockIdx.x")',
-                       f'for lane in T.thread_binding({size}, thread="threadIdx.x")'):
+        with self.nest(
+            *loops,
+            f'for block in T.thread_binding({x}, thread="blockIdx.x")',
+            f'for lane in T.thread_binding({size}, thread="threadIdx.x")',
+        ):
             yield
 
     @contextmanager
@@ -182,7 +195,10 @@ class Text:
     @contextmanager
     def each_of(self, count: str, blocks: int, size: int) -> Iterator[None]:
         """A device kernel whose `blocks` work-groups share as many items as `count` says when it runs: sets `n`."""
-        with self.groups(size, blocks), self.nest(f"for turn in T.serial(({count} + {blocks * size - 1}) // {blocks * size})"):
+        with (
+            self.groups(size, blocks),
+            self.nest(f"for turn in T.serial(({count} + {blocks * size - 1}) // {blocks * size})"),
+        ):
             self(f"n: T.let = turn * {blocks * size} + block * {size} + lane")
             with self.nest(f"if n < {count}"):
                 yield
@@ -192,8 +208,12 @@ class Text:
         """A thread for each vector of real pixels: sets `plane` (channel of a slice), `c` (channel), `h` and `w`."""
         pixels = layout.height * layout.width
         with self.each(layout.slices * layout.channels * pixels, size):
-            self(f"plane: T.let = n // {pixels}", f"c: T.let = plane % {layout.channels}",
-                 f"h: T.let = n % {pixels} // {layout.width}", f"w: T.let = n % {layout.width}")
+            self(
+                f"plane: T.let = n // {pixels}",
+                f"c: T.let = plane % {layout.channels}",
+                f"h: T.let = n % {pixels} // {layout.width}",
+                f"w: T.let = n % {layout.width}",
+            )
             yield
 
     @contextmanager
@@ -201,12 +221,21 @@ class Text:
         """As `each_pixel`, the halo's pixels too; gives the condition under which a pixel is real."""
         whole = plane_vectors(layout)
         with self.each(layout.slices * layout.channels * whole, size):
-            self(f"plane: T.let = n // {whole}", f"c: T.let = plane % {layout.channels}",
-                 f"h: T.let = n % {whole} // {layout.columns} - {layout.halo[0]}", f"w: T.let = n % {layout.columns} - {layout.halo[1]}")
+            self(
+                f"plane: T.let = n // {whole}",
+                f"c: T.let = plane % {layout.channels}",
+                f"h: T.let = n % {whole} // {layout.columns} - {layout.halo[0]}",
+                f"w: T.let = n % {layout.columns} - {layout.halo[1]}",
+            )
             yield f"0 <= h and h < {layout.height} and 0 <= w and w < {layout.width}"
 
     def __str__(self) -> str:
-        facts = ", ".join(f"{name} {symbol or '-'} {elems * item}" for name, (symbol, elems, item) in self._scratch.items())
-        head = ["@T.prim_func(s_tir=True)", f"def kernel({', '.join(self._arguments)}):",
-                f'    T.func_attr({{"tirx.noalias": True, "mest.scratch": "{facts}"}})']
+        facts = ", ".join(
+            f"{name} {symbol or '-'} {elems * item}" for name, (symbol, elems, item) in self._scratch.items()
+        )
+        head = [
+            "@T.prim_func(s_tir=True)",
+            f"def kernel({', '.join(self._arguments)}):",
+            f'    T.func_attr({{"tirx.noalias": True, "mest.scratch": "{facts}"}})',
+        ]
         return "\n".join([*head, *("    " + line for line in [*self._symbols, *self._matches]), *self._lines]) + "\n"

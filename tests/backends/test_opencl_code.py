@@ -1,4 +1,5 @@
-"""What the code of a step's OpenCL kernels may not have: float64, atomics, private arrays that a compiler cannot keep in registers."""
+"""What the code of a step's OpenCL kernels may not have: float64, atomics, private arrays that a compiler cannot keep
+in registers."""
 
 import re
 import shutil
@@ -26,7 +27,11 @@ from mest_compile.sparsity import parse_scheme
 CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
 SHAPE = (8, 3, 16, 16)
 PRIVATE = re.compile(r"^  (?!__local)\w+ (\w+)\[\d+\];", re.MULTILINE)
-FORBIDDEN = {"an image": r"\bimage2d\w*|\bread_image\w*", "float64": r"\bdouble\b|convert_double", "an atomic": r"\batom(ic)?_\w+"}
+FORBIDDEN = {
+    "an image": r"\bimage2d\w*|\bread_image\w*",
+    "float64": r"\bdouble\b|convert_double",
+    "an atomic": r"\batom(ic)?_\w+",
+}
 
 
 def kernels_of_a_step(target: str, scheme: str, folder) -> dict[str, OpenclKernel]:
@@ -45,22 +50,54 @@ def faults(source: str) -> list[str]:
     """What stands in OpenCL C that must not."""
     found = [f"{what}: {match}" for what, pattern in FORBIDDEN.items() for match in re.findall(f"({pattern})", source)]
     for name in set(PRIVATE.findall(source)):
-        found += [f"private {name} at [{index}]" for index in re.findall(rf"\b{name}\[(.*?)\]", source) if not index.isdigit()]
+        found += [
+            f"private {name} at [{index}]" for index in re.findall(rf"\b{name}\[(.*?)\]", source) if not index.isdigit()
+        ]
         found += [f"address of private {name}"] * len(re.findall(rf"\b{name}\b(?!\[)", source))
     return found
 
 
 def kept_in_memory(source: str) -> list[str]:
-    """Private arrays that an optimising compiler leaves in memory: "alloca" in LLVM's code for an OpenCL device. Fails on a warning."""
-    ran = subprocess.run([CLANG, "-x", "cl", "-cl-std=CL1.2", "-O2", "-target", "spir64-unknown-unknown", "-Wall", "-Werror",
-                          "-Wno-unused-variable", "-Wno-parentheses-equality", "-S", "-emit-llvm", "-o", "-", "-"],
-                         input=source, capture_output=True, text=True, timeout=120)
+    """Private arrays that an optimising compiler leaves in memory: "alloca" in LLVM's code for an OpenCL device. Fails
+    on a warning."""
+    ran = subprocess.run(
+        [
+            CLANG,
+            "-x",
+            "cl",
+            "-cl-std=CL1.2",
+            "-O2",
+            "-target",
+            "spir64-unknown-unknown",
+            "-Wall",
+            "-Werror",
+            "-Wno-unused-variable",
+            "-Wno-parentheses-equality",
+            "-S",
+            "-emit-llvm",
+            "-o",
+            "-",
+            "-",
+        ],
+        input=source,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ran.returncode == 0, ran.stderr
     return re.findall(r"= alloca .*", ran.stdout)
 
 
-@pytest.mark.parametrize(("target", "scheme"), [("mali-g78", "block:4x1"), ("adreno-740", "pattern"), ("mali-g710", "filter"),
-                                                ("adreno-650", "unstructured"), ("opencl", "channel")])
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [
+        ("mali-g78", "block:4x1"),
+        ("adreno-740", "pattern"),
+        ("mali-g710", "filter"),
+        ("adreno-650", "unstructured"),
+        ("opencl", "channel"),
+    ],
+)
 def test_code_of_a_step_is_fit_for_a_phone(target, scheme, tmp_path):
     kernels = kernels_of_a_step(target, scheme, tmp_path)
     assert len({name.split()[0] for name in kernels}) > 12
@@ -106,12 +143,18 @@ def test_constants_arrive_with_all_their_digits():
     """TVM prints seven; what these do not tell is given by its bits."""
     there = hardware.find_target("opencl")
     for value in (1 / 3, 1 / 7, 0.1, 1e-5, 2.0**-30, 16777215, -1 / 9, 0.25, 3):
-        text = "\n".join(['@T.prim_func(s_tir=True)', 'def kernel(y: T.Buffer((1,), "float32")):',
-                          '    T.func_attr({"tirx.noalias": True, "mest.scratch": ""})',
-                          '    for block in T.thread_binding(1, thread="blockIdx.x"):',
-                          '        for lane in T.thread_binding(1, thread="threadIdx.x"):', f"            y[0] = {number(value)} * y[0]"])
+        text = "\n".join(
+            [
+                "@T.prim_func(s_tir=True)",
+                'def kernel(y: T.Buffer((1,), "float32")):',
+                '    T.func_attr({"tirx.noalias": True, "mest.scratch": ""})',
+                '    for block in T.thread_binding(1, thread="blockIdx.x"):',
+                '        for lane in T.thread_binding(1, thread="threadIdx.x"):',
+                f"            y[0] = {number(value)} * y[0]",
+            ]
+        )
         source = compile_opencl(text, "k", there).source
-        (bits, digits), = re.findall(r"as_float\(\(uint\)(\d+)\)|(-?\d\.\d+e[+-]\d+)f", source)
+        ((bits, digits),) = re.findall(r"as_float\(\(uint\)(\d+)\)|(-?\d\.\d+e[+-]\d+)f", source)
         assert (np.uint32(bits).view(np.float32) if bits else np.float32(digits)) == np.float32(value)
 
 

@@ -1,4 +1,5 @@
-"""The random layers of test_fuzz.py on OpenCL: every scheme, odd sizes, strides, padding and batches, against torch in float64."""
+"""The random layers of test_fuzz.py on OpenCL: every scheme, odd sizes, strides, padding and batches, against torch in
+float64."""
 
 import pytest
 from test_fuzz import SCHEMES, check_random_layer

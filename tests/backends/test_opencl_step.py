@@ -1,4 +1,5 @@
-"""Training on an OpenCL device, whatever driver there is: whole steps against masked torch, runs with mutation and sieve, failures."""
+"""Training on an OpenCL device, whatever driver there is: whole steps against masked torch, runs with mutation and
+sieve, failures."""
 
 import dataclasses
 import warnings
@@ -99,7 +100,9 @@ def test_a_driver_that_fails_leaves_the_last_checkpoint_intact(tmp_path, monkeyp
         return usual(*arguments, **options)
 
     monkeypatch.setattr(pyopencl, "enqueue_nd_range_kernel", failing)
-    with pytest.raises(DeviceError, match=r"cannot be launched: .*OUT_OF_RESOURCES.*go on from the last checkpoint") as caught:
+    with pytest.raises(
+        DeviceError, match=r"cannot be launched: .*OUT_OF_RESOURCES.*go on from the last checkpoint"
+    ) as caught:
         Trainer(step, recipe, tmp_path / "run").fit(data, data)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(pyopencl, "enqueue_nd_range_kernel", usual)
@@ -113,9 +116,18 @@ def test_a_phones_kernels_pass_a_drivers_compiler_and_answer_alike(target):
     torch.manual_seed(0)
     model, shape = Small(8), (8, 3, 8, 8)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pyopencl.CompilerWarning)  # what a driver's compiler has to say, it says as such a warning
-        step = mest.compile(model, shape, scheme="block", sparsity=0.7, dense_layers=["conv1", "fc"], target=target,
-                            optimizer=mest.SGD(lr=0.01, momentum=0.9, weight_decay=1e-3))
+        warnings.simplefilter(
+            "error", pyopencl.CompilerWarning
+        )  # what a driver's compiler has to say, it says as such a warning
+        step = mest.compile(
+            model,
+            shape,
+            scheme="block",
+            sparsity=0.7,
+            dense_layers=["conv1", "fc"],
+            target=target,
+            optimizer=mest.SGD(lr=0.01, momentum=0.9, weight_decay=1e-3),
+        )
         batches = make_batches(shape, 10, 2)
         wanted, _ = masked_steps(model, step.masks(), batches, 0.01, step.optimizer)
         np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], wanted, rtol=1e-4)
@@ -128,7 +140,9 @@ def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
     assert Builder(tmp_path).function(source).launches
     for field, said in ("local_bytes", "bytes of local memory"), ("most_threads", "work-groups of"):
         less = {"local_bytes": 16} if field == "local_bytes" else {"threads": 1, "most_threads": 1}
-        small = dataclasses.replace(source, target=dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, **less)))
+        small = dataclasses.replace(
+            source, target=dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, **less))
+        )
         with pytest.raises(BuildError, match=f"{said}.*{target} (has|allows)"):
             Builder(tmp_path).function(small)
 
@@ -136,7 +150,9 @@ def test_a_kernel_beyond_its_targets_limits_is_not_built(target, tmp_path):
 def test_a_step_with_a_buffer_beyond_the_limit_is_not_built():
     there = hardware.find_target("mali")
     small = dataclasses.replace(there, gpu=dataclasses.replace(there.gpu, most_buffer_bytes=20_000))
-    with pytest.raises(BuildError, match=r"images has 24576 bytes; mali allows 20000|activations \d has \d+ bytes; mali allows 20000"):
+    with pytest.raises(
+        BuildError, match=r"images has 24576 bytes; mali allows 20000|activations \d has \d+ bytes; mali allows 20000"
+    ):
         compiled("block", target=small)
 
 
@@ -170,12 +186,29 @@ def test_a_step_waits_once(monkeypatch):
     result = step(*batches[1], lr=0.01)
     assert np.isfinite(result.loss) and len(result.correct) == SHAPE[0]
     launches = len(step._runner._ready["train"])
-    assert events == [*["upload"] * 3, *["launch"] * launches, *["read"] * 2, "wait"]  # images, labels, hyper; loss, correct
+    assert events == [
+        *["upload"] * 3,
+        *["launch"] * launches,
+        *["read"] * 2,
+        "wait",
+    ]  # images, labels, hyper; loss, correct
     assert held[0] >= 2 and not step._runner._transfers
 
 
 def test_a_speed_table_of_the_device_is_against_our_dense_step_and_names_the_driver(mest_compile_command):
-    options = ["table", "--target", "opencl", "--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured"]
+    options = [
+        "table",
+        "--target",
+        "opencl",
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--batch",
+        8,
+        "--schemes",
+        "unstructured",
+    ]
     options += ["--sparsities", 0.9]
     refused = mest_compile_command(*options, "--vs", "torch")
     assert refused.code == 2 and "on a device only 'mest-dense' runs" in refused.err

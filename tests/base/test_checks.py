@@ -16,7 +16,9 @@ def test_a_whole_number_of_any_kind_becomes_an_int(value):
     assert found == 3 and type(found) is int
 
 
-@pytest.mark.parametrize("value", [True, np.True_, 3.0, np.float32(3), -1, "3", None, [3], np.array([3, 4]), torch.tensor(3)])
+@pytest.mark.parametrize(
+    "value", [True, np.True_, 3.0, np.float32(3), -1, "3", None, [3], np.array([3, 4]), torch.tensor(3)]
+)
 def test_what_is_no_whole_number_is_one_line(value):
     with pytest.raises(UsageError, match="^seed is .*; wanted a whole number of 0 or more$") as caught:
         checks.whole("seed", value)
@@ -29,8 +31,25 @@ def test_a_number_of_any_kind_becomes_a_float(value):
     assert found == 0.5 and type(found) is float
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 1e39, 10**400, -0.1, 1j, True, "a", None, [],
-                                   np.zeros((3, 3)), torch.zeros(1)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        np.float32("nan"),
+        1e39,
+        10**400,
+        -0.1,
+        1j,
+        True,
+        "a",
+        None,
+        [],
+        np.zeros((3, 3)),
+        torch.zeros(1),
+    ],
+)
 def test_what_is_no_number_of_0_or_more_is_one_line(value):
     with pytest.raises(InputError, match="^lr is .*; wanted a finite number of 0 or more, or None$") as caught:
         checks.number("lr", value, also=", or None", error=InputError)

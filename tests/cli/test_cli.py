@@ -47,19 +47,38 @@ def test_version(mest_compile_command):
     assert mest_compile_command("--version").out == f"mest-compile {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["train", "bench", "table", "analyze", "demo", "models", "schemes", "targets", "doctor", "build",
-                                  "tracker", "serve", "tune"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train",
+        "bench",
+        "table",
+        "analyze",
+        "demo",
+        "models",
+        "schemes",
+        "targets",
+        "doctor",
+        "build",
+        "tracker",
+        "serve",
+        "tune",
+    ],
+)
 def test_every_command_is_in_the_help_and_takes_json(mest_compile_command, name):
     assert f" {name} " in mest_compile_command("--help").out
     assert "--json" in mest_compile_command(name, "--help").out
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["nonsense"], "No such command 'nonsense'"),
-    (["bench", "--batch", "0"], "--batch"),
-    (["train", "--epochs", "many"], "--epochs"),
-    (["train", "--colour", "blue"], "--colour"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["train", "--epochs", "many"], "--epochs"),
+        (["train", "--colour", "blue"], "--colour"),
+    ],
+)
 def test_misuse_is_one_line_and_exit_code_2(mest_compile_command, arguments, said):
     ran = mest_compile_command(*arguments)
     assert ran.code == 2 and ran.out == ""
@@ -89,12 +108,21 @@ def test_doctor_finds_this_machine_fit(mest_compile_command):
     ran = mest_compile_command("doctor", "--json")
     status = {check["name"]: check["status"] for check in ran.document}
     assert ran.code == 0 and "fail" not in status.values()
-    assert {status[name] for name in ("apache-tvm", "apache-tvm-ffi", "torch", "tvm", "target local")} == {"ok"} and "OpenCL" in status
+    assert {status[name] for name in ("apache-tvm", "apache-tvm-ffi", "torch", "tvm", "target local")} == {
+        "ok"
+    } and "OpenCL" in status
 
 
-@pytest.mark.parametrize(("how", "said"), [
-    ("temporary", "as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used"), ("file", "cannot be written (Not a directory)"),
-    ("full", "MiB left; when it is full every start compiles again"), ("noexec", "is mounted noexec"), ("well", "GiB free")])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("temporary", "as neither XDG_CACHE_HOME nor HOME leads to a folder that can be used"),
+        ("file", "cannot be written (Not a directory)"),
+        ("full", "MiB left; when it is full every start compiles again"),
+        ("noexec", "is mounted noexec"),
+        ("well", "GiB free"),
+    ],
+)
 def test_doctor_looks_at_the_cache(how, said, tmp_path, monkeypatch):
     from mest_compile.cli import doctor
     from mest_compile.hardware import folders, host
@@ -128,16 +156,22 @@ def test_doctor_counts_the_cores_of_a_quota(monkeypatch):
     assert doctor._threads().detail.startswith("1 of ") and "a quota of 1.5 cores" in doctor._threads().detail
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("build", "--out", "x", "--model", "net.onnx", "--width", 8), "an .onnx file has its width already"),
-    (("build", "--out", "x", "--model", "net.onnx", "--classes", 8), "an .onnx file has its classes already"),
-    (("build", "--out", "x", "--scheme", "dense", "--sparsity", 0.5), "scheme dense has no zeros"),
-    (("bench", "--profile", "--vs", "torch"), "--profile times our step alone"),
-    (("tracker", "--query", "127.0.0.1:1", "--port", 9), "listens nowhere; leave out --port"),
-    (("tune", "--key", "phone"), "--tracker and --key go together"),
-    (("tune", "--tracker", "127.0.0.1:1", "--key", "phone", "--runner", "local"), "the local runner asks no tracker"),
-    (("train", "--lower-density"), "to meet a memory_budget"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("build", "--out", "x", "--model", "net.onnx", "--width", 8), "an .onnx file has its width already"),
+        (("build", "--out", "x", "--model", "net.onnx", "--classes", 8), "an .onnx file has its classes already"),
+        (("build", "--out", "x", "--scheme", "dense", "--sparsity", 0.5), "scheme dense has no zeros"),
+        (("bench", "--profile", "--vs", "torch"), "--profile times our step alone"),
+        (("tracker", "--query", "127.0.0.1:1", "--port", 9), "listens nowhere; leave out --port"),
+        (("tune", "--key", "phone"), "--tracker and --key go together"),
+        (
+            ("tune", "--tracker", "127.0.0.1:1", "--key", "phone", "--runner", "local"),
+            "the local runner asks no tracker",
+        ),
+        (("train", "--lower-density"), "to meet a memory_budget"),
+    ],
+)
 def test_an_option_that_would_not_be_used_is_refused(arguments, said, mest_compile_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = mest_compile_command(*arguments)
@@ -157,8 +191,11 @@ def test_doctor_fails_when_a_package_has_the_wrong_version(mest_compile_command,
 
 
 def test_json_is_the_only_thing_on_stdout():
-    done = subprocess.run([sys.executable, "-c", "from mest_compile.cli import main; main(['targets', '--json'])"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from mest_compile.cli import main; main(['targets', '--json'])"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and json.loads(done.stdout) and done.stderr == ""
 
 
@@ -169,17 +206,41 @@ TINY = ("--model", "mlp", "--width", 32, "--batch", 32)
 def trained(tmp_path_factory):
     """A finished run of two epochs: (folder, what --json printed)."""
     folder = tmp_path_factory.mktemp("runs") / "a"
-    done = subprocess.run([sys.executable, "-c", "from mest_compile.cli import main; main()", "train", *map(str, TINY), "--epochs", "2",
-                           "--seed", "3", "--out", str(folder), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from mest_compile.cli import main; main()",
+            "train",
+            *map(str, TINY),
+            "--epochs",
+            "2",
+            "--seed",
+            "3",
+            "--out",
+            str(folder),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
-    assert "digits: 1442 examples to train, 355 to test; images shifted by up to 1 pixels, not mirrored; method em; lr 0.1, " in done.stderr
+    assert [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == [
+        "epoch 1/2",
+        "epoch 2/2",
+    ]
+    assert (
+        "digits: 1442 examples to train, 355 to test; images shifted by up to 1 pixels, not mirrored; method em; "
+        "lr 0.1, " in done.stderr
+    )
     return folder, json.loads(done.stdout)
 
 
 def test_train_prints_the_run_and_writes_its_folder(trained):
     folder, document = trained
-    assert document["folder"] == str(folder) and document["recipe"]["seed"] == 3 and document["recipe"]["method"] == "em"
+    assert (
+        document["folder"] == str(folder) and document["recipe"]["seed"] == 3 and document["recipe"]["method"] == "em"
+    )
     assert [epoch["epoch"] for epoch in document["epochs"]] == [1, 2]
     assert document["epochs"][1]["loss"] < document["epochs"][0]["loss"]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -191,7 +252,10 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_compiled(mes
     (tmp_path / "file").write_text("")
     ran = mest_compile_command("train", *TINY, "--epochs", 1, "--out", tmp_path / "file" / "run")
     assert ran.code == 2 and "compiling" not in ran.err
-    assert f"cannot write the run to {tmp_path}/file/run: {tmp_path}/file is no folder that can be written; pass another --out" in ran.err
+    assert (
+        f"cannot write the run to {tmp_path}/file/run: {tmp_path}/file is no folder that can be written; pass "
+        "another --out" in ran.err
+    )
 
 
 def test_a_target_that_is_not_this_machine_is_refused_before_anything_is_written(mest_compile_command, tmp_path):
@@ -207,10 +271,28 @@ def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_c
     from mest_compile.models.catalog import build_model
 
     images = torch.randn(32, 1, 8, 8)
-    torch.onnx.export(build_model("mlp", tuple(images.shape), 10, 32, seed=3), (images,), tmp_path / "net.onnx", dynamo=False,
-                      do_constant_folding=False, training=torch.onnx.TrainingMode.TRAINING)
-    ran = mest_compile_command("train", "--model", tmp_path / "net.onnx", "--batch", 32, "--epochs", 2, "--seed", 3, "--out",
-                               tmp_path / "run", "--json")
+    torch.onnx.export(
+        build_model("mlp", tuple(images.shape), 10, 32, seed=3),
+        (images,),
+        tmp_path / "net.onnx",
+        dynamo=False,
+        do_constant_folding=False,
+        training=torch.onnx.TrainingMode.TRAINING,
+    )
+    ran = mest_compile_command(
+        "train",
+        "--model",
+        tmp_path / "net.onnx",
+        "--batch",
+        32,
+        "--epochs",
+        2,
+        "--seed",
+        3,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
     assert ran.code == 0, ran.err
     assert [epoch["loss"] for epoch in ran.document["epochs"]] == [epoch["loss"] for epoch in trained[1]["epochs"]]
 
@@ -221,12 +303,26 @@ def test_resuming_a_finished_run_gives_the_same_result(trained, mest_compile_com
 
 
 def test_a_net_with_ninety_percent_zeros_learns_digits(mest_compile_command, tmp_path):
-    ran = mest_compile_command("train", "--model", "resnet20", "--width", 8, "--scheme", "block:4x1", "--sparsity", 0.9, "--epochs", 20,
-                               "--out", tmp_path / "run", "--json")
+    ran = mest_compile_command(
+        "train",
+        "--model",
+        "resnet20",
+        "--width",
+        8,
+        "--scheme",
+        "block:4x1",
+        "--sparsity",
+        0.9,
+        "--epochs",
+        20,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
     assert ran.code == 0, ran.err
-    assert ran.document["test_accuracy"] > 0.9                 # seeds 0, 1, 2 gave 0.98, 0.95, 0.94; guessing gives 0.1
+    assert ran.document["test_accuracy"] > 0.9  # seeds 0, 1, 2 gave 0.98, 0.95, 0.94; guessing gives 0.1
     fates = [epoch["mutation"]["layers"] for epoch in ran.document["epochs"][1:10]]
-    assert fates == [{"re-indexed": 18}] * 9                   # the mask moved, and no kernel was compiled for it
+    assert fates == [{"re-indexed": 18}] * 9  # the mask moved, and no kernel was compiled for it
 
 
 def test_a_folder_with_a_run_is_not_overwritten(trained, mest_compile_command):
@@ -242,7 +338,7 @@ def test_a_checkpoint_cut_in_half_costs_an_epoch_and_two_are_one_line(trained, m
     shutil.copytree(trained[0], folder)
     for name, code in ("checkpoint", 0), ("checkpoint.previous", 1):
         for path in folder.glob(f"{name}.safetensors"):
-            path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         if code:
             (folder / "checkpoint.safetensors").write_bytes(b"")
         ran = mest_compile_command("train", "--resume", folder, "--json")
@@ -250,7 +346,9 @@ def test_a_checkpoint_cut_in_half_costs_an_epoch_and_two_are_one_line(trained, m
         if code:
             assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
         else:
-            assert [epoch["loss"] for epoch in ran.document["epochs"]] == [epoch["loss"] for epoch in trained[1]["epochs"]]
+            assert [epoch["loss"] for epoch in ran.document["epochs"]] == [
+                epoch["loss"] for epoch in trained[1]["epochs"]
+            ]
 
 
 def test_the_quick_recipe_uses_every_part_of_the_method(mest_compile_command, tmp_path):
@@ -268,39 +366,46 @@ def test_the_quick_recipe_uses_every_part_of_the_method(mest_compile_command, tm
 def test_options_override_the_recipe_file_and_dense_needs_no_method(mest_compile_command, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('epochs = 9\nmethod = "static"\nlr = 0.05\n')
-    ran = mest_compile_command("train", *TINY, "--scheme", "dense", "--recipe", recipe, "--epochs", 1, "--out", tmp_path / "run", "--json")
+    ran = mest_compile_command(
+        "train", *TINY, "--scheme", "dense", "--recipe", recipe, "--epochs", 1, "--out", tmp_path / "run", "--json"
+    )
     assert ran.code == 0, ran.err
     chosen = ran.document["recipe"]
     assert (chosen["epochs"], chosen["method"], chosen["lr"]) == (1, "static", 0.05)
 
 
-@pytest.mark.parametrize(("options", "code", "said"), [
-    (["--sparsity", 1.2], 2, "1.2"),
-    (["--sparsity", 0.0], 2, "static"),
-    (["--scheme", "dense", "--sparsity", 0.5], 2, "dense"),
-    (["--scheme", "plaid"], 2, "plaid"),
-    (["--scheme", "block:4by1"], 2, "ROWSxCOLUMNS"),
-    (["--width", 30], 2, "multiples of 4"),
-    (["--model", "abacus"], 2, "abacus"),
-    (["--model", "absent.onnx"], 1, "absent.onnx"),
-    (["--model", "absent.onnx", "--width", 8], 2, "--width"),
-    (["--target", "abacus"], 2, "abacus"),
-    (["--data", "abacus"], 2, "abacus"),
-    (["--data", "cifar10"], 1, "--data-folder"),
-    (["--method", "snip"], 2, "no method 'snip'"),
-    (["--sieve", "1.5"], 2, "share between 0 and 1"),
-    (["--out", ""], 2, "--out is given an empty text"),
-    (["--data-folder", " "], 2, "--data-folder is given an empty text"),
-    (["--recipe="], 2, "--recipe is given an empty text"),
-    (["--out", "a" * 300], 2, "File name too long"),
-    (["--lr", "1e39"], 2, "lr is 1e+39"),
-    (["--lr", "nan"], 2, "lr is nan"),
-    (["--distribution", "bell"], 2, "bell"),
-    (["--recipe", "absent.toml"], 2, "absent.toml"),
-    (["--resume", "absent"], 1, "absent"),
-    (["--resume", "absent", "--lr", 0.1], 2, "--lr"),
-])
-def test_what_train_cannot_mean_is_one_line_and_writes_nothing(mest_compile_command, tmp_path, monkeypatch, options, code, said):
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--sparsity", 1.2], 2, "1.2"),
+        (["--sparsity", 0.0], 2, "static"),
+        (["--scheme", "dense", "--sparsity", 0.5], 2, "dense"),
+        (["--scheme", "plaid"], 2, "plaid"),
+        (["--scheme", "block:4by1"], 2, "ROWSxCOLUMNS"),
+        (["--width", 30], 2, "multiples of 4"),
+        (["--model", "abacus"], 2, "abacus"),
+        (["--model", "absent.onnx"], 1, "absent.onnx"),
+        (["--model", "absent.onnx", "--width", 8], 2, "--width"),
+        (["--target", "abacus"], 2, "abacus"),
+        (["--data", "abacus"], 2, "abacus"),
+        (["--data", "cifar10"], 1, "--data-folder"),
+        (["--method", "snip"], 2, "no method 'snip'"),
+        (["--sieve", "1.5"], 2, "share between 0 and 1"),
+        (["--out", ""], 2, "--out is given an empty text"),
+        (["--data-folder", " "], 2, "--data-folder is given an empty text"),
+        (["--recipe="], 2, "--recipe is given an empty text"),
+        (["--out", "a" * 300], 2, "File name too long"),
+        (["--lr", "1e39"], 2, "lr is 1e+39"),
+        (["--lr", "nan"], 2, "lr is nan"),
+        (["--distribution", "bell"], 2, "bell"),
+        (["--recipe", "absent.toml"], 2, "absent.toml"),
+        (["--resume", "absent"], 1, "absent"),
+        (["--resume", "absent", "--lr", 0.1], 2, "--lr"),
+    ],
+)
+def test_what_train_cannot_mean_is_one_line_and_writes_nothing(
+    mest_compile_command, tmp_path, monkeypatch, options, code, said
+):
     monkeypatch.chdir(tmp_path)
     given = options if {"--resume", "--model"} & set(options) else ["--model", "mlp", "--width", 32, *options]
     ran = mest_compile_command("train", *given)
@@ -311,7 +416,11 @@ def test_what_train_cannot_mean_is_one_line_and_writes_nothing(mest_compile_comm
 @pytest.mark.parametrize("command", ["train", "bench", "table", "analyze", "build", "tune", "plan", "report", "serve"])
 def test_an_empty_argument_is_refused_in_every_command(mest_compile_command, command):
     ran = mest_compile_command(command, "--target", "")
-    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("error: --target is given an empty text; ") and ran.err.count("\n") == 1
+    assert (
+        (ran.code, ran.out) == (2, "")
+        and ran.err.startswith("error: --target is given an empty text; ")
+        and ran.err.count("\n") == 1
+    )
 
 
 def raising(problem):
@@ -321,27 +430,49 @@ def raising(problem):
     return fail
 
 
-EVERYWHERE = [("mest_compile.data.load", ["train"]), ("mest_compile.compile", ["train"]), ("mest_compile.compile", ["plan"]),
-              ("mest_compile.compile", ["build", "--out", "a"]), ("mest_compile.measuring.benchmark.compare", ["bench"]),
-              ("mest_compile.tuning.command.tune", ["tune"]), ("mest_compile.measuring.speedtable.speed_table", ["table"]),
-              ("mest_compile.training.reporting.write_report", ["report", "a"]), ("mest_compile.models.catalog.build_model", ["analyze"])]
-FAULTS = [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
-          (PermissionError(13, "Permission denied"), 1, "Permission denied"), (MemoryError(), 1, "not enough memory")]
+EVERYWHERE = [
+    ("mest_compile.data.load", ["train"]),
+    ("mest_compile.compile", ["train"]),
+    ("mest_compile.compile", ["plan"]),
+    ("mest_compile.compile", ["build", "--out", "a"]),
+    ("mest_compile.measuring.benchmark.compare", ["bench"]),
+    ("mest_compile.tuning.command.tune", ["tune"]),
+    ("mest_compile.measuring.speedtable.speed_table", ["table"]),
+    ("mest_compile.training.reporting.write_report", ["report", "a"]),
+    ("mest_compile.models.catalog.build_model", ["analyze"]),
+]
+FAULTS = [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
+    (PermissionError(13, "Permission denied"), 1, "Permission denied"),
+    (MemoryError(), 1, "not enough memory"),
+]
 
 
-@pytest.mark.parametrize(("where", "arguments", "problem", "code", "said"), [
-    *((*place, *FAULTS[0]) for place in EVERYWHERE), *((*EVERYWHERE[0], *fault) for fault in FAULTS[1:])])
-def test_an_everyday_fault_anywhere_is_one_line(mest_compile_command, tmp_path, monkeypatch, where, arguments, problem, code, said):
+@pytest.mark.parametrize(
+    ("where", "arguments", "problem", "code", "said"),
+    [*((*place, *FAULTS[0]) for place in EVERYWHERE), *((*EVERYWHERE[0], *fault) for fault in FAULTS[1:])],
+)
+def test_an_everyday_fault_anywhere_is_one_line(
+    mest_compile_command, tmp_path, monkeypatch, where, arguments, problem, code, said
+):
     import mest_compile
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(mest_compile.__dict__, "compile", mest_compile.compile)  # so that undoing leaves no name behind
     monkeypatch.setattr(where, raising(problem))
     ran = mest_compile_command(*arguments)
-    assert ran.code == code and ran.out == "" and ran.err.splitlines()[-1].startswith("error: ") and said in ran.err.splitlines()[-1]
+    assert (
+        ran.code == code
+        and ran.out == ""
+        and ran.err.splitlines()[-1].startswith("error: ")
+        and said in ran.err.splitlines()[-1]
+    )
 
 
-def test_an_interrupted_run_says_how_to_go_on_where_there_is_something_to_go_on_from(mest_compile_command, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on_where_there_is_something_to_go_on_from(
+    mest_compile_command, tmp_path, monkeypatch
+):
     from mest_compile.training.loop import Trainer
 
     monkeypatch.setattr(Trainer, "_train", raising(KeyboardInterrupt()))
@@ -354,11 +485,14 @@ def test_an_interrupted_run_says_how_to_go_on_where_there_is_something_to_go_on_
 
 
 def test_with_json_nothing_else_reaches_stdout(tmp_path):
-    code = ("import os, subprocess, sys, mest_compile.cli.listing as listing; from mest_compile.cli import main\n"
-            "show = listing._show\n"
-            "def noisy(*a):\n"
-            " print('a line of Python'); os.write(1, b'a line of C'); subprocess.run(['echo', 'a line of a child']); show(*a)\n"
-            "listing._show = noisy; main(['models', '--json'])")
+    code = (
+        "import os, subprocess, sys, mest_compile.cli.listing as listing; from mest_compile.cli import main\n"
+        "show = listing._show\n"
+        "def noisy(*a):\n"
+        " print('a line of Python'); os.write(1, b'a line of C'); subprocess.run(['echo', 'a line of a child']); "
+        "show(*a)\n"
+        "listing._show = noisy; main(['models', '--json'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)
     assert all(f"a line of {who}" in done.stderr for who in ("Python", "C", "a child"))
@@ -374,9 +508,16 @@ def test_a_reader_that_has_heard_enough_ends_the_command_quietly(arguments):
 
 
 @pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
-@pytest.mark.parametrize(("options", "said"), [
-    (["--resume", "run", "--lr", "0.1"], "leave out --lr"), (["--resume", "run", "--out", "other"], "leave out --out"),
-    (["--out", ""], "--out is given an empty text"), (["--threads", "0"], "threads"), (["--recipe", "absent.toml"], "absent.toml")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--resume", "run", "--lr", "0.1"], "leave out --lr"),
+        (["--resume", "run", "--out", "other"], "leave out --out"),
+        (["--out", ""], "--out is given an empty text"),
+        (["--threads", "0"], "threads"),
+        (["--recipe", "absent.toml"], "absent.toml"),
+    ],
+)
 def test_both_command_lines_of_an_artifact_refuse_alike(capsys, main, options, said):
     import importlib
 

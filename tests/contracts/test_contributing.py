@@ -25,7 +25,8 @@ from mest_compile.models.catalog import build_model
 
 data = load("stripes")
 shape = (32, 1, 8, 8)
-step = mest.compile(build_model("mlp", shape, 2, 16), shape, scheme="pair", sparsity=0.8, target="old-laptop", threads=1)
+net = build_model("mlp", shape, 2, 16)
+step = mest.compile(net, shape, scheme="pair", sparsity=0.8, target="old-laptop", threads=1)
 recipe = mest.Recipe(3, "em", lr=0.05, mutate_every=1, augment=False)
 accuracy = mest.Trainer(step, recipe).fit(data.train, data.test).test_accuracy
 pairs = [bool((mask[::2] == mask[1::2]).all()) for mask in step.masks().values()]
@@ -45,8 +46,13 @@ def test_the_files_that_it_shows_are_plug_ins_that_train(repository, tmp_path):
         path = tmp_path / path if path.startswith("mest_compile") else package / path
         assert not path.exists()
         path.write_text(text)
-    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     accuracy, layers, pairs, target, where = json.loads(done.stdout.splitlines()[-1])
     assert accuracy > 0.9 and layers and pairs and target == "old-laptop" and where.startswith(str(package))
@@ -56,7 +62,9 @@ def test_paths_in_documents_are_there(repository):
     for document in (*repository.glob("*.md"), *(repository / "docs").glob("*.md")):
         if document.name != "CHANGELOG.md":
             for path in set(PATH.findall(document.read_text())) - MADE:
-                assert any((where / path).exists() for where in (repository, repository / "mest_compile")), f"{document.name}: no {path}"
+                assert any((where / path).exists() for where in (repository, repository / "mest_compile")), (
+                    f"{document.name}: no {path}"
+                )
 
 
 def test_modules_in_texts_of_code_are_there(repository):
@@ -70,7 +78,9 @@ def test_modules_in_texts_of_code_are_there(repository):
 
 
 def test_make_help_lists_every_target(repository):
-    listed = subprocess.run(["make", "help"], cwd=repository, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=repository, capture_output=True, text=True
+    ).stdout
     wanted = re.search(r"^\.PHONY: (.*)$", (repository / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert {line.split()[0] for line in listed.splitlines()} == set(wanted) and len(listed.splitlines()) == len(wanted)
 
@@ -82,13 +92,18 @@ def test_hooks_run_programs_that_there_are(repository):
     for entry in entries:
         program, *arguments = entry.split()
         if program == "make":
-            assert subprocess.run(["make", "--dry-run", *arguments], cwd=repository, capture_output=True).returncode == 0
+            assert (
+                subprocess.run(["make", "--dry-run", *arguments], cwd=repository, capture_output=True).returncode == 0
+            )
         else:
             assert f"$(BIN)/{program.removeprefix('.venv/bin/')}" in (repository / "Makefile").read_text()
 
 
 def test_the_citation_names_the_papers_method_and_the_licence(repository):
-    text, project = (repository / "CITATION.cff").read_text(), tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    text, project = (
+        (repository / "CITATION.cff").read_text(),
+        tomllib.loads((repository / "pyproject.toml").read_text())["project"],
+    )
     assert f"license: {project['license']}\n" in text and f'title: "{project["name"]}: ' in text
     assert "arXiv:2110.14032" in text and "arxiv.org/abs/2110.14032" in (repository / "README.md").read_text()
 
@@ -96,4 +111,6 @@ def test_the_citation_names_the_papers_method_and_the_licence(repository):
 def test_nothing_reads_pickles_as_the_security_page_says(repository):
     assert "no pickle is read anywhere" in (repository / "SECURITY.md").read_text()
     for path in (repository / "mest_compile").rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) (pickle|cloudpickle)\b|allow_pickle=True", path.read_text(), re.MULTILINE), path
+        assert not re.search(
+            r"^\s*(import|from) (pickle|cloudpickle)\b|allow_pickle=True", path.read_text(), re.MULTILINE
+        ), path

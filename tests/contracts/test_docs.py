@@ -19,13 +19,18 @@ DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glo
 COVERED_ELSEWHERE = {
     'pip install "torch>=2.9,<2.14"': "tests/contracts/test_packaging.py compares the bound with pyproject.toml",
     "pip install -e .": "make venv",
-    "benchmarks/environments.sh": "gigabytes of environments; tests/measuring/test_benchmark.py compares its names and bounds",
+    "benchmarks/environments.sh": "gigabytes of environments; tests/measuring/test_benchmark.py compares its "
+    "names and bounds",
     'pip install -e ".[opencl]"': "make venv installs the same packages",
-    "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py measures a small net with it",
-    "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it would write",
+    "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py "
+    "measures a small net with it",
+    "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it "
+    "would write",
 }
-COVERED_ELSEWHERE["mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "
-                  "--key phone --devices 2"] = "tests/tuning/test_tuning.py tunes behind a tracker"
+COVERED_ELSEWHERE[
+    "mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "
+    "--key phone --devices 2"
+] = "tests/tuning/test_tuning.py tunes behind a tracker"
 SHORTENED = {  # put behind the text's own options, which they override
     "train": ["--model", "mlp", "--data", "digits", "--epochs", "4"],
     "table": ["--model", "mlp", "--batch", "8", "--schemes", "unstructured", "--sparsities", "0.9", "--repeats", "1"],
@@ -89,7 +94,9 @@ def test_links_lead_somewhere(document):
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def run_cli(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:

@@ -24,7 +24,10 @@ def test_the_memory_page_quotes_the_recorded_figures():
     for budget, key in ("none", ""), ("135000000 bytes", " in 135000000 bytes"):
         found = entries[f"resnet32 width 32 64x3x32x32 block:4x1 0.9 threads 1{key} vs torch"]
         ours, rival = found["ours"], found["rival"]
-        figures = [f"{side / 2**20:.0f}" for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])]
+        figures = [
+            f"{side / 2**20:.0f}"
+            for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])
+        ]
         assert f"| {budget} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
 
 
@@ -51,7 +54,12 @@ BODY = """
 
 
 def test_loads_of_a_loop_are_counted_to_the_bracket_that_closes_them():
-    assert sorted(size for _, size in opencl_loads.loads(BODY)) == [4, 16, 16, 16]  # a value, two places of source, a vload4 of values
+    assert sorted(size for _, size in opencl_loads.loads(BODY)) == [
+        4,
+        16,
+        16,
+        16,
+    ]  # a value, two places of source, a vload4 of values
     source = "for (int turn = 0; turn < 3; ++turn) {" + BODY + "}"
     assert opencl_loads.counted(source) == (52, 2 * 2 * opencl_loads.LANES)
 

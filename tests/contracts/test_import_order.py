@@ -1,4 +1,5 @@
-"""Imports point one way: a folder may use what stands before it in ORDER, never what stands behind it; and no module needs itself."""
+"""Imports point one way: a folder may use what stands before it in ORDER, never what stands behind it; and no module
+needs itself."""
 
 import ast
 from collections.abc import Iterator
@@ -9,9 +10,32 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Folders and modules of the package, what others stand on first. `schedules` is a folder of the top level.
-ORDER = ("base", "ir", "hardware", "records", "models", "data", "sparsity", "frontend", "operators", "options", "lowering", "planning",
-         "kernels", "schedules", "backends", "runtime", "devices", "compiling", "opening", "measuring", "tuning", "training", "cli",
-         "__main__")
+ORDER = (
+    "base",
+    "ir",
+    "hardware",
+    "records",
+    "models",
+    "data",
+    "sparsity",
+    "frontend",
+    "operators",
+    "options",
+    "lowering",
+    "planning",
+    "kernels",
+    "schedules",
+    "backends",
+    "runtime",
+    "devices",
+    "compiling",
+    "opening",
+    "measuring",
+    "tuning",
+    "training",
+    "cli",
+    "__main__",
+)
 ALLOWED: set[tuple[str, str]] = set()  # breaches (module, what it imports) that are still to go
 
 
@@ -38,7 +62,11 @@ def imports(tree: ast.Module, among: dict[str, ast.Module]) -> Iterator[str]:
                 full = f"{source}.{alias.name}".removeprefix(".")
                 yield full if full in among else source
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("mest_compile.") for alias in node.names if alias.name.startswith("mest_compile."))
+            yield from (
+                alias.name.removeprefix("mest_compile.")
+                for alias in node.names
+                if alias.name.startswith("mest_compile.")
+            )
 
 
 def breaches(among: dict[str, ast.Module]) -> set[tuple[str, str]]:
@@ -53,12 +81,16 @@ def breaches(among: dict[str, ast.Module]) -> set[tuple[str, str]]:
 
 def circle(among: dict[str, ast.Module]) -> list[str]:
     """Modules that import each other in a circle; empty when there are none."""
-    edges = {name: [source for source in imports(tree, among) if source in among and source] for name, tree in among.items() if name}
+    edges = {
+        name: [source for source in imports(tree, among) if source in among and source]
+        for name, tree in among.items()
+        if name
+    }
     done: set[str] = set()
 
     def walk(name: str, above: list[str]) -> list[str]:
         if name in above:
-            return above[above.index(name):]
+            return above[above.index(name) :]
         if name in done:
             return []
         for source in edges.get(name, ()):
@@ -82,14 +114,23 @@ def test_no_circle():
     assert not circle(MODULES)
 
 
-@pytest.mark.parametrize("line", ["from mest_compile.runtime.step import TrainStep", "import mest_compile.runtime.step",
-                                  "def f():\n    from mest_compile.runtime import step",
-                                  "if TYPE_CHECKING:\n    from mest_compile.runtime.step import TrainStep"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from mest_compile.runtime.step import TrainStep",
+        "import mest_compile.runtime.step",
+        "def f():\n    from mest_compile.runtime import step",
+        "if TYPE_CHECKING:\n    from mest_compile.runtime.step import TrainStep",
+    ],
+)
 def test_an_import_against_the_order_is_noticed_wherever_it_stands(line):
     among = {"operators.added": ast.parse(line), "runtime.step": ast.parse("")}
     assert breaches(among) == {("operators.added", "runtime.step")}
 
 
 def test_a_circle_is_noticed():
-    among = {"runtime.a": ast.parse("from mest_compile.runtime.b import B"), "runtime.b": ast.parse("from mest_compile.runtime import a")}
+    among = {
+        "runtime.a": ast.parse("from mest_compile.runtime.b import B"),
+        "runtime.b": ast.parse("from mest_compile.runtime import a"),
+    }
     assert circle(among)

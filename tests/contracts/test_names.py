@@ -16,15 +16,32 @@ from mest_compile.sparsity import parse_scheme
 
 ROOT = Path(__file__).resolve().parents[2]
 APART = {"partition", "rpartition", "removeprefix", "removesuffix", "split", "rsplit", "startswith", "endswith"}
-FOLDERS = ("operators", "lowering", "planning", "kernels", "backends", "runtime", "devices", "measuring", "tuning", "training")
+FOLDERS = (
+    "operators",
+    "lowering",
+    "planning",
+    "kernels",
+    "backends",
+    "runtime",
+    "devices",
+    "measuring",
+    "tuning",
+    "training",
+)
 
 
 def taken_apart(code: str) -> list[str]:
     """Expressions that take apart what is called "name" of a call or a buffer."""
-    return [ast.unparse(node) for node in ast.walk(ast.parse(code))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in APART
-            and isinstance(named := node.func.value, ast.Attribute) and named.attr == "name"
-            and re.search(r"(\bcall|\bbuffer|\bplace|\btask|buffers\[.*\])$", ast.unparse(named.value))]
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in APART
+        and isinstance(named := node.func.value, ast.Attribute)
+        and named.attr == "name"
+        and re.search(r"(\bcall|\bbuffer|\bplace|\btask|buffers\[.*\])$", ast.unparse(named.value))
+    ]
 
 
 def test_no_module_takes_names_apart():
@@ -34,7 +51,9 @@ def test_no_module_takes_names_apart():
     assert not {str(path): found for path in paths if (found := taken_apart(path.read_text()))}
 
 
-@pytest.mark.parametrize("line", ['call.name.rpartition(".")[2]', 'call.buffers[0].name.partition(":")[0]', 'buffer.name.endswith(":x")'])
+@pytest.mark.parametrize(
+    "line", ['call.name.rpartition(".")[2]', 'call.buffers[0].name.partition(":")[0]', 'buffer.name.endswith(":x")']
+)
 def test_a_name_that_is_taken_apart_is_noticed(line):
     assert taken_apart(line) and not taken_apart("call.name + path.name.removesuffix('.toml')")
 
@@ -46,11 +65,20 @@ def test_buffers_and_calls_say_what_they_are_of(scheme):
     layers = plan_layers(graph, parse_scheme(scheme), 0.6, "uniform", None, target)
     program, _ = lower(fuse(graph), layers, target)
     held = [buffer for buffer in program.held() if buffer.layer]
-    assert {buffer.layer for buffer in held} == layers.keys() and {"", "gradient", "momentum"} <= {buffer.role for buffer in held}
+    assert {buffer.layer for buffer in held} == layers.keys() and {"", "gradient", "momentum"} <= {
+        buffer.role for buffer in held
+    }
     assert all(buffer.name == f"{buffer.layer}:{buffer.role}".removesuffix(":") for buffer in held)
     convolutions = [call for call in program.calls if call.phase in ("forward", "grad_weight", "grad_input")]
     assert all(call.name.endswith(f".{call.phase}") for call in program.calls if call.phase)
-    assert all(call.layer and call.kernel.endswith(".grad" if call.phase == "grad_weight" else ".conv") for call in convolutions)
+    assert all(
+        call.layer and call.kernel.endswith(".grad" if call.phase == "grad_weight" else ".conv")
+        for call in convolutions
+    )
     first = next(iter(layers))  # nobody asks for the gradient of its input
-    assert {(call.layer, call.phase) for call in convolutions} == {(name, phase) for name in layers for phase in (
-        "forward", "grad_weight", "grad_input") if (name, phase) != (first, "grad_input")}
+    assert {(call.layer, call.phase) for call in convolutions} == {
+        (name, phase)
+        for name in layers
+        for phase in ("forward", "grad_weight", "grad_input")
+        if (name, phase) != (first, "grad_input")
+    }

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = {"mest_compile": "mest_compile", "mest_compile/schedules": "schedules", "mest_compile/targets": "targets",
-           "mest_compile/autotune_logs": "autotune_logs"}
+FOLDERS = {
+    "mest_compile": "mest_compile",
+    "mest_compile/schedules": "schedules",
+    "mest_compile/targets": "targets",
+    "mest_compile/autotune_logs": "autotune_logs",
+}
 WITHOUT_CACHES = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -23,28 +27,46 @@ def wheel(repository, tmp_path_factory) -> Path:
         shutil.copy(repository / name, copy / name)
     for folder in FOLDERS.values():
         shutil.copytree(repository / folder, copy / folder, ignore=WITHOUT_CACHES)
-    done = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out", "."],
-                          cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out", "."],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (built,) = (copy / "out").glob("*.whl")
     return built
 
 
 def test_wheel_holds_every_file_of_the_folders(wheel, repository):
-    wanted = {f"{inside}/{file.relative_to(repository / folder)}" for inside, folder in FOLDERS.items()
-              for file in (repository / folder).rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    wanted = {
+        f"{inside}/{file.relative_to(repository / folder)}"
+        for inside, folder in FOLDERS.items()
+        for file in (repository / folder).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert found == wanted, f"missing {sorted(wanted - found)}, extra {sorted(found - wanted)}: see packages in pyproject.toml"
+    assert found == wanted, (
+        f"missing {sorted(wanted - found)}, extra {sorted(found - wanted)}: see packages in pyproject.toml"
+    )
 
 
 def test_wheel_works_without_the_repository(wheel, repository, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    script = ("import mest_compile, mest_compile.schedules as schedules; from mest_compile.hardware.target import find_target;"
-              "print(mest_compile.__file__, schedules.__file__, find_target('local').device, sep='\\n')")
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-                          capture_output=True, text=True)
+    script = (
+        "import mest_compile, mest_compile.schedules as schedules; from mest_compile.hardware.target import "
+        "find_target;"
+        "print(mest_compile.__file__, schedules.__file__, find_target('local').device, sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     package, schedules, device = done.stdout.splitlines()
     site = str(tmp_path / "site" / "mest_compile")
@@ -84,4 +106,7 @@ def test_ci_runs_lint_and_then_the_tests(repository):
     script = repository / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
-    assert lines[1] == "set -euo pipefail" and [line for line in lines if line.startswith("make ")][-2:] == ["make lint", "make test"]
+    assert lines[1] == "set -euo pipefail" and [line for line in lines if line.startswith("make ")][-2:] == [
+        "make lint",
+        "make test",
+    ]

@@ -29,9 +29,26 @@ def test_what_checkers_see_is_what_is_found_when_it_runs():
 def test_a_script_of_a_user_is_checked_against_real_signatures(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent",
-                           str(script)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            str(ROOT / "pyproject.toml"),
+            "--follow-imports",
+            "silent",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     said = done.stdout
-    assert 'type is "dict[str, float]"' in said or "builtins.dict[builtins.str, builtins.float]" in said, said + done.stderr
-    assert "-> mest_compile.training.recipe.Recipe" in said or "Recipe" in said.split("script.py:5")[1].split("\n")[0], said
+    assert 'type is "dict[str, float]"' in said or "builtins.dict[builtins.str, builtins.float]" in said, (
+        said + done.stderr
+    )
+    assert (
+        "-> mest_compile.training.recipe.Recipe" in said or "Recipe" in said.split("script.py:5")[1].split("\n")[0]
+    ), said
     assert '"TrainStep" has no attribute "no_such_method"' in said, said

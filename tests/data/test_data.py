@@ -70,9 +70,17 @@ def test_fashion_mnist_of_debian_is_whole():
     assert len(split.train) == 60_000 and np.bincount(split.test.labels).tolist() == [1000] * 10
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: gzip.compress(b"\0\0\x08\x03" + bytes(20)),
-                                    lambda data: gzip.compress(gzip.decompress(data)[:-1]), lambda data: b"no gzip",
-                                    lambda data: data[:30]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-9],
+        lambda data: b"",
+        lambda data: gzip.compress(b"\0\0\x08\x03" + bytes(20)),
+        lambda data: gzip.compress(gzip.decompress(data)[:-1]),
+        lambda data: b"no gzip",
+        lambda data: data[:30],
+    ],
+)
 def test_damaged_idx_files_are_named(tmp_path, damage):
     write_fashion(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -119,13 +127,17 @@ def test_cifar100_reads_the_fine_labels(tmp_path):
     assert (split.test.images == images.reshape(-1, 3, 32, 32)).all()
 
 
-@pytest.mark.parametrize(("name", "folder", "test_file"), [("cifar10", "cifar-10-batches-py", "test_batch"),
-                                                          ("cifar100", "cifar-100-python", "test")])
+@pytest.mark.parametrize(
+    ("name", "folder", "test_file"),
+    [("cifar10", "cifar-10-batches-py", "test_batch"), ("cifar100", "cifar-100-python", "test")],
+)
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_python_version_is_refused_and_nothing_in_it_runs(tmp_path, name, folder, test_file, nested):
     where = tmp_path / folder if nested else tmp_path
     where.mkdir(exist_ok=True)
-    (where / test_file).write_bytes(b"cio\nopen\n(V" + str(tmp_path / "written").encode() + b"\nVw\ntR.")  # opens a file for writing
+    (where / test_file).write_bytes(
+        b"cio\nopen\n(V" + str(tmp_path / "written").encode() + b"\nVw\ntR."
+    )  # opens a file for writing
     with pytest.raises(DataError, match=f"{name}: .* has the python version, which is pickles.*binary version"):
         load(name, tmp_path)
     assert not (tmp_path / "written").exists()
@@ -228,7 +240,9 @@ def test_torch_tensors_and_datasets_are_accepted():
     for data in ((images, labels), torch.utils.data.TensorDataset(images, labels)):
         dataset = as_dataset(data)
         assert dataset.images.dtype == np.float32 and dataset.classes == 3
-        assert (dataset.images == images.numpy().astype(np.float32)).all() and dataset.labels.tolist() == labels.tolist()
+        assert (
+            dataset.images == images.numpy().astype(np.float32)
+        ).all() and dataset.labels.tolist() == labels.tolist()
         assert (dataset.normalise(dataset.images) == dataset.images).all()  # float images are taken as they are
     assert as_dataset(dataset) is dataset
 
@@ -254,36 +268,64 @@ def test_each_channel_is_standardised_by_its_own_mean_and_its_own_deviation():
     images[0] = np.array([10, 100, 70])[:, None, None]
     images[1] = np.array([20, 140, 70])[:, None, None]
     data = as_dataset((images, np.arange(2)))
-    assert data.mean.tolist() == [15, 120, 70] and data.std.tolist() == [5, 20, 1]  # that of a constant channel would be 0
+    assert data.mean.tolist() == [15, 120, 70] and data.std.tolist() == [
+        5,
+        20,
+        1,
+    ]  # that of a constant channel would be 0
     assert data.normalise(images)[:, :, 0, 0].tolist() == [[-1, -1, 0], [1, 1, 0]]
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ((np.zeros((2, 1, 4, 4)), np.zeros(2)), "labels must be integers"),
-    ((np.zeros((2, 1, 4, 4)), np.zeros(3, int)), "2 images need as many"),
-    ((np.full((2, 1, 4, 4), np.nan), np.zeros(2, int)), "NaN"),
-    ((np.zeros((2, 1, 4, 4), np.int32), np.zeros(2, int)), "uint8 or floating point"),
-    ((np.zeros((2, 1, 1, 4, 4)), np.zeros(2, int)), r"must be \(n, C, H, W\)"),
-    ((np.zeros((2, 1, 4, 4)), np.array([0, -1])), "labels must be in"),
-    ((np.zeros((0, 1, 4, 4)), np.zeros(0, int)), "no examples"),
-    (Pairs([]), "no examples"), (Pairs([3]), "must be a pair"), (Pairs([(np.zeros((1, 2, 2)), 0.5)]), "must be an integer"),
-    (Pairs([(np.zeros((1, 2, 2)), 0), (np.zeros((1, 3, 3)), 0)]), "example 1 is"), (7, "not int")])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((np.zeros((2, 1, 4, 4)), np.zeros(2)), "labels must be integers"),
+        ((np.zeros((2, 1, 4, 4)), np.zeros(3, int)), "2 images need as many"),
+        ((np.full((2, 1, 4, 4), np.nan), np.zeros(2, int)), "NaN"),
+        ((np.zeros((2, 1, 4, 4), np.int32), np.zeros(2, int)), "uint8 or floating point"),
+        ((np.zeros((2, 1, 1, 4, 4)), np.zeros(2, int)), r"must be \(n, C, H, W\)"),
+        ((np.zeros((2, 1, 4, 4)), np.array([0, -1])), "labels must be in"),
+        ((np.zeros((0, 1, 4, 4)), np.zeros(0, int)), "no examples"),
+        (Pairs([]), "no examples"),
+        (Pairs([3]), "must be a pair"),
+        (Pairs([(np.zeros((1, 2, 2)), 0.5)]), "must be an integer"),
+        (Pairs([(np.zeros((1, 2, 2)), 0), (np.zeros((1, 3, 3)), 0)]), "example 1 is"),
+        (7, "not int"),
+    ],
+)
 def test_data_that_is_no_data_set_is_refused(data, message):
     with pytest.raises(DataError, match=message):
         as_dataset(data)
 
 
-LABELS = {"float": [0.7, 1.7], "whole floats": [0.0, 1.0], "complex": [0 + 1j, 1], "text": ["0", "1"], "bool": [False, True],
-          "date": np.array([0, 1], "M8[D]"), "beyond int64": np.array([0, 2**63], np.uint64), "negative": [0, -1], "vectors": [[0], [1]],
-          "masked": np.ma.array([0, 1], mask=[True, False])}
-IMAGES = {"complex": np.ones((2, 1, 4, 4), complex), "masked": np.ma.array(np.ones((2, 1, 4, 4)), mask=True),
-          "int": np.ones((2, 1, 4, 4), int),
-          "bool": np.ones((2, 1, 4, 4), bool), "text": np.full((2, 1, 4, 4), "a"), "beyond float32": np.full((2, 1, 4, 4), 1e39),
-          "channels last": np.zeros((2, 8, 8, 3), np.uint8), "one channel last": np.zeros((2, 28, 28, 1), np.uint8)}
+LABELS = {
+    "float": [0.7, 1.7],
+    "whole floats": [0.0, 1.0],
+    "complex": [0 + 1j, 1],
+    "text": ["0", "1"],
+    "bool": [False, True],
+    "date": np.array([0, 1], "M8[D]"),
+    "beyond int64": np.array([0, 2**63], np.uint64),
+    "negative": [0, -1],
+    "vectors": [[0], [1]],
+    "masked": np.ma.array([0, 1], mask=[True, False]),
+}
+IMAGES = {
+    "complex": np.ones((2, 1, 4, 4), complex),
+    "masked": np.ma.array(np.ones((2, 1, 4, 4)), mask=True),
+    "int": np.ones((2, 1, 4, 4), int),
+    "bool": np.ones((2, 1, 4, 4), bool),
+    "text": np.full((2, 1, 4, 4), "a"),
+    "beyond float32": np.full((2, 1, 4, 4), 1e39),
+    "channels last": np.zeros((2, 8, 8, 3), np.uint8),
+    "one channel last": np.zeros((2, 28, 28, 1), np.uint8),
+}
 
 
 @pytest.mark.parametrize("where", ["Python", "files"])
-@pytest.mark.parametrize(("kind", "name"), [*(("labels", name) for name in LABELS), *(("images", name) for name in IMAGES)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("labels", name) for name in LABELS), *(("images", name) for name in IMAGES)]
+)
 def test_arrays_that_would_change_silently_are_refused_in_python_and_in_files_alike(tmp_path, where, kind, name):
     images, labels = np.zeros((2, 1, 4, 4), np.uint8), np.array([0, 1])
     images, labels = (images, LABELS[name]) if kind == "labels" else (IMAGES[name], labels)
@@ -318,13 +360,19 @@ def in_both_places(content, offset, value):
     return bytes(changed)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content, start: content[:start] + b"\x07" + content[start + 1:],  # a block of no known type
-    lambda content, start: content[:start + 40] + bytes(40) + content[start + 80:],
-    lambda content, start: in_both_places(content, 8, 99),  # an unknown method
-    lambda content, start: in_both_places(content, 6, 1),   # said to be encrypted
-    lambda content, start: content[:-30], lambda content, start: content[40:],
-    lambda content, start: b"", lambda content, start: b"no zip"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content, start: content[:start] + b"\x07" + content[start + 1 :],  # a block of no known type
+        lambda content, start: content[: start + 40] + bytes(40) + content[start + 80 :],
+        lambda content, start: in_both_places(content, 8, 99),  # an unknown method
+        lambda content, start: in_both_places(content, 6, 1),  # said to be encrypted
+        lambda content, start: content[:-30],
+        lambda content, start: content[40:],
+        lambda content, start: b"",
+        lambda content, start: b"no zip",
+    ],
+)
 def test_a_damaged_file_of_arrays_is_named(tmp_path, damage):
     for part in ("train", "test"):
         np.savez_compressed(tmp_path / part, images=RNG.random((20, 1, 8, 8)), labels=np.arange(20))
@@ -356,13 +404,26 @@ def test_random_damages_of_a_file_of_arrays_are_refused_or_harmless(tmp_path):
     assert refused > 100
 
 
-ODD = {"no label": lambda image: (image, None), "text": lambda image: (image, "a"), "NaN": lambda image: (image, float("nan")),
-       "half": lambda image: (image, 0.5), "vector": lambda image: (image, np.array([0, 1])), "too large": lambda image: (image, 2**70),
-       "unsigned": lambda image: (image, np.uint64(2**63)), "complex": lambda image: (image, 1j),
-       "date": lambda image: (image, np.datetime64(0, "D")), "image alone": lambda image: image[0], "nothing": lambda image: (),
-       "no image": lambda image: (None, 0), "a table": lambda image: {"a": 1}, "meta": lambda image: (image.to("meta"), 0),
-       "complex image": lambda image: (image * 1j, 0), "a list": lambda image: ([[1], [2, 3]], 0),
-       "masked": lambda image: (np.ma.array(image.numpy(), mask=True), 0), "table of colours": lambda image: (Image.new("P", (8, 8)), 0)}
+ODD = {
+    "no label": lambda image: (image, None),
+    "text": lambda image: (image, "a"),
+    "NaN": lambda image: (image, float("nan")),
+    "half": lambda image: (image, 0.5),
+    "vector": lambda image: (image, np.array([0, 1])),
+    "too large": lambda image: (image, 2**70),
+    "unsigned": lambda image: (image, np.uint64(2**63)),
+    "complex": lambda image: (image, 1j),
+    "date": lambda image: (image, np.datetime64(0, "D")),
+    "image alone": lambda image: image[0],
+    "nothing": lambda image: (),
+    "no image": lambda image: (None, 0),
+    "a table": lambda image: {"a": 1},
+    "meta": lambda image: (image.to("meta"), 0),
+    "complex image": lambda image: (image * 1j, 0),
+    "a list": lambda image: ([[1], [2, 3]], 0),
+    "masked": lambda image: (np.ma.array(image.numpy(), mask=True), 0),
+    "table of colours": lambda image: (Image.new("P", (8, 8)), 0),
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -376,7 +437,13 @@ def test_odd_examples_are_refused_in_one_line_that_names_them(name):
 def test_tensors_are_read_as_what_they_are_however_they_are_stored():
     torch = pytest.importorskip("torch")
     image = torch.rand(1, 8, 8)
-    stored = image.to_sparse(), torch._neg_view(-image), image.clone().requires_grad_(), image.double(), image[None].expand(3, 1, 8, 8)[1]
+    stored = (
+        image.to_sparse(),
+        torch._neg_view(-image),
+        image.clone().requires_grad_(),
+        image.double(),
+        image[None].expand(3, 1, 8, 8)[1],
+    )
     for tensor in stored:
         assert (as_dataset(Pairs([(tensor, torch.tensor([1])), (tensor, np.int16(0))])).images == image.numpy()).all()
         both = torch.stack([tensor.to_dense() if tensor.is_sparse else tensor] * 2)
@@ -398,8 +465,10 @@ def test_images_of_more_than_8_bits_are_not_cut(tmp_path):
         load("folder", tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"std": np.zeros(1, np.float32)}, {"mean": np.full(1, np.nan, np.float32)},
-                                    {"mean": np.zeros(2, np.float32)}])
+@pytest.mark.parametrize(
+    "change",
+    [{"std": np.zeros(1, np.float32)}, {"mean": np.full(1, np.nan, np.float32)}, {"mean": np.zeros(2, np.float32)}],
+)
 def test_statistics_that_no_image_can_be_divided_by_are_refused(change):
     with pytest.raises(DataError, match="mean and std must be 1 finite numbers"):
         replace(as_dataset((bytes_of(3, 1, 8, 8), np.arange(3))), **change)
@@ -423,7 +492,10 @@ def test_what_tells_data_apart_covers_labels_and_order():
     images, labels = bytes_of(9, 1, 8, 8), np.arange(9)
     crc = as_dataset((images, labels)).describe()["crc32"]
     assert as_dataset((images.copy(), labels.copy())).describe()["crc32"] == crc
-    assert as_dataset((images, labels[::-1])).describe()["crc32"] != crc and as_dataset((images[::-1], labels)).describe()["crc32"] != crc
+    assert (
+        as_dataset((images, labels[::-1])).describe()["crc32"] != crc
+        and as_dataset((images[::-1], labels)).describe()["crc32"] != crc
+    )
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -437,7 +509,7 @@ def test_pad_crop_flip_gives_what_a_loop_gives(flip):
     for i in range(50):
         wanted = np.zeros((3, 12, 10), np.uint8)
         wanted[:, 2:10, 2:8] = images[i]
-        wanted = wanted[:, top[i]:top[i] + 8, left[i]:left[i] + 6]
+        wanted = wanted[:, top[i] : top[i] + 8, left[i] : left[i] + 6]
         assert (result[i] == (wanted[..., ::-1] if mirrored[i] else wanted)).all()
     assert (images == before).all() and result.dtype == np.uint8
     assert set(top) == set(range(5)) and (not flip or 0 < mirrored.sum() < 50)
@@ -466,7 +538,7 @@ def test_an_epoch_shows_every_example_at_most_once_in_whole_batches():
 
 def test_batches_are_a_function_of_their_generator():
     data = Dataset.of(bytes_of(40, 3, 32, 32), RNG.integers(0, 4, 40), "random")
-    first, again = ([x for x in batches(data, 8, np.random.default_rng(7), augment=True)] for _ in range(2))
+    first, again = (list(batches(data, 8, np.random.default_rng(7), augment=True)) for _ in range(2))
     plain = list(batches(data, 8, np.random.default_rng(7), augment=False))
     for one, two, unaugmented in zip(first, again, plain, strict=True):
         assert all((a == b).all() for a, b in zip(one, two, strict=True))

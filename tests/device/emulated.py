@@ -38,8 +38,13 @@ class Started:
     def __init__(self, command: list[str], log: Path, ready: str, environment: dict[str, str] | None = None):
         self.log, self._ready = log, ready
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={**os.environ, **(environment or {})})
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
         self.wait(1)
 
     def wait(self, times: int) -> None:
@@ -62,8 +67,11 @@ class Started:
 def tracker(folder: Path, port: int | None = None) -> Iterator[tuple[Started, int]]:
     """(process, port) of a tracker."""
     port = port or free_port()
-    started = Started([sys.executable, "-c", "from mest_compile.cli import main; main()", "tracker", "--port", str(port)],
-                      folder / f"tracker{time.monotonic_ns()}.log", "tracker at")
+    started = Started(
+        [sys.executable, "-c", "from mest_compile.cli import main; main()", "tracker", "--port", str(port)],
+        folder / f"tracker{time.monotonic_ns()}.log",
+        "tracker at",
+    )
     try:
         yield started, port
     finally:
@@ -71,8 +79,11 @@ def tracker(folder: Path, port: int | None = None) -> Iterator[tuple[Started, in
 
 
 @contextmanager
-def device(folder: Path, tracker_port: int, key: str = "emulated", count_instructions: bool = False) -> Iterator[Started]:
-    """An emulated Cortex-A76 that serves under `key`. count_instructions: its clock is executed instructions, one a nanosecond."""
+def device(
+    folder: Path, tracker_port: int, key: str = "emulated", count_instructions: bool = False
+) -> Iterator[Started]:
+    """An emulated Cortex-A76 that serves under `key`. count_instructions: its clock is executed instructions, one a
+    nanosecond."""
     environment = {"TVM_NUM_THREADS": "1", "QEMU_CPU": "cortex-a76"}
     command = ["qemu-aarch64", "-L", ROOT]
     if count_instructions:
@@ -89,17 +100,24 @@ def device(folder: Path, tracker_port: int, key: str = "emulated", count_instruc
 
 def main() -> int:
     """Serves until interrupted."""
-    parser = argparse.ArgumentParser(description="An emulated Cortex-A76 that serves at a tracker on 127.0.0.1, until interrupted.")
+    parser = argparse.ArgumentParser(
+        description="An emulated Cortex-A76 that serves at a tracker on 127.0.0.1, until interrupted."
+    )
     parser.add_argument("port", type=int, help="of the tracker")
     parser.add_argument("key")
-    parser.add_argument("--count-instructions", action="store_true", help="let its clock count executed instructions, one a nanosecond")
+    parser.add_argument(
+        "--count-instructions", action="store_true", help="let its clock count executed instructions, one a nanosecond"
+    )
     given = parser.parse_args()
     if lacking := missing():
         print(f"error: {lacking}", file=sys.stderr)
         return 1
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() as folder, device(Path(folder), given.port, given.key, given.count_instructions) as started:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        device(Path(folder), given.port, given.key, given.count_instructions) as started,
+    ):
         print(f"{given.key} serves at the tracker 127.0.0.1:{given.port}", flush=True)
         try:
             return started.process.wait()

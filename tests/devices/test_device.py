@@ -1,4 +1,5 @@
-"""Sparse training on another device: an emulated aarch64 machine behind TVM's tracker. What it proves is the way, never speed."""
+"""Sparse training on another device: an emulated aarch64 machine behind TVM's tracker. What it proves is the way, never
+speed."""
 
 import itertools
 import logging
@@ -47,14 +48,26 @@ def phone(folder, port):
 
 def compiled(device=None, scheme="block", target="arm_cpu", model=None, **options):
     model = model or build_model("resnet20", SHAPE, 10, 8)
-    return mest.compile(model, SHAPE, scheme=scheme, sparsity=0.9, optimizer=OPTIMIZER, target=target, device=device, threads=1, **options)
+    return mest.compile(
+        model,
+        SHAPE,
+        scheme=scheme,
+        sparsity=0.9,
+        optimizer=OPTIMIZER,
+        target=target,
+        device=device,
+        threads=1,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("scheme", ["block", "pattern", "unstructured"])
 def test_ten_steps_on_the_device_equal_torch_as_they_do_here(scheme, phone):
     model = build_model("resnet20", SHAPE, 10, 8)
     step, batches = compiled(phone, scheme, model=model), make_batches(SHAPE, 10, 10)
-    got = [step(*batch, lr=0.002, ahead=following).loss for batch, following in itertools.zip_longest(batches, batches[1:])]
+    got = [
+        step(*batch, lr=0.002, ahead=following).loss for batch, following in itertools.zip_longest(batches, batches[1:])
+    ]
     wanted, _ = masked_steps(model, step.masks(), batches, 0.002, OPTIMIZER)
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     assert_like_torch(step, model, batches[0][0])
@@ -69,7 +82,11 @@ def test_a_mutation_uploads_the_changed_layers_and_nothing_else(phone):
     masks = {name: mask.copy() for name, mask in step.masks().items()}
     masks[changed] = np.roll(masks[changed], 1, axis=1)
     report = step.set_masks(masks)
-    held = {name: step._state.get(name).nbytes for name in step._state.held if name == changed or name.startswith(f"{changed}:")}
+    held = {
+        name: step._state.get(name).nbytes
+        for name in step._state.held
+        if name == changed or name.startswith(f"{changed}:")
+    }
     assert [name for name, fate in report.layers.items() if fate != "unchanged"] == [changed]
     assert 0 < report.uploaded_bytes <= sum(held.values())
     assert step.set_masks(masks).uploaded_bytes == 0
@@ -77,7 +94,20 @@ def test_a_mutation_uploads_the_changed_layers_and_nothing_else(phone):
 
 
 def test_a_run_over_the_tracker_trains_mutates_and_ends_as_one_that_runs_here(mest_compile_command, phone, tmp_path):
-    options = ["--model", "mlp", "--width", 32, "--data", "digits", "--scheme", "unstructured", "--epochs", 3, "--threads", 1]
+    options = [
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--data",
+        "digits",
+        "--scheme",
+        "unstructured",
+        "--epochs",
+        3,
+        "--threads",
+        1,
+    ]
     where = ["--target", "arm_cpu", "--tracker", str(phone.tracker), "--key", phone.key]
     there = mest_compile_command("train", *options, *where, "--out", tmp_path / "there", "--json")
     assert there.code == 0, there.err
@@ -86,7 +116,9 @@ def test_a_run_over_the_tracker_trains_mutates_and_ends_as_one_that_runs_here(me
     assert mutated[0]["layers"] == {"re-indexed": 2}
     assert all(("re-indexed" in mutation["layers"]) == (mutation["uploaded_bytes"] > 0) for mutation in mutated)
     losses = [[epoch["loss"] for epoch in run.document["epochs"]] for run in (here, there)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)  # float32 in another order, over 60 steps of a rate of 0.1
+    np.testing.assert_allclose(
+        losses[1], losses[0], rtol=1e-2
+    )  # float32 in another order, over 60 steps of a rate of 0.1
 
 
 class Killer:
@@ -130,8 +162,11 @@ def test_a_device_lost_in_mid_epoch_costs_the_steps_since_the_checkpoint(way, fo
         killer = Killer(2, 3, strike)
         with caplog.at_level(logging.WARNING, "mest_compile.training.loop"):
             run = Trainer(step, recipe, tmp_path / way, killer).fit(data, data)
-        whole = Trainer(compiled(mest.rpc(f"127.0.0.1:{port}", "emulated")) if step.close() is None else None, recipe,
-                        tmp_path / "whole").fit(data, data)
+        whole = Trainer(
+            compiled(mest.rpc(f"127.0.0.1:{port}", "emulated")) if step.close() is None else None,
+            recipe,
+            tmp_path / "whole",
+        ).fit(data, data)
     finally:
         for manager in reversed(started):
             manager.__exit__(None, None, None)
@@ -164,20 +199,40 @@ def tuned_step(log):
 
 
 @pytest.mark.parametrize("counting", [False, True])
-def test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart(counting, mest_compile_command, folder, port, tmp_path):
+def test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart(
+    counting, mest_compile_command, folder, port, tmp_path
+):
     """Its time never chooses; what it counts is a model's, and does."""
     log, key = tmp_path / "log.jsonl", "counting" if counting else "timing"
     with emulated.device(folder, port, key, counting):
-        ran = mest_compile_command("tune", *TUNED, "--trials", 1 + counting, "--tracker", f"127.0.0.1:{port}", "--key", key, "--log", log,
-                                   "--json")
+        ran = mest_compile_command(
+            "tune",
+            *TUNED,
+            "--trials",
+            1 + counting,
+            "--tracker",
+            f"127.0.0.1:{port}",
+            "--key",
+            key,
+            "--log",
+            log,
+            "--json",
+        )
     assert ran.code == 0, ran.err
     assert ran.document["finished"] and all(set(task["outcomes"]) == {"ok"} for task in ran.document["tasks"])
     records = [Record.from_line(line) for line in log.read_text().splitlines()]
     assert len(records) >= ran.document["measured"] >= 8 + counting
     assert {record.measure for record in records} == {Measure.MODELLED if counting else Measure.EMULATED}
-    assert all(record.cpu == ("instructions, by the device's counter" if counting else f"emulated on {host_model()}") for record in records)
+    assert all(
+        record.cpu == ("instructions, by the device's counter" if counting else f"emulated on {host_model()}")
+        for record in records
+    )
     kernels = tuned_step(log).describe()["kernels"]
-    assert kernels.get("exact, modelled", 0) == (8 if counting else 0) and "exact" not in kernels and "nearest" not in kernels
+    assert (
+        kernels.get("exact, modelled", 0) == (8 if counting else 0)
+        and "exact" not in kernels
+        and "nearest" not in kernels
+    )
 
 
 @pytest.mark.parametrize("when", ["comes", "is there"])
@@ -235,14 +290,18 @@ def test_a_device_that_the_target_does_not_describe_is_refused(phone, monkeypatc
     with pytest.raises(mest.MestError, match=message):
         mest.compile(model, (8, 1, 8, 8), target="local", device=phone)
     monkeypatch.setattr(probe.DeviceFacts, "lacks", lambda facts, target: ["asimdhp"])
-    with pytest.raises(mest.MestError, match="lacks asimdhp, which code for target 'arm_cpu' may use; choose the device's own target"):
+    with pytest.raises(
+        mest.MestError, match="lacks asimdhp, which code for target 'arm_cpu' may use; choose the device's own target"
+    ):
         mest.compile(model, (8, 1, 8, 8), target="arm_cpu", device=phone)
 
 
 def test_tuning_without_a_device_ends_and_says_so(port, caplog, monkeypatch):
     monkeypatch.setattr("mest_compile.tuning.runners.rpc.PATIENCE_SECONDS", 1)
     monkeypatch.setattr("mest_compile.tuning.runners.rpc.ASKING_SECONDS", 0.6)
-    with pytest.raises(mest.MestError, match="device nobody at .* asked for 1 s, again and again.*start again to go on"):
+    with pytest.raises(
+        mest.MestError, match="device nobody at .* asked for 1 s, again and again.*start again to go on"
+    ):
         find_runner("rpc")(find_target("arm_cpu"), RunnerOptions(f"127.0.0.1:{port}", "nobody", timeout_seconds=0.1))
     assert len([record for record in caplog.records if "waiting up to 1 s" in record.getMessage()]) == 1
 
@@ -252,16 +311,23 @@ def test_whoever_waits_for_a_device_is_told(port, caplog, monkeypatch):
     with pytest.raises(mest.MestError, match="none to be had within 1 s .no device of that key is free"):
         mest.rpc(f"127.0.0.1:{port}", "nobody", wait_seconds=1).open()
     assert [record.getMessage() for record in caplog.records] == [
-        f"device nobody at 127.0.0.1:{port}: no device of that key is free; waiting up to 1 s"]
+        f"device nobody at 127.0.0.1:{port}: no device of that key is free; waiting up to 1 s"
+    ]
 
 
-@pytest.mark.parametrize("architecture, cpuinfo, kernel, wanted", [
-    ("aarch64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", True),
-    ("aarch64", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False),
-    ("arm", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False), ("x86_64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", False),
-    ("aarch64", "vendor_id\t: AuthenticAMD", "", True), ("aarch64", "CPU implementer\t: 0x41", "", False), ("aarch64", "", "", False),
-    ("aarch64", "CPU implementer\t: 0x41", "cpu:type:x86,ven0002", True),  # an emulator that makes up the first
-])
+@pytest.mark.parametrize(
+    ("architecture", "cpuinfo", "kernel", "wanted"),
+    [
+        ("aarch64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", True),
+        ("aarch64", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False),
+        ("arm", "CPU implementer\t: 0x41", "cpu:type:aarch64:f", False),
+        ("x86_64", "vendor_id\t: AuthenticAMD", "cpu:type:x86,ven0002", False),
+        ("aarch64", "vendor_id\t: AuthenticAMD", "", True),
+        ("aarch64", "CPU implementer\t: 0x41", "", False),
+        ("aarch64", "", "", False),
+        ("aarch64", "CPU implementer\t: 0x41", "cpu:type:x86,ven0002", True),  # an emulator that makes up the first
+    ],
+)
 def test_a_device_is_emulated_when_its_kernel_is_of_another_architecture(architecture, cpuinfo, kernel, wanted):
     assert probe.is_emulated(architecture, cpuinfo, kernel) == wanted
 
@@ -269,12 +335,17 @@ def test_a_device_is_emulated_when_its_kernel_is_of_another_architecture(archite
 def test_the_features_that_a_device_lacks_are_named():
     facts = probe.DeviceFacts("a Pi 4", frozenset({"fp", "asimd", "crc32"}), False)
     assert facts.lacks(find_target("cortex-a76")) == ["asimddp", "asimdhp", "atomics", "fphp"]
-    assert facts.lacks(find_target("cortex-a72")) == replace(facts, emulated=True).lacks(find_target("cortex-a76")) == []
+    assert (
+        facts.lacks(find_target("cortex-a72")) == replace(facts, emulated=True).lacks(find_target("cortex-a76")) == []
+    )
 
 
 def test_the_tracker_lists_its_devices(mest_compile_command, phone):
-    (entry,) = [entry for entry in mest_compile_command("tracker", "--query", str(phone.tracker), "--json").document
-                if entry["key"] == "emulated"]
+    (entry,) = [
+        entry
+        for entry in mest_compile_command("tracker", "--query", str(phone.tracker), "--json").document
+        if entry["key"] == "emulated"
+    ]
     assert entry["free"] == 1 and len(entry["devices"]) == 1
 
 
@@ -329,10 +400,15 @@ def test_a_step_for_another_machine_does_not_run_here():
         step(*make_batches(SHAPE, 10, 1)[0])
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("127.0.0.1", "phone"), "wanted host:port"), (("127.0.0.1:9190", ""), "without blanks and colons"),
-    (("127.0.0.1:9190", "phone", 0), "more than 0"), (("127.0.0.1:123456", "phone"), "wanted host:port"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1", "phone"), "wanted host:port"),
+        (("127.0.0.1:9190", ""), "without blanks and colons"),
+        (("127.0.0.1:9190", "phone", 0), "more than 0"),
+        (("127.0.0.1:123456", "phone"), "wanted host:port"),
+    ],
+)
 def test_what_cannot_be_a_device_is_refused(arguments, message):
     with pytest.raises(mest.MestError, match=message):
         mest.rpc(*arguments)

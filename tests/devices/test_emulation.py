@@ -1,4 +1,5 @@
-"""Kernels on an emulated ARM machine: right answers, the same instructions every time, and what the cycle model makes of them."""
+"""Kernels on an emulated ARM machine: right answers, the same instructions every time, and what the cycle model makes
+of them."""
 
 import json
 import shutil
@@ -32,7 +33,9 @@ from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Task, prepare, tasks_of
 
 MISSING = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
-needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"emulation and its model need {', '.join(MISSING)}; `mest-compile doctor` tells how")
+needs_arm = pytest.mark.skipif(
+    bool(MISSING), reason=f"emulation and its model need {', '.join(MISSING)}; `mest-compile doctor` tells how"
+)
 TARGET = find_target("cortex-a76")
 
 
@@ -54,16 +57,37 @@ def executions(monkeypatch, target, seeds, taps=1):
 
 
 @needs_arm
-@pytest.mark.parametrize(("target", "seeds", "taps"), [("cortex-a76", range(5), 1), ("cortex-a76", range(2), 2), ("arm_cpu", [4], 1),
-                                                       ("cortex-x1", [4], 1), ("android-arm64", [4], 1)])
+@pytest.mark.parametrize(
+    ("target", "seeds", "taps"),
+    [
+        ("cortex-a76", range(5), 1),
+        ("cortex-a76", range(2), 2),
+        ("arm_cpu", [4], 1),
+        ("cortex-x1", [4], 1),
+        ("android-arm64", [4], 1),
+    ],
+)
 def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seeds, taps):
     assert all(execution.instructions > 1000 for execution in executions(monkeypatch, find_target(target), seeds, taps))
 
 
 @needs_arm
-@pytest.mark.parametrize("kernel", ["relu.forward", "relu.backward", "relu6.forward", "relu6.backward",
-                                    "hardswish.forward", "hardswish.backward", "max_pool2d.forward", "max_pool2d.backward",
-                                    "batch_norm.moments", "batch_norm.forward", "batch_norm.backward"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "relu.forward",
+        "relu.backward",
+        "relu6.forward",
+        "relu6.backward",
+        "hardswish.forward",
+        "hardswish.backward",
+        "max_pool2d.forward",
+        "max_pool2d.backward",
+        "batch_norm.moments",
+        "batch_norm.forward",
+        "batch_norm.backward",
+    ],
+)
 def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
     def call(_, kernel, problem, *arrays):
         found = emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
@@ -73,7 +97,9 @@ def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
     test_nonfinite.test_a_kernel_gives_what_its_reference_gives(None, kernel, "float32")
 
 
-@pytest.mark.skipif(bool(emulation.missing_tools(emulation.MACHINES["armv7"])), reason="needs qemu-arm and gcc-arm-linux-gnueabihf")
+@pytest.mark.skipif(
+    bool(emulation.missing_tools(emulation.MACHINES["armv7"])), reason="needs qemu-arm and gcc-arm-linux-gnueabihf"
+)
 def test_every_kernel_of_a_step_gives_on_a_32_bit_arm_what_it_gives_here(tmp_path):
     """One problem of every kernel, forward, backward and update, against this machine's answers."""
     target, shape = find_target("armv7"), (4, 3, 32, 32)
@@ -83,15 +109,24 @@ def test_every_kernel_of_a_step_gives_on_a_32_bit_arm_what_it_gives_here(tmp_pat
     for program in programs:
         for call in program.calls:
             kernels.setdefault(call.kernel, (program, call))
-    assert {"pattern.conv", "pattern.grad", "gather.grad", "batch_norm.backward", "max_pool2d.backward", "loss.cross_entropy",
-            "optimizer.update_units"} <= kernels.keys()
+    assert {
+        "pattern.conv",
+        "pattern.grad",
+        "gather.grad",
+        "batch_norm.backward",
+        "max_pool2d.backward",
+        "loss.cross_entropy",
+        "optimizer.update_units",
+    } <= kernels.keys()
     for kernel, (program, call) in kernels.items():
         task = Task(call.name, kernel, call.problem, live_of(call, layers), 1, target, tmp_path / f"{kernel}.npz")
         prepare(task, program, layers, builder)
         library = tmp_path / f"{kernel}.so"
         link_kernel(task.source({}), library)
         assert check_library(library.read_bytes(), target).bits == 32
-        assert task.check(emulation.execute(library, task.source({}).symbol, task.arguments(), target).arrays) is None, kernel
+        assert (
+            task.check(emulation.execute(library, task.source({}).symbol, task.arguments(), target).arrays) is None
+        ), kernel
 
 
 @needs_arm
@@ -108,10 +143,16 @@ def test_a_kernel_with_more_work_executes_so_much_more():
     for batch in (8, 16):
         image = Image(4, 8, 8, batch, (0, 0, 0, 0), 4)
         problem = GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 4)
-        index = [np.arange(2, dtype=np.int32) * 4, np.arange(4, dtype=np.int32) * image.channel_elems, np.ones((4, 4), np.float32)]
+        index = [
+            np.arange(2, dtype=np.int32) * 4,
+            np.arange(4, dtype=np.int32) * image.channel_elems,
+            np.ones((4, 4), np.float32),
+        ]
         arrays = [*index, *(np.zeros(image.shape, np.float32) for _ in range(2))]
         execution = emulate(kernel_source("gather.conv", problem, TARGET), arrays)
-        names = {block.words: [line.split()[0] for line in cycles.disassemble(block.words)] for block in execution.blocks}
+        names = {
+            block.words: [line.split()[0] for line in cycles.disassemble(block.words)] for block in execution.blocks
+        }
         multiply_adds.append(sum(block.executions * names[block.words].count("fmla") for block in execution.blocks))
     assert multiply_adds == [4 * 4 * 64 * 8 // 4, 4 * 4 * 64 * 16 // 4]
 
@@ -123,30 +164,49 @@ def test_the_model_knows_what_limits_a_block():
     chain, independent = ["fmla v0.4s, v1.4s, v2.4s"] * 8, [f"fmla v{place}.4s, v30.4s, v31.4s" for place in range(8)]
     loads, cheap = ["ldr q0, [x0]"] * 8, [f"add x{place}, x9, x10" for place in range(4)] + ["nop"] * 8
     waiting, full, loading, decoding = cycles.analyse([chain, independent, loads, cheap], core)
-    assert waiting >= 2 * full and full == pytest.approx(4, abs=0.3) and loading == pytest.approx(4, abs=0.3) and decoding >= 3
+    assert (
+        waiting >= 2 * full
+        and full == pytest.approx(4, abs=0.3)
+        and loading == pytest.approx(4, abs=0.3)
+        and decoding >= 3
+    )
 
 
 @needs_arm
 def test_analysis_counts_layers():
     graph, _ = import_model(build_model("resnet20", (4, 3, 8, 8), 10, 8, 0), (4, 3, 8, 8))
     told, names = [], ["layer1.0.conv1.weight", "layer1.0.conv2.weight", "layer2.0.conv1.weight"]
-    found = analyse(graph, parse_scheme("unstructured"), 0.9, TARGET, only=names, progress=lambda done, total: told.append((done, total)))
+    found = analyse(
+        graph,
+        parse_scheme("unstructured"),
+        0.9,
+        TARGET,
+        only=names,
+        progress=lambda done, total: told.append((done, total)),
+    )
     assert told[-1][0] == told[-1][1] == len(found.kernels)
     for phase in ("forward", "grad_input", "grad_weight"):
         assert sorted(name for kernel in found.kernels if kernel.phase == phase for name in kernel.layers) == names
-    assert len([kernel for kernel in found.kernels if kernel.phase == "grad_weight"]) == 2  # the first two layers share one
+    assert (
+        len([kernel for kernel in found.kernels if kernel.phase == "grad_weight"]) == 2
+    )  # the first two layers share one
     document = found.to_dict()
     assert document["kind"] == "modelled" and document["core"] == "neoverse-n1"
-    assert document["totals"]["all"]["sparse_cycles"] == pytest.approx(sum(k.sparse.cycles * len(k.layers) for k in found.kernels))
+    assert document["totals"]["all"]["sparse_cycles"] == pytest.approx(
+        sum(k.sparse.cycles * len(k.layers) for k in found.kernels)
+    )
 
 
 STAGES = [f"layer{stage}.1.conv1.weight" for stage in (1, 2, 3)]
 
 
 @needs_arm
-@pytest.mark.parametrize(("scheme", "forward", "fewer"), [("block", 0.7, 6), ("pattern", 0.7, 6), ("unstructured", 0.5, 4.5)])
+@pytest.mark.parametrize(
+    ("scheme", "forward", "fewer"), [("block", 0.7, 6), ("pattern", 0.7, 6), ("unstructured", 0.5, 4.5)]
+)
 def test_goals_on_the_stages_of_a_wide_residual_net(scheme, forward, fewer):
-    """At 90%: share of the multiply-add floor in the forward pass, and cycles of all phases against our dense kernels."""
+    """At 90%: share of the multiply-add floor in the forward pass, and cycles of all phases against our dense
+    kernels."""
     graph, _ = import_model(build_model("resnet20", (4, 3, 32, 32), 10, 32, 0), (4, 3, 32, 32))
     found = analyse(graph, parse_scheme(scheme), 0.9, TARGET, only=STAGES)
     assert sorted({kernel.layers[0] for kernel in found.kernels}) == STAGES
@@ -174,12 +234,19 @@ def test_missing_programs_are_named_with_what_to_install(monkeypatch):
 def test_failures_on_the_device_say_what_happened(tmp_path):
     image = Image(4, 8, 8, 4, (0, 0, 0, 0), 4)
     source = kernel_source("gather.conv", GatherConv(image, image, 4, 1, (1, 1), (Pass((8, 8)),), 4), TARGET)
-    arrays = [np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), *(np.zeros(image.elems, np.float32) for _ in range(2))]
+    arrays = [
+        np.zeros(2, np.int32),
+        np.zeros(0, np.int32),
+        np.zeros(0, np.float32),
+        *(np.zeros(image.elems, np.float32) for _ in range(2)),
+    ]
     library = tmp_path / "kernel.so"
     emulation.build(source, library)
     with pytest.raises(DeviceError, match="has no function"):
         emulation.execute(library, "nonsense", arrays, TARGET)
-    with pytest.raises(DeviceError, match="failed on the emulated cortex-a76"):  # a buffer of the wrong size: the kernel checks it
+    with pytest.raises(
+        DeviceError, match="failed on the emulated cortex-a76"
+    ):  # a buffer of the wrong size: the kernel checks it
         emulation.execute(library, source.symbol, [*arrays[:-1], arrays[-1][1:]], TARGET)
     with pytest.raises(BuildError, match="does not compile"):
         emulation.build(replace(source, text=source.text.replace("T.int32()", "T.nonsense()")), library)
@@ -221,11 +288,31 @@ def test_candidates_are_ranked_without_a_device_and_wrong_ones_never_win(task, n
 @needs_arm
 def test_tuning_by_a_model_decides_and_says_so(mest_compile_command, tmp_path):
     log = tmp_path / "log.jsonl"
-    command = ["tune", "--target", "cortex-a76", "--model", "mlp", "--width", 16, "--batch", 8, "--measure", "model", "--log", log,
-               "--trials", 1, "--json"]
+    command = [
+        "tune",
+        "--target",
+        "cortex-a76",
+        "--model",
+        "mlp",
+        "--width",
+        16,
+        "--batch",
+        8,
+        "--measure",
+        "model",
+        "--log",
+        log,
+        "--trials",
+        1,
+        "--json",
+    ]
     first = mest_compile_command(*command)
     assert first.code == 0, first.err
-    assert first.document["measure"] == "modelled" and first.document["cpu"].startswith("neoverse-n1") and first.document["measured"] == 8
+    assert (
+        first.document["measure"] == "modelled"
+        and first.document["cpu"].startswith("neoverse-n1")
+        and first.document["measured"] == 8
+    )
     again = mest_compile_command(*command)
     assert again.document["measured"] == 0 and again.document["tasks"] == first.document["tasks"]
     model = build_model("mlp", (8, 3, 32, 32), 10, 16, 0)

@@ -1,4 +1,5 @@
-"""Waiting for a tracker and a device: every wait has an end and says what it was for, and nonsense is one line. Needs neither of them."""
+"""Waiting for a tracker and a device: every wait has an end and says what it was for, and nonsense is one line. Needs
+neither of them."""
 
 import json
 import random
@@ -28,6 +29,7 @@ def sized(text):
 def listening(answer, host="127.0.0.1"):
     """The Address of a server whose connections are handled by `answer`, one after another."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+
         def run():
             while True:
                 try:
@@ -44,11 +46,13 @@ def listening(answer, host="127.0.0.1"):
 
 def tracking(answer):
     """Greets as a tracker, hears a question and says `answer`."""
+
     def run(end):
         assert end.recv(4) == MAGIC
         end.sendall(MAGIC)
         question = json.loads(end.recv(struct.unpack("<i", end.recv(4))[0]))
         end.sendall(answer(question) if callable(answer) else answer)
+
     return run
 
 
@@ -60,6 +64,7 @@ def dripping(end):
 
 
 # A device that takes the connection.
+
 
 @pytest.mark.parametrize("half", [b"", GREETING[:2], GREETING + b"\0", GREETING + struct.pack("<i", 4000)])
 def test_a_device_that_does_not_greet_is_given_up(half):
@@ -85,7 +90,8 @@ def connected():
 
 @contextmanager
 def linked(silence_seconds=0.5):
-    """(what TVM's client, what the device holds of a link that has greeted, function that waits for the link's last word)."""
+    """(what TVM's client, what the device holds of a link that has greeted, function that waits for the link's last
+    word)."""
     (client, ours), (device, theirs) = connected(), connected()
     said = []
     thread = threading.Thread(target=lambda: said.append(Link(ours, theirs, silence_seconds, False).run()), daemon=True)
@@ -140,8 +146,10 @@ def test_a_host_that_takes_no_connection_is_not_waited_for(monkeypatch):
 
 # A tracker.
 
-LISTED = {"server_info": [{"key": "server:a", "addr": ["127.0.0.1", 9090]}, {"key": "server:b", "addr": [None, 1]}],
-          "queue_info": {"a": {"free": 1, "pending": 0}}}
+LISTED = {
+    "server_info": [{"key": "server:a", "addr": ["127.0.0.1", 9090]}, {"key": "server:b", "addr": [None, 1]}],
+    "queue_info": {"a": {"free": 1, "pending": 0}},
+}
 
 
 def test_a_right_answer_is_taken_over_ipv4_and_ipv6():
@@ -158,17 +166,43 @@ def test_a_right_answer_is_taken_over_ipv4_and_ipv6():
 
 def spoilt_answers():
     """(answer, whether it may be harmless) of answers that a tracker does not give: some thought of, many drawn."""
-    yield from ((answer, False) for answer in (b"\0", b"\0\0\0\0", struct.pack("<i", -5), struct.pack("<i", 2**31 - 1), *map(sized, (
-        b"hello", b"null", b"0", b"[]", b"[0]", b"[0, {}]", b'[-1, "not now"]', b"[0, null]", b"\xff\xfe", b"[" * 100_000,
-        b'[0, {"server_info": 3, "queue_info": {}}]', b'[0, {"server_info": [{"key": "a"}], "queue_info": {}}]',
-        b'[0, {"server_info": [{"key": 1, "addr": ["a", 1]}], "queue_info": {}}]', b'[0, {"server_info": [], "queue_info": []}]',
-        b'[0, {"server_info": [], "queue_info": {"a": {"free": "many", "pending": 0}}}]'))))
+    yield from (
+        (answer, False)
+        for answer in (
+            b"\0",
+            b"\0\0\0\0",
+            struct.pack("<i", -5),
+            struct.pack("<i", 2**31 - 1),
+            *map(
+                sized,
+                (
+                    b"hello",
+                    b"null",
+                    b"0",
+                    b"[]",
+                    b"[0]",
+                    b"[0, {}]",
+                    b'[-1, "not now"]',
+                    b"[0, null]",
+                    b"\xff\xfe",
+                    b"[" * 100_000,
+                    b'[0, {"server_info": 3, "queue_info": {}}]',
+                    b'[0, {"server_info": [{"key": "a"}], "queue_info": {}}]',
+                    b'[0, {"server_info": [{"key": 1, "addr": ["a", 1]}], "queue_info": {}}]',
+                    b'[0, {"server_info": [], "queue_info": []}]',
+                    b'[0, {"server_info": [], "queue_info": {"a": {"free": "many", "pending": 0}}}]',
+                ),
+            ),
+        )
+    )
     rng, whole = random.Random(0), json.dumps([0, LISTED]).encode()
     for _ in range(80):
         spoilt = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(spoilt))
-            spoilt[place:place + rng.randint(0, 3)] = rng.choice([b"", b"[", b"}", b'"', b"null", b"-", bytes([rng.randrange(256)])])
+            spoilt[place : place + rng.randint(0, 3)] = rng.choice(
+                [b"", b"[", b"}", b'"', b"null", b"-", bytes([rng.randrange(256)])]
+            )
         yield sized(bytes(spoilt)), True
 
 
@@ -179,23 +213,32 @@ def test_a_tracker_that_answers_nonsense_is_one_line():
             for ask in (lambda: tracker.summary(at), lambda: tracker.request(at, "k", 2.0)):
                 try:
                     found = ask()
-                    assert harmless and all(isinstance(entry["key"], str) and len(entry["addr"]) == 2 for entry in found["server_info"])
-                    assert all(isinstance(entry["free"] + entry["pending"], int) for entry in found["queue_info"].values())
+                    assert harmless and all(
+                        isinstance(entry["key"], str) and len(entry["addr"]) == 2 for entry in found["server_info"]
+                    )
+                    assert all(
+                        isinstance(entry["free"] + entry["pending"], int) for entry in found["queue_info"].values()
+                    )
                 except OSError as problem:
                     assert len(str(problem)) < 200 and "\n" not in str(problem), answer
 
 
-@pytest.mark.parametrize("where", ["null", "[1, 2, 3]", '["127.0.0.1", 0, "k:1"]', '["a b", 9090, "k:1"]', '["127.0.0.1", 9090, ""]'])
+@pytest.mark.parametrize(
+    "where", ["null", "[1, 2, 3]", '["127.0.0.1", 0, "k:1"]', '["a b", 9090, "k:1"]', '["127.0.0.1", 9090, ""]']
+)
 def test_a_device_that_is_none_is_refused(where):
-    with listening(tracking(sized(f"[0, {where}]".encode()))) as at, pytest.raises(ConnectionError, match="which is nothing that"):
+    with (
+        listening(tracking(sized(f"[0, {where}]".encode()))) as at,
+        pytest.raises(ConnectionError, match="which is nothing that"),
+    ):
         tracker.request(at, "k", 2.0)
 
 
 def test_a_tracker_that_drips_has_one_deadline(monkeypatch):
     monkeypatch.setattr(tracker, "ANSWER_SECONDS", 0.3)
-    with listening(dripping) as at:
-        with pytest.raises(ConnectionError, match="is no TVM RPC tracker"):  # four bytes came in time
-            tracker.summary(at)
+    # Four bytes come in time.
+    with listening(dripping) as at, pytest.raises(ConnectionError, match="is no TVM RPC tracker"):
+        tracker.summary(at)
 
     def slow(end):
         tracking(struct.pack("<i", 1000))(end)
@@ -214,15 +257,22 @@ def test_a_key_that_the_tracker_would_take_apart_is_refused_where_it_is_given(ke
     with pytest.raises(UsageError, match="key is .*without blanks and colons"):
         mest.rpc("127.0.0.1:9190", key)
     if isinstance(key, str):
-        for command in (["serve", "--tracker", "127.0.0.1:9190", "--key", key],
-                        ["train", "--model", "mlp", "--data", "digits", "--tracker", "127.0.0.1:9190", "--key", key]):
+        for command in (
+            ["serve", "--tracker", "127.0.0.1:9190", "--key", key],
+            ["train", "--model", "mlp", "--data", "digits", "--tracker", "127.0.0.1:9190", "--key", key],
+        ):
             ran = mest_compile_command(*command)
-            assert ran.code == 2 and ("without blanks and colons" if key.strip() else "--key is given an empty text") in ran.err
+            assert (
+                ran.code == 2
+                and ("without blanks and colons" if key.strip() else "--key is given an empty text") in ran.err
+            )
     assert check_key("pi-4_b.home") == "pi-4_b.home"
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1", "::1:9190", "a b:9190", ":9190", "[]:9190", "a:²", "a:0", "a:99999", "a:" + "9" * 5000,
-                                  "a:-1", None])
+@pytest.mark.parametrize(
+    "text",
+    ["127.0.0.1", "::1:9190", "a b:9190", ":9190", "[]:9190", "a:²", "a:0", "a:99999", "a:" + "9" * 5000, "a:-1", None],
+)
 def test_an_address_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match=r"wanted host:port, such as 127.0.0.1:9190 or \[::1\]:9190"):
         mest.rpc(text, "k")

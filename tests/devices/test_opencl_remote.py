@@ -1,4 +1,5 @@
-"""A step on an OpenCL device behind TVM's tracker: the library that is sent, the runtime that takes it, ten steps, mutation, training.
+"""A step on an OpenCL device behind TVM's tracker: the library that is sent, the runtime that takes it, ten steps,
+mutation, training.
 
 The device is this machine's driver, the runtime TVM's own with the OpenCL part that `serve --opencl` compiles.
 """
@@ -29,21 +30,42 @@ pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
 SHAPE = (8, 3, 8, 8)
 OPTIMIZER = mest.SGD(lr=0.01, momentum=0.9, weight_decay=1e-3)
-HERE = dataclasses.replace(hardware.find_target("mali"), host_triple=None)  # the phone's kernels, launched by this machine's CPU
+HERE = dataclasses.replace(
+    hardware.find_target("mali"), host_triple=None
+)  # the phone's kernels, launched by this machine's CPU
 
 
 def compiled(target=HERE, device=None):
     torch.manual_seed(0)
     model = Small(8)
-    return mest.compile(model, SHAPE, scheme="block", sparsity=0.7, dense_layers=["conv1", "fc"], target=target, optimizer=OPTIMIZER,
-                        device=device), model
+    return mest.compile(
+        model,
+        SHAPE,
+        scheme="block",
+        sparsity=0.7,
+        dense_layers=["conv1", "fc"],
+        target=target,
+        optimizer=OPTIMIZER,
+        device=device,
+    ), model
 
 
 @contextmanager
 def served(folder, port, key, *options):
     """A device of that key."""
-    command = [sys.executable, "-c", "from mest_compile.cli import main; main()", "serve", "--tracker", f"127.0.0.1:{port}", "--key", key,
-               "--port", str(emulated.free_port()), *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from mest_compile.cli import main; main()",
+        "serve",
+        "--tracker",
+        f"127.0.0.1:{port}",
+        "--key",
+        key,
+        "--port",
+        str(emulated.free_port()),
+        *options,
+    ]
     started = emulated.Started(command, folder / f"serve{time.monotonic_ns()}.log", "serves at")
     try:
         yield mest.rpc(f"127.0.0.1:{port}", key, wait_seconds=30)
@@ -65,7 +87,9 @@ def test_ten_steps_and_a_mutation_equal_torch_and_to_the_bit_what_runs_here(gpu)
     there, model = compiled(device=gpu)
     here, _ = compiled()
     batches = make_batches(SHAPE, 10, 10)
-    got = [there(*batch, lr=0.01, ahead=following).loss for batch, following in itertools.zip_longest(batches, batches[1:])]
+    got = [
+        there(*batch, lr=0.01, ahead=following).loss for batch, following in itertools.zip_longest(batches, batches[1:])
+    ]
     wanted, _ = masked_steps(model, there.masks(), batches, 0.01, OPTIMIZER)
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
     assert_like_torch(there, model, batches[0][0])
@@ -92,7 +116,9 @@ def test_a_run_over_the_tracker_trains_as_one_that_runs_here(mest_compile_comman
     assert there.code == 0, there.err
     here = mest_compile_command("train", *options, "--out", tmp_path / "here")
     mutated = [epoch["mutation"] for epoch in there.document["epochs"] if epoch["mutation"]]
-    assert mutated and all(("re-indexed" in mutation["layers"]) == (mutation["uploaded_bytes"] > 0) for mutation in mutated)
+    assert mutated and all(
+        ("re-indexed" in mutation["layers"]) == (mutation["uploaded_bytes"] > 0) for mutation in mutated
+    )
     facts = [[(epoch["loss"], epoch["test_accuracy"]) for epoch in run.document["epochs"]] for run in (here, there)]
     assert facts[0] == facts[1]
 
@@ -108,19 +134,38 @@ def test_tuning_over_the_tracker_times_candidates_on_the_device(mest_compile_com
 
 
 def test_a_speed_table_of_the_device_names_its_gpu(mest_compile_command, gpu):
-    options = ["--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured", "--sparsities", 0.9, "--repeats", 2, "--json"]
+    options = [
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--batch",
+        8,
+        "--schemes",
+        "unstructured",
+        "--sparsities",
+        0.9,
+        "--repeats",
+        2,
+        "--json",
+    ]
     ran = mest_compile_command("table", *options, "--target", "opencl", "--tracker", str(gpu.tracker), "--key", gpu.key)
     assert ran.code == 0, ran.err
     assert ran.document["opencl"] == find_device().name and ran.document["rows"][0]["speedup"] > 0
 
 
 def test_a_device_without_opencl_says_so(folder, port):
-    with served(folder, port, "plain") as device, pytest.raises(TargetError, match="plain at .* has no opencl.*docs/devices.md"):
+    with (
+        served(folder, port, "plain") as device,
+        pytest.raises(TargetError, match="plain at .* has no opencl.*docs/devices.md"),
+    ):
         RemoteRunner(device, b"", {}, 1, hardware.find_target("opencl"))
 
 
 @pytest.mark.parametrize("target", ["mali-g78", "adreno-740"])
-def test_a_phones_step_is_a_library_for_its_cpu_that_holds_the_opencl_code_and_is_made_once(target, tmp_path, monkeypatch):
+def test_a_phones_step_is_a_library_for_its_cpu_that_holds_the_opencl_code_and_is_made_once(
+    target, tmp_path, monkeypatch
+):
     there = hardware.find_target(target)
     try:
         find_linker(there.processor)

@@ -31,14 +31,26 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "xgboost-cpu": "xgboo
 def absent() -> list[str]:
     """Modules of our requirements that a board does not have when it was set up as docs/devices.md says."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "devices.md").read_text()
-    line = next(line for line in page.splitlines() if line.strip().startswith("pip install apache-tvm==") and "typer" in line)
+    line = next(
+        line for line in page.splitlines() if line.strip().startswith("pip install apache-tvm==") and "typer" in line
+    )
     installed = {re.split(r"[=<>]", word)[0] for word in line.split()[2:]}
-    ours = {requirement.name for requirement in map(Requirement, metadata.requires("mest-compile")) if requirement.marker is None}
+    ours = {
+        requirement.name
+        for requirement in map(Requirement, metadata.requires("mest-compile"))
+        if requirement.marker is None
+    }
     return sorted(IMPORTED_AS.get(name, name) for name in ours - installed)
 
 
-SERVE = [sys.executable, "-c", f"import sys; sys.modules.update(dict.fromkeys({absent()})); from mest_compile.cli import main; main()",
-         "serve", "--key", "board"]
+SERVE = [
+    sys.executable,
+    "-c",
+    f"import sys; sys.modules.update(dict.fromkeys({absent()})); from mest_compile.cli import main; main()",
+    "serve",
+    "--key",
+    "board",
+]
 
 
 def test_a_board_lacks_what_only_compiling_needs():
@@ -48,8 +60,11 @@ def test_a_board_lacks_what_only_compiling_needs():
 @pytest.fixture(scope="module")
 def board(folder, port):
     """("host:port" of a tracker, the serving process)."""
-    started = emulated.Started([*SERVE, "--tracker", f"127.0.0.1:{port}", "--port", str(emulated.free_port())], folder / "board.log",
-                               "board serves at")
+    started = emulated.Started(
+        [*SERVE, "--tracker", f"127.0.0.1:{port}", "--port", str(emulated.free_port())],
+        folder / "board.log",
+        "board serves at",
+    )
     yield f"127.0.0.1:{port}", started
     started.kill()
 
@@ -59,9 +74,25 @@ def where(board):
 
 
 def test_a_run_on_a_board_is_the_run_here(board, mest_compile_command, tmp_path):
-    options = ["--model", "mlp", "--width", 16, "--data", "digits", "--scheme", "unstructured", "--epochs", 2, "--threads", 1, "--json"]
-    runs = [mest_compile_command("train", *options, *more, "--out", tmp_path / name)
-            for name, more in (("there", where(board)), ("here", []))]
+    options = [
+        "--model",
+        "mlp",
+        "--width",
+        16,
+        "--data",
+        "digits",
+        "--scheme",
+        "unstructured",
+        "--epochs",
+        2,
+        "--threads",
+        1,
+        "--json",
+    ]
+    runs = [
+        mest_compile_command("train", *options, *more, "--out", tmp_path / name)
+        for name, more in (("there", where(board)), ("here", []))
+    ]
     assert [run.code for run in runs] == [0, 0], runs[0].err
     there, here = ([epoch["loss"] for epoch in run.document["epochs"]] for run in runs)
     assert there == here
@@ -75,14 +106,35 @@ def test_a_device_behind_a_tracker_measures(board, mest_compile_command, tmp_pat
 
 
 def test_a_table_is_measured_on_the_board(board, mest_compile_command):
-    ran = mest_compile_command("table", "--model", "mlp", "--width", 16, "--batch", 8, "--schemes", "unstructured,pattern",
-                               "--sparsities", "0.9", "--repeats", 2, *where(board), "--json")
+    ran = mest_compile_command(
+        "table",
+        "--model",
+        "mlp",
+        "--width",
+        16,
+        "--batch",
+        8,
+        "--schemes",
+        "unstructured,pattern",
+        "--sparsities",
+        "0.9",
+        "--repeats",
+        2,
+        *where(board),
+        "--json",
+    )
     assert ran.code == 0, ran.err
     table = ran.document
     first, second = table["rows"]
     assert table["baseline"] == "mest-dense" and not table["emulated"] and table["machine"]["cpu"] == host_model()
-    assert 0 < first["step_seconds"] < 1 and first["speedup"] == pytest.approx(first["baseline_seconds"] / first["step_seconds"])
-    assert first["speedup_low"] <= first["speedup"] <= first["speedup_high"] and first["planned_bytes"] > 0 and first["peak_bytes"] is None
+    assert 0 < first["step_seconds"] < 1 and first["speedup"] == pytest.approx(
+        first["baseline_seconds"] / first["step_seconds"]
+    )
+    assert (
+        first["speedup_low"] <= first["speedup"] <= first["speedup_high"]
+        and first["planned_bytes"] > 0
+        and first["peak_bytes"] is None
+    )
     assert "pattern" in second["problem"] and second["step_seconds"] is None
 
 

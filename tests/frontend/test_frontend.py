@@ -24,10 +24,14 @@ def run_node(node, state, x, other):
     return {
         "conv2d": lambda: F.conv2d(x, held["weight"], held.get("bias"), a["stride"], a["padding"]),
         "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
-        "batch_norm": lambda: F.batch_norm(x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]),
+        "batch_norm": lambda: F.batch_norm(
+            x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]
+        ),
         "add": lambda: x + other,
         "max_pool2d": lambda: F.max_pool2d(x, a["kernel"], a["stride"], a["padding"]),
-        "avg_pool2d": lambda: F.avg_pool2d(x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]),
+        "avg_pool2d": lambda: F.avg_pool2d(
+            x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]
+        ),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
         **{name: lambda name=name: getattr(F, name)(x) for name in ACTIVATIONS.load()},
@@ -67,7 +71,8 @@ def assert_same(module, graph, state, input_shape):
 
 
 class Odd(nn.Module):
-    """Odd sizes, a residual with downsample, every pool, functional calls and an operator that the logits do not need."""
+    """Odd sizes, a residual with downsample, every pool, functional calls and an operator that the logits do not
+    need."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +90,7 @@ class Odd(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn(self.conv(x)) + self.down(x), inplace=True)
         y = F.relu(self.conv2(self.avg(self.max(y))))
-        F.gelu(y) + self.fc.bias.mean()                              # not needed, so not refused
+        F.gelu(y) + self.fc.bias.mean()  # not needed, so not refused
         y = F.adaptive_avg_pool2d(y, 1).view(y.shape[0], -1) + y.mean((2, 3))
         return self.head(self.norm(F.relu(F.linear(self.drop(y), self.fc.weight, self.fc.bias))))
 
@@ -95,8 +100,15 @@ ODD_SHAPE = (7, 13, 17, 17)
 
 class Pools(nn.Sequential):
     def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 3, bias=False), nn.Identity(), nn.ReLU(True), nn.AdaptiveAvgPool2d((2, 3)), nn.AvgPool2d(2, 1),
-                         nn.Flatten(), nn.Linear(8, 3))
+        super().__init__(
+            nn.Conv2d(3, 4, 3, bias=False),
+            nn.Identity(),
+            nn.ReLU(True),
+            nn.AdaptiveAvgPool2d((2, 3)),
+            nn.AvgPool2d(2, 1),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -125,8 +137,17 @@ def test_nodes_carry_torch_names_and_attributes():
     assert nodes["head"].params == {"weight": "head.weight"}
     assert graph.nodes[-1].name == "head"
     ops = [node.op for node in graph.nodes]
-    assert {op: ops.count(op) for op in ops} == {"conv2d": 3, "batch_norm": 2, "add": 2, "relu": 3, "max_pool2d": 1, "avg_pool2d": 1,
-                                                 "global_avg_pool": 2, "flatten": 1, "linear": 2}
+    assert {op: ops.count(op) for op in ops} == {
+        "conv2d": 3,
+        "batch_norm": 2,
+        "add": 2,
+        "relu": 3,
+        "max_pool2d": 1,
+        "avg_pool2d": 1,
+        "global_avg_pool": 2,
+        "flatten": 1,
+        "linear": 2,
+    }
 
 
 def test_import_leaves_the_module_alone():
@@ -151,7 +172,9 @@ KEEP = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESER
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_gives_the_graph_and_names_that_torch_gives(tmp_path):
-    module = randomised(build_model("resnet20", (2, 3, 16, 16), width=4)).train()      # the odd module below is exported in eval mode
+    module = randomised(
+        build_model("resnet20", (2, 3, 16, 16), width=4)
+    ).train()  # the odd module below is exported in eval mode
     path = export(module, (2, 3, 16, 16), tmp_path / "net.onnx", **KEEP)
     graph, state = import_model(path, (2, 3, 16, 16))
     want, want_state = import_model(module, (2, 3, 16, 16))
@@ -163,7 +186,7 @@ def test_onnx_gives_the_graph_and_names_that_torch_gives(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_odd_module_is_the_same_function_at_another_batch(tmp_path):
-    class Flat(Odd):                                        # a view() would fix the batch in the file
+    class Flat(Odd):  # a view() would fix the batch in the file
         def forward(self, x):
             y = self.conv2(self.avg(self.max(F.relu(self.bn(self.conv(x)) + self.down(x)))))
             return self.head(F.relu(self.fc(self.drop(F.adaptive_avg_pool2d(y, 1).flatten(1)))))
@@ -230,7 +253,10 @@ REFUSED = {
     "no affine": (part(nn.BatchNorm2d(4, affine=False)), ["batch_norm", "'part'"]),
     "no statistics": (part(nn.BatchNorm2d(4, track_running_stats=False)), ["'part' (BatchNorm2d)"]),
     "cumulative": (part(nn.BatchNorm2d(4, momentum=None)), ["momentum=None", "'part'"]),
-    "called twice": (Calls(lambda self, y: self.part(self.part(y)), part=nn.Conv2d(4, 4, 1)), ["part.weight", "two operators", "shared"]),
+    "called twice": (
+        Calls(lambda self, y: self.part(self.part(y)), part=nn.Conv2d(4, 4, 1)),
+        ["part.weight", "two operators", "shared"],
+    ),
     "data dependent": (Calls(lambda self, y: y if y.sum() > 0 else -y), ["torch.export"]),
     "uneven pool": (part(nn.AdaptiveAvgPool2d(3)), ["'part' (AdaptiveAvgPool2d)"]),
     "slice": (Calls(lambda self, y: y[:, :, 1:]), ["slice"]),
@@ -256,17 +282,20 @@ def test_tied_weights_are_refused():
         from_torch(module, (2, 6))
 
 
-@pytest.mark.parametrize(("module", "input_shape", "words"), [
-    (nn.Conv2d(3, 4, 3), (2, 1, 8, 8), "does not take input_shape .*expected input.* 3 channels"),
-    (nn.Linear(5, 4), (2, 6), "does not take input_shape"),
-    (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), r"\(2, classes\) are wanted, the model gives \(2, 4, 6, 6\)"),
-    (nn.Identity(), (2, 3), "nothing to train"),
-    (nn.Linear(5, 4).double(), (2, 5), "weight is float64: call model.float"),
-    (nn.Linear(5, 4), (2, 0), "every size 1 or more"),
-    (nn.Linear(5, 4), (2, 3, 5), r"\(N, C, H, W\) or \(N, features\)"),
-    (nn.Linear(5, 4), None, "input_shape is"),
-    (42, (2, 5), "a torch.nn.Module, a path .* got int"),
-])
+@pytest.mark.parametrize(
+    ("module", "input_shape", "words"),
+    [
+        (nn.Conv2d(3, 4, 3), (2, 1, 8, 8), "does not take input_shape .*expected input.* 3 channels"),
+        (nn.Linear(5, 4), (2, 6), "does not take input_shape"),
+        (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), r"\(2, classes\) are wanted, the model gives \(2, 4, 6, 6\)"),
+        (nn.Identity(), (2, 3), "nothing to train"),
+        (nn.Linear(5, 4).double(), (2, 5), "weight is float64: call model.float"),
+        (nn.Linear(5, 4), (2, 0), "every size 1 or more"),
+        (nn.Linear(5, 4), (2, 3, 5), r"\(N, C, H, W\) or \(N, features\)"),
+        (nn.Linear(5, 4), None, "input_shape is"),
+        (42, (2, 5), "a torch.nn.Module, a path .* got int"),
+    ],
+)
 def test_facts_that_contradict_each_other_are_named(module, input_shape, words):
     with pytest.raises(SpecError, match=words) as caught:
         import_model(module, input_shape)
@@ -344,12 +373,22 @@ def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
 def test_first_convolution_downsamples_and_classifier_stay_dense():
     graph, _ = import_model("resnet20", (2, 3, 8, 8))
     dense = default_dense_layers(graph, layer_specs(graph), Unstructured())
-    assert sorted(dense) == ["conv1.weight", "fc.weight", "layer2.0.downsample.0.weight", "layer3.0.downsample.0.weight"]
+    assert sorted(dense) == [
+        "conv1.weight",
+        "fc.weight",
+        "layer2.0.downsample.0.weight",
+        "layer3.0.downsample.0.weight",
+    ]
     graph, _ = import_model("mlp", (2, 20))
     assert default_dense_layers(graph, layer_specs(graph), Unstructured()) == ["fc3.weight"]
 
 
 def test_importing_the_frontend_loads_neither_torch_nor_tvm():
-    code = ("import sys, mest_compile.frontend, mest_compile.models.catalog as models\n"
-            "models.model_names(); print({'torch', 'tvm', 'onnx'} & set(sys.modules))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = (
+        "import sys, mest_compile.frontend, mest_compile.models.catalog as models\n"
+        "models.model_names(); print({'torch', 'tvm', 'onnx'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )

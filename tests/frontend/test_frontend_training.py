@@ -23,7 +23,12 @@ class Net(nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.first, self.norm, self.side, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.norm, self.side, self.last = (
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
         self.function = function
         self.register_buffer("seen", torch.zeros(16))
 
@@ -90,7 +95,9 @@ class OwnNorm(nn.Module):
 
     def forward(self, x):
         n = self.norm
-        return self.last(F.batch_norm(self.first(x), n.running_mean, n.running_var, n.weight, n.bias, training=self.how))
+        return self.last(
+            F.batch_norm(self.first(x), n.running_mean, n.running_var, n.weight, n.bias, training=self.how)
+        )
 
 
 class EndsOtherwise(nn.Module):
@@ -164,7 +171,10 @@ REFUSED = {
     "buffer as weight": (FixedWeight(), ["filter is a buffer", "linear's weight"]),
     "detach": (Net(lambda self, y: y + self.side(y.detach())), ["detach", "own forward", "cuts the gradient"]),
     "no_grad": (without_gradient(torch.no_grad), ["no_grad around linear in layer 'side' (Linear)"]),
-    "inference mode": (without_gradient(torch.inference_mode), ["around linear in layer 'side' (Linear)", "cuts the gradient"]),
+    "inference mode": (
+        without_gradient(torch.inference_mode),
+        ["around linear in layer 'side' (Linear)", "cuts the gradient"],
+    ),
     "own backward": (Net(lambda self, y: Doubled.apply(y)), ["Doubled", "backward"]),
     "hook in forward": (Net(hook_in_forward), ["register_hook", "take it out of forward"]),
     "forward hook": (hooked("register_forward_hook"), ["layer '0' has a forward hook", "remove()"]),
@@ -172,18 +182,36 @@ REFUSED = {
     "backward hook": (hooked("register_full_backward_hook"), ["layer '0' has a backward hook"]),
     "backward-pre hook": (hooked("register_full_backward_pre_hook"), ["layer '0' has a backward-pre hook"]),
     "tensor hook": (tensor_hook("register_hook"), ["0.weight has a gradient hook"]),
-    "accumulation hook": (tensor_hook("register_post_accumulate_grad_hook"), ["0.weight has a post-accumulate-grad hook"]),
+    "accumulation hook": (
+        tensor_hook("register_post_accumulate_grad_hook"),
+        ["0.weight has a post-accumulate-grad hook"],
+    ),
     "pruned": (pruned(), ["layer '0'", "L1Unstructured", "prune.remove"]),
-    "chance in training": (Net(lambda self, y: y if self.training and torch.rand(1) < 0.5 else y + self.side(y)),
-                           ["training mode", "chance"]),
-    "noise in training": (Net(lambda self, y: y + torch.randn_like(y) if self.training else y), ["in training mode", "randn_like"]),
-    "more in training": (Net(lambda self, y: y + self.side(y) if self.training else y), ["in training mode", "'side' (Linear)"]),
-    "less in training": (Net(lambda self, y: y if self.training else y + self.side(y)), ["in training mode", "other arguments"]),
+    "chance in training": (
+        Net(lambda self, y: y if self.training and torch.rand(1) < 0.5 else y + self.side(y)),
+        ["training mode", "chance"],
+    ),
+    "noise in training": (
+        Net(lambda self, y: y + torch.randn_like(y) if self.training else y),
+        ["in training mode", "randn_like"],
+    ),
+    "more in training": (
+        Net(lambda self, y: y + self.side(y) if self.training else y),
+        ["in training mode", "'side' (Linear)"],
+    ),
+    "less in training": (
+        Net(lambda self, y: y if self.training else y + self.side(y)),
+        ["in training mode", "other arguments"],
+    ),
     "less at the end": (EndsOtherwise(), ["in training mode", "no relu", "evaluation does"]),
-    "other value in training": (Net(lambda self, y: [side := self.side(y), y + (side if self.training else y)][1]),
-                                ["in training mode", "other arguments"]),
-    "other layer in training": (Net(lambda self, y: F.linear(y, *(self.side if self.training else self.last_but).parameters())),
-                                ["in training mode", "linear"]),
+    "other value in training": (
+        Net(lambda self, y: [side := self.side(y), y + (side if self.training else y)][1]),
+        ["in training mode", "other arguments"],
+    ),
+    "other layer in training": (
+        Net(lambda self, y: F.linear(y, *(self.side if self.training else self.last_but).parameters())),
+        ["in training mode", "linear"],
+    ),
     "chance in Python": (Net(shaken), ["random numbers in Python"]),
     "changes a buffer": (Net(counts), ["forward changes seen"]),
     "bernoulli": (Net(lambda self, y: torch.bernoulli(y, 0.5)), ["bernoulli", "random numbers"]),
@@ -235,11 +263,16 @@ class CountsInTraining(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("module", [net().train(), net().eval(), Net(looks_on), CountsInTraining().eval()],
-                         ids=["train", "eval", "aside", "own"])
+@pytest.mark.parametrize(
+    "module",
+    [net().train(), net().eval(), Net(looks_on), CountsInTraining().eval()],
+    ids=["train", "eval", "aside", "own"],
+)
 def test_everyday_models_are_taken_and_left_as_they_were(module):
     def facts():
-        return [{name: value for name, value in vars(part).items() if not name.startswith("_")} for part in module.modules()]
+        return [
+            {name: value for name, value in vars(part).items() if not name.startswith("_")} for part in module.modules()
+        ]
 
     before = facts()
     graph, _ = from_torch(module, SHAPE)
@@ -284,22 +317,25 @@ def with_value(value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda: torch.jit.script(net()), "the model is a ScriptModule.*pass the module"),
-    (lambda: torch.jit.trace(net().eval(), torch.zeros(SHAPE)), "the model is a ScriptModule"),
-    (lambda: nn.Sequential(torch.jit.script(nn.Linear(8, 4)), nn.ReLU()), "layer '0' is a ScriptModule"),
-    (lambda: nn.Sequential(nn.LazyLinear(16), nn.ReLU()), "0.weight has no values yet.*lazy"),
-    (lambda: nn.Sequential(nn.Linear(8, 4, device="meta")), "0.weight is on the meta device"),
-    (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "nothing to train"),
-    (lambda: net().double(), "0.weight is float64: call model.float"),
-    (lambda: net().half(), "0.weight is float16"),
-    (lambda: net().bfloat16(), "0.weight is bfloat16"),
-    (lambda: with_value(float("nan")), "1 of 128 values of 0.weight are NaN or infinite"),
-    (lambda: with_value(float("inf")), "1 of 128 values of 0.weight are NaN or infinite"),
-    (Two, "missing 1 required positional argument: 'y'"),
-    (exported, "torch.nn.Module.*got ExportedProgram"),
-    (lambda: exported().module(), "module of an ExportedProgram"),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.jit.script(net()), "the model is a ScriptModule.*pass the module"),
+        (lambda: torch.jit.trace(net().eval(), torch.zeros(SHAPE)), "the model is a ScriptModule"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(8, 4)), nn.ReLU()), "layer '0' is a ScriptModule"),
+        (lambda: nn.Sequential(nn.LazyLinear(16), nn.ReLU()), "0.weight has no values yet.*lazy"),
+        (lambda: nn.Sequential(nn.Linear(8, 4, device="meta")), "0.weight is on the meta device"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "nothing to train"),
+        (lambda: net().double(), "0.weight is float64: call model.float"),
+        (lambda: net().half(), "0.weight is float16"),
+        (lambda: net().bfloat16(), "0.weight is bfloat16"),
+        (lambda: with_value(float("nan")), "1 of 128 values of 0.weight are NaN or infinite"),
+        (lambda: with_value(float("inf")), "1 of 128 values of 0.weight are NaN or infinite"),
+        (Two, "missing 1 required positional argument: 'y'"),
+        (exported, "torch.nn.Module.*got ExportedProgram"),
+        (lambda: exported().module(), "module of an ExportedProgram"),
+    ],
+)
 def test_what_is_no_trainable_module_is_one_line(make, words):
     with pytest.raises(SpecError, match=words) as caught:
         from_torch(make(), SHAPE)
@@ -339,8 +375,10 @@ class Row(nn.Module):
 
 def test_biases_keep_the_shape_they_were_given():
     graph, state = from_torch(Row(), (2, 1, 5, 5))
-    assert [dict(node.params) for node in graph.nodes if node.params] == [{"weight": "conv.weight", "bias": "channel"},
-                                                                          {"weight": "last.weight", "bias": "row"}]
+    assert [dict(node.params) for node in graph.nodes if node.params] == [
+        {"weight": "conv.weight", "bias": "channel"},
+        {"weight": "last.weight", "bias": "row"},
+    ]
     assert state["channel"].shape == (4, 1, 1) and state["row"].shape == (1, 3)
 
 

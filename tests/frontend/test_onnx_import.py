@@ -1,4 +1,5 @@
-"""ONNX files as people have them: names of any kind, weights in any place, everyday spellings; what cannot be read is one line."""
+"""ONNX files as people have them: names of any kind, weights in any place, everyday spellings; what cannot be read is
+one line."""
 
 import numpy as np
 import onnx
@@ -31,12 +32,18 @@ def gemm(inputs="x w b", output="y", **attributes):
 
 def write(folder, nodes, weights, shape=(ROWS, 12), others=(), before=(), after=(), ir=8, opset=17):
     """A file with the data input x; `before` and `after` are further inputs, (name, shape)."""
+
     def info(name, sizes):
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
 
     held = [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "net", [info(*facts) for facts in (*before, ("x", shape), *after)], [info("y", (shape[0], CLASSES))],
-                              [*held, *others])
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [info(*facts) for facts in (*before, ("x", shape), *after)],
+        [info("y", (shape[0], CLASSES))],
+        [*held, *others],
+    )
     path = folder / "net.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir), path)
     return path
@@ -51,14 +58,25 @@ def assert_reads_right(path, shape=(ROWS, 12)):
     return graph, state
 
 
-@pytest.mark.parametrize("names", [
-    ("a:b", "a::b", "onnx::Conv_20"), ("onnx::Q", "Q", "onnx::onnx::Q"), ("a.b.weight", "a_b.weight", "a.b_weight"),
-    ("input", "x.weight", "y.bias"), ("value2", "value1", "value0"), ("1", "-", "Ö b")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a:b", "a::b", "onnx::Conv_20"),
+        ("onnx::Q", "Q", "onnx::onnx::Q"),
+        ("a.b.weight", "a_b.weight", "a.b_weight"),
+        ("input", "x.weight", "y.bias"),
+        ("value2", "value1", "value0"),
+        ("1", "-", "Ö b"),
+    ],
+)
 def test_weights_may_have_any_name(tmp_path, names):
     first, second, bias = names
     last = helper.make_node("Gemm", ["r", second, bias], ["y"], transB=1)
-    path = write(tmp_path, [gemm(f"x {first}", "h"), node("Relu", "h", "r"), last],
-                 {first: numbers(7, 12), second: numbers(CLASSES, 7), bias: numbers(CLASSES)})
+    path = write(
+        tmp_path,
+        [gemm(f"x {first}", "h"), node("Relu", "h", "r"), last],
+        {first: numbers(7, 12), second: numbers(CLASSES, 7), bias: numbers(CLASSES)},
+    )
     graph, state = assert_reads_right(path)
     assert list(state) == list(names)
     assert len({"input", *(node.name for node in graph.nodes)}) == 4
@@ -68,8 +86,9 @@ def test_weights_may_have_any_name(tmp_path, names):
 def test_what_torch_folded_trains(tmp_path):
     """torch's exporter calls the folded weights onnx::Conv_20."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                           nn.Linear(8, CLASSES)).eval()
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    ).eval()
     torch.onnx.export(module, (torch.randn(IMAGES),), tmp_path / "net.onnx", dynamo=False)
     step = mest.compile(tmp_path / "net.onnx", IMAGES, scheme="dense", sparsity=0)
     x = torch.randn(IMAGES)
@@ -82,10 +101,20 @@ def test_what_torch_folded_trains(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_mode_keeps_batch_norm_and_equal_parameters(tmp_path):
-    """The exporter merges parameters that are equal, as those of new BatchNorms are, and tells them apart by Identity nodes."""
+    """The exporter merges parameters that are equal, as those of new BatchNorms are, and tells them apart by Identity
+    nodes."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4),
-                           nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)).eval()
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, CLASSES),
+    ).eval()
     torch.onnx.export(module, (torch.randn(IMAGES),), tmp_path / "net.onnx", dynamo=False, do_constant_folding=False)
     assert any(node.op_type == "Identity" for node in onnx.load(tmp_path / "net.onnx").graph.node)
     graph, state = from_onnx(tmp_path / "net.onnx", IMAGES)
@@ -98,23 +127,37 @@ def test_evaluation_mode_keeps_batch_norm_and_equal_parameters(tmp_path):
 
 def test_the_data_is_the_input_that_is_no_weight(tmp_path):
     weights = {"w": numbers(CLASSES, 12), "b": numbers(CLASSES)}
-    assert_reads_right(write(tmp_path, [gemm()], weights, before=[("w", (CLASSES, 12))], after=[("b", (CLASSES,))], ir=3, opset=8))
+    assert_reads_right(
+        write(tmp_path, [gemm()], weights, before=[("w", (CLASSES, 12))], after=[("b", (CLASSES,))], ir=3, opset=8)
+    )
 
 
 def test_constant_nodes_are_weights(tmp_path):
     value = numpy_helper.from_array(numbers(CLASSES, 12), "any")
-    path = write(tmp_path, [helper.make_node("Constant", [], ["w"], value=value),
-                            helper.make_node("Constant", [], ["b"], value_floats=[1.0] * CLASSES), gemm()], {})
+    path = write(
+        tmp_path,
+        [
+            helper.make_node("Constant", [], ["w"], value=value),
+            helper.make_node("Constant", [], ["b"], value_floats=[1.0] * CLASSES),
+            gemm(),
+        ],
+        {},
+    )
     _, state = assert_reads_right(path)
     assert sorted(state) == ["b", "w"]
 
 
 SPELLINGS = {
     "bias as a row": ([gemm()], {"w": numbers(CLASSES, 12), "b": numbers(1, CLASSES)}),
-    "matmul and add": ([node("MatMul", "x w", "m"), node("Add", "b m", "y")], {"w": numbers(12, CLASSES), "b": numbers(1, CLASSES)}),
+    "matmul and add": (
+        [node("MatMul", "x w", "m"), node("Add", "b m", "y")],
+        {"w": numbers(12, CLASSES), "b": numbers(1, CLASSES)},
+    ),
     "sum of one": ([node("Sum", "x", "s"), gemm("s w")], {"w": numbers(CLASSES, 12)}),
-    "sum of three": ([gemm("x w", "a"), gemm("x v", "c"), node("Relu", "a", "r"), node("Sum", "a c r", "y")],
-                     {"w": numbers(CLASSES, 12), "v": numbers(CLASSES, 12)}),
+    "sum of three": (
+        [gemm("x w", "a"), gemm("x v", "c"), node("Relu", "a", "r"), node("Sum", "a c r", "y")],
+        {"w": numbers(CLASSES, 12), "v": numbers(CLASSES, 12)},
+    ),
     "a weight that is not used": ([gemm("x w")], {"w": numbers(CLASSES, 12), "old": numbers(3, 3)}),
 }
 
@@ -128,20 +171,28 @@ def test_everyday_spellings_read_right(tmp_path, case):
 def images(window, weights=None):
     """A network with one convolution or pool of that kind."""
     nodes = [window, node("GlobalAveragePool", "a", "p"), node("Flatten", "p", "f"), gemm("f w")]
-    return nodes, {"c": numbers(6, 3, *(weights or (3, 3))), "w": numbers(CLASSES, 6 if window.op_type == "Conv" else 3)}
+    return nodes, {
+        "c": numbers(6, 3, *(weights or (3, 3))),
+        "w": numbers(CLASSES, 6 if window.op_type == "Conv" else 3),
+    }
 
 
 WINDOWS = {
     "same": images(node("Conv", "x c", "a", kernel_shape=[3, 3], auto_pad="SAME_UPPER")),
     "same, no kernel_shape": images(node("Conv", "x c", "a", auto_pad="SAME_UPPER")),
     "same lower": images(node("Conv", "x c", "a", kernel_shape=[3, 3], auto_pad="SAME_LOWER")),
-    "same, stride 2 on 9 pixels": images(node("Conv", "x c", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")),
-    "same, 5 by 3": images(node("Conv", "x c", "a", kernel_shape=[5, 3], strides=[3, 1], auto_pad="SAME_UPPER"), (5, 3)),
+    "same, stride 2 on 9 pixels": images(
+        node("Conv", "x c", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")
+    ),
+    "same, 5 by 3": images(
+        node("Conv", "x c", "a", kernel_shape=[5, 3], strides=[3, 1], auto_pad="SAME_UPPER"), (5, 3)
+    ),
     "valid": images(node("Conv", "x c", "a", kernel_shape=[3, 3], auto_pad="VALID")),
     "max pool": images(node("MaxPool", "x", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")),
     "average pool": images(node("AveragePool", "x", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")),
-    "average pool, padding counts": images(node("AveragePool", "x", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER",
-                                                count_include_pad=1)),
+    "average pool, padding counts": images(
+        node("AveragePool", "x", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER", count_include_pad=1)
+    ),
 }
 
 
@@ -155,28 +206,71 @@ def one(weights, nodes=None, **options):
 
 
 HALF = numpy_helper.from_array(np.ones((CLASSES, 12), np.float16), "w")
-SPARSE = helper.make_sparse_tensor(numpy_helper.from_array(np.ones(1, np.float32), "w"), numpy_helper.from_array(np.array([3]), "i"),
-                                   [CLASSES, 12])
-BRANCH = helper.make_graph([node("Identity", "x", "z")], "branch", [], [helper.make_tensor_value_info("z", 1, (ROWS, 12))])
+SPARSE = helper.make_sparse_tensor(
+    numpy_helper.from_array(np.ones(1, np.float32), "w"), numpy_helper.from_array(np.array([3]), "i"), [CLASSES, 12]
+)
+BRANCH = helper.make_graph(
+    [node("Identity", "x", "z")], "branch", [], [helper.make_tensor_value_info("z", 1, (ROWS, 12))]
+)
 
 
-@pytest.mark.parametrize(("facts", "error", "words"), [
-    (one({"w": numbers(CLASSES, 12)}, [gemm("x w", "a"), node("Celu", "a", "y", name="act")]), UnsupportedOperator, "Celu in node 'act'"),
-    (one({"w": numbers(CLASSES, 12)}, [gemm("x w", domain="com.microsoft")]), UnsupportedOperator, "com.microsoft.Gemm in node 'y'"),
-    (one({"w": numbers(CLASSES, 12), "c": np.array(True)}, [node("If", "c", "y", then_branch=BRANCH, else_branch=BRANCH)]),
-     UnsupportedOperator, "If in node 'y'"),
-    (one({"w": numbers(CLASSES, 11)}), UnsupportedOperator, "TVM cannot import Gemm of the ONNX model.*LHS x has shape"),
-    (one({"w": numbers(CLASSES, 12)}, [gemm("nothing w")]), SpecError, "Gemm in node 'y' reads 'nothing', which no node before it"),
-    (one({"w": numbers(CLASSES, 12)}, after=[("z", (ROWS, 12))]), SpecError, "one input is wanted, this one has 2: x, z"),
-    (one({"w": numbers(CLASSES, 12) * np.nan}), SpecError, "60 of 60 values of w are NaN"),
-    (one({"w": numbers(CLASSES, 12).astype(np.float64)}), SpecError, "w is double: export the model in float32"),
-    (one({}, others=[HALF]), SpecError, "w is float16: export the model in float32"),
-    (one({}, [node("Relu", "x", "y")]), SpecError, "nothing to train"),
-    (one({}, [helper.make_node("Constant", [], ["w"], sparse_value=SPARSE), gemm("x w")]), UnsupportedOperator,
-     "a sparse Constant in node 'w'"),
-    (one({"w": numbers(CLASSES, 12), "b": numbers(1)}, [gemm()]), UnsupportedOperator, "a parameter that is no bias"),
-    (one({"w": numbers(CLASSES, 12), "b": numbers(ROWS, CLASSES)}, [gemm()]), UnsupportedOperator, "a parameter that is no bias"),
-])
+@pytest.mark.parametrize(
+    ("facts", "error", "words"),
+    [
+        (
+            one({"w": numbers(CLASSES, 12)}, [gemm("x w", "a"), node("Celu", "a", "y", name="act")]),
+            UnsupportedOperator,
+            "Celu in node 'act'",
+        ),
+        (
+            one({"w": numbers(CLASSES, 12)}, [gemm("x w", domain="com.microsoft")]),
+            UnsupportedOperator,
+            "com.microsoft.Gemm in node 'y'",
+        ),
+        (
+            one(
+                {"w": numbers(CLASSES, 12), "c": np.array(True)},
+                [node("If", "c", "y", then_branch=BRANCH, else_branch=BRANCH)],
+            ),
+            UnsupportedOperator,
+            "If in node 'y'",
+        ),
+        (
+            one({"w": numbers(CLASSES, 11)}),
+            UnsupportedOperator,
+            "TVM cannot import Gemm of the ONNX model.*LHS x has shape",
+        ),
+        (
+            one({"w": numbers(CLASSES, 12)}, [gemm("nothing w")]),
+            SpecError,
+            "Gemm in node 'y' reads 'nothing', which no node before it",
+        ),
+        (
+            one({"w": numbers(CLASSES, 12)}, after=[("z", (ROWS, 12))]),
+            SpecError,
+            "one input is wanted, this one has 2: x, z",
+        ),
+        (one({"w": numbers(CLASSES, 12) * np.nan}), SpecError, "60 of 60 values of w are NaN"),
+        (one({"w": numbers(CLASSES, 12).astype(np.float64)}), SpecError, "w is double: export the model in float32"),
+        (one({}, others=[HALF]), SpecError, "w is float16: export the model in float32"),
+        (one({}, [node("Relu", "x", "y")]), SpecError, "nothing to train"),
+        (
+            one({}, [helper.make_node("Constant", [], ["w"], sparse_value=SPARSE), gemm("x w")]),
+            UnsupportedOperator,
+            "a sparse Constant in node 'w'",
+        ),
+        (
+            one({"w": numbers(CLASSES, 12), "b": numbers(1)}, [gemm()]),
+            UnsupportedOperator,
+            "a parameter that is no bias",
+        ),
+        (
+            one({"w": numbers(CLASSES, 12), "b": numbers(ROWS, CLASSES)}, [gemm()]),
+            UnsupportedOperator,
+            "a parameter that is no bias",
+        ),
+    ],
+)
 def test_what_cannot_be_read_is_one_line_on_no_stream(tmp_path, capfd, facts, error, words):
     path = write(tmp_path, **facts)
     with pytest.raises(error, match=words) as caught:
@@ -185,12 +279,18 @@ def test_what_cannot_be_read_is_one_line_on_no_stream(tmp_path, capfd, facts, er
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("window", "size"), [
-    (node("Conv", "x c", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"), 8),
-    (node("MaxPool", "x", "a", kernel_shape=[2, 2], auto_pad="SAME_LOWER"), 9)])
+@pytest.mark.parametrize(
+    ("window", "size"),
+    [
+        (node("Conv", "x c", "a", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"), 8),
+        (node("MaxPool", "x", "a", kernel_shape=[2, 2], auto_pad="SAME_LOWER"), 9),
+    ],
+)
 def test_auto_pad_that_pads_unevenly_is_refused(tmp_path, window, size):
     path = write(tmp_path, *images(window), shape=(2, 3, size, size))
-    with pytest.raises(UnsupportedOperator, match="auto_pad=SAME_.*, which pads 0 on one side and 1 on the other, in node 'a'"):
+    with pytest.raises(
+        UnsupportedOperator, match="auto_pad=SAME_.*, which pads 0 on one side and 1 on the other, in node 'a'"
+    ):
         from_onnx(path, (2, 3, size, size))
 
 
@@ -213,7 +313,9 @@ def test_external_data_is_read_or_missed_by_name(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\x01junk", b"no model at all\n", onnx.ModelProto(ir_version=8).SerializeToString()])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\x01junk", b"no model at all\n", onnx.ModelProto(ir_version=8).SerializeToString()]
+)
 def test_files_that_are_no_model_are_named(tmp_path, content):
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(DataError, match="net.onnx cannot be read as an ONNX model") as caught:

@@ -49,6 +49,7 @@ def test_a_cache_variable_that_leads_nowhere_counts_as_none(home, tmp_path, monk
 def test_a_home_that_cannot_be_read_counts_as_none(home, monkeypatch):
     def access(path, mode, real=os.access):
         return not Path(path).is_relative_to(home) and real(path, mode)
+
     monkeypatch.setattr(os, "access", access)
     assert cache_folder() == spare()
 
@@ -69,6 +70,7 @@ def test_a_file_is_made_once_and_again_when_it_is_damaged(tmp_path):
     def make(path):
         made.append(path)
         path.write_bytes(b"content")
+
     first = kept_file(tmp_path / "kept", "key", "a.so", make)
     assert kept_file(tmp_path / "kept", "key", "a.so", make) == first and len(made) == 1
     first.write_bytes(b"something else")

@@ -22,15 +22,18 @@ AVX2 = f"{SSE} avx avx2 f16c fma bmi1 bmi2 abm movbe"
 AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"
 
 
-@pytest.mark.parametrize("line, found", [
-    (f"flags\t\t: {AVX512} avx512_vp2intersect avx_vnni", ("x86-64-v4", 16)),  # Zen 5
-    (f"flags\t\t: {AVX512} avx_vnni amx_tile", ("x86-64-v4", 16)),             # Sapphire Rapids
-    (f"flags\t\t: {AVX512} avx512_vp2intersect", ("x86-64-v4", 8)),            # Tiger Lake
-    (f"flags\t\t: {AVX512}", ("x86-64-v4", 8)),
-    (f"flags\t\t: {AVX2}", ("x86-64-v3", 8)),
-    ("flags\t\t: sse4_2", ("x86-64-v2", 4)),
-    ("Features\t: fp asimd", ("generic", 4)),
-])
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (f"flags\t\t: {AVX512} avx512_vp2intersect avx_vnni", ("x86-64-v4", 16)),  # Zen 5
+        (f"flags\t\t: {AVX512} avx_vnni amx_tile", ("x86-64-v4", 16)),  # Sapphire Rapids
+        (f"flags\t\t: {AVX512} avx512_vp2intersect", ("x86-64-v4", 8)),  # Tiger Lake
+        (f"flags\t\t: {AVX512}", ("x86-64-v4", 8)),
+        (f"flags\t\t: {AVX2}", ("x86-64-v3", 8)),
+        ("flags\t\t: sse4_2", ("x86-64-v2", 4)),
+        ("Features\t: fp asimd", ("generic", 4)),
+    ],
+)
 def test_feature_flags_decide_cpu_and_vector(tmp_path, monkeypatch, line, found):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
@@ -47,7 +50,9 @@ def machine(tmp_path, monkeypatch):
 
 
 def x86(**llvm):
-    return replace(find_target("avx2"), llvm=tuple(sorted({"kind": "llvm", "mtriple": "x86_64-linux-gnu", **llvm}.items())))
+    return replace(
+        find_target("avx2"), llvm=tuple(sorted({"kind": "llvm", "mtriple": "x86_64-linux-gnu", **llvm}.items()))
+    )
 
 
 def test_avx512_code_needs_no_more_than_avx512(machine):
@@ -58,7 +63,7 @@ def test_avx512_code_needs_no_more_than_avx512(machine):
     assert lacking_features(needed) == ["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
 
 
-@pytest.mark.parametrize("cpu, flags", [("x86-64-v2", SSE), ("x86-64-v3", AVX2), ("x86-64-v4", AVX512)])
+@pytest.mark.parametrize(("cpu", "flags"), [("x86-64-v2", SSE), ("x86-64-v3", AVX2), ("x86-64-v4", AVX512)])
 def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_it(cpu, flags, machine):
     machine(flags)
     assert host_cpu()[0] == cpu
@@ -68,19 +73,36 @@ def test_llvm_uses_no_more_of_a_cpu_that_was_detected_than_the_flags_that_told_i
         assert lacking_features(needed_features(x86(mcpu=host_cpu()[0]))) == []
 
 
-@pytest.mark.parametrize("llvm, lacks", [({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]),
-                                         ({"mcpu": "bdver4"}, ["fma4", "sse4a", "tbm", "xop"]),
-                                         ({"mcpu": "x86-64-v3", "mattr": ("+xop", "-sse4a", "-fma4")}, []),
-                                         ({"mcpu": "x86-64-v3", "mattr": ("+avx512f",)}, ["avx512f"]), ({"mattr": ("+avx2",)}, []),
-                                         ({"mcpu": "znver3"}, ["sse4a"]), ({"mcpu": "haswell"}, []), ({}, [])])
+@pytest.mark.parametrize(
+    ("llvm", "lacks"),
+    [
+        ({"mcpu": "bdver1"}, ["fma4", "sse4a", "xop"]),
+        ({"mcpu": "bdver4"}, ["fma4", "sse4a", "tbm", "xop"]),
+        ({"mcpu": "x86-64-v3", "mattr": ("+xop", "-sse4a", "-fma4")}, []),
+        ({"mcpu": "x86-64-v3", "mattr": ("+avx512f",)}, ["avx512f"]),
+        ({"mattr": ("+avx2",)}, []),
+        ({"mcpu": "znver3"}, ["sse4a"]),
+        ({"mcpu": "haswell"}, []),
+        ({}, []),
+    ],
+)
 def test_what_a_cpu_has_is_asked_of_llvm_whatever_cpu_it_is(llvm, lacks, machine):
     """And what only a program would ask for by name, which these flags have none of, does not matter."""
     machine(AVX2)
     assert lacking_features(needed_features(x86(**llvm))) == lacks
 
 
-@pytest.mark.parametrize("name, needs", [("cortex-a53", {"asimd"}), ("cortex-a76", {"asimd", "atomics", "fphp", "asimdhp", "asimddp"}),
-                                         ("armv7", {"neon", "vfpv4"}), ("android-arm64", {"asimd"}), ("mali", set()), ("avx2", None)])
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("cortex-a53", {"asimd"}),
+        ("cortex-a76", {"asimd", "atomics", "fphp", "asimdhp", "asimddp"}),
+        ("armv7", {"neon", "vfpv4"}),
+        ("android-arm64", {"asimd"}),
+        ("mali", set()),
+        ("avx2", None),
+    ],
+)
 def test_features_of_the_shipped_targets(name, needs):
     found = needed_features(find_target(name))
     assert found == needs if needs is not None else {"avx2", "fma", "bmi2"} <= found
@@ -94,13 +116,21 @@ def foreign_file(tmp_path):
     return tmp_path / "other.toml"
 
 
-@pytest.mark.skipif(host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for")
+@pytest.mark.skipif(
+    host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for"
+)
 def test_a_target_file_for_another_cpu_is_refused_before_anything_runs(foreign_file, mest_compile_command, tmp_path):
     step = mest.compile("mlp", (8, 64), scheme="unstructured", target=foreign_file, builder=Builder(tmp_path / "cache"))
-    with pytest.raises(mest.MestError, match="cannot run what is compiled for other .this machine's CPU lacks .*xop.; give device="):
+    with pytest.raises(
+        mest.MestError, match="cannot run what is compiled for other .this machine's CPU lacks .*xop.; give device="
+    ):
         step(np.ones((8, 64), np.float32), np.arange(8) % 4)
     assert not list((tmp_path / "cache").glob("*"))
-    for command in (["train", "--data", "digits", "--out", tmp_path / "run"], ["tune", "--log", tmp_path / "log"], ["table"]):
+    for command in (
+        ["train", "--data", "digits", "--out", tmp_path / "run"],
+        ["tune", "--log", tmp_path / "log"],
+        ["table"],
+    ):
         ran = mest_compile_command(*command, "--model", "mlp", "--target", foreign_file)
         assert ran.code == 2 and "xop" in ran.err and "tracker and" in ran.err.replace("--", ""), command
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.toml"]
@@ -119,7 +149,10 @@ def test_lists_of_features_work_wherever_targets_do(tmp_path):
         loss = step(np.ones((8, 64), np.float32), np.arange(8) % 4, lr=0.0).loss
         step.save(tmp_path / "step")
         again = mest.load(tmp_path / "step")
-        assert again._compiled.facts.target == target and again(np.ones((8, 64), np.float32), np.arange(8) % 4).loss == loss
+        assert (
+            again._compiled.facts.target == target
+            and again(np.ones((8, 64), np.float32), np.arange(8) % 4).loss == loss
+        )
 
 
 def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):
@@ -129,8 +162,10 @@ def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):
         host_cpu()
 
 
-@pytest.mark.parametrize("vector, batch, used", [(16, 64, 16), (16, 16, 16), (16, 15, 16), (16, 8, 8), (16, 24, 8), (16, 3, 8), (8, 3, 8),
-                                                 (4, 1, 4)])
+@pytest.mark.parametrize(
+    ("vector", "batch", "used"),
+    [(16, 64, 16), (16, 16, 16), (16, 15, 16), (16, 8, 8), (16, 24, 8), (16, 3, 8), (8, 3, 8), (4, 1, 4)],
+)
 def test_vectors_wider_than_eight_floats_are_used_where_the_batch_fills_them(vector, batch, used):
     assert replace(find_target("avx2"), vector=vector).for_batch(batch).vector == used
 
@@ -142,12 +177,14 @@ def test_tuning_compares_widths_where_registers_may_be_wider_than_multipliers():
     assert find_target("cortex-a76").vectors == (4,)
 
 
-@pytest.mark.parametrize("batch, vector", [(16, 16), (24, 8)])
+@pytest.mark.parametrize(("batch", "vector"), [(16, 16), (24, 8)])
 def test_a_step_takes_the_vector_that_its_batch_fills(batch, vector):
     shape = (batch, 3, 8, 8)
     target = replace(find_target("avx2"), vector=16)  # AVX2 code for two registers a vector: right, if slow
     step = mest.compile(build_model("mlp", shape, width=16), shape, scheme="block", sparsity=0.5, target=target)
-    assert {image.vector for call in step.program.calls for buffer in call.buffers if (image := buffer.image)} == {vector}
+    assert {image.vector for call in step.program.calls for buffer in call.buffers if (image := buffer.image)} == {
+        vector
+    }
     rng = np.random.default_rng(0)
     images, labels = rng.standard_normal(shape, dtype=np.float32), rng.integers(0, 10, batch)
     eight = mest.compile(build_model("mlp", shape, width=16), shape, scheme="block", sparsity=0.5, target="avx2")

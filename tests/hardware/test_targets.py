@@ -12,7 +12,9 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.operators.layers.gather import GatherConv, Pass
 
-ARM = [name for name in target_names() if find_target(name).tvm_fields.get("mtriple", "").startswith(("aarch64", "arm"))]
+ARM = [
+    name for name in target_names() if find_target(name).tvm_fields.get("mtriple", "").startswith(("aarch64", "arm"))
+]
 
 
 def test_the_arm_targets_are_there():
@@ -36,6 +38,7 @@ def test_arm_targets_have_neon_and_say_how_much_memory_there_is(name):
 @pytest.mark.slow
 def test_a_step_beyond_the_memory_of_its_target_is_said(caplog):
     """At its densest: with room to grow it needs more than it starts with."""
+
     def said():
         """Torch's own log has records too, once another test has raised its level."""
         return [record for record in caplog.records if record.name.startswith("mest_compile")]

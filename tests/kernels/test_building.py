@@ -53,14 +53,21 @@ def test_a_damaged_entry_is_compiled_again_and_said_so(tmp_path, caplog):
 
 def test_the_key_changes_with_the_text_and_with_the_target():
     other = Target("other", "cpu", (("kind", "llvm"), ("mcpu", "haswell")), 8, 16, 32768, 262144, 2)
-    sources = [SOURCE, KernelSource(SOURCE.kernel, SOURCE.text + "\n", TARGET), KernelSource(SOURCE.kernel, SOURCE.text, other),
-               kernel_source("image.import", ImageImport(Image(2, 3, 3, 6)), TARGET)]
+    sources = [
+        SOURCE,
+        KernelSource(SOURCE.kernel, SOURCE.text + "\n", TARGET),
+        KernelSource(SOURCE.kernel, SOURCE.text, other),
+        kernel_source("image.import", ImageImport(Image(2, 3, 3, 6)), TARGET),
+    ]
     assert len({source.key for source in sources}) == 4
 
 
 def test_text_that_does_not_compile_is_a_build_error_that_starts_with_the_cause(tmp_path, caplog):
     text = SOURCE.text.replace("T.", "Abacus.", 1)
-    with caplog.at_level(logging.DEBUG), pytest.raises(BuildError, match=r"^NameError: line 1: .* Abacus: kernel image.import ") as error:
+    with (
+        caplog.at_level(logging.DEBUG),
+        pytest.raises(BuildError, match=r"^NameError: line 1: .* Abacus: kernel image.import ") as error,
+    ):
         Builder(tmp_path).function(KernelSource("image.import", text, TARGET))
     assert "\n" not in str(error.value) and text not in str(error.value) and text in caplog.text
 
@@ -82,11 +89,16 @@ def test_a_cache_that_can_only_be_read_is_hit(tmp_path, monkeypatch):
     again = Builder(tmp_path, most_bytes=0)
 
     def below(real):
-        return lambda path, *rest, **options: refuse() if str(path).startswith(str(tmp_path)) else real(path, *rest, **options)
+        return lambda path, *rest, **options: (
+            refuse() if str(path).startswith(str(tmp_path)) else real(path, *rest, **options)
+        )
+
     for name in ("utime", "mkdir", "unlink", "replace"):
         monkeypatch.setattr(os, name, below(getattr(os, name)))
     assert imports(again.build(sources(3))[sources(1)[0].key]) and (again.compiled, again.loaded) == (0, 3)
-    assert len(again.build(sources(4))) == 4 and again.compiled == 1  # what there is no room for is not evicted, and nothing is raised
+    assert (
+        len(again.build(sources(4))) == 4 and again.compiled == 1
+    )  # what there is no room for is not evicted, and nothing is raised
 
 
 def test_a_damaged_entry_that_cannot_be_removed_is_compiled_again(tmp_path, monkeypatch):
@@ -99,10 +111,12 @@ def test_a_damaged_entry_that_cannot_be_removed_is_compiled_again(tmp_path, monk
 
 def full(monkeypatch, folder):
     """Every file that is written below `folder` finds the disk full."""
+
     def write(path, content, real=Path.write_bytes):
         if path.is_relative_to(folder):
             raise OSError(28, "No space left on device")
         return real(path, content)
+
     monkeypatch.setattr(Path, "write_bytes", write)
 
 
@@ -122,6 +136,7 @@ def test_a_cache_without_execution_is_read_and_its_kernels_run_from_elsewhere(tm
         if Path(path).is_relative_to(tmp_path):
             raise RuntimeError("failed to map segment from shared object")
         return real(path, **options)
+
     monkeypatch.setattr(tvm_ffi, "load_module", load)
     Builder(tmp_path).function(SOURCE)
     again = Builder(tmp_path)
@@ -184,8 +199,15 @@ print("fine")
 
 
 def test_several_processes_share_a_folder_that_is_too_small_for_them(tmp_path):
-    running = [subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(Path(__file__).parent)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
     for process in running:
         out, said = process.communicate(timeout=300)
         assert out == "fine\n", said

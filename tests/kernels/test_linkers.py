@@ -18,7 +18,8 @@ def test_ziglang_links_where_nothing_else_does(tmp_path, monkeypatch):
     (tmp_path / "ziglang").mkdir()
     (tmp_path / "ziglang" / "__init__.py").write_text("")
     (tmp_path / "ziglang" / "__main__.py").write_text(
-        f"import os, sys\nassert sys.argv[1] == 'ld.lld'\nos.execv({real!r}, [{real!r}, *sys.argv[2:]])\n")
+        f"import os, sys\nassert sys.argv[1] == 'ld.lld'\nos.execv({real!r}, [{real!r}, *sys.argv[2:]])\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -31,8 +32,11 @@ def test_a_step_is_compiled_and_exported_without_a_c_compiler(tmp_path, monkeypa
 
     def refuse(*arguments, **options):
         raise OSError("no C compiler")
+
     refuse.get_target_triple = refuse
     monkeypatch.setattr(cc, "create_shared", refuse)
-    step = mest.compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (4, 4), scheme="dense", sparsity=0, threads=1)
+    step = mest.compile(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (4, 4), scheme="dense", sparsity=0, threads=1
+    )
     step.export(tmp_path / "made")
     assert np.isfinite(step(np.ones((4, 4), np.float32), np.zeros(4, np.int64)).loss)

@@ -20,11 +20,16 @@ from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_scheme
 
 SHAPE = (8, 3, 32, 32)
-CASES = [("odd", "channel", MSE(), AdamW()), ("resnet20", "pattern", CrossEntropy(), SGD()), ("vgg11", "block", CrossEntropy(), SGD())]
+CASES = [
+    ("odd", "channel", MSE(), AdamW()),
+    ("resnet20", "pattern", CrossEntropy(), SGD()),
+    ("vgg11", "block", CrossEntropy(), SGD()),
+]
 
 
 class Odd(torch.nn.Module):
-    """What the built-in models have not: average pooling, a sum without normalisation, every activation, an image that is flattened."""
+    """What the built-in models have not: average pooling, a sum without normalisation, every activation, an image that
+    is flattened."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +49,9 @@ def sources(model, scheme, loss, optimizer, target):
     graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
     layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
     programs = Facts(graph, layers, frozenset(), optimizer, target, 1, 0, loss).lower()
-    calls = choosing.sources(programs, target, choosing.choose_knobs(programs, layers, target, Records(target))).values()
+    calls = choosing.sources(
+        programs, target, choosing.choose_knobs(programs, layers, target, Records(target))
+    ).values()
     return {source.kernel: source for each in calls for source in each.values()}
 
 
@@ -59,18 +66,27 @@ def test_every_kind_of_kernel_is_the_function_that_tvm_reads(name):
         for kernel, source in sources(*case, target).items():
             if f"{target.device}/{kernel}" in read:
                 continue
-            theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", source.symbol)
+            theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr(
+                "global_symbol", source.symbol
+            )
             assert tvm_ffi.structural_equal(parse(source.text, source.symbol), theirs), kernel
             read.add(f"{target.device}/{kernel}")
     assert {schedule for schedule in SCHEDULES if schedule.startswith(target.device)} == read
 
 
-@pytest.mark.parametrize("line, said", [
-    ("while True: y[0] = x[0]", "SyntaxError: line 4: a kernel has no While"), ("y[0] = z[0]", "NameError: line 4: nothing has the name z"),
-    ("z = y[0] + x[0]", "SyntaxError: line 4: a name of a value is written `name: T.let = value`"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("while True: y[0] = x[0]", "SyntaxError: line 4: a kernel has no While"),
+        ("y[0] = z[0]", "NameError: line 4: nothing has the name z"),
+        ("z = y[0] + x[0]", "SyntaxError: line 4: a name of a value is written `name: T.let = value`"),
+    ],
+)
 def test_what_is_not_of_a_kernel_is_refused_with_its_line(line, said):
-    text = "@T.prim_func\ndef kernel(x: T.Buffer((4,), 'float32'), y: T.Buffer((4,), 'float32')):\n    T.func_attr({})\n    "
+    text = (
+        "@T.prim_func\ndef kernel(x: T.Buffer((4,), 'float32'), y: T.Buffer((4,), 'float32')):\n    "
+        "T.func_attr({})\n    "
+    )
     with pytest.raises((SyntaxError, NameError)) as error:
         parse(text + line, "kernel")
     assert f"{error.type.__name__}: {error.value}" == said

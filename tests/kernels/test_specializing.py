@@ -1,4 +1,5 @@
-"""Kernels with a layer's structure baked in: the choice, the bits, the exchange, and what happens when compiling fails."""
+"""Kernels with a layer's structure baked in: the choice, the bits, the exchange, and what happens when compiling
+fails."""
 
 import logging
 import os
@@ -27,21 +28,31 @@ from mest_compile.runtime.variants import Choice, Times, choose
 SHAPE = (8, 3, 8, 8)
 
 
-@pytest.mark.parametrize("times, steps, variant, said", [
-    (Times(1e-3, 0.9e-3, 0.2), 3000, "specialized", "paid back in 2000 steps of 3000"),
-    (Times(1e-3, 0.9e-3, 0.2), 1000, "indexed", "paid back in 2000 steps of 1000"),
-    (Times(1e-3, 0.9e-3, 0.2), None, "specialized", "2000 steps"),
-    (Times(1e-3, 0.9e-3, 0.0), 1, "specialized", "compiled already"),
-    (Times(1e-3, 0.99e-3, 0.0), None, "indexed", "no gain"),
-    (Times(1e-3, 1.5e-3, 0.1), 10**9, "indexed", "no gain"),
-])
+@pytest.mark.parametrize(
+    ("times", "steps", "variant", "said"),
+    [
+        (Times(1e-3, 0.9e-3, 0.2), 3000, "specialized", "paid back in 2000 steps of 3000"),
+        (Times(1e-3, 0.9e-3, 0.2), 1000, "indexed", "paid back in 2000 steps of 1000"),
+        (Times(1e-3, 0.9e-3, 0.2), None, "specialized", "2000 steps"),
+        (Times(1e-3, 0.9e-3, 0.0), 1, "specialized", "compiled already"),
+        (Times(1e-3, 0.99e-3, 0.0), None, "indexed", "no gain"),
+        (Times(1e-3, 1.5e-3, 0.1), 10**9, "indexed", "no gain"),
+    ],
+)
 def test_the_variant_is_the_one_of_least_time_until_the_next_mutation(times, steps, variant, said):
     found = choose(times, steps)
     assert isinstance(found, Choice) and found.variant == variant and said in found.why
 
 
 def small_step(scheme, folder, sparsity=0.8):
-    return mest.compile(build_model("resnet20", SHAPE, 10, 8), SHAPE, scheme=scheme, sparsity=sparsity, threads=1, builder=Builder(folder))
+    return mest.compile(
+        build_model("resnet20", SHAPE, 10, 8),
+        SHAPE,
+        scheme=scheme,
+        sparsity=sparsity,
+        threads=1,
+        builder=Builder(folder),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +64,10 @@ def folder(tmp_path_factory):
 def always(monkeypatch):
     """Everything that can be specialized is, whatever it gains: on small layers times differ by chance."""
     monkeypatch.setattr("mest_compile.kernels.workers.SHARE", 1.0)  # nobody minds a slower step here
-    monkeypatch.setattr("mest_compile.runtime.specializer.choose",
-                        lambda times, steps: Choice("specialized", "always"))
-    monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure", lambda *arguments: Times(2.0, 1.0, 0.0))
+    monkeypatch.setattr("mest_compile.runtime.specializer.choose", lambda times, steps: Choice("specialized", "always"))
+    monkeypatch.setattr(
+        "mest_compile.runtime.specializer.Specializer._measure", lambda *arguments: Times(2.0, 1.0, 0.0)
+    )
 
 
 def batch(seed=0):
@@ -73,9 +85,13 @@ def until(condition, seconds=60):
 def exchanged(step):
     """Names of the programs in which some kernel is not the indexed one."""
     compiled, runner = step._compiled, step._runner
-    return {program.name for program in (compiled.train, compiled.predict) for call in program.calls
-            if runner._functions[kernel_name(runner._prefix, program, call.name)]
-            is not compiled.builder.function(compiled.sources[program.name, call.name])}
+    return {
+        program.name
+        for program in (compiled.train, compiled.predict)
+        for call in program.calls
+        if runner._functions[kernel_name(runner._prefix, program, call.name)]
+        is not compiled.builder.function(compiled.sources[program.name, call.name])
+    }
 
 
 def same(one, other):
@@ -123,7 +139,9 @@ def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_ne
     assert {name for name, fate in report.layers.items() if fate != "unchanged"} == set(names)
     assert {report.layers[name] for name in names} == {"recompiled"}
     until(lambda: step._specializer.poll() is not None and not step._specializer.waiting())
-    assert set(step.kernel_times()) >= set(names) and all(step._specializer.running(name) == "specialized" for name in names)
+    assert set(step.kernel_times()) >= set(names) and all(
+        step._specializer.running(name) == "specialized" for name in names
+    )
 
     again = small_step("channel", folder)
     again.specialize()
@@ -141,9 +159,12 @@ def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers
     """As when a run is resumed under masks of unequal rows; what was never measured is, when it is compiled."""
     monkeypatch.setattr("mest_compile.kernels.workers.SHARE", 1.0)
     measured = []
-    monkeypatch.setattr("mest_compile.runtime.specializer.Specializer._measure",
-                        lambda self, place, source, seconds: measured.append(place.call.phase) or
-                        Times(1.0, 2.0 if place.call.phase == "grad_weight" else 0.1, seconds))
+    monkeypatch.setattr(
+        "mest_compile.runtime.specializer.Specializer._measure",
+        lambda self, place, source, seconds: (
+            measured.append(place.call.phase) or Times(1.0, 2.0 if place.call.phase == "grad_weight" else 0.1, seconds)
+        ),
+    )
     step = small_step("unstructured", tmp_path)
     name = next(name for name in step.masks() if name.startswith("layer3.2"))
     equal = np.zeros_like(step.masks()[name])
@@ -157,7 +178,9 @@ def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers
     until(lambda: step._specializer.poll() is not None and not step._specializer.waiting())
     assert measured and step._compiled.builder.compiled == compiled
     assert step._specializer.running(name) == "specialized"
-    assert not any(call.endswith("grad_weight") for call in step._specializer._states[name].running)  # measured to be slower
+    assert not any(
+        call.endswith("grad_weight") for call in step._specializer._states[name].running
+    )  # measured to be slower
     step._specializer.workers.close()
 
 
@@ -239,8 +262,12 @@ print("fine")
 
 
 def test_nothing_forks_once_threads_are_there(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FORKS, str(tmp_path / "kernels"), str(tmp_path / "run")], capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(tmp_path / "kernels"), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
 
 
@@ -296,13 +323,19 @@ def test_what_has_no_common_length_is_named(folder):
 def test_every_structure_of_a_layer_compiles(folder):
     rng = np.random.default_rng(0)
     step = small_step("filter", folder)
-    places = [place for each in step._new_specializer(None)._places.values() for place in each
-              if isinstance(place.call.problem, GatherGrad) or len(place.call.problem.passes) == 1]
+    places = [
+        place
+        for each in step._new_specializer(None)._places.values()
+        for place in each
+        if isinstance(place.call.problem, GatherGrad) or len(place.call.problem.passes) == 1
+    ]
     for _ in range(30):
         place = places[rng.integers(len(places))]
         problem = place.call.problem
         counts = rng.choice([1, 2, 3, 5, 7, 9, 18, 36], problem.sections)
-        structure = Structure(tuple(map(int, counts)), int(rng.integers(1, problem.groups + 1)) if problem.rows_live else 0)
+        structure = Structure(
+            tuple(map(int, counts)), int(rng.integers(1, problem.groups + 1)) if problem.rows_live else 0
+        )
         source = specialized(place.indexed, problem, structure)
         assert "pointers[" not in source.text.partition("def kernel")[2], structure
         assert callable(Builder.compile_here(source)), structure
@@ -315,7 +348,10 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
     specializer, left, compared = step._new_specializer(None), set(), set()
     for name, places in specializer._places.items():
         for place in places:
-            call, (knob, several) = place.call, ("together", 4) if isinstance(place.call.problem, GatherConv) else ("several", 5)
+            call, (knob, several) = (
+                place.call,
+                ("together", 4) if isinstance(place.call.problem, GatherConv) else ("several", 5),
+            )
             indexed = kernel_source(call.kernel, call.problem, place.indexed.target, **{knob: several})
             special = specializer._source(name, replace(place, indexed=indexed))
             if isinstance(special, str) or special.key in compared:
@@ -324,8 +360,10 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
             left |= {(knob, int(count) % several > 0) for count in np.diff(step._state.get(call.buffers[0].name))}
             assert "for round" not in special.text and "for unit in T.serial(0)" not in special.text, name
             assert all(map(eval, re.findall(r"for several in T\.serial\((.*)\):", special.text))), name
-            arrays = [step._state.get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems).astype(buffer.dtype)
-                      for buffer in call.buffers]
+            arrays = [
+                step._state.get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems).astype(buffer.dtype)
+                for buffer in call.buffers
+            ]
             results = []
             for source in (indexed, special):
                 tensors = [tvm.runtime.tensor(array) for array in arrays]
@@ -338,7 +376,8 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
 
 
 def test_a_run_that_is_loaded_goes_on_bit_for_bit_on_whichever_kernels(folder, tmp_path, always):
-    """A checkpoint is taken while new kernels are missing: the one goes on with them as they come, the other begins with its own."""
+    """A checkpoint is taken while new kernels are missing: the one goes on with them as they come, the other begins
+    with its own."""
     step = small_step("filter", folder)
     step.specialize()
     step(*batch(0))

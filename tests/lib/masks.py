@@ -34,8 +34,8 @@ def grow_grid(scheme, layer, keep, live, rng, energy=None):
 
 
 def survivors(weights, masks, after, grown):
-    """{weight name: bool}: which weights live before and after a mutation and were kept. {name: array} of weights and masks, before and
-    after; no live weight was 0 before, so that those that died and were drawn again differ.
+    """{weight name: bool}: which weights live before and after a mutation and were kept. {name: array} of weights and
+    masks, before and after; no live weight was 0 before, so that those that died and were drawn again differ.
     """
     return {name: masks[name] & mask & (after[name] == weights[name]) for name, mask in grown.items()}
 

@@ -22,8 +22,13 @@ def fused(*nodes):
 
 
 def test_batch_norm_takes_in_the_addition_and_relu_behind_it():
-    found = fused(norm("bn", "input"), norm("down", "input"), Node("add", "sum", ("bn", "down"), SHAPE),
-                  Node("relu", "out", ("sum",), SHAPE), Node("relu", "last", ("out",), SHAPE))
+    found = fused(
+        norm("bn", "input"),
+        norm("down", "input"),
+        Node("add", "sum", ("bn", "down"), SHAPE),
+        Node("relu", "out", ("sum",), SHAPE),
+        Node("relu", "last", ("out",), SHAPE),
+    )
     assert list(found) == ["bn", "down", "last"]
     assert found["down"].inputs == ("input", "bn") and found["down"].attrs["activation"] == "relu"
     assert found["bn"].attrs["activation"] is None and found["last"].inputs == ("down",)
@@ -35,7 +40,9 @@ def test_batch_norm_whose_value_is_used_elsewhere_stays_alone():
 
 
 def test_a_joined_node_stands_behind_everything_that_it_reads():
-    found = fused(norm("bn", "input"), Node("relu", "side", ("input",), SHAPE), Node("add", "sum", ("bn", "side"), SHAPE))
+    found = fused(
+        norm("bn", "input"), Node("relu", "side", ("input",), SHAPE), Node("add", "sum", ("bn", "side"), SHAPE)
+    )
     assert list(found) == ["side", "bn"] and found["bn"].inputs == ("input", "side")
 
 
@@ -43,7 +50,9 @@ def test_no_two_buffers_that_live_together_share_a_slot_and_memory_is_reused():
     rng = np.random.default_rng(5)
     buffers = [Buffer(f"b{i}", int(rng.integers(1, 2000))) for i in range(60)]
     spans = [tuple(sorted(rng.integers(0, 80, 2))) for _ in buffers]
-    calls = [Call(f"c{t}", "k", None, tuple(b for b, span in zip(buffers, spans) if t in span), "forward") for t in range(80)]
+    calls = [
+        Call(f"c{t}", "k", None, tuple(b for b, span in zip(buffers, spans) if t in span), "forward") for t in range(80)
+    ]
     program = Program("p", calls)
     plan_memory(program)
     for (a, span_a), (b, span_b) in itertools.combinations(zip(buffers, spans), 2):

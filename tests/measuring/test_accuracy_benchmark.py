@@ -10,34 +10,63 @@ import pytest
 from mest_compile.data import Split, as_dataset
 from mest_compile.training.recipe import Recipe
 
-PACE = {"seconds": {"dense torch": 1.0, "unstructured 0.9 at 0.9": 0.2, "unstructured 0.9 at 0.875": 0.25, "unstructured 0.9 at 0.85": 0.3},
-        "mutation_seconds": {"unstructured 0.9": 1.0}}
+PACE = {
+    "seconds": {
+        "dense torch": 1.0,
+        "unstructured 0.9 at 0.9": 0.2,
+        "unstructured 0.9 at 0.875": 0.25,
+        "unstructured 0.9 at 0.85": 0.3,
+    },
+    "mutation_seconds": {"unstructured 0.9": 1.0},
+}
 
 
 def entry(run, accuracies, iterations=80, saved=0):
     recipe = Recipe(len(accuracies), "static" if run.method == "torch" else run.method, mutate_every=1)
-    return {"run": asdict(run), "test_accuracy": accuracies[-1], "sparsity": run.sparsity,
-            "recipe": recipe.resolved(run.sparsity).to_dict(),
-            "epochs": [{"test_accuracy": found, "iterations": iterations, "iterations_saved": saved} for found in accuracies]}
+    return {
+        "run": asdict(run),
+        "test_accuracy": accuracies[-1],
+        "sparsity": run.sparsity,
+        "recipe": recipe.resolved(run.sparsity).to_dict(),
+        "epochs": [
+            {"test_accuracy": found, "iterations": iterations, "iterations_saved": saved} for found in accuracies
+        ],
+    }
 
 
 def test_every_run_has_its_own_key_and_each_seed_all_rows():
     keys = [run.key for run in accuracy.runs()]
     assert len(set(keys)) == len(keys) == 3 * 17
     rows = {seed: {run.row for run in accuracy.runs() if run.seed == seed} for seed in accuracy.SEEDS}
-    assert rows[0] == rows[1] == rows[2] >= {"dense torch", "em_s unstructured 0.9 sieve", "em_s block:4x1 0.9 sieve", "em_s pattern 0.9",
-                                             "em_s block:4x1 0.9 float16", "em_s block:4x1 0.9 sieve float16",
-                                             "set unstructured 0.95"}
+    assert (
+        rows[0]
+        == rows[1]
+        == rows[2]
+        >= {
+            "dense torch",
+            "em_s unstructured 0.9 sieve",
+            "em_s block:4x1 0.9 sieve",
+            "em_s pattern 0.9",
+            "em_s block:4x1 0.9 float16",
+            "em_s block:4x1 0.9 sieve float16",
+            "set unstructured 0.95",
+        }
+    )
 
 
 def test_the_table_compares_with_dense_of_the_same_seed():
     dense = [accuracy.Run("torch", seed=seed) for seed in (0, 1)]
     ours = [accuracy.Run("em_s", "unstructured", 0.9, True, seed) for seed in (0, 1)]
-    entries = {dense[0].key: entry(dense[0], [0.8, 0.92]), dense[1].key: entry(dense[1], [0.8, 0.94]),
-               ours[0].key: entry(ours[0], [0.926, 0.92], saved=20), ours[1].key: entry(ours[1], [0.8, 0.93], saved=20)}
+    entries = {
+        dense[0].key: entry(dense[0], [0.8, 0.92]),
+        dense[1].key: entry(dense[1], [0.8, 0.94]),
+        ours[0].key: entry(ours[0], [0.926, 0.92], saved=20),
+        ours[1].key: entry(ours[1], [0.8, 0.93], saved=20),
+    }
     lines = accuracy.table({"entries": entries, "pace": PACE}).splitlines()
     assert lines[2].startswith("| dense torch | 2 | 93.00 | 1.41 | - | 0.000 | 0.0% | - | - |")
-    # An epoch of 80 iterations is 80 s of dense torch, 16 s of ours; a mutation before the second epoch. Dense seed 0 never reaches 92.5%.
+    # An epoch of 80 iterations is 80 s of dense torch, 16 s of ours; a mutation before the second epoch. Dense seed 0
+    # never reaches 92.5%.
     assert lines[3].startswith("| em_s unstructured 0.9 sieve | 2 | 92.50 | 0.71 | -0.50 | 0.900 | 20.0% |")
     assert lines[3].endswith(f"| {160 / 33:.2f} | {160 / 33:.2f} (1 of 2) |")
     assert accuracy.table({"entries": entries}).splitlines()[3].endswith("| -0.50 | 0.900 | 20.0% | - | - |")
@@ -50,7 +79,9 @@ def test_time_counts_the_pace_of_each_epochs_density_and_the_mutations_until_the
     assert accuracy.densities(recipe, 0.9) == [(0.9, False), (0.85, True), (0.875, True), (0.9, True)]
     after = [20.0, 20 + 1 + 30, 51 + 1 + 25, 77 + 1 + 20]
     wanted = [(0.5, after[0]), (0.6, after[1]), (0.9, after[2]), (0.91, None), (None, after[3])]
-    assert [accuracy.seconds_to(made, PACE, goal) for goal, _ in wanted] == [pytest.approx(seconds) for _, seconds in wanted]
+    assert [accuracy.seconds_to(made, PACE, goal) for goal, _ in wanted] == [
+        pytest.approx(seconds) for _, seconds in wanted
+    ]
 
 
 def noise():
@@ -63,16 +94,25 @@ def test_the_pace_of_every_published_kind_is_measured(monkeypatch):
     monkeypatch.setattr("mest_compile.data.load", lambda name, folder: noise())
     for name, value in (("WIDTH", 8), ("BATCH", 16), ("PACE_ROUNDS", 1), ("PACE_BATCHES", 2)):
         monkeypatch.setattr(accuracy, name, value)
-    chosen = [accuracy.Run("torch"), accuracy.Run("em_s", "unstructured", 0.9), accuracy.Run("set", "unstructured", 0.9)]
+    chosen = [
+        accuracy.Run("torch"),
+        accuracy.Run("em_s", "unstructured", 0.9),
+        accuracy.Run("set", "unstructured", 0.9),
+    ]
     monkeypatch.setattr(accuracy, "runs", lambda: chosen)
     found = accuracy.measure_pace(None)
-    assert set(found["seconds"]) == set(PACE["seconds"]) and set(found["mutation_seconds"]) == set(PACE["mutation_seconds"])
+    assert set(found["seconds"]) == set(PACE["seconds"]) and set(found["mutation_seconds"]) == set(
+        PACE["mutation_seconds"]
+    )
     assert all(found["lowest"][name] <= seconds <= found["highest"][name] for name, seconds in found["seconds"].items())
     assert min(found["lowest"].values()) > 0
 
 
-@pytest.mark.parametrize("run", [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True, activations="float16")],
-                         ids=lambda run: run.method)
+@pytest.mark.parametrize(
+    "run",
+    [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True, activations="float16")],
+    ids=lambda run: run.method,
+)
 def test_a_run_becomes_an_entry(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mest_compile.data.load", lambda name, folder: noise())
     monkeypatch.setattr(accuracy, "WIDTH", 8)
@@ -82,7 +122,9 @@ def test_a_run_becomes_an_entry(run, tmp_path, monkeypatch):
     assert found["epochs"][-1]["loss"] < found["epochs"][0]["loss"] and found["train_seconds"] > 0
     assert found["sparsity"] == (0.0 if run.method == "torch" else pytest.approx(0.9, abs=0.01))
     assert sum(metrics["iterations_saved"] for metrics in found["epochs"]) == (0 if run.method == "torch" else 5 * 2)
-    assert accuracy.train(run, tmp_path / "run", None)["epochs"] == found["epochs"]  # a finished run is read, not run again
+    assert (
+        accuracy.train(run, tmp_path / "run", None)["epochs"] == found["epochs"]
+    )  # a finished run is read, not run again
 
 
 def test_the_page_of_results_is_made_of_the_recorded_runs():

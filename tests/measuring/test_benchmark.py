@@ -21,14 +21,23 @@ SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
 
 
 def side(name: str, *seconds: float) -> Side:
-    return Side(name, seconds, setup_seconds=1.0, last_loss=2.3, import_bytes=100, warm_bytes=200, setup_peak_bytes=20,
-                ready_bytes=5, training_peak_bytes=10)
+    return Side(
+        name,
+        seconds,
+        setup_seconds=1.0,
+        last_loss=2.3,
+        import_bytes=100,
+        warm_bytes=200,
+        setup_peak_bytes=20,
+        ready_bytes=5,
+        training_peak_bytes=10,
+    )
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
     comparison = Comparison(SMALL, side("mest", 1.0, 2.0, 4.0), side("torch", 2.0, 12.0, 4.0), {}, {}, "")
     assert comparison.ratios == (2.0, 6.0, 1.0)
-    assert comparison.ratio == 2.0                             # the ratio of the medians would be 4 / 2, their mean 3
+    assert comparison.ratio == 2.0  # the ratio of the medians would be 4 / 2, their mean 3
     document = json.loads(json.dumps(comparison.to_dict()))
     assert document["ours"]["median_seconds"] == 2.0 and document["rival"]["max_seconds"] == 12.0
     assert (document["ratio"], document["ratio_min"], document["ratio_max"]) == (2.0, 1.0, 6.0)
@@ -36,22 +45,27 @@ def test_ratio_is_the_median_of_the_rounds_ratios():
 
 def test_both_sides_take_turns_and_are_measured():
     seen = []
-    comparison = compare(SMALL, ours="torch", rival="torch", repeats=2, warmup=1, progress=lambda *now: seen.append(now))
+    comparison = compare(
+        SMALL, ours="torch", rival="torch", repeats=2, warmup=1, progress=lambda *now: seen.append(now)
+    )
     for figures in (comparison.ours, comparison.rival):
         assert len(figures.round_seconds) == 2 and min(figures.round_seconds) > 0
         assert math.isfinite(figures.last_loss) and 50 * 2**20 < figures.import_bytes < figures.warm_bytes
         # At the least the weights, gradients and momentum of a first layer with 3 * 32 * 32 inputs.
         assert figures.training_peak_bytes > 3 * 4 * 3 * 32 * 32 * 64
-    assert 0.1 < comparison.ratio < 10                         # the same program on both sides
+    assert 0.1 < comparison.ratio < 10  # the same program on both sides
     assert comparison.machine["cores"] >= 1 and "torch" in comparison.versions
     assert seen[-1] == ("measuring", 2, 2)
 
 
-@pytest.mark.parametrize(("options", "error", "said"), [
-    ({"rival": "abacus"}, UnknownName, "abacus"),
-    ({"repeats": 0}, UsageError, "repeats"),
-    ({"warmup": 0}, UsageError, "warmup"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"rival": "abacus"}, UnknownName, "abacus"),
+        ({"repeats": 0}, UsageError, "repeats"),
+        ({"warmup": 0}, UsageError, "warmup"),
+    ],
+)
 def test_misuse_is_noticed_before_a_process_starts(options, error, said, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(error, match=said):
@@ -85,11 +99,19 @@ def test_the_command_refuses_an_unknown_rival_in_one_line(mest_compile_command):
     assert ran.code == 2 and ran.out == "" and ran.err.count("\n") == 1 and "torch" in ran.err
 
 
-@pytest.mark.parametrize(("count", "places", "confidence"), [
-    (1, (0, 0), 0.0), (5, (0, 4), 1 - 2 / 32), (7, (0, 6), 1 - 2 / 128), (9, (1, 7), 1 - 2 * 10 / 512), (20, (5, 14), None)])
+@pytest.mark.parametrize(
+    ("count", "places", "confidence"),
+    [
+        (1, (0, 0), 0.0),
+        (5, (0, 4), 1 - 2 / 32),
+        (7, (0, 6), 1 - 2 / 128),
+        (9, (1, 7), 1 - 2 * 10 / 512),
+        (20, (5, 14), None),
+    ],
+)
 def test_interval_of_the_median_from_order_statistics(count, places, confidence):
     low, high, found = median_interval(list(range(count))[::-1])
-    assert (low, high) == places                               # 20 values: the 6th and 15th, as in tables of the sign test
+    assert (low, high) == places  # 20 values: the 6th and 15th, as in tables of the sign test
     assert found == pytest.approx(confidence) if confidence is not None else 0.95 <= found < 0.96
 
 
@@ -107,7 +129,12 @@ def test_a_rival_without_its_environment_says_how_to_install_it(tmp_path, mest_c
     with pytest.raises(NotInstalled, match="benchmarks/environments.sh sparseprop"):
         compare(SMALL, rival="sparseprop", rival_python=tmp_path / "python")
     ran = mest_compile_command("bench", "--vs", "onnxruntime-training", "--rival-python", tmp_path / "python")
-    assert ran.code == 1 and ran.out == "" and "environments.sh onnxruntime-training" in ran.err and ran.err.count("\n") == 1
+    assert (
+        ran.code == 1
+        and ran.out == ""
+        and "environments.sh onnxruntime-training" in ran.err
+        and ran.err.count("\n") == 1
+    )
 
 
 def test_only_rivals_with_an_environment_run_under_another_python(tmp_path):
@@ -118,7 +145,7 @@ def test_only_rivals_with_an_environment_run_under_another_python(tmp_path):
 def test_another_environment_sees_our_package_and_nothing_beside_it(tmp_path):
     """The rival's Python finds mest_compile without being able to import what is installed next to it."""
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho \"$PYTHONPATH\" > {tmp_path}/path\nls -a \"$PYTHONPATH\" > {tmp_path}/listing\n")
+    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH" > {tmp_path}/path\nls -a "$PYTHONPATH" > {tmp_path}/listing\n')
     python.chmod(0o755)
     runner = benchmark._Runner("sparseprop", SMALL, str(python))
     with pytest.raises(MestError, match="died"):
@@ -133,8 +160,11 @@ def test_environments_script_makes_what_contestants_ask_for(repository):
     assert wanted and all(f"$folder/{name}/bin/python" in script for name in wanted)
     import tomllib
 
-    (torch,) = [name for name in tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
-                if name.startswith("torch")]
+    (torch,) = [
+        name
+        for name in tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
+        if name.startswith("torch")
+    ]
     assert f'torch="{torch}"' in script
 
 
@@ -149,13 +179,20 @@ def test_our_own_rivals_are_the_same_step_but_for_what_they_are_named_for(monkey
 
         monkeypatch.setattr(mest, "compile", compile)
         with pytest.raises(Asked) as caught:
-            CONTESTANTS[name].build(Case("mlp", (8, 3, 8, 8), scheme="block", sparsity=0.9, threads=2, activations="float16"))
+            CONTESTANTS[name].build(
+                Case("mlp", (8, 3, 8, 8), scheme="block", sparsity=0.9, threads=2, activations="float16")
+            )
         return {key: value for key, value in caught.value.args[0].items() if key != "builder"}
 
     ours = asked("mest")
     assert ours["tuned"] and ours["target"] == "local"
-    named = {"mest-untuned": {"tuned": False}, "mest-avx2": {"tuned": False, "target": "avx2"}, "mest-one-thread": {"threads": 1},
-             "mest-float32": {"activations": "float32"}, "mest-dense": {"scheme": "dense", "sparsity": 0.0}}
+    named = {
+        "mest-untuned": {"tuned": False},
+        "mest-avx2": {"tuned": False, "target": "avx2"},
+        "mest-one-thread": {"threads": 1},
+        "mest-float32": {"activations": "float32"},
+        "mest-dense": {"scheme": "dense", "sparsity": 0.0},
+    }
     for name, differs in named.items():
         assert asked(name) == ours | differs, name
 
@@ -165,7 +202,9 @@ def test_rivals_get_the_masks_that_our_step_starts_with():
 
     case = Case("resnet20", (8, 3, 16, 16), width=8, scheme="unstructured", distribution="erk", sparsity=0.85)
     model = torch_model(case)
-    ours = mest.compile(model, case.input_shape, scheme="unstructured", sparsity=0.85, distribution="erk", threads=1).masks()
+    ours = mest.compile(
+        model, case.input_shape, scheme="unstructured", sparsity=0.85, distribution="erk", threads=1
+    ).masks()
     theirs = unstructured_masks(model, case)
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
 
@@ -191,12 +230,22 @@ print(step.memory()["total"], benchmark._memory_bytes("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize(("model", "width", "budget"), [("resnet20", 16, None), ("resnet20", 32, 100_000_000), ("mlp", None, None)])
+@pytest.mark.parametrize(
+    ("model", "width", "budget"), [("resnet20", 16, None), ("resnet20", 32, 100_000_000), ("mlp", None, None)]
+)
 def test_planned_memory_is_what_a_process_that_loads_the_step_needs(model, width, budget, tmp_path):
     case = Case(model, width=width)
-    mest.compile(build_model(model, case.input_shape, width=width), case.input_shape, scheme="block", sparsity=0.9, threads=1,
-                 memory_budget=budget).save(tmp_path / "step")
-    told = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "step")], capture_output=True, text=True, check=True)
+    mest.compile(
+        build_model(model, case.input_shape, width=width),
+        case.input_shape,
+        scheme="block",
+        sparsity=0.9,
+        threads=1,
+        memory_budget=budget,
+    ).save(tmp_path / "step")
+    told = subprocess.run(
+        [sys.executable, "-c", LOADED, str(tmp_path / "step")], capture_output=True, text=True, check=True
+    )
     planned, peak = map(int, told.stdout.split()[-2:])
     assert abs(peak - planned) <= max(0.1 * planned, 4 * 2**20)
 
@@ -209,8 +258,11 @@ def test_what_a_second_thread_gains_is_measured_by_operator(monkeypatch):
         assert sum(seconds[side] for seconds in found["operators"].values()) == pytest.approx(found["step"][side])
     made_up = {"step": [0.1, 0.05], "operators": {"a": [0.0995, 0.0497], "b": [0.0005, 0.0003]}}
     lines = threads.table({"schemes": {"block:4x1": made_up}}).splitlines()
-    assert lines[2:] == ["| block:4x1 | whole step | 100.0 | 50.0 | 2.00 |", "| block:4x1 | a | 99.5 | 49.7 | 2.00 |",
-                         "| block:4x1 | all others | 0.5 | 0.3 | 1.67 |"]
+    assert lines[2:] == [
+        "| block:4x1 | whole step | 100.0 | 50.0 | 2.00 |",
+        "| block:4x1 | a | 99.5 | 49.7 | 2.00 |",
+        "| block:4x1 | all others | 0.5 | 0.3 | 1.67 |",
+    ]
 
 
 def test_what_kernels_wait_for_memory_is_measured(monkeypatch):
@@ -222,7 +274,9 @@ def test_what_kernels_wait_for_memory_is_measured(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 12, 63])
 def test_sparseprop_refuses_batches_whose_end_it_would_leave_out(batch):
-    with pytest.raises(UsageError, match=f"would leave out the last {batch % 8} of {batch}, without a word; give .* multiple of 8"):
+    with pytest.raises(
+        UsageError, match=f"would leave out the last {batch % 8} of {batch}, without a word; give .* multiple of 8"
+    ):
         CONTESTANTS["sparseprop"].build(replace(SMALL, input_shape=(batch, 3, 8, 8), sparsity=0.9))
 
 

@@ -13,8 +13,9 @@ CASE = Case("resnet20", (8, 3, 16, 16), width=8)
 
 @pytest.fixture(scope="module")
 def step():
-    return mest.compile(build_model("resnet20", CASE.input_shape, 10, 8), CASE.input_shape, scheme="block:4x1", sparsity=0.75,
-                        threads=1)
+    return mest.compile(
+        build_model("resnet20", CASE.input_shape, 10, 8), CASE.input_shape, scheme="block:4x1", sparsity=0.75, threads=1
+    )
 
 
 def test_every_call_of_the_step_is_counted_and_the_shares_add_up(step):
@@ -34,26 +35,28 @@ def test_layers_count_live_weights_only(step):
     masks = step.masks()
     layer = found["layer2.1.conv1.weight"]
     assert layer.live_weights == masks["layer2.1.conv1.weight"].sum() == 16 * 16 * 9 // 4
-    assert layer.flop == 2 * layer.live_weights * 8 * 8 * 8             # 8 x 8 pixels, 8 examples
+    assert layer.flop == 2 * layer.live_weights * 8 * 8 * 8  # 8 x 8 pixels, 8 examples
     assert set(layer.seconds) == {"forward", "grad_input", "grad_weight"}
     assert set(found["conv1.weight"].seconds) == {"forward", "grad_weight"}
     assert found["fc.weight"].live_weights == 10 * 32 and found["fc.weight"].output_size == (1, 1)
 
 
 def test_rate_is_useful_operations_over_time():
-    assert LayerTime("a", (1, 1, 1, 1), (1, 1), 5, 3_000_000, {"forward": 0.002}, {}).gflops("forward") == pytest.approx(1.5)
+    assert LayerTime("a", (1, 1, 1, 1), (1, 1), 5, 3_000_000, {"forward": 0.002}, {}).gflops(
+        "forward"
+    ) == pytest.approx(1.5)
 
 
 def test_profiling_changes_neither_state_nor_what_comes_after(step, tmp_path):
     images, labels = CASE.batch()
-    step(images, labels)                                                # momentum and statistics are not 0 any more
+    step(images, labels)  # momentum and statistics are not 0 any more
     step.save(tmp_path / "before")
     before = mest.load(tmp_path / "before")
     profile(step, images, labels, repeats=1)
     for name, array in before.state_dict().items():
         assert np.array_equal(step.state_dict()[name], array), name
     assert step(images, labels).loss == before(images, labels).loss
-    for name, array in before.state_dict().items():                     # momentum was kept, too
+    for name, array in before.state_dict().items():  # momentum was kept, too
         assert np.array_equal(step.state_dict()[name], array), name
 
 

@@ -1,4 +1,5 @@
-"""Speed tables: figures come from the comparisons, problems are rows, every format holds the same; the harness records and resumes."""
+"""Speed tables: figures come from the comparisons, problems are rows, every format holds the same; the harness records
+and resumes."""
 
 import csv
 import json
@@ -17,25 +18,49 @@ from mest_compile.measuring.speedtable import COLUMNS, Row, SpeedTable, speed_ta
 MIB = 2**20
 
 
-def comparison(scheme: str = "block:4x1", sparsity: float = 0.9, ours: tuple = (0.1, 0.2, 0.1), rival: tuple = (0.4, 0.4, 0.3), **case
-               ) -> Comparison:
+def comparison(
+    scheme: str = "block:4x1",
+    sparsity: float = 0.9,
+    ours: tuple = (0.1, 0.2, 0.1),
+    rival: tuple = (0.4, 0.4, 0.3),
+    **case,
+) -> Comparison:
     def side(name: str, seconds: tuple, peak_mib: int, planned: int | None) -> Side:
         return Side(name, seconds, 1.0, 2.3, 100 * MIB, 200 * MIB, 20, 5, peak_mib * MIB, planned)
 
-    return Comparison(Case("resnet32", width=32, scheme=scheme, sparsity=sparsity, **case), side("mest", ours, 50, 48 * MIB),
-                      side("torch", rival, 200, None), {"cpu": "Abacus 9"}, {"torch": "2"}, "2026-01-02T03:04:05+00:00")
+    return Comparison(
+        Case("resnet32", width=32, scheme=scheme, sparsity=sparsity, **case),
+        side("mest", ours, 50, 48 * MIB),
+        side("torch", rival, 200, None),
+        {"cpu": "Abacus 9"},
+        {"torch": "2"},
+        "2026-01-02T03:04:05+00:00",
+    )
 
 
 def sample() -> SpeedTable:
-    facts = {"model": "resnet32", "width": 32, "input_shape": [64, 3, 32, 32], "distribution": "uniform", "target": "local",
-             "baseline": "torch", "threads": 1, "repeats": 3, "machine": {"cpu": "Abacus 9"}, "versions": {}, "measured_at": ""}
+    facts = {
+        "model": "resnet32",
+        "width": 32,
+        "input_shape": [64, 3, 32, 32],
+        "distribution": "uniform",
+        "target": "local",
+        "baseline": "torch",
+        "threads": 1,
+        "repeats": 3,
+        "machine": {"cpu": "Abacus 9"},
+        "versions": {},
+        "measured_at": "",
+    }
     return SpeedTable((Row.of(comparison().to_dict()), Row("pattern", 0.955, problem="no | patterns <here>")), facts)
 
 
 def test_a_row_holds_medians_ratios_and_both_memories():
     row = Row.of(json.loads(json.dumps(comparison().to_dict())))
     assert (row.step_seconds, row.baseline_seconds, row.planned_bytes) == (0.1, 0.4, 48 * MIB)
-    assert (row.speedup, row.speedup_low, row.speedup_high) == pytest.approx((3, 2, 4))      # ratios 4, 2, 3; no ratio of medians
+    assert (row.speedup, row.speedup_low, row.speedup_high) == pytest.approx(
+        (3, 2, 4)
+    )  # ratios 4, 2, 3; no ratio of medians
     assert row.confidence == 0.75 and (row.peak_bytes, row.baseline_peak_bytes) == (50 * MIB, 200 * MIB)
 
 
@@ -48,16 +73,20 @@ def test_a_row_of_a_device_has_no_peaks_and_an_interval_of_both_medians():
     kinds = {}, {"emulated": True}, {"emulated": True, "clock": "instructions"}
     captions = [SpeedTable((row,), facts | more).caption() for more in kinds]
     assert [caption.partition("3 rounds, 50% intervals.")[2] for caption in captions] == [
-        "", " The device is emulated: its times say nothing about any device.",
-        " A millisecond is a million instructions: the device counts them instead of time."]
+        "",
+        " The device is emulated: its times say nothing about any device.",
+        " A millisecond is a million instructions: the device counts them instead of time.",
+    ]
 
 
 def test_the_page_has_the_recorded_instructions_of_whole_steps(repository):
     page = " ".join((repository / "docs" / "arm.md").read_text().split())
     table = json.loads((repository / "benchmarks" / "results" / "device-steps.json").read_text())
     assert table["clock"] == "instructions" and table["emulated"] and "--count-instructions" in table["device"]
-    millions, times = ([format(row[name] * scale, form) for row in table["rows"]]
-                       for name, scale, form in (("step_seconds", 1e3, ".1f"), ("speedup", 1, ".2f")))
+    millions, times = (
+        [format(row[name] * scale, form) for row in table["rows"]]
+        for name, scale, form in (("step_seconds", 1e3, ".1f"), ("speedup", 1, ".2f"))
+    )
     names = [row["scheme"] for row in table["rows"]]
     assert f"executes {table['rows'][0]['baseline_seconds'] * 1e3:.1f} million" in page
     assert all(f"{million} ({name})" in page for million, name in zip(millions, names, strict=True))
@@ -81,7 +110,11 @@ def test_every_format_holds_the_rows_and_the_problem(tmp_path):
     page = (tmp_path / "t.html").read_text()
     assert "2.00 to 4.00" in page and "&lt;here&gt;" in page and "<here>" not in page
     frame = table.to_pandas()
-    assert frame.speedup[0] == pytest.approx(3) and frame.problem[1].startswith("no |") and frame.attrs["baseline"] == "torch"
+    assert (
+        frame.speedup[0] == pytest.approx(3)
+        and frame.problem[1].startswith("no |")
+        and frame.attrs["baseline"] == "torch"
+    )
     table.plot(tmp_path / "t.png")
     table.plot(tmp_path / "t.svg")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "t.svg").read_text()
@@ -93,16 +126,23 @@ def test_a_file_that_cannot_be_written_is_a_usage_error(write, tmp_path):
         getattr(sample(), write)(tmp_path / "absent" / "t.png")
 
 
-@pytest.mark.parametrize(("options", "error", "said"), [
-    ({"target": "arm_cpu"}, UsageError, "give the device that is, by its tracker and key"),
-    ({"target": "arm_cpu", "baseline": "torch", "device": mest.rpc("127.0.0.1:1", "phone")}, UsageError, "only 'mest-dense' runs"),
-    ({"baseline": "abacus"}, UnknownName, "abacus"),
-    ({"schemes": ["plaid"]}, UnknownName, "plaid"),
-    ({"schemes": []}, UsageError, "one or more schemes"),
-    ({"sparsities": [1.0]}, UsageError, "below 1"),
-    ({"model": "net.onnx"}, UsageError, ".onnx"),
-    ({"width": 0}, UsageError, "width"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"target": "arm_cpu"}, UsageError, "give the device that is, by its tracker and key"),
+        (
+            {"target": "arm_cpu", "baseline": "torch", "device": mest.rpc("127.0.0.1:1", "phone")},
+            UsageError,
+            "only 'mest-dense' runs",
+        ),
+        ({"baseline": "abacus"}, UnknownName, "abacus"),
+        ({"schemes": ["plaid"]}, UnknownName, "plaid"),
+        ({"schemes": []}, UsageError, "one or more schemes"),
+        ({"sparsities": [1.0]}, UsageError, "below 1"),
+        ({"model": "net.onnx"}, UsageError, ".onnx"),
+        ({"width": 0}, UsageError, "width"),
+    ],
+)
 def test_misuse_is_noticed_before_anything_is_measured(options, error, said, monkeypatch):
     monkeypatch.setattr("mest_compile.measuring.speedtable.compare", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(error, match=said):
@@ -123,11 +163,21 @@ def test_a_scheme_that_the_model_cannot_have_is_a_row(monkeypatch):
 
     monkeypatch.setattr("mest_compile.measuring.speedtable.compare", fake)
     seen = []
-    table = mest.speed_table("mlp", (8, 3, 32, 32), ["unstructured", "pattern"], [0.8, 0.9], repeats=3,
-                             progress=lambda *now: seen.append(now))
+    table = mest.speed_table(
+        "mlp",
+        (8, 3, 32, 32),
+        ["unstructured", "pattern"],
+        [0.8, 0.9],
+        repeats=3,
+        progress=lambda *now: seen.append(now),
+    )
     why = "fc1: a linear layer has no patterns"
     assert [(row.scheme, row.sparsity, row.problem) for row in table.rows] == [
-        ("unstructured", 0.8, None), ("unstructured", 0.9, None), ("pattern", 0.8, why), ("pattern", 0.9, why)]
+        ("unstructured", 0.8, None),
+        ("unstructured", 0.9, None),
+        ("pattern", 0.8, why),
+        ("pattern", 0.9, why),
+    ]
     assert seen[2] == ("pattern 0.8", 2, 4) and table.facts["repeats"] == 3
     with pytest.raises(SparsityError, match="no patterns"):
         speed_table("mlp", (8, 3, 32, 32), ["pattern"], [0.9])
@@ -137,12 +187,22 @@ def test_a_torch_module_of_ones_own_is_measured_and_left_alone():
     import torch
 
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 1, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(),
-                              torch.nn.Linear(8 * 64, 7)).eval()
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, 1, 1),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 64, 7),
+    ).eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     table = speed_table(net, (8, 3, 8, 8), ["unstructured"], [0.5], repeats=1)
     (row,) = table.rows
-    assert row.problem is None and 0 < row.step_seconds < 1 and 0 < row.baseline_seconds < 1 and row.planned_bytes > 8 * 8 * 8 * 8 * 4
+    assert (
+        row.problem is None
+        and 0 < row.step_seconds < 1
+        and 0 < row.baseline_seconds < 1
+        and row.planned_bytes > 8 * 8 * 8 * 8 * 4
+    )
     assert table.facts["model"] == "Sequential" and not net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -159,25 +219,52 @@ def test_a_torch_module_is_compared_with_torch_only(monkeypatch, tmp_path):
 
 
 def test_the_command_measures_and_writes_its_files(mest_compile_command, tmp_path):
-    ran = mest_compile_command("table", "--model", "mlp", "--width", 32, "--batch", 8, "--schemes", "unstructured", "--sparsities", "0.9",
-                               "--repeats", 1, "--json", "--csv", tmp_path / "t.csv", "--html", tmp_path / "t.html")
+    ran = mest_compile_command(
+        "table",
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--batch",
+        8,
+        "--schemes",
+        "unstructured",
+        "--sparsities",
+        "0.9",
+        "--repeats",
+        1,
+        "--json",
+        "--csv",
+        tmp_path / "t.csv",
+        "--html",
+        tmp_path / "t.html",
+    )
     assert ran.code == 0, ran.err
     (row,) = ran.document["rows"]
     assert row["scheme"] == "unstructured" and row["speedup"] > 0 and row["peak_bytes"] > 0 and row["planned_bytes"] > 0
     assert (tmp_path / "t.csv").exists() and (tmp_path / "t.html").exists()
 
 
-@pytest.mark.parametrize(("options", "code", "said"), [
-    (["--target", "arm_cpu"], 2, "which is not this machine"),
-    (["--tracker", "127.0.0.1:1"], 2, "go together"),
-    (["--sparsities", "0.8;0.9"], 2, "separated by commas"),
-    (["--csv", "absent/t.csv"], 2, "no folder"),
-    (["--model", "abacus"], 2, "abacus"),
-])
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--target", "arm_cpu"], 2, "which is not this machine"),
+        (["--tracker", "127.0.0.1:1"], 2, "go together"),
+        (["--sparsities", "0.8;0.9"], 2, "separated by commas"),
+        (["--csv", "absent/t.csv"], 2, "no folder"),
+        (["--model", "abacus"], 2, "abacus"),
+    ],
+)
 def test_what_the_command_cannot_mean_is_one_line(mest_compile_command, tmp_path, monkeypatch, options, code, said):
     monkeypatch.chdir(tmp_path)
     ran = mest_compile_command("table", *options)
-    assert ran.code == code and ran.out == "" and ran.err.startswith("error: ") and ran.err.count("\n") == 1 and said in ran.err
+    assert (
+        ran.code == code
+        and ran.out == ""
+        and ran.err.startswith("error: ")
+        and ran.err.count("\n") == 1
+        and said in ran.err
+    )
 
 
 def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, tmp_path, monkeypatch):
@@ -192,12 +279,19 @@ def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, t
         return Comparison(case, comparison().ours, comparison().rival, {}, {}, "")
 
     monkeypatch.setattr(run, "compare", fake)
-    cases = [(Case("mlp", scheme=scheme), rival) for scheme, rival in (("block", "torch"), ("block", "sparseprop"), ("pattern", "torch"))]
+    cases = [
+        (Case("mlp", scheme=scheme), rival)
+        for scheme, rival in (("block", "torch"), ("block", "sparseprop"), ("pattern", "torch"))
+    ]
     monkeypatch.setattr(run, "quick", lambda: iter(cases))
     options = ["--quick", "--rounds", "3", "--folder", str(tmp_path)]
     assert run.main(options) == 1
     entries = json.loads((tmp_path / "quick.json").read_text())["entries"]
-    assert [next(iter({"ratio", "skipped", "failed"} & set(entry))) for entry in entries.values()] == ["ratio", "skipped", "failed"]
+    assert [next(iter({"ratio", "skipped", "failed"} & set(entry))) for entry in entries.values()] == [
+        "ratio",
+        "skipped",
+        "failed",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["quick.json"]
     measured.clear()
     run.main(options)
@@ -213,9 +307,18 @@ def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, t
 def test_published_cases_have_keys_of_their_own_and_can_be_compiled_for(repository):
     cases = list(run.full())
     assert len({run.key(case, rival) for case, rival in cases}) == len(cases)
-    assert {case.model for case, _ in cases} == {"resnet32", "vgg11", "mlp"} and {case.threads for case, _ in cases} == {1, 2}
-    assert {rival for _, rival in cases} == {"torch", "torch-compile", "sparseprop", "onnxruntime-training", "mest-one-thread",
-                                             "mest-untuned", "mest-avx2"}
+    assert {case.model for case, _ in cases} == {"resnet32", "vgg11", "mlp"} and {
+        case.threads for case, _ in cases
+    } == {1, 2}
+    assert {rival for _, rival in cases} == {
+        "torch",
+        "torch-compile",
+        "sparseprop",
+        "onnxruntime-training",
+        "mest-one-thread",
+        "mest-untuned",
+        "mest-avx2",
+    }
 
 
 def test_the_readme_shows_the_recorded_table(repository):
@@ -226,8 +329,12 @@ def test_the_readme_shows_the_recorded_table(repository):
 
 
 def test_the_readme_table_takes_the_headline_net_only(repository):
-    entries = {"a": comparison().to_dict(), "b": comparison("pattern", threads=2).to_dict(), "c": {"skipped": "no", "case": {}},
-               "d": comparison("filter").to_dict()}
+    entries = {
+        "a": comparison().to_dict(),
+        "b": comparison("pattern", threads=2).to_dict(),
+        "c": {"skipped": "no", "case": {}},
+        "d": comparison("filter").to_dict(),
+    }
     text = readme_table.table({"entries": entries})
     assert "block:4x1" in text and "filter" in text and "pattern" not in text
     assert readme_table.table(None) == readme_table.NOT_MEASURED
@@ -238,5 +345,8 @@ def test_the_readme_table_takes_the_headline_net_only(repository):
 def test_importing_the_table_loads_neither_torch_nor_tvm():
     import subprocess
 
-    code = "import sys, mest_compile; mest_compile.speed_table; print(sorted({'torch', 'tvm', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, mest_compile; mest_compile.speed_table; print(sorted({'torch', 'tvm', 'pandas', "
+        "'matplotlib'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

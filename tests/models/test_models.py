@@ -14,10 +14,17 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("name", "width", "millions"), [
-    ("resnet20", 16, 0.27), ("resnet32", 16, 0.47), ("resnet32", 32, 1.86),      # MEST states 1.86 M for its wide ResNet-32
-    ("resnet18", 64, 11.17), ("vgg11", 64, 9.23), ("vgg19", 64, 20.04),
-])
+@pytest.mark.parametrize(
+    ("name", "width", "millions"),
+    [
+        ("resnet20", 16, 0.27),
+        ("resnet32", 16, 0.47),
+        ("resnet32", 32, 1.86),  # MEST states 1.86 M for its wide ResNet-32
+        ("resnet18", 64, 11.17),
+        ("vgg11", 64, 9.23),
+        ("vgg19", 64, 20.04),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(name, width, millions):
     assert count(build_model(name, (1, 3, 32, 32), width=width)) / 1e6 == pytest.approx(millions, abs=0.006)
 
@@ -39,8 +46,17 @@ def test_resnet_halves_an_8x8_image_twice():
 
 def test_names_are_torchvisions():
     names = set(build_model("resnet20", (1, 3, 32, 32)).state_dict())
-    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer1.0.bn2.bias", "layer2.0.downsample.0.weight",
-            "layer2.0.downsample.1.running_var", "layer3.2.conv2.weight", "fc.weight", "fc.bias"} <= names
+    assert {
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.conv1.weight",
+        "layer1.0.bn2.bias",
+        "layer2.0.downsample.0.weight",
+        "layer2.0.downsample.1.running_var",
+        "layer3.2.conv2.weight",
+        "fc.weight",
+        "fc.bias",
+    } <= names
     assert "layer1.0.downsample.0.weight" not in names
     assert not [name for name in names if "conv" in name and name.endswith("bias")]
     assert build_model("resnet18", (1, 3, 32, 32), width=4).layer4[1].conv1.weight.shape == (32, 32, 3, 3)
@@ -49,13 +65,18 @@ def test_names_are_torchvisions():
 def test_mlp_takes_features_or_images_and_any_width():
     assert build_model("mlp", (2, 30), classes=3, width=8)(torch.randn(2, 30)).shape == (2, 3)
     module = build_model("mlp", (2, 1, 28, 28))
-    assert [tuple(layer.weight.shape) for layer in (module.fc1, module.fc2, module.fc3)] == [(1024, 784), (1024, 1024), (10, 1024)]
+    assert [tuple(layer.weight.shape) for layer in (module.fc1, module.fc2, module.fc3)] == [
+        (1024, 784),
+        (1024, 1024),
+        (10, 1024),
+    ]
 
 
 def test_convolutions_start_kaiming_normal_fan_out():
-    weight = build_model("resnet20", (1, 3, 32, 32), width=64).layer2[0].conv1.weight      # 64 -> 128 channels
+    weight = build_model("resnet20", (1, 3, 32, 32), width=64).layer2[0].conv1.weight  # 64 -> 128 channels
     want = math.sqrt(2 / (128 * 9))
-    # the sample deviation of n values is off by 1 / sqrt(2 n) of itself; 5 of these is beyond chance, fan-in is off by 41%
+    # the sample deviation of n values is off by 1 / sqrt(2 n) of itself; 5 of these is beyond chance, fan-in is off by
+    # 41%
     assert weight.std().item() == pytest.approx(want, rel=5 / math.sqrt(2 * weight.numel()))
 
 
@@ -77,7 +98,9 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(UnknownName, match="no model 'lenet'; there are: mlp, resnet18, resnet20, resnet32, vgg11, vgg19"):
+    with pytest.raises(
+        UnknownName, match="no model 'lenet'; there are: mlp, resnet18, resnet20, resnet32, vgg11, vgg19"
+    ):
         build_model("lenet", (1, 3, 8, 8))
     with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):
         build_model("resnet20", (2, 30))

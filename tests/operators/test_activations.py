@@ -1,4 +1,5 @@
-"""Every activation of the table is torch's, value and gradient; chains of operators are read as the activation that they compute."""
+"""Every activation of the table is torch's, value and gradient; chains of operators are read as the activation that
+they compute."""
 
 import os
 import subprocess
@@ -39,7 +40,11 @@ def torch_gradient(name, x, dy):
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_torchs_at_kinks_and_infinities_too(name):
     row, numbers = ACTIVATIONS[name], np.concatenate([POINTS[~np.isnan(POINTS)], KINKS])
-    for dy in np.random.default_rng(0).standard_normal(len(numbers)), np.full(len(numbers), np.nan), np.full(len(numbers), np.inf):
+    for dy in (
+        np.random.default_rng(0).standard_normal(len(numbers)),
+        np.full(len(numbers), np.nan),
+        np.full(len(numbers), np.inf),
+    ):
         y, dx = torch_gradient(name, numbers, dy)
         np.testing.assert_allclose(row.forward_reference(numbers), y, rtol=1e-14)
         source = y if row.from_result else numbers
@@ -52,13 +57,17 @@ def test_nan_stays_and_its_gradient_is_one_of_torchs(name):
     row, lost = ACTIVATIONS[name], np.full(64, np.nan)
     assert np.isnan(row.forward_reference(lost)).all()
     torchs = [torch_gradient(name, lost[:count], np.ones(count))[1][0] for count in (1, 64)]
-    assert any(np.array_equal(row.backward_reference(np.ones(1), lost[:1])[0], wanted, equal_nan=True) for wanted in torchs)
+    assert any(
+        np.array_equal(row.backward_reference(np.ones(1), lost[:1])[0], wanted, equal_nan=True) for wanted in torchs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_told_slope_is_that_of_the_formula(name):
     row, numbers = ACTIVATIONS[name], np.concatenate([POINTS, KINKS])
-    np.testing.assert_allclose(row.slope.evaluate(x=numbers), row.formula.derivative("x").evaluate(x=numbers), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        row.slope.evaluate(x=numbers), row.formula.derivative("x").evaluate(x=numbers), rtol=0, atol=1e-14
+    )
 
 
 def test_which_slopes_follow_from_the_result():
@@ -69,13 +78,16 @@ def test_which_slopes_follow_from_the_result():
 
 
 EXPRESSIONS = {
-    "sum": (X + 2 * Y - 3, lambda x, y: x + 2 * y - 3), "minus": (-X, lambda x, y: -x), "quotient": (X / (Y + 5), lambda x, y: x / (y + 5)),
+    "sum": (X + 2 * Y - 3, lambda x, y: x + 2 * y - 3),
+    "minus": (-X, lambda x, y: -x),
+    "quotient": (X / (Y + 5), lambda x, y: x / (y + 5)),
     "maximum": (maximum(X, 0.3 * Y), lambda x, y: torch.maximum(x, 0.3 * y)),
     "minimum": (minimum(X * Y, 1), lambda x, y: (x * y).clamp(max=1)),
     "functions": (exp(X) + log(Y + 5) * sqrt(Y + 5), lambda x, y: x.exp() + (y + 5).log() * (y + 5).sqrt()),
     "select": (select(X > Y, X * X, Y), lambda x, y: torch.where(x > y, x * x, y)),
     "softsign": (X / (1 + abs(X)), lambda x, y: F.softsign(x)),
-    "reversed": (1 - 1 / (2 + exp(-X)), lambda x, y: 1 - 1 / (2 + torch.exp(-x)))}
+    "reversed": (1 - 1 / (2 + exp(-X)), lambda x, y: 1 - 1 / (2 + torch.exp(-x))),
+}
 
 
 @pytest.mark.parametrize("case", EXPRESSIONS)
@@ -111,11 +123,17 @@ def test_derivatives_hold_no_factors_of_0_and_1():
 
 
 WRITTEN = {
-    "ReLU6": (nn.ReLU6(), "relu6"), "in place": (nn.ReLU6(inplace=True), "relu6"), "Hardtanh": (nn.Hardtanh(0, 6), "relu6"),
-    "clamp": (lambda y: y.clamp(0, 6), "relu6"), "minimum of a ReLU": (lambda y: F.relu(y).clamp(max=6), "relu6"),
-    "ReLU": (nn.ReLU(), "relu"), "clamp below": (lambda y: y.clamp(min=0), "relu"),
-    "Hardswish": (nn.Hardswish(), "hardswish"), "function in place": (lambda y: F.hardswish(y, inplace=True), "hardswish"),
-    "by hand": (lambda y: y * F.relu6(y + 3) / 6, "hardswish"), "by Hardsigmoid": (lambda y: y * F.hardsigmoid(y), "hardswish"),
+    "ReLU6": (nn.ReLU6(), "relu6"),
+    "in place": (nn.ReLU6(inplace=True), "relu6"),
+    "Hardtanh": (nn.Hardtanh(0, 6), "relu6"),
+    "clamp": (lambda y: y.clamp(0, 6), "relu6"),
+    "minimum of a ReLU": (lambda y: F.relu(y).clamp(max=6), "relu6"),
+    "ReLU": (nn.ReLU(), "relu"),
+    "clamp below": (lambda y: y.clamp(min=0), "relu"),
+    "Hardswish": (nn.Hardswish(), "hardswish"),
+    "function in place": (lambda y: F.hardswish(y, inplace=True), "hardswish"),
+    "by hand": (lambda y: y * F.relu6(y + 3) / 6, "hardswish"),
+    "by Hardsigmoid": (lambda y: y * F.hardsigmoid(y), "hardswish"),
     "divided first": (lambda y: (3 + y).clamp(0, 6) / 6 * y, "hardswish"),
     "from above": (lambda y: (0 - y) * (6 - F.relu6(3 - y)) / (-6.0), "hardswish"),
 }
@@ -140,8 +158,14 @@ class Ways(nn.Module):
 def test_however_it_is_written_it_is_the_activation(way, tmp_path):
     torch.manual_seed(0)
     module, shape = Ways().eval(), (2, 3, 8, 8)
-    graph, state = from_torch(module, shape) if way == "torch" else from_onnx(export(module, shape, tmp_path / "net.onnx", **KEEP), shape)
-    made = {each.inputs[0]: each.op for each in graph.nodes if each.op not in ("conv2d", "linear", "add", "global_avg_pool")}
+    graph, state = (
+        from_torch(module, shape)
+        if way == "torch"
+        else from_onnx(export(module, shape, tmp_path / "net.onnx", **KEEP), shape)
+    )
+    made = {
+        each.inputs[0]: each.op for each in graph.nodes if each.op not in ("conv2d", "linear", "add", "global_avg_pool")
+    }
     assert [made[f"convs.{place}"] for place in range(len(WRITTEN))] == [name for _, name in WRITTEN.values()]
     images = torch.randn(shape) * 9
     np.testing.assert_allclose(run_graph(graph, state, images), module(images).detach(), rtol=0, atol=1e-4)
@@ -163,7 +187,10 @@ REFUSED = {
     "a far bound": (Calls(lambda self, y: y.clamp(0, 1e30)), "minimum of a constant"),
     "on the way": (Calls(lambda self, y: F.hardswish(y) + (y + 3)), "add of a constant"),
     "softsign": (part(nn.Softsign()), "^abs, add and divide of a constant in layer 'part' .Softsign."),
-    "two activations": (Calls(lambda self, y: y * self.part(y), part=nn.Conv2d(4, 4, 1)), "multiply of two activations"),
+    "two activations": (
+        Calls(lambda self, y: y * self.part(y), part=nn.Conv2d(4, 4, 1)),
+        "multiply of two activations",
+    ),
     "a parameter": (Calls(lambda self, y: y * self.part.bias.mean(), part=nn.Conv2d(4, 4, 1)), "supported"),
 }
 
@@ -179,9 +206,15 @@ def test_what_is_no_activation_is_refused_as_it_was_written(case):
 def test_a_files_single_numbers_are_no_weights(tmp_path):
     """Other exporters than torch's hold the bounds of a Clip among the weights."""
     bounds = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in (("low", 0), ("high", 6))]
-    nodes = [gemm("x w", "h"), helper.make_node("Clip", ["h", "low", "high"], ["r"]), node("Gemm", "r v", "y", transB=1)]
+    nodes = [
+        gemm("x w", "h"),
+        helper.make_node("Clip", ["h", "low", "high"], ["r"]),
+        node("Gemm", "r v", "y", transB=1),
+    ]
     weights = {"w": numbers(7, 12), "v": numbers(CLASSES, 7)}
-    graph, state = from_onnx(write(tmp_path, nodes, weights, others=bounds, after=[("low", ()), ("high", ())]), (ROWS, 12))
+    graph, state = from_onnx(
+        write(tmp_path, nodes, weights, others=bounds, after=[("low", ()), ("high", ())]), (ROWS, 12)
+    )
     assert [each.op for each in graph.nodes] == ["linear", "relu6", "linear"] and list(state) == ["w", "v"]
 
 
@@ -233,8 +266,13 @@ def test_which_activations_batch_norm_takes_in(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "way", "target"), [
-    *((name, way, "local") for name in ("relu6", "hardswish") for way in ("torch", "onnx")), ("hardswish", "torch", "opencl")])
+@pytest.mark.parametrize(
+    ("name", "way", "target"),
+    [
+        *((name, way, "local") for name in ("relu6", "hardswish") for way in ("torch", "onnx")),
+        ("hardswish", "torch", "opencl"),
+    ],
+)
 def test_three_steps_equal_torchs(name, way, target, tmp_path):
     if target == "opencl":
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")
@@ -244,7 +282,9 @@ def test_three_steps_equal_torchs(name, way, target, tmp_path):
         norm.weight.data *= 4  # so that values lie on all sides of the bounds
     source = export(model, BATCH, tmp_path / "net.onnx", **KEEP) if way == "onnx" else model
     optimizer = mest.SGD(lr=0.01, momentum=0.9)
-    step = mest.compile(source, BATCH, scheme="unstructured", sparsity=0.5, dense_layers=["last"], optimizer=optimizer, target=target)
+    step = mest.compile(
+        source, BATCH, scheme="unstructured", sparsity=0.5, dense_layers=["last"], optimizer=optimizer, target=target
+    )
     batches = make_batches(BATCH, 5, 3)
     found = step.gradients(*batches[0])
     losses, gradients = masked_steps(model, step.masks(), batches, 0.01, optimizer)
@@ -275,6 +315,10 @@ print(sorted({call.kernel for call in step.program.calls if call.kernel.startswi
 
 def test_a_new_activation_is_one_row():
     """In a process of its own, whose table it stays in."""
-    done = subprocess.run([sys.executable, "-c", ROW], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", ROW],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.stdout == "['softsign.backward', 'softsign.forward']\n", done.stderr

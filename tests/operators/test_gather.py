@@ -11,7 +11,13 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.kernels.specializing import Structure, specialized
-from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.layers.gather import (
+    GatherConv,
+    GatherGrad,
+    Pass,
+    gather_conv_reference,
+    gather_grad_reference,
+)
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")
@@ -19,7 +25,8 @@ VECTOR = TARGET.vector
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray, scale: np.ndarray, terms: int) -> None:
-    """Every element within terms * eps of the sum of its terms' magnitudes (`scale`); what is stored in float16 was rounded to it once."""
+    """Every element within terms * eps of the sum of its terms' magnitudes (`scale`); what is stored in float16 was
+    rounded to it once."""
     assert got.shape == wanted.shape
     assert np.isfinite(got).all()
     stored = np.finfo(np.float16).eps / 2 * np.abs(wanted) + 2.0**-25 if got.dtype == np.float16 else 0
@@ -27,8 +34,11 @@ def assert_close(got: np.ndarray, wanted: np.ndarray, scale: np.ndarray, terms: 
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}"
 
 
-def call(builder: Builder, kernel: str, problem, *arrays: np.ndarray, structure: Structure | None = None, **knobs) -> list[np.ndarray]:
-    """Runs a kernel; every array as it is afterwards. One that has `structure` baked in is given pointers that say there are no units."""
+def call(
+    builder: Builder, kernel: str, problem, *arrays: np.ndarray, structure: Structure | None = None, **knobs
+) -> list[np.ndarray]:
+    """Runs a kernel; every array as it is afterwards. One that has `structure` baked in is given pointers that say
+    there are no units."""
     import tvm
 
     source = kernel_source(kernel, problem, TARGET, **knobs)
@@ -49,23 +59,39 @@ class Index:
         return int(np.diff(self.pointers).max(initial=0))
 
 
-def random_index(rng: np.random.Generator, source: Image, source_step, source_block: int, groups: int, sections: tuple[int, int],
-                 grids: list[tuple[int, int]], kernel: tuple[int, int], live: float, taps: int = 1) -> Index:
+def random_index(
+    rng: np.random.Generator,
+    source: Image,
+    source_step,
+    source_block: int,
+    groups: int,
+    sections: tuple[int, int],
+    grids: list[tuple[int, int]],
+    kernel: tuple[int, int],
+    live: float,
+    taps: int = 1,
+) -> Index:
     """Units anywhere a grid can read; about one group in four has none.
 
     sections  (how many, source channels of one)
     """
     pointers, offsets = [0], []
     for grid in grids:
-        reach = [size - (max(extent, 1) - 1) * step
-                 for size, extent, step in zip((source.rows, source.columns), grid, source_step, strict=True)]
+        reach = [
+            size - (max(extent, 1) - 1) * step
+            for size, extent, step in zip((source.rows, source.columns), grid, source_step, strict=True)
+        ]
         places = [(y, x) for y in range(min(kernel[0], reach[0])) for x in range(min(kernel[1], reach[1]) - taps + 1)]
         dead = rng.random(groups) < (0.25 if live < 1 else 0)
         for section in range(sections[0]):
             channels = range(section * sections[1], min((section + 1) * sections[1], source.channels), source_block)
             for group in range(groups):
-                offsets += [channel * source.channel_elems + y * source.row_elems + x * source.vector for channel in channels
-                            for y, x in places if rng.random() < live and not dead[group]]
+                offsets += [
+                    channel * source.channel_elems + y * source.row_elems + x * source.vector
+                    for channel in channels
+                    for y, x in places
+                    if rng.random() < live and not dead[group]
+                ]
                 pointers.append(len(offsets))
     return Index(np.array(pointers, np.int32), np.array(offsets, np.int32))
 
@@ -80,18 +106,32 @@ def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
     """(values, source, result before, bias)"""
     values = rng.standard_normal((len(index.offsets), problem.unit[0], problem.row_block)).astype(np.float32)
     bias = rng.standard_normal(problem.result.channels).astype(np.float32) if problem.bias else None
-    return values, activation(rng, problem.source), rng.standard_normal(problem.result.shape).astype(problem.result.dtype), bias
+    return (
+        values,
+        activation(rng, problem.source),
+        rng.standard_normal(problem.result.shape).astype(problem.result.dtype),
+        bias,
+    )
 
 
 def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.random.Generator, **knobs) -> None:
     values, source, before, bias = conv_case(problem, index, rng)
     wanted = gather_conv_reference(problem, index.pointers, index.offsets, values, source, before, bias)
-    scale = gather_conv_reference(problem, index.pointers, index.offsets, np.abs(values), np.abs(source), np.abs(before),
-                                  None if bias is None else np.abs(bias))
+    scale = gather_conv_reference(
+        problem,
+        index.pointers,
+        index.offsets,
+        np.abs(values),
+        np.abs(source),
+        np.abs(before),
+        None if bias is None else np.abs(bias),
+    )
     arrays = [index.pointers, index.offsets, values, *([bias] if problem.bias else []), source, before]
     if problem.statistics:
         rows = problem.passes[0].grid[0]
-        arrays.append(np.full((problem.result.slices * rows, 2, problem.result.channels, problem.result.vector), 7, np.float32))
+        arrays.append(
+            np.full((problem.result.slices * rows, 2, problem.result.channels, problem.result.vector), 7, np.float32)
+        )
     after = call(builder, "gather.conv", problem, *arrays, **knobs)
     got = after[-2] if problem.statistics else after[-1]
     terms = index.most_terms * problem.unit[0] * problem.sections + 1
@@ -99,7 +139,7 @@ def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.rand
     if problem.statistics:
         inside = got[problem.result.interior].astype(np.float64)
         moments = [(inside**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)]
-        sizes = [(np.abs(inside)**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)]
+        sizes = [(np.abs(inside) ** power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)]
         for power in (0, 1):
             rows_of = after[-1][:, power].reshape(moments[power].shape)
             assert_close(rows_of, moments[power], sizes[power], inside.shape[3] + 1)
@@ -129,16 +169,48 @@ def random_problem(seed: int, taps: int = 1, live: float | None = None):
     stride, kernel = pick(1, 1, 2), pick((1, taps), (3, 3), (3, 3), (5, max(2, taps)))
     halo = pick((0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 2, 1))
     batch = pick(1, 7, 8, 16, 20, 24)
-    source = Image(source_block * int(rng.integers(1, 7)), int(rng.integers(5, 19)), pick(5, 8, 16, 17), batch, halo, VECTOR)
-    height, width = ((size - extent) // stride + 1 for size, extent in zip((source.rows, source.columns), kernel, strict=True))
-    result = Image(row_block * int(rng.integers(1, 7)), height, width, batch, pick((0, 0, 0, 0), (1, 1, 1, 1), (0, 2, 1, 0)), VECTOR)
+    source = Image(
+        source_block * int(rng.integers(1, 7)), int(rng.integers(5, 19)), pick(5, 8, 16, 17), batch, halo, VECTOR
+    )
+    height, width = (
+        (size - extent) // stride + 1 for size, extent in zip((source.rows, source.columns), kernel, strict=True)
+    )
+    result = Image(
+        row_block * int(rng.integers(1, 7)),
+        height,
+        width,
+        batch,
+        pick((0, 0, 0, 0), (1, 1, 1, 1), (0, 2, 1, 0)),
+        VECTOR,
+    )
     section = source_block * int(rng.integers(1, source.channels // source_block + 1))
     accumulate = bool(rng.integers(2))
     statistics = not accumulate and batch % VECTOR == 0 and bool(rng.integers(2))
-    conv = GatherConv(source, result, row_block, source_block, (stride, stride), (Pass((height, width)),), section, accumulate=accumulate,
-                      bias=not accumulate and bool(rng.integers(2)), statistics=statistics, taps=taps)
-    index = random_index(rng, source, (stride, stride), source_block, conv.groups, (conv.sections, section), [(height, width)], kernel,
-                         live or pick(0.1, 0.3, 1.0), taps)
+    conv = GatherConv(
+        source,
+        result,
+        row_block,
+        source_block,
+        (stride, stride),
+        (Pass((height, width)),),
+        section,
+        accumulate=accumulate,
+        bias=not accumulate and bool(rng.integers(2)),
+        statistics=statistics,
+        taps=taps,
+    )
+    index = random_index(
+        rng,
+        source,
+        (stride, stride),
+        source_block,
+        conv.groups,
+        (conv.sections, section),
+        [(height, width)],
+        kernel,
+        live or pick(0.1, 0.3, 1.0),
+        taps,
+    )
     return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section, taps), index
 
 
@@ -156,7 +228,10 @@ def test_activations_in_float16(builder, seed, once):
     """Rounded once, when a result is stored: not between the sections of an index."""
     conv, grad, index = random_problem(seed)
     source = replace(conv.source, dtype="float16")
-    conv, grad = replace(conv, source=source, result=replace(conv.result, dtype="float16")), replace(grad, source=source)
+    conv, grad = (
+        replace(conv, source=source, result=replace(conv.result, dtype="float16")),
+        replace(grad, source=source),
+    )
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed), once=once)
     delta = replace(grad.delta, dtype="float16" if seed % 2 else "float32")
@@ -191,9 +266,13 @@ def test_passes_over_parity_classes(builder, size, row_block, source_block, accu
     rng = np.random.default_rng(3)
     result = Image(8, *size, 7, (1, 1, 1, 1), VECTOR)
     source = Image(12, -(-size[0] // 2), -(-size[1] // 2), 7, (1, 1, 1, 1), VECTOR)
-    passes = tuple(Pass(((size[0] - y + 1) // 2, (size[1] - x + 1) // 2), (y, x), (2, 2)) for y in (0, 1) for x in (0, 1))
+    passes = tuple(
+        Pass(((size[0] - y + 1) // 2, (size[1] - x + 1) // 2), (y, x), (2, 2)) for y in (0, 1) for x in (0, 1)
+    )
     conv = GatherConv(source, result, row_block, source_block, (1, 1), passes, 8, accumulate=accumulate)
-    index = random_index(rng, source, (1, 1), source_block, conv.groups, (2, 8), [each.grid for each in passes], (2, 2), 0.4)
+    index = random_index(
+        rng, source, (1, 1), source_block, conv.groups, (2, 8), [each.grid for each in passes], (2, 2), 0.4
+    )
     check_conv(builder, conv, index, rng)
 
 
@@ -221,9 +300,22 @@ def test_answers_do_not_depend_on_threads(builder):
             threads(1, count)
             arrays = [index.pointers, index.offsets, values, *([bias] if conv.bias else []), source, before]
             if conv.statistics:
-                arrays.append(np.zeros((conv.result.slices * conv.passes[0].grid[0], 2, conv.result.channels, VECTOR), np.float32))
-            gradients = call(builder, "gather.grad", grad, index.pointers, index.offsets, source, delta, np.zeros(values.shape, np.float32))
-            answers.append(call(builder, "gather.conv", conv, *arrays)[len(arrays) - conv.statistics - 1:] + gradients[-1:])
+                arrays.append(
+                    np.zeros((conv.result.slices * conv.passes[0].grid[0], 2, conv.result.channels, VECTOR), np.float32)
+                )
+            gradients = call(
+                builder,
+                "gather.grad",
+                grad,
+                index.pointers,
+                index.offsets,
+                source,
+                delta,
+                np.zeros(values.shape, np.float32),
+            )
+            answers.append(
+                call(builder, "gather.conv", conv, *arrays)[len(arrays) - conv.statistics - 1 :] + gradients[-1:]
+            )
     finally:
         threads(1, 1)
     for answer in answers[1:]:

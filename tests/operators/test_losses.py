@@ -35,14 +35,19 @@ class Small(nn.Module):
 def compiled(outputs=5, **options):
     torch.manual_seed(1)
     model = Small(outputs)
-    return mest.compile(model, SHAPE, **{"sparsity": 0.75, "dense_layers": ["conv1", "fc"], "optimizer": mest.SGD(0.01), "threads": 1,
-                                         **options}), model
+    return mest.compile(
+        model,
+        SHAPE,
+        **{"sparsity": 0.75, "dense_layers": ["conv1", "fc"], "optimizer": mest.SGD(0.01), "threads": 1, **options},
+    ), model
 
 
 def batches(count, outputs=5, seed=0):
     rng = np.random.default_rng(seed)
-    return [(rng.standard_normal(SHAPE).astype(np.float32), rng.standard_normal((SHAPE[0], outputs)).astype(np.float32))
-            for _ in range(count)]
+    return [
+        (rng.standard_normal(SHAPE).astype(np.float32), rng.standard_normal((SHAPE[0], outputs)).astype(np.float32))
+        for _ in range(count)
+    ]
 
 
 class Torch:
@@ -52,7 +57,9 @@ class Torch:
         self.model, self.parameters = model.train(), dict(model.named_parameters())
         self.masks = {name: torch.from_numpy(mask) for name, mask in step.masks().items()}
         rule = step.optimizer
-        self.rule = torch.optim.SGD(model.parameters(), lr=rule.lr, momentum=rule.momentum, weight_decay=rule.weight_decay)
+        self.rule = torch.optim.SGD(
+            model.parameters(), lr=rule.lr, momentum=rule.momentum, weight_decay=rule.weight_decay
+        )
         with torch.no_grad():
             for name, mask in self.masks.items():
                 self.parameters[name] *= mask
@@ -82,11 +89,15 @@ def test_facts_without_a_loss_are_of_cross_entropy():
     assert read_loss({"label_smoothing": 0.25}) == mest.CrossEntropy(0.25) and read_loss({}) == mest.CrossEntropy()
 
 
-@pytest.mark.parametrize("target, digest", [("arm_cpu", "ba5b6709e1c8bd84"), ("opencl", "cbe8fd4d4f23071f")])
+@pytest.mark.parametrize(("target", "digest"), [("arm_cpu", "ba5b6709e1c8bd84"), ("opencl", "cbe8fd4d4f23071f")])
 def test_the_text_of_cross_entropys_kernels_is_what_it_was(target, digest):
-    problems = [SoftmaxCrossEntropy(Image(classes, 1, 1, batch, (0, 0, 0, 0), 4), Image(classes, 1, 1, batch, halo, 4), smoothing)
-                for classes, batch, halo in ((10, 7, (0, 0, 0, 0)), (13, 64, (1, 0, 0, 1)), (300, 64, (0, 0, 0, 0)))
-                for smoothing in (0.0, 0.1)]
+    problems = [
+        SoftmaxCrossEntropy(
+            Image(classes, 1, 1, batch, (0, 0, 0, 0), 4), Image(classes, 1, 1, batch, halo, 4), smoothing
+        )
+        for classes, batch, halo in ((10, 7, (0, 0, 0, 0)), (13, 64, (1, 0, 0, 1)), (300, 64, (0, 0, 0, 0)))
+        for smoothing in (0.0, 0.1)
+    ]
     texts = [kernel_source("loss.cross_entropy", problem, find_target(target)).text for problem in problems]
     assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == digest
 
@@ -103,26 +114,37 @@ def test_steps_of_mean_squared_error_equal_torch(target, outputs):
     for name, parameter in twin.parameters.items():
         gradient = parameter.grad.numpy()
         assert np.abs(got[name] - gradient).max() <= 1e-4 * np.abs(gradient).max(), name
-    twin.model.load_state_dict({name: torch.from_numpy(array) for name, array in step.state_dict().items()}, strict=False)
+    twin.model.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in step.state_dict().items()}, strict=False
+    )
     results = [step(*batch) for batch in given]
     np.testing.assert_allclose([result.loss for result in results], [twin.step(*batch) for batch in given], rtol=1e-4)
     assert all(result.correct is None for result in results)
     twin.model.eval()
     with torch.no_grad():
-        np.testing.assert_allclose(step.predict(given[0][0]), twin.model(torch.from_numpy(given[0][0])).numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            step.predict(given[0][0]), twin.model(torch.from_numpy(given[0][0])).numpy(), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_one_output_takes_flat_targets_and_torch_tensors():
     (step, _), (images, targets) = compiled(1, loss="mse"), batches(1, 1)[0]
-    losses = [compiled(1, loss="mse")[0](images, given).loss for given in (targets, targets[:, 0], torch.from_numpy(targets))]
+    losses = [
+        compiled(1, loss="mse")[0](images, given).loss for given in (targets, targets[:, 0], torch.from_numpy(targets))
+    ]
     assert losses == [step(images, targets.astype(np.float64)).loss] * 3
 
 
-@pytest.mark.parametrize("targets, message", [
-    (np.zeros((7, 4)), r"targets have shape \(7, 4\); mest.MSE takes numbers of shape \(7, 5\)"),
-    (np.zeros(7), r"targets have shape \(7,\)"), (np.full((7, 5), np.nan), "35 targets are NaN or infinite"),
-    (np.full((7, 5), 1e39), "35 targets are NaN"), (np.full((7, 5), "a"), "wanted real numbers"),
-])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.zeros((7, 4)), r"targets have shape \(7, 4\); mest.MSE takes numbers of shape \(7, 5\)"),
+        (np.zeros(7), r"targets have shape \(7,\)"),
+        (np.full((7, 5), np.nan), "35 targets are NaN or infinite"),
+        (np.full((7, 5), 1e39), "35 targets are NaN"),
+        (np.full((7, 5), "a"), "wanted real numbers"),
+    ],
+)
 def test_targets_that_do_not_fit_are_refused_and_change_nothing(targets, message):
     step, _ = compiled(loss=mest.MSE())
     before = step.state_dict()
@@ -153,17 +175,32 @@ def test_files_hold_the_loss(loss, tmp_path):
 def test_label_smoothing_is_short_for_a_loss_object():
     short, _ = compiled(label_smoothing=0.1)
     given = batches(1)[0][0], np.arange(7) % 5
-    assert short(*given).loss == compiled(loss=mest.CrossEntropy(0.1))[0](*given).loss != compiled(loss="cross_entropy")[0](*given).loss
+    assert (
+        short(*given).loss
+        == compiled(loss=mest.CrossEntropy(0.1))[0](*given).loss
+        != compiled(loss="cross_entropy")[0](*given).loss
+    )
     assert isinstance(short._compiled.facts, Facts) and short.describe()["label_smoothing"] == 0.1
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"loss": "hinge"}, UnknownName, "no loss 'hinge'; there are: cross_entropy, mse"),
-    ({"loss": nn.MSELoss()}, UsageError, r"loss is MSELoss\(\); wanted one of mest.CrossEntropy\(smoothing\), mest.MSE\(\), or 'cross_en"),
-    ({"loss": mest.MSE(), "label_smoothing": 0.1}, UsageError, r"short for loss=mest.CrossEntropy\(smoothing=...\), and the loss is MSE"),
-    ({"loss": mest.CrossEntropy(0.2), "label_smoothing": 0.1}, UsageError, "leave one out"),
-    ({"outputs": 1}, SpecError, r"one logit.*loss=mest.MSE\(\)"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loss": "hinge"}, UnknownName, "no loss 'hinge'; there are: cross_entropy, mse"),
+        (
+            {"loss": nn.MSELoss()},
+            UsageError,
+            r"loss is MSELoss\(\); wanted one of mest.CrossEntropy\(smoothing\), mest.MSE\(\), or 'cross_en",
+        ),
+        (
+            {"loss": mest.MSE(), "label_smoothing": 0.1},
+            UsageError,
+            r"short for loss=mest.CrossEntropy\(smoothing=...\), and the loss is MSE",
+        ),
+        ({"loss": mest.CrossEntropy(0.2), "label_smoothing": 0.1}, UsageError, "leave one out"),
+        ({"outputs": 1}, SpecError, r"one logit.*loss=mest.MSE\(\)"),
+    ],
+)
 def test_a_loss_that_cannot_be_is_refused(options, error, message):
     with pytest.raises(error, match=message) as caught:
         compiled(**options)

@@ -17,7 +17,13 @@ from mest_compile.operators import add, batch_norm, flatten, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
-from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass, gather_conv_reference, gather_grad_reference
+from mest_compile.operators.layers.gather import (
+    GatherConv,
+    GatherGrad,
+    Pass,
+    gather_conv_reference,
+    gather_grad_reference,
+)
 from mest_compile.operators.losses import cross_entropy as loss
 from mest_compile.operators.losses.loss import LOSSES
 from mest_compile.operators.optimizers import optimizer
@@ -28,11 +34,13 @@ KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.sta
 DTYPES = ["float32", *(["float16"] if TARGET.float16 else [])]
 KEEP_SIGNS = {"image.import", "image.export", "flatten.forward", "relu.forward"}
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, np.nan, np.inf, -np.inf, -0.0], np.float32)
-CASES = {}  # kernel -> function(rng, dtype) that yields (problem, arrays, {number of an array: what it must be afterwards})
+# kernel -> function(rng, dtype) that yields (problem, arrays, {number of an array: what it must be afterwards})
+CASES = {}
 
 
 def case(*kernels):
     """Registers a function(kernel, rng, dtype) for kernels."""
+
     def register(function):
         CASES.update(dict.fromkeys(kernels, function))
         return function
@@ -58,10 +66,14 @@ def agree(got: np.ndarray, wanted: np.ndarray, dtype: str) -> None:
     """NaN where NaN is wanted, the very infinities, and numbers but for rounding."""
     assert got.shape == wanted.shape
     numbers = np.isfinite(wanted)
-    assert np.array_equal(got[~numbers], wanted[~numbers].astype(np.float32), equal_nan=True), "not the same NaN and infinities"
+    assert np.array_equal(got[~numbers], wanted[~numbers].astype(np.float32), equal_nan=True), (
+        "not the same NaN and infinities"
+    )
     assert np.isfinite(got[numbers]).all(), "NaN or infinity in the place of a number"
     scale = np.abs(wanted[numbers]).max(initial=0)
-    assert np.abs(got[numbers] - wanted[numbers]).max(initial=0) <= scale * (200 * EPS if dtype == "float32" else 4 * np.finfo(dtype).eps)
+    assert np.abs(got[numbers] - wanted[numbers]).max(initial=0) <= scale * (
+        200 * EPS if dtype == "float32" else 4 * np.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +89,9 @@ def test_a_kernel_gives_what_its_reference_gives(builder, kernel, dtype):
                 got = results[place] if layout is None else layout.unpack(results[place].astype(np.float32))
                 agree(got.reshape(values.shape), np.asarray(values, np.float64), dtype)
                 if kernel in KEEP_SIGNS:
-                    assert np.array_equal(np.signbit(got.reshape(values.shape)[values == 0]), np.signbit(values[values == 0]))
+                    assert np.array_equal(
+                        np.signbit(got.reshape(values.shape)[values == 0]), np.signbit(values[values == 0])
+                    )
                 met += np.count_nonzero(~np.isfinite(values))
     assert met or kernel == "image.zero_halo"
 
@@ -88,7 +102,10 @@ def test_a_kernel_with_a_structure_baked_in_gives_the_same(builder, kernel):
     with np.errstate(all="ignore"):
         for problem, arrays, wanted in gathered(kernel, np.random.default_rng(3), "float32", live=1.0):
             structure = structure_of(problem, arrays[0])
-            results, plain = call(builder, kernel, problem, *arrays, structure=structure), call(builder, kernel, problem, *arrays)
+            results, plain = (
+                call(builder, kernel, problem, *arrays, structure=structure),
+                call(builder, kernel, problem, *arrays),
+            )
             assert all(np.array_equal(results[place], plain[place], equal_nan=True) for place in wanted)
             assert not all(np.isfinite(results[place]).all() for place in wanted)
 
@@ -112,17 +129,33 @@ def shapes(dtype: str) -> tuple[Image, Image]:
 # Pointwise
 
 
-@case("image.import", "image.export", "image.zero_halo", "image.copy", "flatten.forward", "flatten.backward", "add.forward")
+@case(
+    "image.import",
+    "image.export",
+    "image.zero_halo",
+    "image.copy",
+    "flatten.forward",
+    "flatten.backward",
+    "add.forward",
+)
 def pointwise(kernel, rng, dtype) -> Iterator:
     shape, other = shapes(dtype)
     x, start = draw(rng, shape), draw(rng, shape)
     here, there, room = pack(shape, x, 0), pack(other, start, 0), pack(shape, start, 0)
     if kernel == "image.import":
-        yield image.ImageImport(shape), [np.moveaxis(x, -1, 0), room], {1: (shape, image.import_reference(np.moveaxis(x, -1, 0)))}
+        yield (
+            image.ImageImport(shape),
+            [np.moveaxis(x, -1, 0), room],
+            {1: (shape, image.import_reference(np.moveaxis(x, -1, 0)))},
+        )
     elif kernel == "image.export":
         logits = make(9, 1, 1, 7, dtype=dtype)
         values = draw(rng, logits)
-        yield image.ImageExport(logits), [pack(logits, values), np.zeros((7, 9), np.float32)], {1: image.export_reference(values)}
+        yield (
+            image.ImageExport(logits),
+            [pack(logits, values), np.zeros((7, 9), np.float32)],
+            {1: image.export_reference(values)},
+        )
     elif kernel == "image.zero_halo":
         yield image.ZeroHalo(shape), [here], {0: np.where(here == HALO, 0, here)}
     elif kernel == "image.copy":
@@ -130,9 +163,17 @@ def pointwise(kernel, rng, dtype) -> Iterator:
     elif kernel.startswith("flatten"):
         flat = make(9 * 30, 1, 1, 7, dtype=dtype)
         if kernel == "flatten.forward":
-            yield flatten.Flatten(shape, flat), [here, np.zeros(flat.elems, dtype)], {1: (flat, flatten.forward_reference(x))}
+            yield (
+                flatten.Flatten(shape, flat),
+                [here, np.zeros(flat.elems, dtype)],
+                {1: (flat, flatten.forward_reference(x))},
+            )
         else:
-            yield flatten.Flatten(shape, flat, True), [pack(flat, flatten.forward_reference(x), 0), room], {1: (shape, x + start)}
+            yield (
+                flatten.Flatten(shape, flat, True),
+                [pack(flat, flatten.forward_reference(x), 0), room],
+                {1: (shape, x + start)},
+            )
     elif kernel == "add.forward":
         yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
 
@@ -143,11 +184,18 @@ def activations(kernel, rng, dtype) -> Iterator:
     x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
     row = ACTIVATIONS[kernel.partition(".")[0]]
     if kernel.endswith("forward"):
-        yield ActivationForward(other, shape), [pack(other, x), pack(shape, start, 0)], {1: (shape, row.forward_reference(x))}
+        yield (
+            ActivationForward(other, shape),
+            [pack(other, x), pack(shape, start, 0)],
+            {1: (shape, row.forward_reference(x))},
+        )
         return
     for accumulate in (False, True):
-        yield (ActivationBackward(shape, shape, other, accumulate), [pack(shape, dy, 0), pack(shape, x, 0), pack(other, start, 0)],
-               {2: (other, row.backward_reference(dy, x) + (start if accumulate else 0))})
+        yield (
+            ActivationBackward(shape, shape, other, accumulate),
+            [pack(shape, dy, 0), pack(shape, x, 0), pack(other, start, 0)],
+            {2: (other, row.backward_reference(dy, x) + (start if accumulate else 0))},
+        )
 
 
 @case("bias.gradient")
@@ -176,12 +224,17 @@ def pools(kernel, rng, dtype) -> Iterator:
         for accumulate in (False, True) if padding else (False,):
             before = start if accumulate else 0
             if kernel.startswith("max"):
-                yield (pool.MaxPoolBackward(problem, result, shape, accumulate),
-                       [pack(result, dy, 0), pack(shape, x), pack(shape, start, 0)],
-                       {2: (shape, pool.max_backward_reference(problem, dy, x) + before)})
+                yield (
+                    pool.MaxPoolBackward(problem, result, shape, accumulate),
+                    [pack(result, dy, 0), pack(shape, x), pack(shape, start, 0)],
+                    {2: (shape, pool.max_backward_reference(problem, dy, x) + before)},
+                )
             else:
-                yield (pool.AvgPoolBackward(problem, result, shape, accumulate), [pack(result, dy, 0), pack(shape, start, 0)],
-                       {1: (shape, pool.avg_backward_reference(problem, dy) + before)})
+                yield (
+                    pool.AvgPoolBackward(problem, result, shape, accumulate),
+                    [pack(result, dy, 0), pack(shape, start, 0)],
+                    {1: (shape, pool.avg_backward_reference(problem, dy) + before)},
+                )
 
 
 @case("global_avg_pool.forward", "global_avg_pool.backward")
@@ -201,7 +254,11 @@ def global_pool(kernel, rng, dtype) -> Iterator:
 
 def by_channel(rng, layout: Image) -> np.ndarray:
     """Values whose channels have one special value each, at several places, or none; the last one is constant."""
-    values = rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch)).astype(layout.dtype).astype(np.float32)
+    values = (
+        rng.standard_normal((layout.channels, layout.height, layout.width, layout.batch))
+        .astype(layout.dtype)
+        .astype(np.float32)
+    )
     for channel, special in enumerate((np.nan, np.inf, -np.inf, -0.0)):
         values[channel, 0, 0, 0] = values[channel, -1, -1, -1] = special
     values[4, 0, 0, 1], values[4, 1, 1, 0], values[5, 1, 2, 2], values[-1] = np.inf, -np.inf, np.inf, 3
@@ -217,8 +274,11 @@ def moments(kernel, rng, dtype) -> Iterator:
     z = by_channel(rng, shape)
     lanes = z.reshape(9, -1, shape.width, shape.slices, shape.vector)
     statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 3, 0, 1, 4).astype(np.float32)
-    yield (batch_norm.BatchNormMoments(shape, 1e-5, shape.height * shape.slices), [statistics, pack(shape, z), room],
-           {2: batch_norm.moments_reference(z, 1e-5)})
+    yield (
+        batch_norm.BatchNormMoments(shape, 1e-5, shape.height * shape.slices),
+        [statistics, pack(shape, z), room],
+        {2: batch_norm.moments_reference(z, 1e-5)},
+    )
 
 
 @case("batch_norm.running", "batch_norm.frozen")
@@ -228,8 +288,11 @@ def statistics_kept(kernel, rng, dtype) -> Iterator:
         wanted = batch_norm.running_reference(known, mean, variance, 0.3)
         yield batch_norm.BatchNormRunning(9, 0.3), [known, mean, variance], {1: wanted[0], 2: wanted[1]}
     else:
-        yield (batch_norm.BatchNormFrozen(9, 1e-3), [mean, variance, np.zeros((3, 9), np.float32)],
-               {2: batch_norm.frozen_reference(mean, variance, 1e-3)})
+        yield (
+            batch_norm.BatchNormFrozen(9, 1e-3),
+            [mean, variance, np.zeros((3, 9), np.float32)],
+            {2: batch_norm.frozen_reference(mean, variance, 1e-3)},
+        )
 
 
 @case("batch_norm.forward", "batch_norm.backward")
@@ -267,16 +330,25 @@ def batch_norms(kernel, rng, dtype) -> Iterator:
 def losses(kernel, rng, dtype) -> Iterator:
     shape = make(6, 1, 1, 1)
     inf, nan = np.inf, np.nan
-    rows = ([0, 1, 2, -0.0, 5, 1], [0, nan, 2, 9, nan, 1], [nan, 1, 2, 3, 4, 5], [0, inf, 1, 2, 3, 4], [-inf, 1, 2, -inf, 0, 1], [-inf] * 6,
-            [0, inf, nan, 1, 2, inf])
+    rows = (
+        [0, 1, 2, -0.0, 5, 1],
+        [0, nan, 2, 9, nan, 1],
+        [nan, 1, 2, 3, 4, 5],
+        [0, inf, 1, 2, 3, 4],
+        [-inf, 1, 2, -inf, 0, 1],
+        [-inf] * 6,
+        [0, inf, nan, 1, 2, inf],
+    )
     for smoothing in (0.0, 0.1):
         for row in rows:
             for label in (0, 1, 4) if smoothing == 0 else (1,):
                 logits, labels = np.array(row, np.float32)[:, None, None, None], np.array([label], np.int32)
                 value, correct, dlogits = loss.CrossEntropy(smoothing).reference(logits, labels)
-                yield (loss.SoftmaxCrossEntropy(shape, shape, smoothing),
-                       [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
-                       {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)})
+                yield (
+                    loss.SoftmaxCrossEntropy(shape, shape, smoothing),
+                    [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
+                    {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)},
+                )
 
 
 @case("loss.elementwise")
@@ -290,8 +362,11 @@ def elementwise_losses(kernel, rng, dtype) -> Iterator:
                 bad = outputs.copy()
                 bad[at, 0, 0, at % 5] = (np.nan, np.inf, -np.inf)[at // 2]
                 value, _, slope = rule.reference(bad, targets)
-                yield (rule.problem(shape, shape), [pack(shape, bad), targets, np.zeros(1, np.float32), pack(shape, bad)],
-                       {2: np.array([value]), 3: (shape, slope)})
+                yield (
+                    rule.problem(shape, shape),
+                    [pack(shape, bad), targets, np.zeros(1, np.float32), pack(shape, bad)],
+                    {2: np.array([value]), 3: (shape, slope)},
+                )
 
 
 @case("optimizer.update", "optimizer.update_units", "optimizer.copy")
@@ -309,8 +384,11 @@ def optimizers(kernel, rng, dtype) -> Iterator:
             yield optimizer.Update(rule.name), arrays, wanted
         else:
             problem, permutation = optimizer.UpdateUnits(rule.name, 2, 3), rng.permutation(8).astype(np.int32)
-            yield (problem, [*arrays, permutation, np.zeros_like(values)],
-                   {**wanted, len(arrays) + 1: optimizer.transposed_reference(problem, new, permutation)})
+            yield (
+                problem,
+                [*arrays, permutation, np.zeros_like(values)],
+                {**wanted, len(arrays) + 1: optimizer.transposed_reference(problem, new, permutation)},
+            )
 
 
 # Convolutions
@@ -318,7 +396,9 @@ def optimizers(kernel, rng, dtype) -> Iterator:
 
 def with_dtype(problem, dtype: str):
     """A convolution whose activations are stored as `dtype`."""
-    changed = {name: replace(getattr(problem, name), dtype=dtype) for name in ("source", "result") if hasattr(problem, name)}
+    changed = {
+        name: replace(getattr(problem, name), dtype=dtype) for name in ("source", "result") if hasattr(problem, name)
+    }
     return replace(problem, **changed)
 
 
@@ -341,7 +421,9 @@ def convolved(rng, problem: GatherConv, reference) -> tuple[list, dict]:
     if problem.statistics:
         inside = result[problem.result.interior].astype(problem.result.dtype).astype(np.float64)
         sums = np.stack([(inside**power).sum(3).transpose(0, 2, 1, 3) for power in (1, 2)], 2)
-        arrays.append(np.zeros((problem.result.slices * problem.result.height, 2, problem.result.channels, VECTOR), np.float32))
+        arrays.append(
+            np.zeros((problem.result.slices * problem.result.height, 2, problem.result.channels, VECTOR), np.float32)
+        )
         wanted[2] = sums.reshape(arrays[2].shape)
     return arrays, wanted
 
@@ -352,9 +434,15 @@ def gathered(kernel, rng, dtype, live=0.3) -> Iterator:
         conv, grad, index = random_problem(seed, 2 if kernel.startswith("pattern") else 1, live)
         conv, grad, facts = with_dtype(conv, dtype), with_dtype(grad, dtype), [index.pointers, index.offsets]
         if kernel.endswith("conv"):
-            values = spoil(rng, rng.standard_normal((len(index.offsets), conv.unit[0], conv.row_block)).astype(np.float32))
+            values = spoil(
+                rng, rng.standard_normal((len(index.offsets), conv.unit[0], conv.row_block)).astype(np.float32)
+            )
             offset = [rng.standard_normal(conv.result.channels).astype(np.float32)] if conv.bias else []
-            arrays, wanted = convolved(rng, conv, lambda *ends: gather_conv_reference(conv, *facts, values, *ends, *offset))  # noqa: B023
+
+            def answer(*ends, conv=conv, facts=facts, values=values, offset=offset):
+                return gather_conv_reference(conv, *facts, values, *ends, *offset)
+
+            arrays, wanted = convolved(rng, conv, answer)
             first = 3 + len(offset)
             yield conv, [*facts, values, *offset, *arrays], {first + place: array for place, array in wanted.items()}
         else:
@@ -370,7 +458,9 @@ def compacted(kernel, rng, dtype) -> Iterator:
     shape = COMPACT_SHAPES[1]
     _, source, result, index, pointers, rows, channels, count = row_case(shape)
     live, sections = shape[1::3]
-    problem = with_dtype(GatherConv(source, result, 2, 1, (1, 1), (Pass(shape[2]),), sections[1], rows_live=live), dtype)
+    problem = with_dtype(
+        GatherConv(source, result, 2, 1, (1, 1), (Pass(shape[2]),), sections[1], rows_live=live), dtype
+    )
     plain = replace(problem, result=replace(problem.result, channels=len(rows)), rows_live=0)
     x = spoil(rng, activation(rng, problem.source), problem.source.interior)
     if kernel == "compact.conv":
@@ -383,7 +473,9 @@ def compacted(kernel, rng, dtype) -> Iterator:
         return
     dy = activation(rng, result, gradient=True)
     grad = GatherGrad(problem.source, result, 2, 1, (1, 1), sections[1], rows_live=live)
-    wanted = gather_grad_reference(replace(grad, delta=plain.result, rows_live=0), index.pointers, index.offsets, x, dy[:, rows])
+    wanted = gather_grad_reference(
+        replace(grad, delta=plain.result, rows_live=0), index.pointers, index.offsets, x, dy[:, rows]
+    )
     yield grad, [pointers, index.offsets, channels, count, x, dy, np.zeros(wanted.shape, np.float32)], {6: wanted}
 
 
@@ -394,12 +486,18 @@ def pattern_groups(kernel, rng, dtype) -> Iterator:
     _, problem, *facts = patterns.case((5, 7), (8, 8), 8, (1, 1, 1, 1), 0.3, statistics=True)
     if kernel.endswith("conv"):
         values = spoil(rng, rng.standard_normal((len(facts[1]), problem.taps)).astype(np.float32))
-        arrays, wanted = convolved(rng, problem.gather,
-                                   lambda source, before: patterns.grouped_conv_reference(problem, *facts, values, source, before, None))
+        arrays, wanted = convolved(
+            rng,
+            problem.gather,
+            lambda source, before: patterns.grouped_conv_reference(problem, *facts, values, source, before, None),
+        )
         yield problem, [*facts, values, *arrays], {3 + place: array for place, array in wanted.items()}
         return
     gather = problem.gather
     grad = patterns.GroupedGrad(GatherGrad(gather.source, gather.result, 1, 1, (1, 1), 5), patterns.SHAPES)
-    source, delta = spoil(rng, activation(rng, gather.source), gather.source.interior), activation(rng, gather.result, gradient=True)
+    source, delta = (
+        spoil(rng, activation(rng, gather.source), gather.source.interior),
+        activation(rng, gather.result, gradient=True),
+    )
     wanted = patterns.grouped_grad_reference(grad, *facts, source, delta)
     yield grad, [*facts, source, delta, np.zeros(wanted.shape, np.float32)], {4: wanted}

@@ -1,6 +1,8 @@
-"""Random small nets on data that breaks formulas which are right on paper: offsets, constant channels, ties, parts without use, overflow.
+"""Random small nets on data that breaks formulas which are right on paper: offsets, constant channels, ties, parts
+without use, overflow.
 
-Loss, gradients and statistics against torch in float64; where float32 itself cannot do better, against what torch makes of it.
+Loss, gradients and statistics against torch in float64; where float32 itself cannot do better, against what torch makes
+of it.
 """
 
 import copy
@@ -17,7 +19,8 @@ LR, CLASSES = 1e-3, 3
 
 
 class Net(nn.Module):
-    """Convolution, batch norm and ReLU twice, the second with a residual; pooling; batch norm of a linear layer; classifier."""
+    """Convolution, batch norm and ReLU twice, the second with a residual; pooling; batch norm of a linear layer;
+    classifier."""
 
     def __init__(self, rng: np.random.Generator, inputs: int, unused: bool):
         super().__init__()
@@ -55,7 +58,9 @@ def images_of(rng: np.random.Generator, shape: tuple, offset: float) -> np.ndarr
     return images
 
 
-def torch_step(net: nn.Module, optimizer, images: np.ndarray, labels: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+def torch_step(
+    net: nn.Module, optimizer, images: np.ndarray, labels: np.ndarray
+) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients) of one step, in the net's own precision."""
     kind = next(net.parameters()).dtype
     optimizer.zero_grad()
@@ -69,14 +74,17 @@ def torch_step(net: nn.Module, optimizer, images: np.ndarray, labels: np.ndarray
 def check(got: np.ndarray, wanted: np.ndarray, told: np.ndarray, slack: float, what: str) -> None:
     """Within `slack` of the largest value, or within some times what torch is off in float32."""
     off, torchs = np.abs(got - wanted).max(), np.abs(told - wanted).max()
-    assert off <= slack * np.abs(wanted).max() + 8 * torchs + 1e-7, f"{what}: off by {off} of {np.abs(wanted).max()}, torch by {torchs}"
+    assert off <= slack * np.abs(wanted).max() + 8 * torchs + 1e-7, (
+        f"{what}: off by {off} of {np.abs(wanted).max()}, torch by {torchs}"
+    )
 
 
 def check_net(seed: int, target: str, offset: float, batch: int) -> None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     shape = (batch, int(rng.integers(1, 4)), 8, 8)
-    # Behind a constant channel a gradient is 1 / sqrt(eps) times a difference of sums, of which float32 has no digits left at 1e5.
+    # Behind a constant channel a gradient is 1 / sqrt(eps) times a difference of sums, of which float32 has no digits
+    # left at 1e5.
     net = Net(rng, shape[1], unused=offset < 1e5).train()
     images, labels = images_of(rng, shape, offset), rng.integers(0, CLASSES, batch)
     said = f"seed {seed}, offset {offset}, {shape}"
@@ -87,11 +95,19 @@ def check_net(seed: int, target: str, offset: float, batch: int) -> None:
     for turn in range(1 if abs(offset) > 10 else 2):  # roundings of a step times 1e4 are another net in the next
         gradients = step.gradients(images, labels)
         loss = step(images, labels).loss
-        (wanted, exact), (told, rounded) = (torch_step(twin, rule, images, labels) for twin, rule in zip(twins, rules, strict=True))
+        (wanted, exact), (told, rounded) = (
+            torch_step(twin, rule, images, labels) for twin, rule in zip(twins, rules, strict=True)
+        )
         check(np.array(loss), np.array(wanted), np.array(told), 1e-4, f"{said}: loss of step {turn}")
         largest = max(np.abs(gradient).max() for gradient in exact.values())
         for name, gradient in exact.items():
-            check(gradients[name], gradient, rounded[name], 1e-3, f"{said}: gradient of {name} in step {turn}, of {largest} in all")
+            check(
+                gradients[name],
+                gradient,
+                rounded[name],
+                1e-3,
+                f"{said}: gradient of {name} in step {turn}, of {largest} in all",
+            )
     exact, rounded = (twin.state_dict() for twin in twins)
     for name, array in step.state_dict().items():
         check(array, exact[name].numpy(), rounded[name].double().numpy(), 1e-3, f"{said}: {name} afterwards")
@@ -108,7 +124,10 @@ def test_statistics_that_a_linear_layer_left_serve_data_far_from_zero(target):
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)).train()
-    images, labels = (2e4 + np.random.default_rng(0).standard_normal((32, 4))).astype(np.float32), np.arange(32) % CLASSES
+    images, labels = (
+        (2e4 + np.random.default_rng(0).standard_normal((32, 4))).astype(np.float32),
+        np.arange(32) % CLASSES,
+    )
     step, twin = mest.compile(net, (32, 4), scheme="dense", sparsity=0, target=target), copy.deepcopy(net).double()
     gradients, loss = step.gradients(images, labels), step(images, labels).loss
     wanted, exact = torch_step(twin, torch.optim.SGD(twin.parameters(), LR), images, labels)
@@ -119,9 +138,18 @@ def test_statistics_that_a_linear_layer_left_serve_data_far_from_zero(target):
 
 
 def overflowing() -> tuple[nn.Module, np.ndarray, np.ndarray]:
-    """(net, images, labels): all finite, but one filter's sums are infinite, and so what the next layer makes of them NaN."""
+    """(net, images, labels): all finite, but one filter's sums are infinite, and so what the next layer makes of them
+    NaN."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    )
     with torch.no_grad():
         net[0].weight[0], net[2].weight[1, 0] = 3e38, torch.tensor([[1.0, -1.0, 1.0]]).repeat(3, 1)
     return net, np.full((4, 1, 8, 8), 10.0, np.float32), np.arange(4) % CLASSES
@@ -134,7 +162,10 @@ def test_what_overflows_is_nan_to_the_end_as_in_torch():
         wanted = net(torch.from_numpy(images)).numpy()
     assert np.isnan(wanted).all()
     np.testing.assert_array_equal(step.predict(images), wanted)
-    gradients, (loss, exact) = step.gradients(images, labels), torch_step(net, torch.optim.SGD(net.parameters(), LR), images, labels)
+    gradients, (loss, exact) = (
+        step.gradients(images, labels),
+        torch_step(net, torch.optim.SGD(net.parameters(), LR), images, labels),
+    )
     assert np.isnan(loss) and np.isnan(step(images, labels, lr=0.0).loss)
     for name, gradient in exact.items():
         np.testing.assert_array_equal(np.isfinite(gradients[name]), np.isfinite(gradient), name)

@@ -1,4 +1,5 @@
-"""Every operator's OpenCL kernels against float64, on whatever driver there is: the CPU tests' claims, made for the target opencl."""
+"""Every operator's OpenCL kernels against float64, on whatever driver there is: the CPU tests' claims, made for the
+target opencl."""
 
 import importlib.util
 import inspect
@@ -17,13 +18,17 @@ from mest_compile.kernels.source import kernel_source
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
 TARGET = hardware.find_target("opencl")
-CPU_ONLY = {"test_answers_do_not_depend_on_threads", "test_sections_fit_the_first_level_cache",  # its threads and caches,
-            "test_activations_in_float16",  # what it stores them in,
-            "test_units_of_neighbouring_taps"}  # and the family "pattern", in whose place layers here run on "pattern_groups"
+CPU_ONLY = {
+    "test_answers_do_not_depend_on_threads",
+    "test_sections_fit_the_first_level_cache",  # its threads and caches,
+    "test_activations_in_float16",  # what it stores them in,
+    "test_units_of_neighbouring_taps",
+}  # and the family "pattern", in whose place layers here run on "pattern_groups"
 
 
 def on_opencl(name, **imported):
-    """The test module of that name, once more, with the target opencl in the place of the local one, and `imported` for other tests'."""
+    """The test module of that name, once more, with the target opencl in the place of the local one, and `imported` for
+    other tests'."""
     spec = importlib.util.spec_from_file_location(f"{name}_opencl", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     usual = hardware.find_target
@@ -47,7 +52,9 @@ def launch(builder, kernel, problem, *arrays, **knobs):
     from mest_compile.backends.opencl.runner import OpenclRunner, find_device
 
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
-    buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat))
+    buffers = tuple(
+        Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(flat)
+    )
     call = Call("call", kernel, problem, buffers, "forward")
     program = Program("train", [call])
     built = builder.function(kernel_source(kernel, problem, TARGET, **knobs))
@@ -81,12 +88,28 @@ def run(builder):
     return lambda kernel, problem, *arrays: launch(builder, kernel, problem, *arrays)
 
 
-for _module in (_operators, _gather, _compact, _nonfinite):  # references and comparators are no device's: what runs no kernel is said there
-    globals().update({name: item for name, item in vars(_module).items() if name.startswith("test_") and name not in CPU_ONLY
-                      and {"run", "builder"} & inspect.signature(item).parameters.keys()})
+for _module in (
+    _operators,
+    _gather,
+    _compact,
+    _nonfinite,
+):  # references and comparators are no device's: what runs no kernel is said there
+    globals().update(
+        {
+            name: item
+            for name, item in vars(_module).items()
+            if name.startswith("test_")
+            and name not in CPU_ONLY
+            and {"run", "builder"} & inspect.signature(item).parameters.keys()
+        }
+    )
 
 
-KNOBS = [{"staged": 0, "accumulators": 4}, {"staged": 32, "threads": 32, "accumulators": 16}, {"pieces": 2, "staged": 128}]
+KNOBS = [
+    {"staged": 0, "accumulators": 4},
+    {"staged": 32, "threads": 32, "accumulators": 16},
+    {"pieces": 2, "staged": 128},
+]
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
@@ -141,12 +164,18 @@ def test_a_device_is_chosen_by_a_part_of_its_name_or_its_platforms(monkeypatch):
         return made
 
     kinds = pyopencl.device_type
-    platforms = [platform("Portable", ("cpu-epyc", kinds.CPU)), platform("Clover"), platform("Arm", ("Mali-G78", kinds.GPU))]
+    platforms = [
+        platform("Portable", ("cpu-epyc", kinds.CPU)),
+        platform("Clover"),
+        platform("Arm", ("Mali-G78", kinds.GPU)),
+    ]
     monkeypatch.setattr(pyopencl, "get_platforms", lambda: platforms)
     monkeypatch.setattr(opencl, "_refusal", lambda device: None)
     found = {name: opencl.find_device(name).name for name in (None, "epyc", "portable", "MALI")}
     assert found == {None: "Mali-G78", "epyc": "cpu-epyc", "portable": "cpu-epyc", "MALI": "Mali-G78"}
-    with pytest.raises(NotInstalled, match="platform Clover has no device; Mali-G78 .* is not named 'adreno'; .*give gpu.name"):
+    with pytest.raises(
+        NotInstalled, match="platform Clover has no device; Mali-G78 .* is not named 'adreno'; .*give gpu.name"
+    ):
         opencl.find_device("adreno")
     monkeypatch.setattr(pyopencl, "get_platforms", lambda: platforms[1:2])
     with pytest.raises(NotInstalled, match="^platform Clover has no device; install your GPU's driver"):

@@ -1,4 +1,5 @@
-"""Kernels of the operators that are not convolutions: each gives what its float64 reference gives, whatever the layout."""
+"""Kernels of the operators that are not convolutions: each gives what its float64 reference gives, whatever the
+layout."""
 
 import os
 
@@ -31,8 +32,13 @@ def make(channels, height, width, batch, halo=(0, 0, 0, 0), dtype="float32") -> 
     return Image(channels, height, width, batch, halo, TARGET.vector, dtype)
 
 
-SHAPES = [make(13, 17, 17, 7, (1, 1, 1, 1)), make(20, 5, 6, 16), make(2, 9, 8, 12, (2, 0, 1, 3)), make(33, 1, 1, 13),
-          make(16, 8, 8, 64, (0, 1, 0, 1))]
+SHAPES = [
+    make(13, 17, 17, 7, (1, 1, 1, 1)),
+    make(20, 5, 6, 16),
+    make(2, 9, 8, 12, (2, 0, 1, 3)),
+    make(33, 1, 1, 13),
+    make(16, 8, 8, 64, (0, 1, 0, 1)),
+]
 SHAPES += [dataclasses.replace(SHAPES[place], dtype="float16") for place in (0, 2, 4) if TARGET.float16]
 NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}-{shape.dtype}" for shape in SHAPES]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
@@ -79,7 +85,7 @@ def unpack(layout: Image, flat: np.ndarray, gradient: bool = False, halo: float 
     """(C, H, W, N) float32, after a look at what a kernel must leave alone; `halo` is what must be around it."""
     assert flat.dtype == layout.dtype
     array = flat.reshape(layout.shape).astype(np.float32)
-    values, dead = layout.unpack(array).copy(), layout.unpack(array, empty_lanes=True)[..., layout.batch:].copy()
+    values, dead = layout.unpack(array).copy(), layout.unpack(array, empty_lanes=True)[..., layout.batch :].copy()
     assert np.isfinite(dead).all()
     if gradient:
         assert not dead.any(), "a gradient is not 0 in a lane without an example"
@@ -93,13 +99,15 @@ def draw(rng, layout: Image, mean: float = 0.0) -> np.ndarray:
 
 
 def assert_close(got, wanted, terms: int = 4, scale=None, stored: Image | None = None, stores: int = 1):
-    """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`; where `stored` is an image in float16
-    also to `stores` roundings of that, half a unit in the last place each.
+    """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`; where `stored` is
+    an image in float16 also to `stores` roundings of that, half a unit in the last place each.
     """
     assert got.shape == wanted.shape
     limit = terms * EPS * (np.abs(wanted).max() if scale is None else scale)
     if stored and stored.dtype == "float16":
-        limit += stores * (np.finfo(np.float16).eps / 2 * (np.abs(wanted) if stores == 1 else np.abs(wanted).max()) + 2.0**-25)
+        limit += stores * (
+            np.finfo(np.float16).eps / 2 * (np.abs(wanted) if stores == 1 else np.abs(wanted).max()) + 2.0**-25
+        )
     worst = np.abs(got - wanted)
     assert (worst <= limit).all(), f"off by {worst.max()}, allowed {np.max(limit)}"  # not true of NaN
 
@@ -125,13 +133,20 @@ def test_import_gives_the_batch_innermost_and_repeats_the_last_example(run, rng,
     got = run("image.import", image.ImageImport(shape), images, np.full(shape.elems, HALO, shape.dtype))[1]
     assert np.array_equal(unpack(shape, got), as_stored(shape, image.import_reference(images)))
     lanes = shape.unpack(got, empty_lanes=True)
-    assert np.array_equal(lanes[..., shape.batch:], np.repeat(lanes[..., shape.batch - 1:shape.batch], shape.lanes - shape.batch, -1))
+    assert np.array_equal(
+        lanes[..., shape.batch :], np.repeat(lanes[..., shape.batch - 1 : shape.batch], shape.lanes - shape.batch, -1)
+    )
 
 
 @pytest.mark.parametrize("shape", [make(10, 1, 1, 7), make(4, 1, 1, 16, (1, 1, 1, 1), SHAPES[-1].dtype)], ids=str)
 def test_export_gives_the_batch_outermost(run, rng, shape):
     values = draw(rng, shape)
-    got = run("image.export", image.ImageExport(shape), pack(shape, values), np.zeros((shape.batch, shape.channels), np.float32))[1]
+    got = run(
+        "image.export",
+        image.ImageExport(shape),
+        pack(shape, values),
+        np.zeros((shape.batch, shape.channels), np.float32),
+    )[1]
     assert np.array_equal(got.reshape(shape.batch, -1), image.export_reference(values))
 
 
@@ -147,8 +162,12 @@ def test_zero_halo_clears_the_halo_and_only_that(run, rng, shape):
 def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
     source, result, start = other_halo(shape), shape, draw(rng, shape)
     values = draw(rng, shape)
-    got = run("image.copy", image.ImageCopy(source, result, accumulate), pack(source, values, 0), pack(result, start, 0))[1]
-    assert np.array_equal(unpack(result, got, gradient=True), as_stored(result, values + start) if accumulate else values)
+    got = run(
+        "image.copy", image.ImageCopy(source, result, accumulate), pack(source, values, 0), pack(result, start, 0)
+    )[1]
+    assert np.array_equal(
+        unpack(result, got, gradient=True), as_stored(result, values + start) if accumulate else values
+    )
 
 
 # Batch normalisation
@@ -156,7 +175,7 @@ def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
 
 def norm_case(rng, shape, mean=0.5):
     z, residual, dy = draw(rng, shape, mean), draw(rng, shape), draw(rng, shape)
-    weight, offset = (rng.standard_normal((2, shape.channels)) + [[1], [0]]).astype(np.float32)
+    weight, offset = ([*rng.standard_normal((2, shape.channels)), [1], [0]]).astype(np.float32)
     return z, residual, dy, weight, offset
 
 
@@ -164,7 +183,12 @@ def norm_case(rng, shape, mean=0.5):
 @shapes
 def test_moments_are_the_batch_statistics(run, rng, shape, mean):
     z = draw(rng, shape, min(mean, 3000.0) if shape.dtype == "float16" else mean)
-    got = run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), pack(shape, z), np.zeros(3 * shape.channels, np.float32))[1]
+    got = run(
+        "batch_norm.moments",
+        batch_norm.BatchNormMoments(shape, 1e-5),
+        pack(shape, z),
+        np.zeros(3 * shape.channels, np.float32),
+    )[1]
     for row, wanted in zip(got.reshape(3, -1), batch_norm.moments_reference(z, 1e-5), strict=True):
         assert_close(row, wanted, terms=40)
 
@@ -176,11 +200,14 @@ def test_moments_of_one_value_a_channel_are_refused():
 
 @pytest.mark.parametrize("shape", [make(20, 5, 6, 16, (1, 0, 0, 1)), make(16, 8, 8, 64), make(9, 1, 1, 32)], ids=str)
 def test_moments_come_from_the_sums_that_a_convolution_left(run, rng, shape):
-    """And from the values themselves where their mean is too far from 0: a variance is a small difference of large sums then."""
+    """And from the values themselves where their mean is too far from 0: a variance is a small difference of large sums
+    then."""
     means = np.resize([0.5, -7.0, 9.0, 1e3, -1e5], shape.channels)[:, None, None, None]
     z = draw(rng, shape, means)
     z[4] = 1e5  # a constant
-    lanes = z.reshape(shape.channels, -1, shape.width, shape.slices, shape.vector)  # the sums' order of rows and slices is all one
+    lanes = z.reshape(
+        shape.channels, -1, shape.width, shape.slices, shape.vector
+    )  # the sums' order of rows and slices is all one
     statistics = np.stack([lanes.sum(2), (lanes**2).sum(2)]).transpose(2, 3, 0, 1, 4)
     problem = batch_norm.BatchNormMoments(shape, 1e-5, chunks=shape.height * shape.slices)
     got = run("batch_norm.moments", problem, statistics, pack(shape, z), np.zeros(3 * shape.channels, np.float32))[2]
@@ -212,11 +239,21 @@ def test_frozen_moments_are_the_running_statistics(run, rng):
 
 
 # batch_norm alone and with all that may follow it: (whether something is added, activation).
-JOINED = [(False, None), (True, None), *((False, name) for name in ACTIVATIONS.load()),
-          *((True, name) for name, row in ACTIVATIONS.items() if row.from_result)]
-on_shapes = pytest.mark.parametrize(("shape", "added", "activation"), [
-    pytest.param(shape, *case, id=f"{name}-{case[1]}-{'residual' if case[0] else 'alone'}")
-    for shape, name in SOME.items() for case in JOINED if case[1] in (None, "relu") or shape in FEW])
+JOINED = [
+    (False, None),
+    (True, None),
+    *((False, name) for name in ACTIVATIONS.load()),
+    *((True, name) for name, row in ACTIVATIONS.items() if row.from_result),
+]
+on_shapes = pytest.mark.parametrize(
+    ("shape", "added", "activation"),
+    [
+        pytest.param(shape, *case, id=f"{name}-{case[1]}-{'residual' if case[0] else 'alone'}")
+        for shape, name in SOME.items()
+        for case in JOINED
+        if case[1] in (None, "relu") or shape in FEW
+    ],
+)
 
 
 @on_shapes
@@ -224,7 +261,13 @@ def test_batch_norm_forward(run, rng, shape, added, activation):
     z, residual, _, weight, offset = norm_case(rng, shape)
     moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
     y_image, r_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added else None
-    arguments = [pack(shape, z), moments, np.stack([offset, weight]), *([pack(r_image, residual)] if added else []), pack(y_image, z)]
+    arguments = [
+        pack(shape, z),
+        moments,
+        np.stack([offset, weight]),
+        *([pack(r_image, residual)] if added else []),
+        pack(y_image, z),
+    ]
     got = run("batch_norm.forward", batch_norm.BatchNormForward(shape, y_image, activation, r_image), *arguments)[-1]
     wanted = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, activation)
     assert_close(unpack(y_image, got, halo=0), wanted, terms=8, stored=y_image)
@@ -234,8 +277,13 @@ def test_batch_norm_forward(run, rng, shape, added, activation):
 def test_batch_norm_backward(run, rng, shape, added, activation):
     z, residual, dy, weight, offset = norm_case(rng, shape)
     moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
-    y = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, activation).astype(np.float32)
-    dy_image, y_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added and activation else None
+    y = batch_norm.forward_reference(z, moments, weight, offset, residual if added else None, activation).astype(
+        np.float32
+    )
+    dy_image, y_image = (
+        other_halo(shape),
+        dataclasses.replace(shape, halo=(0, 0, 0, 2)) if added and activation else None,
+    )
     source = as_stored(y_image, y) if y_image else batch_norm.forward_reference(z, moments, weight, offset)
     masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, activation, source)
 
@@ -248,13 +296,17 @@ def test_batch_norm_backward(run, rng, shape, added, activation):
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
         assert np.array_equal(unpack(dy_image, got_dy, gradient=True), masked.astype(np.float32) if y_image else dy)
         halo = HALO if accumulate else 0
-        assert_close(unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20, stored=problem.dz)
+        assert_close(
+            unpack(problem.dz, got, gradient=True, halo=halo), dz + z if accumulate else dz, terms=20, stored=problem.dz
+        )
     if not y_image:
         problem = batch_norm.BatchNormBackward(dy_image, shape, None, activation, in_place=True)
         got, *_, got_sums = run("batch_norm.backward", problem, *facts)
         assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
         assert_close(unpack(dy_image, got, gradient=True), dz, terms=20, stored=dy_image)
-    only_sums = run("batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, activation, y_image), *facts)[-1]
+    only_sums = run(
+        "batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, activation, y_image), *facts
+    )[-1]
     assert np.array_equal(only_sums, got_sums)
 
 
@@ -263,8 +315,12 @@ def test_batch_norm_references_agree_with_torch(rng, added, activation):
     import torch
 
     shape = SHAPES[2]
-    z, residual, dy, weight, offset = (torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in norm_case(rng, shape))
-    y = torch.nn.functional.batch_norm(z.permute(3, 0, 1, 2), None, None, weight, offset, True, 0.1, 1e-5).permute(1, 2, 3, 0)
+    z, residual, dy, weight, offset = (
+        torch.from_numpy(array.astype(np.float64)).requires_grad_() for array in norm_case(rng, shape)
+    )
+    y = torch.nn.functional.batch_norm(z.permute(3, 0, 1, 2), None, None, weight, offset, True, 0.1, 1e-5).permute(
+        1, 2, 3, 0
+    )
     y = y + residual if added else y
     y = getattr(torch.nn.functional, activation)(y) if activation else y
     y.backward(dy.detach())
@@ -273,7 +329,13 @@ def test_batch_norm_references_agree_with_torch(rng, added, activation):
     got = batch_norm.forward_reference(z_, moments, weight_, offset_, residual_ if added else None, activation)
     source = got if added else batch_norm.forward_reference(z_, moments, weight_, offset_)
     masked, sums, dz = batch_norm.backward_reference(dy_, z_, moments, weight_, activation, source)
-    pairs = [(got, y.detach()), (sums[0], offset.grad), (sums[1], weight.grad), (dz, z.grad), *([(masked, residual.grad)] if added else [])]
+    pairs = [
+        (got, y.detach()),
+        (sums[0], offset.grad),
+        (sums[1], weight.grad),
+        (dz, z.grad),
+        *([(masked, residual.grad)] if added else []),
+    ]
     for have, wanted in pairs:
         np.testing.assert_allclose(have, wanted.numpy(), rtol=1e-9, atol=1e-9)
 
@@ -281,9 +343,17 @@ def test_batch_norm_references_agree_with_torch(rng, added, activation):
 # Activations, addition, flatten, bias
 
 
-@pytest.mark.parametrize(("shape", "name"), [(shape, name) for name in ACTIVATIONS.load() for shape in (SOME if name == "relu" else FEW)])
+@pytest.mark.parametrize(
+    ("shape", "name"), [(shape, name) for name in ACTIVATIONS.load() for shape in (SOME if name == "relu" else FEW)]
+)
 def test_activation(run, rng, shape, name):
-    row, x, dy, start, other = ACTIVATIONS[name], 4 * draw(rng, shape), draw(rng, shape), draw(rng, shape), other_halo(shape)
+    row, x, dy, start, other = (
+        ACTIVATIONS[name],
+        4 * draw(rng, shape),
+        draw(rng, shape),
+        draw(rng, shape),
+        other_halo(shape),
+    )
     y = run(f"{name}.forward", ActivationForward(other, shape), pack(other, x, -1), pack(shape, x))[1]
     assert_close(unpack(shape, y), row.forward_reference(x), stored=shape)
     source = (shape, y) if row.from_result else (other, pack(other, x, -1))
@@ -305,7 +375,12 @@ def test_add(run, rng, shape):
 def test_flatten_and_back(run, rng, shape):
     flat_image = make(shape.channels * shape.height * shape.width, 1, 1, shape.batch, dtype=shape.dtype)
     x, start = draw(rng, shape), draw(rng, shape)
-    y = run("flatten.forward", flatten.Flatten(shape, flat_image), pack(shape, x, 0), np.full(flat_image.elems, 3, shape.dtype))[1]
+    y = run(
+        "flatten.forward",
+        flatten.Flatten(shape, flat_image),
+        pack(shape, x, 0),
+        np.full(flat_image.elems, 3, shape.dtype),
+    )[1]
     assert np.array_equal(unpack(flat_image, y), flatten.forward_reference(x))
     for accumulate in (False, True):
         got = run("flatten.backward", flatten.Flatten(shape, flat_image, accumulate), y, pack(shape, start, 0))[1]
@@ -321,15 +396,21 @@ def test_bias_gradient(run, rng, shape):
 
 # Pools
 
-POOLS = {"2x2": ((2, 2), (2, 2), (0, 0)), "overlap": ((3, 3), (2, 2), (1, 1)), "gaps": ((2, 1), (3, 2), (1, 0)),
-         "dense": ((3, 2), (1, 1), (0, 1))}
+POOLS = {
+    "2x2": ((2, 2), (2, 2), (0, 0)),
+    "overlap": ((3, 3), (2, 2), (1, 1)),
+    "gaps": ((2, 1), (3, 2), (1, 0)),
+    "dense": ((3, 2), (1, 1), (0, 1)),
+}
 pools = pytest.mark.parametrize("window", list(POOLS.values()), ids=list(POOLS))
 pool_shapes = pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[4:6]], ids=[NAMES[0], *NAMES[4:6]])
 
 
 def pool_case(shape, window, count_include_pad=True):
-    height, width = ((size + 2 * pad - kernel) // step + 1
-                     for size, kernel, step, pad in zip((shape.height, shape.width), *window, strict=True))
+    height, width = (
+        (size + 2 * pad - kernel) // step + 1
+        for size, kernel, step, pad in zip((shape.height, shape.width), *window, strict=True)
+    )
     result = dataclasses.replace(other_halo(shape), height=height, width=width)
     return pool.Pool(shape, result, *window, count_include_pad)
 
@@ -376,11 +457,16 @@ def test_pool_references_agree_with_torch(rng, window, count_include_pad):
     for kind in ("max", "avg"):
         source = torch.from_numpy(x.astype(np.float64)).requires_grad_()
         nchw, kernel, step, pad = source.permute(3, 0, 1, 2), *window
-        y = functional.max_pool2d(nchw, kernel, step, pad) if kind == "max" else \
-            functional.avg_pool2d(nchw, kernel, step, pad, count_include_pad=count_include_pad)
+        y = (
+            functional.max_pool2d(nchw, kernel, step, pad)
+            if kind == "max"
+            else functional.avg_pool2d(nchw, kernel, step, pad, count_include_pad=count_include_pad)
+        )
         y.permute(1, 2, 3, 0).backward(torch.from_numpy(dy.astype(np.float64)))
         forward = pool.max_forward_reference(problem, x) if kind == "max" else pool.avg_forward_reference(problem, x)
-        backward = pool.max_backward_reference(problem, dy, x) if kind == "max" else pool.avg_backward_reference(problem, dy)
+        backward = (
+            pool.max_backward_reference(problem, dy, x) if kind == "max" else pool.avg_backward_reference(problem, dy)
+        )
         np.testing.assert_allclose(forward, y.detach().permute(1, 2, 3, 0).numpy(), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(backward, source.grad.numpy(), rtol=1e-12, atol=1e-12)
 
@@ -408,7 +494,7 @@ def test_global_avg_pool(run, rng, shape):
 # Loss
 
 
-@pytest.mark.parametrize("classes, batch, spread", [(10, 7, 1.0), (13, 64, 50.0), (300, 64, 1.0)])
+@pytest.mark.parametrize(("classes", "batch", "spread"), [(10, 7, 1.0), (13, 64, 50.0), (300, 64, 1.0)])
 def test_cross_entropy(run, rng, classes, batch, spread):
     import torch
 
@@ -417,8 +503,15 @@ def test_cross_entropy(run, rng, classes, batch, spread):
     logits[:, 0, 0, 1] = 80.0  # all tie: the first is taken
     labels[:2] = logits[:, 0, 0, 0].argmax(), 1
     problem = loss.SoftmaxCrossEntropy(logits_image, dlogits_image)
-    results = run("loss.cross_entropy", problem, pack(logits_image, logits), labels.astype(np.int32), np.zeros(1, np.float32),
-                  np.zeros(batch, np.int32), pack(dlogits_image, logits))
+    results = run(
+        "loss.cross_entropy",
+        problem,
+        pack(logits_image, logits),
+        labels.astype(np.int32),
+        np.zeros(1, np.float32),
+        np.zeros(batch, np.int32),
+        pack(dlogits_image, logits),
+    )
     wanted_loss, correct, dlogits = loss.CrossEntropy().reference(logits, labels)
     assert_close(results[2], np.array([wanted_loss]), terms=20)
     assert np.array_equal(results[3], correct) and correct[0] and not correct[1]
@@ -433,18 +526,27 @@ def test_cross_entropy_of_large_logits_is_finite(run):
     shape = make(3, 1, 1, 8)
     logits = np.full((3, 1, 1, 8), 3e38, np.float32)
     logits[1] = -3e38
-    got = run("loss.cross_entropy", loss.SoftmaxCrossEntropy(shape, shape), pack(shape, logits), np.zeros(8, np.int32),
-              np.zeros(1, np.float32), np.zeros(8, np.int32), pack(shape, logits))
+    got = run(
+        "loss.cross_entropy",
+        loss.SoftmaxCrossEntropy(shape, shape),
+        pack(shape, logits),
+        np.zeros(8, np.int32),
+        np.zeros(1, np.float32),
+        np.zeros(8, np.int32),
+        pack(shape, logits),
+    )
     assert_close(got[2], np.array([np.log(2)]))
     assert np.isfinite(got[4]).all()
 
 
-TARGETS = {"int64": lambda rng, batch, width: rng.integers(0, width, batch),
-           "float32": lambda rng, batch, width: rng.standard_normal((batch, width)).astype(np.float32)}
+TARGETS = {
+    "int64": lambda rng, batch, width: rng.integers(0, width, batch),
+    "float32": lambda rng, batch, width: rng.standard_normal((batch, width)).astype(np.float32),
+}
 
 
 @pytest.mark.parametrize("name", LOSSES.names())
-@pytest.mark.parametrize("width, batch", [(2, 1), (13, 7), (300, 64), (5, 33)])
+@pytest.mark.parametrize(("width", "batch"), [(2, 1), (13, 7), (300, 64), (5, 33)])
 def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
     import torch
 
@@ -455,14 +557,18 @@ def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
     targets = rule.targets(given, (batch, width))
     assert targets.dtype == rule.dtype and targets.size == rule.target_elems((batch, width))
     told = [np.zeros(1, np.float32), *([np.zeros(batch, np.int32)] if rule.tells_correct else [])]
-    got = run(rule.kernel, rule.problem(image, slope_image), pack(image, outputs), targets, *told, pack(slope_image, outputs))
+    got = run(
+        rule.kernel, rule.problem(image, slope_image), pack(image, outputs), targets, *told, pack(slope_image, outputs)
+    )
     value, correct, slope = rule.reference(outputs, targets)
     assert_close(got[2], np.array([value]), terms=width + 20)
     assert (correct is None) == (not rule.tells_correct) and (correct is None or np.array_equal(got[3], correct))
     assert_close(unpack(slope_image, got[-1], gradient=True), slope, terms=40)
 
     source = torch.from_numpy(outputs[:, 0, 0].T.astype(np.float64)).requires_grad_()
-    wanted = getattr(torch.nn, f"{type(rule).__name__}Loss")()(source, torch.from_numpy(given if given.ndim == 1 else given.astype(float)))
+    wanted = getattr(torch.nn, f"{type(rule).__name__}Loss")()(
+        source, torch.from_numpy(given if given.ndim == 1 else given.astype(float))
+    )
     wanted.backward()
     np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
     np.testing.assert_allclose(slope[:, 0, 0].T, source.grad.numpy(), rtol=1e-9, atol=1e-12)
@@ -471,7 +577,12 @@ def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
 # Optimizer
 
 
-RULES = [SGD(0.1, 0.9, 1e-2), SGD(0.1, 0.9, 1e-2, True), SGD(0.05, 0, 0), *(kind() for kind in optimizer.OPTIMIZERS.load().values())]
+RULES = [
+    SGD(0.1, 0.9, 1e-2),
+    SGD(0.1, 0.9, 1e-2, True),
+    SGD(0.05, 0, 0),
+    *(kind() for kind in optimizer.OPTIMIZERS.load().values()),
+]
 
 
 @pytest.mark.parametrize("count", [1, 9000])
@@ -497,11 +608,13 @@ def test_an_optimizer_is_torchs(run, rng, rule, count):
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS.names())
-@pytest.mark.parametrize("source_block, row_block", [(1, 1), (1, 4), (2, 3), (4, 4)])
+@pytest.mark.parametrize(("source_block", "row_block"), [(1, 1), (1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("units", [1, 5000])
 def test_an_update_of_units_writes_the_transposed_copy(run, rng, name, units, source_block, row_block):
     problem, rule = optimizer.UpdateUnits(name, source_block, row_block), optimizer.OPTIMIZERS.find(name)()
-    values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(np.float32)
+    values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(
+        np.float32
+    )
     arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
     permutation = rng.permutation(units).astype(np.int32)
     got = run("optimizer.update_units", problem, *arrays, permutation, np.zeros_like(values))
@@ -525,10 +638,21 @@ def test_sums_do_not_depend_on_the_number_of_threads(run, rng):
     try:
         for threads in (1, 2):
             configure(1, threads)
-            results.append((run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), z, facts[:3])[1],
-                            run("batch_norm.backward", batch_norm.BatchNormBackward(shape, shape, None, "relu"), dy, z, facts[:3],
-                                facts[3:5], np.zeros(2 * shape.channels, np.float32))[4],
-                            run("bias.gradient", bias.BiasGradient(shape), dy, facts[0])[1]))
+            results.append(
+                (
+                    run("batch_norm.moments", batch_norm.BatchNormMoments(shape, 1e-5), z, facts[:3])[1],
+                    run(
+                        "batch_norm.backward",
+                        batch_norm.BatchNormBackward(shape, shape, None, "relu"),
+                        dy,
+                        z,
+                        facts[:3],
+                        facts[3:5],
+                        np.zeros(2 * shape.channels, np.float32),
+                    )[4],
+                    run("bias.gradient", bias.BiasGradient(shape), dy, facts[0])[1],
+                )
+            )
     finally:
         configure(1, 1)
     for one, two in zip(*results, strict=True):

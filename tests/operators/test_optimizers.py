@@ -1,4 +1,5 @@
-"""Optimizers: what each declares, and steps that are compiled with one: state, count of updates, checkpoints, artifacts, refusals."""
+"""Optimizers: what each declares, and steps that are compiled with one: state, count of updates, checkpoints,
+artifacts, refusals."""
 
 import hashlib
 import inspect
@@ -25,7 +26,9 @@ every = pytest.mark.parametrize("kind", [OPTIMIZERS.find(name) for name in OPTIM
 def compiled(optimizer, scheme="block", **options):
     torch.manual_seed(3)
     model = Small(8)
-    return mest.compile(model, SHAPE, scheme=scheme, **{"sparsity": 0.75, "optimizer": optimizer, "threads": 1, **options}), model
+    return mest.compile(
+        model, SHAPE, scheme=scheme, **{"sparsity": 0.75, "optimizer": optimizer, "threads": 1, **options}
+    ), model
 
 
 def assert_same_state(one, other):
@@ -57,45 +60,73 @@ def test_an_optimizer_is_read_as_it_was_written(kind):
 
 
 def test_a_document_without_a_name_is_of_sgd():
-    assert read_optimizer({"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}) == mest.SGD(0.5, 0.0, 0.0)
+    assert read_optimizer({"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}) == mest.SGD(
+        0.5, 0.0, 0.0
+    )
 
 
-@pytest.mark.parametrize("target, digest", [("arm_cpu", "3fbfcb8fded4e669"), ("opencl", "e2939fa0e025d105")])
+@pytest.mark.parametrize(("target", "digest"), [("arm_cpu", "3fbfcb8fded4e669"), ("opencl", "e2939fa0e025d105")])
 def test_the_text_of_sgds_kernels_is_what_it_was(target, digest):
-    problems = [("optimizer.update", Update("sgd")), *(("optimizer.update_units", UpdateUnits("sgd", *sizes))
-                for sizes in ((1, 1), (1, 4), (2, 3))), ("optimizer.copy", CopyValues())]
+    problems = [
+        ("optimizer.update", Update("sgd")),
+        *(("optimizer.update_units", UpdateUnits("sgd", *sizes)) for sizes in ((1, 1), (1, 4), (2, 3))),
+        ("optimizer.copy", CopyValues()),
+    ]
     texts = [kernel_source(*problem, find_target(target)).text for problem in problems]
     assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == digest
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"betas": 0.9}, "betas is 0.9; wanted two numbers"), ({"betas": (0.9,)}, "betas is"), ({"betas": "ab"}, "betas is 'ab'"),
-    ({"betas": (0.9, 1)}, r"betas\[1\] is 1; wanted"), ({"betas": (-0.1, 0.9)}, r"betas\[0\] is"), ({"eps": float("nan")}, "eps is nan"),
-    ({"lr": "a"}, "lr is 'a'"), ({"weight_decay": -1}, "weight_decay is -1"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": 0.9}, "betas is 0.9; wanted two numbers"),
+        ({"betas": (0.9,)}, "betas is"),
+        ({"betas": "ab"}, "betas is 'ab'"),
+        ({"betas": (0.9, 1)}, r"betas\[1\] is 1; wanted"),
+        ({"betas": (-0.1, 0.9)}, r"betas\[0\] is"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"lr": "a"}, "lr is 'a'"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+    ],
+)
 def test_what_adamw_cannot_take_is_named(options, message):
     with pytest.raises(SpecError, match=message):
         mest.AdamW(**options)
 
 
 def test_a_refusal_names_the_optimizers_that_there_are():
-    with pytest.raises(UsageError, match=r"mest.AdamW\(lr, betas, eps, weight_decay\), mest.SGD\(lr, momentum, weight_decay, nesterov\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"mest.AdamW\(lr, betas, eps, weight_decay\), mest.SGD\(lr, momentum, weight_decay, nesterov\)",
+    ):
         compiled(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
 
 
 # Steps.
 
 
-@pytest.mark.parametrize("scheme, sparsity", [("unstructured", 0.75), ("block", 0.75), ("dense", 0.0)])
+@pytest.mark.parametrize(("scheme", "sparsity"), [("unstructured", 0.75), ("block", 0.75), ("dense", 0.0)])
 def test_ten_steps_of_adamw_equal_masked_torch(scheme, sparsity):
     step, model = compiled(CALM, scheme, sparsity=sparsity)
     twin, batches = MaskedTorch(model, step.masks(), CALM), make_batches(SHAPE, 10, 10)
-    np.testing.assert_allclose([step(*batch).loss for batch in batches], [twin.step(*batch) for batch in batches], rtol=1e-4)
+    np.testing.assert_allclose(
+        [step(*batch).loss for batch in batches], [twin.step(*batch) for batch in batches], rtol=1e-4
+    )
     assert_like_torch(step, model, batches[0][0])
     live = sum(np.count_nonzero(mask) for mask in step.masks().values())
     dense = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in step.masks())
-    assert step.memory()["optimizer"] == 8 * (live + dense) == 2 * compiled(mest.SGD(), scheme, sparsity=sparsity)[0].memory()["optimizer"]
-    assert step.describe()["optimizer"] == {"name": "adamw", "lr": 0.002, "betas": [0.9, 0.99], "eps": 1e-4, "weight_decay": 0.01}
+    assert (
+        step.memory()["optimizer"]
+        == 8 * (live + dense)
+        == 2 * compiled(mest.SGD(), scheme, sparsity=sparsity)[0].memory()["optimizer"]
+    )
+    assert step.describe()["optimizer"] == {
+        "name": "adamw",
+        "lr": 0.002,
+        "betas": [0.9, 0.99],
+        "eps": 1e-4,
+        "weight_decay": 0.01,
+    }
 
 
 def test_an_opencl_device_takes_the_same_steps():

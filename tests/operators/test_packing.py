@@ -29,8 +29,10 @@ def pad_image(dense, image):
     return image.pack(dense.transpose(1, 2, 3, 0))
 
 
-@pytest.mark.parametrize("scheme, weight_shape, size, stride, padding, sections", CASES)
-def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight_shape, size, stride, padding, sections):
+@pytest.mark.parametrize(("scheme", "weight_shape", "size", "stride", "padding", "sections"), CASES)
+def test_index_arrays_give_the_convolution_and_both_its_gradients(
+    scheme, weight_shape, size, stride, padding, sections
+):
     rng = np.random.default_rng(7)
     spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
     layer = Layer(spec, parse_scheme(scheme), 0.6, "gather", *sections)
@@ -50,30 +52,41 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(scheme, weight
     order = np.flatnonzero(keep)[index.sort]
     np.testing.assert_array_equal(index.sort[index.places], np.arange(len(order)))
     values = gather_units(weight.detach().numpy(), order, layer.scheme.grid(spec)).astype(np.float64)
-    got = gather_conv_reference(forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source))
+    got = gather_conv_reference(
+        forward, index.arrays["pointers"], index.arrays["offsets"], values, pad_image(x.detach().numpy(), source)
+    )
     np.testing.assert_allclose(result.unpack(got).transpose(3, 0, 1, 2), y.detach().numpy(), rtol=1e-5, atol=1e-5)
 
     delta = pad_image(dy.numpy(), result)
     turned = np.empty((len(values), values.shape[2], values.shape[1]))
     turned[index.arrays["permutation"]] = values.transpose(0, 2, 1)
-    got = gather_conv_reference(backward, index.arrays["transposed_pointers"], index.arrays["transposed_offsets"], turned, delta)
+    got = gather_conv_reference(
+        backward, index.arrays["transposed_pointers"], index.arrays["transposed_offsets"], turned, delta
+    )
     np.testing.assert_allclose(source.unpack(got).transpose(3, 0, 1, 2), x.grad.numpy(), rtol=1e-5, atol=1e-5)
 
     rows, sources = layer.scheme.block(spec)
-    grad = gather_grad_reference(GatherGrad(source, result, rows, sources, stride, sections[0]), index.arrays["pointers"],
-                                 index.arrays["offsets"], pad_image(x.detach().numpy(), source), delta)
+    grad = gather_grad_reference(
+        GatherGrad(source, result, rows, sources, stride, sections[0]),
+        index.arrays["pointers"],
+        index.arrays["offsets"],
+        pad_image(x.detach().numpy(), source),
+        delta,
+    )
     dense = scatter_units(grad, order, layer.scheme.grid(spec), weight_shape)
     np.testing.assert_allclose(dense, weight.grad.numpy() * mask, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("scheme, weight_shape, size, stride, padding, sections", CASES)
+@pytest.mark.parametrize(("scheme", "weight_shape", "size", "stride", "padding", "sections"), CASES)
 def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_shape, size, stride, padding, sections):
     spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
     chosen = parse_scheme(scheme)
     keep = np.random.default_rng(3).random(chosen.grid(spec)) < 0.5
     dense = np.arange(1, spec.weight_elems + 1, dtype=np.float32).reshape(weight_shape) * chosen.expand(spec, keep)
     order = np.flatnonzero(keep)[::-1]
-    np.testing.assert_array_equal(scatter_units(gather_units(dense, order, keep.shape), order, keep.shape, weight_shape), dense)
+    np.testing.assert_array_equal(
+        scatter_units(gather_units(dense, order, keep.shape), order, keep.shape, weight_shape), dense
+    )
 
 
 def test_units_that_stay_carry_their_entries_and_new_ones_start_at_zero():

@@ -1,5 +1,5 @@
-"""Kernels with a structure baked in against their float64 references, over random sizes. Pointers and numbers of live groups that they are
-given say that there is nothing: whoever reads them is found out.
+"""Kernels with a structure baked in against their float64 references, over random sizes. Pointers and numbers of live
+groups that they are given say that there is nothing: whoever reads them is found out.
 """
 
 import numpy as np
@@ -12,13 +12,20 @@ from mest_compile.operators.layers.gather import GatherConv
 
 
 def even_index(rng: np.random.Generator, full: Index, conv: GatherConv) -> Index:
-    """Of all units some of every section, as many in each of its groups; the last section may have another number of them."""
+    """Of all units some of every section, as many in each of its groups; the last section may have another number of
+    them."""
     units = np.diff(full.pointers).reshape(conv.sections, conv.groups)
-    counts = np.repeat([rng.integers(1, units[:-1].min(initial=units.min()) + 1), rng.integers(1, units[-1].min() + 1)],
-                       [conv.sections - 1, 1])
-    offsets = [np.sort(rng.choice(run, counts[cell // conv.groups], replace=False))
-               for cell, run in enumerate(np.split(full.offsets, full.pointers[1:-1]))]
-    return Index(np.concatenate([[0], np.repeat(counts, conv.groups).cumsum()]).astype(np.int32), np.concatenate(offsets))
+    counts = np.repeat(
+        [rng.integers(1, units[:-1].min(initial=units.min()) + 1), rng.integers(1, units[-1].min() + 1)],
+        [conv.sections - 1, 1],
+    )
+    offsets = [
+        np.sort(rng.choice(run, counts[cell // conv.groups], replace=False))
+        for cell, run in enumerate(np.split(full.offsets, full.pointers[1:-1]))
+    ]
+    return Index(
+        np.concatenate([[0], np.repeat(counts, conv.groups).cumsum()]).astype(np.int32), np.concatenate(offsets)
+    )
 
 
 @pytest.mark.parametrize("seed", range(16))

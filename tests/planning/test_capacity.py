@@ -1,4 +1,5 @@
-"""A step whose memory is planned for its densest phase: what mutations keep, whatever the scheme, and what they are refused."""
+"""A step whose memory is planned for its densest phase: what mutations keep, whatever the scheme, and what they are
+refused."""
 
 import tracemalloc
 
@@ -26,13 +27,21 @@ SCHEMES = ["unstructured", "block:4x1", "block:2x2", "pattern", "filter", "chann
 def make(scheme, **options):
     torch.manual_seed(5)
     dense = None if scheme == "pattern" else ["conv1", "fc"]
-    return mest.compile(Small(8), SHAPE, scheme=scheme,
-                        **{"sparsity": START, "dense_layers": dense, "threads": 1, "grow_to": DENSEST, **options})
+    return mest.compile(
+        Small(8),
+        SHAPE,
+        scheme=scheme,
+        **{"sparsity": START, "dense_layers": dense, "threads": 1, "grow_to": DENSEST, **options},
+    )
 
 
 def state_of(step):
     """(weights, momentum, masks), copies."""
-    return {name: value.copy() for name, value in step.state_dict().items()}, step._state.collect(":momentum"), step.masks()
+    return (
+        {name: value.copy() for name, value in step.state_dict().items()},
+        step._state.collect(":momentum"),
+        step.masks(),
+    )
 
 
 def assert_same(one, other):
@@ -54,7 +63,9 @@ def test_whatever_phases_come_units_are_exact_legal_within_capacity_and_only_sur
     planned, units = step.memory(at_capacity=True), None
     for batch in batches:
         step(*batch, lr=0.002)
-        filled = {name: rng.standard_normal(mask.shape).astype(np.float32) * mask for name, mask in step.masks().items()}
+        filled = {
+            name: rng.standard_normal(mask.shape).astype(np.float32) * mask for name, mask in step.masks().items()
+        }
         step.load_state_dict(step.state_dict() | filled)  # no live weight is 0, so that what stays can be told
         weights, momentum, masks = state_of(step)
         grow_to, prune_to = sorted(rng.uniform(DENSEST, 0.95, 2))
@@ -80,7 +91,11 @@ def test_whatever_phases_come_units_are_exact_legal_within_capacity_and_only_sur
         for name in momentum.keys() - grown.keys():
             np.testing.assert_array_equal(moved[name], momentum[name])
         assert all(step.memory()[kind] <= planned[kind] == size for kind, size in step.memory(at_capacity=True).items())
-    assert {name.rpartition(".")[2] for name in grown} == {"weight"} and not {"conv1.weight", "fc.weight", "bn1.weight"} & grown.keys()
+    assert {name.rpartition(".")[2] for name in grown} == {"weight"} and not {
+        "conv1.weight",
+        "fc.weight",
+        "bn1.weight",
+    } & grown.keys()
     step.mutate(0.9, DENSEST, rng=rng)
     assert step.memory() == planned
 
@@ -88,7 +103,9 @@ def test_whatever_phases_come_units_are_exact_legal_within_capacity_and_only_sur
 def denser(layer, weight, sparsity):
     """A mask of the layer that is legal and of another sparsity than its step's."""
     scheme, spec = layer.scheme, layer.spec
-    keep = scheme.start(spec, scheme.energy(spec, conv(weight)), scheme.live_units(spec, sparsity), np.random.default_rng(0))
+    keep = scheme.start(
+        spec, scheme.energy(spec, conv(weight)), scheme.live_units(spec, sparsity), np.random.default_rng(0)
+    )
     return scheme.expand(spec, keep).reshape(weight.shape)
 
 
@@ -97,7 +114,10 @@ def test_what_has_no_room_is_refused_and_changes_nothing(scheme):
     step = make(scheme)
     step(*make_batches(SHAPE, 10, 1)[0], lr=0.01)
     before = state_of(step)
-    with pytest.raises(CapacityError, match=r"conv\d.weight: \d+ units live at a sparsity of 0.57, but memory is planned for \d+; compile"):
+    with pytest.raises(
+        CapacityError,
+        match=r"conv\d.weight: \d+ units live at a sparsity of 0.57, but memory is planned for \d+; compile",
+    ):
         step.mutate(0.8, 0.57, rng=np.random.default_rng(0))
     other = {name: denser(step.layers[name], before[0][name], 0.57) for name in step.masks()}
     with pytest.raises(CapacityError, match="compile the step with grow_to="):
@@ -143,7 +163,9 @@ def test_a_budget_holds_in_the_densest_phase(scheme):
         make(scheme, memory_budget=10**9, grow_to=None).mutate(START, 0.7)
 
 
-@pytest.mark.parametrize("grow_to, message", [(0.9, "at most the model's 0.8"), (-0.1, "wanted a finite number of 0 or more")])
+@pytest.mark.parametrize(
+    ("grow_to", "message"), [(0.9, "at most the model's 0.8"), (-0.1, "wanted a finite number of 0 or more")]
+)
 def test_a_capacity_that_is_none_is_refused(grow_to, message):
     with pytest.raises(UsageError, match=message):
         make("unstructured", grow_to=grow_to)

@@ -21,14 +21,23 @@ X, Y = rng.standard_normal((8, 2, 6, 6)).astype("f"), np.arange(8) % 3
 
 @pytest.fixture(scope="module")
 def net():
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(net, tmp_path_factory):
     """(a step that trained and mutated, its checkpoint)."""
-    step = mest.compile(net, X.shape, scheme="unstructured", sparsity=0.5, threads=1, grow_to=0.4,
-                        optimizer=mest.SGD(lr=0.03, momentum=0.8))
+    step = mest.compile(
+        net,
+        X.shape,
+        scheme="unstructured",
+        sparsity=0.5,
+        threads=1,
+        grow_to=0.4,
+        optimizer=mest.SGD(lr=0.03, momentum=0.8),
+    )
     step(X, Y)
     step.mutate(0.5, 0.45, rng=np.random.default_rng(1))
     step(X, Y)
@@ -46,9 +55,13 @@ def same_state(path, other):
             weight, sorts = name.removeprefix("order/"), [np.argsort(each[name], kind="stable") for each in (one, two)]
             np.testing.assert_array_equal(array[sorts[0]], two[name][sorts[1]])
             for part in ("", ":momentum", ":gradient"):
-                held = [each[f"held/{weight}{part}"].reshape(len(sort), -1)[sort] for each, sort in zip((one, two), sorts)]
+                held = [
+                    each[f"held/{weight}{part}"].reshape(len(sort), -1)[sort] for each, sort in zip((one, two), sorts)
+                ]
                 np.testing.assert_array_equal(*held, err_msg=name + part)
-        elif not name.startswith(tuple(f"held/{order.removeprefix('order/')}" for order in one if order.startswith("order/"))):
+        elif not name.startswith(
+            tuple(f"held/{order.removeprefix('order/')}" for order in one if order.startswith("order/"))
+        ):
             np.testing.assert_array_equal(array, two[name], name)
 
 
@@ -69,17 +82,28 @@ def test_another_batch_goes_on_with_weights_masks_momentum_and_statistics(net, t
 
 def test_another_target_goes_on_with_all_state_and_is_built_for_it(trained, tmp_path, mest_compile_command):
     _, path = trained
-    ran = mest_compile_command("build", "--checkpoint", path, "--target", "cortex-a72", "--batch", 2, "--out", tmp_path / "made", "--json")
+    ran = mest_compile_command(
+        "build", "--checkpoint", path, "--target", "cortex-a72", "--batch", 2, "--out", tmp_path / "made", "--json"
+    )
     assert ran.code == 0 and ran.document["target"] == "cortex-a72", ran.err
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
     assert read_library((tmp_path / "made" / "step.so").read_bytes()).machine == "aarch64"
-    assert manifest["facts"]["graph"]["input_shape"] == [2, 2, 6, 6] and manifest["facts"]["threads"] == find_target("cortex-a72").cores
+    assert (
+        manifest["facts"]["graph"]["input_shape"] == [2, 2, 6, 6]
+        and manifest["facts"]["threads"] == find_target("cortex-a72").cores
+    )
     assert manifest["facts"]["optimizer"]["momentum"] == 0.8
     same_state(path, tmp_path / "made" / "state.safetensors")
 
 
 def test_what_a_checkpoint_decides_is_no_option(trained, tmp_path, mest_compile_command):
-    for option in (("--model", "mlp"), ("--sparsity", 0.5), ("--grow-to", 0.4), ("--seed", 0), ("--activations", "float32")):
+    for option in (
+        ("--model", "mlp"),
+        ("--sparsity", 0.5),
+        ("--grow-to", 0.4),
+        ("--seed", 0),
+        ("--activations", "float32"),
+    ):
         ran = mest_compile_command("build", "--checkpoint", trained[1], *option, "--out", tmp_path / "made")
         assert ran.code == 2 and f"the checkpoint has its {option[0]} already" in ran.err
     assert not (tmp_path / "made").exists()
@@ -99,9 +123,17 @@ def test_what_another_target_cannot_do_is_refused(trained, tmp_path, mest_compil
 @pytest.mark.parametrize("scheme", ["block", "pattern"])
 def test_facts_for_another_device_and_batch_are_those_of_compiling_for_it(scheme):
     """Foreign machines' kernels are compiled when they are exported, not before."""
+
     def facts(batch, target):
         shape = (batch, 3, 32, 32)
-        return mest.compile(build_model("resnet20", shape, 10, 8), shape, scheme=scheme, sparsity=0.6, target=target,
-                            records=Records(find_target(target)))._compiled.facts
+        return mest.compile(
+            build_model("resnet20", shape, 10, 8),
+            shape,
+            scheme=scheme,
+            sparsity=0.6,
+            target=target,
+            records=Records(find_target(target)),
+        )._compiled.facts
+
     moved, _ = retargeted(facts(32, "cortex-a76"), find_target("armv7"), 8, Records)
     assert moved.to_json() == facts(8, "armv7").to_json()

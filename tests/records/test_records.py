@@ -15,7 +15,16 @@ from mest_compile.operators.batch_norm import BatchNormBackward, BatchNormForwar
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, shipped, tvm_version
 from mest_compile.records.record import read_log, target_facts, unit_of
 
-TARGET = Target("board", "cpu", (("kind", "llvm"), ("mcpu", "cortex-a55"), ("mtriple", "aarch64-linux-gnu")), 4, 32, 32768, 131072, 4)
+TARGET = Target(
+    "board",
+    "cpu",
+    (("kind", "llvm"), ("mcpu", "cortex-a55"), ("mtriple", "aarch64-linux-gnu")),
+    4,
+    32,
+    32768,
+    131072,
+    4,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,9 @@ class Problem:
 
 
 def record(knobs, *seconds, problem=Problem(32), live=100, outcome=Outcome.OK, measure=Measure.MEASURED, **changed):
-    made = Record("gather.conv", plain(problem), live, target_facts(TARGET), "", knobs, outcome, measure, seconds, text(knobs))
+    made = Record(
+        "gather.conv", plain(problem), live, target_facts(TARGET), "", knobs, outcome, measure, seconds, text(knobs)
+    )
     return replace(made, **changed)
 
 
@@ -52,7 +63,12 @@ def path(tmp_path):
 
 def test_the_fastest_right_knobs_win_and_come_back_as_they_were(path):
     choice = best(read(path))
-    assert (choice.origin, choice.knobs, choice.seconds, choice.default_seconds) == ("exact", {"tile": (4, 2)}, 2.0, 3.1)
+    assert (choice.origin, choice.knobs, choice.seconds, choice.default_seconds) == (
+        "exact",
+        {"tile": (4, 2)},
+        2.0,
+        3.1,
+    )
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome is not Outcome.OK])
@@ -107,15 +123,22 @@ def at(cpu, knobs, seconds, **changed):
 def test_a_target_that_this_machine_is_has_the_records_of_this_machine(name, tmp_path):
     """Whatever its file is called."""
     here, path = replace(HERE, name=name), tmp_path / "log.jsonl"
-    for cpu, knobs, seconds in ((host_model(), {"tile": (7, 7)}, 0.1), ("", {"tile": (8, 8)}, 0.01), ("another", {"tile": (9, 9)}, 0.001)):
+    for cpu, knobs, seconds in (
+        (host_model(), {"tile": (7, 7)}, 0.1),
+        ("", {"tile": (8, 8)}, 0.01),
+        ("another", {"tile": (9, 9)}, 0.001),
+    ):
         LogFile(path).append(at(cpu, knobs, seconds, target=target_facts(here)))
     records = read(path, here)
     assert best(records).knobs == {"tile": (7, 7)} and records.left_out == {"foreign": 2} and len(host_model()) > 5
-    assert best(records.for_target(here)).knobs == {"tile": (7, 7)} and best(records.on("another")).knobs == {"tile": (9, 9)}
+    assert best(records.for_target(here)).knobs == {"tile": (7, 7)} and best(records.on("another")).knobs == {
+        "tile": (9, 9)
+    }
 
 
 def test_two_boards_of_a_target_never_mix(tmp_path):
-    """Where the device is known its own records decide, else those of the board with most of them: never the least of both."""
+    """Where the device is known its own records decide, else those of the board with most of them: never the least of
+    both."""
     path = tmp_path / "board.jsonl"
     for board, times in (("a Pi 5", (3.0, 2.0, 2.5)), ("a phone", (0.2, 0.3))):
         for tile, seconds in enumerate(times):
@@ -128,36 +151,68 @@ def test_two_boards_of_a_target_never_mix(tmp_path):
     assert best(read(path).on("a Pi 5"), Problem(64)).knobs == {"tile": 1}  # nearest, of its own
 
 
-@pytest.mark.parametrize("cpuinfo, board, wanted", [
-    ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t: 1\n", "", "AMD EPYC, family 25, model 1"),
-    ("CPU implementer\t: 0x41\nCPU part\t: 0xd0b\nCPU part\t: 0xd0b\n", "Raspberry Pi 5\0", "implementer 0x41, part 0xd0b, Raspberry Pi 5"),
-    ("CPU implementer\t: 0x41\nCPU part\t: 0xd05\nCPU part\t: 0xd0b\n", "", "implementer 0x41, part 0xd05 and 0xd0b"), ("", "", "")])
+@pytest.mark.parametrize(
+    ("cpuinfo", "board", "wanted"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t: 1\n", "", "AMD EPYC, family 25, model 1"),
+        (
+            "CPU implementer\t: 0x41\nCPU part\t: 0xd0b\nCPU part\t: 0xd0b\n",
+            "Raspberry Pi 5\0",
+            "implementer 0x41, part 0xd0b, Raspberry Pi 5",
+        ),
+        (
+            "CPU implementer\t: 0x41\nCPU part\t: 0xd05\nCPU part\t: 0xd0b\n",
+            "",
+            "implementer 0x41, part 0xd05 and 0xd0b",
+        ),
+        ("", "", ""),
+    ],
+)
 def test_a_machine_is_its_cpu_and_its_board(cpuinfo, board, wanted):
     assert machine_model(cpuinfo, board) == wanted
 
 
 # Verdicts.
 
+
 def damages(content, rng):
-    """Every kind of damage to one line, at random places: a byte, its end, the end of its line, all of it, a line twice."""
+    """Every kind of damage to one line, at random places: a byte, its end, the end of its line, all of it, a line
+    twice."""
     lines = content.splitlines(keepends=True)
     while True:
         number = rng.randrange(len(lines))
         line = lines[number]
         place = rng.randrange(len(line))
-        before, behind, end = line[:place], line[place + 1:], b"\n" * (number + 1 < len(lines))
-        spoilt = rng.choice([before + bytes([rng.randrange(256)]) + behind, before + end, before + behind, before + b"\n" + line[place:],
-                             b"", line[:-1], line + line, line[:-1] + rng.choice([b"\r", b"\0", b"x", b"}", b" "]),
-                             line.replace(b'"digest": "', b'"digest": "0', 1)])
-        yield b"".join([*lines[:number], spoilt, *lines[number + 1:]])
+        before, behind, end = line[:place], line[place + 1 :], b"\n" * (number + 1 < len(lines))
+        spoilt = rng.choice(
+            [
+                before + bytes([rng.randrange(256)]) + behind,
+                before + end,
+                before + behind,
+                before + b"\n" + line[place:],
+                b"",
+                line[:-1],
+                line + line,
+                line[:-1] + rng.choice([b"\r", b"\0", b"x", b"}", b" "]),
+                line.replace(b'"digest": "', b'"digest": "0', 1),
+            ]
+        )
+        yield b"".join([*lines[:number], spoilt, *lines[number + 1 :]])
 
 
 @pytest.mark.parametrize("verdict", [Outcome.WRONG, Outcome.CRASHED])
 @pytest.mark.parametrize("place", ["first", "between", "last"])
 def test_no_damage_to_one_line_lets_a_wrong_kernel_win(verdict, place, tmp_path):
     path, wrong, rng = tmp_path / "board.jsonl", {"tile": (9, 9)}, random.Random(place + verdict.value)
-    entries = [record({}, 3.0), record(wrong, 0.1), record({"tile": (4, 2)}, 2.0), record(wrong, 0.2, message="in step")]
-    entries.insert({"first": 0, "between": 2, "last": len(entries)}[place], record(wrong, outcome=verdict, message="argument 1"))
+    entries = [
+        record({}, 3.0),
+        record(wrong, 0.1),
+        record({"tile": (4, 2)}, 2.0),
+        record(wrong, 0.2, message="in step"),
+    ]
+    entries.insert(
+        {"first": 0, "between": 2, "last": len(entries)}[place], record(wrong, outcome=verdict, message="argument 1")
+    )
     for one in entries:
         LogFile(path).append(one)
     whole = path.read_bytes()
@@ -174,7 +229,11 @@ def test_a_verdict_of_an_older_log_that_stands_there_once_is_believed_so_far_as_
     path, wrong = tmp_path / "board.jsonl", {"tile": (9, 9)}
     entries = record({}, 3.0), record(wrong, 0.1), record(wrong, outcome=Outcome.WRONG), record({"tile": (4, 2)}, 2.0)
     lines = [one.to_line() for one in entries]
-    for spoil in (lambda line: line[:-4] + 'f"}', lambda line: line[:line.index('"outcome"')], lambda line: line.replace("wrong-", "w")):
+    for spoil in (
+        lambda line: line[:-4] + 'f"}',
+        lambda line: line[: line.index('"outcome"')],
+        lambda line: line.replace("wrong-", "w"),
+    ):
         path.write_text("\n".join([*lines[:2], spoil(lines[2]), lines[3], ""]))
         assert best(read(path)).knobs == {"tile": (4, 2)}
     path.write_text("\n".join([*lines[:2], lines[3].replace("2.0", "9.0"), ""]))  # an edited time is no verdict
@@ -230,12 +289,21 @@ def test_measured_beats_modelled_and_emulated_is_never_used(path):
 def test_modelled_cycles_beat_executed_instructions_and_the_two_are_never_compared(tmp_path):
     path = tmp_path / "board.jsonl"
     modelled = {"measure": Measure.MODELLED}
-    for knobs, cycles, instructions in (({}, 3e-6, 3e-5), ({"tile": (1, 2)}, 2e-6, 4e-5), ({"tile": (2, 1)}, 4e-6, 1e-9)):
+    for knobs, cycles, instructions in (
+        ({}, 3e-6, 3e-5),
+        ({"tile": (1, 2)}, 2e-6, 4e-5),
+        ({"tile": (2, 1)}, 4e-6, 1e-9),
+    ):
         LogFile(path).append(record(knobs, instructions, cpu="instructions under qemu", **modelled))
         assert best(read(path)).modelled
         LogFile(path).append(record(knobs, cycles, cpu="a model", **modelled))
     choice = best(read(path))
-    assert (choice.knobs, choice.seconds, choice.default_seconds, choice.modelled) == ({"tile": (1, 2)}, 2e-6, 3e-6, True)
+    assert (choice.knobs, choice.seconds, choice.default_seconds, choice.modelled) == (
+        {"tile": (1, 2)},
+        2e-6,
+        3e-6,
+        True,
+    )
     LogFile(path).append(record({}, 1.0))
     assert (best(read(path)).knobs, best(read(path)).modelled) == ({}, False)
     clocks = (Measure.MEASURED, ""), (Measure.MODELLED, "a model"), (Measure.MODELLED, "instructions under qemu")
@@ -277,7 +345,10 @@ def test_records_from_before_batch_norm_knew_activations_are_of_todays_problems(
     image = Image(8, 4, 4, 16, (0, 0, 0, 0), 16)
     for activation in (None, "relu"):
         problem = BatchNormForward(image, image, activation)
-        older = {**{name: item for name, item in plain(problem).items() if name != "activation"}, "relu": activation == "relu"}
+        older = {
+            **{name: item for name, item in plain(problem).items() if name != "activation"},
+            "relu": activation == "relu",
+        }
         LogFile(tmp_path / "log").append(record({"tile": 3}, 0.1, kernel="batch_norm.forward", problem=older))
         found = read(tmp_path / "log").best("batch_norm.forward", problem, 100, text)
         assert (found.origin, found.knobs) == ("exact", {"tile": 3})
@@ -285,6 +356,8 @@ def test_records_from_before_batch_norm_knew_activations_are_of_todays_problems(
 
 def test_shipped_records_are_of_todays_problems():
     kinds = {"batch_norm.forward": BatchNormForward, "batch_norm.backward": BatchNormBackward}
-    found = [each for each in read_log(shipped(find_target("local"))) if isinstance(each, Record) and each.kernel in kinds]
+    found = [
+        each for each in read_log(shipped(find_target("local"))) if isinstance(each, Record) and each.kernel in kinds
+    ]
     assert len(found) > 100 and {each.problem["activation"] for each in found} == {None, "relu"}
     assert all(set(each.problem) == {entry.name for entry in fields(kinds[each.kernel])} for each in found)

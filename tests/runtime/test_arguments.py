@@ -1,4 +1,5 @@
-"""What compiling is given: numbers of any kind are taken, what cannot be meant is one line that says what was wanted."""
+"""What compiling is given: numbers of any kind are taken, what cannot be meant is one line that says what was
+wanted."""
 
 import json
 import logging
@@ -24,7 +25,9 @@ def net():
 
 
 def compiled(**options):
-    return mest.compile(net(), **{"input_shape": SHAPE, "scheme": "unstructured", "sparsity": 0.5, "threads": 1, **options})
+    return mest.compile(
+        net(), **{"input_shape": SHAPE, "scheme": "unstructured", "sparsity": 0.5, "threads": 1, **options}
+    )
 
 
 class Foreign:
@@ -50,8 +53,21 @@ REFUSED = {
     "device": ["x", 0, torch.device("cpu")],
     "builder": ["x", Foreign()],
     "records": ["x", {}],
-    "input_shape": [(4.7, 1, 4, 4), ((4, 1), 4, 4, 4), (True, 1, 4, 4), "4144", ("4", "1", "4", "4"), (4, 1, 4), (0, 1, 4, 4), 4, None,
-                    {4: 1, 5: 2}, np.ones((2, 2), int), np.array([4.0, 16.0]), (10**12, 16)],
+    "input_shape": [
+        (4.7, 1, 4, 4),
+        ((4, 1), 4, 4, 4),
+        (True, 1, 4, 4),
+        "4144",
+        ("4", "1", "4", "4"),
+        (4, 1, 4),
+        (0, 1, 4, 4),
+        4,
+        None,
+        {4: 1, 5: 2},
+        np.ones((2, 2), int),
+        np.array([4.0, 16.0]),
+        (10**12, 16),
+    ],
 }
 
 
@@ -60,7 +76,7 @@ def imported():
     return import_model(net(), SHAPE)
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in REFUSED.items() for value in values])
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
 def test_what_cannot_be_meant_is_one_line_that_names_the_argument(name, value, monkeypatch, imported):
     monkeypatch.setattr(frontend, "import_model", lambda model, input_shape: imported)
     monkeypatch.setattr(compiling, "make_step", None)  # nothing may be compiled
@@ -76,9 +92,18 @@ def test_lower_density_without_a_budget_is_refused():
 
 def test_numbers_of_numpy_are_numbers_down_to_the_checkpoint(tmp_path):
     rule = mest.SGD(lr=np.float32(0.5), momentum=np.float64(0.5), weight_decay=np.float16(0), nesterov=True)
-    step = compiled(sparsity=np.float32(0.5), threads=np.int64(1), memory_budget=np.int64(10**9), seed=np.uint8(3), optimizer=rule,
-                    label_smoothing=np.float64(0.25), grow_to=np.float32(0.25), input_shape=np.array(SHAPE),
-                    scheme=mest.Block(np.int32(4), np.int64(1)), dense_layers=("3",))
+    step = compiled(
+        sparsity=np.float32(0.5),
+        threads=np.int64(1),
+        memory_budget=np.int64(10**9),
+        seed=np.uint8(3),
+        optimizer=rule,
+        label_smoothing=np.float64(0.25),
+        grow_to=np.float32(0.25),
+        input_shape=np.array(SHAPE),
+        scheme=mest.Block(np.int32(4), np.int64(1)),
+        dense_layers=("3",),
+    )
     json.dumps(step.describe())
     step.save(tmp_path / "a.safetensors")
     loaded = mest.load(tmp_path / "a.safetensors", threads=np.int64(1))
@@ -88,8 +113,20 @@ def test_numbers_of_numpy_are_numbers_down_to_the_checkpoint(tmp_path):
             mest.load(tmp_path / "a.safetensors", **{name: value})
 
 
-@pytest.mark.parametrize("rule", [{"lr": 1e39}, {"lr": "a"}, {"lr": float("nan")}, {"lr": -1}, {"momentum": 1}, {"momentum": None},
-                                  {"weight_decay": float("inf")}, {"nesterov": 1}, {"momentum": 0, "nesterov": True}])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"lr": 1e39},
+        {"lr": "a"},
+        {"lr": float("nan")},
+        {"lr": -1},
+        {"momentum": 1},
+        {"momentum": None},
+        {"weight_decay": float("inf")},
+        {"nesterov": 1},
+        {"momentum": 0, "nesterov": True},
+    ],
+)
 def test_a_rule_that_float32_cannot_follow_is_refused(rule):
     with pytest.raises(SpecError, match=min(rule)):
         mest.SGD(**rule)
@@ -101,12 +138,18 @@ def test_a_block_that_is_none_is_refused(block):
         mest.Block(*block)
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"width": 10**6}, BudgetError, r"mlp with a width of 1000000 needs 3,.* MiB, this machine has"),
-    ({"width": 10**12}, SpecError, "more weights than torch can count"),
-    ({"width": 1.5}, SpecError, "width is 1.5"), ({"classes": "a"}, SpecError, "classes is 'a'"), ({"seed": -1}, MestError, "seed is -1"),
-    ({"input_shape": (8, 4.5)}, SpecError, "input_shape is"), ({"name": ["mlp"]}, UnknownName, "no model"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"width": 10**6}, BudgetError, r"mlp with a width of 1000000 needs 3,.* MiB, this machine has"),
+        ({"width": 10**12}, SpecError, "more weights than torch can count"),
+        ({"width": 1.5}, SpecError, "width is 1.5"),
+        ({"classes": "a"}, SpecError, "classes is 'a'"),
+        ({"seed": -1}, MestError, "seed is -1"),
+        ({"input_shape": (8, 4.5)}, SpecError, "input_shape is"),
+        ({"name": ["mlp"]}, UnknownName, "no model"),
+    ],
+)
 def test_a_model_beyond_memory_or_of_no_size_is_refused_before_it_is_made(options, error, message):
     with pytest.raises(error, match=message) as caught:
         build_model(**{"name": "mlp", "input_shape": (8, 16), **options})

@@ -27,12 +27,33 @@ from mest_compile.training.recipe import Recipe
 SHAPE = (64, 1, 8, 8)
 RECIPE = Recipe(epochs=3, method="em", lr=0.05, mutate_every=1)
 OPTIONS = ["--data", "arrays", "--threads", "1", "--json"]
-HEAVY = ("tvm", "torch", "typer", "rich", "safetensors", "platformdirs", "packaging", "pandas", "sklearn", "matplotlib", "PIL", "tornado")
+HEAVY = (
+    "tvm",
+    "torch",
+    "typer",
+    "rich",
+    "safetensors",
+    "platformdirs",
+    "packaging",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "tornado",
+)
 
 
 def compiled(target="local", **options):
-    return mest.compile(build_model("resnet20", SHAPE, 10, 8), SHAPE, scheme="block", sparsity=0.9, target=target, threads=1,
-                        optimizer=mest.SGD(lr=0.05), **options)
+    return mest.compile(
+        build_model("resnet20", SHAPE, 10, 8),
+        SHAPE,
+        scheme="block",
+        sparsity=0.9,
+        target=target,
+        threads=1,
+        optimizer=mest.SGD(lr=0.05),
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +105,25 @@ class Device:
         else:
             site, self.command = bare_site(folder / "site"), [sys.executable]
         shutil.copy(runtime, self.artifact)
-        # -S: no packages but those in `site`. PATH: an empty folder, so that there is no compiler, linker or shell to be found.
+        # -S: no packages but those in `site`. PATH: an empty folder, so that there is no compiler, linker or shell to
+        # be found.
         self.command += ["-S", "-m", "mest_compile"]
-        self.environment = {"PATH": str(folder / "empty"), "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1",
-                            "QEMU_CPU": "cortex-a76"}
+        self.environment = {
+            "PATH": str(folder / "empty"),
+            "PYTHONPATH": str(site),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "QEMU_CPU": "cortex-a76",
+        }
 
     def start(self, *arguments):
-        return subprocess.Popen([*self.command, *map(str, arguments)], env=self.environment, cwd="/", text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [*self.command, *map(str, arguments)],
+            env=self.environment,
+            cwd="/",
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, *arguments):
         process = self.start(*arguments)
@@ -100,7 +132,9 @@ class Device:
 
 
 @pytest.mark.parametrize("kind", ["here", "emulated"])
-def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_compiled_step(kind, data, local, tmp_path):
+def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_compiled_step(
+    kind, data, local, tmp_path
+):
     made = local
     if kind == "emulated":
         if (why := emulated.missing()) is not None:
@@ -216,7 +250,9 @@ DAMAGE = {
 
 def test_the_page_has_the_recorded_sizes():
     page = artifacts.DOCUMENT.read_text()
-    assert artifacts.embed(page, artifacts.table(json.loads(artifacts.RESULTS.read_text()))) == page, "run python benchmarks/artifacts.py"
+    assert artifacts.embed(page, artifacts.table(json.loads(artifacts.RESULTS.read_text()))) == page, (
+        "run python benchmarks/artifacts.py"
+    )
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -240,7 +276,20 @@ def test_a_cpu_that_lacks_what_the_kernels_use_is_refused(local, tmp_path, monke
 
 def test_build_tells_sizes_and_replaces_an_artifact_whole(mest_compile_command, tmp_path):
     out = tmp_path / "made"
-    options = ["build", "--model", "mlp", "--width", 32, "--image", "1x8x8", "--scheme", "unstructured", "--out", out, "--json"]
+    options = [
+        "build",
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--image",
+        "1x8x8",
+        "--scheme",
+        "unstructured",
+        "--out",
+        out,
+        "--json",
+    ]
     for _ in range(2):
         ran = mest_compile_command(*options)
         assert ran.code == 0, ran.err
@@ -255,7 +304,9 @@ def test_build_tells_sizes_and_replaces_an_artifact_whole(mest_compile_command, 
 
 
 def test_the_command_line_trains_from_an_artifact(mest_compile_command, local, data, tmp_path):
-    ran = mest_compile_command("train", "--artifact", local, "--data", "digits", "--epochs", 1, "--out", tmp_path / "run", "--json")
+    ran = mest_compile_command(
+        "train", "--artifact", local, "--data", "digits", "--epochs", 1, "--out", tmp_path / "run", "--json"
+    )
     assert ran.code == 0 and ran.document["epochs"][0]["iterations"] == 22, ran.err
     refused = mest_compile_command("train", "--artifact", local, "--scheme", "pattern")
     assert refused.code == 2 and "the artifact has its --scheme already" in refused.err
@@ -266,8 +317,13 @@ def test_files_of_arrays_are_safetensors_files(tmp_path):
     from safetensors.numpy import save as other_save
 
     rng = np.random.default_rng(0)
-    arrays = {"a": rng.standard_normal((3, 4)).astype(np.float32), "b": np.arange(5, dtype=np.int64), "c": np.array([True, False, True]),
-              "d": np.zeros((0, 2), np.uint8), "e": np.array(1.5)}
+    arrays = {
+        "a": rng.standard_normal((3, 4)).astype(np.float32),
+        "b": np.arange(5, dtype=np.int64),
+        "c": np.array([True, False, True]),
+        "d": np.zeros((0, 2), np.uint8),
+        "e": np.array(1.5),
+    }
     packed = tensorfile.pack(arrays, {"format": "x"})
     for got in (other_load(packed), tensorfile.unpack(packed)[0], tensorfile.unpack(other_save(arrays))[0]):
         assert got.keys() == arrays.keys()
@@ -276,5 +332,5 @@ def test_files_of_arrays_are_safetensors_files(tmp_path):
             np.testing.assert_array_equal(got[name], array)
     assert tensorfile.unpack(packed)[1] == {"format": "x"}
     for cut in range(0, len(packed), 7):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             tensorfile.unpack(packed[:cut])

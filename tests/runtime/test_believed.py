@@ -27,8 +27,15 @@ X, Y = np.random.default_rng(0).standard_normal((4, 16)).astype("f"), np.array([
 
 
 def compiled(**options):
-    return mest.compile(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)), (4, 16), scheme="unstructured", sparsity=0.5,
-                        dense_layers=["2"], threads=1, **options)
+    return mest.compile(
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
+        (4, 16),
+        scheme="unstructured",
+        sparsity=0.5,
+        dense_layers=["2"],
+        threads=1,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,7 @@ def content(folder):
 
 # Damage.
 
+
 def damaged(whole: bytes, rng: random.Random) -> bytes:
     """Changed at a random place in a random way."""
     found = bytearray(whole)
@@ -70,16 +78,16 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
     elif way == "cut":
         del found[start:]
     elif way == "lose":
-        del found[start:start + size]
+        del found[start : start + size]
     elif way == "twice":
-        found[start:start] = whole[start:start + size]
+        found[start:start] = whole[start : start + size]
     elif way == "other":
-        found[start:start + size] = whole[other:other + size]
+        found[start : start + size] = whole[other : other + size]
     elif way == "zero":
-        found[start:start + 512] = bytes(len(found[start:start + 512]))
+        found[start : start + 512] = bytes(len(found[start : start + 512]))
     elif way == "number" and numbers:
         place = rng.choice(numbers)
-        found[place.start():place.end()] = str(rng.choice((0, 1, -1, 2, 7, 0.5, 10**20, int(place[0]) + 1))).encode()
+        found[place.start() : place.end()] = str(rng.choice((0, 1, -1, 2, 7, 0.5, 10**20, int(place[0]) + 1))).encode()
     elif way == "longer":
         found += rng.randbytes(size)
     return bytes(found)
@@ -87,7 +95,11 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
 
 def outcome(step):
     """All that tells two steps apart: what they say of themselves, predict, and make of a batch."""
-    found = {"described": (step.describe(), step.optimizer), "logits": step.predict(X).tobytes(), "loss": step(X, Y).loss}
+    found = {
+        "described": (step.describe(), step.optimizer),
+        "logits": step.predict(X).tobytes(),
+        "loss": step(X, Y).loss,
+    }
     return found | {name: array.tobytes() for name, array in step.state_dict().items()}
 
 
@@ -111,7 +123,9 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(step, tmp_pat
     arrays, facts = checkpoint.read(tmp_path / "a")
     for seed in range(2 * DAMAGES):
         rng = random.Random(seed)  # every other time in the header, which says what the rest is
-        said = damaged(whole, rng) if seed % 2 else whole[:8] + damaged(whole[8:8 + header], rng) + whole[8 + header:]
+        said = (
+            damaged(whole, rng) if seed % 2 else whole[:8] + damaged(whole[8 : 8 + header], rng) + whole[8 + header :]
+        )
         (tmp_path / "a").write_bytes(said)
         try:
             got, also = checkpoint.read(tmp_path / "a")
@@ -121,26 +135,40 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(step, tmp_pat
             continue
         assert also == facts and got.keys() == arrays.keys(), f"seed {seed}"
         for key, array in arrays.items():
-            assert (got[key].dtype, got[key].shape, got[key].tobytes()) == (array.dtype, array.shape, array.tobytes()), f"seed {seed}"
+            assert (got[key].dtype, got[key].shape, got[key].tobytes()) == (
+                array.dtype,
+                array.shape,
+                array.tobytes(),
+            ), f"seed {seed}"
     assert refused > DAMAGES
 
 
 def rewritten(whole: bytes, change) -> bytes:
     """A checkpoint with another header before the same content."""
     (size,) = struct.unpack_from("<Q", whole)
-    header = json.loads(whole[8:8 + size])
+    header = json.loads(whole[8 : 8 + size])
     name = next(name for name in header if name.endswith("0.weight"))
     header[name] = change(header[name])
     said = json.dumps(header).encode()
-    return struct.pack("<Q", len(said)) + said + whole[8 + size:]
+    return struct.pack("<Q", len(said)) + said + whole[8 + size :]
 
 
-@pytest.mark.parametrize("change", [
-    lambda facts: facts | {"dtype": "I32"}, lambda facts: facts | {"shape": [2, facts["shape"][0] // 2]},
-    lambda facts: facts | {"shape": [float(facts["shape"][0])]}, lambda facts: facts | {"shape": "64"}, lambda facts: facts | {"shape": 64},
-    lambda facts: facts | {"shape": [0, 2**64]}, lambda facts: facts | {"shape": [-1, -facts["shape"][0]]},
-    lambda facts: facts | {"data_offsets": ["0", "4"]}, lambda facts: facts | {"dtype": ["F32"]}, lambda facts: [facts], lambda facts: None,
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts | {"dtype": "I32"},
+        lambda facts: facts | {"shape": [2, facts["shape"][0] // 2]},
+        lambda facts: facts | {"shape": [float(facts["shape"][0])]},
+        lambda facts: facts | {"shape": "64"},
+        lambda facts: facts | {"shape": 64},
+        lambda facts: facts | {"shape": [0, 2**64]},
+        lambda facts: facts | {"shape": [-1, -facts["shape"][0]]},
+        lambda facts: facts | {"data_offsets": ["0", "4"]},
+        lambda facts: facts | {"dtype": ["F32"]},
+        lambda facts: [facts],
+        lambda facts: None,
+    ],
+)
 def test_a_header_that_says_something_else_of_the_same_bytes_is_refused(change, step, tmp_path):
     step.save(tmp_path / "a")
     whole = (tmp_path / "a").read_bytes()
@@ -151,7 +179,9 @@ def test_a_header_that_says_something_else_of_the_same_bytes_is_refused(change, 
         checkpoint.read(tmp_path / "a")
 
 
-@pytest.mark.parametrize("texts", [[], {"format": 3}, {"format": checkpoint.FORMAT, "facts": "{}"}, {"format": "another"}])
+@pytest.mark.parametrize(
+    "texts", [[], {"format": 3}, {"format": checkpoint.FORMAT, "facts": "{}"}, {"format": "another"}]
+)
 def test_texts_that_are_no_checkpoints_are_refused(texts, tmp_path):
     said = json.dumps({"__metadata__": texts}).encode()
     (tmp_path / "a").write_bytes(struct.pack("<Q", len(said)) + said)
@@ -159,12 +189,19 @@ def test_texts_that_are_no_checkpoints_are_refused(texts, tmp_path):
         checkpoint.read(tmp_path / "a")
 
 
-@pytest.mark.parametrize("change", [
-    lambda facts: facts["optimizer"].update(lr=0.9), lambda facts: facts["optimizer"].update(momentum=0.1),
-    lambda facts: facts["optimizer"].update(nesterov=True), lambda facts: facts.update(threads=2), lambda facts: facts.update(seed=1),
-    lambda facts: facts["target"].update(llvm=[["kind", "llvm"], ["mcpu", "x86-64"]]), lambda facts: facts["describe"].update(cpu="x"),
-    lambda facts: facts["knobs"].update(train={}) or facts.update(label_smoothing=0.5),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts["optimizer"].update(lr=0.9),
+        lambda facts: facts["optimizer"].update(momentum=0.1),
+        lambda facts: facts["optimizer"].update(nesterov=True),
+        lambda facts: facts.update(threads=2),
+        lambda facts: facts.update(seed=1),
+        lambda facts: facts["target"].update(llvm=[["kind", "llvm"], ["mcpu", "x86-64"]]),
+        lambda facts: facts["describe"].update(cpu="x"),
+        lambda facts: facts["knobs"].update(train={}) or facts.update(label_smoothing=0.5),
+    ],
+)
 def test_a_manifest_that_decides_something_else_is_refused(change, copy):
     manifest = json.loads((copy / artifact.MANIFEST).read_text())
     (copy / artifact.MANIFEST).write_text(json.dumps(manifest))  # another layout of the same is no damage
@@ -176,6 +213,7 @@ def test_a_manifest_that_decides_something_else_is_refused(change, copy):
 
 
 # The library that runs is the one that was checked.
+
 
 def test_an_artifact_written_anew_runs_its_own_library_and_the_open_one_goes_on(tmp_path):
     path = tmp_path / "artifact"
@@ -204,8 +242,10 @@ def test_a_process_that_has_tvms_runtime_loads_no_second_one(made, tmp_path):
 
 # Writing: the old one or the new one.
 
+
 def stopping(number, late, problem, calls, real=os.replace):
     """os.replace that raises `problem` at its call `number`, before or after it does its work."""
+
     def named(source, target):
         calls.append(target)
         if len(calls) != number:
@@ -213,6 +253,7 @@ def stopping(number, late, problem, calls, real=os.replace):
         if late:
             real(source, target)
         raise problem
+
     return named
 
 
@@ -248,12 +289,17 @@ def test_threads_that_export_one_step_leave_one_of_their_artifacts(step, tmp_pat
                 step.export(path)
         except BaseException as problem:
             problems.append(problem)
+
     threads = [threading.Thread(target=export) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert problems == [] and outcome(mest.open_artifact(path)) and [file.name for file in path.parent.iterdir()] == ["artifact"]
+    assert (
+        problems == []
+        and outcome(mest.open_artifact(path))
+        and [file.name for file in path.parent.iterdir()] == ["artifact"]
+    )
 
 
 def test_a_link_to_an_artifact_stays_one(step, tmp_path):
@@ -273,13 +319,18 @@ def test_threads_that_write_one_checkpoint_leave_one_of_theirs(tmp_path):
                 checkpoint.write(tmp_path / "a", {"x": np.full(50_000, number)}, {"number": number})
         except BaseException as problem:
             problems.append(problem)
+
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     arrays, facts = checkpoint.read(tmp_path / "a")
-    assert problems == [] and (arrays["x"] == facts["number"]).all() and [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (
+        problems == []
+        and (arrays["x"] == facts["number"]).all()
+        and [file.name for file in tmp_path.iterdir()] == ["a"]
+    )
 
 
 def test_an_array_file_says_what_it_lacks():

@@ -1,5 +1,5 @@
-"""Activations stored as float16: what that costs in accuracy, what it saves in memory, who refuses it. Kernels are in test_operators and
-test_gather.
+"""Activations stored as float16: what that costs in accuracy, what it saves in memory, who refuses it. Kernels are in
+test_operators and test_gather.
 """
 
 import json
@@ -35,12 +35,18 @@ HALF_ULP = np.finfo(np.float16).eps / 2  # largest relative error of a value tha
 
 def compiled(activations="float16", model=None, shape=SHAPE, scheme="block", **options):
     model = model or build_model("resnet20", shape, 10, 8)
-    options = {"sparsity": 0.9, "threads": 1, "optimizer": mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3), **options}
+    options = {
+        "sparsity": 0.9,
+        "threads": 1,
+        "optimizer": mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3),
+        **options,
+    }
     return mest.compile(model, shape, scheme=scheme, activations=activations, **options)
 
 
 class Rounded(torch.nn.Module):
-    """A model as its fused graph: every value but the logits is rounded to float16 as it is made, gradients pass as they are."""
+    """A model as its fused graph: every value but the logits is rounded to float16 as it is made, gradients pass as
+    they are."""
 
     def __init__(self, model, graph):
         super().__init__()
@@ -69,21 +75,33 @@ class Rounded(torch.nn.Module):
             places = {name: attrs[name] for name in ("stride", "padding") if name in attrs}
             return getattr(functional, node.op)(x, parts["weight"], parts.get("bias"), **places)
         if node.op == "batch_norm":
-            y = functional.batch_norm(x, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"], True,
-                                      attrs["momentum"], attrs["eps"])
+            y = functional.batch_norm(
+                x,
+                parts["running_mean"],
+                parts["running_var"],
+                parts["weight"],
+                parts["bias"],
+                True,
+                attrs["momentum"],
+                attrs["eps"],
+            )
             y = y + inputs[1] if len(inputs) == 2 else y
             return getattr(functional, attrs["activation"])(y) if attrs["activation"] else y
         if node.op in ("max_pool2d", "avg_pool2d"):
             return getattr(functional, node.op)(x, attrs["kernel"], attrs["stride"], attrs["padding"])
         if node.op in ACTIVATIONS.load():
             return getattr(functional, node.op)(x)
-        whole = {"add": lambda *both: both[0] + both[-1], "flatten": lambda x: x,
-                 "global_avg_pool": lambda x: x.mean((2, 3))}
+        whole = {
+            "add": lambda *both: both[0] + both[-1],
+            "flatten": lambda x: x,
+            "global_avg_pool": lambda x: x.mean((2, 3)),
+        }
         return whole[node.op](*inputs)
 
 
 class Shallow(torch.nn.Module):
-    """Every way in which activations are stored, and few enough layers that a rounding which falls the other way stays a rounding."""
+    """Every way in which activations are stored, and few enough layers that a rounding which falls the other way stays
+    a rounding."""
 
     def __init__(self, act=torch.relu):
         super().__init__()
@@ -99,19 +117,32 @@ class Shallow(torch.nn.Module):
         return self.last(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-CASES = {"odd-unstructured": (Odd, (7, 3, 17, 17), ["f"]), "odd-dense": (Odd, (7, 3, 17, 17), ["f"]),
-         "hardswish-block": (lambda: Shallow(torch.nn.functional.hardswish), (16, 3, 8, 8), ["first", "last"]),
-         **{f"shallow-{scheme}": (Shallow, (16, 3, 8, 8), ["first", "last"]) for scheme in ("block", "pattern", "filter", "channel")}}
+CASES = {
+    "odd-unstructured": (Odd, (7, 3, 17, 17), ["f"]),
+    "odd-dense": (Odd, (7, 3, 17, 17), ["f"]),
+    "hardswish-block": (lambda: Shallow(torch.nn.functional.hardswish), (16, 3, 8, 8), ["first", "last"]),
+    **{
+        f"shallow-{scheme}": (Shallow, (16, 3, 8, 8), ["first", "last"])
+        for scheme in ("block", "pattern", "filter", "channel")
+    },
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_torch_that_rounds_where_values_are_stored(case):
-    """Values near the middle between two float16 may be rounded apart: what is compared may differ by one rounding, not by more."""
+    """Values near the middle between two float16 may be rounded apart: what is compared may differ by one rounding, not
+    by more."""
     make, shape, dense_layers = CASES[case]
     torch.manual_seed(0)
     model, scheme = make(), case.partition("-")[2]
-    step = compiled(model=model, shape=shape, scheme=scheme, dense_layers=None if scheme == "dense" else dense_layers,
-                    sparsity=0.0 if scheme == "dense" else 0.75, threads=2)
+    step = compiled(
+        model=model,
+        shape=shape,
+        scheme=scheme,
+        dense_layers=None if scheme == "dense" else dense_layers,
+        sparsity=0.0 if scheme == "dense" else 0.75,
+        threads=2,
+    )
     batches = make_batches(shape, step.classes, 10)
     found = step.gradients(*batches[0])
     got = [step(*batch, lr=0.002).loss for batch in batches]
@@ -124,7 +155,8 @@ def test_ten_steps_equal_torch_that_rounds_where_values_are_stored(case):
 
 
 def test_ten_steps_of_a_deep_net_are_near_torch():
-    """A stored value is off by half a unit in the last place at most; normalisation keeps relative errors as they are: they add up."""
+    """A stored value is off by half a unit in the last place at most; normalisation keeps relative errors as they are:
+    they add up."""
     model = build_model("resnet20", SHAPE, 10, 8)
     step, batches = compiled(model=model), make_batches(SHAPE, 10, 10)
     got = [step(*batch, lr=0.002).loss for batch in batches]
@@ -139,19 +171,27 @@ def test_ten_steps_of_a_deep_net_are_near_torch():
 def test_activations_take_half_the_bytes_and_everything_else_as_many():
     half, full = compiled().memory(), compiled("float32").memory()
     assert 0.5 <= half["activations"] / full["activations"] < 0.505  # moments stay float32
-    assert full["total"] - half["total"] > 0.4 * full["activations"]  # half of them, but for room that slots of two sizes share worse
-    assert {kind: half[kind] for kind in ("values", "gradients", "optimizer", "batch")} == \
-        {kind: full[kind] for kind in ("values", "gradients", "optimizer", "batch")}
+    assert (
+        full["total"] - half["total"] > 0.4 * full["activations"]
+    )  # half of them, but for room that slots of two sizes share worse
+    assert {kind: half[kind] for kind in ("values", "gradients", "optimizer", "batch")} == {
+        kind: full[kind] for kind in ("values", "gradients", "optimizer", "batch")
+    }
 
 
 def test_copies_that_kernels_make_are_counted():
     step = compiled(target="arm_cpu")
     made, target = step._compiled, find_target("arm_cpu")
-    units = {name: 0 for name in step.layers}
-    copied, not_copied = (footprint(made.train, made.predict, step.layers, units, each)["workspace"]
-                          for each in (target, replace(target, registers=16)))
-    largest = max(call.problem.source.slice_elems for call in step.program.calls if isinstance(call.problem, GatherConv)
-                  and call.problem.source.dtype == "float16")
+    units = dict.fromkeys(step.layers, 0)
+    copied, not_copied = (
+        footprint(made.train, made.predict, step.layers, units, each)["workspace"]
+        for each in (target, replace(target, registers=16))
+    )
+    largest = max(
+        call.problem.source.slice_elems
+        for call in step.program.calls
+        if isinstance(call.problem, GatherConv) and call.problem.source.dtype == "float16"
+    )
     assert copied - not_copied == largest * target.cores * 4
 
 
@@ -174,7 +214,10 @@ def test_checkpoints_and_artifacts_keep_it(tmp_path):
         assert [again(*batch).loss for batch in batches] == losses
     document = step._compiled.document
     assert Facts.from_json(document).activations == "float16"
-    assert Facts.from_json({name: fact for name, fact in document.items() if name != "activations"}).activations == "float32"  # older ones
+    assert (
+        Facts.from_json({name: fact for name, fact in document.items() if name != "activations"}).activations
+        == "float32"
+    )  # older ones
 
 
 def test_a_step_mutates_and_gives_dense_gradients():
@@ -188,20 +231,43 @@ def test_a_step_mutates_and_gives_dense_gradients():
         assert np.abs(found[name] - live)[mask].max() <= 0.1 * np.abs(live).max(), name
 
 
-@pytest.mark.parametrize("change, said", [({"activations": "bfloat16"}, "wanted 'float32' or 'float16'"),
-                                          ({"target": "mali"}, "target 'mali' has no instructions .* one of: .*cortex-a76"),
-                                          ({"target": replace(find_target("avx2"), float16=False)}, "target 'avx2' has no")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"activations": "bfloat16"}, "wanted 'float32' or 'float16'"),
+        ({"target": "mali"}, "target 'mali' has no instructions .* one of: .*cortex-a76"),
+        ({"target": replace(find_target("avx2"), float16=False)}, "target 'avx2' has no"),
+    ],
+)
 def test_who_cannot_says_so(change, said):
     with pytest.raises(UsageError if "activations" in change else TargetError, match=said):
         compiled(**change)
 
 
 def test_the_command_line_trains_so(mest_compile_command, tmp_path):
-    ran = mest_compile_command("train", "--model", "mlp", "--width", 32, "--data", "digits", "--scheme", "unstructured", "--epochs", 5,
-                               "--activations", "float16", "--out", tmp_path / "run", "--json")
+    ran = mest_compile_command(
+        "train",
+        "--model",
+        "mlp",
+        "--width",
+        32,
+        "--data",
+        "digits",
+        "--scheme",
+        "unstructured",
+        "--epochs",
+        5,
+        "--activations",
+        "float16",
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
     assert ran.code == 0 and ran.document["epochs"][-1]["loss"] < ran.document["epochs"][0]["loss"] - 0.05, ran.err
     assert mest.load(next((tmp_path / "run").glob("**/*.safetensors"))).describe()["activations"] == "float16"
-    refused = mest_compile_command("train", "--data", "digits", "--activations", "float16", "--target", "adreno", "--out", tmp_path / "no")
+    refused = mest_compile_command(
+        "train", "--data", "digits", "--activations", "float16", "--target", "adreno", "--out", tmp_path / "no"
+    )
     assert refused.code == 2 and "target 'adreno' has no instructions" in refused.err
 
 
@@ -216,7 +282,9 @@ def test_kernels_are_tuned_by_exact_answers(tmp_path):
     target, tasks = step._compiled.facts.target, {}
     for task in tasks_of(step.program, step.layers, step._compiled.facts.target, tmp_path):
         tasks.setdefault(task.kernel, task)
-    assert tasks.keys() == {"gather.conv", "gather.grad", "batch_norm.forward", "batch_norm.backward"} and target.float16
+    assert (
+        tasks.keys() == {"gather.conv", "gather.grad", "batch_norm.forward", "batch_norm.backward"} and target.float16
+    )
     for task in (tasks["gather.conv"], tasks["gather.grad"]):
         prepare(task, step.program, step.layers, builder)
         found = task.load()
@@ -224,7 +292,9 @@ def test_kernels_are_tuned_by_exact_answers(tmp_path):
 
 
 @pytest.mark.device
-@pytest.mark.skipif(bool(emulation.missing_tools(emulation.machine_of(find_target("arm_cpu")))), reason="no emulator of an ARM CPU")
+@pytest.mark.skipif(
+    bool(emulation.missing_tools(emulation.machine_of(find_target("arm_cpu")))), reason="no emulator of an ARM CPU"
+)
 @pytest.mark.parametrize("name", ["arm_cpu", "cortex-a76"])
 def test_an_arm_cpu_without_float16_arithmetic_converts(name):
     target, rng = find_target(name), np.random.default_rng(0)
@@ -249,8 +319,10 @@ def test_ten_steps_on_the_emulated_device_are_those_of_this_machine(tmp_path):
         phone = mest.rpc(f"127.0.0.1:{port}", "emulated", wait_seconds=30)
         torch.manual_seed(0)
         model = Shallow()
-        step, here = (compiled(model=model, shape=(16, 3, 8, 8), dense_layers=["first", "last"], **where)
-                      for where in ({"target": "cortex-a76", "device": phone}, {"target": "local"}))
+        step, here = (
+            compiled(model=model, shape=(16, 3, 8, 8), dense_layers=["first", "last"], **where)
+            for where in ({"target": "cortex-a76", "device": phone}, {"target": "local"})
+        )
         batches = make_batches((16, 3, 8, 8), 10, 10)
         got = [step(*batch, lr=0.002).loss for batch in batches]
         np.testing.assert_allclose(got, [here(*batch, lr=0.002).loss for batch in batches], rtol=HALF_ULP)
@@ -259,11 +331,18 @@ def test_ten_steps_on_the_emulated_device_are_those_of_this_machine(tmp_path):
 
 def test_the_page_has_the_tables_of_the_recorded_figures():
     page = float16.DOCUMENT.read_text()
-    assert float16.embed(page, float16.table(json.loads(float16.FILE.read_text()))) == page, "run python benchmarks/float16.py"
+    assert float16.embed(page, float16.table(json.loads(float16.FILE.read_text()))) == page, (
+        "run python benchmarks/float16.py"
+    )
 
 
 def test_images_beyond_what_float16_holds_are_refused():
-    step = compiled(model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), shape=(2, 3, 2, 2), scheme="dense", sparsity=0)
+    step = compiled(
+        model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)),
+        shape=(2, 3, 2, 2),
+        scheme="dense",
+        sparsity=0,
+    )
     images, labels = np.full((2, 3, 2, 2), -65504, np.float32), np.array([0, 1])
     before = step.state_dict()
     assert np.isfinite(step.predict(images)).all()

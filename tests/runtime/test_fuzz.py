@@ -14,11 +14,14 @@ SCHEMES = [*(name for name in scheme_names() if name != "dense"), "block:1x4", "
 def draw(seed: int) -> tuple[nn.Module, tuple[int, int, int, int], str, float]:
     """(model, input shape, scheme, sparsity): a dense 1x1 convolution, the convolution under test, a dense classifier.
 
-    The first layer's gradient is right only when the second layer's input gradient is; the logits only when its forward pass is.
+    The first layer's gradient is right only when the second layer's input gradient is; the logits only when its forward
+    pass is.
     """
     rng = np.random.default_rng(seed)
     scheme = SCHEMES[seed % len(SCHEMES)]
-    rows, columns = (int(part) for part in scheme.split(":")[1].split("x")) if ":" in scheme else (4 if scheme == "block" else 1, 1)
+    rows, columns = (
+        (int(part) for part in scheme.split(":")[1].split("x")) if ":" in scheme else (4 if scheme == "block" else 1, 1)
+    )
     source, out = (int(rng.integers(1, 14 // block + 2)) * block for block in (columns, rows))
     taps = (3, 3) if scheme == "pattern" else tuple(int(rng.integers(1, 5)) for _ in "yx")
     stride, padding = tuple(int(rng.integers(1, 4)) for _ in "yx"), tuple(int(rng.integers(0, tap)) for tap in taps)
@@ -40,7 +43,9 @@ def check_random_layer(seed: int, target: str) -> None:
     torch.manual_seed(seed)
     model, shape, scheme, sparsity = draw(seed)
     said = f"seed {seed}: {model[1]}, input {shape}, {scheme}, sparsity {sparsity:.3f}"
-    step = mest.compile(model, shape, scheme=scheme, sparsity=sparsity, dense_layers=["0", "3"], threads=2, target=target)
+    step = mest.compile(
+        model, shape, scheme=scheme, sparsity=sparsity, dense_layers=["0", "3"], threads=2, target=target
+    )
     rng = np.random.default_rng(seed)
     images, labels = rng.standard_normal(shape).astype(np.float32), rng.integers(0, 5, shape[0])
     mest.to_torch(step, model)

@@ -1,4 +1,5 @@
-"""Ctrl-C in the middle of a change of a step: afterwards all is old or all is new, bit for bit, or a MestError says so; restoring heals.
+"""Ctrl-C in the middle of a change of a step: afterwards all is old or all is new, bit for bit, or a MestError says so;
+restoring heals.
 
 MEST_INTERRUPTIONS sets the number of places that are tried (default 80);
 `MEST_INTERRUPTIONS=1000 pytest tests/runtime/test_interruptions.py` takes
@@ -27,8 +28,12 @@ OURS = f"{os.sep}mest_compile{os.sep}"
 
 def compiled(**options):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
-    return mest.compile(net, SHAPE, **{"scheme": "unstructured", "sparsity": 0.5, "dense_layers": [], "threads": 1} | options)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    )
+    return mest.compile(
+        net, SHAPE, **{"scheme": "unstructured", "sparsity": 0.5, "dense_layers": [], "threads": 1} | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +110,17 @@ class Exchanges(Interruption):
 
 def outcome(step, batch):
     """All that a step holds and what it computes from it, as bytes; moves it on by a training step."""
-    before = [*step.masks().values(), *step.state_dict().values(), *step._state.collect(":momentum").values(), step.predict(batch[0])]
+    before = [
+        *step.masks().values(),
+        *step.state_dict().values(),
+        *step._state.collect(":momentum").values(),
+        step.predict(batch[0]),
+    ]
     drawn = str(step._rng.bit_generator.state).encode()
     loss = step(*batch, lr=0.1).loss
-    return drawn + b"".join(np.ascontiguousarray(array).tobytes() for array in (*before, np.float32(loss), *step.state_dict().values()))
+    return drawn + b"".join(
+        np.ascontiguousarray(array).tobytes() for array in (*before, np.float32(loss), *step.state_dict().values())
+    )
 
 
 def rolled(step):
@@ -127,7 +139,9 @@ CHANGES = {
     "mutate to other sizes": lambda step, files: step.mutate(0.7, 0.6, importance_lambda=0.1),
     "set_masks": lambda step, files: step.set_masks(rolled(step)),
     "set_masks of fewer": lambda step, files: step.set_masks(fewer(step)),
-    "load_state_dict": lambda step, files: step.load_state_dict({name: array * 2 for name, array in step.state_dict().items()}),
+    "load_state_dict": lambda step, files: step.load_state_dict(
+        {name: array * 2 for name, array in step.state_dict().items()}
+    ),
     "restore": lambda step, files: step.restore(files[1]),
 }
 
@@ -139,7 +153,8 @@ def spread(lines, count, seed):
 
 
 def interrupt(step, batch, change, files, places, seed=0):
-    """Interrupts a change at so many random places; (how many calls were stopped, outcomes that are neither old nor new)."""
+    """Interrupts a change at so many random places; (how many calls were stopped, outcomes that are neither old nor
+    new)."""
     step.restore(files[0])
     old = outcome(step, batch)
     step.restore(files[0])
@@ -172,7 +187,9 @@ def test_an_interrupted_change_is_not_begun_or_finished(change, step, batch, fil
 def test_an_interrupted_profile_gives_the_state_back(step, batch, files):
     step.restore(files[0])
     old = outcome(step, batch)
-    for place in random.Random(1).choices(range(1, lines_of(lambda: step.profile(*batch, repeats=1)) + 1), k=max(1, PLACES // 8)):
+    for place in random.Random(1).choices(
+        range(1, lines_of(lambda: step.profile(*batch, repeats=1)) + 1), k=max(1, PLACES // 8)
+    ):
         step.restore(files[0])
         Interruption(place).of(lambda: step.profile(*batch, repeats=1))
         assert outcome(step, batch) == old, place
@@ -203,7 +220,10 @@ def test_a_mutation_that_is_refused_draws_no_random_numbers(step, files):
             step.mutate(0.6, 0.5, rng=given, gradients=full | {"3.weight": full["3.weight"] * np.nan})
         with pytest.raises(mest.MestError, match="grow_to"):
             step.mutate(0.5, 0.6, rng=given)
-    assert step._rng.bit_generator.state == before and rng.bit_generator.state == np.random.default_rng(5).bit_generator.state
+    assert (
+        step._rng.bit_generator.state == before
+        and rng.bit_generator.state == np.random.default_rng(5).bit_generator.state
+    )
 
 
 @pytest.mark.parametrize("problem", [MemoryError, KeyboardInterrupt])
@@ -253,7 +273,9 @@ def test_an_interrupted_change_leaves_no_specialized_kernel_of_another_mask(batc
 
 
 @pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
-def test_an_interrupted_change_on_a_device_is_finished_or_the_device_is_lost_and_restoring_heals(folder, port, batch, tmp_path):
+def test_an_interrupted_change_on_a_device_is_finished_or_the_device_is_lost_and_restoring_heals(
+    folder, port, batch, tmp_path
+):
     with emulated.device(folder, port):
         step = compiled(target="arm_cpu", device=mest.rpc(f"127.0.0.1:{port}", "emulated", wait_seconds=30))
         step(*batch, lr=0.1)

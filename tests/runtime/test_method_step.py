@@ -1,4 +1,5 @@
-"""What training methods ask of a compiled step: smoothed labels, bounded gradients, gradients of dead weights; against torch."""
+"""What training methods ask of a compiled step: smoothed labels, bounded gradients, gradients of dead weights; against
+torch."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,13 @@ from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 
 SHAPE = (8, 3, 8, 8)
-SCHEMES = {"unstructured": None, "filter": ["conv1", "fc"], "channel": ["conv1", "fc"], "pattern": None, "block": ["conv1", "fc"]}
+SCHEMES = {
+    "unstructured": None,
+    "filter": ["conv1", "fc"],
+    "channel": ["conv1", "fc"],
+    "pattern": None,
+    "block": ["conv1", "fc"],
+}
 
 
 def make(scheme="filter", **options):
@@ -56,7 +63,8 @@ def test_a_smoothing_that_is_no_share_is_refused(share):
 
 
 def test_the_gradient_term_changes_which_weights_die():
-    """By hand: equal logits, so both classes have probability 1/2 and the gradient of class 0's row is (1/2 - 1) x, of class 1's 1/2 x."""
+    """By hand: equal logits, so both classes have probability 1/2 and the gradient of class 0's row is (1/2 - 1) x, of
+    class 1's 1/2 x."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
     image, label = np.float32([[4, -2, -2, 4]]), np.array([0])  # both logits are 1
@@ -154,5 +162,7 @@ def test_methods_keep_the_target_sparsity(method):
 
 
 def test_a_recipe_and_a_step_of_different_smoothing_are_refused():
-    with pytest.raises(UsageError, match=r"label_smoothing 0.2, the step was compiled with 0.0; compile it with label_smoothing=0.2"):
+    with pytest.raises(
+        UsageError, match=r"label_smoothing 0.2, the step was compiled with 0.0; compile it with label_smoothing=0.2"
+    ):
         Trainer(make()[0], Recipe(1, "static", label_smoothing=0.2))

@@ -1,4 +1,5 @@
-"""A model's names and state, from torch and back: layers of any name, and what the forward pass does not use, bit for bit."""
+"""A model's names and state, from torch and back: layers of any name, and what the forward pass does not use, bit for
+bit."""
 
 import numpy as np
 import pytest
@@ -49,7 +50,9 @@ def test_layers_may_have_any_name():
     assert sorted(gradients) == sorted(module.state_dict())
     masks = step.masks()
     for name, parameter in module.named_parameters():
-        np.testing.assert_allclose(gradients[name], parameter.grad * torch.from_numpy(masks.get(name, np.array(1))), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            gradients[name], parameter.grad * torch.from_numpy(masks.get(name, np.array(1))), rtol=0, atol=1e-6
+        )
 
 
 def test_names_of_the_steps_own_arrays_are_refused():
@@ -93,15 +96,25 @@ class Unused(nn.Module):
         pass
 
 
-KEPT = {"best": torch.full((1,), 7.0), "count": torch.tensor(2**53 + 1), "flags": torch.tensor([True, False]),
-        "small": torch.arange(3).byte(), "wide": torch.tensor([1 / 3], dtype=torch.float64),
-        "narrow": torch.tensor([[0.1, float("nan")]], dtype=torch.float16), "empty": torch.zeros(0, 4)}
+KEPT = {
+    "best": torch.full((1,), 7.0),
+    "count": torch.tensor(2**53 + 1),
+    "flags": torch.tensor([True, False]),
+    "small": torch.arange(3).byte(),
+    "wide": torch.tensor([1 / 3], dtype=torch.float64),
+    "narrow": torch.tensor([[0.1, float("nan")]], dtype=torch.float16),
+    "empty": torch.zeros(0, 4),
+}
 
 
 def assert_kept(found):
     for name, value in KEPT.items():
         array = np.asarray(found[name])
-        assert (array.dtype, array.shape, array.tobytes()) == (value.numpy().dtype, tuple(value.shape), value.numpy().tobytes()), name
+        assert (array.dtype, array.shape, array.tobytes()) == (
+            value.numpy().dtype,
+            tuple(value.shape),
+            value.numpy().tobytes(),
+        ), name
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,9 @@ def unused():
 def test_what_forward_does_not_use_stays_bit_for_bit(unused, tmp_path):
     module, step = unused
     state = step.state_dict()
-    assert list(state) == [name for name in module.state_dict() if name not in ("norm.num_batches_tracked", "_extra_state")]
+    assert list(state) == [
+        name for name in module.state_dict() if name not in ("norm.num_batches_tracked", "_extra_state")
+    ]
     assert_kept(state)
     np.testing.assert_array_equal(state["old.weight"], module.old.weight.numpy())
 
@@ -149,7 +164,11 @@ def test_what_forward_does_not_use_is_loaded_and_restored(unused, tmp_path):
 def assert_same_bits(found, wanted):
     assert list(found) == list(wanted)
     for name, array in wanted.items():
-        assert (found[name].dtype, found[name].shape, found[name].tobytes()) == (array.dtype, array.shape, array.tobytes()), name
+        assert (found[name].dtype, found[name].shape, found[name].tobytes()) == (
+            array.dtype,
+            array.shape,
+            array.tobytes(),
+        ), name
 
 
 def test_a_checkpoint_without_what_the_model_does_not_use_is_refused(unused, tmp_path):

@@ -14,15 +14,17 @@ import mest_compile as mest
 from mest_compile.models.catalog import build_model
 
 RATE = 0.002  # small, as in test_step: ReLUs that flip by rounding would make the comparison chaotic
-RULES = {"sgd": mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3),
-         "adamw": mest.AdamW(lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=1e-2)}  # a small eps makes steps of what rounding leaves
+RULES = {
+    "sgd": mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3),
+    "adamw": mest.AdamW(lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=1e-2),
+}  # a small eps makes steps of what rounding leaves
 
 
 class Small(nn.Module):
     """A residual net in little: a block, a block with a stride and a 1x1 shortcut, the classifier.
 
-    No biases before batch_norm: a dead filter's variance is 0, and what rounding leaves of its bias's gradient is multiplied by
-    1 / sqrt(eps), so that torch in float32 and in float64 part ways as well.
+    No biases before batch_norm: a dead filter's variance is 0, and what rounding leaves of its bias's gradient is
+    multiplied by 1 / sqrt(eps), so that torch in float32 and in float64 part ways as well.
     """
 
     def __init__(self, width):
@@ -71,7 +73,8 @@ class MaskedTorch:
         self.exchange(masks, masks, None)
 
     def exchange(self, masks, stay, state):
-        """`masks` count from now on; outside `stay` optimizer state becomes 0, and weights what `state` has there, 0 where that is None."""
+        """`masks` count from now on; outside `stay` optimizer state becomes 0, and weights what `state` has there, 0
+        where that is None."""
         self.masks = {name: torch.from_numpy(mask) for name, mask in masks.items()}
         for name, mask in stay.items():
             with torch.no_grad():
@@ -97,11 +100,14 @@ def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from
     scheme, make, shape, dense_layers = CASES[case]
     torch.manual_seed(3)
     model = make()
-    step = mest.compile(model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers, optimizer=RULES[rule],
-                        threads=1)
+    step = mest.compile(
+        model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers, optimizer=RULES[rule], threads=1
+    )
     before, batches = step.masks(), make_batches(shape, 10, 8)
     twin = MaskedTorch(model, before, step.optimizer)
-    np.testing.assert_allclose([step(*batch).loss for batch in batches[:4]], [twin.step(*batch) for batch in batches[:4]], rtol=1e-4)
+    np.testing.assert_allclose(
+        [step(*batch).loss for batch in batches[:4]], [twin.step(*batch) for batch in batches[:4]], rtol=1e-4
+    )
 
     weights = step.state_dict()
     report = step.mutate(prune_to=0.85, grow_to=0.65, rng=np.random.default_rng(1))
@@ -114,7 +120,9 @@ def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from
         layer = step._compiled.layers[name]  # legal still: the scheme reads its own mask
         layer.scheme.collapse(layer.spec, mask.reshape(layer.spec.weight_shape))
     twin.exchange(after, stay, state)
-    np.testing.assert_allclose([step(*batch).loss for batch in batches[4:6]], [twin.step(*batch) for batch in batches[4:6]], rtol=1e-4)
+    np.testing.assert_allclose(
+        [step(*batch).loss for batch in batches[4:6]], [twin.step(*batch) for batch in batches[4:6]], rtol=1e-4
+    )
 
     assert_like_torch(step, model, batches[6][0])
 
@@ -129,10 +137,16 @@ def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from
         np.testing.assert_array_equal(loaded.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"dense_layers": ["conv1", "fc"]}, "shortcut.weight: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense"),
-    ({"sparsity": 0.5}, "starts at 1 - 4/9"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dense_layers": ["conv1", "fc"]},
+            "shortcut.weight: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense",
+        ),
+        ({"sparsity": 0.5}, "starts at 1 - 4/9"),
+    ],
+)
 def test_pattern_names_the_layer_that_it_cannot_prune(options, message):
     with pytest.raises(mest.MestError, match=message) as caught:
         mest.compile(Small(8), (8, 3, 8, 8), **{"scheme": "pattern", "sparsity": 0.8, **options})

@@ -42,7 +42,12 @@ class Odd(nn.Module):
 
 MODELS = {
     "resnet20-block": (lambda: build_model("resnet20", (8, 3, 16, 16), width=8), (8, 3, 16, 16), "block", None),
-    "resnet20-unstructured": (lambda: build_model("resnet20", (8, 3, 16, 16), width=8), (8, 3, 16, 16), "unstructured", None),
+    "resnet20-unstructured": (
+        lambda: build_model("resnet20", (8, 3, 16, 16), width=8),
+        (8, 3, 16, 16),
+        "unstructured",
+        None,
+    ),
     "vgg11-block": (lambda: build_model("vgg11", (8, 3, 32, 32), width=8), (8, 3, 32, 32), "block", None),
     "mlp-unstructured": (lambda: build_model("mlp", (16, 1, 8, 8), width=32), (16, 1, 8, 8), "unstructured", None),
     "mlp-block": (lambda: build_model("mlp", (16, 1, 8, 8), width=32), (16, 1, 8, 8), "block:2x2", None),
@@ -52,13 +57,19 @@ MODELS = {
 
 
 def masked_steps(model, masks, batches, lr, optimizer):
-    """Dense torch with masked weights and masked gradients; yields the loss of each step and the first step's gradients."""
+    """Dense torch with masked weights and masked gradients; yields the loss of each step and the first step's
+    gradients."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name] *= torch.from_numpy(mask)
-    rule = torch.optim.SGD(model.parameters(), lr=lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
-                           nesterov=optimizer.nesterov)
+    rule = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        nesterov=optimizer.nesterov,
+    )
     model.train()
     losses, first = [], None
     for images, labels in batches:
@@ -93,15 +104,25 @@ def assert_like_torch(step, model, images):
         assert relative(step.predict(images), model(torch.from_numpy(images)).numpy()) < 1e-3
 
 
-@pytest.mark.parametrize("case, nesterov", [(case, False) for case in MODELS] + [("odd-unstructured", True), ("mlp-block", True)])
+@pytest.mark.parametrize(
+    ("case", "nesterov"), [(case, False) for case in MODELS] + [("odd-unstructured", True), ("mlp-block", True)]
+)
 def test_ten_steps_equal_ten_steps_of_masked_torch(case, nesterov):
     make, shape, scheme, dense_layers = MODELS[case]
     torch.manual_seed(0)
     model = make()
-    # A larger rate makes the comparison chaotic: a ReLU that flips by rounding moves torch float32 away from torch float64 as far as us.
+    # A larger rate makes the comparison chaotic: a ReLU that flips by rounding moves torch float32 away from torch
+    # float64 as far as us.
     optimizer = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3, nesterov=nesterov)
-    step = mest.compile(model, shape, scheme=scheme, sparsity=0.0 if scheme == "dense" else 0.9, dense_layers=dense_layers,
-                        optimizer=optimizer, threads=2)
+    step = mest.compile(
+        model,
+        shape,
+        scheme=scheme,
+        sparsity=0.0 if scheme == "dense" else 0.9,
+        dense_layers=dense_layers,
+        optimizer=optimizer,
+        threads=2,
+    )
     masks = step.masks()
     for name, mask in masks.items():
         assert mask.mean() == pytest.approx(0.1, abs=0.02), name
@@ -133,11 +154,14 @@ def test_a_unit_that_dies_and_is_drawn_again_starts_at_zero():
 
 def small_step(**options):
     torch.manual_seed(1)
-    return mest.compile(build_model("resnet20", (8, 3, 8, 8), width=8), (8, 3, 8, 8), **{"scheme": "block", "sparsity": 0.8, **options})
+    return mest.compile(
+        build_model("resnet20", (8, 3, 8, 8), width=8), (8, 3, 8, 8), **{"scheme": "block", "sparsity": 0.8, **options}
+    )
 
 
 def test_what_is_loaded_for_a_step_goes_with_it(tmp_path):
     """A process has room for some 65,000 mappings."""
+
     def mapped() -> list[str]:
         gc.collect()
         return [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line]
@@ -194,10 +218,13 @@ def test_mutation_keeps_survivors_and_their_momentum_and_starts_new_units_at_zer
 def test_a_step_after_new_masks_equals_torch_with_those_masks():
     step = small_step()
     rng = np.random.default_rng(4)
-    masks = {name: np.repeat(rng.random((mask.shape[0] // 4, *mask.shape[1:])) < 0.3, 4, axis=0) for name, mask in step.masks().items()}
+    masks = {
+        name: np.repeat(rng.random((mask.shape[0] // 4, *mask.shape[1:])) < 0.3, 4, axis=0)
+        for name, mask in step.masks().items()
+    }
     only = dict(list(masks.items())[:3])
     report = step.set_masks(only)
-    assert [fate for fate in report.layers.values()].count("re-indexed") == 3
+    assert list(report.layers.values()).count("re-indexed") == 3
     step.set_masks(masks)
     model = build_model("resnet20", (8, 3, 8, 8), width=8)
     mest.to_torch(step, model)
@@ -265,7 +292,9 @@ def test_no_buffer_of_the_step_has_the_size_of_a_dense_weight():
 def test_memory_counts_every_kind():
     memory = small_step().memory()
     assert set(memory) == {"values", "indices", "gradients", "optimizer", "activations", "workspace", "batch", "total"}
-    assert memory["total"] == sum(value for kind, value in memory.items() if kind != "total") and min(memory.values()) > 0
+    assert (
+        memory["total"] == sum(value for kind, value in memory.items() if kind != "total") and min(memory.values()) > 0
+    )
 
 
 BAD = {
@@ -278,7 +307,10 @@ BAD = {
     "mutate": (lambda s, x, y: s.mutate(prune_to=0.8, grow_to=0.9), "grow_to <= prune_to"),
     "mask name": (lambda s, x, y: s.set_masks({"conv1.weight": np.ones((8, 3, 3, 3), bool)}), "no sparse layer"),
     "state": (lambda s, x, y: s.load_state_dict({"a": x}), "does not fit"),
-    "dead": (lambda s, x, y: s.load_state_dict({n: v + 1 for n, v in s.state_dict().items()}), "not 0 where the mask is dead"),
+    "dead": (
+        lambda s, x, y: s.load_state_dict({n: v + 1 for n, v in s.state_dict().items()}),
+        "not 0 where the mask is dead",
+    ),
     "checkpoint": (lambda s, x, y: s.restore("nowhere.safetensors"), "no checkpoint"),
 }
 
@@ -302,16 +334,26 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(mest.MestError, match="damaged or cut short"):
         mest.load(tmp_path / "half.safetensors")
     with pytest.raises(mest.MestError, match="another model"):
-        mest.compile(build_model("mlp", (8, 3, 8, 8), width=16), (8, 3, 8, 8), scheme="unstructured").restore(tmp_path / "a.safetensors")
+        mest.compile(build_model("mlp", (8, 3, 8, 8), width=16), (8, 3, 8, 8), scheme="unstructured").restore(
+            tmp_path / "a.safetensors"
+        )
     with pytest.raises(mest.MestError, match="another sparsity scheme"):
         small_step(sparsity=0.7).restore(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"sparsity": 1.2}, "sparsity is 1.2; wanted"), ({"scheme": "blok"}, "no scheme"), ({"target": "toaster"}, "no target"),
-    ({"dense_layers": ["conv9"]}, "no layer"), ({"dense_layers": []}, "multiples of 4 output"), ({"threads": 0}, "threads"),
-    ({"scheme": "dense"}, "sparsity 0"), ({"distribution": "magic"}, "no distribution"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.2}, "sparsity is 1.2; wanted"),
+        ({"scheme": "blok"}, "no scheme"),
+        ({"target": "toaster"}, "no target"),
+        ({"dense_layers": ["conv9"]}, "no layer"),
+        ({"dense_layers": []}, "multiples of 4 output"),
+        ({"threads": 0}, "threads"),
+        ({"scheme": "dense"}, "sparsity 0"),
+        ({"distribution": "magic"}, "no distribution"),
+    ],
+)
 def test_bad_options_are_refused_before_anything_is_compiled(options, message):
     with pytest.raises(mest.MestError, match=message) as caught:
         small_step(**options)

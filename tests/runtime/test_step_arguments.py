@@ -26,7 +26,10 @@ def given():
 
 
 def all_of(step):
-    return [step._state.get(name).tobytes() for name in step._state.own()] + [str(step._rng.bit_generator.state), str(step.masks())]
+    return [step._state.get(name).tobytes() for name in step._state.own()] + [
+        str(step._rng.bit_generator.state),
+        str(step.masks()),
+    ]
 
 
 def masked(x):
@@ -41,55 +44,87 @@ def changed(g, value):
     return g.state | {"3.bias": np.full(3, value)}
 
 
-RATES = {f"lr={value!r}": (lambda g, value=value: g.step(g.x, g.y, lr=value), "lr is")
-         for value in (BEYOND, NAN, INFINITE, -1, "0.1", True, [1])}
-BOUNDS = {f"clip_norm={value!r}": (lambda g, value=value: g.step(g.x, g.y, clip_norm=value), "clip_norm is")
-          for value in (0, 0.0, -1.0, NAN, INFINITE, BEYOND, "a", np.float32(0))}
-SHARES = {f"mutate{pair!r}": (lambda g, pair=pair: g.step.mutate(*pair), "prune_to|grow_to") for pair in
-          (("a", "b"), (0.5, NAN), (1.0, 0.5), (0.6, -0.1), (None, 0.5), (0.5, 0.6), (True, 0.5))}
-REFUSED = RATES | BOUNDS | SHARES | {
-    "importance": (lambda g: g.step.mutate(0.6, 0.5, importance_lambda=NAN), "importance_lambda is"),
-    "rng": (lambda g: g.step.mutate(0.6, 0.5, rng="a"), "default_rng"),
-    "rng as seed": (lambda g: g.step.mutate(0.6, 0.5, rng=3), "default_rng"),
-    "no gradients": (lambda g: g.step.mutate(0.6, 0.5, gradients={}), "gradients lack 1.weight"),
-    "gradients are a list": (lambda g: g.step.mutate(0.6, 0.5, gradients=[1]), "gradients lack 1.weight"),
-    "shape of gradients": (lambda g: g.step.mutate(0.6, 0.5, gradients={"1.weight": np.ones((2, 2))}), r"\(2, 2\), the weight \(8, 64\)"),
-    "NaN in gradients": (lambda g: g.step.mutate(0.6, 0.5, gradients=wide(g, NAN)), "1.weight have values that are NaN"),
-    "gradients beyond float32": (lambda g: g.step.mutate(0.6, 0.5, gradients=wide(g, BEYOND)), "NaN or infinite"),
-    "room": (lambda g: g.step.check_room("a"), "grow_to is"),
-    "no state": (lambda g: g.step.load_state_dict(None), "the state is None; wanted a dict"),
-    "NaN in the state": (lambda g: g.step.load_state_dict(changed(g, NAN)), "NaN or infinite in float32: in 3.bias"),
-    "state beyond float32": (lambda g: g.step.load_state_dict(changed(g, BEYOND)), "in 3.bias"),
-    "text in the state": (lambda g: g.step.load_state_dict(changed(g, "1")), "3.bias have type <U1"),
-    "complex state": (lambda g: g.step.load_state_dict(changed(g, 1j)), "real numbers"),
-    "no masks": (lambda g: g.step.set_masks(None), "masks is None; wanted a dict"),
-    "scores": (lambda g: g.step.set_masks({"1.weight": np.full((8, 64), 0.5, "f")}), "512 values are others: compare scores"),
-    "counts": (lambda g: g.step.set_masks({"1.weight": np.full((8, 64), 2)}), "a mask is True"),
-    "NaN in a mask": (lambda g: g.step.set_masks({"1.weight": np.full((8, 64), NAN)}), "a mask is True"),
-    "mask of objects": (lambda g: g.step.set_masks({"1.weight": None}), "the mask's values"),
-    "shape of a mask": (lambda g: g.step.set_masks({"1.weight": np.ones((64, 8), bool)}), r"\(64, 8\), the weight \(8, 64\)"),
-    "dead layer": (lambda g: g.step.set_masks({"1.weight": np.zeros((8, 64), bool)}), "no live weight"),
-    "complex images": (lambda g: g.step(g.x.astype(complex), g.y), "images have type complex128; wanted real numbers"),
-    "complex tensor": (lambda g: g.step(g.t.to(torch.complex64).conj(), g.y), "complex64"),
-    "masked images": (lambda g: g.step(masked(g.x), g.y), "images have masked values"),
-    "masked labels": (lambda g: g.step(g.x, masked(g.y)), "labels have masked values"),
-    "images of texts": (lambda g: g.step(np.full(SHAPE, "1"), g.y), "images have type <U1"),
-    "images of dates": (lambda g: g.step(np.zeros(SHAPE, "m8[s]"), g.y), "timedelta"),
-    "images of objects": (lambda g: g.step(g.x.astype(object), g.y), "object"),
-    "images without numbers": (lambda g: g.step(g.t.to("meta"), g.y), "meta device"),
-    "images beyond float32": (lambda g: g.step(np.full(SHAPE, BEYOND), g.y), "256 image values are NaN or infinite"),
-    "no images": (lambda g: g.step(None, g.y), "images have type object"),
-    "labels of booleans": (lambda g: g.step(g.x, np.zeros(4, bool)), "wanted whole numbers"),
-    "complex to predict": (lambda g: g.step.predict(g.x.astype(complex)), "real numbers"),
-    "masked to predict": (lambda g: g.step.predict(masked(g.x)), "masked"),
-    "repeats": (lambda g: g.step.profile(g.x, g.y, repeats=0), "repeats is 0"),
-    "steps": (lambda g: g.step.plan(steps=1.5), "steps is 1.5"),
-    "extra": (lambda g: g.step.save("nowhere/a", extra={"a": {1}}), "extra cannot be written"),
-    "rate of the optimizer": (lambda g: mest.SGD(lr=BEYOND), "lr is"),
-    "decay of the optimizer": (lambda g: mest.SGD(weight_decay=INFINITE), "weight_decay is"),
-    "momentum of the optimizer": (lambda g: mest.SGD(momentum=NAN), "momentum is"),
-    "nesterov of the optimizer": (lambda g: mest.SGD(nesterov="no"), "nesterov is"),
+RATES = {
+    f"lr={value!r}": (lambda g, value=value: g.step(g.x, g.y, lr=value), "lr is")
+    for value in (BEYOND, NAN, INFINITE, -1, "0.1", True, [1])
 }
+BOUNDS = {
+    f"clip_norm={value!r}": (lambda g, value=value: g.step(g.x, g.y, clip_norm=value), "clip_norm is")
+    for value in (0, 0.0, -1.0, NAN, INFINITE, BEYOND, "a", np.float32(0))
+}
+SHARES = {
+    f"mutate{pair!r}": (lambda g, pair=pair: g.step.mutate(*pair), "prune_to|grow_to")
+    for pair in (("a", "b"), (0.5, NAN), (1.0, 0.5), (0.6, -0.1), (None, 0.5), (0.5, 0.6), (True, 0.5))
+}
+REFUSED = (
+    RATES
+    | BOUNDS
+    | SHARES
+    | {
+        "importance": (lambda g: g.step.mutate(0.6, 0.5, importance_lambda=NAN), "importance_lambda is"),
+        "rng": (lambda g: g.step.mutate(0.6, 0.5, rng="a"), "default_rng"),
+        "rng as seed": (lambda g: g.step.mutate(0.6, 0.5, rng=3), "default_rng"),
+        "no gradients": (lambda g: g.step.mutate(0.6, 0.5, gradients={}), "gradients lack 1.weight"),
+        "gradients are a list": (lambda g: g.step.mutate(0.6, 0.5, gradients=[1]), "gradients lack 1.weight"),
+        "shape of gradients": (
+            lambda g: g.step.mutate(0.6, 0.5, gradients={"1.weight": np.ones((2, 2))}),
+            r"\(2, 2\), the weight \(8, 64\)",
+        ),
+        "NaN in gradients": (
+            lambda g: g.step.mutate(0.6, 0.5, gradients=wide(g, NAN)),
+            "1.weight have values that are NaN",
+        ),
+        "gradients beyond float32": (lambda g: g.step.mutate(0.6, 0.5, gradients=wide(g, BEYOND)), "NaN or infinite"),
+        "room": (lambda g: g.step.check_room("a"), "grow_to is"),
+        "no state": (lambda g: g.step.load_state_dict(None), "the state is None; wanted a dict"),
+        "NaN in the state": (
+            lambda g: g.step.load_state_dict(changed(g, NAN)),
+            "NaN or infinite in float32: in 3.bias",
+        ),
+        "state beyond float32": (lambda g: g.step.load_state_dict(changed(g, BEYOND)), "in 3.bias"),
+        "text in the state": (lambda g: g.step.load_state_dict(changed(g, "1")), "3.bias have type <U1"),
+        "complex state": (lambda g: g.step.load_state_dict(changed(g, 1j)), "real numbers"),
+        "no masks": (lambda g: g.step.set_masks(None), "masks is None; wanted a dict"),
+        "scores": (
+            lambda g: g.step.set_masks({"1.weight": np.full((8, 64), 0.5, "f")}),
+            "512 values are others: compare scores",
+        ),
+        "counts": (lambda g: g.step.set_masks({"1.weight": np.full((8, 64), 2)}), "a mask is True"),
+        "NaN in a mask": (lambda g: g.step.set_masks({"1.weight": np.full((8, 64), NAN)}), "a mask is True"),
+        "mask of objects": (lambda g: g.step.set_masks({"1.weight": None}), "the mask's values"),
+        "shape of a mask": (
+            lambda g: g.step.set_masks({"1.weight": np.ones((64, 8), bool)}),
+            r"\(64, 8\), the weight \(8, 64\)",
+        ),
+        "dead layer": (lambda g: g.step.set_masks({"1.weight": np.zeros((8, 64), bool)}), "no live weight"),
+        "complex images": (
+            lambda g: g.step(g.x.astype(complex), g.y),
+            "images have type complex128; wanted real numbers",
+        ),
+        "complex tensor": (lambda g: g.step(g.t.to(torch.complex64).conj(), g.y), "complex64"),
+        "masked images": (lambda g: g.step(masked(g.x), g.y), "images have masked values"),
+        "masked labels": (lambda g: g.step(g.x, masked(g.y)), "labels have masked values"),
+        "images of texts": (lambda g: g.step(np.full(SHAPE, "1"), g.y), "images have type <U1"),
+        "images of dates": (lambda g: g.step(np.zeros(SHAPE, "m8[s]"), g.y), "timedelta"),
+        "images of objects": (lambda g: g.step(g.x.astype(object), g.y), "object"),
+        "images without numbers": (lambda g: g.step(g.t.to("meta"), g.y), "meta device"),
+        "images beyond float32": (
+            lambda g: g.step(np.full(SHAPE, BEYOND), g.y),
+            "256 image values are NaN or infinite",
+        ),
+        "no images": (lambda g: g.step(None, g.y), "images have type object"),
+        "labels of booleans": (lambda g: g.step(g.x, np.zeros(4, bool)), "wanted whole numbers"),
+        "complex to predict": (lambda g: g.step.predict(g.x.astype(complex)), "real numbers"),
+        "masked to predict": (lambda g: g.step.predict(masked(g.x)), "masked"),
+        "repeats": (lambda g: g.step.profile(g.x, g.y, repeats=0), "repeats is 0"),
+        "steps": (lambda g: g.step.plan(steps=1.5), "steps is 1.5"),
+        "extra": (lambda g: g.step.save("nowhere/a", extra={"a": {1}}), "extra cannot be written"),
+        "rate of the optimizer": (lambda g: mest.SGD(lr=BEYOND), "lr is"),
+        "decay of the optimizer": (lambda g: mest.SGD(weight_decay=INFINITE), "weight_decay is"),
+        "momentum of the optimizer": (lambda g: mest.SGD(momentum=NAN), "momentum is"),
+        "nesterov of the optimizer": (lambda g: mest.SGD(nesterov="no"), "nesterov is"),
+    }
+)
 
 
 @pytest.mark.filterwarnings("error")
@@ -104,11 +139,18 @@ def test_what_cannot_be_meant_is_one_line_and_changes_nothing(case, given):
 
 
 ALIKE = {
-    "float64": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "float16": lambda t: t.half(), "sparse": lambda t: t.to_sparse(),
-    "negated": torch._neg_view, "trained": lambda t: t.clone().requires_grad_(), "strided": lambda t: t.transpose(2, 3),
-    "list": lambda t: t.tolist(), "masked without a mask": lambda t: np.ma.masked_array(t.numpy()),
+    "float64": lambda t: t.double(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "float16": lambda t: t.half(),
+    "sparse": lambda t: t.to_sparse(),
+    "negated": torch._neg_view,
+    "trained": lambda t: t.clone().requires_grad_(),
+    "strided": lambda t: t.transpose(2, 3),
+    "list": lambda t: t.tolist(),
+    "masked without a mask": lambda t: np.ma.masked_array(t.numpy()),
     "uint8": lambda t: t.abs().to(torch.uint8),
-    "big-endian": lambda t: t.numpy().astype(">f4"), "booleans": lambda t: t > 0,
+    "big-endian": lambda t: t.numpy().astype(">f4"),
+    "booleans": lambda t: t > 0,
 }
 
 

@@ -58,11 +58,20 @@ def at_once(count, work):
 
 
 def test_eight_threads_take_turns_and_each_gets_its_own_answer(step, tmp_path):
-    batches = [(np.random.default_rng(i).standard_normal(SHAPE).astype(np.float32), np.arange(4) % (i % 4 + 1)) for i in range(THREADS)]
-    asked = {"loss": lambda i: step(*batches[i], lr=0.0).loss, "clipped": lambda i: step(*batches[i], lr=0.0, clip_norm=0.1).loss,
-             "predict": lambda i: step.predict(batches[i][0]), "gradients": lambda i: step.gradients(*batches[i])["0.weight"],
-             "masks": lambda i: step.masks()["0.weight"], "state": lambda i: step.state_dict()["0.weight"],
-             "save": lambda i: step.save(tmp_path / f"{i}") or 0, "profile": lambda i: step.profile(*batches[i], repeats=1).keys() and 0}
+    batches = [
+        (np.random.default_rng(i).standard_normal(SHAPE).astype(np.float32), np.arange(4) % (i % 4 + 1))
+        for i in range(THREADS)
+    ]
+    asked = {
+        "loss": lambda i: step(*batches[i], lr=0.0).loss,
+        "clipped": lambda i: step(*batches[i], lr=0.0, clip_norm=0.1).loss,
+        "predict": lambda i: step.predict(batches[i][0]),
+        "gradients": lambda i: step.gradients(*batches[i])["0.weight"],
+        "masks": lambda i: step.masks()["0.weight"],
+        "state": lambda i: step.state_dict()["0.weight"],
+        "save": lambda i: step.save(tmp_path / f"{i}") or 0,
+        "profile": lambda i: step.profile(*batches[i], repeats=1).keys() and 0,
+    }
     wanted = {what: [ask(i) for i in range(THREADS)] for what, ask in asked.items()}
     wrong = []
 
@@ -102,8 +111,10 @@ def test_a_registry_that_two_threads_ask_first_has_all_its_plug_ins(tmp_path, mo
     package.mkdir()
     (package / "__init__.py").write_text("registry = None")
     for name in "abc":
-        (package / f"{name}.py").write_text("import time, plugs_for_two\ntime.sleep(0.02)\n"
-                                            f"def found(): pass\nplugs_for_two.registry.add({name!r}, found)")
+        (package / f"{name}.py").write_text(
+            "import time, plugs_for_two\ntime.sleep(0.02)\n"
+            f"def found(): pass\nplugs_for_two.registry.add({name!r}, found)"
+        )
     monkeypatch.syspath_prepend(tmp_path)
     import plugs_for_two
 
@@ -117,8 +128,10 @@ def test_a_registry_whose_loading_was_interrupted_is_loaded_again(tmp_path, monk
     package = tmp_path / "plugs_interrupted"
     package.mkdir()
     (package / "__init__.py").write_text("registry, interrupted = None, []")
-    (package / "a.py").write_text("import plugs_interrupted as p\ndef found(): pass\np.registry.add('a', found)\n"
-                                  "if not p.interrupted:\n    p.interrupted.append(True)\n    raise KeyboardInterrupt")
+    (package / "a.py").write_text(
+        "import plugs_interrupted as p\ndef found(): pass\np.registry.add('a', found)\n"
+        "if not p.interrupted:\n    p.interrupted.append(True)\n    raise KeyboardInterrupt"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     import plugs_interrupted
 
@@ -143,7 +156,9 @@ print("losses", len({{steps[i](np.ones(SHAPE, "f"), np.arange(4)).loss for i in 
 
 def child():
     import mest_compile as mest
-    for use in (lambda: compiled(nets[0]), lambda: steps[0].predict(np.ones(SHAPE, "f")), lambda: mest.open_artifact(f"{{folder}}/1")):
+    image = np.ones(SHAPE, "f")
+    export = f"{{folder}}/1"
+    for use in (lambda: compiled(nets[0]), lambda: steps[0].predict(image), lambda: mest.open_artifact(export)):
         try:
             use()
         except mest.MestError as problem:
@@ -159,20 +174,30 @@ print("hangs", process.is_alive(), process.kill())
 def test_threads_compile_first_and_export_at_once_and_a_forked_process_is_told(tmp_path):
     code = FIRST.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
     more = {"TVM_NUM_THREADS": "2"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | more)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | more
+    )
     assert ran.stdout.splitlines()[:3] == ["compiled []", "at once []", "losses 1"], ran.stdout + ran.stderr
-    assert ran.stdout.count("told this process was forked") == 3 and "hangs False" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.stdout.count("told this process was forked") == 3 and "hangs False" in ran.stdout, (
+        ran.stdout + ran.stderr
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_a_process_forked_before_anything_was_compiled_may_compile():
-    code = ("import os, mest_compile as mest, mest_compile.base.exclusive as e\nchild = os.fork()\n"
-            "if not child:\n    e.this_process()\n    os._exit(3)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))")
+    code = (
+        "import os, mest_compile as mest, mest_compile.base.exclusive as e\nchild = os.fork()\n"
+        "if not child:\n    e.this_process()\n    os._exit(3)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, "
+        "0)[1]))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "3\n"
 
 
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps, lambda step: copy.deepcopy(mest.Trainer(step, mest.Recipe(2)))],
-                         ids=["copy", "deepcopy", "pickle", "trainer"])
+@pytest.mark.parametrize(
+    "way",
+    [copy.copy, copy.deepcopy, pickle.dumps, lambda step: copy.deepcopy(mest.Trainer(step, mest.Recipe(2)))],
+    ids=["copy", "deepcopy", "pickle", "trainer"],
+)
 def test_who_copies_a_step_is_told_what_to_use(way, step):
     with pytest.raises(mest.MestError, match=r"step\.save\(path\) and mest\.load\(path\)"):
         way(step)

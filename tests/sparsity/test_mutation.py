@@ -32,7 +32,7 @@ def test_prune_keeps_the_best_live_units_and_repeats_with_its_seed(case, data):
     before = keep.copy(), scores.copy()
     kept = prune(keep, scores, live, np.random.default_rng(3))
     assert kept.sum() == live and not (kept & ~keep).any()
-    assert sorted(scores[kept]) == sorted(scores[keep])[keep.sum() - live:]
+    assert sorted(scores[kept]) == sorted(scores[keep])[keep.sum() - live :]
     assert (kept == prune(keep, scores, live, np.random.default_rng(3))).all()
     assert (keep == before[0]).all() and (scores == before[1]).all()
 
@@ -92,8 +92,11 @@ def test_impossible_counts_are_errors(case):
 def test_scores_that_are_no_numbers_are_refused_of_live_units_and_of_those_that_may_grow(bad):
     keep, scores, rng = np.array([True, True, False]), np.array([1.0, 2.0, bad]), np.random.default_rng(0)
     assert prune(keep, scores, 1, rng).tolist() == [False, True, False]
-    for refused in (lambda: prune(~keep, scores, 1, rng), lambda: grow(keep, 3, rng, scores),
-                    lambda: grow_rows(keep[None], 3, rng, scores[None])):
+    for refused in (
+        lambda: prune(~keep, scores, 1, rng),
+        lambda: grow(keep, 3, rng, scores),
+        lambda: grow_rows(keep[None], 3, rng, scores[None]),
+    ):
         with pytest.raises(InputError, match="NaN or infinite"):
             refused()
 
@@ -107,7 +110,9 @@ def test_importance_counts_the_gradient_when_asked_to():
         importance(weights, None, 0.5)
 
 
-@pytest.mark.parametrize(("until", "prune_to", "grow_to"), [(5, 0.9, 0.95), (5, 1.0, 0.9), (5, 0.9, -0.1), (0, 0.9, 0.9)])
+@pytest.mark.parametrize(
+    ("until", "prune_to", "grow_to"), [(5, 0.9, 0.95), (5, 1.0, 0.9), (5, 0.9, -0.1), (0, 0.9, 0.9)]
+)
 def test_phases_that_cannot_be_are_refused(until, prune_to, grow_to):
     with pytest.raises(SparsityError):
         Phase(until, prune_to, grow_to)
@@ -155,9 +160,12 @@ EVEN = 5 * np.sqrt(2000 * 0.25 * 0.75)  # five standard deviations of a binomial
 def test_equal_scores_are_drawn_evenly_whatever_decides():
     scores, keep, rng = np.array([5.0, 1, 1, 1, 1, 1, 1, 1, 1, 0]), np.ones(10, bool), np.random.default_rng(0)
     dead = np.arange(10) == 9
-    decisions = {"prune": lambda: prune(keep, scores, 3, rng), "prune_rows": lambda: prune_rows(keep[None], scores[None], 3, rng)[0],
-                 "grow": lambda: grow(dead, 4, rng, scores) & ~dead,
-                 "grow_rows": lambda: grow_rows(dead[None], 4, rng, scores[None])[0] & ~dead}
+    decisions = {
+        "prune": lambda: prune(keep, scores, 3, rng),
+        "prune_rows": lambda: prune_rows(keep[None], scores[None], 3, rng)[0],
+        "grow": lambda: grow(dead, 4, rng, scores) & ~dead,
+        "grow_rows": lambda: grow_rows(dead[None], 4, rng, scores[None])[0] & ~dead,
+    }
     for name, decide in decisions.items():
         counts = sum(decide().astype(int) for _ in range(2000))
         assert counts[0] == 2000 and counts[9] == 0, name
@@ -189,7 +197,9 @@ def test_no_filter_dies_while_there_are_units_for_all(lengths, data, seed):
     stay[places] = True
     each = np.array([stay[start:end].sum() for start, end in pairwise(bounds)])
     alive = np.count_nonzero(lengths)
-    assert stay.sum() == live == each.sum() and (np.diff(places) > 0).all() and (np.flatnonzero(each == 0) == dead).all()
+    assert (
+        stay.sum() == live == each.sum() and (np.diff(places) > 0).all() and (np.flatnonzero(each == 0) == dead).all()
+    )
     assert np.count_nonzero(each) == min(live, alive)
     for start, end in pairwise(bounds):
         if stay[start:end].any():

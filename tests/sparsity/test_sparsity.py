@@ -13,7 +13,17 @@ from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 CONV = LayerSpec("conv", (8, 12, 3, 3), (2, 12, 6, 6), (1, 1), (1, 1))
-SPARSE = ["unstructured", "block:4x1", "block:1x4", "block:4x4", "block:8x1", "block:2x2", "pattern", "filter", "channel"]
+SPARSE = [
+    "unstructured",
+    "block:4x1",
+    "block:1x4",
+    "block:4x4",
+    "block:8x1",
+    "block:2x2",
+    "pattern",
+    "filter",
+    "channel",
+]
 
 
 def spec(out, inputs, kernel):
@@ -21,7 +31,8 @@ def spec(out, inputs, kernel):
 
 
 def unit_sums(name, array):
-    """Sums of a weight-shaped array over the scheme's units, (sets that are ranked apart, units): written without the schemes."""
+    """Sums of a weight-shaped array over the scheme's units, (sets that are ranked apart, units): written without the
+    schemes."""
     if name == "pattern":
         return array.sum((2, 3))
     if name == "filter":
@@ -55,9 +66,17 @@ def test_a_scheme_is_what_its_text_says(name):
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=st.sampled_from(SPARSE), out=st.sampled_from([8, 16, 24]), inputs=st.sampled_from([4, 8, 12]), kernel=st.sampled_from([1, 3]),
-       sparsities=st.lists(st.floats(0.0, 0.99), min_size=2, max_size=2), seed=st.integers(0, 1000))
-def test_mutations_keep_whole_units_the_best_of_them_and_exactly_as_many_as_asked_for(name, out, inputs, kernel, sparsities, seed):
+@given(
+    name=st.sampled_from(SPARSE),
+    out=st.sampled_from([8, 16, 24]),
+    inputs=st.sampled_from([4, 8, 12]),
+    kernel=st.sampled_from([1, 3]),
+    sparsities=st.lists(st.floats(0.0, 0.99), min_size=2, max_size=2),
+    seed=st.integers(0, 1000),
+)
+def test_mutations_keep_whole_units_the_best_of_them_and_exactly_as_many_as_asked_for(
+    name, out, inputs, kernel, sparsities, seed
+):
     if name == "pattern":
         kernel, sparsities = 3, [max(sparsity, 5 / 9) for sparsity in sparsities]
     scheme, layer, rng = parse_scheme(name), spec(out, inputs, kernel), np.random.default_rng(seed)
@@ -79,7 +98,11 @@ def test_mutations_keep_whole_units_the_best_of_them_and_exactly_as_many_as_aske
         """No unit that died had more energy than one of its set that stayed, but for the last ones of their filters."""
         energy = unit_sums(name, np.where(before, importance**2, 0.0))
         alive, stayed = unit_sums(name, before) > 0, unit_sums(name, after) > 0
-        spare = stayed if len(stayed) > 1 or scheme.spans else stayed & ~unit_sums(name, after & only_unit(name, layer, after)).astype(bool)
+        spare = (
+            stayed
+            if len(stayed) > 1 or scheme.spans
+            else stayed & ~unit_sums(name, after & only_unit(name, layer, after)).astype(bool)
+        )
         worst = np.where(spare, energy, np.inf).min(1)
         assert (np.where(alive & ~stayed, energy, -np.inf).max(1) <= worst * (1 + 1e-12)).all()
 
@@ -130,7 +153,9 @@ def test_a_kernel_starts_with_the_pattern_that_keeps_most_and_a_filter_with_its_
     scheme, weight = parse_scheme("pattern"), np.random.default_rng(0).standard_normal(CONV.weight_shape)
     live = scheme.live_units(CONV, 0.8)
     keep = scheme.start(CONV, scheme.energy(CONV, weight), live, np.random.default_rng(0))
-    kept = np.array([[[np.sum(weight[o, i][pattern]**2) for pattern in PATTERNS] for i in range(12)] for o in range(8)])
+    kept = np.array(
+        [[[np.sum(weight[o, i][pattern] ** 2) for pattern in PATTERNS] for i in range(12)] for o in range(8)]
+    )
     for o in range(8):
         alive = keep[o].any((1, 2))
         assert set(np.flatnonzero(alive)) == set(np.argsort(-kept[o].max(1))[: live // 8])
@@ -164,7 +189,9 @@ def test_pattern_refuses_a_sparsity_that_would_leave_more_than_four_of_nine(spar
 
 
 def test_pattern_refuses_a_layer_that_is_not_3x3_by_name():
-    with pytest.raises(SparsityError, match="layer: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense_layers"):
+    with pytest.raises(
+        SparsityError, match="layer: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense_layers"
+    ):
         parse_scheme("pattern").check(spec(8, 8, 1))
 
 
@@ -184,21 +211,25 @@ def change(where, value):
     def changed(mask):
         mask[where] = value
         return mask
+
     return changed
 
 
-@pytest.mark.parametrize("name, spoil, message", [
-    ("block", change((1, 0, 0, 0), False), "whole units of scheme block:4x1"),
-    ("filter", change((1, 0, 0, 0), False), "whole units of scheme filter"),
-    ("filter", change((slice(None), 4), False), "whole units of scheme filter"),
-    ("channel", change((0, 1, 2, 2), False), "whole units of scheme channel"),
-    ("channel", change(slice(0, 4), False), "whole units of scheme channel"),
-    ("pattern", change((2, 3, 0, 0), False), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
-    ("pattern", change((2, 3), True), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
-    ("pattern", change((2, 3), False), "filters keep 11 to 12 kernels"),
-    *[(name, change(..., False), "no live weight") for name in SPARSE],
-    *[(name, lambda mask: mask[:4], "the mask has shape") for name in SPARSE],
-])
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("block", change((1, 0, 0, 0), False), "whole units of scheme block:4x1"),
+        ("filter", change((1, 0, 0, 0), False), "whole units of scheme filter"),
+        ("filter", change((slice(None), 4), False), "whole units of scheme filter"),
+        ("channel", change((0, 1, 2, 2), False), "whole units of scheme channel"),
+        ("channel", change(slice(0, 4), False), "whole units of scheme channel"),
+        ("pattern", change((2, 3, 0, 0), False), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
+        ("pattern", change((2, 3), True), r"kernel \(2, 3\) of the mask has none of the eight patterns"),
+        ("pattern", change((2, 3), False), "filters keep 11 to 12 kernels"),
+        *[(name, change(..., False), "no live weight") for name in SPARSE],
+        *[(name, lambda mask: mask[:4], "the mask has shape") for name in SPARSE],
+    ],
+)
 def test_a_mask_that_a_scheme_cannot_have_is_refused(name, spoil, message):
     mask = np.ones(CONV.weight_shape, bool)
     if name == "pattern":
@@ -209,8 +240,16 @@ def test_a_mask_that_a_scheme_cannot_have_is_refused(name, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, error", [
-    ("blok", UnknownName), ("block:4", UsageError), ("block:0x1", UsageError), ("unstructured:3", UsageError), ("pattern:4", UsageError)])
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("blok", UnknownName),
+        ("block:4", UsageError),
+        ("block:0x1", UsageError),
+        ("unstructured:3", UsageError),
+        ("pattern:4", UsageError),
+    ],
+)
 def test_a_scheme_that_does_not_exist_is_refused(text, error):
     with pytest.raises(error):
         parse_scheme(text)
@@ -223,7 +262,10 @@ def test_sparsity_outside_its_range_is_refused(sparsity):
 
 
 def test_erk_meets_the_overall_sparsity_and_spares_small_layers():
-    layers = [LayerSpec(f"l{i}", shape, (1, shape[1], 9, 9)) for i, shape in enumerate([(16, 16, 3, 3), (64, 64, 3, 3), (4, 4, 1, 1)])]
+    layers = [
+        LayerSpec(f"l{i}", shape, (1, shape[1], 9, 9))
+        for i, shape in enumerate([(16, 16, 3, 3), (64, 64, 3, 3), (4, 4, 1, 1)])
+    ]
     share = distribute("erk", layers, 0.8)
     live = sum((1 - share[layer.name]) * layer.weight_elems for layer in layers)
     assert live == pytest.approx(0.2 * sum(layer.weight_elems for layer in layers))
@@ -232,12 +274,15 @@ def test_erk_meets_the_overall_sparsity_and_spares_small_layers():
 
 @pytest.mark.parametrize("live", [(980, 700, 420), (2048, 1750, 1050)])
 def test_erk_counts_the_kernels_sides_as_well_as_the_channels(live):
-    """Live weights in proportion to out + in + kh + kw, by hand: 98, 70 and 42. Ten of each; 25 are more than "one" has."""
+    """Live weights in proportion to out + in + kh + kw, by hand: 98, 70 and 42. Ten of each; 25 are more than "one"
+    has."""
     shapes = {"one": (64, 32, 1, 1), "three": (32, 32, 3, 3), "five": (16, 16, 5, 5)}
     elems = {"one": 2048, "three": 9216, "five": 6400}
     layers = [LayerSpec(name, shape, (1, shape[1], 9, 9)) for name, shape in shapes.items()]
     share = distribute("erk", layers, 1 - sum(live) / 17664)
-    assert {name: (1 - share[name]) * elems[name] for name in shapes} == pytest.approx(dict(zip(shapes, live, strict=True)))
+    assert {name: (1 - share[name]) * elems[name] for name in shapes} == pytest.approx(
+        dict(zip(shapes, live, strict=True))
+    )
 
 
 def test_uniform_gives_every_layer_the_same():

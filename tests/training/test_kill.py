@@ -1,7 +1,7 @@
 """Training that is killed with SIGKILL, again and again, and ends as if nothing had happened.
 
-Every other kill comes at a random moment, the others while a checkpoint is written. MEST_KILLS sets their number (default 2);
-`MEST_KILLS=50 pytest -s tests/training/test_kill.py` takes some minutes.
+Every other kill comes at a random moment, the others while a checkpoint is written. MEST_KILLS sets their number
+(default 2); `MEST_KILLS=50 pytest -s tests/training/test_kill.py` takes some minutes.
 """
 
 import json
@@ -54,8 +54,12 @@ def finish(process):
 def without_clock(metrics):
     kept = {key: value for key, value in metrics.items() if key not in CLOCKED}
     if kept["mutation"]:
-        kept["mutation"] = {key: value for key, value in kept["mutation"].items() if key not in ("seconds", "reindex_seconds")}
-        layers = Counter(kept["mutation"]["layers"])  # whether specialized kernels are worth compiling is decided by times
+        kept["mutation"] = {
+            key: value for key, value in kept["mutation"].items() if key not in ("seconds", "reindex_seconds")
+        }
+        layers = Counter(
+            kept["mutation"]["layers"]
+        )  # whether specialized kernels are worth compiling is decided by times
         kept["mutation"]["layers"] = {"unchanged": layers["unchanged"], "moved": layers.total() - layers["unchanged"]}
     return kept
 
@@ -131,7 +135,8 @@ def scratch(folder):
 
 
 def lives(process, folder, moments, writing, seconds):
-    """Waits until a random moment, or with `writing` until a random checkpoint is being written; whether the run still goes on then."""
+    """Waits until a random moment, or with `writing` until a random checkpoint is being written; whether the run still
+    goes on then."""
     end, writes = time.perf_counter() + moments.uniform(0, 1.1 * seconds), moments.randrange(6)
     stale, seen = scratch(folder), set()
     while process.poll() is None:

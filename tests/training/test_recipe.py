@@ -14,11 +14,15 @@ from mest_compile.training.recipe import METHODS, Recipe, preset
 from mest_compile.training.sieve import SieveRule
 
 
-@pytest.mark.parametrize(("method", "sparsity", "table"), [
-    ("em", 0.90, [(0.92, 0.90), (0.91, 0.90), (0.90, 0.90)]),
-    ("em", 0.95, [(0.96, 0.95), (0.955, 0.95), (0.95, 0.95)]),
-    ("em_s", 0.90, [(0.90, 0.85), (0.90, 0.875), (0.90, 0.90)]),
-    ("em_s", 0.95, [(0.95, 0.90), (0.95, 0.925), (0.95, 0.95)])])
+@pytest.mark.parametrize(
+    ("method", "sparsity", "table"),
+    [
+        ("em", 0.90, [(0.92, 0.90), (0.91, 0.90), (0.90, 0.90)]),
+        ("em", 0.95, [(0.96, 0.95), (0.955, 0.95), (0.95, 0.95)]),
+        ("em_s", 0.90, [(0.90, 0.85), (0.90, 0.875), (0.90, 0.90)]),
+        ("em_s", 0.95, [(0.95, 0.90), (0.95, 0.925), (0.95, 0.95)]),
+    ],
+)
 def test_preset_gives_the_papers_table(method, sparsity, table):
     recipe = preset(method, sparsity, 160)
     assert recipe.mutate_every == 5
@@ -99,26 +103,40 @@ def test_a_recipe_survives_its_dict_and_a_toml_file(tmp_path):
     recipe = preset("em_s", 0.9, 20, lr=0.05, seed=3)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path / "recipe.toml"
-    path.write_text('epochs = 4\nmethod = "em"\nlr = 1\n[[phases]]\nuntil_epoch = 2\nprune_to = 0.92\ngrow_to = 0.9\n'
-                    "[[phases]]\nuntil_epoch = 4\nprune_to = 0.9\ngrow_to = 0.9\n")
+    path.write_text(
+        'epochs = 4\nmethod = "em"\nlr = 1\n[[phases]]\nuntil_epoch = 2\nprune_to = 0.92\ngrow_to = 0.9\n'
+        "[[phases]]\nuntil_epoch = 4\nprune_to = 0.9\ngrow_to = 0.9\n"
+    )
     assert Recipe.from_file(path) == Recipe(4, "em", lr=1, phases=(Phase(2, 0.92, 0.9), Phase(4, 0.9, 0.9)))
 
 
-@pytest.mark.parametrize(("text", "error", "message"), [
-    ("epochs = 4\nmethdo = 'em'", UsageError, "did you mean 'method'"),
-    ("epochs = 4\nzzz = 1", UsageError, "unknown key 'zzz'; did you mean"),
-    ("method = 'em'", UsageError, "'epochs' is missing"),
-    ("epochs = '4'", UsageError, "recipe.toml: epochs is '4'; wanted a whole number of 1 or more"),
-    ("epochs = 4\nlr = 'high'", UsageError, "recipe.toml: lr is 'high'; wanted a finite number"),
-    ("epochs = 4\nphases = 3", UsageError, "phases must be a list"),
-    ("epochs = 4\n[[phases]]\nuntil = 4", UsageError, "did you mean 'until_epoch'"),
-    ("epochs = 4\n[[phases]]\nuntil_epoch = 4\nprune_to = '0.9'\ngrow_to = 0.9", UsageError, "prune_to is '0.9'; wanted a finite number"),
-    ("epochs = 4\nsieve = 0.2", UsageError, "sieve must be a table"),
-    ("epochs = 4\n[sieve]\ndorp = 0.2", UsageError, "'dorp'; did you mean 'drop'"),
-    ("epochs = 4\n[sieve]\nafter_epoch = 2", UsageError, "either drop"),
-    ("epochs = 4\nmomentum = 0.9", UsageError, r"unknown key 'momentum'; it belongs to the optimizer: mest.SGD\(momentum"),
-    ("epochs = 4\nmodel = 'mlp'", UsageError, r"'model'; it belongs into the table \[run\]"),
-    ("epochs = ", UsageError, "is not TOML")])
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("epochs = 4\nmethdo = 'em'", UsageError, "did you mean 'method'"),
+        ("epochs = 4\nzzz = 1", UsageError, "unknown key 'zzz'; did you mean"),
+        ("method = 'em'", UsageError, "'epochs' is missing"),
+        ("epochs = '4'", UsageError, "recipe.toml: epochs is '4'; wanted a whole number of 1 or more"),
+        ("epochs = 4\nlr = 'high'", UsageError, "recipe.toml: lr is 'high'; wanted a finite number"),
+        ("epochs = 4\nphases = 3", UsageError, "phases must be a list"),
+        ("epochs = 4\n[[phases]]\nuntil = 4", UsageError, "did you mean 'until_epoch'"),
+        (
+            "epochs = 4\n[[phases]]\nuntil_epoch = 4\nprune_to = '0.9'\ngrow_to = 0.9",
+            UsageError,
+            "prune_to is '0.9'; wanted a finite number",
+        ),
+        ("epochs = 4\nsieve = 0.2", UsageError, "sieve must be a table"),
+        ("epochs = 4\n[sieve]\ndorp = 0.2", UsageError, "'dorp'; did you mean 'drop'"),
+        ("epochs = 4\n[sieve]\nafter_epoch = 2", UsageError, "either drop"),
+        (
+            "epochs = 4\nmomentum = 0.9",
+            UsageError,
+            r"unknown key 'momentum'; it belongs to the optimizer: mest.SGD\(momentum",
+        ),
+        ("epochs = 4\nmodel = 'mlp'", UsageError, r"'model'; it belongs into the table \[run\]"),
+        ("epochs = ", UsageError, "is not TOML"),
+    ],
+)
 def test_bad_recipe_files_say_what_is_wrong(tmp_path, text, error, message):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
@@ -131,19 +149,41 @@ def test_a_missing_recipe_file_is_named(tmp_path):
         Recipe.from_file(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(("change", "error"), [
-    ({"epochs": 0}, UsageError), ({"epochs": True}, UsageError), ({"lr": 0}, UsageError), ({"lr": math.nan}, UsageError),
-    ({"lr": 0.1, "lr_final": 0.2}, UsageError), ({"warmup_epochs": 10}, UsageError), ({"mutate_every": 0}, UsageError),
-    ({"seed": -1}, UsageError), ({"eval_every": 0}, UsageError), ({"augment": 1}, UsageError), ({"importance_lambda": -1}, UsageError),
-    ({"method": "snip"}, UnknownName), ({"label_smoothing": 1.0}, UsageError), ({"clip_norm": 0}, UsageError),
-    ({"sieve": 0.2}, UsageError), ({"lr_schedule": "linear"}, UnknownName),
-    ({"phases": (Phase(9, 0.9, 0.9),)}, UsageError), ({"phases": (Phase(10, 0.9, 0.8), Phase(10, 0.9, 0.9))}, UsageError),
-    ({"phases": (Phase(5, 0.9, 0.9), Phase(10, 0.8, 0.8))}, SparsityError), ({"phases": ((10, 0.9, 0.9),)}, UsageError),
-    ({"mutate_every": 10}, UsageError), ({"sieve": SieveRule(drop=0.1, after_epoch=10)}, UsageError),
-    ({"sieve": SieveRule(drop=0.1, after_epoch=5, every=5)}, UsageError), ({"epochs": 1, "sieve": SieveRule(drop=0.1)}, UsageError),
-    ({"augment": False, "mirror": True}, UsageError), ({"mirror": 1}, UsageError), ({"lr": 1e39}, UsageError),
-    ({"epochs": 10**400}, UsageError), ({"seed": 10**400}, UsageError),
-    ({"method": "static", "phases": (Phase(10, 0.9, 0.9),)}, UsageError)])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"epochs": 0}, UsageError),
+        ({"epochs": True}, UsageError),
+        ({"lr": 0}, UsageError),
+        ({"lr": math.nan}, UsageError),
+        ({"lr": 0.1, "lr_final": 0.2}, UsageError),
+        ({"warmup_epochs": 10}, UsageError),
+        ({"mutate_every": 0}, UsageError),
+        ({"seed": -1}, UsageError),
+        ({"eval_every": 0}, UsageError),
+        ({"augment": 1}, UsageError),
+        ({"importance_lambda": -1}, UsageError),
+        ({"method": "snip"}, UnknownName),
+        ({"label_smoothing": 1.0}, UsageError),
+        ({"clip_norm": 0}, UsageError),
+        ({"sieve": 0.2}, UsageError),
+        ({"lr_schedule": "linear"}, UnknownName),
+        ({"phases": (Phase(9, 0.9, 0.9),)}, UsageError),
+        ({"phases": (Phase(10, 0.9, 0.8), Phase(10, 0.9, 0.9))}, UsageError),
+        ({"phases": (Phase(5, 0.9, 0.9), Phase(10, 0.8, 0.8))}, SparsityError),
+        ({"phases": ((10, 0.9, 0.9),)}, UsageError),
+        ({"mutate_every": 10}, UsageError),
+        ({"sieve": SieveRule(drop=0.1, after_epoch=10)}, UsageError),
+        ({"sieve": SieveRule(drop=0.1, after_epoch=5, every=5)}, UsageError),
+        ({"epochs": 1, "sieve": SieveRule(drop=0.1)}, UsageError),
+        ({"augment": False, "mirror": True}, UsageError),
+        ({"mirror": 1}, UsageError),
+        ({"lr": 1e39}, UsageError),
+        ({"epochs": 10**400}, UsageError),
+        ({"seed": 10**400}, UsageError),
+        ({"method": "static", "phases": (Phase(10, 0.9, 0.9),)}, UsageError),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(change, error):
     with pytest.raises(error):
         replace(Recipe(10, "em"), **change)
@@ -185,10 +225,16 @@ def test_the_paper_recipe_is_the_preset_written_out():
     assert [wanted.sieve.due(epoch, 160) for epoch in (69, 70, 71)] == [False, True, False]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("run = 3", "run must be a table"), ("[run]\nmodle = 'mlp'", "unknown key 'modle'; did you mean 'model'"),
-    ("[run]\nwidth = 1.5", "width must be a whole number, not 1.5"), ("[run]\nsparsity = true", "sparsity must be a number, not True"),
-    ("[run]\nmodel = 3", "model must be a string, not 3")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run = 3", "run must be a table"),
+        ("[run]\nmodle = 'mlp'", "unknown key 'modle'; did you mean 'model'"),
+        ("[run]\nwidth = 1.5", "width must be a whole number, not 1.5"),
+        ("[run]\nsparsity = true", "sparsity must be a number, not True"),
+        ("[run]\nmodel = 3", "model must be a string, not 3"),
+    ],
+)
 def test_a_table_run_that_says_nonsense_is_refused(tmp_path, text, message):
     path = tmp_path / "recipe.toml"
     path.write_text(f"epochs = 1\n{text}")
@@ -196,42 +242,93 @@ def test_a_table_run_that_says_nonsense_is_refused(tmp_path, text, message):
         Recipe.run_options(path)
 
 
-WRONG = [[], {}, "", "1", b"1", None, 1, 2, -1, 0.5, -0.5, True, math.nan, math.inf, 10**30, 1j, object(), [[]], [{}],
-         [{"until_epoch": []}], {"drop": []}, {"drop": 0.1, "every": "a"}, [{"until_epoch": 10, "prune_to": [], "grow_to": 0.5}]]
+WRONG = [
+    [],
+    {},
+    "",
+    "1",
+    b"1",
+    None,
+    1,
+    2,
+    -1,
+    0.5,
+    -0.5,
+    True,
+    math.nan,
+    math.inf,
+    10**30,
+    1j,
+    object(),
+    [[]],
+    [{}],
+    [{"until_epoch": []}],
+    {"drop": []},
+    {"drop": 0.1, "every": "a"},
+    [{"until_epoch": 10, "prune_to": [], "grow_to": 0.5}],
+]
 
 
 @pytest.mark.parametrize("key", [*Recipe.__dataclass_fields__, "drop", "forgets_at_most", "after_epoch", "every"])
 def test_whatever_stands_under_a_key_is_a_recipe_or_one_line_that_names_the_key(key):
     rule = {"after_epoch": 3} if key in ("drop", "forgets_at_most") else {"after_epoch": 3, "drop": 0.1}
     for value in WRONG:
-        given = {"epochs": 10, key: value} if key in Recipe.__dataclass_fields__ else {"epochs": 10, "sieve": rule | {key: value}}
+        given = (
+            {"epochs": 10, key: value}
+            if key in Recipe.__dataclass_fields__
+            else {"epochs": 10, "sieve": rule | {key: value}}
+        )
         try:
             recipe = Recipe.from_dict(given, where="a.toml")
         except MestError as error:
             assert str(error).startswith("a.toml") and "\n" not in str(error)
-            assert key in str(error) or isinstance(value, (dict, list)) or key in ("drop", "forgets_at_most"), (value, str(error))
+            assert key in str(error) or isinstance(value, (dict, list)) or key in ("drop", "forgets_at_most"), (
+                value,
+                str(error),
+            )
         else:
             assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_numbers_of_numpy_are_numbers():
-    recipe = Recipe(np.int64(10), lr=np.float32(0.5), seed=np.uint8(3), sieve=SieveRule(drop=np.float64(0.5), after_epoch=np.int32(2)),
-                    phases=(Phase(np.int64(10), np.float32(0.5), np.float32(0.5)),))
-    assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict() and recipe.lr == 0.5 and recipe.sieve.after_epoch == 2
+    recipe = Recipe(
+        np.int64(10),
+        lr=np.float32(0.5),
+        seed=np.uint8(3),
+        sieve=SieveRule(drop=np.float64(0.5), after_epoch=np.int32(2)),
+        phases=(Phase(np.int64(10), np.float32(0.5), np.float32(0.5)),),
+    )
+    assert (
+        json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+        and recipe.lr == 0.5
+        and recipe.sieve.after_epoch == 2
+    )
 
 
 def test_a_recipe_without_a_rate_takes_the_steps():
-    assert Recipe(4, "static").resolved(0.9, 1e-4).lr == 1e-4 and Recipe(4, "static", lr=0.5).resolved(0.9, 1e-4).lr == 0.5
+    assert (
+        Recipe(4, "static").resolved(0.9, 1e-4).lr == 1e-4 and Recipe(4, "static", lr=0.5).resolved(0.9, 1e-4).lr == 0.5
+    )
     with pytest.raises(UsageError, match="the recipe has no lr"):
         Recipe(4, "static").lr_at(0, 0, 1)
 
 
-@pytest.mark.parametrize(("recipe", "said"), [
-    (Recipe(10, "static", mutate_every=2), "mutate_every is 2, but the method 'static' never mutates"),
-    (Recipe(10, "static", importance_lambda=0.5), "importance_lambda is 0.5, but"),
-    (Recipe(1, "em"), "in 1 epoch it never does"),
-    (Recipe(10, mutate_every=5, phases=(Phase(4, 0.92, 0.9), Phase(10, 0.9, 0.9))), "the phase until epoch 4 never acts")])
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (Recipe(10, "static", mutate_every=2), "mutate_every is 2, but the method 'static' never mutates"),
+        (Recipe(10, "static", importance_lambda=0.5), "importance_lambda is 0.5, but"),
+        (Recipe(1, "em"), "in 1 epoch it never does"),
+        (
+            Recipe(10, mutate_every=5, phases=(Phase(4, 0.92, 0.9), Phase(10, 0.9, 0.9))),
+            "the phase until epoch 4 never acts",
+        ),
+    ],
+)
 def test_what_never_happens_is_said(recipe, said):
     (line,) = recipe.idle()
     assert said in line
-    assert not Recipe(10, "static").idle() and not Recipe(10, mutate_every=3, phases=(Phase(4, 0.92, 0.9), Phase(10, 0.9, 0.9))).idle()
+    assert (
+        not Recipe(10, "static").idle()
+        and not Recipe(10, mutate_every=3, phases=(Phase(4, 0.92, 0.9), Phase(10, 0.9, 0.9))).idle()
+    )

@@ -46,7 +46,10 @@ def test_what_a_report_says_is_what_the_metrics_say(finished):
     assert facts["mutations"] == 5 and facts["mutation_seconds"] == 1.25
     assert facts["dropped"] == [40] and sum(facts["forgetting_counts"].values()) == 200
     assert facts["iterations"] == 3 * 12 + 3 * 10 and facts["iterations_saved"] == 6
-    assert f"<td>test accuracy</td><td>{lines[-1]['test_accuracy']:.2%}</td>" in (finished / "report" / "report.html").read_text()
+    assert (
+        f"<td>test accuracy</td><td>{lines[-1]['test_accuracy']:.2%}</td>"
+        in (finished / "report" / "report.html").read_text()
+    )
 
 
 def test_the_page_shows_the_numbers_of_the_metrics(finished):
@@ -65,11 +68,13 @@ def test_the_page_shows_the_numbers_of_the_metrics(finished):
 def test_the_plots_show_the_numbers_of_the_metrics(finished):
     lines = read_epochs(RunFolder(finished))
     assert all(metrics["train_accuracy"] > 0 for metrics in lines)
-    wanted = {"loss": [[metrics["loss"] for metrics in lines]],
-              "accuracy": [[100 * metrics[name] for metrics in lines] for name in ("train_accuracy", "test_accuracy")],
-              "sparsity": [[metrics["sparsity"]["weight"] for metrics in lines]],
-              "survival": [[metrics["survival"]["weight"] for metrics in lines]],
-              "epoch_seconds": [[metrics["train_seconds"] for metrics in lines], [0, 1]]}  # and the line where examples were dropped
+    wanted = {
+        "loss": [[metrics["loss"] for metrics in lines]],
+        "accuracy": [[100 * metrics[name] for metrics in lines] for name in ("train_accuracy", "test_accuracy")],
+        "sparsity": [[metrics["sparsity"]["weight"] for metrics in lines]],
+        "survival": [[metrics["survival"]["weight"] for metrics in lines]],
+        "epoch_seconds": [[metrics["train_seconds"] for metrics in lines], [0, 1]],
+    }  # and the line where examples were dropped
     for name, (_, draw) in PLOTS.items():
         axes = Figure().add_subplot()
         draw(axes, lines)
@@ -86,7 +91,9 @@ def test_a_plot_changes_with_the_run(finished, tmp_path):
         metrics["survival"]["weight"] /= metrics["epoch"]
     folder.rewrite_metrics(lines)
     write_report(finished, tmp_path / "after")
-    before, after = ({path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("before", "after"))
+    before, after = (
+        {path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("before", "after")
+    )
     assert {name for name in PLOTS if before[name] != after[name]} == {"loss", "survival"}
 
 
@@ -111,7 +118,9 @@ def test_a_dense_run_has_no_plots_of_masks(tmp_path):
             return {}
 
     Trainer(Dense(sparsity=0.0), Recipe(2, "static", lr=0.05), tmp_path / "run").fit(TRAIN, TEST)
-    assert not {"sparsity.png", "survival.png"} & {path.rpartition("/")[2] for path in write_report(tmp_path / "run")["files"]}
+    assert not {"sparsity.png", "survival.png"} & {
+        path.rpartition("/")[2] for path in write_report(tmp_path / "run")["files"]
+    }
 
 
 def test_what_is_no_run_and_what_cannot_be_written_say_so(finished, tmp_path):

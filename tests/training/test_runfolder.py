@@ -37,8 +37,10 @@ def test_while_one_trains_in_a_folder_another_is_refused_and_touches_nothing(tmp
 
     def meddle():
         before = contents(folder)
-        for other in (lambda: Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST),
-                      lambda: Trainer.resume(folder, SoftmaxStep()).fit(TRAIN, TEST)):
+        for other in (
+            lambda: Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST),
+            lambda: Trainer.resume(folder, SoftmaxStep()).fit(TRAIN, TEST),
+        ):
             with pytest.raises(MestError, match="already holds a run|another training is at work in this folder"):
                 other()
             met.append(other)
@@ -95,7 +97,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_no_run_and_starts_again
     assert not (tmp_path / "run" / "source.json").exists() and not list((tmp_path / "run").glob(".*"))
 
 
-@pytest.mark.parametrize("lost", [["checkpoint.safetensors"], ["checkpoint.safetensors", "checkpoint.previous.safetensors"]])
+@pytest.mark.parametrize(
+    "lost", [["checkpoint.safetensors"], ["checkpoint.safetensors", "checkpoint.previous.safetensors"]]
+)
 def test_a_run_that_lost_its_checkpoint_is_still_not_overwritten(tmp_path, lost):
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
     for name in lost:
@@ -116,17 +120,23 @@ def damage(rng, content):
     place = rng.randrange(len(content))
     kind = rng.randrange(5)
     if kind == 0:
-        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1:]
+        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
     if kind == 1:
         return content[:place]
     if kind == 2:
-        return content[:place] + content[place + rng.randrange(1, 40):]
+        return content[:place] + content[place + rng.randrange(1, 40) :]
     if kind == 3:
-        return content[:place] + content[place:place + 40] + content[place:]
+        return content[:place] + content[place : place + 40] + content[place:]
     digits = b"0123456789.e-"
-    start = rng.choice([at for at in range(1, len(content)) if content[at] in digits[:10] and content[at - 1] in b" :["])
+    start = rng.choice(
+        [at for at in range(1, len(content)) if content[at] in digits[:10] and content[at - 1] in b" :["]
+    )
     end = next(at for at in range(start, len(content)) if content[at] not in digits)
-    return content[:start] + rng.choice([b"null", b"NaN", b"-Infinity", b"[]", b'"a"', b"{}", b"7", b"1e999", b"[" * 5000]) + content[end:]
+    return (
+        content[:start]
+        + rng.choice([b"null", b"NaN", b"-Infinity", b"[]", b'"a"', b"{}", b"7", b"1e999", b"[" * 5000])
+        + content[end:]
+    )
 
 
 def test_random_damages_of_what_a_run_says_of_itself_are_refused_or_harmless(tmp_path):
@@ -180,9 +190,23 @@ def said(folder):
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"data": 3, "data_folder": null}', '{"data": "digits", "data_folder": 5}', "7",
-                                  '{"data": "digits", "data_folder": null, "tracker": []}', '{"data": "digits", "specialize": "a"}',
-                                  '{"data": "arrays", "data_folder": "absent"}', "\ud800", '{"data": ' + "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "{",
+        '{"data": 3, "data_folder": null}',
+        '{"data": "digits", "data_folder": 5}',
+        "7",
+        '{"data": "digits", "data_folder": null, "tracker": []}',
+        '{"data": "digits", "specialize": "a"}',
+        '{"data": "arrays", "data_folder": "absent"}',
+        "\ud800",
+        '{"data": ' + "[" * 5000,
+    ],
+)
 def test_a_damaged_source_is_one_line(tmp_path, text):
     (tmp_path / "recipe.json").write_text("{}")
     (tmp_path / "source.json").write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -26,13 +26,13 @@ def sieve_of(answers: list[list[int]]) -> Sieve:
 
 
 def test_forgetting_events_are_counted_as_by_hand():
-    sieve = sieve_of([[0, 1, 1, 0, 1],
-                      [0, 1, 0, 1, 0],
-                      [0, 1, 1, 1, 1],
-                      [0, 1, 0, 1, 0]])
+    sieve = sieve_of([[0, 1, 1, 0, 1], [0, 1, 0, 1, 0], [0, 1, 1, 1, 1], [0, 1, 0, 1, 0]])
     assert sieve.forgets.tolist() == [0, 0, 2, 0, 2]  # from right to wrong; example 3 was learned once and kept
     assert sieve.learned.tolist() == [False, True, True, True, True]
-    assert sieve.histogram() | {"never learned": 1, "0": 2, "1": 0, "2": 2} == sieve.histogram() and sum(sieve.histogram().values()) == 5
+    assert (
+        sieve.histogram() | {"never learned": 1, "0": 2, "1": 0, "2": 2} == sieve.histogram()
+        and sum(sieve.histogram().values()) == 5
+    )
 
 
 def test_the_least_forgotten_go_and_what_was_never_right_stays():
@@ -84,10 +84,19 @@ def test_many_events_share_the_last_bin():
     assert sieve.forgets[0] == LAST_BIN + 3 and sieve.histogram()[f"{LAST_BIN} or more"] == 1
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({}, "either drop"), ({"drop": 0.1, "forgets_at_most": 1}, "either drop"), ({"drop": 0}, "share between 0 and 1"),
-    ({"drop": True}, "share between 0 and 1"), ({"drop": 0.6, "every": 2}, "at most half"), ({"forgets_at_most": -1}, "forgets_at_most"),
-    ({"drop": 0.1, "after_epoch": 0}, "after_epoch"), ({"drop": 0.1, "every": 0.5}, "every")])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "either drop"),
+        ({"drop": 0.1, "forgets_at_most": 1}, "either drop"),
+        ({"drop": 0}, "share between 0 and 1"),
+        ({"drop": True}, "share between 0 and 1"),
+        ({"drop": 0.6, "every": 2}, "at most half"),
+        ({"forgets_at_most": -1}, "forgets_at_most"),
+        ({"drop": 0.1, "after_epoch": 0}, "after_epoch"),
+        ({"drop": 0.1, "every": 0.5}, "every"),
+    ],
+)
 def test_rules_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UsageError, match=message):
         SieveRule(**fields)
@@ -130,7 +139,14 @@ def test_dropped_examples_are_not_trained_on_until_they_return():
         Sieve.count = count
     first, second = seen[12 + 12][1], seen[-1][1]  # the masks after the first and the second drop
     assert (~first).sum() == (~second).sum() == 60 and (first | second).all()
-    assert [metrics["sieve"] and metrics["sieve"]["returned"] for metrics in run.history] == [None, None, 0, None, 60, None]
+    assert [metrics["sieve"] and metrics["sieve"]["returned"] for metrics in run.history] == [
+        None,
+        None,
+        0,
+        None,
+        60,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("stop", [(2, 3), (3, 4), (5, 8)])

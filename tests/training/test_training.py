@@ -82,7 +82,11 @@ class SoftmaxStep:
         pruned = prune(self.state["keep"], scores, self._live(prune_to), rng)
         keep = grow(pruned, self._live(grow_to), rng)
         fate = "unchanged" if (keep == self.state["keep"]).all() else "re-indexed"
-        self.state = {"weight": self.state["weight"] * pruned, "momentum": self.state["momentum"] * pruned, "keep": keep}
+        self.state = {
+            "weight": self.state["weight"] * pruned,
+            "momentum": self.state["momentum"] * pruned,
+            "keep": keep,
+        }
         return Report({"weight": fate}, 0.25, 0.125)
 
     def sparsity(self):
@@ -95,8 +99,14 @@ class SoftmaxStep:
         return [name for name, array in self.state.items() if not np.isfinite(array).all()]
 
     def describe(self):
-        return {"target": "local", "threads": 1, "seed": 0, "schemes": {"weight": "unstructured"},
-                "sparsity": {"weight": self.target_sparsity}, "versions": {}}
+        return {
+            "target": "local",
+            "threads": 1,
+            "seed": 0,
+            "schemes": {"weight": "unstructured"},
+            "sparsity": {"weight": self.target_sparsity},
+            "versions": {},
+        }
 
     def check_room(self, grow_to):
         assert 0 <= grow_to <= self.target_sparsity
@@ -112,7 +122,9 @@ class SoftmaxStep:
     def restore(self, path):
         with safe_open(path, "numpy") as file:
             self.state = {name: file.get_tensor(name) for name in self.state}
-            return json.loads(file.metadata()["extra"]), {name: file.get_tensor(name) for name in set(file.keys()) - set(self.state)}
+            return json.loads(file.metadata()["extra"]), {
+                name: file.get_tensor(name) for name in set(file.keys()) - set(self.state)
+            }
 
 
 def sample(count, seed=0):
@@ -127,7 +139,9 @@ TRAIN, TEST = sample(200), sample(50, seed=1)
 RECIPE = Recipe(6, "em_s", lr=0.05, mutate_every=1, phases=(Phase(4, 0.9, 0.8), Phase(6, 0.9, 0.9)))
 LEARNABLE = replace(RECIPE, augment=False)  # a linear model cannot tell shifted and mirrored noise apart
 
-CHANCE = 0.1 + 5 * math.sqrt(0.1 * 0.9 / 50)  # what guessing 50 labels of 10 classes does not pass: five standard deviations
+CHANCE = 0.1 + 5 * math.sqrt(
+    0.1 * 0.9 / 50
+)  # what guessing 50 labels of 10 classes does not pass: five standard deviations
 
 
 class Interrupter:
@@ -173,8 +187,14 @@ def test_training_learns_and_reports(tmp_path):
     assert last["memory_bytes"] == {"values": 256, "total": 4096}
     assert last["sparsity"] == {"weight": pytest.approx(0.9, abs=1e-6)}
     assert run.history[0]["mutation"] is None
-    assert run.history[1]["mutation"] == {"prune_to": 0.9, "grow_to": 0.8, "layers": {"re-indexed": 1}, "seconds": 0.25,
-                                          "reindex_seconds": 0.125, "uploaded_bytes": 0}
+    assert run.history[1]["mutation"] == {
+        "prune_to": 0.9,
+        "grow_to": 0.8,
+        "layers": {"re-indexed": 1},
+        "seconds": 0.25,
+        "reindex_seconds": 0.125,
+        "uploaded_bytes": 0,
+    }
     assert run.history[5]["mutation"]["layers"] == {"unchanged": 1}
 
 
@@ -189,11 +209,22 @@ def test_the_step_gets_the_recipes_rates_and_mutations():
 def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
     folder = tmp_path / "deep" / "run"
     run = Trainer(SoftmaxStep(), RECIPE, folder).fit(TRAIN, TEST)
-    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.previous.safetensors",
-                                                              "checkpoint.safetensors", "lock", "metrics.jsonl", "recipe.json", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "checkpoint.previous.safetensors",
+        "checkpoint.safetensors",
+        "lock",
+        "metrics.jsonl",
+        "recipe.json",
+        "run.json",
+    ]
     assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["seed"] == 0 and facts["step"]["target"] == "local" and set(facts["versions"]) == {"mest-compile", "numpy"}
+    assert (
+        facts["seed"] == 0
+        and facts["step"]["target"] == "local"
+        and set(facts["versions"]) == {"mest-compile", "numpy"}
+    )
     assert facts["data"]["train"]["examples"] == 200 and facts["machine"]["machine"]
     assert lines(folder) == run.history
     assert extra_of(folder / "checkpoint.safetensors")["epoch"] == 6
@@ -239,7 +270,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop):
 
 def test_a_real_signal_leaves_the_last_whole_epoch(tmp_path):
     stop = Interrupter(2, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that the signal is ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job inherits that the signal is ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", stop).fit(TRAIN, TEST)
@@ -337,8 +370,13 @@ class Poisoned(SoftmaxStep):
 
 
 @pytest.mark.parametrize(("name", "value"), [("weight", math.nan), ("weight", -math.inf), ("momentum", math.inf)])
-@pytest.mark.parametrize(("batch", "said"), [(24, "Epoch 1 is the last whole one, .*checkpoint.safetensors holds the model after it"),
-                                             (12, "No epoch is whole, .*checkpoint.safetensors holds the model before training")])
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (24, "Epoch 1 is the last whole one, .*checkpoint.safetensors holds the model after it"),
+        (12, "No epoch is whole, .*checkpoint.safetensors holds the model before training"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_whose_weights_are_no_numbers_is_no_success_however_good_its_loss(tmp_path, name, value, batch, said):
     with pytest.raises(MestError, match=f"{name} is not finite after epoch .*, learning rate .*; lower lr .*{said}"):
@@ -384,8 +422,14 @@ def compiled():
     import mest_compile as mest
     from mest_compile.models.catalog import build_model
 
-    return mest.compile(build_model("mlp", (16, 1, 8, 8), 10, 16, 0), (16, 1, 8, 8), scheme="unstructured", sparsity=0.5, threads=1,
-                        optimizer=SGD(lr=1e-4, momentum=0.8))
+    return mest.compile(
+        build_model("mlp", (16, 1, 8, 8), 10, 16, 0),
+        (16, 1, 8, 8),
+        scheme="unstructured",
+        sparsity=0.5,
+        threads=1,
+        optimizer=SGD(lr=1e-4, momentum=0.8),
+    )
 
 
 def test_the_rate_is_the_optimizers_where_the_recipe_has_none(compiled, tmp_path):
@@ -395,7 +439,9 @@ def test_the_rate_is_the_optimizers_where_the_recipe_has_none(compiled, tmp_path
     run = Trainer(compiled, plain).fit(TRAIN, TEST)
     assert run.history[0]["lr"] == run.recipe.lr == 1e-4
     assert Trainer(compiled, replace(plain, lr=1e-4)).recipe.lr == 1e-4
-    with pytest.raises(UsageError, match="the recipe's lr is 0.05, that of the optimizer .* 0.0001; leave one of the two out"):
+    with pytest.raises(
+        UsageError, match="the recipe's lr is 0.05, that of the optimizer .* 0.0001; leave one of the two out"
+    ):
         Trainer(compiled, replace(plain, lr=0.05))
     compiled.save(tmp_path / "step.safetensors")  # a step from a file can be trained on at another rate
     assert Trainer(mest.load(tmp_path / "step.safetensors"), replace(plain, lr=0.05)).recipe.lr == 0.05
@@ -411,15 +457,19 @@ def test_what_is_no_recipe_is_one_line():
 def test_a_run_says_what_its_data_go_through_and_what_never_happens(caplog):
     caplog.set_level("INFO", "mest_compile.training.loop")
     Trainer(SoftmaxStep(), Recipe(1, "em", lr=0.05)).fit(TRAIN, TEST)
-    assert ("training set: 200 examples to train, 50 to test; images shifted by up to 1 pixels, not mirrored; method em; lr 0.05, cosine; "
-            "the method 'em' mutates between epochs: in 1 epoch it never does") in caplog.text
+    assert (
+        "training set: 200 examples to train, 50 to test; images shifted by up to 1 pixels, not mirrored; method "
+        "em; lr 0.05, cosine; "
+        "the method 'em' mutates between epochs: in 1 epoch it never does"
+    ) in caplog.text
     data = as_dataset(TRAIN), as_dataset(TEST)
     assert "pixels, mirrored" in Trainer(SoftmaxStep(), replace(RECIPE, mirror=True)).about(*data)
     assert "images not augmented" in Trainer(SoftmaxStep(), LEARNABLE).about(*data)
 
 
-@pytest.mark.parametrize(("mirror", "known", "wanted"), [(None, False, False), (None, True, True), (True, False, True),
-                                                         (False, True, False)])
+@pytest.mark.parametrize(
+    ("mirror", "known", "wanted"), [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
+)
 def test_images_are_mirrored_where_that_is_known_to_be_right_or_asked_for(mirror, known, wanted):
     shown = []
 
@@ -439,8 +489,11 @@ def test_images_are_mirrored_where_that_is_known_to_be_right_or_asked_for(mirror
 def test_images_with_their_channels_last_are_told_apart(tmp_path):
     step = SoftmaxStep(shape=(16, 3, 8, 6))
     images = np.zeros((40, 8, 6, 3), np.uint8)
-    with pytest.raises(InputError, match=r"takes images of shape \(3, 8, 6\), .* has \(8, 6, 3\); their channels are last: "
-                                         r"give images.transpose\(0, 3, 1, 2\)"):
+    with pytest.raises(
+        InputError,
+        match=r"takes images of shape \(3, 8, 6\), .* has \(8, 6, 3\); their channels are last: "
+        r"give images.transpose\(0, 3, 1, 2\)",
+    ):
         Trainer(step, RECIPE, tmp_path / "run").fit((images, np.arange(40) % 10), (images, np.arange(40) % 10))
 
 
@@ -452,7 +505,9 @@ def test_less_than_a_batch_is_refused_before_anything_is_written(tmp_path):
 
 def test_data_that_do_not_fit_the_step_are_refused_before_anything_is_written(tmp_path):
     trainer = Trainer(SoftmaxStep(shape=(16, 1, 9, 9)), RECIPE, tmp_path / "run")
-    with pytest.raises(InputError, match=r"shape \(1, 9, 9\), training set has \(1, 8, 8\); compile with input_shape=\(16, 1, 8, 8\)"):
+    with pytest.raises(
+        InputError, match=r"shape \(1, 9, 9\), training set has \(1, 8, 8\); compile with input_shape=\(16, 1, 8, 8\)"
+    ):
         trainer.fit(TRAIN, TEST)
     with pytest.raises(InputError, match="tells 4 classes apart, training set has 10"):
         Trainer(SoftmaxStep(classes=4), RECIPE, tmp_path / "run").fit(as_dataset(TRAIN, name="training set"), TEST)
@@ -472,8 +527,10 @@ def test_a_dense_step_needs_the_static_method():
 
 
 def test_the_target_of_uneven_layers_is_that_of_all_their_weights():
-    step = types.SimpleNamespace(describe=lambda: {"sparsity": {"a": 0.95, "b": 0.5, "dense": 0.0}},
-                                 masks=lambda: {"a": np.ones((8, 100)), "b": np.ones((2, 100))})
+    step = types.SimpleNamespace(
+        describe=lambda: {"sparsity": {"a": 0.95, "b": 0.5, "dense": 0.0}},
+        masks=lambda: {"a": np.ones((8, 100)), "b": np.ones((2, 100))},
+    )
     assert target_sparsity(step) == 0.86
     assert target_sparsity(types.SimpleNamespace(describe=lambda: {"sparsity": {"dense": 0.0}}, masks=dict)) == 0.0
 
@@ -496,8 +553,10 @@ def test_progress_hears_of_every_batch_and_epoch():
 
 
 def test_seeds_change_a_run_and_nothing_else_does():
-    losses = [[metrics["loss"] for metrics in Trainer(SoftmaxStep(), replace(RECIPE, seed=seed)).fit(TRAIN, TEST).history]
-              for seed in (0, 0, 1)]
+    losses = [
+        [metrics["loss"] for metrics in Trainer(SoftmaxStep(), replace(RECIPE, seed=seed)).fit(TRAIN, TEST).history]
+        for seed in (0, 0, 1)
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -577,7 +636,9 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_not_the_run(tmp_path, damage, c
 
     for path in folder.glob("checkpoint*"):
         damage(path)
-    with pytest.raises(StateError, match=r"checkpoint\.safetensors is damaged|no checkpoint|checkpoint.previous.safetensors is damaged"):
+    with pytest.raises(
+        StateError, match=r"checkpoint\.safetensors is damaged|no checkpoint|checkpoint.previous.safetensors is damaged"
+    ):
         Trainer.resume(folder, CheckedStep())
 
 
@@ -592,7 +653,8 @@ def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypa
 
 
 class LosingStep(SoftmaxStep):
-    """Is on a device that is lost in the steps of those numbers, and while it reconnects for those times; steps are never counted anew."""
+    """Is on a device that is lost in the steps of those numbers, and while it reconnects for those times; steps are
+    never counted anew."""
 
     def __init__(self, steps=(), times=()):
         super().__init__()
@@ -610,11 +672,19 @@ class LosingStep(SoftmaxStep):
             raise DeviceLost("device phone is lost: it closed the connection")
 
 
-@pytest.mark.parametrize("step, blamed", [(LosingStep(range(15, 100)), "it is not the link, but the step's kernels"),
-                                          (LosingStep([15], range(1, 100)), "look at the link and at the devices"),
-                                          (LosingStep([15, 16], [2, 3]), "look at the link and at the devices")])
+@pytest.mark.parametrize(
+    ("step", "blamed"),
+    [
+        (LosingStep(range(15, 100)), "it is not the link, but the step's kernels"),
+        (LosingStep([15], range(1, 100)), "look at the link and at the devices"),
+        (LosingStep([15, 16], [2, 3]), "look at the link and at the devices"),
+    ],
+)
 def test_devices_that_are_lost_again_and_again_end_the_run_and_it_is_said_what_is_to_blame(step, blamed, tmp_path):
-    with pytest.raises(DeviceLost, match=f"it closed the connection. {MOST_LOSSES} were lost without a whole epoch in between, .*{blamed}"):
+    with pytest.raises(
+        DeviceLost,
+        match=f"it closed the connection. {MOST_LOSSES} were lost without a whole epoch in between, .*{blamed}",
+    ):
         Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
     assert extra_of(tmp_path / "run" / "checkpoint.safetensors")["epoch"] == 1 and step.asked <= 12 + 2 + MOST_LOSSES
 
@@ -624,7 +694,9 @@ def test_as_many_losses_with_whole_epochs_in_between_end_no_run(tmp_path):
     step.steps = {1 + turn * (batches + 1) for turn in range(LEARNABLE.epochs)}  # the first of every epoch
     run = Trainer(step, LEARNABLE, tmp_path / "run").fit(TRAIN, TEST)
     assert step.reconnected == LEARNABLE.epochs > MOST_LOSSES
-    assert without_clock(run.history) == without_clock(Trainer(SoftmaxStep(), LEARNABLE, tmp_path / "whole").fit(TRAIN, TEST).history)
+    assert without_clock(run.history) == without_clock(
+        Trainer(SoftmaxStep(), LEARNABLE, tmp_path / "whole").fit(TRAIN, TEST).history
+    )
 
 
 def test_a_run_prints_the_sparsity_of_all_weights_together():

@@ -1,4 +1,5 @@
-"""Tuning on an OpenCL device: from the command line, with limits that some candidates exceed, and with a driver that refuses."""
+"""Tuning on an OpenCL device: from the command line, with limits that some candidates exceed, and with a driver that
+refuses."""
 
 import json
 from collections import Counter
@@ -22,12 +23,28 @@ TRIALS = 4
 
 
 def test_tune_for_a_device_with_little_local_memory(tmp_path):
-    """The command line, on PoCL: every trial is a record, what does not fit is a failure, the winners are right answers."""
+    """The command line, on PoCL: every trial is a record, what does not fit is a failure, the winners are right
+    answers."""
     text = (resources.files("mest_compile.targets") / "opencl.toml").read_text()
     target, log = tmp_path / "tight.toml", tmp_path / "records.jsonl"
     target.write_text(text.replace("local_bytes = 16384", "local_bytes = 2560"))
-    ran = CliRunner().invoke(app, ["tune", "--target", str(target), "--model", "mlp", "--batch", "8", "--trials", str(TRIALS),
-                                   "--log", str(log), "--json"])
+    ran = CliRunner().invoke(
+        app,
+        [
+            "tune",
+            "--target",
+            str(target),
+            "--model",
+            "mlp",
+            "--batch",
+            "8",
+            "--trials",
+            str(TRIALS),
+            "--log",
+            str(log),
+            "--json",
+        ],
+    )
     assert ran.exit_code == 0, ran.output
     said = json.loads(ran.stdout)
     assert said["finished"] and said["measure"] == "measured"
@@ -36,17 +53,25 @@ def test_tune_for_a_device_with_little_local_memory(tmp_path):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     outcomes = Counter(record["outcome"] for record in records)
     assert outcomes["ok"] > TRIALS and not outcomes["wrong-answer"]
-    assert outcomes.keys() <= {"ok", "build-failed"}  # the search draws candidates that do not fit, or none: see the next test
+    assert outcomes.keys() <= {
+        "ok",
+        "build-failed",
+    }  # the search draws candidates that do not fit, or none: see the next test
     failed = [record for record in records if record["outcome"] == "build-failed"]
     assert all("bytes of local memory; tight has 2560" in record["message"] for record in failed)
 
 
-@pytest.mark.parametrize(("limits", "message"), [
-    ({"local_bytes": 256}, "bytes of local memory; opencl has 256"),
-    ({"threads": 1 << 14, "most_threads": 1 << 14, "local_bytes": 1 << 30}, "needs work-groups of 16384 threads")],
-    ids=["target", "driver"])
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"local_bytes": 256}, "bytes of local memory; opencl has 256"),
+        ({"threads": 1 << 14, "most_threads": 1 << 14, "local_bytes": 1 << 30}, "needs work-groups of 16384 threads"),
+    ],
+    ids=["target", "driver"],
+)
 def test_what_does_not_fit_is_a_failed_build(tmp_path, limits, message):
-    """More local memory than the target's file allows; a work-group of more threads than the device has, though the file allows them."""
+    """More local memory than the target's file allows; a work-group of more threads than the device has, though the
+    file allows them."""
     target = hardware.find_target("opencl")
     limited = replace(target, gpu=replace(target.gpu, **limits))
     image = Image(4, 128, 256, 4, (0, 0, 0, 0), 4)

@@ -1,5 +1,5 @@
-"""Processors, as planning, building and running ask of them. What a step needs to train is imported here, what compiling needs when it is
-asked for: a device that trains from an artifact has no compiler.
+"""Processors, as planning, building and running ask of them. What a step needs to train is imported here, what
+compiling needs when it is asked for: a device that trains from an artifact has no compiler.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class CpuBackend(Backend):
     def has(self, kernel: str) -> bool:
         return f"cpu/{kernel}" in SCHEDULES.load()
 
-    def section_channels(self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int,
-                         cache_bytes: int) -> int:
+    def section_channels(
+        self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+    ) -> int:
         return section_channels(source, source_step, kernel, source_block, cache_bytes)
 
     def widens_once(self, source: Image, target: Target) -> bool:
@@ -59,7 +60,9 @@ class CpuBackend(Backend):
 
         return load_library(content, folders)[symbol]
 
-    def link_kernel(self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]) -> None:
+    def link_kernel(
+        self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]
+    ) -> None:
         from mest_compile.kernels.linkers import scratch_folder
         from mest_compile.kernels.linking import link
 
@@ -68,13 +71,21 @@ class CpuBackend(Backend):
             self.compile(text, symbol, target, checked).write_to_file(str(made))
             path.write_bytes(link([made], target, scratch, system_calls))
 
-    def link_step(self, functions: Functions, symbol: Callable[[Program, str], str], sources: Collection[Any], target: Target,
-                  builder: Any) -> bytes:
+    def link_step(
+        self,
+        functions: Functions,
+        symbol: Callable[[Program, str], str],
+        sources: Collection[Any],
+        target: Target,
+        builder: Any,
+    ) -> bytes:
         from mest_compile.kernels.linking import link_step
 
         return link_step(functions, symbol, builder.objects(sources), target)
 
-    def runner(self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int) -> Any:
+    def runner(
+        self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int
+    ) -> Any:
         from mest_compile.backends.cpu.runner import LocalRunner
 
         return LocalRunner(kernels, functions, target, threads)

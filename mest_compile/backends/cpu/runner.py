@@ -30,20 +30,30 @@ class LocalRunner:
 
     uploaded_bytes = 0  # nothing leaves this process
 
-    def __init__(self, kernels: Mapping[str, Mapping[str, Any]], programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], target: Target,
-                 threads: int):
+    def __init__(
+        self,
+        kernels: Mapping[str, Mapping[str, Any]],
+        programs: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+        target: Target,
+        threads: int,
+    ):
         import tvm
         import tvm_ffi
 
-        tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)  # else Ctrl-C where TVM calls us comes out as a RuntimeError
+        tvm_ffi.register_error(
+            "KeyboardInterrupt", KeyboardInterrupt
+        )  # else Ctrl-C where TVM calls us comes out as a RuntimeError
         self._tvm, self._device = tvm, tvm.cpu(0)
         self._programs, self._threads = programs, threads
         # Each with a view of its memory: TVM's own copies cost more than most arrays of a layer.
         self._held: dict[str, tuple[Any, np.ndarray]] = {}
         self._arguments: dict[str, list] = {}
         self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
-        self._functions = {kernel_name(prefix, program, call.name): kernels[program.name][call.name]
-                           for program in {program.name: program for program, _ in programs.values()}.values() for call in program.calls}
+        self._functions = {
+            kernel_name(prefix, program, call.name): kernels[program.name][call.name]
+            for program in {program.name: program for program, _ in programs.values()}.values()
+            for call in program.calls
+        }
         self._functions[f"{prefix}.arena"] = lambda *storages: ask_for_huge_pages(storages)
 
         def name(program: Program, call: str) -> str:
@@ -61,7 +71,8 @@ class LocalRunner:
         if held is not None and held[1].size == array.size:
             held[1][...] = array.reshape(-1)
             return
-        self._arguments.clear()  # first, and then all at once: an interruption leaves no arguments that are not what is held
+        # first, and then all at once: an interruption leaves no arguments that are not what is held
+        self._arguments.clear()
         tensor = self._tvm.runtime.tensor(np.ascontiguousarray(array).ravel(), self._device)
         self._held[name] = tensor, np.from_dlpack(tensor)
 
@@ -83,7 +94,8 @@ class LocalRunner:
         self._machine[function](*self._arguments[function])
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
-        """{call: seconds}, the median of `repeats` runs; "rest" is what a run that nobody watches takes beside its kernels."""
+        """{call: seconds}, the median of `repeats` runs; "rest" is what a run that nobody watches takes beside its
+        kernels."""
         begun: dict[str, float] = {}
         passes: list[dict[str, float]] = []
         program, _ = self._programs[function]
@@ -111,8 +123,9 @@ class LocalRunner:
         return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
     def _new_machine(self) -> Any:
-        """A virtual machine looks every kernel up by its global name once, when it is made. The names go again, or kernels would outlive
-        their step: a process that compiles many has no room for the mappings of some ten thousand libraries.
+        """A virtual machine looks every kernel up by its global name once, when it is made. The names go again, or
+        kernels would outlive their step: a process that compiles many has no room for the mappings of some ten thousand
+        libraries.
         """
         from tvm import relax
         from tvm_ffi.registry import remove_global_func
@@ -128,8 +141,9 @@ class LocalRunner:
 
 
 def ask_for_huge_pages(storages: Iterable[Any]) -> None:
-    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages address
-    translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice nothing is done.
+    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages
+    address translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice
+    nothing is done.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return

@@ -1,4 +1,5 @@
-"""OpenCL devices, as planning, building and running ask of them. What compiling needs is imported when it is asked for."""
+"""OpenCL devices, as planning, building and running ask of them. What compiling needs is imported when it is asked
+for."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ class OpenclBackend(Backend):
     def has(self, kernel: str) -> bool:
         return f"opencl/{kernel}" in SCHEDULES.load()
 
-    def section_channels(self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int,
-                         cache_bytes: int) -> int:
+    def section_channels(
+        self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+    ) -> int:
         return section_channels(source, source_step, kernel, source_block, cache_bytes)
 
     def check(self, programs: Iterable[Program], target: Target) -> None:
@@ -50,25 +52,37 @@ class OpenclBackend(Backend):
 
         return OpenclKernel.from_json(content.decode())
 
-    def link_kernel(self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]) -> None:
+    def link_kernel(
+        self, symbol: str, text: str, target: Target, checked: bool, path: Path, system_calls: Collection[str]
+    ) -> None:
         from mest_compile.backends.opencl.code import compile_opencl_library
         from mest_compile.backends.opencl.linking import _link_opencl
 
         kernels = compile_opencl_library({symbol: text}, target)
         path.write_bytes(_link_opencl(kernels, kernels, target.processor))
 
-    def link_step(self, functions: Functions, symbol: Callable[[Program, str], str], sources: Collection[Any], target: Target,
-                  builder: Any) -> bytes:
+    def link_step(
+        self,
+        functions: Functions,
+        symbol: Callable[[Program, str], str],
+        sources: Collection[Any],
+        target: Target,
+        builder: Any,
+    ) -> bytes:
         from mest_compile.backends.opencl.linking import link_opencl_step
 
-        return link_opencl_step(functions, symbol, {source.symbol: source.text for source in sources}, target, builder.keep)
+        return link_opencl_step(
+            functions, symbol, {source.symbol: source.text for source in sources}, target, builder.keep
+        )
 
     def find_device(self, target: Target) -> None:
         from mest_compile.backends.opencl.runner import find_device
 
         find_device(target.limits.name)
 
-    def runner(self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int) -> Any:
+    def runner(
+        self, kernels: Mapping[str, Mapping[str, Any]], functions: Functions, target: Target, threads: int
+    ) -> Any:
         from mest_compile.backends.opencl.runner import OpenclRunner, find_device
 
         return OpenclRunner(kernels, functions, find_device(target.limits.name))

@@ -1,7 +1,9 @@
-"""Kernel text to OpenCL C with all that launching it takes: which arguments in which order, how many work-groups, which scratch memory.
+"""Kernel text to OpenCL C with all that launching it takes: which arguments in which order, how many work-groups, which
+scratch memory.
 
-TVM splits a kernel's text into device kernels and a host function that launches them; the launches are read from that function, so
-they are of the same build as the code. What comes out is plain data: the machine that runs it needs no TVM.
+TVM splits a kernel's text into device kernels and a host function that launches them; the launches are read from that
+function, so they are of the same build as the code. What comes out is plain data: the machine that runs it needs no
+TVM.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Global memory that the launches of one call share: `unit_bytes` bytes, times the value of `symbol` where there is one."""
+    """Global memory that the launches of one call share: `unit_bytes` bytes, times the value of `symbol` where there is
+    one."""
 
     name: str
     symbol: str
@@ -59,7 +62,8 @@ class OpenclKernel:
 
     source      OpenCL C of all launches
     parameters  names of the call's buffers, in the call's order
-    symbols     name of a size that is only known when the kernel runs -> position of the parameter that has so many elements
+    symbols     name of a size that is only known when the kernel runs -> position of the parameter that has so many
+                elements
     """
 
     source: str
@@ -74,14 +78,28 @@ class OpenclKernel:
     @classmethod
     def from_json(cls, text: str) -> OpenclKernel:
         facts = json.loads(text)
-        launches = tuple(Launch(each["name"], tuple(each["arguments"]), tuple(each["groups"]), tuple(each["threads"]), each["local_bytes"])
-                         for each in facts["launches"])
-        return cls(facts["source"], launches, tuple(facts["parameters"]), facts["symbols"],
-                   tuple(Scratch(**each) for each in facts["scratch"]))
+        launches = tuple(
+            Launch(
+                each["name"],
+                tuple(each["arguments"]),
+                tuple(each["groups"]),
+                tuple(each["threads"]),
+                each["local_bytes"],
+            )
+            for each in facts["launches"]
+        )
+        return cls(
+            facts["source"],
+            launches,
+            tuple(facts["parameters"]),
+            facts["symbols"],
+            tuple(Scratch(**each) for each in facts["scratch"]),
+        )
 
 
 def compile_opencl(text: str, symbol: str, target: Target) -> OpenclKernel:
-    """The kernel of a TVMScript text; its OpenCL functions are named `symbol` + "_kernel...". Raises what TVM does, BuildError."""
+    """The kernel of a TVMScript text; its OpenCL functions are named `symbol` + "_kernel...". Raises what TVM does,
+    BuildError."""
     import tvm
 
     function = parse(text, symbol)
@@ -99,8 +117,9 @@ def compile_opencl(text: str, symbol: str, target: Target) -> OpenclKernel:
 
 
 def compile_opencl_library(texts: Mapping[str, str], target: Target) -> Any:
-    """A TVM module of several kernels, {symbol: TVMScript text}, for a device whose TVM runtime has OpenCL: what launches them is compiled
-    for the device's CPU, their OpenCL C is kept in the library and compiled by the device's driver. Raises what TVM does, BuildError.
+    """A TVM module of several kernels, {symbol: TVMScript text}, for a device whose TVM runtime has OpenCL: what
+    launches them is compiled for the device's CPU, their OpenCL C is kept in the library and compiled by the device's
+    driver. Raises what TVM does, BuildError.
     """
     split = _Split({symbol: parse(text, symbol) for symbol, text in texts.items()}, target)
     for symbol in texts:
@@ -118,15 +137,20 @@ class _Split:
 
         self._target = target
         self._device = device = tvm.target.Target({**target.tvm_fields, "host": target.processor.tvm_fields})
-        # By name: the pipeline that TVM 0.27 takes for Adreno is about textures, which no kernel here uses, and has no part for the device.
+        # By name: the pipeline that TVM 0.27 takes for Adreno is about textures, which no kernel here uses, and has no
+        # part for the device.
         prepare, self._finish_host, finish_device = tvm.tirx.get_tir_pipeline("s_tir")
-        with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):  # it would compute arguments of launches on the host
+        with tvm.transform.PassContext(
+            config={"tirx.disable_cse_tir": True}
+        ):  # it would compute arguments of launches on the host
             module = prepare(tvm.tirx.transform.BindTarget(device)(tvm.IRModule(dict(functions))))
         self._building = sys.modules["tvm.tirx.build"]  # the package has a function of the same name
         self._host, devices = self._building.split_host_device_mods(module)
         (code,) = (finish_device()(each) for each in devices.values())
-        self._parameters = {str(each.attrs["global_symbol"]): [str(p.name).removesuffix("_ptr") for p in each.params]
-                            for each in code.functions.values()}
+        self._parameters = {
+            str(each.attrs["global_symbol"]): [str(p.name).removesuffix("_ptr") for p in each.params]
+            for each in code.functions.values()
+        }
         self._code = self._building.codegen_build(code, device)
         self.source = str(self._code.inspect_source())
 
@@ -152,21 +176,37 @@ def check_limits(launch: Launch, gpu: Gpu, target: str) -> None:
     """Raises BuildError when a launch needs more than the device has."""
     threads = math.prod(launch.threads)
     if threads > gpu.most_threads:
-        raise BuildError(f"kernel {launch.name} has work-groups of {threads} threads; {target} allows {gpu.most_threads}: choose a "
-                         "schedule with fewer, or correct gpu.most_threads in the target's file")
+        raise BuildError(
+            f"kernel {launch.name} has work-groups of {threads} threads; {target} allows {gpu.most_threads}: choose a "
+            "schedule with fewer, or correct gpu.most_threads in the target's file"
+        )
     if launch.local_bytes > gpu.local_bytes:
-        raise BuildError(f"kernel {launch.name} needs {launch.local_bytes} bytes of local memory; {target} has {gpu.local_bytes}: choose a "
-                         "schedule that needs less, or correct gpu.local_bytes in the target's file")
+        raise BuildError(
+            f"kernel {launch.name} needs {launch.local_bytes} bytes of local memory; {target} has "
+            f"{gpu.local_bytes}: choose a "
+            "schedule that needs less, or correct gpu.local_bytes in the target's file"
+        )
 
 
 def check_buffers(programs: Iterable[Program], target: Target) -> None:
-    """Raises BuildError when a buffer whose size is known, or a slot of the arena, is larger than the device's buffers may be."""
+    """Raises BuildError when a buffer whose size is known, or a slot of the arena, is larger than the device's buffers
+    may be."""
     for program in programs:
-        held = {buffer.name: buffer.elems * ITEM_BYTES[buffer.dtype] for buffer in program.held() if buffer.elems is not None}
-        for name, size in [*held.items(), *((f"activations {number}", size) for number, size in enumerate(program.slots))]:
+        held = {
+            buffer.name: buffer.elems * ITEM_BYTES[buffer.dtype]
+            for buffer in program.held()
+            if buffer.elems is not None
+        }
+        for name, size in [
+            *held.items(),
+            *((f"activations {number}", size) for number, size in enumerate(program.slots)),
+        ]:
             if size > target.limits.most_buffer_bytes:
-                raise BuildError(f"buffer {name} has {size} bytes; {target.name} allows {target.limits.most_buffer_bytes}: use a smaller "
-                                 "batch, or correct gpu.most_buffer_bytes in the target's file")
+                raise BuildError(
+                    f"buffer {name} has {size} bytes; {target.name} allows {target.limits.most_buffer_bytes}: "
+                    "use a smaller "
+                    "batch, or correct gpu.most_buffer_bytes in the target's file"
+                )
 
 
 def _scratch(facts: str) -> tuple[Scratch, ...]:
@@ -192,11 +232,13 @@ def _launch(call: Any, parameters: dict[str, list[str]], source: str) -> Launch:
     name, rest = str(call.args[0].value), list(call.args[1:])
     arguments = parameters[name]
     tags = [str(tag) for tag in call.attrs["launch_params"]]
-    sizes = dict(zip(tags, (int(each) for each in rest[len(arguments):]), strict=True))
+    sizes = dict(zip(tags, (int(each) for each in rest[len(arguments) :]), strict=True))
     groups, threads = (tuple(sizes.get(f"{kind}.{axis}", 1) for axis in _AXES) for kind in ("blockIdx", "threadIdx"))
-    body = source[source.index("{", _definition(source, name)):]
+    body = source[source.index("{", _definition(source, name)) :]
     body = body[: body.index("\n}")]
-    local_bytes = sum(_SCALAR_BYTES[kind] * int(lanes or 1) * int(elems) for kind, lanes, _, elems in _LOCAL.findall(body))
+    local_bytes = sum(
+        _SCALAR_BYTES[kind] * int(lanes or 1) * int(elems) for kind, lanes, _, elems in _LOCAL.findall(body)
+    )
     return Launch(name, tuple(arguments), groups, threads, local_bytes)  # type: ignore[arg-type]
 
 

@@ -15,10 +15,15 @@ from mest_compile.kernels.linkers import scratch_folder
 from mest_compile.kernels.linking import _executable, _packed, link
 
 
-def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str],
-                     texts: Mapping[str, str], target: Target, keep: Callable[[str, Callable[[], bytes]], bytes]) -> bytes:
-    """The same for an OpenCL device whose TVM runtime has OpenCL: the library holds the code that launches, for the device's CPU, and the
-    kernels' OpenCL C, which its driver compiles.
+def link_opencl_step(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+    symbol: Callable[[Program, str], str],
+    texts: Mapping[str, str],
+    target: Target,
+    keep: Callable[[str, Callable[[], bytes]], bytes],
+) -> bytes:
+    """The same for an OpenCL device whose TVM runtime has OpenCL: the library holds the code that launches, for the
+    device's CPU, and the kernels' OpenCL C, which its driver compiles.
 
     texts  symbol -> TVMScript of the kernel; a symbol is the digest of what decides its code
     keep   (digest of all that decides the library, what makes it) -> the library, made or kept from before
@@ -40,7 +45,8 @@ def link_opencl_step(functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
 
 
 def _link_opencl(kernels: Any, root: Any, processor: Target) -> bytes:
-    """kernels: what launches, with OpenCL C; root: what loading the library gives, these themselves or an executable that imports them."""
+    """kernels: what launches, with OpenCL C; root: what loading the library gives, these themselves or an executable
+    that imports them."""
     with scratch_folder() as scratch:
         kernels.write_to_file(str(scratch / "kernels.o"))
         return link([scratch / "kernels.o", _packed(root, processor, scratch)], processor, scratch)

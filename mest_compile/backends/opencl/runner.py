@@ -1,4 +1,5 @@
-"""Runs a step's programs on an OpenCL device through pyopencl: one in-order queue, uploads without waiting, one wait per step.
+"""Runs a step's programs on an OpenCL device through pyopencl: one in-order queue, uploads without waiting, one wait
+per step.
 
 The plan, the buffers and the kernels are those of the build; this module only holds memory and launches.
 """
@@ -26,7 +27,9 @@ def _pyopencl() -> Any:
     try:
         import pyopencl
     except ImportError as problem:
-        raise NotInstalled(f"an OpenCL target needs pyopencl ({problem}); run: pip install 'mest-compile[opencl]'") from problem
+        raise NotInstalled(
+            f"an OpenCL target needs pyopencl ({problem}); run: pip install 'mest-compile[opencl]'"
+        ) from problem
     return pyopencl
 
 
@@ -60,11 +63,17 @@ def find_device(name: str | None = None) -> Any:
         else:
             return device
     found = "; ".join(f"{what} {why}" for what, why in passed.items()) or "no OpenCL driver found"
-    advice = f"; give gpu.name in the target's file the name of one of these, or none; {_ADVICE}" if name and devices else f"; {_ADVICE}"
+    advice = (
+        f"; give gpu.name in the target's file the name of one of these, or none; {_ADVICE}"
+        if name and devices
+        else f"; {_ADVICE}"
+    )
     raise NotInstalled(found + advice)
 
 
-_ADVICE = "install your GPU's driver, or PoCL, which computes on the CPU: apt install pocl-opencl-icd ocl-icd-libopencl1"
+_ADVICE = (
+    "install your GPU's driver, or PoCL, which computes on the CPU: apt install pocl-opencl-icd ocl-icd-libopencl1"
+)
 
 
 def describe_device(name: str | None = None) -> str:
@@ -81,7 +90,8 @@ def machine(name: str | None = None) -> str:
 
 @cache
 def _refusal(device: Any) -> str | None:
-    """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs newer than itself."""
+    """What the driver's compiler says to a kernel that does nothing; None where it compiles. PoCL 3.0 refuses CPUs
+    newer than itself."""
     cl = _pyopencl()
     try:
         cl.Program(cl.Context([device]), "__kernel void nothing(__global float* x) { x[0] = 0; }").build(FLAGS)
@@ -101,8 +111,12 @@ class OpenclRunner:
 
     uploaded_bytes = 0  # the device shares this machine's memory
 
-    def __init__(self, kernels: Mapping[str, Mapping[str, OpenclKernel]], programs: Mapping[str, tuple[Program, tuple[str, ...]]],
-                 device: Any):
+    def __init__(
+        self,
+        kernels: Mapping[str, Mapping[str, OpenclKernel]],
+        programs: Mapping[str, tuple[Program, tuple[str, ...]]],
+        device: Any,
+    ):
         self._cl = cl = _pyopencl()
         self._device = device
         self._programs, self._kernels = programs, kernels
@@ -118,7 +132,9 @@ class OpenclRunner:
         self._held: dict[str, Any] = {}
         self._elems: dict[str, tuple[int, np.dtype]] = {}
         self._ready: dict[str, list[tuple[Any, Launch, str]]] = {}
-        self._transfers: list[Any] = []  # events of pyopencl, which wait when they are let go: so not before the queue is done
+        self._transfers: list[
+            Any
+        ] = []  # events of pyopencl, which wait when they are let go: so not before the queue is done
         self._results: dict[str, np.ndarray] = {}
         self._arrived = True
 
@@ -128,7 +144,9 @@ class OpenclRunner:
         """Copies a flat array to the device under that name, without waiting. A new size makes a new buffer."""
         flat = np.array(array).ravel()  # a copy: the caller may change the array before it is on the device
         if self._elems.get(name) != (flat.size, flat.dtype):
-            self._elems.pop(name, None)  # until there is one: an interruption leaves none that is not what is said of it
+            self._elems.pop(
+                name, None
+            )  # until there is one: an interruption leaves none that is not what is said of it
             self._ready.clear()
             with self._errors(f"{name} cannot be allocated"):
                 self._held[name] = self._new(flat.nbytes)
@@ -156,7 +174,8 @@ class OpenclRunner:
         return array
 
     def run(self, name: str) -> None:
-        """Starts "train", "gradients" or "predict" and, behind it, the way back of its results: the first `get` waits, others need not."""
+        """Starts "train", "gradients" or "predict" and, behind it, the way back of its results: the first `get` waits,
+        others need not."""
         if name not in self._ready:
             self._ready[name] = self._prepare(name)
         with uninterrupted():
@@ -169,7 +188,9 @@ class OpenclRunner:
         with self._errors(f"{name} cannot be started"):
             for result in sorted(there.intersection(RESULTS) & self._elems.keys()):
                 self._results[result] = np.empty(*self._elems[result])
-                self._transfers.append(self._cl.enqueue_copy(self._queue, self._results[result], self._held[result], is_blocking=False))
+                self._transfers.append(
+                    self._cl.enqueue_copy(self._queue, self._results[result], self._held[result], is_blocking=False)
+                )
             self._queue.flush()
 
     def profile(self, name: str, repeats: int) -> dict[str, float]:
@@ -215,9 +236,12 @@ class OpenclRunner:
         for launch in (launch for kernel in self._sources() for launch in kernel.launches):
             threads = math.prod(launch.threads)
             if threads > device.max_work_group_size or launch.local_bytes > device.local_mem_size:
-                raise DeviceError(f"{launch.name} needs work-groups of {threads} threads and {launch.local_bytes} bytes of local memory; "
-                                  f"{device.name} has {device.max_work_group_size} and {device.local_mem_size}: write a target file "
-                                  "with these limits and compile for it")
+                raise DeviceError(
+                    f"{launch.name} needs work-groups of {threads} threads and {launch.local_bytes} bytes of "
+                    "local memory; "
+                    f"{device.name} has {device.max_work_group_size} and {device.local_mem_size}: write a target file "
+                    "with these limits and compile for it"
+                )
 
     def _build(self, kernels: Iterable[OpenclKernel]) -> Any:
         source = "\n".join(kernel.source for kernel in kernels)
@@ -226,12 +250,16 @@ class OpenclRunner:
 
     def _new(self, size_bytes: int) -> Any:
         if size_bytes > self._device.max_mem_alloc_size:
-            raise DeviceError(f"a buffer of {size_bytes} bytes is wanted; {self._device.name} allows {self._device.max_mem_alloc_size}: "
-                              "use a smaller batch")
+            raise DeviceError(
+                f"a buffer of {size_bytes} bytes is wanted; {self._device.name} allows "
+                f"{self._device.max_mem_alloc_size}: "
+                "use a smaller batch"
+            )
         return self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, max(size_bytes, 16))
 
     def _prepare(self, name: str) -> list[tuple[Any, Launch, str]]:
-        """Kernels with their arguments set, in the order of the program. A kernel does not keep its arguments' memory: we do."""
+        """Kernels with their arguments set, in the order of the program. A kernel does not keep its arguments' memory:
+        we do."""
         program, stages = self._programs[name]
         calls = [(call, self._kernels[program.name][call.name]) for call in program.calls if call.stage in stages]
         self._reserve_scratch(calls)
@@ -274,13 +302,20 @@ class OpenclRunner:
         try:
             yield
         except self._cl.Error as problem:
-            raise DeviceError(f"OpenCL device {self._device.name}: {what}: {problem}. What the step held on the device is lost; go on from "
-                              "the last checkpoint") from problem
+            raise DeviceError(
+                f"OpenCL device {self._device.name}: {what}: {problem}. What the step held on the device is "
+                "lost; go on from "
+                "the last checkpoint"
+            ) from problem
 
 
-def _device(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> tuple[Any, list[str]]:
+def _device(
+    kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None
+) -> tuple[Any, list[str]]:
 
-    buffers = tuple(Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(arguments))
+    buffers = tuple(
+        Buffer(f"argument {place}", array.size, str(array.dtype), "values") for place, array in enumerate(arguments)
+    )
     program = Program("train", [Call("call", kernel, problem, buffers, "forward")])
     runner = OpenclRunner({"train": {"call": built}}, {"train": (program, ("forward",))}, find_device(name))
     return runner, [buffer.name for buffer in buffers]
@@ -294,6 +329,8 @@ def answer_of(device: Any, names: list[str], arguments: list[np.ndarray]) -> lis
     return [device.get(name) for name in names]
 
 
-def answer_here(kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None) -> list[np.ndarray]:
+def answer_here(
+    kernel: str, problem: Any, built: OpenclKernel, arguments: list[np.ndarray], name: str | None
+) -> list[np.ndarray]:
     """The same from nothing, in this process."""
     return answer_of(*_device(kernel, problem, built, arguments, name), arguments)

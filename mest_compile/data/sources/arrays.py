@@ -1,4 +1,5 @@
-"""Arrays of one's own: train.npz and test.npz, each with `images` and `labels`. They need nothing but numpy, on a device too."""
+"""Arrays of one's own: train.npz and test.npz, each with `images` and `labels`. They need nothing but numpy, on a
+device too."""
 
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from mest_compile.data.dataset import Split, as_dataset, source
 
 @source("arrays")
 def arrays(folder: Path | None) -> Split:
-    """What `as_dataset` takes of arrays, as np.savez writes them: images (n, C, H, W) and labels (n,); no pickled objects."""
+    """What `as_dataset` takes of arrays, as np.savez writes them: images (n, C, H, W) and labels (n,); no pickled
+    objects."""
     if folder is None:
         raise DataError("arrays: give --data-folder with train.npz and test.npz in it, each with images and labels")
     train = as_dataset(_read(folder / "train.npz"), name="arrays")
@@ -23,4 +25,6 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return file["images"], file["labels"]
     except Exception as problem:  # of damaged bytes numpy, zipfile and the unpackers raise whatever meets them
         said = " ".join(str(problem).split()) or type(problem).__name__
-        raise DataError(f"{path} cannot be read ({said}); write it with np.savez(path, images=..., labels=...)") from problem
+        raise DataError(
+            f"{path} cannot be read ({said}); write it with np.savez(path, images=..., labels=...)"
+        ) from problem

@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 in the *binary* version that their authors publish (data_batch_1.bin, train.bin ...): rows of labels and pixels.
+"""CIFAR-10 and CIFAR-100 in the *binary* version that their authors publish (data_batch_1.bin, train.bin ...): rows of
+labels and pixels.
 
 Their *python* version is pickles. A pickle can run anything, so it is refused, with what to get in its place.
 `folder` is the unpacked folder or the one that holds it.
@@ -17,8 +18,8 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one of the two is laid out. folder, python_folder: what its archives unpack to. `label_bytes` stand before the pixels of a row,
-    the last of them is the label.
+    """How one of the two is laid out. folder, python_folder: what its archives unpack to. `label_bytes` stand before
+    the pixels of a row, the last of them is the label.
     """
 
     name: str
@@ -30,8 +31,15 @@ class Layout:
     label_bytes: int
 
 
-CIFAR10 = Layout("cifar10", 10, tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch",
-                 "cifar-10-batches-bin", "cifar-10-batches-py", 1)
+CIFAR10 = Layout(
+    "cifar10",
+    10,
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    "cifar-10-batches-bin",
+    "cifar-10-batches-py",
+    1,
+)
 CIFAR100 = Layout("cifar100", 100, ("train",), "test", "cifar-100-binary", "cifar-100-python", 2)
 
 
@@ -63,8 +71,10 @@ def _find(layout: Layout, folder: Path) -> Path:
         if (where / f"{layout.test_file}.bin").is_file():
             return where
     if any((where / layout.test_file).is_file() for where in (folder, folder / layout.python_folder)):
-        raise DataError(f"{layout.name}: {folder} has the python version, which is pickles, and a pickle can run anything; "
-                        f"unpack the official binary version there")
+        raise DataError(
+            f"{layout.name}: {folder} has the python version, which is pickles, and a pickle can run anything; "
+            f"unpack the official binary version there"
+        )
     raise DataError(f"{layout.name}: no {layout.test_file}.bin in {folder}; unpack the official binary version there")
 
 
@@ -77,4 +87,4 @@ def _read(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     if not data.size or data.size % row:
         raise DataError(f"{path} holds {data.size} bytes, not whole rows of {row}; get it again")
     rows = data.reshape(-1, row)
-    return rows[:, layout.label_bytes:].reshape(-1, 3, 32, 32), rows[:, layout.label_bytes - 1].astype(np.int64)
+    return rows[:, layout.label_bytes :].reshape(-1, 3, 32, 32), rows[:, layout.label_bytes - 1].astype(np.int64)

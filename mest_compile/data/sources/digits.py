@@ -7,7 +7,8 @@ import numpy as np
 from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
 
-TEST_EVERY = 5  # every fifth example of each class is a test example: 80/20, stratified, and no generator whose stream could change
+# every fifth example of each class is a test example: 80/20, stratified, and no generator whose stream could change
+TEST_EVERY = 5
 
 
 @source("digits")
@@ -22,6 +23,6 @@ def digits(folder: Path | None) -> Split:
     labels = labels.astype(np.int64)
     test = np.zeros(len(labels), bool)
     for label in range(10):
-        test[np.flatnonzero(labels == label)[TEST_EVERY - 1::TEST_EVERY]] = True
+        test[np.flatnonzero(labels == label)[TEST_EVERY - 1 :: TEST_EVERY]] = True
     train = Dataset.of(images[~test], labels[~test], "digits", classes=10)
     return Split(train, Dataset.of(images[test], labels[test], "digits test", like=train))

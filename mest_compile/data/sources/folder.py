@@ -15,7 +15,8 @@ DEEP_MODES = ("I", "F")
 
 @source("folder")
 def folder(folder: Path | None) -> Split:
-    """root/train/<class>/*.png|jpg|jpeg and root/test/<class>/...: (1, H, W) uint8 if every image is grey, else (3, H, W).
+    """root/train/<class>/*.png|jpg|jpeg and root/test/<class>/...: (1, H, W) uint8 if every image is grey, else (3, H,
+    W).
 
     Classes are numbered in the order of their folders' names. All images must have one size.
     """
@@ -25,8 +26,10 @@ def folder(folder: Path | None) -> Split:
     unknown = sorted(set(_class_names(folder / "test")) - set(names))
     if unknown:
         raise DataError(f"{folder / 'test'} has the class {unknown[0]!r}, which {folder / 'train'} has not")
-    files = {part: [(path, label) for label, name in enumerate(names) for path in _images(folder / part / name)]
-             for part in ("train", "test")}
+    files = {
+        part: [(path, label) for label, name in enumerate(names) for path in _images(folder / part / name)]
+        for part in ("train", "test")
+    }
     for part, found in files.items():
         if not found:
             raise DataError(f"{folder / part} holds no {', '.join(SUFFIXES)} files")
@@ -60,11 +63,17 @@ def _common_form(paths: list[Path]) -> tuple[str, tuple[int, int]]:
     for path in paths:
         with _open(path) as image:
             if image.mode.startswith(DEEP_MODES):
-                raise DataError(f"{path} has more than 8 bits a pixel (mode {image.mode}), which would be cut off; save it with 8 bits")
+                raise DataError(
+                    f"{path} has more than 8 bits a pixel (mode {image.mode}), which would be cut off; save it "
+                    "with 8 bits"
+                )
             grey = grey and image.mode in GREY_MODES
             size = size or image.size
             if image.size != size:
-                raise DataError(f"{path} is {image.size[0]}x{image.size[1]}, {paths[0]} is {size[0]}x{size[1]}; make all images one size")
+                raise DataError(
+                    f"{path} is {image.size[0]}x{image.size[1]}, {paths[0]} is {size[0]}x{size[1]}; make all "
+                    "images one size"
+                )
     assert size is not None
     return "L" if grey else "RGB", size
 

@@ -10,16 +10,21 @@ import numpy as np
 from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset, Split, source
 
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files, on every machine
+DEBIAN_FOLDER = Path(
+    "/usr/share/datasets/fashion-mnist"
+)  # where Debian's dataset-fashion-mnist puts its files, on every machine
 UNSIGNED_BYTE = 0x08
 
 
 @source("fashion-mnist")
 def fashion_mnist(folder: Path | None) -> Split:
-    """(1, 28, 28) uint8 images, 10 classes, from Debian's package or any folder of {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]."""
+    """(1, 28, 28) uint8 images, 10 classes, from Debian's package or any folder of
+    {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]."""
     where = DEBIAN_FOLDER if folder is None else folder
     if not where.is_dir():
-        raise DataError(f"fashion-mnist: no folder {where}; give --data-folder or apt-get install dataset-fashion-mnist")
+        raise DataError(
+            f"fashion-mnist: no folder {where}; give --data-folder or apt-get install dataset-fashion-mnist"
+        )
     train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True)
     return Split(train, Dataset.of(*_pair(where, "t10k"), "fashion-mnist test", like=train))
 
@@ -47,5 +52,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         raise DataError(f"{path} is not an idx file of {dimensions} dimensions of bytes; get it again")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
     if len(data) - header != prod(shape):
-        raise DataError(f"{path} should hold {prod(shape)} bytes after its header but holds {len(data) - header}; get it again")
+        raise DataError(
+            f"{path} should hold {prod(shape)} bytes after its header but holds {len(data) - header}; get it again"
+        )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

@@ -1,1 +1,2 @@
-"""C sources of the programs that run a kernel on an emulated ARM machine; `devices.emulation` builds them when they are needed."""
+"""C sources of the programs that run a kernel on an emulated ARM machine; `devices.emulation` builds them when they are
+needed."""

@@ -11,12 +11,14 @@ from mest_compile.ir.layouts.layout import ITEM_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """How an activation lies in memory: (slices, channels, top + height + bottom, left + width + right, vector), C order.
+    """How an activation lies in memory: (slices, channels, top + height + bottom, left + width + right, vector), C
+    order.
 
     batch   examples; a slice holds `vector` of them, so that neighbouring pixels of a channel stand side by side
     halo    (top, left, bottom, right) pixels around every channel, always zero, so that padding needs no copy
     dtype   what it is stored as; kernels compute in float32 whatever it is
-    Lanes from `batch` on hold no example: their content is arbitrary but finite in forward values and must be 0 in gradients.
+    Lanes from `batch` on hold no example: their content is arbitrary but finite in forward values and must be 0 in
+    gradients.
     """
 
     channels: int
@@ -79,18 +81,25 @@ class Image:
     @property
     def interior(self) -> tuple[slice, ...]:
         """Index of the real pixels, all lanes, in an array of `shape`."""
-        return (slice(None), slice(None), slice(self.halo[0], self.halo[0] + self.height), slice(self.halo[1], self.halo[1] + self.width))
+        return (
+            slice(None),
+            slice(None),
+            slice(self.halo[0], self.halo[0] + self.height),
+            slice(self.halo[1], self.halo[1] + self.width),
+        )
 
     def pack(self, values: np.ndarray, empty: float = 0.0, halo: float = 0.0) -> np.ndarray:
-        """An array of `shape` that holds values (channels, height, width, batch); `empty` fills lanes without an example."""
+        """An array of `shape` that holds values (channels, height, width, batch); `empty` fills lanes without an
+        example."""
         array = np.full(self.shape, halo, values.dtype)
         lanes = np.full((*values.shape[:3], self.lanes), empty, values.dtype)
-        lanes[..., :self.batch] = values
+        lanes[..., : self.batch] = values
         array[self.interior] = np.moveaxis(lanes.reshape(*values.shape[:3], self.slices, self.vector), 3, 0)
         return array
 
     def unpack(self, array: np.ndarray, empty_lanes: bool = False) -> np.ndarray:
-        """(channels, height, width, batch) of a flat array or one of `shape`; `empty_lanes`: those without an example too."""
+        """(channels, height, width, batch) of a flat array or one of `shape`; `empty_lanes`: those without an example
+        too."""
         inside = np.moveaxis(array.reshape(self.shape)[self.interior], 0, 3)
         lanes = inside.reshape(*inside.shape[:3], self.lanes)
-        return lanes if empty_lanes else lanes[..., :self.batch]
+        return lanes if empty_lanes else lanes[..., : self.batch]

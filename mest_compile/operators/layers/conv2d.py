@@ -1,4 +1,5 @@
-"""Convolution and linear layers in the training graph; their kernels are those of the family that the layer's scheme names."""
+"""Convolution and linear layers in the training graph; their kernels are those of the family that the layer's scheme
+names."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def _kernels(node: Node, low: Trace) -> KernelFamily:
 
 @operator("conv2d")
 class Conv2d(Operator):
-    """Forward, input gradient and weight gradient at the live units. Saves its input, which the layer before keeps anyway."""
+    """Forward, input gradient and weight gradient at the live units. Saves its input, which the layer before keeps
+    anyway."""
 
     def source_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         return source_halo(low.layer(node).spec)
@@ -62,7 +64,9 @@ def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     if _pair(attrs.dilation) != (1, 1):
         raise reader.error(f"dilated conv2d (dilation={_pair(attrs.dilation)}, weight {weight.name})")
     padding = _padding(reader, attrs)
-    return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding})
+    return reader.add(
+        "conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding}
+    )
 
 
 @reads("relax.matmul", gives=("linear",))

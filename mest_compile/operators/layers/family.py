@@ -1,4 +1,5 @@
-"""Kernel families: which kernels a convolution runs on, and how a mask becomes their index. One file each; a scheme names its own."""
+"""Kernel families: which kernels a convolution runs on, and how a mask becomes their index. One file each; a scheme
+names its own."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ INDEX_BYTES = ITEM_BYTES["int32"]
 class KernelFamily(ABC):
     """Records the kernel calls of one layer's phases. Stateless; one instance serves all layers.
 
-    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":" and each of the optimizer's states, and
-    one a `LayerIndex` array.
+    Held buffers of a layer: its weight's name (values of the live cells), ":gradient", ":" and each of the optimizer's
+    states, and one a `LayerIndex` array.
     """
 
     def forward(self, node: Node, low: Trace) -> None:
@@ -45,7 +46,11 @@ class KernelFamily(ABC):
         statistics = []
         normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
         if low.training and normed and "bias" not in node.params and image.batch == image.lanes:
-            statistics = [low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector)]
+            statistics = [
+                low.temporary(
+                    f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector
+                )
+            ]
         self._convolve(node, low, result, statistics, "forward")
 
     def recompute(self, node: Node, low: Trace) -> None:
@@ -57,8 +62,14 @@ class KernelFamily(ABC):
         self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, node.name)
         if "bias" in node.params:
             assert delta.image
-            low.call("bias.gradient", BiasGradient(delta.image), delta, low.parameter_gradient(node, "bias"), node=node.name,
-                     phase="grad_bias")
+            low.call(
+                "bias.gradient",
+                BiasGradient(delta.image),
+                delta,
+                low.parameter_gradient(node, "bias"),
+                node=node.name,
+                phase="grad_bias",
+            )
         transposed = low.needs_gradient(node.inputs[0])
         if transposed:
             target, accumulate = low.contribute(node.inputs[0])
@@ -71,14 +82,20 @@ class KernelFamily(ABC):
 
     def state(self, layer: Layer, low: Trace) -> tuple[Buffer, ...]:
         """(values, gradients, each state, hyper): what the optimizer works on."""
-        return (self.hold(layer, low, "", "values"), self.hold(layer, low, "gradient", "gradients"),
-                *(self.hold(layer, low, state, "optimizer") for state in low.optimizer.state), low.hyper())
+        return (
+            self.hold(layer, low, "", "values"),
+            self.hold(layer, low, "gradient", "gradients"),
+            *(self.hold(layer, low, state, "optimizer") for state in low.optimizer.state),
+            low.hyper(),
+        )
 
     @staticmethod
     def hold(layer: Layer, low: Trace, part: str, kind: str, elems: int | None = None) -> Buffer:
         """The layer's held buffer of that part; elems None: its size depends on the mask."""
         weight = layer.spec.name
-        buffer = low.hold(f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32")
+        buffer = low.hold(
+            f"{weight}:{part}" if part else weight, elems, kind, "int32" if kind == "indices" else "float32"
+        )
         buffer.layer, buffer.role = weight, part
         return buffer
 
@@ -108,22 +125,36 @@ class KernelFamily(ABC):
     # What a family says.
 
     @abstractmethod
-    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
-                 node: str, phase: str) -> None:
-        """Records the forward pass of that node. bias, statistics: one buffer or none; statistics as GatherConv has them."""
+    def convolve(
+        self,
+        layer: Layer,
+        source: Activation,
+        result: Activation,
+        bias: list[Buffer],
+        statistics: list[Buffer],
+        low: Trace,
+        node: str,
+        phase: str,
+    ) -> None:
+        """Records the forward pass of that node. bias, statistics: one buffer or none; statistics as GatherConv has
+        them."""
 
     @abstractmethod
-    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
+    def grad_weight(
+        self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
+    ) -> None:
         """Records the weight gradient, in the order of the values."""
 
     @abstractmethod
-    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
+    def grad_input(
+        self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
+    ) -> None:
         """Records the input gradient, added to `target` or in its place."""
 
     @abstractmethod
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
-        """The function that gives the index arrays of the layer's kernels in `program` for live cells: (cells,) int32, their places in the
-        grid, ascending. It is asked for once a layer.
+        """The function that gives the index arrays of the layer's kernels in `program` for live cells: (cells,) int32,
+        their places in the grid, ascending. It is asked for once a layer.
         """
 
     @abstractmethod
@@ -135,14 +166,15 @@ class KernelFamily(ABC):
         return cells
 
     def kept_bytes(self, layer: Layer, cells: int) -> int:
-        """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells long, and where in the
-        value array each of them stands.
+        """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells
+        long, and where in the value array each of them stands.
         """
         return (INDEX_BYTES + np.min_scalar_type(cells).itemsize) * cells
 
     @abstractmethod
-    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str,
-                 caches: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    def sections(
+        self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1, 1)
+    ) -> tuple[int, int]:
         """Source channels of a section of the index, forward and transposed, as the device's schedule wants them.
 
         activations  what the source of the forward pass is stored as
@@ -157,12 +189,19 @@ def family_for(scheme: Scheme, spec: LayerSpec, target: Target) -> str:
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
-    return next((call.problem for call in program.calls
-                 if isinstance(call.problem, GatherConv) and call.layer == layer.spec.name and call.buffers[0].role == part), None)
+    return next(
+        (
+            call.problem
+            for call in program.calls
+            if isinstance(call.problem, GatherConv) and call.layer == layer.spec.name and call.buffers[0].role == part
+        ),
+        None,
+    )
 
 
 def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
-    """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others have one a weight."""
+    """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others
+    have one a weight."""
     layer, cells = layers[buffer.layer], live_units[buffer.layer]
     if buffer.kind == "indices":
         return FAMILIES.find(layer.kernels).index_elems(layer, buffer.role, cells)
@@ -186,10 +225,15 @@ def family(name: str) -> Callable[[F], F]:
 
 
 def held_cells(layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> dict[str, int]:
-    """{weight name: cells of its value array} with so many units alive; a layer that `live_units` lacks has those that it starts with."""
+    """{weight name: cells of its value array} with so many units alive; a layer that `live_units` lacks has those that
+    it starts with."""
     found = {}
     for name, layer in layers.items():
         live = live_units.get(name)
-        cells = layer.scheme.live_cells(layer.spec, layer.sparsity) if live is None else live * layer.scheme.unit_cells(layer.spec)
+        cells = (
+            layer.scheme.live_cells(layer.spec, layer.sparsity)
+            if live is None
+            else live * layer.scheme.unit_cells(layer.spec)
+        )
         found[name] = FAMILIES.find(layer.kernels).held_cells(layer, cells)
     return found

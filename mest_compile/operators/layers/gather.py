@@ -1,9 +1,9 @@
 """Sparse convolution as a gather: the forward pass, the input gradient and the weight gradient at live units only.
 
-A *unit* is `source_block` x `row_block` weights: consecutive source channels times consecutive result channels, at one tap.
-The index of a unit is one int32: the distance in elements from the start of the source array to the source pixel that the
-grid's first pixel reads. Units are sorted by (pass, section of source channels, group of result channels, offset).
-A dense layer is one whose units all live; a linear layer is a 1x1 convolution of a 1x1 image. Layout: ours.
+A *unit* is `source_block` x `row_block` weights: consecutive source channels times consecutive result channels, at one
+tap. The index of a unit is one int32: the distance in elements from the start of the source array to the source pixel
+that the grid's first pixel reads. Units are sorted by (pass, section of source channels, group of result channels,
+offset). A dense layer is one whose units all live; a linear layer is a 1x1 convolution of a 1x1 image. Layout: ours.
 """
 
 from __future__ import annotations
@@ -31,32 +31,39 @@ class Pass:
 
 
 def _groups(channels: int, row_block: int, rows_live: int) -> int:
-    """Groups of rows; of listed rows there may be one more, when the live and the dead ones both end in a group that is not full."""
+    """Groups of rows; of listed rows there may be one more, when the live and the dead ones both end in a group that is
+    not full."""
     return -(-channels // row_block) + 1 if rows_live else channels // row_block
 
 
 @dataclass(frozen=True, slots=True)
 class GatherConv:
-    """result[r, q] = (bias[r] | result[r, q] if accumulate | 0) + sum over live units of value * source[offset + q * source_step].
+    """result[r, q] = (bias[r] | result[r, q] if accumulate | 0) + sum over live units of value * source[offset + q *
+    source_step].
 
     Kernel "gather.conv", arguments in order, all flat:
-      pointers   (passes * sections * groups + 1,) int32: units of (pass, section, group) are pointers[i] .. pointers[i + 1]
+      pointers   (passes * sections * groups + 1,) int32: units of (pass, section, group) are pointers[i] .. pointers[i
+                 + 1]
       offsets    (units,) int32, in the first slice
       values     (units * source_block * row_block,) float32, [unit, source channel, result channel]
-      channels   (groups * row_block,) int32, live_groups (1,) int32, only if `rows_live`: row j of group g is result channel
-                 channels[g * row_block + j]; groups from live_groups on are left out, their results are not written
-      sources    (source.channels,) int32, only if `sources_live`: the channels that units read; it only says what to prefetch
+      channels   (groups * row_block,) int32, live_groups (1,) int32, only if `rows_live`: row j of group g is result
+                 channel channels[g * row_block + j]; groups from live_groups on are left out, their results are not
+                 written
+      sources    (source.channels,) int32, only if `sources_live`: the channels that units read; it only says what to
+                 prefetch
       bias       (result.channels,) float32, only if `bias`
       source     (source.elems,) float32
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
-      statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass, no accumulate,
-                 and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the row's results
-    taps: a unit reads that many pixels of a row, each by its own value, which stands where the source channel's would; 1: it reads
-    source_block channels. More than 1 only where source_block is 1.
-    rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with live channels: a
-    row listed twice in a group, with equal values, is written twice alike.
-    `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of source_block.
-    Groups without units, and sections without units, are legal: their results are the start value.
+      statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass,
+      no accumulate,
+                 and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the
+                 row's results
+    taps: a unit reads that many pixels of a row, each by its own value, which stands where the source channel's would;
+    1: it reads source_block channels. More than 1 only where source_block is 1.
+    rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with
+    live channels: a row listed twice in a group, with equal values, is written twice alike.
+    `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of
+    source_block. Groups without units, and sections without units, are legal: their results are the start value.
     """
 
     source: Image
@@ -93,13 +100,14 @@ class GatherConv:
 
 @dataclass(frozen=True, slots=True)
 class GatherGrad:
-    """gradient[u, k, j] = sum over pixels q and examples of delta[row, q] * source[offset(u) + k * channel + q * step], where
-    row = row_block * group(u) + j.
+    """gradient[u, k, j] = sum over pixels q and examples of delta[row, q] * source[offset(u) + k * channel + q * step],
+    where row = row_block * group(u) + j.
 
     Kernel "gather.grad", arguments in order, all flat: pointers (sections * groups + 1,) int32, offsets (units,) int32,
     channels, live_groups and sources where rows or sources are listed, as "gather.conv" has them, then
-    source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel, result channel].
-    Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch are 0 in it.
+    source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel,
+    result channel]. Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch
+    are 0 in it.
     """
 
     source: Image
@@ -131,14 +139,16 @@ class GatherGrad:
 
 
 def _unit(problem: GatherConv | GatherGrad) -> tuple[int, int]:
-    """(source elements that a unit reads for one result, distance of one from the next): neighbouring channels or pixels."""
+    """(source elements that a unit reads for one result, distance of one from the next): neighbouring channels or
+    pixels."""
     if problem.taps > 1:
         return problem.taps, problem.source.vector
     return problem.source_block, problem.source.channel_elems
 
 
 def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
-    """View (slices, grid rows, grid columns, vector) of `flat` from element `start`, a grid pixel `step` pixels from the next."""
+    """View (slices, grid rows, grid columns, vector) of `flat` from element `start`, a grid pixel `step` pixels from
+    the next."""
     unit = flat.itemsize
     strides = (image.slice_elems * unit, step[0] * image.row_elems * unit, step[1] * image.vector * unit, unit)
     return np.lib.stride_tricks.as_strided(flat[start:], (image.slices, *grid, image.vector), strides)
@@ -151,15 +161,32 @@ def _units_of(problem: GatherConv | GatherGrad, pointers: np.ndarray) -> Iterato
             yield cell // (problem.sections * problem.groups), cell % problem.groups, unit
 
 
-def gather_conv_reference(problem: GatherConv, pointers: np.ndarray, offsets: np.ndarray, values: np.ndarray, source: np.ndarray,
-                          result: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
+def gather_conv_reference(
+    problem: GatherConv,
+    pointers: np.ndarray,
+    offsets: np.ndarray,
+    values: np.ndarray,
+    source: np.ndarray,
+    result: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
     """The result array in float64, shape `problem.result.shape`. `result` holds the start values; its halo stays."""
     out = np.zeros(problem.result.shape) if result is None else result.astype(np.float64).reshape(problem.result.shape)
     flat, top, left = source.astype(np.float64).ravel(), problem.result.halo[0], problem.result.halo[1]
 
     def pixels(grid_pass: Pass) -> tuple[slice, slice]:
-        return (slice(top + grid_pass.start[0], top + grid_pass.start[0] + grid_pass.grid[0] * grid_pass.step[0], grid_pass.step[0]),
-                slice(left + grid_pass.start[1], left + grid_pass.start[1] + grid_pass.grid[1] * grid_pass.step[1], grid_pass.step[1]))
+        return (
+            slice(
+                top + grid_pass.start[0],
+                top + grid_pass.start[0] + grid_pass.grid[0] * grid_pass.step[0],
+                grid_pass.step[0],
+            ),
+            slice(
+                left + grid_pass.start[1],
+                left + grid_pass.start[1] + grid_pass.grid[1] * grid_pass.step[1],
+                grid_pass.step[1],
+            ),
+        )
 
     if not problem.accumulate:
         for grid_pass in problem.passes:
@@ -176,8 +203,9 @@ def gather_conv_reference(problem: GatherConv, pointers: np.ndarray, offsets: np
     return out
 
 
-def gather_grad_reference(problem: GatherGrad, pointers: np.ndarray, offsets: np.ndarray, source: np.ndarray,
-                          delta: np.ndarray) -> np.ndarray:
+def gather_grad_reference(
+    problem: GatherGrad, pointers: np.ndarray, offsets: np.ndarray, source: np.ndarray, delta: np.ndarray
+) -> np.ndarray:
     """Gradients (units, values of a unit for one row, row_block) in float64."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta
@@ -186,7 +214,9 @@ def gather_grad_reference(problem: GatherGrad, pointers: np.ndarray, offsets: np
     out = np.zeros((len(offsets), depth, problem.row_block))
     for _, group, unit in _units_of(problem, pointers):
         for k in range(depth):
-            window = _pixels(flat, problem.source, offsets[unit] + k * distance, (image.height, image.width), problem.source_step)
+            window = _pixels(
+                flat, problem.source, offsets[unit] + k * distance, (image.height, image.width), problem.source_step
+            )
             for j in range(problem.row_block):
                 out[unit, k, j] = np.vdot(inner[:, group * problem.row_block + j], window)
     return out

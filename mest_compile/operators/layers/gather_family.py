@@ -27,20 +27,36 @@ if TYPE_CHECKING:
 
 def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, statistics: bool) -> GatherConv:
     rows, sources = layer.scheme.block(layer.spec)
-    return GatherConv(source, result, rows, sources, layer.spec.stride, (Pass((result.height, result.width)),),
-                      layer.section_channels, bias=bias, statistics=statistics)
+    return GatherConv(
+        source,
+        result,
+        rows,
+        sources,
+        layer.spec.stride,
+        (Pass((result.height, result.width)),),
+        layer.section_channels,
+        bias=bias,
+        statistics=statistics,
+    )
 
 
 def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
     """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
     rows, sources = layer.scheme.block(layer.spec)
     passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
-    return GatherConv(delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate)
+    return GatherConv(
+        delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate
+    )
 
 
-def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | None) -> Callable[[np.ndarray], LayerIndex]:
+def gather_indexer(
+    spec: LayerSpec, forward: GatherConv, backward: GatherConv | None
+) -> Callable[[np.ndarray], LayerIndex]:
     """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
-    runs, there_sorted = Runs(spec, forward), None if backward is None else Places.transposed(spec, backward).of_swapped()
+    runs, there_sorted = (
+        Runs(spec, forward),
+        None if backward is None else Places.transposed(spec, backward).of_swapped(),
+    )
 
     def index(cells: np.ndarray) -> LayerIndex:
         row, rest = divide(cells, runs.row_cells)
@@ -59,29 +75,75 @@ def gather_indexer(spec: LayerSpec, forward: GatherConv, backward: GatherConv | 
 class GatherFamily(KernelFamily):
     """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
 
-    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
-                 node: str, phase: str) -> None:
+    def convolve(
+        self,
+        layer: Layer,
+        source: Activation,
+        result: Activation,
+        bias: list[Buffer],
+        statistics: list[Buffer],
+        low: Trace,
+        node: str,
+        phase: str,
+    ) -> None:
         problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
-        low.call("gather.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, node=node, phase=phase)
+        low.call(
+            "gather.conv",
+            problem,
+            *self._index(layer, problem, low),
+            self.hold(layer, low, "", "values"),
+            *bias,
+            source,
+            result,
+            *statistics,
+            node=node,
+            phase=phase,
+        )
 
-    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
+    def grad_weight(
+        self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
+    ) -> None:
         rows, sources = layer.scheme.block(layer.spec)
         problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
-        low.call("gather.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
+        low.call(
+            "gather.grad",
+            problem,
+            *self._index(layer, problem, low),
+            source,
+            delta,
+            gradients,
+            node=node,
+            phase="grad_weight",
+        )
 
-    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
+    def grad_input(
+        self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
+    ) -> None:
         problem = gradient_problem(layer, delta.image, target.image, accumulate)
-        low.call("gather.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, node=node, phase="grad_input")
+        low.call(
+            "gather.conv",
+            problem,
+            *self._index(layer, problem, low, "transposed_"),
+            self.hold(layer, low, "transposed", "values"),
+            delta,
+            target,
+            node=node,
+            phase="grad_input",
+        )
 
     def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         if not transposed:
             super().update(layer, transposed, low, name)
             return
         rows, sources = layer.scheme.block(layer.spec)
-        low.call_update("optimizer.update_units", UpdateUnits(low.optimizer.name, sources, rows), *self.state(layer, low),
-                        self.hold(layer, low, "permutation", "indices"), self.hold(layer, low, "transposed", "values"), name=name)
+        low.call_update(
+            "optimizer.update_units",
+            UpdateUnits(low.optimizer.name, sources, rows),
+            *self.state(layer, low),
+            self.hold(layer, low, "permutation", "indices"),
+            self.hold(layer, low, "transposed", "values"),
+            name=name,
+        )
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = self.problems(layer, program)
@@ -90,15 +152,22 @@ class GatherFamily(KernelFamily):
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells
 
-    def sections(self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1,
-                 1)) -> tuple[int, int]:
+    def sections(
+        self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1, 1)
+    ) -> tuple[int, int]:
         rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
-        return (rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
-                rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes))
+        return (
+            rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
+            rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes),
+        )
 
-    def _index(self, layer: Layer, problem: GatherConv | GatherGrad, low: Trace, prefix: str = "") -> tuple[Buffer, Buffer]:
-        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
-                self.hold(layer, low, f"{prefix}offsets", "indices"))
+    def _index(
+        self, layer: Layer, problem: GatherConv | GatherGrad, low: Trace, prefix: str = ""
+    ) -> tuple[Buffer, Buffer]:
+        return (
+            self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
+            self.hold(layer, low, f"{prefix}offsets", "indices"),
+        )

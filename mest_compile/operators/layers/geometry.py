@@ -12,32 +12,46 @@ from mest_compile.operators.layers.gather import Pass
 
 
 def parity_passes(layer: LayerSpec) -> tuple[Pass, ...]:
-    """The input gradient of a strided convolution, cut by the input pixel's remainder: in each pass every tap is a plain shift."""
+    """The input gradient of a strided convolution, cut by the input pixel's remainder: in each pass every tap is a
+    plain shift."""
     height, width = layer.input_shape[2:]
-    passes = [Pass((-(-(height - y) // layer.stride[0]), -(-(width - x) // layer.stride[1])), (y, x), layer.stride)
-              for y in range(min(layer.stride[0], height)) for x in range(min(layer.stride[1], width))]
+    passes = [
+        Pass((-(-(height - y) // layer.stride[0]), -(-(width - x) // layer.stride[1])), (y, x), layer.stride)
+        for y in range(min(layer.stride[0], height))
+        for x in range(min(layer.stride[1], width))
+    ]
     return tuple(passes)
 
 
 def shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in range(taps)."""
+    """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in
+    range(taps)."""
     distance = start + padding - np.arange(taps)
     return distance % stride == 0, distance // stride
 
 
 def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     """`parity_passes` with an empty grid for those that no tap reaches: what is added there is 0."""
-    def reached(grid_pass: Pass) -> bool:
-        return all(shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
-                   for axis in (0, 1))
 
-    return tuple(grid_pass if reached(grid_pass) else replace(grid_pass, grid=(0, 0)) for grid_pass in parity_passes(layer))
+    def reached(grid_pass: Pass) -> bool:
+        return all(
+            shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
+            for axis in (0, 1)
+        )
+
+    return tuple(
+        grid_pass if reached(grid_pass) else replace(grid_pass, grid=(0, 0)) for grid_pass in parity_passes(layer)
+    )
 
 
 def source_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) zero pixels around the input that the forward pass reads."""
-    last = [(out - 1) * step + taps - pad - size for out, step, taps, pad, size in
-            zip(layer.output_size, layer.stride, layer.weight_shape[2:], layer.padding, layer.input_shape[2:])]
+    last = [
+        (out - 1) * step + taps - pad - size
+        for out, step, taps, pad, size in zip(
+            layer.output_size, layer.stride, layer.weight_shape[2:], layer.padding, layer.input_shape[2:]
+        )
+    ]
     return layer.padding[0], layer.padding[1], max(0, last[0]), max(0, last[1])
 
 
@@ -46,7 +60,9 @@ def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     halo = [0, 0, 0, 0]
     for grid_pass in parity_passes(layer):
         for axis in (0, 1):
-            reached, by = shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
+            reached, by = shift(
+                grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis]
+            )
             if reached.any():
                 last = grid_pass.grid[axis] - 1 + by[reached].max()
                 halo[axis] = max(halo[axis], int(-by[reached].min()))
@@ -54,7 +70,9 @@ def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     return tuple(halo)  # type: ignore[return-value]
 
 
-def image_of(layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool, dtype: str = "float32") -> Image:
+def image_of(
+    layer: LayerSpec, halo: tuple[int, int, int, int], vector: int, output: bool, dtype: str = "float32"
+) -> Image:
     """The layer's input or output as it lies in memory."""
     batch, channels, height, width = layer.input_shape
     if output:

@@ -19,10 +19,11 @@ class LayerIndex:
     """Index arrays of one layer under one mask.
 
     sort    which of the live cells, listed by place in the grid, stands at each place of the value array
-    places  (live cells,), the narrowest unsigned type: where in it each stands, the last of its places where kernels hold it twice
-    arrays  part of the layer's held index buffer -> int32 array. In the gather family: pointers, offsets of the forward pass and the
-            weight gradient; where there is an input gradient transposed_pointers, transposed_offsets, and permutation (cells,), the
-            place of each cell in the transposed order
+    places  (live cells,), the narrowest unsigned type: where in it each stands, the last of its places where kernels
+            hold it twice
+    arrays  part of the layer's held index buffer -> int32 array. In the gather family: pointers, offsets of the forward
+            pass and the weight gradient; where there is an input gradient transposed_pointers, transposed_offsets, and
+            permutation (cells,), the place of each cell in the transposed order
     """
 
     sort: np.ndarray
@@ -33,16 +34,18 @@ class LayerIndex:
 class Places:
     """Where each unit of a problem would stand, whatever the mask: its place in the sorted index, and its offset.
 
-    Both are sums of three numbers: one for the unit's group of result channels, one for its block of source channels and one for its tap,
-    so that the tables are small and a mask becomes an index by a few additions and one sort.
+    Both are sums of three numbers: one for the unit's group of result channels, one for its block of source channels
+    and one for its tap, so that the tables are small and a mask becomes an index by a few additions and one sort.
 
-    group_key (groups,), block_key (blocks,), tap_key (taps,) int64: a unit's rank is their sum >> PLACE; ranks grow with (cell, offset)
-    block_offset (blocks,), tap_offset (taps,) int32: a unit's offset is their sum
-    starts (cells + 1,): the keys at which cells begin. Units whose tap only ever sees padding rank behind the last cell, at offset 0.
+    group_key (groups,), block_key (blocks,), tap_key (taps,) int64: a unit's rank is their sum >> PLACE; ranks grow
+    with (cell, offset) block_offset (blocks,), tap_offset (taps,) int32: a unit's offset is their sum
+    starts (cells + 1,): the keys at which cells begin. Units whose tap only ever sees padding rank behind the last
+    cell, at offset 0.
     """
 
     def __init__(self, problem: GatherConv, taps: list[list[tuple[int, int, int]]], unreached: list[int]):
-        """taps: for every pass (tap number, y, x), the tap's shift in source pixels, by shift; unreached: taps that no pass has."""
+        """taps: for every pass (tap number, y, x), the tap's shift in source pixels, by shift; unreached: taps that no
+        pass has."""
         image, groups = problem.source, problem.groups
         blocks = -(-image.channels // problem.source_block)
         each = -(-problem.section_channels // problem.source_block)  # blocks of a section
@@ -67,18 +70,31 @@ class Places:
     def forward(cls, layer: LayerSpec, problem: GatherConv) -> Places:
         """Of a forward pass; problem.source's halo holds at least the padding."""
         width = layer.weight_shape[3]
-        return cls(problem, [[(tap, tap // width - layer.padding[0], tap % width - layer.padding[1])
-                              for tap in range(layer.weight_shape[2] * width)]], [])
+        return cls(
+            problem,
+            [
+                [
+                    (tap, tap // width - layer.padding[0], tap % width - layer.padding[1])
+                    for tap in range(layer.weight_shape[2] * width)
+                ]
+            ],
+            [],
+        )
 
     @classmethod
     def transposed(cls, layer: LayerSpec, problem: GatherConv) -> Places:
         """Of an input gradient: problem.source is the output gradient, problem.passes are `parity_passes(layer)`."""
         width, taps, left = layer.weight_shape[3], [], set(range(layer.weight_shape[2] * layer.weight_shape[3]))
         for grid_pass in problem.passes:
-            rows, columns = (shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
-                             for axis in (0, 1))
-            reached = [(int(rows[1][tap // width]), int(columns[1][tap % width]), tap) for tap in sorted(left)
-                       if rows[0][tap // width] and columns[0][tap % width]]
+            rows, columns = (
+                shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
+                for axis in (0, 1)
+            )
+            reached = [
+                (int(rows[1][tap // width]), int(columns[1][tap % width]), tap)
+                for tap in sorted(left)
+                if rows[0][tap // width] and columns[0][tap % width]
+            ]
             taps.append([(tap, y, x) for y, x, tap in sorted(reached)])
             left -= {tap for _, _, tap in reached}
         return cls(problem, taps, sorted(left))
@@ -92,19 +108,22 @@ class Places:
         offsets = offsets.take(order)
         pointers = np.searchsorted(ranked, self.starts).astype(np.int32)
         if not self._all_reached:
-            offsets[pointers[-1]:] = 0
+            offsets[pointers[-1] :] = 0
         return order, pointers, offsets
 
     def of_swapped(self) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`sort` for cells told by their row of the grid, which is a block of source channels here, and their place in that row."""
+        """`sort` for cells told by their row of the grid, which is a block of source channels here, and their place in
+        that row."""
         rest_key = (self.group_key[:, None] + self.tap_key).ravel()
         rest_offset = np.tile(self.tap_offset, len(self.group_key))
-        return lambda row, rest: self.sort(self.block_key.take(row) + rest_key.take(rest),
-                                           self.block_offset.take(row) + rest_offset.take(rest))
+        return lambda row, rest: self.sort(
+            self.block_key.take(row) + rest_key.take(rest), self.block_offset.take(row) + rest_offset.take(rest)
+        )
 
 
 class Runs:
-    """The forward pass's order of cells, section by section: runs of neighbours in the grid move as a whole, so nothing is sorted.
+    """The forward pass's order of cells, section by section: runs of neighbours in the grid move as a whole, so nothing
+    is sorted.
 
     row_cells  cells of a row of the grid
     offsets    (row_cells,) int32: the offset of a unit that is the cell there, whatever its row
@@ -156,5 +175,3 @@ def expand(units: np.ndarray, cells: np.ndarray) -> np.ndarray:
     for turn, cell in enumerate(cells.tolist()):  # NumPy adds columns several times as fast as so short rows
         np.add(first, cell, out=places[:, turn])
     return places.ravel()
-
-

@@ -20,24 +20,64 @@ PAIR = 2
 
 @family("pattern")
 class PatternFamily(GatherFamily):
-    """The gather with one offset for two taps: half the index, and pixels that both taps read are loaded once. Stride 1 only, where
-    the input gradient's taps are neighbours as well, in reverse.
+    """The gather with one offset for two taps: half the index, and pixels that both taps read are loaded once. Stride 1
+    only, where the input gradient's taps are neighbours as well, in reverse.
     """
 
-    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
-                 node: str, phase: str) -> None:
+    def convolve(
+        self,
+        layer: Layer,
+        source: Activation,
+        result: Activation,
+        bias: list[Buffer],
+        statistics: list[Buffer],
+        low: Trace,
+        node: str,
+        phase: str,
+    ) -> None:
         problem = replace(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), taps=PAIR)
-        low.call("pattern.conv", problem, *self._index(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source, result,
-                 *statistics, node=node, phase=phase)
+        low.call(
+            "pattern.conv",
+            problem,
+            *self._index(layer, problem, low),
+            self.hold(layer, low, "", "values"),
+            *bias,
+            source,
+            result,
+            *statistics,
+            node=node,
+            phase=phase,
+        )
 
-    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
+    def grad_weight(
+        self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
+    ) -> None:
         problem = GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR)
-        low.call("pattern.grad", problem, *self._index(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
+        low.call(
+            "pattern.grad",
+            problem,
+            *self._index(layer, problem, low),
+            source,
+            delta,
+            gradients,
+            node=node,
+            phase="grad_weight",
+        )
 
-    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
+    def grad_input(
+        self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
+    ) -> None:
         problem = replace(gradient_problem(layer, delta.image, target.image, accumulate), taps=PAIR)
-        low.call("pattern.conv", problem, *self._index(layer, problem, low, "transposed_"), self.hold(layer, low, "transposed", "values"),
-                 delta, target, node=node, phase="grad_input")
+        low.call(
+            "pattern.conv",
+            problem,
+            *self._index(layer, problem, low, "transposed_"),
+            self.hold(layer, low, "transposed", "values"),
+            delta,
+            target,
+            node=node,
+            phase="grad_input",
+        )
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = self.problems(layer, program)
@@ -46,14 +86,17 @@ class PatternFamily(GatherFamily):
         forth = np.arange(PAIR)
 
         def index(cells: np.ndarray) -> LayerIndex:
-            # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap of a pair.
+            # The live cells of a row of a kernel are neighbours, so every second one in order of place is the left tap
+            # of a pair.
             left = np.ascontiguousarray(cells[::PAIR])
             row, rest = divide(left, runs.row_cells)
             sort, pointers = runs.sort(left)
             rest = rest.take(sort)
             arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
             if there_sorted is not None:  # in reverse, the right tap comes first
-                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest + (PAIR - 1))
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(
+                    row.take(sort), rest + (PAIR - 1)
+                )
                 arrays["permutation"] = expand(inverse(there), forth[::-1])
             sort = expand(sort, forth)
             return LayerIndex(sort, places_of(sort, len(cells)), arrays)

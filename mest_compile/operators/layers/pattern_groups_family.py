@@ -1,4 +1,5 @@
-"""The pattern_groups family: a unit is a whole kernel, and the units of a row are sorted by the shape of their pattern."""
+"""The pattern_groups family: a unit is a whole kernel, and the units of a row are sorted by the shape of their
+pattern."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def _shapes() -> tuple[tuple[Shape, ...], np.ndarray]:
-    """(the shapes of all patterns, which one a kernel has by the sum of 2^tap over its live taps). Turned by half a circle, as the input
-    gradient sees it, a pattern of two pairs has its own shape again.
+    """(the shapes of all patterns, which one a kernel has by the sum of 2^tap over its live taps). Turned by half a
+    circle, as the input gradient sees it, a pattern of two pairs has its own shape again.
     """
     of = [shape_of(np.argwhere(pattern)) for pattern in PATTERNS]
     assert of == [shape_of(np.argwhere(pattern[::-1, ::-1])) for pattern in PATTERNS]
@@ -40,13 +41,21 @@ TAPS = len(SHAPES[0])
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GroupedConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
-    return next((call.problem for call in program.calls
-                 if isinstance(call.problem, GroupedConv) and call.layer == layer.spec.name and call.buffers[0].role == part), None)
+    return next(
+        (
+            call.problem
+            for call in program.calls
+            if isinstance(call.problem, GroupedConv) and call.layer == layer.spec.name and call.buffers[0].role == part
+        ),
+        None,
+    )
 
 
-def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray,
-            shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(order that sorts the units, pointers, offsets in that order); the arrays say what each unit is, `tap` its first."""
+def _sorted(
+    problem: GroupedConv, places: Places, group: np.ndarray, channel: np.ndarray, tap: np.ndarray, shape: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order that sorts the units, pointers, offsets in that order); the arrays say what each unit is, `tap` its
+    first."""
     gather = problem.gather
     run = (channel // gather.section_channels * gather.groups + group).astype(np.int64) * len(SHAPES) + shape
     offsets = places.block_offset[channel] + places.tap_offset[tap]
@@ -57,22 +66,65 @@ def _sorted(problem: GroupedConv, places: Places, group: np.ndarray, channel: np
 
 @family("pattern_groups")
 class PatternGroupsFamily(GatherFamily):
-    """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1 only."""
+    """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1
+    only."""
 
-    def convolve(self, layer: Layer, source: Activation, result: Activation, bias: list[Buffer], statistics: list[Buffer], low: Trace,
-                 node: str, phase: str) -> None:
+    def convolve(
+        self,
+        layer: Layer,
+        source: Activation,
+        result: Activation,
+        bias: list[Buffer],
+        statistics: list[Buffer],
+        low: Trace,
+        node: str,
+        phase: str,
+    ) -> None:
         problem = GroupedConv(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), SHAPES)
-        low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low), self.hold(layer, low, "", "values"), *bias, source,
-                 result, *statistics, node=node, phase=phase)
+        low.call(
+            "pattern_groups.conv",
+            problem,
+            *self._runs(layer, problem, low),
+            self.hold(layer, low, "", "values"),
+            *bias,
+            source,
+            result,
+            *statistics,
+            node=node,
+            phase=phase,
+        )
 
-    def grad_weight(self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str) -> None:
-        problem = GroupedGrad(GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES)
-        low.call("pattern_groups.grad", problem, *self._runs(layer, problem, low), source, delta, gradients, node=node, phase="grad_weight")
+    def grad_weight(
+        self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
+    ) -> None:
+        problem = GroupedGrad(
+            GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES
+        )
+        low.call(
+            "pattern_groups.grad",
+            problem,
+            *self._runs(layer, problem, low),
+            source,
+            delta,
+            gradients,
+            node=node,
+            phase="grad_weight",
+        )
 
-    def grad_input(self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str) -> None:
+    def grad_input(
+        self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
+    ) -> None:
         problem = GroupedConv(gradient_problem(layer, delta.image, target.image, accumulate), SHAPES)
-        low.call("pattern_groups.conv", problem, *self._runs(layer, problem, low, "transposed_"),
-                 self.hold(layer, low, "transposed", "values"), delta, target, node=node, phase="grad_input")
+        low.call(
+            "pattern_groups.conv",
+            problem,
+            *self._runs(layer, problem, low, "transposed_"),
+            self.hold(layer, low, "transposed", "values"),
+            delta,
+            target,
+            node=node,
+            phase="grad_input",
+        )
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
@@ -83,14 +135,17 @@ class PatternGroupsFamily(GatherFamily):
         inputs, kernel_cells, forth = layer.spec.weight_shape[1], PATTERNS[0].size, np.arange(TAPS)
 
         def index(cells: np.ndarray) -> LayerIndex:
-            kernel, tap = (array.reshape(-1, TAPS) for array in divide(cells, kernel_cells))  # of each live kernel, in reading order
+            kernel, tap = (
+                array.reshape(-1, TAPS) for array in divide(cells, kernel_cells)
+            )  # of each live kernel, in reading order
             row, channel = divide(kernel[:, 0], inputs)
             shape = _SHAPE_OF[(1 << tap).sum(1)]
             sort, pointers, offsets = _sorted(forward, places, row, channel, tap[:, 0], shape)
             arrays = {"pointers": pointers, "offsets": offsets}
             if backward is not None and transposed is not None:  # in reverse, the last tap comes first
-                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(backward, transposed, channel, row, tap[:, -1],
-                                                                                             shape)
+                there, arrays["transposed_pointers"], arrays["transposed_offsets"] = _sorted(
+                    backward, transposed, channel, row, tap[:, -1], shape
+                )
                 arrays["permutation"] = expand(inverse(there)[sort], forth[::-1])
             sort = expand(sort, forth)
             return LayerIndex(sort, places_of(sort, len(cells)), arrays)
@@ -100,6 +155,10 @@ class PatternGroupsFamily(GatherFamily):
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells if part == "permutation" else cells // TAPS
 
-    def _runs(self, layer: Layer, problem: GroupedConv | GroupedGrad, low: Trace, prefix: str = "") -> tuple[Buffer, ...]:
-        return (self.hold(layer, low, f"{prefix}pointers", "indices", problem.runs + 1),
-                self.hold(layer, low, f"{prefix}offsets", "indices"))
+    def _runs(
+        self, layer: Layer, problem: GroupedConv | GroupedGrad, low: Trace, prefix: str = ""
+    ) -> tuple[Buffer, ...]:
+        return (
+            self.hold(layer, low, f"{prefix}pointers", "indices", problem.runs + 1),
+            self.hold(layer, low, f"{prefix}offsets", "indices"),
+        )

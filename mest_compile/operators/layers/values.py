@@ -11,7 +11,8 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
 
 
 def merge(cells: np.ndarray, places: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ascending cells and new ones, ascending too, as one list; where each stood): `places` of the old ones, -1 of the new ones."""
+    """(ascending cells and new ones, ascending too, as one list; where each stood): `places` of the old ones, -1 of the
+    new ones."""
     keys, count = np.empty(len(cells) + len(new), "<i8"), len(cells)
     place, cell = keys.view("<i4").reshape(-1, 2).T  # the cell is the upper half, which sorts
     cell[:count], place[:count], cell[count:], place[count:] = cells, places, new, -1
@@ -20,7 +21,8 @@ def merge(cells: np.ndarray, places: np.ndarray, new: np.ndarray) -> tuple[np.nd
 
 
 def gather_units(dense: np.ndarray, order: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Weights (out, in, kh, kw) of the units in `order` as the value array (units, source_block, row_block), float32."""
+    """Weights (out, in, kh, kw) of the units in `order` as the value array (units, source_block, row_block),
+    float32."""
     rows, sources = dense.shape[0] // grid[0], dense.shape[1] // grid[1]
     cut = dense.reshape(grid[0], rows, grid[1], sources, *grid[2:]).transpose(0, 2, 4, 5, 3, 1)
     return np.ascontiguousarray(cut.reshape(-1, sources, rows)[order], np.float32)

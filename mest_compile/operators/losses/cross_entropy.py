@@ -1,6 +1,7 @@
 """Softmax cross-entropy, mean over the batch, with its gradient and which examples are right.
 
-With label smoothing the label's class is wanted with 1 - smoothing, and all classes share the rest (Szegedy et al., arXiv:1512.00567).
+With label smoothing the label's class is wanted with 1 - smoothing, and all classes share the rest (Szegedy et al.,
+arXiv:1512.00567).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from mest_compile.operators.losses.loss import Loss, loss
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxCrossEntropy:
-    """Kernel "loss.cross_entropy": logits (logits.elems,), labels (N,) int32, loss (1,), correct (N,) int32, dlogits (dlogits.elems,).
+    """Kernel "loss.cross_entropy": logits (logits.elems,), labels (N,) int32, loss (1,), correct (N,) int32, dlogits
+    (dlogits.elems,).
 
-    correct[n] is 1 where the first largest logit is the label's; NaN is larger than any number. dlogits is 0 in lanes without an example.
+    correct[n] is 1 where the first largest logit is the label's; NaN is larger than any number. dlogits is 0 in lanes
+    without an example.
     """
 
     logits: Image
@@ -43,13 +46,19 @@ class CrossEntropy(Loss):
     tells_correct = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "smoothing", checks.number("CrossEntropy: smoothing", self.smoothing, below=1, error=SpecError))
+        object.__setattr__(
+            self, "smoothing", checks.number("CrossEntropy: smoothing", self.smoothing, below=1, error=SpecError)
+        )
 
     def check(self, shape: tuple[int, int]) -> None:
         if shape[1] < 2:
-            raise SpecError("the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an output for each "
-                            "class; 2 of them for yes and no are binary cross-entropy of their difference. For a number compile with "
-                            "loss=mest.MSE()")
+            raise SpecError(
+                "the model gives one logit: softmax cross-entropy over one class is 0 for ever. Give it an "
+                "output for each "
+                "class; 2 of them for yes and no are binary cross-entropy of their difference. For a number "
+                "compile with "
+                "loss=mest.MSE()"
+            )
 
     def target_elems(self, shape: tuple[int, int]) -> int:
         return shape[0]
@@ -69,7 +78,9 @@ class CrossEntropy(Loss):
         scores = output.astype(np.float64)[:, 0, 0]
         shifted = scores - scores.max(0)
         wanted = (np.arange(len(scores))[:, None] == targets) * (1 - self.smoothing) + self.smoothing / len(scores)
-        chosen = np.where(wanted > 0, shifted * wanted, 0).sum(0)  # what is not wanted does not count, however small it is
+        chosen = np.where(wanted > 0, shifted * wanted, 0).sum(
+            0
+        )  # what is not wanted does not count, however small it is
         value = (np.log(np.exp(shifted).sum(0)) - chosen).mean()
         gradient = (np.exp(shifted) / np.exp(shifted).sum(0) - wanted) / len(targets)
         return float(value), scores.argmax(0) == targets, gradient[:, None, None]

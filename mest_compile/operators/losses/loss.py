@@ -1,6 +1,8 @@
-"""What a loss is: which outputs and targets it takes, what it tells of a batch, and how its gradient starts the backward pass.
+"""What a loss is: which outputs and targets it takes, what it tells of a batch, and how its gradient starts the
+backward pass.
 
-A loss is a file in this folder with one class. One that is a mean over elements is an expression, from which its kernels follow.
+A loss is a file in this folder with one class. One that is a mean over elements is an expression, from which its
+kernels follow.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Loss(ABC):
     """Base of the losses, of outputs (N, k) and targets. Fields are what users choose, each with a default.
 
     name    for users and in files
-    kernel  "loss.cross_entropy", of `problem`: outputs, targets, loss (1,), correct (N,) int32 where it tells that, gradient of the outputs
+    kernel  "loss.cross_entropy", of `problem`: outputs, targets, loss (1,), correct (N,) int32 where it tells that,
+            gradient of the outputs
     reads   numpy's type of the targets that callers give
     dtype   what kernels take them as
     tells_correct  whether it says which examples are right
@@ -59,7 +62,8 @@ class Loss(ABC):
 
     @abstractmethod
     def targets(self, given: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """What kernels take, flat, of targets of type `reads`. Raises InputError where they are none for outputs of that shape."""
+        """What kernels take, flat, of targets of type `reads`. Raises InputError where they are none for outputs of
+        that shape."""
 
     @abstractmethod
     def problem(self, output: Image, gradient: Image) -> Any:
@@ -67,14 +71,18 @@ class Loss(ABC):
 
     @abstractmethod
     def reference(self, output: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray | None, np.ndarray]:
-        """(loss, correct (N,) bool or None, gradient) in float64; output and gradient (k, 1, 1, N), targets as kernels take them."""
+        """(loss, correct (N,) bool or None, gradient) in float64; output and gradient (k, 1, 1, N), targets as kernels
+        take them."""
 
     def lower(self, low: Trace, output: str) -> None:
         """Records the loss of node `output` and starts the backward pass."""
         value = low.value(output)
         batch, width = value.image.batch, value.image.channels
         targets = low.hold("labels", self.target_elems((batch, width)), "batch", self.dtype)
-        told = [low.hold("loss", 1, "batch"), *([low.hold("correct", batch, "batch", "int32")] if self.tells_correct else [])]
+        told = [
+            low.hold("loss", 1, "batch"),
+            *([low.hold("correct", batch, "batch", "int32")] if self.tells_correct else []),
+        ]
         gradient, accumulate = low.contribute(output)
         assert not accumulate, "the loss is the first to give the outputs a gradient"
         low.call(self.kernel, self.problem(value.image, gradient.image), value, targets, *told, gradient)
@@ -90,8 +98,8 @@ class Loss(ABC):
 
 
 def read_loss(document: Mapping[str, Any]) -> Loss:
-    """The loss of a step's facts; those without one are of cross-entropy, as before there were others. Raises UnknownName, TypeError,
-    SpecError.
+    """The loss of a step's facts; those without one are of cross-entropy, as before there were others. Raises
+    UnknownName, TypeError, SpecError.
     """
     chosen = dict(document.get("loss", {"name": "cross_entropy", "smoothing": document.get("label_smoothing", 0.0)}))
     return LOSSES.find(chosen.pop("name"))(**chosen)
@@ -101,7 +109,8 @@ def read_loss(document: Mapping[str, Any]) -> Loss:
 class Elementwise:
     """Kernel "loss.elementwise": output (output.elems,), targets (N * k,), loss (1,), gradient (gradient.elems,).
 
-    term  of `output` and `target`. The loss is its mean over all elements; the gradient is 0 in lanes without an example.
+    term  of `output` and `target`. The loss is its mean over all elements; the gradient is 0 in lanes without an
+          example.
     """
 
     output: Image
@@ -114,7 +123,8 @@ class Elementwise:
 
 
 class ElementwiseLoss(Loss):
-    """A mean over all elements of outputs and float targets (N, k), or (N,) of one output; it does not say which examples are right.
+    """A mean over all elements of outputs and float targets (N, k), or (N,) of one output; it does not say which
+    examples are right.
 
     term  of `output` and `target`
     """
@@ -135,8 +145,10 @@ class ElementwiseLoss(Loss):
 
     def targets(self, given: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         if given.shape != shape and not (shape[1] == 1 and given.shape == shape[:1]):
-            raise InputError(f"targets have shape {given.shape}; mest.{type(self).__name__} takes numbers of shape {shape}"
-                             + (f" or {shape[:1]}" if shape[1] == 1 else ""))
+            raise InputError(
+                f"targets have shape {given.shape}; mest.{type(self).__name__} takes numbers of shape {shape}"
+                + (f" or {shape[:1]}" if shape[1] == 1 else "")
+            )
         if bad := int(np.count_nonzero(~np.isfinite(given))):
             raise InputError(f"{bad} targets are NaN or infinite; clean the data first")
         return given.ravel()

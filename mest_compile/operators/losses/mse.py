@@ -11,7 +11,8 @@ from mest_compile.operators.losses.loss import ElementwiseLoss, loss
 @loss("mse")
 @dataclass(frozen=True, slots=True)
 class MSE(ElementwiseLoss):
-    """torch.nn.MSELoss's: the mean over all elements of (output - target)^2. Targets (N, k) real numbers, or (N,) of one output."""
+    """torch.nn.MSELoss's: the mean over all elements of (output - target)^2. Targets (N, k) real numbers, or (N,) of
+    one output."""
 
     @property
     def term(self) -> Expression:

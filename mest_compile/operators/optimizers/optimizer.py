@@ -1,6 +1,8 @@
-"""What an optimizer is: hyper-parameters by name, state arrays, and a formula from which the kernels of every kind of device follow.
+"""What an optimizer is: hyper-parameters by name, state arrays, and a formula from which the kernels of every kind of
+device follow.
 
-An optimizer is a file in this folder with one class. No array's size stands in its kernels, so masks change without compiling.
+An optimizer is a file in this folder with one class. No array's size stands in its kernels, so masks change without
+compiling.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Optimizer(ABC):
     name     in files
     state    names of the arrays that are kept for every weight, float32, 0 at first
     scalars  names of the numbers that `hyper` gives the formula
-    formula  assignments in order, of `values`, `gradients`, states and scalars: to every state, to `values` last, and to names of its own
+    formula  assignments in order, of `values`, `gradients`, states and scalars: to every state, to `values` last, and
+             to names of its own
     """
 
     lr: float = 0.1
@@ -63,7 +66,8 @@ class Optimizer(ABC):
 
 
 def read_optimizer(document: Mapping[str, Any]) -> Optimizer:
-    """The one that `to_json` told of; without a name it is SGD, as before there were others. Raises UnknownName, TypeError, SpecError."""
+    """The one that `to_json` told of; without a name it is SGD, as before there were others. Raises UnknownName,
+    TypeError, SpecError."""
     chosen = dict(document)
     return OPTIMIZERS.find(chosen.pop("name", "sgd"))(**chosen)
 
@@ -83,8 +87,8 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class UpdateUnits:
-    """Kernel "optimizer.update_units": as "optimizer.update" with n = units * source_block * row_block, then permutation (units,) int32
-    and transposed (n,): the new values in the order that the input gradient reads.
+    """Kernel "optimizer.update_units": as "optimizer.update" with n = units * source_block * row_block, then
+    permutation (units,) int32 and transposed (n,): the new values in the order that the input gradient reads.
 
     transposed[permutation[u], j, k] = values[u, k, j] for k < source_block, j < row_block.
     """
@@ -96,15 +100,22 @@ class UpdateUnits:
 
 @dataclass(frozen=True, slots=True)
 class CopyValues:
-    """Kernel "optimizer.copy": values (n,), places (m,) int32, copies (m,). copies[i] = values[places[i]]; n and m are symbolic."""
+    """Kernel "optimizer.copy": values (n,), places (m,) int32, copies (m,). copies[i] = values[places[i]]; n and m are
+    symbolic."""
 
 
-def update_reference(rule: str, values: np.ndarray, gradients: np.ndarray, *state_and_hyper: np.ndarray) -> list[np.ndarray]:
+def update_reference(
+    rule: str, values: np.ndarray, gradients: np.ndarray, *state_and_hyper: np.ndarray
+) -> list[np.ndarray]:
     """New [values, each state] in float64."""
     kind = OPTIMIZERS.find(rule)
     *state, hyper = state_and_hyper
-    known = {"values": values, "gradients": gradients, **dict(zip(kind.state, state, strict=True)),
-             **dict(zip(kind.scalars, hyper, strict=True))}
+    known = {
+        "values": values,
+        "gradients": gradients,
+        **dict(zip(kind.state, state, strict=True)),
+        **dict(zip(kind.scalars, hyper, strict=True)),
+    }
     for name, expression in kind.formula.items():
         known[name] = expression.evaluate(**known)
     return [known["values"], *(known[name] for name in kind.state)]

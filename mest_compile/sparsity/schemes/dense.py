@@ -10,7 +10,8 @@ from mest_compile.sparsity.scheme import Scheme, loads_shared, scheme
 @scheme("dense")
 @dataclass(frozen=True, slots=True)
 class Dense(Scheme):
-    """Units of 4x1 weights (2x1, 1x1 where channels are odd), so that four output channels share the loads; all of them live."""
+    """Units of 4x1 weights (2x1, 1x1 where channels are odd), so that four output channels share the loads; all of them
+    live."""
 
     name = "dense"
 
@@ -19,6 +20,8 @@ class Dense(Scheme):
 
     def live_units(self, layer: LayerSpec, sparsity: float) -> int:
         if sparsity != 0.0:
-            raise SparsityError(f"{layer.name}: scheme dense has sparsity 0, not {sparsity}; choose another scheme for a sparse layer")
+            raise SparsityError(
+                f"{layer.name}: scheme dense has sparsity 0, not {sparsity}; choose another scheme for a sparse layer"
+            )
         groups, sources, height, width = self.grid(layer)
         return groups * sources * height * width

@@ -1,4 +1,5 @@
-"""Candidates on this machine, in a worker process of their own: one that crashes or hangs is killed and costs its trial only."""
+"""Candidates on this machine, in a worker process of their own: one that crashes or hangs is killed and costs its trial
+only."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class LocalRunner(Runner):
 
         super().__init__(target, options)
         if target.device != "cpu":
-            raise UsageError(f"the local runner measures on CPUs, target {target.name!r} is an OpenCL device; leave out --runner")
+            raise UsageError(
+                f"the local runner measures on CPUs, target {target.name!r} is an OpenCL device; leave out --runner"
+            )
         self._worker = PopenWorker()
 
     def build(self, source: KernelSource, folder: Path) -> Path:

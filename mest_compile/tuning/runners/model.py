@@ -1,6 +1,8 @@
-"""Candidates for an ARM target without one: run and checked under emulation, ranked by modelled cycles or by executed instructions.
+"""Candidates for an ARM target without one: run and checked under emulation, ranked by modelled cycles or by executed
+instructions.
 
-Their "seconds" are cycles, or instructions, in units of 1e-9: a scale, not a time. Records say "modelled" and lose to any measured one.
+Their "seconds" are cycles, or instructions, in units of 1e-9: a scale, not a time. Records say "modelled" and lose to
+any measured one.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ class InstructionsRunner(Runner):
         except DeviceError as problem:
             return Timing(Outcome.CRASHED, message=str(problem))
         wrong = task.check(execution.arrays)
-        return Timing(Outcome.WRONG, message=wrong) if wrong else Timing(Outcome.OK, (self._count(execution) * MODEL_UNIT,))
+        return (
+            Timing(Outcome.WRONG, message=wrong)
+            if wrong
+            else Timing(Outcome.OK, (self._count(execution) * MODEL_UNIT,))
+        )
 
     def _count(self, execution: emulation.Execution) -> float:
         return execution.instructions

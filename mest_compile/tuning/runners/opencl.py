@@ -1,4 +1,5 @@
-"""Candidates for an OpenCL target on this machine's device, timed by its own clock; a driver that dies costs its trial only."""
+"""Candidates for an OpenCL target on this machine's device, timed by its own clock; a driver that dies costs its trial
+only."""
 
 from __future__ import annotations
 
@@ -42,8 +43,15 @@ class OpenclTuningRunner(Runner):
         return path
 
     def run(self, task: Task, artifact: Path, symbol: str, repeats: int | None = None) -> Timing:
-        return self._ask(run_and_time, task.kernel, task.problem, str(artifact), str(task.arrays), repeats or self.options.repeats,
-                         self.target.limits.name)
+        return self._ask(
+            run_and_time,
+            task.kernel,
+            task.problem,
+            str(artifact),
+            str(task.arrays),
+            repeats or self.options.repeats,
+            self.target.limits.name,
+        )
 
     def _ask(self, what: Callable[..., tuple[str, str, list[float]]], *arguments: object) -> Timing:
         self._worker.send(what, arguments, timeout=self.patience_seconds)
@@ -67,15 +75,21 @@ def compile_to(source: KernelSource, path: str) -> None:
     except BuildError:
         raise
     except Exception as problem:  # TVM raises many types
-        raise BuildError(f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}") from problem
+        raise BuildError(
+            f"kernel {source.kernel} does not compile for {source.target.name}: {str(problem).strip()[-300:]}"
+        ) from problem
     Path(path).write_text(found.to_json())
 
 
-def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeats: int, name: str | None) -> tuple[str, str, list[float]]:
+def run_and_time(
+    kernel: str, problem: Any, built: str, arrays_path: str, repeats: int, name: str | None
+) -> tuple[str, str, list[float]]:
     """(outcome, message, seconds of each run by the device's clock)."""
     arrays = Arrays.load(Path(arrays_path))
     try:
-        device, names = _device(kernel, problem, OpenclKernel.from_json(Path(built).read_text()), arrays.arguments, name)
+        device, names = _device(
+            kernel, problem, OpenclKernel.from_json(Path(built).read_text()), arrays.arguments, name
+        )
     except DeviceError as refusal:  # too much local memory for this device, or its compiler refuses the code
         return Outcome.BUILD_FAILED.value, str(refusal).splitlines()[0][:300], []
     after = answer_of(device, names, arrays.arguments)
@@ -83,5 +97,3 @@ def run_and_time(kernel: str, problem: Any, built: str, arrays_path: str, repeat
     if wrong:
         return Outcome.WRONG.value, wrong, []
     return Outcome.OK.value, "", [sum(device.profile("train", 1).values()) for _ in range(repeats)]
-
-

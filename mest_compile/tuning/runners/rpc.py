@@ -1,4 +1,5 @@
-"""Candidates on devices behind TVM's RPC tracker: compiled here, run and timed there, several devices of one key at once."""
+"""Candidates on devices behind TVM's RPC tracker: compiled here, run and timed there, several devices of one key at
+once."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ from mest_compile.tuning.worker import compile_kernel
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 60.0  # to wait for a device when none is left
-ASKING_SECONDS = 2.0     # for one, before looking whether another candidate has left one
-TRIES = 2                # of a candidate whose session ended: the first time the device may have been taken away
+ASKING_SECONDS = 2.0  # for one, before looking whether another candidate has left one
+TRIES = 2  # of a candidate whose session ended: the first time the device may have been taken away
 
 
 @runner("rpc")
 class RpcRunner(Runner):
-    """One session a device, as many as the tracker has, or `options.devices`. A device may vanish: its candidate goes to another one, or to
-    itself when it comes back. One that takes its session down twice is recorded as crashed.
+    """One session a device, as many as the tracker has, or `options.devices`. A device may vanish: its candidate goes
+    to another one, or to itself when it comes back. One that takes its session down twice is recorded as crashed.
 
     Times of an emulated device are marked so, and kept apart from those of all others.
     """
@@ -84,7 +85,9 @@ class RpcRunner(Runner):
             ending.start()
             try:
                 # What is counted is the same on every run.
-                timing = seat.time(task, artifact, symbol, 1 if self.measure is Measure.MODELLED else repeats or self.options.repeats)
+                timing = seat.time(
+                    task, artifact, symbol, 1 if self.measure is Measure.MODELLED else repeats or self.options.repeats
+                )
             except Exception as problem:  # of TVM's many types
                 if self.deadline.left <= 0:
                     self._leave(seat, False)
@@ -109,7 +112,8 @@ class RpcRunner(Runner):
             seat.session.close()
 
     def _take(self) -> _Seat:
-        """A device that is ours. Raises DeviceError when there is none in time; while another candidate has one, that is waited for."""
+        """A device that is ours. Raises DeviceError when there is none in time; while another candidate has one, that
+        is waited for."""
         end, waiting = time.monotonic() + self._device.wait_seconds, False
         while True:
             self.deadline.check()
@@ -129,8 +133,11 @@ class RpcRunner(Runner):
                     if not isinstance(problem, DeviceError):
                         raise
                     if not others and time.monotonic() >= end:
-                        raise DeviceError(f"{problem}; asked for {self._device.wait_seconds:g} s, again and again. What was measured is "
-                                          "recorded: start again to go on") from None
+                        raise DeviceError(
+                            f"{problem}; asked for {self._device.wait_seconds:g} s, again and again. What was "
+                            "measured is "
+                            "recorded: start again to go on"
+                        ) from None
                     if not others and not waiting:
                         waiting = True
                         log.warning("%s; waiting up to %g s", problem, self._device.wait_seconds)
@@ -165,15 +172,21 @@ class RpcRunner(Runner):
     def _know(self, facts: probe.DeviceFacts) -> None:
         """Raises TargetError when the target is another device's, or devices of one key differ."""
         if self.target.name == "local" and not facts.emulated and facts.cpu != cpu_of(self.target):
-            raise TargetError(f"target 'local' is this machine, {cpu_of(self.target)}; device {self._device} is {facts.cpu or 'unknown'}: "
-                              "choose a target that describes it")
+            raise TargetError(
+                f"target 'local' is this machine, {cpu_of(self.target)}; device {self._device} is "
+                f"{facts.cpu or 'unknown'}: "
+                "choose a target that describes it"
+            )
         if self._facts is None:
             self._facts = facts
             if facts.emulated:
                 self.measure = Measure.MODELLED if facts.clock.startswith(COUNTED) else Measure.EMULATED
         elif facts != self._facts:
-            raise TargetError(f"devices under the key {self._device.key!r} differ: {facts.cpu}, and before it {self._facts.cpu}; give each "
-                              "kind a key of its own")
+            raise TargetError(
+                f"devices under the key {self._device.key!r} differ: {facts.cpu}, and before it "
+                f"{self._facts.cpu}; give each "
+                "kind a key of its own"
+            )
 
 
 class _Seat:
