@@ -33,7 +33,7 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
             specs.append(
                 LayerSpec(
                     node.params["weight"],
-                    (*weight, *pad),
+                    (*weight, *pad),  # type: ignore[arg-type]
                     (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
                     tuple(node.attrs.get("stride", (1, 1))),
                     tuple(node.attrs.get("padding", (0, 0))),
