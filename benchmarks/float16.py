@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -76,7 +76,7 @@ def speed() -> dict[str, Any]:
     return {
         "comparisons": [
             compare(
-                replace(WIDE, scheme=scheme, threads=threads, activations="float16"), "mest-float32", repeats=ROUNDS
+                WIDE.but(scheme=scheme, threads=threads, activations="float16"), "mest-float32", repeats=ROUNDS
             ).to_dict()
             for scheme in SCHEMES[::2]
             for threads in (1, 2)
@@ -86,21 +86,16 @@ def speed() -> dict[str, Any]:
 
 def modelled() -> dict[str, Any]:
     from mest_compile.frontend import import_model
-    from mest_compile.hardware.target import find_target
     from mest_compile.measuring.analysis import analyse
-    from mest_compile.models.catalog import build_model
-    from mest_compile.sparsity import parse_scheme
 
-    shape = (8, *WIDE.input_shape[1:])
-    graph, _ = import_model(build_model(WIDE.model, shape, WIDE.classes, WIDE.width, WIDE.seed), shape)
+    few = replace(WIDE, input_shape=(8, *WIDE.input_shape[1:])).but(target=TARGET)
+    graph, _ = import_model(few.network(), few.input_shape)
     return {
         "target": TARGET,
         "layers": LAYERS,
         "schemes": {
             scheme: {
-                name: analyse(
-                    graph, parse_scheme(scheme), WIDE.sparsity, find_target(TARGET), only=LAYERS, activations=name
-                ).to_dict()["totals"]
+                name: analyse(graph, few.but(scheme=scheme, activations=name).options, LAYERS).to_dict()["totals"]
                 for name in ACTIVATIONS
             }
             for scheme in SCHEMES
@@ -162,7 +157,7 @@ def main() -> int:
     wanted = parser.parse_args().parts
     if unknown := set(wanted) - PARTS.keys():
         parser.error(f"there is no part {min(unknown)}")
-    results: dict[str, Any] = {"command": "python benchmarks/float16.py accuracy speed cycles", "case": asdict(WIDE)}
+    results: dict[str, Any] = {"command": "python benchmarks/float16.py accuracy speed cycles", "case": WIDE.to_json()}
     if FILE.exists():
         results = json.loads(FILE.read_text())
     try:

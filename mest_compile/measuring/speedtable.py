@@ -20,7 +20,7 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare, median_interval
 from mest_compile.measuring.contestants import PROGRAM, STEP, Case, find_interpreter
-from mest_compile.models.catalog import MODELS, build_model, model_names
+from mest_compile.models.catalog import MODELS, model_names
 from mest_compile.sparsity import parse_scheme
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from mest_compile.devices.session import Device
-    from mest_compile.runtime.step import TrainStep
 
 MIB = 2**20
 DENSE = "mest-dense"  # the baseline on a device, which has no torch
@@ -296,16 +295,8 @@ def speed_table(
             f"{list(sparsities)}"
         )
     pairs = [(scheme, sparsity) for scheme in names for sparsity in sparsities]
-    case = Case(
-        "",
-        tuple(input_shape),
-        width,
-        classes,
-        target=target,
-        threads=threads,
-        seed=seed,
-        distribution=distribution,
-        activations=activations,
+    case = Case("", tuple(input_shape), width, classes).but(
+        target=target, threads=threads, seed=seed, distribution=distribution, activations=activations
     )
     say = progress or (lambda what, done, total: None)
     if device is not None:
@@ -315,15 +306,15 @@ def speed_table(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, str):
             _check_name(model)
-            build_model(model, case.input_shape, classes, width, seed)
             case = replace(case, model=model)
+            case.network()  # says what is wrong with it
         else:
             case = replace(case, model=scratch, classes=_export(model, case, baseline, Path(scratch)))
         rows, found, problems = [], None, []
         for number, (scheme, sparsity) in enumerate(pairs):
-            here = replace(case, scheme=scheme, sparsity=sparsity)
             say(f"{scheme} {sparsity}", number, len(pairs))
             try:
+                here = case.but(scheme=scheme, sparsity=sparsity)
                 if not isinstance(model, str):
                     _compile_into(model, here, Path(scratch))
                 found = compare(here, baseline, repeats=repeats)
@@ -352,20 +343,18 @@ def _on_device(
     """A device takes one step at a time: first the baseline, then every pair."""
     from importlib import metadata
 
+    from mest_compile.compiling import compile_step
     from mest_compile.devices.probe import check
 
-    target = find_target(case.target)
+    target = find_target(case.options.target)
     with closing(device.open()) as session:
         place, there = session.place(target.device), check(session, target)
         driver = {} if backend_of(target).processor else {target.device: str(place.device_name)}
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
-        net = (
-            build_model(model, case.input_shape, case.classes, case.width, case.seed)
-            if isinstance(model, str)
-            else model
-        )
-        with closing(_compiled(net, replace(case, scheme=scheme, sparsity=sparsity), device)) as step:
+        net = replace(case, model=model).network() if isinstance(model, str) else model
+        options = case.but(scheme=scheme, sparsity=sparsity).options
+        with closing(compile_step(net, case.input_shape, options, device)) as step:
             return step.device_seconds(*case.batch(), repeats), step.memory()["total"]
 
     say(DENSE, 0, len(pairs))
@@ -398,9 +387,9 @@ def _facts(model: str | torch.nn.Module, case: Case, baseline: str, repeats: int
         "model": model if isinstance(model, str) else type(model).__name__,
         "width": case.width,
         "input_shape": list(case.input_shape),
-        "distribution": case.distribution,
-        "activations": case.activations,
-        "target": case.target,
+        "distribution": case.options.distribution,
+        "activations": case.options.activations,
+        "target": str(case.options.target),
         "baseline": baseline,
         "threads": case.threads,
         "repeats": repeats,
@@ -437,25 +426,9 @@ def _export(model: torch.nn.Module, case: Case, baseline: str, folder: Path) -> 
 
 def _compile_into(model: torch.nn.Module, case: Case, folder: Path) -> None:
     """Writes our compiled step, for our process."""
-    _compiled(model, case).save(folder / STEP)
+    from mest_compile.compiling import compile_step
 
-
-def _compiled(model: torch.nn.Module, case: Case, device: Device | None = None) -> TrainStep:
-    import mest_compile as mest
-
-    return mest.compile(
-        model,
-        case.input_shape,
-        scheme=case.scheme,
-        sparsity=case.sparsity,
-        distribution=case.distribution,
-        target=case.target,
-        threads=case.threads,
-        seed=case.seed,
-        device=device,
-        optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-        activations=case.activations,
-    )
+    compile_step(model, case.input_shape, case.options).save(folder / STEP)
 
 
 def _write(path: str | Path, text: str) -> None:

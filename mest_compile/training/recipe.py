@@ -15,6 +15,7 @@ from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.options import StepOptions, find_loss
 from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.sieve import SieveRule
 
@@ -315,6 +316,15 @@ class Recipe:
 
     def _interval(self) -> int:
         return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
+
+    def step_options(self, options: StepOptions) -> StepOptions:
+        """`options` with what a recipe decides: seed, learning rate where it has one, label smoothing, and room for the
+        densest phase of a model with one sparsity. Raises SparsityError, UsageError.
+        """
+        rule = options.optimizer if self.lr is None else dataclasses.replace(options.optimizer, lr=self.lr)
+        loss = find_loss(options.loss, self.label_smoothing)
+        room = options.grow_to if isinstance(options.sparsity, Mapping) else self.densest(options.sparsity)
+        return dataclasses.replace(options, optimizer=rule, seed=self.seed, loss=loss, grow_to=room)
 
     def densest(self, sparsity: float) -> float:
         """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be
