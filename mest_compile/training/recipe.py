@@ -20,7 +20,7 @@ from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.sieve import SieveRule
 
 # The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
-PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES, PAPER_LR = 160, 5, (90, 120), 0.1
+PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES = 160, 5, (90, 120)
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
@@ -366,11 +366,6 @@ class Recipe:
 
     def _phase_of(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch < phase.until_epoch)
-
-
-def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe:
-    """The paper's recipe for a method at a target sparsity, its 160-epoch schedule scaled to `epochs`."""
-    return Recipe(**{"epochs": epochs, "method": method, "lr": PAPER_LR, **settings}).resolved(sparsity)
 
 
 def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:

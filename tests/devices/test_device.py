@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from device import emulated
+from libraries import check_library
 from test_step import assert_like_torch, make_batches, masked_steps
 from test_tuning import spoilt
 
@@ -21,7 +22,7 @@ from mest_compile.hardware.target import find_target
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.elf import read_library
 from mest_compile.kernels.linkers import linkers
-from mest_compile.kernels.linking import check_library, link_kernel
+from mest_compile.kernels.linking import link_kernel
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step

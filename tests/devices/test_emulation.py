@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_gather
 import test_nonfinite
+from libraries import check_library
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
@@ -19,7 +20,7 @@ from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
-from mest_compile.kernels.linking import check_library, link_kernel
+from mest_compile.kernels.linking import link_kernel
 from mest_compile.kernels.source import kernel_source
 from mest_compile.measuring.analysis import analyse, emulate
 from mest_compile.models.catalog import build_model
