@@ -22,7 +22,7 @@ from mest_compile.base.files import write_json
 from mest_compile.compiling import compile_step
 from mest_compile.kernels.cache import Builder
 from mest_compile.measuring.benchmark import machine
-from mest_compile.measuring.contestants import Case
+from mest_compile.measuring.case import Case
 from mest_compile.tuning.task import Task, prepare, tasks_of
 from mest_compile.tuning.worker import copies_of
 

@@ -24,7 +24,7 @@ from mest_compile.cli.options import (
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
-    from mest_compile.measuring.contestants import Case
+    from mest_compile.measuring.case import Case
 
 
 def bench(
@@ -61,7 +61,7 @@ def bench(
     Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense,
     channels_last.
     """
-    from mest_compile.measuring.contestants import Case
+    from mest_compile.measuring.case import Case
 
     if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
         raise UsageError(

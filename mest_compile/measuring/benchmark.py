@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import MestError, UsageError
-from mest_compile.measuring.contestants import Built, Case, find_contestant, find_interpreter, run_miniature
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import Built, find_contestant, find_interpreter, run_miniature
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ANSWER_SECONDS = 3600  # that a contestant may take for one answer; compiling a step takes minutes

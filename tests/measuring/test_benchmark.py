@@ -14,7 +14,8 @@ import mest_compile as mest
 from mest_compile import compiling
 from mest_compile.base.errors import MestError, NotInstalled, UnknownName, UsageError
 from mest_compile.measuring import benchmark
-from mest_compile.measuring.benchmark import Case, Comparison, Side, compare, median_interval
+from mest_compile.measuring.benchmark import Comparison, Side, compare, median_interval
+from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import (
     CONTESTANTS,
     ENVIRONMENTS,
@@ -237,7 +238,8 @@ LOADED = """
 import sys
 import mest_compile as mest
 from mest_compile.measuring import benchmark
-from mest_compile.measuring.contestants import Case, find_contestant, run_miniature
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import find_contestant, run_miniature
 import mest_compile as mest
 
 contestant = find_contestant("mest")

@@ -12,8 +12,9 @@ import run
 import mest_compile as mest
 from mest_compile.base.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.measuring.benchmark import Comparison, Side
-from mest_compile.measuring.contestants import Case
-from mest_compile.measuring.speedtable import COLUMNS, Row, SpeedTable, speed_table
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.speedtable import speed_table
+from mest_compile.measuring.table import COLUMNS, Row, SpeedTable
 
 MIB = 2**20
 

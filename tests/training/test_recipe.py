@@ -10,7 +10,8 @@ import pytest
 
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
 from mest_compile.sparsity.mutation import Phase
-from mest_compile.training.recipe import METHODS, Recipe
+from mest_compile.training.methods import METHODS
+from mest_compile.training.recipe import Recipe
 from mest_compile.training.sieve import SieveRule
 
 
