@@ -29,6 +29,8 @@ import documents
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import machine
+from mest_compile.options import StepOptions
+from mest_compile.sparsity import parse_scheme
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.sieve import SieveRule
 
@@ -116,7 +118,7 @@ def kind(run: Run, sparsity: float) -> str:
 
 def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
     """The run's step before training."""
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
 
     model = build_model(MODEL, shape, classes, WIDTH, run.seed)
@@ -124,16 +126,8 @@ def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
         from torchstep import TorchStep
 
         return TorchStep(model, shape, classes, LR)
-    return mest.compile(
-        model,
-        shape,
-        scheme=run.scheme,
-        sparsity=run.sparsity,
-        threads=1,
-        seed=run.seed,
-        grow_to=recipe_of(run).densest(run.sparsity),
-        activations=run.activations,
-    )
+    options = StepOptions(parse_scheme(run.scheme), run.sparsity, threads=1, activations=run.activations)
+    return compile_step(model, shape, recipe_of(run).step_options(options))
 
 
 def measure_pace(data_folder: Path | None) -> dict[str, Any]:

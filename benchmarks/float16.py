@@ -25,6 +25,7 @@ from run import RESULTS, WIDE
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import compare, machine
+from mest_compile.options import StepOptions
 
 FILE, DOCUMENT = RESULTS / "float16.json", HERE.parent / "docs" / "memory.md"
 embed = partial(documents.embed, what="float16")
@@ -37,6 +38,7 @@ ROUNDS = 9
 def accuracy() -> dict[str, Any]:
     """Test accuracy of every seed and what the batches' losses were at the end."""
     import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.data import load
     from mest_compile.models.catalog import build_model
 
@@ -46,17 +48,8 @@ def accuracy() -> dict[str, Any]:
     for seed in SEEDS:
         for name, runs in found.items():
             recipe = mest.Recipe(epochs=EPOCHS, method="em_s", lr=0.1, seed=seed)
-            step = mest.compile(
-                build_model(MODEL, shape, 10, None, seed),
-                shape,
-                scheme="block:4x1",
-                sparsity=0.9,
-                seed=seed,
-                threads=1,
-                optimizer=mest.SGD(lr=recipe.lr),
-                grow_to=recipe.densest(0.9),
-                activations=name,
-            )
+            options = recipe.step_options(StepOptions(threads=1, activations=name))
+            step = compile_step(build_model(MODEL, shape, 10, None, seed), shape, options)
             run = mest.Trainer(step, recipe).fit(split.train, split.test)
             runs.append({"seed": seed, "test_accuracy": run.test_accuracy, "loss": run.history[-1]["loss"]})
             print(f"seed {seed}, {name}: {run.test_accuracy:.4f}", file=sys.stderr)

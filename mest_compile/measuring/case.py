@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from mest_compile.options import StepOptions
 if TYPE_CHECKING:
     import torch
 
-# What a case is compiled with that says no other.
-USUAL = StepOptions(threads=1, optimizer=SGD(lr=0.01))
+
+def usual() -> StepOptions:
+    """What a case is compiled with that says no other."""
+    return StepOptions(threads=1, optimizer=SGD(lr=0.01))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Case:
     input_shape: tuple[int, ...] = (64, 3, 32, 32)
     width: int | None = None
     classes: int = 10
-    options: StepOptions = USUAL
+    options: StepOptions = field(default_factory=usual)
 
     def but(self, **options: Any) -> Case:
         """The same with other options of the step."""

@@ -30,11 +30,6 @@ SWAPPED_ABOVE = 0.8  # SparseProp leaves layers dense that are not sparser than 
 SPARSEPROP_VECTOR = 8  # examples that its convolution takes at a time; those left over it leaves out
 
 
-# One step of this net is run before memory is counted, so that code which libraries load on first use counts as
-# imported on every side.
-MINIATURE = Case("vgg11", (8, 3, 8, 8), width=4).but(scheme="unstructured")
-
-
 @dataclass(frozen=True, slots=True)
 class Built:
     """A training step that returns its loss, and what its builder knows about it.
@@ -349,7 +344,9 @@ CONTESTANTS = {
 
 
 def run_miniature(contestant: Contestant, threads: int) -> bool:
-    """Builds and runs the contestant's miniature once; True when something was compiled that is ready next time."""
-    built = contestant.miniature(MINIATURE.but(threads=threads))
+    """Builds and runs the contestant's miniature once, before memory is counted; True when something was compiled that
+    is ready next time."""
+    # Code which libraries load on first use counts as imported on every side.
+    built = contestant.miniature(Case("vgg11", (8, 3, 8, 8), width=4).but(scheme="unstructured", threads=threads))
     built.step()
     return built.cold
