@@ -22,17 +22,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import documents
-import numpy as np
 
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import machine
-from mest_compile.operators.optimizers.sgd import SGD
-from mest_compile.runtime import checkpoint
+from mest_compile.options import StepOptions
+from mest_compile.sparsity import parse_scheme
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.sieve import SieveRule
 
@@ -91,84 +89,6 @@ def runs() -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS for run in [*(Run(*row) for row in rows), *halves]]
 
 
-class TorchStep:
-    """Dense torch with the interface of a compiled step, so that one epoch loop trains both."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int, seed: int):
-        import torch
-
-        from mest_compile.models.catalog import build_model
-
-        torch.set_num_threads(1)
-        self.input_shape, self.batch, self.classes = shape, shape[0], classes
-        self.optimizer, self.asked_lr = SGD(lr=LR), None
-        self._torch = torch
-        self._model = build_model(MODEL, shape, classes, WIDTH, seed).to(memory_format=torch.channels_last)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
-
-    def _images(self, images: np.ndarray) -> Any:
-        return self._torch.from_numpy(images).to(memory_format=self._torch.channels_last)
-
-    def __call__(self, images: np.ndarray, labels: np.ndarray, lr: float, ahead: Any = None) -> SimpleNamespace:
-        self._optimizer.param_groups[0]["lr"] = lr
-        self._optimizer.zero_grad()
-        answers, wanted = self._model.train()(self._images(images)), self._torch.from_numpy(labels)
-        loss = self._torch.nn.functional.cross_entropy(answers, wanted)
-        loss.backward()
-        self._optimizer.step()
-        return SimpleNamespace(loss=loss.item(), correct=(answers.argmax(1) == wanted).numpy())
-
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        with self._torch.no_grad():
-            return self._model.eval()(self._images(images)).numpy()
-
-    def save(self, path: Path, extra: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        momentum = {
-            name: self._optimizer.state[parameter]["momentum_buffer"].numpy()
-            for name, parameter in self._model.named_parameters()
-            if parameter in self._optimizer.state
-        }
-        checkpoint.write(
-            path,
-            {
-                **{f"model/{name}": value.numpy() for name, value in self._model.state_dict().items()},
-                **{f"momentum/{name}": value for name, value in momentum.items()},
-            },
-            {"extra": dict(extra)},
-        )
-
-    def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        arrays, facts = checkpoint.read(path)
-        tensors = {name: self._torch.from_numpy(array) for name, array in arrays.items()}
-        self._model.load_state_dict(
-            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        )
-        for name, parameter in self._model.named_parameters():
-            if f"momentum/{name}" in tensors:
-                self._optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{name}"].clone(
-                    memory_format=self._torch.channels_last if parameter.dim() == 4 else self._torch.contiguous_format
-                )
-        return facts["extra"], {}
-
-    def describe(self) -> dict[str, Any]:
-        return {"sparsity": {}}
-
-    def not_finite(self) -> list[str]:
-        return [name for name, value in self._model.state_dict().items() if not bool(self._torch.isfinite(value).all())]
-
-    def check_room(self, grow_to: float) -> None:
-        pass
-
-    def masks(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def sparsity(self) -> dict[str, float]:
-        return {}
-
-    def memory(self) -> dict[str, int]:
-        return {}
-
-
 def recipe_of(run: Run) -> Recipe:
     """What the run is trained by."""
     return Recipe(
@@ -198,21 +118,16 @@ def kind(run: Run, sparsity: float) -> str:
 
 def compiled(run: Run, shape: tuple[int, ...], classes: int) -> Any:
     """The run's step before training."""
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
 
+    model = build_model(MODEL, shape, classes, WIDTH, run.seed)
     if run.method == "torch":
-        return TorchStep(shape, classes, run.seed)
-    return mest.compile(
-        build_model(MODEL, shape, classes, WIDTH, run.seed),
-        shape,
-        scheme=run.scheme,
-        sparsity=run.sparsity,
-        threads=1,
-        seed=run.seed,
-        grow_to=recipe_of(run).densest(run.sparsity),
-        activations=run.activations,
-    )
+        from torchstep import TorchStep
+
+        return TorchStep(model, shape, classes, LR)
+    options = StepOptions(parse_scheme(run.scheme), run.sparsity, threads=1, activations=run.activations)
+    return compile_step(model, shape, recipe_of(run).step_options(options))
 
 
 def measure_pace(data_folder: Path | None) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mest_compile as mest
 from mest_compile.base.files import write_json
+from mest_compile.compiling import compile_step
 from mest_compile.kernels.cache import Builder
 from mest_compile.measuring.benchmark import machine
-from mest_compile.measuring.contestants import Case
-from mest_compile.models.catalog import build_model
+from mest_compile.measuring.case import Case
 from mest_compile.tuning.task import Task, prepare, tasks_of
 from mest_compile.tuning.worker import copies_of
 
@@ -34,9 +33,8 @@ STATES = ("cached", "fetched", "as tuning has them")
 
 def measure(scheme: str, rounds: int) -> dict[str, dict[str, float]]:
     """{kernel and phase: {state: ms of all its calls}} of the kernels that a step runs on."""
-    model = build_model(CASE.model, CASE.input_shape, CASE.classes, CASE.width, CASE.seed)
     builder = Builder()
-    step = mest.compile(model, CASE.input_shape, scheme=scheme, sparsity=CASE.sparsity, threads=1, builder=builder)
+    step = compile_step(CASE.network(), CASE.input_shape, CASE.but(scheme=scheme).options, builder=builder)
     phases = {call.name: call.phase or call.stage for call in step.program.calls}
     target, choices = step._compiled.facts.target, step.kernel_choices()
     found: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STATES, 0.0))

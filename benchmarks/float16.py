@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -25,6 +25,7 @@ from run import RESULTS, WIDE
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import compare, machine
+from mest_compile.options import StepOptions
 
 FILE, DOCUMENT = RESULTS / "float16.json", HERE.parent / "docs" / "memory.md"
 embed = partial(documents.embed, what="float16")
@@ -37,6 +38,7 @@ ROUNDS = 9
 def accuracy() -> dict[str, Any]:
     """Test accuracy of every seed and what the batches' losses were at the end."""
     import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.data import load
     from mest_compile.models.catalog import build_model
 
@@ -46,17 +48,8 @@ def accuracy() -> dict[str, Any]:
     for seed in SEEDS:
         for name, runs in found.items():
             recipe = mest.Recipe(epochs=EPOCHS, method="em_s", lr=0.1, seed=seed)
-            step = mest.compile(
-                build_model(MODEL, shape, 10, None, seed),
-                shape,
-                scheme="block:4x1",
-                sparsity=0.9,
-                seed=seed,
-                threads=1,
-                optimizer=mest.SGD(lr=recipe.lr),
-                grow_to=recipe.densest(0.9),
-                activations=name,
-            )
+            options = recipe.step_options(StepOptions(threads=1, activations=name))
+            step = compile_step(build_model(MODEL, shape, 10, None, seed), shape, options)
             run = mest.Trainer(step, recipe).fit(split.train, split.test)
             runs.append({"seed": seed, "test_accuracy": run.test_accuracy, "loss": run.history[-1]["loss"]})
             print(f"seed {seed}, {name}: {run.test_accuracy:.4f}", file=sys.stderr)
@@ -76,7 +69,7 @@ def speed() -> dict[str, Any]:
     return {
         "comparisons": [
             compare(
-                replace(WIDE, scheme=scheme, threads=threads, activations="float16"), "mest-float32", repeats=ROUNDS
+                WIDE.but(scheme=scheme, threads=threads, activations="float16"), "mest-float32", repeats=ROUNDS
             ).to_dict()
             for scheme in SCHEMES[::2]
             for threads in (1, 2)
@@ -86,21 +79,16 @@ def speed() -> dict[str, Any]:
 
 def modelled() -> dict[str, Any]:
     from mest_compile.frontend import import_model
-    from mest_compile.hardware.target import find_target
     from mest_compile.measuring.analysis import analyse
-    from mest_compile.models.catalog import build_model
-    from mest_compile.sparsity import parse_scheme
 
-    shape = (8, *WIDE.input_shape[1:])
-    graph, _ = import_model(build_model(WIDE.model, shape, WIDE.classes, WIDE.width, WIDE.seed), shape)
+    few = replace(WIDE, input_shape=(8, *WIDE.input_shape[1:])).but(target=TARGET)
+    graph, _ = import_model(few.network(), few.input_shape)
     return {
         "target": TARGET,
         "layers": LAYERS,
         "schemes": {
             scheme: {
-                name: analyse(
-                    graph, parse_scheme(scheme), WIDE.sparsity, find_target(TARGET), only=LAYERS, activations=name
-                ).to_dict()["totals"]
+                name: analyse(graph, few.but(scheme=scheme, activations=name).options, LAYERS).to_dict()["totals"]
                 for name in ACTIVATIONS
             }
             for scheme in SCHEMES
@@ -162,7 +150,7 @@ def main() -> int:
     wanted = parser.parse_args().parts
     if unknown := set(wanted) - PARTS.keys():
         parser.error(f"there is no part {min(unknown)}")
-    results: dict[str, Any] = {"command": "python benchmarks/float16.py accuracy speed cycles", "case": asdict(WIDE)}
+    results: dict[str, Any] = {"command": "python benchmarks/float16.py accuracy speed cycles", "case": WIDE.to_json()}
     if FILE.exists():
         results = json.loads(FILE.read_text())
     try:

@@ -17,9 +17,9 @@ import documents
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically
 from mest_compile.frontend import import_model
-from mest_compile.hardware.target import find_target
 from mest_compile.measuring.analysis import analyse
 from mest_compile.models.catalog import build_model
+from mest_compile.options import StepOptions
 from mest_compile.sparsity import parse_scheme
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def measure() -> dict[str, Any]:
 
     for scheme in SCHEMES:
         found[scheme] = analyse(
-            graph, parse_scheme(scheme), SPARSITY, find_target(TARGET), only=LAYERS, progress=tell
+            graph, StepOptions(parse_scheme(scheme), SPARSITY, target=TARGET), LAYERS, progress=tell
         ).to_dict()
     return {
         "command": "python benchmarks/neon.py",

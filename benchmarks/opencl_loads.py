@@ -22,10 +22,9 @@ from mest_compile.backends.opencl.code import compile_opencl
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.source import kernel_source
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.sparsity import parse_scheme
 
 SHAPE, WIDTH, LAYER, TARGET = (64, 3, 32, 32), 32, "layer1.1.conv1", "mali-g78"
@@ -79,12 +78,11 @@ def rows(schemes: tuple[str, ...] = SCHEMES) -> list[dict[str, Any]]:
     target, found = find_target(TARGET), []
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, WIDTH), SHAPE)
     for scheme in schemes:
-        layers = plan_layers(graph, parse_scheme(scheme), 0.9, "uniform", None, target)
-        program, _ = lower(fuse(graph), layers, target)
-        spec = layers[f"{LAYER}.weight"].spec
+        plan = plan_step(graph, StepOptions(parse_scheme(scheme), target=target))
+        spec = plan.layers[f"{LAYER}.weight"].spec
         height, width = spec.output_size
         flop = 2 * 0.1 * WIDTH * WIDTH * 9 * height * width * SHAPE[0]
-        for call in program.calls:
+        for call in plan.train.calls:
             if call.layer == f"{LAYER}.weight" and call.phase:
                 asked, operations = counted(
                     compile_opencl(kernel_source(call.kernel, call.problem, target).text, "k", target).source

@@ -16,7 +16,7 @@ import threads
 
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically
-from mest_compile.measuring.speedtable import Row, SpeedTable
+from mest_compile.measuring.table import Row, SpeedTable
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, README = ROOT / "benchmarks" / "results", ROOT / "README.md"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,11 @@ from mest_compile.base.files import write_atomically
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import ITEM_BYTES, Call
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.batch_norm import BatchNormMoments
 from mest_compile.operators.layers.family import masked_elems
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 
@@ -61,11 +61,11 @@ class Row:
 def rows(target: Target) -> dict[tuple[str, str], Row]:
     """{(kernel, phase): Row} of a training step."""
     graph, _ = import_model(build_model(MODEL, SHAPE, 10, WIDTH), SHAPE)
-    layers = plan_layers(graph, parse_scheme(SCHEME), SPARSITY, "uniform", None, target)
-    program, _ = lower(fuse(graph), layers, target)
+    plan = plan_step(graph, StepOptions(parse_scheme(SCHEME), SPARSITY, target=target))
+    layers = plan.layers
     live = {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
     found: dict[tuple[str, str], Row] = defaultdict(Row)
-    for call in program.calls:
+    for call in plan.train.calls:
         row = found[call.kernel, call.stage if call.phase in ("", "grad_bias") else call.phase]
         row.calls += 1
         row.flop += _flop(call, layers, live)
@@ -73,7 +73,7 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
     return dict(found)
 
 
-def _flop(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
+def _flop(call: Call, layers: Mapping[str, Layer], live: dict[str, int]) -> int:
     name = call.layer
     if call.kernel.rpartition(".")[2] not in ("conv", "grad") or name not in layers:
         return 0
@@ -82,7 +82,7 @@ def _flop(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
     return 2 * live[name] * layer.scheme.cell_elems(layer.spec) * height * width * SHAPE[0]
 
 
-def _moved_bytes(call: Call, layers: dict[str, Layer], live: dict[str, int]) -> int:
+def _moved_bytes(call: Call, layers: Mapping[str, Layer], live: dict[str, int]) -> int:
     image = call.buffers[0].image
     if call.kernel == "image.zero_halo" and image:  # touches the border alone
         return (image.elems - image.channels * image.height * image.width * image.batch) * ITEM_BYTES["float32"]

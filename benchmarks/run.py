@@ -13,14 +13,14 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import MestError, NotInstalled, StateError
 from mest_compile.base.files import write_json
 from mest_compile.measuring.benchmark import compare
-from mest_compile.measuring.contestants import SWAPPED_ABOVE, Case
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import SWAPPED_ABOVE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMES = ("unstructured", "block:4x1", "pattern", "filter", "channel")
@@ -33,48 +33,47 @@ def full() -> Iterator[tuple[Case, str]]:
     """What is published: (case, rival)."""
     for scheme in SCHEMES:
         for sparsity in SPARSITIES:
-            yield replace(WIDE, scheme=scheme, sparsity=sparsity), "torch"
-    yield replace(WIDE, scheme="block:4x1", memory_budget=LEAN_BYTES), "torch"
+            yield WIDE.but(scheme=scheme, sparsity=sparsity), "torch"
+    yield WIDE.but(scheme="block:4x1", memory_budget=LEAN_BYTES), "torch"
     for net in (NARROW, Case("vgg11")):
         for scheme in SCHEMES:
-            yield replace(net, scheme=scheme), "torch"
+            yield net.but(scheme=scheme), "torch"
     for scheme in ("unstructured", "block:4x1"):  # a linear layer has no patterns; whole filters of it are neurons
-        yield Case("mlp", (64, 3, 32, 32), scheme=scheme), "torch"
+        yield Case("mlp").but(scheme=scheme), "torch"
     for scheme in ("unstructured", "block:4x1"):
         for rival in ("torch", "mest-one-thread"):
-            yield replace(WIDE, scheme=scheme, threads=2), rival
+            yield WIDE.but(scheme=scheme, threads=2), rival
     for net in (WIDE, NARROW, Case("vgg11")):
         for scheme in SCHEMES:
-            yield replace(net, scheme=scheme), "mest-untuned"
+            yield net.but(scheme=scheme), "mest-untuned"
     for scheme in ("block:4x1", "pattern"):  # tuned on one thread
-        yield replace(WIDE, scheme=scheme, threads=2), "mest-untuned"
-        yield replace(WIDE, scheme=scheme), "mest-avx2"
+        yield WIDE.but(scheme=scheme, threads=2), "mest-untuned"
+        yield WIDE.but(scheme=scheme), "mest-avx2"
     for net in (NARROW, WIDE):
         for sparsity in SPARSITIES:
             if sparsity > SWAPPED_ABOVE:
-                yield replace(net, scheme="unstructured", sparsity=sparsity), "sparseprop"
+                yield net.but(scheme="unstructured", sparsity=sparsity), "sparseprop"
         for rival in ("torch-compile", "onnxruntime-training"):
-            yield replace(net, scheme="block:4x1"), rival
+            yield net.but(scheme="block:4x1"), rival
 
 
 def quick() -> Iterator[tuple[Case, str]]:
     """That it works, in seconds."""
-    yield Case("mlp", (8, 3, 32, 32), width=64, scheme="block:4x1"), "torch"
-    yield Case("mlp", (8, 3, 32, 32), width=64, scheme="unstructured"), "sparseprop"
+    yield Case("mlp", (8, 3, 32, 32), width=64).but(scheme="block:4x1"), "torch"
+    yield Case("mlp", (8, 3, 32, 32), width=64).but(scheme="unstructured"), "sparseprop"
 
 
 def key(case: Case, rival: str) -> str:
     width = "" if case.width is None else f" width {case.width}"
     shape = "x".join(map(str, case.input_shape))
-    budget = "" if case.memory_budget is None else f" in {case.memory_budget} bytes"
-    return f"{case.model}{width} {shape} {case.scheme} {case.sparsity} threads {case.threads}{budget} vs {rival}"
+    options = case.options
+    budget = "" if options.memory_budget is None else f" in {options.memory_budget} bytes"
+    return f"{case.model}{width} {shape} {options.scheme} {options.sparsity} threads {case.threads}{budget} vs {rival}"
 
 
 def is_done(entry: dict[str, Any] | None, case: Case, rounds: int) -> bool:
     """Whether a comparison of this very case with at least as many rounds is there."""
-    return bool(
-        entry and len(entry.get("ratios", ())) >= rounds and entry["case"] == json.loads(json.dumps(asdict(case)))
-    )
+    return bool(entry and len(entry.get("ratios", ())) >= rounds and Case.from_json(entry["case"]) == case)
 
 
 def measure(case: Case, rival: str, rounds: int) -> dict[str, Any]:
@@ -82,9 +81,9 @@ def measure(case: Case, rival: str, rounds: int) -> dict[str, Any]:
     try:
         return compare(case, rival, repeats=rounds).to_dict()
     except NotInstalled as problem:
-        return {"case": asdict(case), "skipped": str(problem)}
+        return {"case": case.to_json(), "skipped": str(problem)}
     except MestError as problem:
-        return {"case": asdict(case), "failed": str(problem)}
+        return {"case": case.to_json(), "failed": str(problem)}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -27,15 +27,13 @@ LEAST_SHARE = 0.01  # of the step: operators below it are joined in one row
 
 def measure(scheme: str, rounds: int) -> dict[str, Any]:
     """{"step": [seconds a thread count], "operators": {"kernel, phase": the same}}."""
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.measuring.profiling import profile
-    from mest_compile.models.catalog import build_model
 
     images, labels = WIDE.batch()
-    model = build_model(WIDE.model, WIDE.input_shape, WIDE.classes, WIDE.width, WIDE.seed)
+    model = WIDE.network()
     steps = [
-        mest.compile(model, WIDE.input_shape, scheme=scheme, sparsity=WIDE.sparsity, threads=threads, seed=WIDE.seed)
-        for threads in THREADS
+        compile_step(model, WIDE.input_shape, WIDE.but(scheme=scheme, threads=threads).options) for threads in THREADS
     ]
     seen: list[list[dict[str, float]]] = [[] for _ in THREADS]
     for _ in range(rounds):

@@ -23,21 +23,17 @@ from mest_compile.ir.program import FUNCTIONS, Program
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
-from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.losses.cross_entropy import CrossEntropy
-from mest_compile.operators.losses.loss import LOSSES, Loss
-from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer
+from mest_compile.operators.losses.loss import Loss
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.operators.optimizers.sgd import USUAL
-from mest_compile.planning.facts import Facts
-from mest_compile.planning.layers import plan_layers, say_what_stays_dense
-from mest_compile.planning.layout import choose_sections, choose_vector
-from mest_compile.planning.memory import meet_budget, usually_recomputed, warn_beyond_memory
+from mest_compile.options import StepOptions, find_loss
+from mest_compile.planning.layers import say_what_stays_dense
+from mest_compile.planning.memory import warn_beyond_memory
+from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_scheme
-from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import overall_sparsity, with_room
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
@@ -53,7 +49,7 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 # would give one.
 os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 
-Tuned = Records | Mapping[str, Mapping[str, Mapping[str, Any]]]
+Knobs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # program -> call -> what a checkpoint noted of its kernel
 
 
 def compile(
@@ -112,52 +108,49 @@ def compile(
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
+    options = StepOptions(
+        scheme=parse_scheme(scheme),
+        sparsity=sparsity,
+        distribution=distribution,
+        dense_layers=dense_layers,
+        optimizer=USUAL if optimizer is None else optimizer,
+        target=target,
+        threads=threads,
+        seed=seed,
+        loss=find_loss(loss, label_smoothing),
+        memory_budget=memory_budget,
+        lower_density=lower_density,
+        grow_to=grow_to,
+        activations=activations,
+    )
+    return compile_step(model, input_shape, options, device, builder, records)
+
+
+def compile_step(
+    model: Any,
+    input_shape: Sequence[int],
+    options: StepOptions,
+    device: Device | None = None,
+    builder: Builder | None = None,
+    records: Records | None = None,
+) -> TrainStep:
+    """`compile` with options that are said already."""
     from mest_compile.frontend import import_model
 
     exclusive.this_process()
-    scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer)
-    input_shape, seed = checks.shape("input_shape", input_shape), checks.whole("seed", seed)
-    loss = _check_loss(loss, checks.number("label_smoothing", label_smoothing, below=1))
-    if memory_budget is not None:
-        memory_budget = checks.whole("memory_budget", memory_budget, 1, ", in bytes, or None for no bound")
-    elif checks.flag("lower_density", lower_density):
-        raise UsageError(
-            "lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out"
-        )
-    grow_to = None if grow_to is None else checks.number("grow_to", grow_to, below=1, also=", or None")
+    input_shape = checks.shape("input_shape", input_shape)
     check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
-    target = target.for_batch(input_shape[0])
-    threads = check_threads(threads, target.cores)
     with exclusive.COMPILER:
         graph, state = import_model(model, input_shape)
-    records = of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
-    def planned(sparsity: float | Mapping[str, float], target: Target) -> dict[str, Layer]:
-        return plan_layers(graph, scheme, sparsity, distribution, dense_layers, target, activations)
+    def known(target: Target) -> Records:
+        return of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
-    layers = planned(sparsity, target)
-    tuned = choose_vector(layers, target, records)
-    if tuned != target:
-        target, records = tuned, records.for_target(tuned)
-        layers = planned(sparsity, target)
-    layers = choose_sections(layers, target, records, activations)
-    recomputed = usually_recomputed(fuse(graph), target)
-    if grow_to is not None or memory_budget is not None:
-        start = overall_sparsity(layers)
-        layers = with_room(layers, start if grow_to is None else grow_to)
-        excess = 0.0 if grow_to is None else start - grow_to
-    if memory_budget is not None:
-        recomputed, raised = meet_budget(
-            fuse(graph), layers, target, memory_budget, lower_density, excess, activations, optimizer, loss
-        )
-        if raised is not None:
-            layers = choose_sections(planned(raised, target), target, records, activations)
-            layers = with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS)))
-    if not isinstance(scheme, Dense):
-        say_what_stays_dense(layers)
-    facts = Facts(graph, layers, recomputed, optimizer, target, threads, seed, loss, activations)
-    return make_step(facts, state, builder, device, records)
+    plan = plan_step(graph, options, known)
+    if not isinstance(options.scheme, Dense):
+        say_what_stays_dense(plan.layers)
+    return make_step(plan, state, builder, device)
 
 
 def of_machine(records: Records, device: Device | None) -> Records:
@@ -176,16 +169,20 @@ def of_machine(records: Records, device: Device | None) -> Records:
 
 
 def make_step(
-    facts: Facts, state: Mapping[str, np.ndarray], builder: Builder | None, device: Device | None, tuned: Tuned
+    plan: Plan,
+    state: Mapping[str, np.ndarray],
+    builder: Builder | None,
+    device: Device | None,
+    knobs: Knobs | None = None,
 ) -> TrainStep:
+    """knobs: of kernels, as a checkpoint noted them; None: the plan's records choose them."""
     from mest_compile.runtime.step import TrainStep
 
-    builder = builder or Builder()
+    builder, facts = builder or Builder(), plan.facts
 
     def dense() -> TrainStep:
         """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same
-        after a load.
-        A device has room for one step: it runs here, where float16 may be unknown.
+        after a load. A device has room for one step: it runs here, where float16 may be unknown.
         """
         where, threads, activations = facts.target, facts.threads, facts.activations
         if device is not None:
@@ -202,34 +199,25 @@ def make_step(
             for name, layer in facts.layers.items()
         }
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-        return make_step(
-            replace(facts, layers=every, target=where, threads=threads, activations=activations),
-            zeros,
-            builder,
-            None,
-            {},
-        )
+        twin = replace(facts, layers=every, target=where, threads=threads, activations=activations)
+        return make_step(Plan(twin, Records(where)), zeros, builder, None, {})
 
     with exclusive.COMPILER:
-        compiled = _compile(facts, builder, device, tuned)
+        compiled = _compile(plan, builder, device, knobs)
     return TrainStep(compiled, state, dense)
 
 
-def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned) -> Compiled:
-    """tuned: records to choose knobs by, or the knobs that a checkpoint noted."""
+def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs | None) -> Compiled:
     from mest_compile.runtime.compiled import Compiled
 
-    target, threads, programs = facts.target, facts.threads, facts.lower()
+    facts, target, threads, programs = plan.facts, plan.target, plan.facts.threads, plan.programs
     train, predict = programs
     kind = backend_of(target)
     kind.check(programs, target)
-    warn_beyond_memory(
-        train, predict, facts.layers, target, here=device is None and kind.processor and not is_foreign(target)
-    )
+    here = device is None and kind.processor and not is_foreign(target)
+    warn_beyond_memory(plan.memory()["total"], target, here)
     choices = (
-        choose_knobs(programs, facts.layers, target, tuned)
-        if isinstance(tuned, Records)
-        else remembered(programs, tuned)
+        choose_knobs(programs, facts.layers, target, plan.records) if knobs is None else remembered(programs, knobs)
     )
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]
@@ -284,36 +272,6 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
     return Compiled(
         facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"]
     )
-
-
-def check_threads(threads: int | None, usual: int) -> int:
-    return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
-
-
-def _check_optimizer(optimizer: Optimizer | None) -> Optimizer:
-    if optimizer is None:
-        return USUAL
-    if not isinstance(optimizer, Optimizer):
-        there = ", ".join(OPTIMIZERS.find(name).signature() for name in OPTIMIZERS.names())
-        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted one of {there}, or None for mest.SGD()")
-    return optimizer
-
-
-def _check_loss(loss: str | Loss, label_smoothing: float) -> Loss:
-    if isinstance(loss, str):
-        loss = LOSSES.find(loss)()
-    if not isinstance(loss, Loss):
-        there = ", ".join(LOSSES.find(name).signature() for name in LOSSES.names())
-        raise UsageError(
-            f"loss is {checks.shown(loss)}; wanted one of {there}, or {' or '.join(map(repr, LOSSES.names()))}"
-        )
-    if not label_smoothing:
-        return loss
-    if loss != CrossEntropy():
-        raise UsageError(
-            f"label_smoothing is short for loss=mest.CrossEntropy(smoothing=...), and the loss is {loss}; leave one out"
-        )
-    return CrossEntropy(label_smoothing)
 
 
 def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:

@@ -16,6 +16,7 @@ from mest_compile.base.errors import DeviceError, StateError
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import FUNCTIONS
+from mest_compile.options import check_threads
 from mest_compile.planning.facts import read_facts
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
@@ -45,7 +46,8 @@ def load(
             step; kernels and threads are then chosen as `compile` does. None: as it was saved
     Raises StateError, BuildError, DeviceError, UsageError, TargetError.
     """
-    from mest_compile.compiling import Tuned, check_objects, check_threads, make_step, of_machine
+    from mest_compile.compiling import check_objects, make_step, of_machine
+    from mest_compile.planning.plan import Plan
     from mest_compile.planning.retargeting import retargeted
     from mest_compile.records.log import Records
 
@@ -53,18 +55,20 @@ def load(
     check_objects(builder, device, None)
     arrays, document = checkpoint.read(path)
     facts = read_facts(document, f"checkpoint {path}")
-    tuned: Tuned = document.get("knobs", {})
+    plan, knobs = Plan(facts, Records(facts.target)), document.get("knobs", {})
     if target is not None or batch is not None:
-        where = facts.target if target is None else find_target(target)
-        facts, tuned = retargeted(
+        plan = retargeted(
             facts,
-            where,
+            facts.target if target is None else find_target(target),
             facts.graph.input_shape[0] if batch is None else batch,
             lambda target: of_machine(Records.of(target), device),
         )
-        document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = make_step(replace(facts, threads=check_threads(threads, facts.threads)), zeros, builder, device, tuned)
+        knobs = None
+        document = {**document, **{part: plan.facts.to_json()[part] for part in ("graph", "layers")}}
+    if threads is not None:
+        plan = replace(plan, facts=replace(plan.facts, threads=check_threads(threads)))
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in plan.facts.graph.state_shapes.items()}
+    step = make_step(plan, zeros, builder, device, knobs)
     step._restore(arrays, document, path)
     return step
 

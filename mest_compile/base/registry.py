@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import threading
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 from mest_compile.base.errors import DuplicateName, UnknownName
@@ -68,5 +69,5 @@ class Registry(dict[str, Any]):
 
 def _origin(item: Any) -> tuple[str, str]:
     """Module and name of what a plug-in is, or is an instance of."""
-    made = item if hasattr(item, "__qualname__") else type(item)
+    made = item if isinstance(item, type | FunctionType) else type(item)
     return made.__module__, made.__qualname__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     of ours."""
     given = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     sys.exit(guarded(lambda: _run(given)))
 

@@ -29,22 +29,24 @@ def analyze(
     """
     from mest_compile.devices.cycles import VERSION
     from mest_compile.frontend import import_model
-    from mest_compile.hardware.target import find_target
     from mest_compile.measuring.analysis import PHASES, analyse
     from mest_compile.models.catalog import build_model
+    from mest_compile.options import StepOptions
     from mest_compile.sparsity import parse_scheme
 
     shape = (batch, 3, 32, 32)
-    found_target, found_scheme = find_target(target), parse_scheme(scheme)
+    options = StepOptions(
+        scheme=parse_scheme(scheme),
+        sparsity=sparsity,
+        distribution=distribution,
+        target=target,
+        activations=activations,
+    )
     graph, _ = import_model(build_model(model, shape, 10, width, 0), shape)
     with stderr_console().status("emulating") as status:
         found = analyse(
             graph,
-            found_scheme,
-            sparsity,
-            found_target,
-            distribution,
-            activations=activations,
+            options,
             progress=lambda done, total: status.update(f"emulating: {done} of {total} kernels done"),
         )
     if as_json:

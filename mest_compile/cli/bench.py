@@ -24,7 +24,7 @@ from mest_compile.cli.options import (
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
-    from mest_compile.measuring.contestants import Case
+    from mest_compile.measuring.case import Case
 
 
 def bench(
@@ -61,16 +61,13 @@ def bench(
     Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense,
     channels_last.
     """
-    from mest_compile.measuring.contestants import Case
+    from mest_compile.measuring.case import Case
 
     if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
         raise UsageError(
             f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
         )
-    case = Case(
-        model=model,
-        input_shape=(batch, 3, 32, 32),
-        width=width,
+    case = Case(model, (batch, 3, 32, 32), width).but(
         scheme=scheme,
         sparsity=sparsity,
         distribution=distribution,
@@ -129,23 +126,11 @@ def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, as_js
 
 
 def _profile(case: Case, repeats: int, as_json: bool) -> None:
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.measuring.profiling import PHASES, LayerTime, profile
-    from mest_compile.models.catalog import build_model
 
     with stderr_console().status("compiling"):
-        step = mest.compile(
-            build_model(case.model, case.input_shape, case.classes, case.width, case.seed),
-            case.input_shape,
-            scheme=case.scheme,
-            sparsity=case.sparsity,
-            distribution=case.distribution,
-            target=case.target,
-            memory_budget=case.memory_budget,
-            activations=case.activations,
-            threads=case.threads,
-            seed=case.seed,
-        )
+        step = compile_step(case.network(), case.input_shape, case.options)
         images, labels = case.batch()
         found = profile(step, images, labels, repeats)
     if as_json:

@@ -57,8 +57,11 @@ def build(
 ) -> None:
     """Build an artifact that trains on a device without the compiler."""
     import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
+    from mest_compile.options import StepOptions
     from mest_compile.runtime.artifact import size_bytes
+    from mest_compile.sparsity import parse_scheme
 
     given = given_options(context)
     if checkpoint is not None and (
@@ -82,10 +85,8 @@ def build(
         else:
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
-            step = mest.compile(
-                net,
-                shape,
-                scheme=scheme,
+            options = StepOptions(
+                scheme=parse_scheme(scheme),
                 sparsity=0.0 if scheme == "dense" else sparsity,
                 distribution=distribution,
                 target=target,
@@ -95,6 +96,7 @@ def build(
                 memory_budget=memory_budget,
                 grow_to=grow_to,
             )
+            step = compile_step(net, shape, options)
         manifest = step.export(out)
         need = step.memory(at_capacity=True)["total"]
     if as_json:

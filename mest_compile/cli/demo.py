@@ -19,7 +19,9 @@ def demo(
 ) -> None:
     """Train ResNet-20 at 90% block sparsity on handwritten digits, then time a step against dense torch."""
     from mest_compile.cli.train import Request, start_run
-    from mest_compile.measuring.benchmark import Case, compare
+    from mest_compile.measuring.benchmark import compare
+    from mest_compile.measuring.case import Case
+    from mest_compile.options import StepOptions
     from mest_compile.training.recipe import Recipe
 
     console = stderr_console()
@@ -29,12 +31,8 @@ def demo(
         soft_wrap=True,
     )
     recipe = Recipe(epochs=1 if quick else EPOCHS, method="em")
-    run = start_run(Request("resnet20", "digits", "block:4x1", 0.9, recipe, width=8 if quick else None))
-    case = (
-        Case("resnet20", (8, 3, 32, 32), 8, scheme="block:4x1")
-        if quick
-        else Case("resnet32", (64, 3, 32, 32), 32, scheme="block:4x1")
-    )
+    run = start_run(Request("resnet20", "digits", recipe, StepOptions(), width=8 if quick else None))
+    case = Case("resnet20", (8, 3, 32, 32), 8) if quick else Case("resnet32", (64, 3, 32, 32), 32)
     console.print(
         f"One whole training step of {case.model}, width {case.width}, batch {case.input_shape[0]}, 90% 4x1 "
         "blocks, one thread, "

@@ -31,21 +31,22 @@ def plan(
 
     Model: 32x32 images of 3 channels, 10 classes.
     """
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
+    from mest_compile.options import StepOptions
+    from mest_compile.sparsity import parse_scheme
 
     shape = (batch, 3, 32, 32)
+    options = StepOptions(
+        scheme=parse_scheme(scheme),
+        sparsity=sparsity,
+        distribution=distribution,
+        target=target,
+        threads=threads,
+        seed=seed,
+    )
     with stderr_console().status("compiling and timing"):
-        step = mest.compile(
-            build_model(model, shape, 10, width, seed),
-            shape,
-            scheme=scheme,
-            sparsity=sparsity,
-            distribution=distribution,
-            target=target,
-            threads=threads,
-            seed=seed,
-        )
+        step = compile_step(build_model(model, shape, 10, width, seed), shape, options)
         planned = step.plan(steps_between_mutations)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds

@@ -54,7 +54,8 @@ def table(
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into")
 
-    from mest_compile.measuring.speedtable import COLUMNS, speed_table
+    from mest_compile.measuring.speedtable import speed_table
+    from mest_compile.measuring.table import COLUMNS
 
     with stderr_console().status("starting") as status:
         found = speed_table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
+    from mest_compile.options import StepOptions
     from mest_compile.training.loop import Trainer
     from mest_compile.training.ondevice import Job
     from mest_compile.training.recipe import Recipe
@@ -27,22 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to train; the fields are the options of the same names."""
+    """What to train; the fields are the options of the same names. options: of the step, but for what the recipe
+    decides."""
 
     model: str
     data: str
-    scheme: str
-    sparsity: float
     recipe: Recipe
+    options: StepOptions
     width: int | None = None
     data_folder: Path | None = None
-    distribution: str = "uniform"
     batch: int = 64
-    threads: int | None = None
-    target: str = "local"
-    memory_budget: int | None = None
-    lower_density: bool = False
-    activations: str = "float32"
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -108,6 +103,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
+    from mest_compile.options import StepOptions
     from mest_compile.sparsity import parse_scheme
     from mest_compile.training.ondevice import Job, check_artifact_options
     from mest_compile.training.recipe import Recipe
@@ -129,11 +125,15 @@ def train(
         "model": model,
         "width": width,
         "data": data,
+        "batch": batch,
         "scheme": scheme,
         "sparsity": sparsity,
         "distribution": distribution,
-        "batch": batch,
+        "target": target,
+        "threads": threads,
         "memory_budget": memory_budget,
+        "lower_density": lower_density,
+        "activations": activations,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
@@ -161,24 +161,18 @@ def train(
         )
         _show(_run_artifact(job), as_json)
         return
-    _show(
-        start_run(
-            Request(
-                **where,
-                recipe=chosen,
-                data_folder=data_folder,
-                threads=threads,
-                target=target,
-                lower_density=lower_density,
-                activations=activations,
-                out=out,
-                tracker=tracker,
-                key=key,
-                specialize=specialize,
-            )
-        ),
-        as_json,
+    of_step = {field.name: where.pop(field.name) for field in fields(StepOptions) if field.name in where}
+    request = Request(
+        **where,
+        recipe=chosen,
+        options=StepOptions(**of_step),
+        data_folder=data_folder,
+        out=out,
+        tracker=tracker,
+        key=key,
+        specialize=specialize,
     )
+    _show(start_run(request), as_json)
 
 
 def _run_artifact(job: Job) -> Run:
@@ -203,17 +197,17 @@ def start_run(request: Request) -> Run:
     from mest_compile.training.runfolder import RunFolder
 
     console = stderr_console()
-    folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{request.scheme.replace(':', '')}"))
+    scheme, target = str(request.options.scheme).replace(":", ""), find_target(request.options.target)
+    folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{scheme}"))
     folder.require_free()
-    target = find_target(request.target)
     if find_device(request.tracker, request.key) is None and (why := obstacle(target)):
         raise UsageError(
-            f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device "
+            f"--target {request.options.target} is not this machine ({why}); give the --tracker and --key of a device "
             "that it is, "
             "or build an artifact and train there"
         )
     split = load(request.data, request.data_folder)
-    with console.status(f"compiling {request.model} for {request.target}"):
+    with console.status(f"compiling {request.model} for {request.options.target}"):
         step = _compile(request, split)
     with TrainingProgress(console, step.batch) as progress:
         trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
@@ -265,35 +259,17 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
 
 
 def _compile(request: Request, split: Split) -> Any:
-    import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
-    from mest_compile.sparsity import parse_scheme
 
     shape = (request.batch, *split.train.images.shape[1:])
-    if request.model.endswith(".onnx"):
-        if request.width is not None:
-            raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
-        model = request.model
-    else:
-        model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
-    optimizer = mest.SGD() if request.recipe.lr is None else mest.SGD(lr=request.recipe.lr)
-    return mest.compile(
-        model,
-        shape,
-        scheme=parse_scheme(request.scheme),
-        sparsity=request.sparsity,
-        distribution=request.distribution,
-        optimizer=optimizer,
-        target=request.target,
-        threads=request.threads,
-        seed=request.recipe.seed,
-        label_smoothing=request.recipe.label_smoothing,
-        memory_budget=request.memory_budget,
-        lower_density=request.lower_density,
-        grow_to=request.recipe.densest(request.sparsity),
-        activations=request.activations,
-        device=find_device(request.tracker, request.key),
-    )
+    options = request.recipe.step_options(request.options)
+    model: Any = request.model
+    if not request.model.endswith(".onnx"):
+        model = build_model(request.model, shape, split.train.classes, request.width, options.seed)
+    elif request.width is not None:
+        raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
+    return compile_step(model, shape, options, find_device(request.tracker, request.key))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -85,6 +85,8 @@ def tune(
     10 classes.
     """
     began = monotonic()
+    from mest_compile.options import StepOptions
+    from mest_compile.sparsity import parse_scheme
     from mest_compile.tuning.command import Request
     from mest_compile.tuning.command import tune as run
     from mest_compile.tuning.runner import RunnerOptions
@@ -98,9 +100,15 @@ def tune(
             f"the {runner} runner asks no tracker; leave out --tracker and --key, or --runner for their devices "
             "to measure"
         )
-    request = Request(
-        model, (batch, 3, 32, 32), width, scheme, sparsity, distribution, target, runner, widths, log, seed, activations
+    chosen = StepOptions(
+        scheme=parse_scheme(scheme),
+        sparsity=sparsity,
+        distribution=distribution,
+        target=target,
+        seed=seed,
+        activations=activations,
     )
+    request = Request(model, (batch, 3, 32, 32), width, chosen, runner, widths, log)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     left = None if time_limit is None else max(0.0, time_limit - (monotonic() - began))
     with TuningProgress(stderr_console()) as progress:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mest_compile.base.errors import DataError
 from mest_compile.base.registry import Registry
-from mest_compile.data.examples import array_of, gather, labels_of, turned
+from mest_compile.data.examples import Array, Examples, array_of, gather, labels_of, turned
 
 SOURCES = Registry("data set", "mest_compile.data.sources")
 
@@ -166,9 +166,9 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
     """
     if isinstance(data, Dataset):
         return data
-    if isinstance(data, (tuple, list)) and len(data) == 2 and hasattr(data[0], "shape"):
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Array):
         images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name)
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    elif isinstance(data, Examples):
         images, labels = gather(data, name)
     else:
         raise DataError(

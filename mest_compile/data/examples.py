@@ -3,14 +3,32 @@ or turned."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mest_compile.base import checks
 from mest_compile.base.errors import DataError
+from mest_compile.base.foreign import is_picture, is_tensor
 
 INDEXED = ("P", "PA")  # Pillow's images whose pixels are places in a table of colours
+
+
+@runtime_checkable
+class Array(Protocol):
+    """Whatever numpy makes an array of: its own, torch's, another library's."""
+
+    @property
+    def shape(self) -> Any: ...
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """A torch-style Dataset: [i] is (image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: Any, /) -> Any: ...
 
 
 def array_of(value: Any, what: str) -> np.ndarray:
@@ -19,7 +37,7 @@ def array_of(value: Any, what: str) -> np.ndarray:
     if np.ma.is_masked(value):
         raise DataError(f"{what} are a masked array, whose masked values would become numbers; fill them first")
     try:
-        if hasattr(value, "detach"):
+        if is_tensor(value):
             value = (
                 value.detach().to_dense()
                 if str(getattr(value, "layout", "torch.strided")) != "torch.strided"
@@ -49,7 +67,7 @@ def labels_of(value: Any, name: str) -> np.ndarray:
     return labels.astype(np.int64, copy=False)
 
 
-def gather(data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+def gather(data: Examples, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a torch-style Dataset, read once. Raises DataError unless all examples are alike."""
     images: np.ndarray | None = None
     labels = np.empty(len(data), np.int64)
@@ -82,7 +100,7 @@ def turned(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
 
 def _image(image: Any, what: str) -> np.ndarray:
     """One image; of floating point as float32, so that examples of several widths are alike."""
-    if not hasattr(image, "getbands"):
+    if not is_picture(image):
         array = array_of(image, what)
         with np.errstate(over="ignore"):
             return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array

@@ -190,7 +190,7 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) ->
     )
     for node in program.graph.nodes:
         name = getattr(node.target, "__name__", "")
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | dict(node.kwargs)
         if "dropout" in name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
 
 
 @contextmanager
-def _kept_as_it_was(module: torch.nn.Module):
+def _kept_as_it_was(module: torch.nn.Module) -> Iterator[None]:
     """Modes may change for a while, and forward may note what it likes; afterwards every submodule is what it was."""
     before = [(part, dict(vars(part))) for part in module.modules()]
     try:
@@ -103,6 +103,7 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     The program's signature is changed: its buffers are parameters afterwards.
     """
     from torch.export.graph_signature import InputKind
+    from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
     from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
@@ -115,13 +116,15 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     places: dict[str, str] = {}
     written: dict[str, str] = {}
 
-    def remember(name):
-        def convert(node, importer):
-            if not hasattr(importer, "unwrapped"):
-                importer.unwrapped = importer.create_convert_map()
-            value = importer.unwrapped[name](node)
+    unwrapped: dict[str, Any] = {}  # the importer's own conversions
+
+    def remember(name: str) -> Callable[[Any, Any], Any]:
+        def convert(node: Any, importer: Any) -> Any:
+            if not unwrapped:
+                unwrapped.update(importer.create_convert_map())
+            value = unwrapped[name](node)
             for item in value if isinstance(value, (list, tuple)) else [value]:
-                if hasattr(item, "name"):
+                if isinstance(item, relax.Var):
                     places.setdefault(item.name, place(node))
                     if original := _decomposed(node):
                         written[item.name] = original

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,13 +133,15 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
     from torch.utils._pytree import tree_leaves
 
     class Recorder(TorchFunctionMode):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.calls: list[Called] = []
             self.makers: dict[int, int] = {}  # id of a tensor -> number of the call that made or last changed it
             self.alive: list[Any] = []  # so that no id is given twice
 
-        def __torch_function__(self, function, types, arguments=(), named=None):
+        def __torch_function__(
+            self, function: Any, types: Any, arguments: tuple = (), named: dict[str, Any] | None = None
+        ) -> Any:
             name = getattr(function, "__name__", str(function))
             name = function.__self__.__name__ if name == "__get__" else name
             named, training = dict(named or {}), None
@@ -164,13 +166,13 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
                 self.calls.append(Called(name, _where(stack), shown, sources, cut, training))
             return result
 
-        def show(self, leaf):
+        def show(self, leaf: Any) -> str:
             if not isinstance(leaf, torch.Tensor):
                 return repr(leaf) if isinstance(leaf, bool | int | float | str | None) else type(leaf).__name__
             maker = self.makers.get(id(leaf))
             return f"{names.get(id(leaf), 'constant') if maker is None else maker} {tuple(leaf.shape)}"
 
-        def needed(self, result):
+        def needed(self, result: Any) -> set[int]:
             pending = [self.makers[id(leaf)] for leaf in tree_leaves(result) if id(leaf) in self.makers]
             found = set(pending)
             while pending:
@@ -201,13 +203,13 @@ def _watched(module: torch.nn.Module) -> Iterator[list[tuple[str, str]]]:
     """The stack of (path, class name) of the modules that are being called."""
     stack: list[tuple[str, str]] = []
 
-    def entering(facts):
-        def enter(*_):
+    def entering(facts: tuple[str, str]) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
             stack.append(facts)
 
         return enter
 
-    def leave(*_):
+    def leave(*_: Any) -> None:
         stack.pop()
 
     handles = []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from mest_compile.base.errors import TargetError
 from mest_compile.base.registry import Registry
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
@@ -36,8 +37,13 @@ def backend(device: str) -> Callable[[B], B]:
 
 
 def backend_of(target: Target) -> Backend:
-    """That of the target's kind of device. Raises UnknownName."""
-    return BACKENDS.find(target.device)
+    """That of the target's kind of device. Raises UnknownName, and TargetError where the target has not what its kind
+    needs."""
+    kind: Backend = BACKENDS.find(target.device)
+    if kind.processor != (target.gpu is None):
+        wanted = "no table [gpu], which is for others" if kind.processor else "a table [gpu]"
+        raise TargetError(f"target {target.name!r}: device is {target.device!r}, which has {wanted}")
+    return kind
 
 
 class Backend(ABC):

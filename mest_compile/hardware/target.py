@@ -91,10 +91,6 @@ class Target:
     def __post_init__(self) -> None:
         if self.vector < 1 or self.vector & (self.vector - 1):
             raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
-        if (self.device == "opencl") != (self.gpu is not None):
-            raise TargetError(
-                f'target {self.name!r}: device is {self.device!r}; a table [gpu] belongs to "opencl" and only to it'
-            )
 
     @property
     def vectors(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, triple_of
 from mest_compile.ir.program import Program, Stage
 from mest_compile.kernels.cache import attempt
-from mest_compile.kernels.elf import Library, read_library
+from mest_compile.kernels.elf import read_library
 from mest_compile.kernels.linkers import find_linker, run_linker, scratch_folder
 from mest_compile.kernels.source import KernelSource
 from mest_compile.lowering.emitting import emit
@@ -132,14 +132,3 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
         ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)],
     )
     return made.read_bytes()
-
-
-def check_library(content: bytes, target: Target) -> Library:
-    """Facts of a linked library, which fit the target. Raises BuildError."""
-    found, (architecture, system) = read_library(content), triple_of(target)
-    allowed = _LIBRARIES[system]
-    if found.machine != architecture:
-        raise BuildError(f"the library is for {found.machine}, target {target.name!r} is {architecture}")
-    if extra := sorted(set(found.needed) - set(allowed)):
-        raise BuildError(f"the library needs {', '.join(extra)}; wanted at most {', '.join(allowed)}")
-    return found

@@ -13,17 +13,14 @@ import numpy as np
 
 from mest_compile.base.errors import UsageError
 from mest_compile.devices import cycles, emulation
-from mest_compile.hardware.target import Target
+from mest_compile.hardware.target import find_target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.arguments import call_arrays
 from mest_compile.kernels.source import KernelSource, kernel_source
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.scheme import Scheme
-from mest_compile.sparsity.schemes.dense import Dense
 
 PHASES = ("forward", "grad_input", "grad_weight")
 
@@ -98,33 +95,28 @@ class Analysis:
 
 def analyse(
     graph: ForwardGraph,
-    scheme: Scheme,
-    sparsity: float,
-    target: Target,
-    distribution: str = "uniform",
+    options: StepOptions,
     only: Collection[str] | None = None,
-    activations: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Analysis:
     """Figures of every distinct convolution kernel of the sparse layers in `graph`.
 
+    options   of the sparse step; its one sparsity is for all sparse layers together
     only      weight names of the layers to look at; None: all sparse ones
-    activations  what both steps' values are stored as
     progress  told kernels done, and how many there are
 
     The batch is the graph's. Tiles do not depend on it where images are larger than a few pixels, so figures of a small
     batch are those of a large one, example for example, but for what a kernel does once a call.
     Raises NotInstalled, TargetError, SparsityError, UsageError (no sparse layer).
     """
+    if isinstance(options.sparsity, Mapping):
+        raise UsageError("figures are of one sparsity, and sparsity says each layer's; give a number")
+    target = find_target(options.target)
     core = cycles.core_of(target)
     cycles.check_tools()
     emulation.check_tools(emulation.machine_of(target))
-    fused = fuse(graph)
     sides = {
-        side: _Side(
-            fused, plan_layers(graph, kind, share, distribution, None, target, activations), target, activations
-        )
-        for side, kind, share in (("sparse", scheme, sparsity), ("dense", Dense(), 0.0))
+        side: _Side(plan_step(graph, chosen)) for side, chosen in (("sparse", options), ("dense", options.dense()))
     }
     sparse = [
         name for name, layer in sides["sparse"].layers.items() if layer.sparsity > 0 and (only is None or name in only)
@@ -155,16 +147,15 @@ def analyse(
             )
         )
     progress(len(groups), len(groups))
-    return Analysis(target.name, core, graph.input_shape[0], str(scheme), sparsity, tuple(figures))
+    return Analysis(target.name, core, graph.input_shape[0], str(options.scheme), options.sparsity, tuple(figures))
 
 
 class _Side:
     """A step whose kernels are analysed, the sparse or the dense one; equal kernels are emulated once."""
 
-    def __init__(self, fused: ForwardGraph, layers: Mapping[str, Layer], target: Target, activations: str):
-        self.layers, self.target = layers, target
-        self.program, _ = lower(fused, layers, target, activations=activations)
-        self.calls = convolutions(self.program, layers)
+    def __init__(self, plan: Plan):
+        self.layers, self.target, self.program = plan.layers, plan.target, plan.train
+        self.calls = convolutions(self.program, plan.layers)
         self._known: dict[tuple[str, int], cycles.Modelled] = {}
 
     def kind(self, name: str, phase: str) -> tuple[Any, int]:

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import MestError, UsageError
-from mest_compile.measuring.contestants import Built, Case, find_contestant, find_interpreter, run_miniature
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import Built, find_contestant, find_interpreter, run_miniature
 
+PACKAGE = Path(__file__).resolve().parents[1]
 ANSWER_SECONDS = 3600  # that a contestant may take for one answer; compiling a step takes minutes
 TURN_SECONDS = (
     0.25  # a turn lasts about this long; a shorter one would mostly time the caches refilling after the other's turn
@@ -106,7 +108,7 @@ class Comparison:
             }
 
         return {
-            "case": asdict(self.case),
+            "case": self.case.to_json(),
             "ours": side(self.ours),
             "rival": side(self.rival),
             "ratio": self.ratio,
@@ -235,7 +237,7 @@ class _Runner:
         # A rival's own environment needs our package, and nothing of what is installed beside it.
         self._path = tempfile.TemporaryDirectory()
         if python != sys.executable:
-            Path(self._path.name, "mest_compile").symlink_to(Path(__file__).resolve().parent, target_is_directory=True)
+            Path(self._path.name, "mest_compile").symlink_to(PACKAGE, target_is_directory=True)
             environment["PYTHONPATH"] = self._path.name
         self._process = subprocess.Popen(
             [python, "-m", "mest_compile.measuring.benchmark", name],
@@ -274,7 +276,7 @@ class _Runner:
 
     def setup(self) -> bool:
         """Builds the step; True when that compiled something, so that a process started now has less behind it."""
-        self._setup = self._ask({"case": asdict(self.case)})
+        self._setup = self._ask({"case": self.case.to_json()})
         self.versions = self._setup["versions"]
         return self._setup["cold"]
 
@@ -284,8 +286,8 @@ class _Runner:
         self._loss = reply["loss"]
         if not math.isfinite(self._loss):
             raise MestError(
-                f"the {self.name} side's loss became {self._loss}, whose time would say nothing; lower "
-                f"lr={self.case.lr}"
+                f"the {self.name} side's loss became {self._loss}, whose time would say nothing; lower the learning "
+                f"rate of {self.case.options.optimizer}"
             )
         return reply["seconds"]
 
@@ -372,8 +374,7 @@ def _serve(name: str) -> None:
         request = json.loads(line)
         try:
             if "case" in request:
-                fields = request["case"]
-                built, reply = _set_up(name, Case(**{**fields, "input_shape": tuple(fields["input_shape"])}))
+                built, reply = _set_up(name, Case.from_json(request["case"]))
             elif "steps" in request:
                 assert built is not None
                 seconds, loss = [], math.nan

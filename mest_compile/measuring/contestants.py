@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,56 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import NotInstalled, UnknownName, UsageError
+from mest_compile.measuring.case import Case
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.optimizers.sgd import SGD
 
 if TYPE_CHECKING:
     import torch
 
-ENVIRONMENTS = Path(__file__).resolve().parent.parent / "benchmarks" / "environments"
+ENVIRONMENTS = Path(__file__).resolve().parents[2] / "benchmarks" / "environments"
 PROGRAM, STEP = "model.pt2", "step.safetensors"  # what a folder given as Case.model holds
 SWAPPED_ABOVE = 0.8  # SparseProp leaves layers dense that are not sparser than this
 SPARSEPROP_VECTOR = 8  # examples that its convolution takes at a time; those left over it leaves out
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What both sides compute: an SGD-momentum step on random images.
-
-    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our
-                 compiled step
-    input_shape  (N, C, H, W) or (N, features), elements
-    width        channels of the first stage; None is the model's own
-    sparsity     share of weights that are zero in sparse layers; dense contestants ignore it
-    threads      for both sides
-    memory_budget  of our step in bytes, None for no bound
-    activations  what our step stores them as
-    """
-
-    model: str
-    input_shape: tuple[int, ...] = (64, 3, 32, 32)
-    width: int | None = None
-    classes: int = 10
-    scheme: str = "block"
-    sparsity: float = 0.9
-    distribution: str = "uniform"
-    target: str = "local"
-    threads: int = 1
-    seed: int = 0
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    memory_budget: int | None = None
-    activations: str = "float32"
-
-    def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """(images of input_shape float32, labels (N,) int64), the same in every process."""
-        rng = np.random.default_rng(self.seed)
-        images = rng.standard_normal(self.input_shape, dtype=np.float32)
-        return images, rng.integers(0, self.classes, self.input_shape[0])
-
-
-# One step of this net is run before memory is counted, so that code which libraries load on first use counts as
-# imported on every side.
-MINIATURE = Case("vgg11", (8, 3, 8, 8), width=4, scheme="unstructured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,34 +96,21 @@ def _load_mest() -> None:
 
 def _build_mest(case: Case, tuned: bool = True) -> Built:
     import mest_compile as mest
+    from mest_compile.compiling import compile_step
     from mest_compile.hardware.target import find_target
     from mest_compile.kernels.cache import Builder
-    from mest_compile.models.catalog import build_model
     from mest_compile.records.log import Records
 
     builder = Builder()
     if Path(case.model).is_dir():
         step = mest.load(Path(case.model, STEP), threads=case.threads, builder=builder)
     else:
-        step = mest.compile(
-            build_model(case.model, case.input_shape, case.classes, case.width, case.seed),
-            case.input_shape,
-            scheme=case.scheme,
-            sparsity=case.sparsity,
-            distribution=case.distribution,
-            target=case.target,
-            threads=case.threads,
-            seed=case.seed,
-            optimizer=mest.SGD(lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay),
-            memory_budget=case.memory_budget,
-            activations=case.activations,
-            builder=builder,
-            records=None if tuned else Records(find_target(case.target)),
-        )
+        records = None if tuned else Records(find_target(case.options.target))
+        step = compile_step(case.network(), case.input_shape, case.options, builder=builder, records=records)
     images, labels = case.batch()
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
     return Built(
-        lambda: step(images, labels, lr=case.lr).loss,
+        lambda: step(images, labels).loss,
         step.memory()["total"],
         builder.compiled > 0,
         (f"kernels: {origins}",),
@@ -176,21 +124,21 @@ def _build_mest_untuned(case: Case) -> Built:
 
 def _build_mest_for_avx2(case: Case) -> Built:
     """Our step untuned, and compiled for any machine with AVX2, whatever this one has beyond that."""
-    return _build_mest_untuned(replace(case, target="avx2"))
+    return _build_mest_untuned(case.but(target="avx2"))
 
 
 def _build_mest_dense(case: Case) -> Built:
     """Our step with all weights alive."""
-    return _build_mest(replace(case, scheme="dense", sparsity=0.0))
+    return _build_mest(replace(case, options=case.options.dense()))
 
 
 def _build_mest_in_float32(case: Case) -> Built:
     """Our step with activations in float32: what storing them in less gains."""
-    return _build_mest(replace(case, activations="float32"))
+    return _build_mest(case.but(activations="float32"))
 
 
 def _build_mest_on_one_thread(case: Case) -> Built:
-    return _build_mest(replace(case, threads=1))
+    return _build_mest(case.but(threads=1))
 
 
 # Dense torch.
@@ -204,11 +152,9 @@ def torch_model(case: Case) -> torch.nn.Module:
     """The case's model in training mode, with the weights that every contestant starts from."""
     import torch
 
-    from mest_compile.models.catalog import build_model
-
     if Path(case.model).is_dir():
         return torch.export.load(Path(case.model, PROGRAM)).module()
-    return build_model(case.model, case.input_shape, case.classes, case.width, case.seed).train()
+    return case.network().train()
 
 
 def _build_torch(case: Case) -> Built:
@@ -234,7 +180,10 @@ def _torch_step(
     images, labels = torch.from_numpy(numpy_images), torch.from_numpy(numpy_labels)
     if channels_last and images.dim() == 4:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum, weight_decay=case.weight_decay)
+    rule = _usual_rule(case)
+    optimizer = torch.optim.SGD(
+        model.parameters(), rule.lr, rule.momentum, weight_decay=rule.weight_decay, nesterov=rule.nesterov
+    )
     forward = wrap(model)
 
     def step() -> float:
@@ -247,6 +196,16 @@ def _torch_step(
     return step
 
 
+def _usual_rule(case: Case) -> SGD:
+    """The case's optimizer. Raises UsageError where it, or the loss, is none that the others have."""
+    rule, loss = case.options.optimizer, case.options.loss
+    if not isinstance(rule, SGD) or loss != CrossEntropy():
+        raise UsageError(
+            f"rivals are built with mest.SGD and cross-entropy, the case has {rule} and {loss}; leave them out"
+        )
+    return rule
+
+
 # SparseProp.
 
 
@@ -257,10 +216,10 @@ def _load_sparseprop() -> None:
 def _build_sparseprop(case: Case) -> Built:
     """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel
     is slower."""
-    if case.sparsity <= SWAPPED_ABOVE:
+    sparsity = case.options.sparsity
+    if isinstance(sparsity, Mapping) or sparsity <= SWAPPED_ABOVE:
         raise UsageError(
-            f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has "
-            f"{case.sparsity}"
+            f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {sparsity}"
         )
     if left := case.input_shape[0] % SPARSEPROP_VECTOR:
         raise UsageError(
@@ -288,22 +247,18 @@ def _build_sparseprop(case: Case) -> Built:
 def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     """{weight name: bool array}: the masks that our step of the case starts with when its scheme is unstructured."""
     from mest_compile.frontend import from_torch
-    from mest_compile.planning.layers import layer_specs
-    from mest_compile.sparsity.defaults import default_dense_layers
-    from mest_compile.sparsity.distributions import distribute
-    from mest_compile.sparsity.schemes.unstructured import Unstructured
+    from mest_compile.hardware.target import find_target
+    from mest_compile.planning.layers import plan_layers
+    from mest_compile.sparsity.room import sparse_layers
 
+    options = case.but(scheme="unstructured").options
     graph, weights = from_torch(model, case.input_shape)
-    specs, scheme, rng = layer_specs(graph), Unstructured(), np.random.default_rng(case.seed)
-    dense = default_dense_layers(graph, specs, scheme)
-    sparse = [spec for spec in specs if spec.name not in dense]
-    share = distribute(case.distribution, sparse, case.sparsity)
-    masks = {}
-    for spec in sparse:
-        weight = weights[spec.name]
+    masks, rng = {}, np.random.default_rng(options.seed)
+    for name, layer in sparse_layers(plan_layers(graph, options, find_target(options.target))).items():
+        spec, scheme, weight = layer.spec, layer.scheme, weights[name]
         energy = scheme.energy(spec, weight.reshape(spec.weight_shape))
-        keep = scheme.start(spec, energy, scheme.live_units(spec, share[spec.name]), rng)
-        masks[spec.name] = scheme.expand(spec, keep).reshape(weight.shape)
+        keep = scheme.start(spec, energy, scheme.live_units(spec, layer.sparsity), rng)
+        masks[name] = scheme.expand(spec, keep).reshape(weight.shape)
     return masks
 
 
@@ -353,7 +308,7 @@ def _build_onnxruntime(case: Case) -> Built:
         state = CheckpointState.load_checkpoint(str(Path(folder, "checkpoint")))
         module = Module(str(Path(folder, "training_model.onnx")), state, None, session_options=options)
         optimizer = Optimizer(str(Path(folder, "optimizer_model.onnx")), module)
-    optimizer.set_learning_rate(case.lr)
+    optimizer.set_learning_rate(_usual_rule(case).lr)
     module.train()
 
     def step() -> float:
@@ -389,7 +344,9 @@ CONTESTANTS = {
 
 
 def run_miniature(contestant: Contestant, threads: int) -> bool:
-    """Builds and runs the contestant's miniature once; True when something was compiled that is ready next time."""
-    built = contestant.miniature(replace(MINIATURE, threads=threads))
+    """Builds and runs the contestant's miniature once, before memory is counted; True when something was compiled that
+    is ready next time."""
+    # Code which libraries load on first use counts as imported on every side.
+    built = contestant.miniature(Case("vgg11", (8, 3, 8, 8), width=4).but(scheme="unstructured", threads=threads))
     built.step()
     return built.cold

@@ -19,6 +19,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.operator import Operator, Trace, operator
@@ -45,7 +46,7 @@ class BatchNormMoments:
     chunks: int = 0
     alive: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.count < 2:
             raise SpecError(
                 f"batch_norm needs more than 1 value per channel when training, got batch {self.z.batch} of "
@@ -122,7 +123,7 @@ class BatchNormBackward:
     alive: bool = False
     read: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.activation or self.y is None, "y is only read for the activation's slope"
         assert not (self.in_place and (self.dz or self.y)), (
             "in place there is no dz, and dy is not needed for a residual"
@@ -139,7 +140,9 @@ def moments_reference(z: np.ndarray, eps: float) -> np.ndarray:
     return np.stack([flat.mean(1), 1 / np.sqrt(flat.var(1) + eps), flat.var(1, ddof=1)])
 
 
-def running_reference(moments, running_mean, running_var, momentum: float) -> tuple[np.ndarray, np.ndarray]:
+def running_reference(
+    moments: np.ndarray, running_mean: np.ndarray, running_var: np.ndarray, momentum: float
+) -> tuple[np.ndarray, np.ndarray]:
     """New (running_mean, running_var) in float64."""
     return tuple(
         (1 - momentum) * np.asarray(old, np.float64) + momentum * moments[row]
@@ -147,13 +150,20 @@ def running_reference(moments, running_mean, running_var, momentum: float) -> tu
     )  # type: ignore
 
 
-def frozen_reference(running_mean, running_var, eps: float) -> np.ndarray:
+def frozen_reference(running_mean: np.ndarray, running_var: np.ndarray, eps: float) -> np.ndarray:
     """moments (3, C) in float64."""
     mean, variance = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
     return np.stack([mean, 1 / np.sqrt(variance + eps), variance])
 
 
-def forward_reference(z, moments, weight, bias, residual=None, activation: str | None = None) -> np.ndarray:
+def forward_reference(
+    z: np.ndarray,
+    moments: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    residual: np.ndarray | None = None,
+    activation: str | None = None,
+) -> np.ndarray:
     """y (C, H, W, N) in float64."""
     y = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1]) * _by_channel(weight) + _by_channel(
         bias
@@ -164,7 +174,12 @@ def forward_reference(z, moments, weight, bias, residual=None, activation: str |
 
 
 def backward_reference(
-    dy, z, moments, weight, activation: str | None = None, source=None
+    dy: np.ndarray,
+    z: np.ndarray,
+    moments: np.ndarray,
+    weight: np.ndarray,
+    activation: str | None = None,
+    source: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told
     from, its result or what it took.
@@ -218,7 +233,9 @@ class BatchNorm(Operator):
         )
 
     @staticmethod
-    def _normalise(node: Node, low: Trace, z, moments, residual, y) -> None:
+    def _normalise(
+        node: Node, low: Trace, z: Activation, moments: Buffer, residual: Activation | None, y: Activation
+    ) -> None:
         alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
         problem = BatchNormForward(
             z.image,

@@ -7,16 +7,15 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mest_compile.base import checks
-from mest_compile.base.errors import SparsityError, SpecError, TargetError, UnknownName, UsageError
-from mest_compile.hardware.target import Target, find_target, target_names
+from mest_compile.base.errors import SparsityError, SpecError, UnknownName, UsageError
+from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, LayerSpec
-from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.operators.layers.family import FAMILIES, family_for
+from mest_compile.options import StepOptions
 from mest_compile.sparsity.defaults import default_dense_layers
-from mest_compile.sparsity.distributions import check_distribution, distribute
+from mest_compile.sparsity.distributions import distribute
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import overall_sparsity, sparse_layers
-from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
 log = logging.getLogger(__name__)
@@ -42,69 +41,36 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
     return specs
 
 
-def plan_layers(
-    graph: ForwardGraph,
-    scheme: Scheme,
-    sparsity: float | Mapping[str, float],
-    distribution: str,
-    dense_layers: Sequence[str] | None,
-    target: Target,
-    activations: str = "float32",
-) -> dict[str, Layer]:
-    """{weight name: Layer}. activations: what values are stored as. Raises SparsityError, UnknownName, UsageError,
-    TargetError."""
-    check_activations(activations, target)
+def plan_layers(graph: ForwardGraph, options: StepOptions, target: Target) -> dict[str, Layer]:
+    """{weight name: Layer} for that target, whatever the options' is. Raises SparsityError, SpecError, UnknownName,
+    UsageError."""
     specs = layer_specs(graph)
     if not specs:
         raise SpecError(
             "the model has no convolution and no linear layer, so there is nothing to train sparsely; give one that has"
         )
-    share = _shares(graph, specs, scheme, sparsity, distribution, dense_layers)
-    layers = {}
+    share, layers = _shares(graph, specs, options), {}
     for spec in specs:
-        chosen = (
-            Dense() if spec.name not in share or (share[spec.name] == 0.0 and isinstance(scheme, Dense)) else scheme
-        )
-        chosen.check(spec)
-        chosen.live_units(spec, share.get(spec.name, 0.0))
-        kernels = family_for(chosen, spec, target)
-        sections = FAMILIES.find(kernels).sections(spec, chosen, target, activations)
-        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), kernels, *sections)
+        scheme, sparsity = options.scheme if spec.name in share else Dense(), share.get(spec.name, 0.0)
+        scheme.check(spec)
+        scheme.live_units(spec, sparsity)
+        kernels = family_for(scheme, spec, target)
+        sections = FAMILIES.find(kernels).sections(spec, scheme, target, options.activations)
+        layers[spec.name] = Layer(spec, scheme, sparsity, kernels, *sections)
     return layers
 
 
-def _shares(
-    graph: ForwardGraph,
-    specs: Sequence[LayerSpec],
-    scheme: Scheme,
-    sparsity: float | Mapping[str, float],
-    distribution: str,
-    dense_layers: Sequence[str] | None,
-) -> dict[str, float]:
+def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOptions) -> dict[str, float]:
     """{weight name: sparsity} of the layers that are not dense. What is said twice and differs is refused."""
     known = [spec.name for spec in specs]
-    check_distribution(distribution)
-    also = ", or None for the first convolution, the 1x1 convolutions of shortcuts and the classifier"
-    dense = (
-        None
-        if dense_layers is None
-        else [_weight_name(name, known, "dense_layers") for name in checks.names("dense_layers", dense_layers, also)]
-    )
-    if not isinstance(sparsity, Mapping):
-        overall = checks.number("sparsity", sparsity, below=1, also=", or {layer name: number}", error=SparsityError)
-        if isinstance(scheme, Dense) and overall != 0:
-            raise SparsityError(
-                f"scheme dense has sparsity 0, not {overall:g}; pass sparsity=0, or choose another scheme"
-            )
-        left = default_dense_layers(graph, specs, scheme) if dense is None else dense
-        return distribute(distribution, [spec for spec in specs if spec.name not in left], overall)
-    if distribution != "uniform":
-        raise UsageError(
-            f"distribution {distribution!r} spreads one sparsity over the layers, but sparsity says each layer's; "
-            f"give sparsity as a number, or leave distribution out"
-        )
+    dense = None
+    if options.dense_layers is not None:
+        dense = [_weight_name(name, known, "dense_layers") for name in options.dense_layers]
+    if not isinstance(options.sparsity, Mapping):
+        left = default_dense_layers(graph, specs, options.scheme) if dense is None else dense
+        return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.sparsity)
     share: dict[str, float] = {}
-    for layer, value in sparsity.items():
+    for layer, value in options.sparsity.items():
         name = _weight_name(layer, known, "sparsity")
         if name in share:
             raise UsageError(f"sparsity names {name} twice; name it once")
@@ -128,19 +94,6 @@ def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
             f"{inside / every:.0%}" if inside else "none",
             overall_sparsity(layers) * inside / every,
             dense,
-        )
-
-
-def check_activations(activations: str, target: Target) -> None:
-    """Whether a target can store values so. Raises UsageError, TargetError."""
-    if not isinstance(activations, str) or activations not in ACTIVATIONS:
-        raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
-    if activations == "float16" and not target.float16:
-        able = ", ".join(name for name in target_names() if find_target(name).float16)
-        raise TargetError(
-            f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that "
-            "are used; "
-            f"leave activations at float32, or compile for one of: {able}"
         )
 
 

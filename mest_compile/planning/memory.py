@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 from mest_compile.base import checks
 from mest_compile.base.errors import BudgetError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
-from mest_compile.ir.program import Program
-from mest_compile.lowering.lowering import lower, recomputable
+from mest_compile.lowering.fusing import fuse
+from mest_compile.lowering.lowering import recomputable
 from mest_compile.operators.layers.family import held_cells
-from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
-from mest_compile.operators.losses.loss import Loss
-from mest_compile.operators.optimizers.optimizer import Optimizer
-from mest_compile.operators.optimizers.sgd import USUAL
+from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
 from mest_compile.planning.layers import log
 from mest_compile.sparsity.distributions import DIGITS
-from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import overall_sparsity, units_at
 
 MIB = 2**20
 
 
 def meet_budget(
-    graph: ForwardGraph,
-    layers: Mapping[str, Layer],
-    target: Target,
-    budget_bytes: int,
-    lower_density: bool,
-    excess: float,
-    activations: str = "float32",
-    optimizer: Optimizer = USUAL,
-    loss: Loss = USUAL_LOSS,
+    facts: Facts, budget_bytes: int, lower_density: bool, excess: float
 ) -> tuple[frozenset[str], float | None]:
-    """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which a fused
-    graph's step needs at most `budget_bytes` when it is densest.
+    """(nodes to compute again in the backward pass, sparsity to raise all sparse layers to or None) with which the step
+    needs at most `budget_bytes` when it is densest.
 
     excess  by how much mutations grow beyond the sparsity that the model starts with
-    activations  what values are stored as
-    optimizer, loss  whose arrays count
     Raises BudgetError.
     """
+    layers, target, graph = facts.layers, facts.target, fuse(facts.graph)
 
     def need(recomputed: frozenset[str], sparsity: float | None) -> int:
         units = room if sparsity is None else units_at(layers, round(max(0.0, sparsity - excess), DIGITS))
@@ -55,9 +42,7 @@ def meet_budget(
         {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None},
     )
     choices = list(dict.fromkeys([usually_recomputed(graph, target), *recomputable(graph)]))
-    programs = {
-        recomputed: lower(graph, layers, target, recomputed, loss, activations, optimizer) for recomputed in choices
-    }
+    programs = {recomputed: replace(facts, recomputed=recomputed).lower() for recomputed in choices}
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
             return recomputed, None
@@ -87,25 +72,19 @@ def usually_recomputed(graph: ForwardGraph, target: Target) -> frozenset[str]:
     return recomputable(graph)[0] if backend_of(target).recomputes_norms else frozenset()
 
 
-def warn_beyond_memory(
-    train: Program, predict: Program, layers: Mapping[str, Layer], target: Target, here: bool
-) -> None:
+def warn_beyond_memory(need_bytes: int, target: Target, here: bool) -> None:
     """Says in the log when the step, at its densest, needs more than the smallest device that the target stands for
-    has. It is no error:
-    the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
+    has. It is no error: the device at hand may be a larger one, and what must not be exceeded is for `memory_budget`.
 
     here  the step is to run on this machine. Raises BudgetError when that has not as much memory.
     """
-    room = {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
-    need = footprint(train, predict, layers, held_cells(layers, room), target)["total"]
     if here:
-        checks.memory(need, "the step", " or compile with a memory_budget")
-    if target.memory_bytes is not None and need > target.memory_bytes:
+        checks.memory(need_bytes, "the step", " or compile with a memory_budget")
+    if target.memory_bytes is not None and need_bytes > target.memory_bytes:
         log.warning(
             "the step needs %.0f MiB, the smallest device of target %r has %.0f MiB: on such a one use a smaller "
-            "batch or model, "
-            "or memory_budget, which computes values again instead of keeping them",
-            need / MIB,
+            "batch or model, or memory_budget, which computes values again instead of keeping them",
+            need_bytes / MIB,
             target.name,
             target.memory_bytes / MIB,
         )

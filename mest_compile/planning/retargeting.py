@@ -10,20 +10,18 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES, family_for
+from mest_compile.options import check_activations
 from mest_compile.planning.facts import Facts
-from mest_compile.planning.layers import check_activations
 from mest_compile.planning.layout import choose_sections, choose_vector
 from mest_compile.planning.memory import usually_recomputed
+from mest_compile.planning.plan import Plan
 from mest_compile.records.log import Records
 from mest_compile.sparsity.layer import Layer
 
 
-def retargeted(
-    facts: Facts, target: Target, batch: int, records: Callable[[Target], Records] = Records.of
-) -> tuple[Facts, Records]:
-    """(the facts of the same model, schemes, sparsities, capacities and optimizer for `target` and steps of `batch`
-    examples; records that its kernels' knobs are chosen by). threads: as they were, on another target its cores. Raises
-    UsageError, TargetError.
+def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Target], Records] = Records.of) -> Plan:
+    """The plan of the same model, schemes, sparsities, capacities and optimizer for `target` and steps of `batch`
+    examples. threads: as they were, on another target its cores. Raises UsageError, TargetError.
     """
     batch = checks.whole("batch", batch, 1)
     target = target.for_batch(batch)
@@ -49,14 +47,10 @@ def retargeted(
     )  # else a memory budget asked for more
     recomputed = usually_recomputed(fuse(graph), target) if usual else facts.recomputed
     layers = choose_sections(planned(target), target, found, facts.activations)
-    return replace(
-        facts,
-        graph=graph,
-        layers=layers,
-        recomputed=recomputed,
-        target=target,
-        threads=facts.threads if target.name == facts.target.name else target.cores,
-    ), found
+    threads = facts.threads if target.name == facts.target.name else target.cores
+    return Plan(
+        replace(facts, graph=graph, layers=layers, recomputed=recomputed, target=target, threads=threads), found
+    )
 
 
 def _with_batch(graph: ForwardGraph, batch: int) -> ForwardGraph:

@@ -25,6 +25,7 @@ from typing import Any
 
 import platformdirs
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.cpu import host_model, machine_model
 from mest_compile.hardware.target import Target, is_native
 from mest_compile.records.record import (
@@ -348,7 +349,7 @@ def is_foreign(record: Record, target: Target, cpu: str | None = None) -> bool:
 def cpu_of(target: Target) -> str:
     """Model of this machine where steps of the target run on its CPU; "" where they run on another or on a GPU, and a
     device must tell."""
-    return host_model() if target.device == "cpu" and is_native(target) else ""
+    return host_model() if backend_of(target).processor and is_native(target) else ""
 
 
 def _class(problem: Mapping[str, Any], live: int) -> tuple[str, dict[str, float]]:

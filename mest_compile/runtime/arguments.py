@@ -9,6 +9,7 @@ import numpy as np
 
 from mest_compile.base import checks
 from mest_compile.base.errors import InputError, MestError, StateError
+from mest_compile.base.foreign import is_tensor
 
 _NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
 
@@ -17,7 +18,7 @@ def array(value: Any, dtype: type, what: str, error: type[MestError] = InputErro
     """A C-ordered numpy array of a numpy array, torch tensor or nested list; whole numbers where int64 is wanted.
     Raises `error`."""
     try:
-        found = np.asarray(_of_torch(value) if hasattr(value, "detach") else value)
+        found = np.asarray(_of_torch(value) if is_tensor(value) else value)
         if dtype is np.int64 and found.dtype.kind not in "iu":
             raise error(f"{what} have type {found.dtype}; wanted whole numbers")
         if found.dtype.kind in _NO_NUMBERS:
@@ -74,7 +75,7 @@ def state(value: Any, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, 
 
 def _as_kept(value: Any, dtype: np.dtype, name: str) -> np.ndarray:
     try:
-        return np.array(_of_torch(value) if hasattr(value, "detach") else value, dtype)
+        return np.array(_of_torch(value) if is_tensor(value) else value, dtype)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise StateError(f"{name} is no array of {dtype} ({' '.join(str(problem).split())})") from problem
 

@@ -17,7 +17,3 @@ def parse_scheme(scheme: str | Scheme) -> Scheme:
         )
     name, _, arguments = scheme.partition(":")
     return SCHEMES.find(name).parse(arguments)
-
-
-def scheme_names() -> list[str]:
-    return SCHEMES.names()

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from mest_compile import __version__
-from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError, UsageError
-from mest_compile.data import Dataset, as_dataset, batches
-from mest_compile.data.examples import turned
-from mest_compile.operators.losses.loss import read_loss
+from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError
+from mest_compile.data import Dataset, as_dataset
 from mest_compile.sparsity.distributions import together
+from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
+from mest_compile.training.fitting import check_data, resolved
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, why_lost
 from mest_compile.training.run import Progress, Run, Silent
@@ -29,27 +27,6 @@ from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.sieve import Sieve
 
 log = logging.getLogger(__name__)
-
-# Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no
-# generator's state.
-SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
-
-
-def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """(item, the one after it or None)."""
-    rest = iter(items)
-    present = next(rest)
-    for following in rest:
-        yield present, following
-        present = following
-    yield present, None
-
-
-def target_sparsity(step: Any) -> float:
-    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has
-    none."""
-    targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
-    return together({name: targets[name] for name in elems}, elems)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -77,35 +54,12 @@ class Trainer:
         progress: Progress | None = None,
         specialize: bool = False,
     ):
-        if not isinstance(recipe, Recipe):
-            raise UsageError(
-                f"recipe is a {type(recipe).__name__}; wanted a mest.Recipe, such as Recipe.from_dict or from_file give"
-            )
-        if None not in (recipe.lr, step.asked_lr) and recipe.lr != step.asked_lr:
-            raise UsageError(
-                f"the recipe's lr is {recipe.lr:g}, that of the optimizer which the step was compiled with "
-                f"{step.asked_lr:g}; "
-                f"leave one of the two out"
-            )
         self.step = step
         self.specialize = specialize
         self.source: dict[str, Any] | None = None
-        target = target_sparsity(step)
-        self.recipe = recipe.resolved(target, step.optimizer.lr)
-        step.check_room(recipe.densest(target))
+        self.recipe = resolved(recipe, step)
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
-        if not (loss := read_loss(step.describe())).tells_correct:
-            raise UsageError(
-                f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
-                f'step(images, targets) in a loop of your own, or compile with loss="cross_entropy"'
-            )
-        smoothing = step.describe().get("label_smoothing", 0.0)
-        if smoothing != recipe.label_smoothing:
-            raise UsageError(
-                f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
-                f"compile it with label_smoothing={recipe.label_smoothing}"
-            )
         self._sieve: Sieve | None = None
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
@@ -151,8 +105,8 @@ class Trainer:
         """
         train = as_dataset(train_set, classes=self.step.classes, name="training set")
         test = as_dataset(test_set, like=train, name="test set")
-        self._check_data(train)
-        self._check_data(test)
+        check_data(self.step, train)
+        check_data(self.step, test)
         if len(train) < self.step.batch:
             raise InputError(
                 f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a "
@@ -224,9 +178,9 @@ class Trainer:
             raise self._diverged(
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
-        evaluated = (
-            self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
-        )
+        evaluated: dict[str, Any] = {"test_accuracy": None, "evaluation_seconds": 0.0}
+        if self.recipe.evaluates(epoch):
+            evaluated = self._evaluate(test)
         metrics = {
             "epoch": epoch + 1,
             **trained,
@@ -357,51 +311,10 @@ class Trainer:
         return said
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
-        step, rng = self.step, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
-        among = np.flatnonzero(self._sieve.kept) if self._sieve else np.arange(len(train))
-        count, whole = len(among) // step.batch, len(train) // step.batch
-        loss, correct, step_seconds, lr = 0.0, 0, 0.0, 0.0
-        bound = {} if self.recipe.clip_norm is None else {"clip_norm": self.recipe.clip_norm}
-        began = perf_counter()
-        with closing(batches(train, step.batch, rng, self.recipe.augment, among)) as prepared:  # type: ignore[type-var]
-            shaped = ((images.reshape(step.input_shape), labels, examples) for images, labels, examples in prepared)
-            for index, ((images, labels, examples), following) in enumerate(_with_next(shaped)):
-                lr = self.recipe.lr_at(epoch, index, count)
-                called = perf_counter()
-                result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
-                step_seconds += perf_counter() - called
-                if not math.isfinite(result.loss):
-                    raise self._diverged(
-                        f"the loss is {result.loss} at epoch {epoch + 1}, batch {index + 1}, learning rate {lr:.3g}",
-                        epoch,
-                    )
-                if self._sieve:
-                    self._sieve.count(examples, result.correct)
-                loss += float(result.loss)
-                right = int(np.count_nonzero(result.correct))
-                correct += right
-                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, right / step.batch)
-        seconds, trained = perf_counter() - began, count * step.batch
-        return {
-            "loss": loss / count,
-            "train_accuracy": correct / trained,
-            "lr": lr,
-            "examples": trained,
-            "iterations": count,
-            "iterations_saved": whole - count,
-            "images_per_second": trained / seconds,
-            "train_seconds": seconds,
-            "step_seconds": step_seconds / count,
-        }
+        return train_epoch(self.step, self.recipe, epoch, train, self._sieve, self.progress, self._diverged)
 
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
-        batch, correct, began = self.step.batch, 0, perf_counter()
-        for start in range(0, len(test), batch):
-            images = test.normalise(test.images[start : start + batch])
-            logits = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
-            answers = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))  # no number is the largest beside NaN
-            correct += int(np.count_nonzero(answers == test.labels[start : start + batch]))
-        return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
+        return evaluate(self.step, test)
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
@@ -445,19 +358,3 @@ class Trainer:
             },
             arrays | (self._sieve.arrays() if self._sieve else {}),
         )
-
-    def _check_data(self, data: Dataset) -> None:
-        wanted, found = tuple(self.step.input_shape[1:]), data.images.shape[1:]
-        if wanted != found and wanted != (math.prod(found),):
-            raise InputError(
-                f"the step takes images of shape {wanted}, {data.name} has {found}"
-                + (
-                    turned(found, wanted)
-                    or f"; compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})"
-                )
-            )
-        if data.classes > self.step.classes:
-            raise InputError(
-                f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
-                f"give the model as many outputs"
-            )

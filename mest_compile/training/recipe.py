@@ -15,66 +15,12 @@ from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.options import StepOptions, find_loss
 from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.methods import METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY
 from mest_compile.training.sieve import SieveRule
 
-# The paper's ResNet-32 schedule: a mutation every 5 of 160 epochs, phases switch at epochs 90 and 120.
-PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES, PAPER_LR = 160, 5, (90, 120), 0.1
-
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
-
-# SET replaces 30% of the live weights at every mutation; RigL starts with as many, falls by a cosine and stops at three
-# quarters.
-DROP_SHARE, RIGL_END = 0.3, 0.75
-
-
-def _em(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for
-    any target."""
-    return _scaled([(sparsity + share * (1 - sparsity), sparsity) for share in (0.2, 0.1, 0.0)], epochs)
-
-
-def _em_s(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """Grow 0.05, 0.025, 0 of all units beyond the target: the paper's table, the same at 90% and 95%."""
-    return _scaled([(sparsity, max(0.0, sparsity - excess)) for excess in (0.05, 0.025, 0.0)], epochs)
-
-
-def _set(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """The same share of the live units every time. Source: Mocanu et al., arXiv:1707.04780."""
-    return (_phase(epochs, _fewer(sparsity, DROP_SHARE), sparsity),)
-
-
-def _rigl(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
-    """A share that falls by a cosine to 0 at RIGL_END of training, a phase for each mutation. Source: Evci et al.,
-    arXiv:1911.11134."""
-    end = RIGL_END * epochs
-    starts = [0, *range(interval, epochs, interval)]
-    shares = [0.5 * DROP_SHARE * (1 + math.cos(math.pi * start / end)) if start < end else 0.0 for start in starts]
-    return tuple(
-        _phase(until, _fewer(sparsity, share), sparsity)
-        for until, share in zip([*starts[1:], epochs], shares, strict=True)
-    )
-
-
-def _fewer(sparsity: float, share: float) -> float:
-    """The sparsity when that share of the live units is gone."""
-    return sparsity + share * (1 - sparsity)
-
-
-def _phase(until: int, prune_to: float, grow_to: float) -> Phase:
-    return Phase(
-        until, round(prune_to, 6), round(grow_to, 6)
-    )  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
-
-
-# method -> phases of (target sparsity, epochs, epochs between mutations); None: the mask never changes
-METHODS: dict[str, Callable[[float, int, int], tuple[Phase, ...]] | None] = {
-    "static": None,
-    "em": _em,
-    "em_s": _em_s,
-    "set": _set,
-    "rigl": _rigl,
-}
 
 # name -> share of the way from lr_final to lr, given the share of training done
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -316,6 +262,15 @@ class Recipe:
     def _interval(self) -> int:
         return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
 
+    def step_options(self, options: StepOptions) -> StepOptions:
+        """`options` with what a recipe decides: seed, learning rate where it has one, label smoothing, and room for the
+        densest phase of a model with one sparsity. Raises SparsityError, UsageError.
+        """
+        rule = options.optimizer if self.lr is None else dataclasses.replace(options.optimizer, lr=self.lr)
+        loss = find_loss(options.loss, self.label_smoothing)
+        room = options.grow_to if isinstance(options.sparsity, Mapping) else self.densest(options.sparsity)
+        return dataclasses.replace(options, optimizer=rule, seed=self.seed, loss=loss, grow_to=room)
+
     def densest(self, sparsity: float) -> float:
         """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be
         planned for."""
@@ -356,19 +311,6 @@ class Recipe:
 
     def _phase_of(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch < phase.until_epoch)
-
-
-def preset(method: str, sparsity: float, epochs: int, **settings: Any) -> Recipe:
-    """The paper's recipe for a method at a target sparsity, its 160-epoch schedule scaled to `epochs`."""
-    return Recipe(**{"epochs": epochs, "method": method, "lr": PAPER_LR, **settings}).resolved(sparsity)
-
-
-def _scaled(pairs: list[tuple[float, float]], epochs: int) -> tuple[Phase, ...]:
-    """Phases with the paper's switches in proportion; the last phase, which makes the model exact, always gets the last
-    epoch."""
-    ends = [*(min(round(switch * epochs / PAPER_EPOCHS), epochs - 1) for switch in PAPER_SWITCHES), epochs]
-    starts = [0, *ends[:-1]]
-    return tuple(_phase(end, *pair) for pair, start, end in zip(pairs, starts, ends, strict=True) if start < end)
 
 
 def _read_toml(path: str | os.PathLike) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -12,19 +12,16 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import UsageError
-from mest_compile.compiling import compile as compile_step
+from mest_compile.compiling import compile_step
 from mest_compile.frontend import import_model
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
-from mest_compile.planning.layout import choose_sections, choose_vector, section_knobs, widened
+from mest_compile.options import StepOptions
+from mest_compile.planning.layout import section_knobs
+from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
-from mest_compile.sparsity import parse_scheme
-from mest_compile.sparsity.layer import Layer
 from mest_compile.tuning.deadline import Deadline, TimedBuilder
 from mest_compile.tuning.layout import time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, find_runner
@@ -36,26 +33,23 @@ FINAL_ROUNDS = 5  # of each draw, in which whole steps take turns
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A step to tune.
+    """A step to tune. options: of it; its seed is that of the model and of the search too.
 
     vectors  widths to compare by whole steps before anything is tuned; None: all that the target may use
     runner   name of a runner; None: "rpc" where there is a tracker, else "local", or "opencl" for an OpenCL target
     log      where records go; None: the user's log of the target
-    activations  what the step stores values as
     """
 
     model: str
     input_shape: tuple[int, ...]
     width: int | None = None
-    scheme: str = "block"
-    sparsity: float = 0.9
-    distribution: str = "uniform"
-    target: str = "local"
+    options: StepOptions = field(default_factory=StepOptions)
     runner: str | None = None
     vectors: Sequence[int] | None = None
     log: Path | None = None
-    seed: int = 0
-    activations: str = "float32"
+
+    def network(self) -> Any:
+        return build_model(self.model, self.input_shape, 10, self.width, self.options.seed)
 
 
 def tune(
@@ -71,11 +65,11 @@ def tune(
     time_limit  seconds from now
     """
     started, deadline = monotonic(), Deadline.after(time_limit)
-    target = find_target(request.target).for_batch(request.input_shape[0])
+    target = find_target(request.options.target).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
     if kind.whole_steps and (why := obstacle(target)):
         raise UsageError(
-            f"--target {request.target} is not this machine ({why}); give the --tracker and --key of a device "
+            f"--target {request.options.target} is not this machine ({why}); give the --tracker and --key of a device "
             "that it is, or "
             "without one, for an ARM core, --measure model"
         )
@@ -97,39 +91,41 @@ def _tune(
     deadline: Deadline,
     progress: Progress | None,
 ) -> SessionResult:
-    scheme, log = parse_scheme(request.scheme), LogFile(request.log or user_log(target))
+    options, log = request.options, LogFile(request.log or user_log(target))
     left_out: list[str] = []
     paths = [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)]
     records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
-    graph, _ = import_model(
-        build_model(request.model, request.input_shape, 10, request.width, request.seed), request.input_shape
-    )
-
-    def planned(target: Target) -> Mapping[str, Layer]:
-        return plan_layers(graph, scheme, request.sparsity, request.distribution, None, target, request.activations)
-
+    graph, _ = import_model(request.network(), request.input_shape)
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
     builder = TimedBuilder(deadline=deadline)
     compiled, batch = partial(_compiled, request, builder), _batch(request)
     if by_steps and len(vectors) > 1:
         with deadline.noting("comparing vector widths", left_out):
-            time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress, deadline)
-    told = request.vectors and (len(vectors) == 1 or not by_steps)
-    target = widened(target, vectors[0]) if told else choose_vector(planned(target), target, records)
-    records, layers = records.for_target(target), planned(target)
+            layers = plan_step(graph, options, vector=target.vector).layers
+            time_vectors(vectors, layers, target, compiled, batch, log, records, progress, deadline)
+    told = vectors[0] if request.vectors and (len(vectors) == 1 or not by_steps) else None
+    plan = plan_step(graph, options, lambda _: records, told)
+    target, records = plan.target, plan.records
     if by_steps:
-        program, _ = lower(fuse(graph), layers, target, activations=request.activations)
         with deadline.noting("comparing sizes of sections", left_out):
             time_sections(
-                program, layers, request.activations, target, compiled, batch, log, records, progress, deadline
+                plan.train,
+                plan.layers,
+                options.activations,
+                target,
+                compiled,
+                batch,
+                log,
+                records,
+                progress,
+                deadline,
             )
-    sections = section_knobs(layers, records, request.activations)
-    layers = choose_sections(layers, target, records, request.activations)
-    train, _ = lower(fuse(graph), layers, target, activations=request.activations)
+        plan = plan_step(graph, replace(options, target=target), lambda _: records, target.vector)
     runner.target = target
+    sections = section_knobs(plan.layers, records, options.activations)
     timer = partial(time_in_steps, request, builder, target, sections) if runner.whole_steps else None
-    result = Session(train, layers, target, runner, log, records, builder, progress, timer).run(
-        trials, deadline, request.seed
+    result = Session(plan.train, plan.layers, target, runner, log, records, builder, progress, timer).run(
+        trials, deadline, options.seed
     )
     return replace(result, finished=result.finished and not left_out, left_out=(*left_out, *result.left_out))
 
@@ -172,22 +168,12 @@ def time_in_steps(
 
 
 def _compiled(request: Request, builder: TimedBuilder, target: Target, records: Records) -> Any:
-    return compile_step(
-        build_model(request.model, request.input_shape, 10, request.width, request.seed),
-        request.input_shape,
-        scheme=request.scheme,
-        sparsity=request.sparsity,
-        distribution=request.distribution,
-        target=target,
-        threads=1,
-        activations=request.activations,
-        builder=builder,
-        records=records,
-    )
+    options = replace(request.options, target=target, threads=1)
+    return compile_step(request.network(), request.input_shape, options, builder=builder, records=records)
 
 
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(request.seed)
+    rng = np.random.default_rng(request.options.seed)
     return rng.standard_normal(request.input_shape, np.float32), rng.integers(0, 10, request.input_shape[0])
 
 

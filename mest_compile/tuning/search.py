@@ -61,7 +61,7 @@ def search(
     class KnobBuilder(builder_base):
         """Hands the knobs on; the runner builds and runs in one go, so that what was tried is recorded one by one."""
 
-        def build(self, inputs):
+        def build(self, inputs: Sequence[Any]) -> list[Any]:
             found = []
             for one in inputs:
                 number, places = places_in(one.mod)
@@ -72,19 +72,19 @@ def search(
 
     @derived_object
     class Done(future_base):
-        def __init__(self, result):
+        def __init__(self, result: Any):
             super().__init__()
             self._result = result
 
-        def done(self):
+        def done(self) -> bool:
             return True
 
-        def result(self):
+        def result(self) -> Any:
             return self._result
 
     @derived_object
     class KnobRunner(runner_base):
-        def run(self, inputs):
+        def run(self, inputs: Sequence[Any]) -> list[Any]:
             with ThreadPoolExecutor(runner.devices) as devices, tempfile.TemporaryDirectory() as folder:
                 try:
                     timings = list(devices.map(lambda one: self._attempt(str(one.artifact_path), Path(folder)), inputs))

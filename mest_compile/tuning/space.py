@@ -117,15 +117,15 @@ def mutator(seed: int) -> Any:
 
     @derived_object
     class DrawOneKnob(base):
-        def _initialize_with_tune_context(self, context):
+        def _initialize_with_tune_context(self, context: Any) -> None:
             pass
 
-        def apply(self, trace, seed=-1):
+        def apply(self, trace: Any, seed: int = -1) -> Any:
             drawn = [instruction for instruction in trace.insts if instruction.kind.name == "SampleCategorical"]
             chosen = rng.choice(drawn)
             return trace.with_decision(chosen, rng.randrange(len(chosen.attrs[0])), remove_postproc=True)
 
-        def clone(self):
+        def clone(self) -> DrawOneKnob:
             return DrawOneKnob()
 
     return DrawOneKnob()
@@ -141,7 +141,7 @@ def feature_extractor(spaces: Sequence[Space]) -> Any:
 
     @derived_object
     class KnobFeatures(base):
-        def extract_from(self, context, candidates):
+        def extract_from(self, context: Any, candidates: Sequence[Any]) -> list[Any]:
             found = []
             for candidate in candidates:
                 number, places = places_in(candidate.sch.mod)

@@ -16,13 +16,11 @@ from mest_compile.hardware import target as hardware
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.losses.cross_entropy import CrossEntropy, SoftmaxCrossEntropy
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.schedules.opencl.text import number
-from mest_compile.sparsity import parse_scheme
 
 CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
 SHAPE = (8, 3, 16, 16)
@@ -38,8 +36,7 @@ def kernels_of_a_step(target: str, scheme: str, folder) -> dict[str, OpenclKerne
     """{kernel name and number: OpenclKernel} of training and prediction of a small ResNet."""
     there = hardware.find_target(target)
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
-    layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, there)
-    programs = lower(fuse(graph), layers, there)
+    programs = plan_step(graph, StepOptions(scheme, 0.8, target=there)).programs
     kinds = sorted({(call.kernel, call.problem) for program in programs for call in program.calls}, key=repr)
     sources = [kernel_source(*kind, there) for kind in kinds]
     built = Builder(folder).build(sources)
@@ -161,8 +158,7 @@ def test_constants_arrive_with_all_their_digits():
 def test_no_kernel_of_a_step_has_a_constant_that_is_cut():
     there = hardware.find_target("opencl")
     graph, _ = import_model(build_model("resnet20", SHAPE, 10, 8), SHAPE)
-    layers = plan_layers(graph, parse_scheme("dense"), 0.0, "uniform", None, there)
-    programs = lower(fuse(graph), layers, there, frozenset(), CrossEntropy(0.1))
+    programs = plan_step(graph, StepOptions("dense", 0.0, loss=CrossEntropy(0.1), target=there)).programs
     texts = {kernel_source(call.kernel, call.problem, there).text for program in programs for call in program.calls}
     found = {float(constant.strip('"')) for text in texts for constant in re.findall(r"T\.float32\(([^()]*)\)", text)}
     assert len(found) > 3

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 
 from mest_compile.frontend import import_model
-from mest_compile.hardware.target import find_target
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
-from mest_compile.sparsity import parse_scheme
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 
 ROOT = Path(__file__).resolve().parents[2]
 APART = {"partition", "rpartition", "removeprefix", "removesuffix", "split", "rsplit", "startswith", "endswith"}
@@ -60,10 +57,10 @@ def test_a_name_that_is_taken_apart_is_noticed(line):
 
 @pytest.mark.parametrize("scheme", ["block", "channel", "filter", "pattern", "unstructured"])
 def test_buffers_and_calls_say_what_they_are_of(scheme):
-    shape, target = (2, 3, 8, 8), find_target("arm_cpu")
+    shape = (2, 3, 8, 8)
     graph, _ = import_model(build_model("resnet20", shape, 10, 16), shape)
-    layers = plan_layers(graph, parse_scheme(scheme), 0.6, "uniform", None, target)
-    program, _ = lower(fuse(graph), layers, target)
+    plan = plan_step(graph, StepOptions(scheme, 0.6, target="arm_cpu"))
+    program, layers = plan.train, plan.layers
     held = [buffer for buffer in program.held() if buffer.layer]
     assert {buffer.layer for buffer in held} == layers.keys() and {"", "gradient", "momentum"} <= {
         buffer.role for buffer in held

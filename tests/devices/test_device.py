@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from device import emulated
+from libraries import check_library
 from test_step import assert_like_torch, make_batches, masked_steps
 from test_tuning import spoilt
 
@@ -21,13 +22,11 @@ from mest_compile.hardware.target import find_target
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.elf import read_library
 from mest_compile.kernels.linkers import linkers
-from mest_compile.kernels.linking import check_library, link_kernel
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
+from mest_compile.kernels.linking import link_kernel
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import Measure, Record, Records
-from mest_compile.sparsity import parse_scheme
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.tuning.command import Request, tune
@@ -255,7 +254,7 @@ def test_tuning_goes_on_when_its_device_is_killed_and_another(when, folder, port
         first = devices.enter_context(emulated.device(folder, port, key))
         if when == "is there":
             devices.enter_context(emulated.device(folder, port, key))
-        request = Request("mlp", (8, 3, 32, 32), 16, "block:4x1", target="cortex-a76", log=log)
+        request = Request("mlp", (8, 3, 32, 32), 16, StepOptions("block:4x1", target="cortex-a76"), log=log)
         result = tune(request, RunnerOptions(f"127.0.0.1:{port}", key), 1, progress=Strike())
     assert result.finished and result.measured == len(log.read_text().splitlines()) == 8
     assert all(task.outcomes == {"ok": 1} for task in result.tasks)
@@ -265,8 +264,8 @@ def test_tuning_goes_on_when_its_device_is_killed_and_another(when, folder, port
 def test_kernels_that_are_wrong_crash_or_hang_cost_their_trial_only(phone, tmp_path):
     target = find_target("cortex-a76")
     graph, _ = import_model(build_model("mlp", (8, 3, 8, 8), 10, 16, 0), (8, 3, 8, 8))
-    layers = plan_layers(graph, parse_scheme("block:4x1"), 0.8, "uniform", None, target)
-    program, _ = lower(fuse(graph), layers, target)
+    plan = plan_step(graph, StepOptions("block:4x1", 0.8, target=target))
+    program, layers = plan.train, plan.layers
     task = tasks_of(program, layers, target, tmp_path)[0]
     prepare(task, program, layers, Builder())
     outcomes, source = {}, task.source({})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_gather
 import test_nonfinite
+from libraries import check_library
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
@@ -19,16 +20,14 @@ from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
-from mest_compile.kernels.linking import check_library, link_kernel
+from mest_compile.kernels.linking import link_kernel
 from mest_compile.kernels.source import kernel_source
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.measuring.analysis import analyse, emulate
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import Measure, Outcome, Records
-from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Task, prepare, tasks_of
 
@@ -104,9 +103,9 @@ def test_every_kernel_of_a_step_gives_on_a_32_bit_arm_what_it_gives_here(tmp_pat
     """One problem of every kernel, forward, backward and update, against this machine's answers."""
     target, shape = find_target("armv7"), (4, 3, 32, 32)
     graph, _ = import_model(build_model("vgg11", shape, 10, 4, 0), shape)
-    layers = plan_layers(graph, parse_scheme("pattern"), 0.9, "uniform", None, target)
-    programs, builder, kernels = lower(fuse(graph), layers, target), Builder(folder=tmp_path / "kernels"), {}
-    for program in programs:
+    plan = plan_step(graph, StepOptions("pattern", target=target))
+    layers, builder, kernels = plan.layers, Builder(folder=tmp_path / "kernels"), {}
+    for program in plan.programs:
         for call in program.calls:
             kernels.setdefault(call.kernel, (program, call))
     assert {
@@ -178,10 +177,8 @@ def test_analysis_counts_layers():
     told, names = [], ["layer1.0.conv1.weight", "layer1.0.conv2.weight", "layer2.0.conv1.weight"]
     found = analyse(
         graph,
-        parse_scheme("unstructured"),
-        0.9,
-        TARGET,
-        only=names,
+        StepOptions("unstructured", target=TARGET),
+        names,
         progress=lambda done, total: told.append((done, total)),
     )
     assert told[-1][0] == told[-1][1] == len(found.kernels)
@@ -208,7 +205,7 @@ def test_goals_on_the_stages_of_a_wide_residual_net(scheme, forward, fewer):
     """At 90%: share of the multiply-add floor in the forward pass, and cycles of all phases against our dense
     kernels."""
     graph, _ = import_model(build_model("resnet20", (4, 3, 32, 32), 10, 32, 0), (4, 3, 32, 32))
-    found = analyse(graph, parse_scheme(scheme), 0.9, TARGET, only=STAGES)
+    found = analyse(graph, StepOptions(scheme, target=TARGET), STAGES)
     assert sorted({kernel.layers[0] for kernel in found.kernels}) == STAGES
     assert all(kernel.sparse.share_of_floor >= forward for kernel in found.kernels if kernel.phase == "forward")
     assert found.totals()["times_fewer_cycles"] >= fewer
@@ -217,7 +214,7 @@ def test_goals_on_the_stages_of_a_wide_residual_net(scheme, forward, fewer):
 def test_what_cannot_be_modelled_is_refused(tmp_path):
     graph, _ = import_model(build_model("mlp", (4, 3, 8, 8), 10, None, 0), (4, 3, 8, 8))
     with pytest.raises(TargetError, match="no cycle_model"):
-        analyse(graph, parse_scheme("block"), 0.9, find_target("avx2"))
+        analyse(graph, StepOptions(target="avx2"))
     with pytest.raises(TargetError, match="not an ARM CPU"):
         emulation.machine_of(replace(find_target("avx2"), cycle_model="neoverse-n1"))
 
@@ -254,15 +251,17 @@ def test_failures_on_the_device_say_what_happened(tmp_path):
         emulation.execute(library, source.symbol, arrays, TARGET, limit_seconds=0.001)
     graph, _ = import_model(build_model("mlp", (4, 3, 8, 8), 10, None, 0), (4, 3, 8, 8))
     with pytest.raises(UsageError, match="no such sparse layer"):
-        analyse(graph, parse_scheme("dense"), 0.0, TARGET)
+        analyse(graph, StepOptions("dense", 0.0, target=TARGET))
+    with pytest.raises(UsageError, match="give a number"):
+        analyse(graph, StepOptions(sparsity={"fc1": 0.9}, target=TARGET))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A forward convolution of a small net, with arrays to check candidates by."""
     graph, _ = import_model(build_model("resnet20", (4, 3, 8, 8), 10, 8, 0), (4, 3, 8, 8))
-    layers = plan_layers(graph, parse_scheme("unstructured"), 0.9, "uniform", None, TARGET)
-    program, _ = lower(fuse(graph), layers, TARGET)
+    plan = plan_step(graph, StepOptions("unstructured", target=TARGET))
+    program, layers = plan.train, plan.layers
     folder = tmp_path_factory.mktemp("tasks")
     found = next(task for task in tasks_of(program, layers, TARGET, folder) if task.name.startswith("layer1.0.conv1"))
     prepare(found, program, layers, Builder(folder=folder / "kernels"))

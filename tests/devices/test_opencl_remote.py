@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from device import emulated
+from libraries import check_library
 from test_schemes_step import Small
 from test_step import assert_like_torch, make_batches, masked_steps
 
@@ -24,7 +25,7 @@ from mest_compile.backends.opencl.runner import find_device
 from mest_compile.base.errors import NotInstalled, TargetError
 from mest_compile.devices.runner import RemoteRunner
 from mest_compile.hardware import target as hardware
-from mest_compile.kernels.linking import check_library, find_linker
+from mest_compile.kernels.linking import find_linker
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 

@@ -17,11 +17,9 @@ from mest_compile.hardware.cpu import host_model
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.linking import link_kernel
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
-from mest_compile.sparsity import parse_scheme
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import prepare, tasks_of
 
@@ -141,8 +139,8 @@ def test_a_table_is_measured_on_the_board(board, mest_compile_command):
 def test_a_board_goes_on_serving_after_a_kernel_that_crashes_or_hangs(board, tmp_path):
     target = find_target("local").for_batch(8)
     graph, _ = import_model(build_model("mlp", (8, 3, 8, 8), 10, 16, 0), (8, 3, 8, 8))
-    layers = plan_layers(graph, parse_scheme("block:4x1"), 0.8, "uniform", None, target)
-    program, _ = lower(fuse(graph), layers, target)
+    plan = plan_step(graph, StepOptions("block:4x1", 0.8, target=target))
+    program, layers = plan.train, plan.layers
     task = tasks_of(program, layers, target, tmp_path)[0]
     prepare(task, program, layers, Builder())
     outcomes, source = [], task.source({})

@@ -6,6 +6,7 @@ import pytest
 
 import mest_compile as mest
 from mest_compile.base.errors import TargetError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, target_names
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
@@ -54,6 +55,15 @@ def test_a_step_beyond_the_memory_of_its_target_is_said(caplog):
         (record,) = said()
         assert "the smallest device of target 'arm_cpu' has" in record.getMessage()
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "said"),
+    [("arm_cpu", "opencl", "'opencl', which has a table .gpu."), ("mali", "cpu", "'cpu', which has no table .gpu.")],
+)
+def test_a_target_that_is_not_what_its_kind_of_device_needs_is_refused(target, device, said):
+    with pytest.raises(TargetError, match=said):
+        backend_of(replace(find_target(target), device=device))
 
 
 def test_a_cpu_that_llvm_does_not_know_is_refused_with_those_it_does(tmp_path):

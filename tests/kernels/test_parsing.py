@@ -14,10 +14,8 @@ from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.operators.losses.mse import MSE
 from mest_compile.operators.optimizers.adamw import AdamW
 from mest_compile.operators.optimizers.sgd import SGD
-from mest_compile.planning.facts import Facts
-from mest_compile.planning.layers import plan_layers
-from mest_compile.records.log import Records
-from mest_compile.sparsity import parse_scheme
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 
 SHAPE = (8, 3, 32, 32)
 CASES = [
@@ -47,11 +45,9 @@ class Odd(torch.nn.Module):
 def sources(model, scheme, loss, optimizer, target):
     """One of every kind of kernel in the steps of a model."""
     graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
-    layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
-    programs = Facts(graph, layers, frozenset(), optimizer, target, 1, 0, loss).lower()
-    calls = choosing.sources(
-        programs, target, choosing.choose_knobs(programs, layers, target, Records(target))
-    ).values()
+    plan = plan_step(graph, StepOptions(scheme, 0.8, optimizer=optimizer, loss=loss, target=target))
+    choices = choosing.choose_knobs(plan.programs, plan.layers, plan.target, plan.records)
+    calls = choosing.sources(plan.programs, plan.target, choices).values()
     return {source.kernel: source for each in calls for source in each.values()}
 
 

@@ -11,10 +11,18 @@ import pytest
 import threads
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.base.errors import MestError, NotInstalled, UnknownName, UsageError
 from mest_compile.measuring import benchmark
-from mest_compile.measuring.benchmark import Case, Comparison, Side, compare, median_interval
-from mest_compile.measuring.contestants import CONTESTANTS, find_interpreter, torch_model, unstructured_masks
+from mest_compile.measuring.benchmark import Comparison, Side, compare, median_interval
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import (
+    CONTESTANTS,
+    ENVIRONMENTS,
+    find_interpreter,
+    torch_model,
+    unstructured_masks,
+)
 from mest_compile.models.catalog import build_model
 
 SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
@@ -145,17 +153,21 @@ def test_only_rivals_with_an_environment_run_under_another_python(tmp_path):
 def test_another_environment_sees_our_package_and_nothing_beside_it(tmp_path):
     """The rival's Python finds mest_compile without being able to import what is installed next to it."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH" > {tmp_path}/path\nls -a "$PYTHONPATH" > {tmp_path}/listing\n')
+    python.write_text(
+        f'#!/bin/sh\nls -a "$PYTHONPATH" > {tmp_path}/listing\nls "$PYTHONPATH/mest_compile" > {tmp_path}/inside\n'
+    )
     python.chmod(0o755)
     runner = benchmark._Runner("sparseprop", SMALL, str(python))
     with pytest.raises(MestError, match="died"):
         runner.setup()
     runner.close()
     assert (tmp_path / "listing").read_text().split() == [".", "..", "mest_compile"]
+    assert {"measuring", "options.py"} <= set((tmp_path / "inside").read_text().split())
 
 
 def test_environments_script_makes_what_contestants_ask_for(repository):
     script = (repository / "benchmarks" / "environments.sh").read_text()
+    assert repository / "benchmarks" / "environments" == ENVIRONMENTS
     wanted = {contestant.environment for contestant in CONTESTANTS.values()} - {None}
     assert wanted and all(f"$folder/{name}/bin/python" in script for name in wanted)
     import tomllib
@@ -173,34 +185,47 @@ def test_our_own_rivals_are_the_same_step_but_for_what_they_are_named_for(monkey
         pass
 
     def asked(name):
-        def compile(model, input_shape, **options):
-            options["tuned"] = (records := options.pop("records")) is None or bool(records.paths)
-            raise Asked(options)
+        def compile_step(model, input_shape, options, *, builder, records):
+            raise Asked(options, records is None or bool(records.paths))
 
-        monkeypatch.setattr(mest, "compile", compile)
+        monkeypatch.setattr(compiling, "compile_step", compile_step)
         with pytest.raises(Asked) as caught:
-            CONTESTANTS[name].build(
-                Case("mlp", (8, 3, 8, 8), scheme="block", sparsity=0.9, threads=2, activations="float16")
-            )
-        return {key: value for key, value in caught.value.args[0].items() if key != "builder"}
+            CONTESTANTS[name].build(Case("mlp", (8, 3, 8, 8)).but(threads=2, activations="float16"))
+        return caught.value.args
 
-    ours = asked("mest")
-    assert ours["tuned"] and ours["target"] == "local"
+    ours, tuned = asked("mest")
+    assert tuned and ours.target == "local"
     named = {
-        "mest-untuned": {"tuned": False},
-        "mest-avx2": {"tuned": False, "target": "avx2"},
-        "mest-one-thread": {"threads": 1},
-        "mest-float32": {"activations": "float32"},
-        "mest-dense": {"scheme": "dense", "sparsity": 0.0},
+        "mest-untuned": (False, {}),
+        "mest-avx2": (False, {"target": "avx2"}),
+        "mest-one-thread": (True, {"threads": 1}),
+        "mest-float32": (True, {"activations": "float32"}),
+        "mest-dense": (True, {"scheme": "dense", "sparsity": 0.0}),
     }
-    for name, differs in named.items():
-        assert asked(name) == ours | differs, name
+    for name, (tuned, differs) in named.items():
+        assert asked(name) == (replace(ours, **differs), tuned), name
+
+
+def test_a_rival_that_has_another_optimizer_or_loss_is_refused():
+    for option in ({"optimizer": mest.AdamW()}, {"loss": mest.CrossEntropy(0.1)}):
+        with pytest.raises(UsageError, match="rivals are built with mest.SGD and cross-entropy"):
+            CONTESTANTS["torch"].build(SMALL.but(**option))
+
+
+def test_a_case_goes_to_its_process_and_into_files_whole():
+    options = {"scheme": "block:8x1", "optimizer": mest.SGD(0.1, nesterov=True), "memory_budget": 10**9, "threads": 2}
+    case = Case("mlp", (8, 3, 8, 8), width=16).but(**options, dense_layers=["fc1"], loss=mest.CrossEntropy(0.1))
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case != SMALL
+    early = {
+        name: SMALL.to_json()[name] for name in ("model", "input_shape", "width", "classes", "optimizer", "threads")
+    }
+    assert Case.from_json(early) == SMALL  # what was measured before an option came was measured without it
 
 
 def test_rivals_get_the_masks_that_our_step_starts_with():
     import mest_compile as mest
 
-    case = Case("resnet20", (8, 3, 16, 16), width=8, scheme="unstructured", distribution="erk", sparsity=0.85)
+    case = Case("resnet20", (8, 3, 16, 16), width=8).but(scheme="unstructured", distribution="erk", sparsity=0.85)
     model = torch_model(case)
     ours = mest.compile(
         model, case.input_shape, scheme="unstructured", sparsity=0.85, distribution="erk", threads=1
@@ -213,7 +238,8 @@ LOADED = """
 import sys
 import mest_compile as mest
 from mest_compile.measuring import benchmark
-from mest_compile.measuring.contestants import Case, find_contestant, run_miniature
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import find_contestant, run_miniature
 import mest_compile as mest
 
 contestant = find_contestant("mest")
@@ -277,7 +303,7 @@ def test_sparseprop_refuses_batches_whose_end_it_would_leave_out(batch):
     with pytest.raises(
         UsageError, match=f"would leave out the last {batch % 8} of {batch}, without a word; give .* multiple of 8"
     ):
-        CONTESTANTS["sparseprop"].build(replace(SMALL, input_shape=(batch, 3, 8, 8), sparsity=0.9))
+        CONTESTANTS["sparseprop"].build(replace(SMALL, input_shape=(batch, 3, 8, 8)))
 
 
 def test_a_contestant_that_does_not_answer_is_ended(monkeypatch):

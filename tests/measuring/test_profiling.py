@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mest_compile as mest
-from mest_compile.measuring.contestants import Case
+from mest_compile.measuring.case import Case
 from mest_compile.measuring.profiling import LayerTime, profile
 from mest_compile.models.catalog import build_model
 

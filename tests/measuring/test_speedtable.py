@@ -12,8 +12,9 @@ import run
 import mest_compile as mest
 from mest_compile.base.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.measuring.benchmark import Comparison, Side
-from mest_compile.measuring.contestants import Case
-from mest_compile.measuring.speedtable import COLUMNS, Row, SpeedTable, speed_table
+from mest_compile.measuring.case import Case
+from mest_compile.measuring.speedtable import speed_table
+from mest_compile.measuring.table import COLUMNS, Row, SpeedTable
 
 MIB = 2**20
 
@@ -29,7 +30,7 @@ def comparison(
         return Side(name, seconds, 1.0, 2.3, 100 * MIB, 200 * MIB, 20, 5, peak_mib * MIB, planned)
 
     return Comparison(
-        Case("resnet32", width=32, scheme=scheme, sparsity=sparsity, **case),
+        Case("resnet32", width=32).but(scheme=scheme, sparsity=sparsity, **case),
         side("mest", ours, 50, 48 * MIB),
         side("torch", rival, 200, None),
         {"cpu": "Abacus 9"},
@@ -157,9 +158,9 @@ def test_a_baseline_that_is_not_installed_is_said_first(monkeypatch, tmp_path):
 
 def test_a_scheme_that_the_model_cannot_have_is_a_row(monkeypatch):
     def fake(case, baseline, repeats):
-        if case.scheme == "pattern":
+        if case.options.scheme == mest.Pattern():
             raise SparsityError("fc1: a linear layer\nhas no patterns")
-        return comparison(case.scheme, case.sparsity)
+        return comparison(case.options.scheme, case.options.sparsity)
 
     monkeypatch.setattr("mest_compile.measuring.speedtable.compare", fake)
     seen = []
@@ -271,16 +272,16 @@ def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, t
     measured = []
 
     def fake(case, rival, repeats):
-        measured.append((case.scheme, rival, repeats))
+        measured.append((str(case.options.scheme), rival, repeats))
         if rival == "sparseprop":
             raise NotInstalled("run the script")
-        if case.scheme == "pattern":
+        if case.options.scheme == mest.Pattern():
             raise SparsityError("no patterns")
         return Comparison(case, comparison().ours, comparison().rival, {}, {}, "")
 
     monkeypatch.setattr(run, "compare", fake)
     cases = [
-        (Case("mlp", scheme=scheme), rival)
+        (Case("mlp").but(scheme=scheme), rival)
         for scheme, rival in (("block", "torch"), ("block", "sparseprop"), ("pattern", "torch"))
     ]
     monkeypatch.setattr(run, "quick", lambda: iter(cases))
@@ -295,10 +296,10 @@ def test_the_harness_resumes_and_records_what_is_skipped_or_failed(repository, t
     assert [path.name for path in tmp_path.iterdir()] == ["quick.json"]
     measured.clear()
     run.main(options)
-    assert [what[:2] for what in measured] == [("block", "sparseprop"), ("pattern", "torch")]
+    assert [what[:2] for what in measured] == [("block:4x1", "sparseprop"), ("pattern", "torch")]
     measured.clear()
     run.main(["--quick", "--rounds", "4", "--folder", str(tmp_path), "--only", "block"])
-    assert measured == [("block", "torch", 4), ("block", "sparseprop", 4)]
+    assert measured == [("block:4x1", "torch", 4), ("block:4x1", "sparseprop", 4)]
     (tmp_path / "quick.json").write_text("{")
     with pytest.raises(StateError, match="no file of results"):
         run.main(options)

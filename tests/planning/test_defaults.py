@@ -9,9 +9,10 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
-from mest_compile.hardware.target import find_target
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
-from mest_compile.planning.layers import layer_specs, plan_layers, say_what_stays_dense
+from mest_compile.options import StepOptions
+from mest_compile.planning.layers import layer_specs, say_what_stays_dense
+from mest_compile.planning.plan import plan_step
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.distributions import distribute, together
@@ -72,7 +73,7 @@ def test_of_1x1_convolutions_those_of_shortcuts_are_dense(case):
 
 
 def planned(text, scheme="unstructured", sparsity=0.9, distribution="uniform", dense_layers=None):
-    return plan_layers(graph(text), parse_scheme(scheme), sparsity, distribution, dense_layers, find_target("local"))
+    return plan_step(graph(text), StepOptions(scheme, sparsity, distribution, dense_layers)).layers
 
 
 POINTWISE = "stem = conv3 input\na = conv1 stem\nb = conv1 a\nc = conv3 b"
@@ -223,11 +224,4 @@ def test_what_grows_in_a_dead_filter_trains(scheme):
 
 def test_a_model_without_layers_is_refused():
     with pytest.raises(MestError, match="no convolution and no linear layer"):
-        plan_layers(
-            ForwardGraph((Node("relu", "relu", ("input",), SHAPE),), SHAPE, {}),
-            parse_scheme("dense"),
-            0.0,
-            "uniform",
-            None,
-            find_target("local"),
-        )
+        plan_step(ForwardGraph((Node("relu", "relu", ("input",), SHAPE),), SHAPE, {}), StepOptions("dense", 0.0))

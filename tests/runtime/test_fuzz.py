@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.sparsity import scheme_names
+from mest_compile.sparsity.scheme import SCHEMES as KNOWN
 
-SCHEMES = [*(name for name in scheme_names() if name != "dense"), "block:1x4", "block:4x4", "block:8x1", "block:3x2"]
+SCHEMES = [*(name for name in KNOWN.names() if name != "dense"), "block:1x4", "block:4x4", "block:8x1", "block:3x2"]
 
 
 def draw(seed: int) -> tuple[nn.Module, tuple[int, int, int, int], str, float]:

@@ -8,8 +8,9 @@ from masks import grow_grid, prune_grid
 
 from mest_compile.base.errors import InputError, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.ir.graph import LayerSpec
-from mest_compile.sparsity import parse_scheme, scheme_names
+from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.scheme import SCHEMES
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 CONV = LayerSpec("conv", (8, 12, 3, 3), (2, 12, 6, 6), (1, 1), (1, 1))
@@ -57,7 +58,7 @@ def live_unit_elems(name, layer):
 
 
 def test_every_scheme_but_dense_is_tested_below():
-    assert {name.partition(":")[0] for name in SPARSE} == set(scheme_names()) - {"dense"}
+    assert {name.partition(":")[0] for name in SPARSE} == set(SCHEMES.names()) - {"dense"}
 
 
 @pytest.mark.parametrize("name", [*SPARSE, "dense"])

@@ -10,8 +10,14 @@ import pytest
 
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
 from mest_compile.sparsity.mutation import Phase
-from mest_compile.training.recipe import METHODS, Recipe, preset
+from mest_compile.training.methods import METHODS
+from mest_compile.training.recipe import Recipe
 from mest_compile.training.sieve import SieveRule
+
+
+def preset(method, sparsity, epochs, lr=0.1, **settings):
+    """A method's recipe, resolved."""
+    return Recipe(epochs, method, lr, **settings).resolved(sparsity)
 
 
 @pytest.mark.parametrize(

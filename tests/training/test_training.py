@@ -22,7 +22,8 @@ from mest_compile.data import Dataset, as_dataset
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.mutation import Phase, importance
-from mest_compile.training.loop import Trainer, target_sparsity
+from mest_compile.training.fitting import target_sparsity
+from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES
 from mest_compile.training.runfolder import RunFolder

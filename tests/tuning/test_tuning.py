@@ -19,13 +19,11 @@ from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.choosing import choose_knobs
 from mest_compile.kernels.source import SCHEDULES, kernel_source, knob_space
-from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
-from mest_compile.planning.layers import plan_layers
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, text_digest
 from mest_compile.records.record import SECTIONS, target_facts
-from mest_compile.sparsity import parse_scheme
 from mest_compile.tuning import command, session
 from mest_compile.tuning.deadline import Deadline, OutOfTime, TimedBuilder
 from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections, time_vectors
@@ -48,8 +46,8 @@ def target():
 def planned(target, model="resnet20", width=8, scheme="block:4x1", sparsity=0.8):
     """(training program, prediction program, layers)."""
     graph, _ = import_model(build_model(model, SHAPE, 10, width, 0), SHAPE)
-    layers = plan_layers(graph, parse_scheme(scheme), sparsity, "uniform", None, target)
-    return *lower(fuse(graph), layers, target), layers
+    plan = plan_step(graph, StepOptions(scheme, sparsity, target=target))
+    return *plan.programs, plan.layers
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mest_compile.base.errors import BuildError, UsageError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import KernelSource
 from mest_compile.records.log import Measure, Outcome
@@ -26,9 +27,10 @@ class LocalRunner(Runner):
         from tvm.support.popen_pool import PopenWorker
 
         super().__init__(target, options)
-        if target.device != "cpu":
+        if not backend_of(target).processor:
             raise UsageError(
-                f"the local runner measures on CPUs, target {target.name!r} is an OpenCL device; leave out --runner"
+                f"the local runner measures on CPUs, target {target.name!r} is of kind {target.device!r}; leave out "
+                "--runner"
             )
         self._worker = PopenWorker()
 

@@ -1,0 +1,73 @@
+"""What is timed: one training step, the same for every contestant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile.hardware.host import cores
+from mest_compile.operators.optimizers.sgd import SGD
+from mest_compile.options import StepOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usual() -> StepOptions:
+    """What a case is compiled with that says no other."""
+    return StepOptions(threads=1, optimizer=SGD(lr=0.01))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What both sides compute: a step on random images.
+
+    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our
+                 compiled step
+    input_shape  (N, C, H, W) or (N, features), elements
+    width        channels of the first stage; None is the model's own
+    options      of our step. Threads, seed, optimizer and loss are the other side's as well; dense contestants ignore
+                 what is said of sparsity, all but ours what is said of memory
+    """
+
+    model: str
+    input_shape: tuple[int, ...] = (64, 3, 32, 32)
+    width: int | None = None
+    classes: int = 10
+    options: StepOptions = field(default_factory=usual)
+
+    def but(self, **options: Any) -> Case:
+        """The same with other options of the step."""
+        return replace(self, options=replace(self.options, **options))
+
+    @property
+    def threads(self) -> int:
+        """Of both sides."""
+        return self.options.threads or cores()
+
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """(images of input_shape float32, labels (N,) int64), the same in every process."""
+        rng = np.random.default_rng(self.options.seed)
+        images = rng.standard_normal(self.input_shape, dtype=np.float32)
+        return images, rng.integers(0, self.classes, self.input_shape[0])
+
+    def network(self) -> torch.nn.Module:
+        """The built-in model, with the weights that every contestant starts from."""
+        from mest_compile.models.catalog import build_model
+
+        return build_model(self.model, self.input_shape, self.classes, self.width, self.options.seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, the options beside the rest; `from_json` gives an equal case back."""
+        rest = {"model": self.model, "input_shape": list(self.input_shape)}
+        return {**rest, "width": self.width, "classes": self.classes, **self.options.to_json()}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Case:
+        """Raises KeyError, TypeError and MestError when the document is none."""
+        options = dict(document)
+        model, shape, width, classes = (options.pop(name) for name in ("model", "input_shape", "width", "classes"))
+        return cls(model, tuple(shape), width, classes, StepOptions.from_json(options))

@@ -1,0 +1,169 @@
+"""What a step is compiled with, said once: Python, the command line, recipes, tuning and benchmarks make one of these
+and pass it on.
+
+A further option is a field here with its check, an argument of `mest.compile`, an option of the commands that are to
+have it, and whatever honours it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base import checks
+from mest_compile.base.errors import SparsityError, TargetError, UsageError
+from mest_compile.hardware.target import Target, find_target, target_names
+from mest_compile.ir.layouts.layout import ACTIVATIONS
+from mest_compile.operators.losses import cross_entropy
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.loss import LOSSES, Loss, read_loss
+from mest_compile.operators.optimizers import sgd
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer, read_optimizer
+from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity.distributions import check_distribution
+from mest_compile.sparsity.scheme import Scheme
+from mest_compile.sparsity.schemes.block import Block
+from mest_compile.sparsity.schemes.dense import Dense
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """The options of `mest.compile`, which says what each means. Checked when made, as far as that goes without the
+    model.
+
+    scheme  or its name
+    target  as it was said: `find_target` reads it
+    threads  None: all cores of the target
+    Raises MestError: UnknownName, UsageError, SparsityError, TargetError.
+    """
+
+    scheme: Scheme = field(default_factory=Block)
+    sparsity: float | Mapping[str, float] = 0.9
+    distribution: str = "uniform"
+    dense_layers: Sequence[str] | None = None
+    optimizer: Optimizer = sgd.USUAL
+    target: str | Path | Target = "local"
+    threads: int | None = None
+    seed: int = 0
+    loss: Loss = cross_entropy.USUAL
+    memory_budget: int | None = None
+    lower_density: bool = False
+    grow_to: float | None = None
+    activations: str = "float32"
+
+    def __post_init__(self) -> None:
+        self._set("scheme", parse_scheme(self.scheme))
+        self._check_sparsity()
+        check_optimizer(self.optimizer)
+        check_loss(self.loss)
+        check_activations(self.activations, find_target(self.target))
+        if self.threads is not None:
+            self._set("threads", check_threads(self.threads))
+        self._set("seed", checks.whole("seed", self.seed))
+        if self.memory_budget is not None:
+            budget = checks.whole("memory_budget", self.memory_budget, 1, ", in bytes, or None for no bound")
+            self._set("memory_budget", budget)
+        if checks.flag("lower_density", self.lower_density) and self.memory_budget is None:
+            raise UsageError(
+                "lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out"
+            )
+        if self.grow_to is not None:
+            self._set("grow_to", checks.number("grow_to", self.grow_to, below=1, also=", or None"))
+
+    def _check_sparsity(self) -> None:
+        check_distribution(self.distribution)
+        if self.dense_layers is not None:
+            also = ", or None for the first convolution, the 1x1 convolutions of shortcuts and the classifier"
+            self._set("dense_layers", tuple(checks.names("dense_layers", self.dense_layers, also)))
+        if isinstance(self.sparsity, Mapping):
+            self._set("sparsity", dict(self.sparsity))
+            if self.distribution != "uniform":
+                raise UsageError(
+                    f"distribution {self.distribution!r} spreads one sparsity over the layers, but sparsity says each "
+                    f"layer's; give sparsity as a number, or leave distribution out"
+                )
+            return
+        also = ", or {layer name: number}"
+        self._set("sparsity", checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError))
+        if isinstance(self.scheme, Dense) and self.sparsity != 0:
+            raise SparsityError(
+                f"scheme dense has sparsity 0, not {self.sparsity:g}; pass sparsity=0, or choose another scheme"
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able; `from_json` gives equal options back. Raises UsageError where the target is no name or file."""
+        if isinstance(self.target, Target):
+            raise UsageError(f"target {self.target.name!r} is an object; write it into a TOML file and give its path")
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {
+            "scheme": str(self.scheme),
+            "dense_layers": None if self.dense_layers is None else list(self.dense_layers),
+            "optimizer": self.optimizer.to_json(),
+            "target": str(self.target),
+            "loss": self.loss.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> StepOptions:
+        """What a document does not say is as usual. Raises TypeError where it says more, and as the class does."""
+        objects: dict[str, Any] = {"loss": read_loss(document)}
+        if "optimizer" in document:
+            objects["optimizer"] = read_optimizer(document["optimizer"])
+        return cls(**{**document, **objects})
+
+    def dense(self) -> StepOptions:
+        """The same with all weights alive."""
+        return replace(self, scheme=Dense(), sparsity=0.0, grow_to=None)
+
+
+def check_threads(threads: int) -> int:
+    """Raises UsageError."""
+    return checks.whole("threads", threads, 1, ", or None for all cores")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises UsageError."""
+    if not isinstance(optimizer, Optimizer):
+        there = ", ".join(OPTIMIZERS.find(name).signature() for name in OPTIMIZERS.names())
+        raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted one of {there}, or None for mest.SGD()")
+
+
+def check_loss(loss: Any) -> None:
+    """Raises UsageError."""
+    if not isinstance(loss, Loss):
+        there = ", ".join(LOSSES.find(name).signature() for name in LOSSES.names())
+        raise UsageError(
+            f"loss is {checks.shown(loss)}; wanted one of {there}, or {' or '.join(map(repr, LOSSES.names()))}"
+        )
+
+
+def find_loss(loss: str | Loss, label_smoothing: float = 0.0) -> Loss:
+    """A loss from its name or itself. label_smoothing: short for CrossEntropy(smoothing). Raises UnknownName,
+    UsageError."""
+    share = checks.number("label_smoothing", label_smoothing, below=1)
+    found = LOSSES.find(loss)() if isinstance(loss, str) else loss
+    check_loss(found)
+    if not share:
+        return found
+    if found != CrossEntropy():
+        raise UsageError(
+            f"label_smoothing is short for loss=mest.CrossEntropy(smoothing=...), and the loss is {found}; leave one "
+            "out"
+        )
+    return CrossEntropy(share)
+
+
+def check_activations(activations: str, target: Target) -> None:
+    """Whether a target can store values so. Raises UsageError, TargetError."""
+    if not isinstance(activations, str) or activations not in ACTIVATIONS:
+        raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
+    if activations == "float16" and not target.float16:
+        able = ", ".join(name for name in target_names() if find_target(name).float16)
+        raise TargetError(
+            f"target {target.name!r} has no instructions that turn float16 into float32 and back, or none that "
+            f"are used; leave activations at float32, or compile for one of: {able}"
+        )

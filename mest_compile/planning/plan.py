@@ -1,0 +1,120 @@
+"""From a model's graph, what it is to be compiled with, and what was measured, to what is compiled: one pass, asked by
+whoever compiles, tunes, analyses or draws up tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.graph import ForwardGraph
+from mest_compile.ir.program import Program
+from mest_compile.lowering.fusing import fuse
+from mest_compile.operators.layers.family import held_cells
+from mest_compile.options import StepOptions
+from mest_compile.planning.facts import Facts
+from mest_compile.planning.footprint import footprint
+from mest_compile.planning.layers import plan_layers
+from mest_compile.planning.layout import choose_sections, choose_vector, widened
+from mest_compile.planning.memory import meet_budget, usually_recomputed
+from mest_compile.records.log import Records
+from mest_compile.sparsity.distributions import DIGITS, rescaled
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.room import overall_sparsity, sparse_layers, with_room
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled: layers, layout, what is computed again, capacity, and the kernel calls that follow from them.
+
+    facts    what decides the step, which checkpoints and artifacts hold
+    records  of the target, what its kernels' knobs are chosen by
+    """
+
+    facts: Facts
+    records: Records
+
+    @property
+    def target(self) -> Target:
+        """With the vector width of this step."""
+        return self.facts.target
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """{weight name: Layer}."""
+        return self.facts.layers
+
+    @cached_property
+    def programs(self) -> tuple[Program, Program]:
+        """(training step, prediction)."""
+        return self.facts.lower()
+
+    @property
+    def train(self) -> Program:
+        return self.programs[0]
+
+    def memory(self) -> dict[str, int]:
+        """{kind: bytes, "total": bytes} of the step at its densest."""
+        room = {name: layer.capacity for name, layer in self.layers.items() if layer.capacity is not None}
+        return footprint(*self.programs, self.layers, held_cells(self.layers, room), self.target)
+
+
+def plan_step(
+    graph: ForwardGraph,
+    options: StepOptions,
+    records: Callable[[Target], Records] = Records,
+    vector: int | None = None,
+) -> Plan:
+    """The plan of a step of `graph`, as imported.
+
+    records  those of a target that vector width and sections are chosen by; default: none
+    vector   examples of a slice, whatever the records say; None: as they say
+    Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
+    """
+    target = find_target(options.target).for_batch(graph.input_shape[0])
+    found, layers = records(target), plan_layers(graph, options, target)
+    wide = choose_vector(layers, target, found) if vector is None else widened(target, vector)
+    if wide != target:
+        target, found = wide, found.for_target(wide)
+        layers = plan_layers(graph, options, target)
+    facts = Facts(
+        graph,
+        choose_sections(layers, target, found, options.activations),
+        usually_recomputed(fuse(graph), target),
+        options.optimizer,
+        target,
+        options.threads or target.cores,
+        options.seed,
+        options.loss,
+        options.activations,
+    )
+    if options.grow_to is not None or options.memory_budget is not None:
+        facts = _with_room(facts, options, found)
+    return Plan(facts, found)
+
+
+def _with_room(facts: Facts, options: StepOptions, records: Records) -> Facts:
+    """With the capacity that mutations need, and what the memory budget asks for."""
+    start = overall_sparsity(facts.layers)
+    grow_to = start if options.grow_to is None else options.grow_to
+    facts = replace(facts, layers=with_room(facts.layers, grow_to))
+    if options.memory_budget is None:
+        return facts
+    excess = start - grow_to
+    recomputed, raised = meet_budget(facts, options.memory_budget, options.lower_density, excess)
+    if raised is not None:
+        sparser = replace(options, sparsity=_raised(options, facts.layers, raised))
+        layers = plan_layers(facts.graph, sparser, facts.target)
+        layers = choose_sections(layers, facts.target, records, options.activations)
+        facts = replace(facts, layers=with_room(layers, max(0.0, round(overall_sparsity(layers) - excess, DIGITS))))
+    return replace(facts, recomputed=recomputed)
+
+
+def _raised(options: StepOptions, layers: Mapping[str, Layer], overall: float) -> float | dict[str, float]:
+    """What `sparsity` is when all sparse layers together have `overall`."""
+    if not isinstance(options.sparsity, Mapping):
+        return overall
+    sparse = sparse_layers(layers)
+    share = {name: layer.sparsity for name, layer in sparse.items()}
+    return rescaled(share, {name: layer.spec.weight_elems for name, layer in sparse.items()}, overall)

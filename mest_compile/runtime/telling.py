@@ -1,0 +1,115 @@
+"""What a step tells of itself; nothing changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile.ir.program import Program
+from mest_compile.operators.layers.family import held_cells
+from mest_compile.operators.optimizers.optimizer import Optimizer
+from mest_compile.planning.footprint import footprint
+from mest_compile.runtime.changes import Changes, in_turn
+from mest_compile.runtime.compiled import Compiled
+from mest_compile.runtime.mutating import Mutating
+from mest_compile.runtime.state import HeldState
+from mest_compile.sparsity.layer import Layer
+
+if TYPE_CHECKING:
+    from mest_compile.records.record import Choice
+
+
+class Tells:
+    """Facts of a step, compiled and present."""
+
+    _compiled: Compiled
+    _state: HeldState
+    _mutating: Mutating
+    _turn: threading.RLock
+    _changes: Changes
+    _from_file: bool
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) or (N, features)."""
+        return tuple(self._compiled.graph.input_shape)
+
+    @property
+    def batch(self) -> int:
+        return self.input_shape[0]
+
+    @property
+    def classes(self) -> int:
+        """Outputs an example."""
+        return self._compiled.graph.nodes[-1].shape[1]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._compiled.optimizer
+
+    @property
+    def asked_lr(self) -> float | None:
+        """The learning rate that the caller gave the optimizer; None: the default, or a step from a file, where it is
+        nobody's wish now."""
+        rule = self._compiled.optimizer
+        return None if self._from_file or rule.lr == type(rule)().lr else rule.lr
+
+    @property
+    def program(self) -> Program:
+        """The training step's kernel calls, in order."""
+        return self._compiled.train
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """{weight name: Layer}, every convolution and linear layer."""
+        return self._compiled.layers
+
+    @in_turn
+    def live_weights(self) -> dict[str, int]:
+        """{weight name: weights that are computed with now}, every convolution and linear layer."""
+        layers = self._compiled.layers
+        return {
+            name: int(self._state.keep(name).sum()) * layer.scheme.cell_elems(layer.spec)
+            for name, layer in layers.items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Target, threads, seed, schemes and versions, ready for JSON."""
+        return dict(self._compiled.document["describe"])
+
+    def kernel_choices(self) -> dict[str, Choice]:
+        """{name of a call of `program`: its kernel's knobs, and whether they are "exact", "nearest" or "default"}."""
+        return dict(self._compiled.choices)
+
+    @in_turn
+    def sparsity(self) -> dict[str, float]:
+        """{weight name: share of weights that are zero now}, sparse layers only."""
+        return {name: 1.0 - float(self._state.keep(name).mean()) for name in self._mutating.sparse}
+
+    @in_turn
+    def not_finite(self) -> list[str]:
+        """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when
+        training is sound."""
+        held = self._state.of_kinds("values", "optimizer", "gradients")
+        return [name for name, array in held.items() if not np.isfinite(array).all()]
+
+    @in_turn
+    def memory(self, at_capacity: bool = False) -> dict[str, int]:
+        """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace,
+        batch, total.
+
+        at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound
+                     count as they are
+        """
+        layers = self._compiled.layers
+        units = {
+            name: len(cells) // layers[name].scheme.unit_cells(layers[name].spec)
+            for name, cells in self._state.cells.items()
+        }
+        if at_capacity:
+            units |= {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
+        target = self._compiled.facts.target
+        return footprint(self._compiled.train, self._compiled.predict, layers, held_cells(layers, units), target)

@@ -1,0 +1,65 @@
+"""Whether a step, a recipe and data fit each other: asked before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mest_compile.base.errors import InputError, UsageError
+from mest_compile.data import Dataset
+from mest_compile.data.examples import turned
+from mest_compile.operators.losses.loss import read_loss
+from mest_compile.sparsity.distributions import together
+from mest_compile.training.recipe import Recipe
+
+
+def target_sparsity(step: Any) -> float:
+    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has
+    none."""
+    targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
+    return together({name: targets[name] for name in elems}, elems)
+
+
+def resolved(recipe: Recipe, step: Any) -> Recipe:
+    """The recipe with what it leaves open as the step has it. Raises UsageError, SparsityError and CapacityError where
+    they do not fit."""
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"recipe is a {type(recipe).__name__}; wanted a mest.Recipe, such as Recipe.from_dict or from_file give"
+        )
+    if None not in (recipe.lr, step.asked_lr) and recipe.lr != step.asked_lr:
+        raise UsageError(
+            f"the recipe's lr is {recipe.lr:g}, that of the optimizer which the step was compiled with "
+            f"{step.asked_lr:g}; "
+            f"leave one of the two out"
+        )
+    target = target_sparsity(step)
+    found = recipe.resolved(target, step.optimizer.lr)
+    step.check_room(recipe.densest(target))
+    if not (loss := read_loss(step.describe())).tells_correct:
+        raise UsageError(
+            f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
+            f'step(images, targets) in a loop of your own, or compile with loss="cross_entropy"'
+        )
+    smoothing = step.describe().get("label_smoothing", 0.0)
+    if smoothing != recipe.label_smoothing:
+        raise UsageError(
+            f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
+            f"compile it with label_smoothing={recipe.label_smoothing}"
+        )
+    return found
+
+
+def check_data(step: Any, data: Dataset) -> None:
+    """Raises InputError when the step does not take such examples."""
+    wanted, found = tuple(step.input_shape[1:]), data.images.shape[1:]
+    if wanted != found and wanted != (math.prod(found),):
+        raise InputError(
+            f"the step takes images of shape {wanted}, {data.name} has {found}"
+            + (turned(found, wanted) or f"; compile with input_shape=({step.batch}, {', '.join(map(str, found))})")
+        )
+    if data.classes > step.classes:
+        raise InputError(
+            f"the step tells {step.classes} classes apart, {data.name} has {data.classes}; "
+            f"give the model as many outputs"
+        )
