@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
@@ -37,8 +38,6 @@ from mest_compile.schedules.cpu.rows import (
     widened,
     zero,
 )
-
-INFINITE = 'T.float64("inf")'
 
 
 @schedule("batch_norm.moments", device="cpu")
@@ -162,9 +161,9 @@ def _moments_of_sums(problem: BatchNormMoments) -> str:
             f"sums[0] = sums[0] * {number(1 / problem.count, 'float64')}",
             f"sums[1] = sums[1] - sums[0] * sums[0] * {count}",
             f"far: T.let = T.Select(sums[0] * sums[0] * {number(problem.count / FAR, 'float64')} <= sums[1], "
-            f"sums[1], {INFINITE})",
+            'sums[1], T.float64("inf"))',
         )
-        with text.nest(f"if far == {INFINITE}"), _if(text, "alive" if problem.alive else None):
+        with text.nest('if far == T.float64("inf")'), _if(text, "alive" if problem.alive else None):
             text.local("near", 1)
             text.local("chunk_sums", 2, "float64")
             text(
@@ -243,6 +242,26 @@ def _kinds(problem: BatchNormForward | BatchNormBackward) -> list[tuple[bool, st
     return [(True, "alive"), (False, "alive")] if problem.alive else [(True, None)]
 
 
+def _set_spread(text: Text, image: Image) -> None:
+    """What dz takes of a channel: scale * (dy - near) - (distance * slope + rest). `joined`: the sums, a bound of dy.
+
+    Before a constant z, only what all elements of dz have in common counts, and the mean of dy, as one float32 or two
+    subtracted in turn, rounds alike in all. `near`, in steps as coarse as the largest dy's, is subtracted exactly, and
+    `rest` where the product with scale is rounded, otherwise in each element."""
+    share, size = 1 / (image.batch * image.height * image.width), 'T.cast(joined[2], "float32")'
+    mean = f"(joined[0] * {number(share, 'float64')})"
+    for name in "near", "rest", "slope":
+        text.local(name, 1)
+    text(
+        f'near[0] = T.cast({mean}, "float32")',
+        f"rest[0] = near[0] + {size}",
+        f'near[0] = T.Select(T.abs(rest[0]) < T.float32("inf"), rest[0] - {size}, near[0])',
+        f'rest[0] = T.cast(T.cast(scale, "float64") * ({mean} - T.cast(near[0], "float64")), "float32")',
+        f"rest[0] = {_finite('rest[0]')}",
+        f"slope[0] = scale * (sums[{image.channels} + c] * {number(share)} * moments[{image.channels} + c])",
+    )
+
+
 # Bytes. Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when
 # they are: on a Xeon with 2 MiB of second-level cache a pass takes a sixth less time.
 AHEAD = {"ahead": (0, 512, 1024, 2048)}
@@ -284,13 +303,12 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0
 def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int = 0) -> str:
     """A channel's sums, then its gradient, while the channel is still in cache.
 
-    Sums are float32 vectors within a slice, float64 over slices.
+    Sums are float32 vectors within a slice, float64 over slices; that of dy itself over UNROLL vectors already.
     ahead: how far ahead what the sums read, and what the gradient is written to, is asked for.
     """
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
     row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     rows, width = Chunks(image), UNROLL * problem.dy.vector
-    share = number(1 / (image.batch * image.height * image.width))
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
     target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)
     text = Text(
@@ -320,20 +338,21 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
                 kept = fenced(spelled(row.gradient, x=widened(problem.y, f"y[y_row + {at}]"), dy=dy(at)))
                 mask = [f"dy[dy_row + {at}] = {narrowed(image, kept)}"]
             z = z_there(at) if there else "T.float32(0)"
-            square = f"partial[{width} + {slot}] = partial[{width} + {slot}] + {gradient(at, z)} * ({z} - mean)"
-            return [*mask, f"partial[{slot}] = partial[{slot}] + {gradient(at, z)}", *([square] if there else [])]
+            product = f"partial[{slot}] = partial[{slot}] + {gradient(at, z)} * ({z} - mean)"
+            return [*mask, f"few[i] = few[i] + {gradient(at, z)}", *([product] if there else [])]
 
+        add_few = ['whole[i] = whole[i] + T.cast(few[i], "float64")', "few[i] = T.float32(0)"]
         with text.nest(f"for s in T.serial({image.slices})"):
-            zero(text, "partial", 2 * width, vector)
+            zero(text, "partial", width, vector)
             with text.nest(f"for r in T.serial({image.height})"):
                 rows.set_row(text, f"s * {image.height} + r", images)
-                walk_row(text, image, add, fetch(ahead, images if there else {"dy": image}))
-            fold(text, 2, vector)
+                walk_row(text, image, add, fetch(ahead, images if there else {"dy": image}), add_few)
+            fold(text, 1, vector)
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
         assert target_image
         z = z_there(at)
-        value = f"scale * ({gradient(at, z)} - mean_dy[0] - ({z} - mean) * slope[0])"
+        value = f"(scale * ({gradient(at, z)} - near[0]) - (({z} - mean) * slope[0] + rest[0]))"
         element = f"{target_name}[{target_name}_row + {at}]"
         if problem.accumulate:
             value = f"{widened(target_image, element)} + {value}"
@@ -344,38 +363,34 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int =
         return [f"{target_name}[{target_name}_row + {at}] = {narrowed(target_image, 'T.float32(0)')}"]
 
     def write(body: Body) -> None:
-        assert target_image
+        result = {"dz": problem.dz} if problem.dz else {}
         with text.nest(f"for r in T.serial({rows.all_rows})"):
-            rows.set_row(text, "r", {"dy": image, "z": problem.z, target_name: target_image})
-            walk_row(text, target_image, body, [] if problem.in_place else fetch(ahead, {"dz": target_image}, "dz"))
+            rows.set_row(text, "r", {"dy": image, "z": problem.z, **result})
+            walk_row(text, image, body, fetch(ahead, result, "dz"))
             if problem.dz and not problem.accumulate:
                 frame_row(text, "dz", problem.dz)
 
     with text.nest(f"for c in {loop(channels, image.elems)}"):
         _set_facts(text, channels)
-        text.local("partial", 2 * width)
-        text.local("total", 2 * vector, "float64")
-        text.local("joined", 2, "float64")
-        zero(text, "total", 2 * vector, vector, "float64")
+        text.local("partial", width)
+        text.local("joined", 3, "float64")
+        for name, dtype in ("few", "float32"), ("whole", "float64"), ("total", "float64"):
+            text.local(name, vector, dtype)
+            zero(text, name, vector, vector, dtype)
         with _if(text, "read" if problem.read else None):
             for there, flag in _kinds(problem):
                 with _if(text, flag, there):
                     add_up(there)
-        with text.nest("for s in T.unroll(2)"):
-            text("joined[s] = T.float64(0)")
+        for s, part in enumerate(("whole[i]", "total[i]", "T.abs(whole[i])")):  # the last is hardly below any dy
+            text(f"joined[{s}] = T.float64(0)")
             with text.nest(f"for i in T.serial({vector})"):
-                text(f"joined[s] = joined[s] + total[s * {vector} + i]")
+                text(f"joined[{s}] = joined[{s}] + {part}")
         text(
             'sums[c] = T.cast(joined[0], "float32")',
             f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")',
         )
         if target_image:
-            text.local("mean_dy", 1)
-            text.local("slope", 1)
-            text(
-                f"mean_dy[0] = sums[c] * {share}",
-                f"slope[0] = sums[{channels} + c] * {share} * moments[{channels} + c]",
-            )
+            _set_spread(text, image)
             with _if(text, "alive" if problem.alive else None):
                 with _if(text, "read" if problem.read else None):
                     write(spread)

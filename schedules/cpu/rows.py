@@ -88,23 +88,33 @@ class Text:
 Body = Callable[[str, str, str | None], list[str]]
 
 
-def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = ()) -> None:
+def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = (), after: Sequence[str] = ()) -> None:
     """Statements for every vector of a row: body(offset in the row, slot, live).
 
     `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples,
     otherwise the condition under which the lane does.
     fetched  what `fetch` gives, before the vector at `{at}`
+    after    statements on a vector of lanes `i` behind every UNROLL vectors, and behind those that are left over
     """
+
+    def end() -> None:
+        if after:
+            with text.nest(f"for i in T.vectorized({vector})"):
+                text(*after)
+
     main, rest = divmod(image.width, UNROLL)
     vector, live = image.vector, None if image.batch == image.lanes else "i < examples"
     if main:
-        with text.nest(f"for t in T.serial({main})", f"for j in T.unroll({UNROLL})"):
-            text(*(statement.format(at=f"t * {UNROLL * vector} + j * {vector}") for statement in fetched))
-            with text.nest(f"for i in T.vectorized({vector})"):
-                text(*body(f"t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+        with text.nest(f"for t in T.serial({main})"):
+            with text.nest(f"for j in T.unroll({UNROLL})"):
+                text(*(statement.format(at=f"t * {UNROLL * vector} + j * {vector}") for statement in fetched))
+                with text.nest(f"for i in T.vectorized({vector})"):
+                    text(*body(f"t * {UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+            end()
     if rest:
         with text.nest(f"for j in T.unroll({rest})", f"for i in T.vectorized({vector})"):
             text(*body(f"{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+        end()
 
 
 def fetch(ahead: int, images: dict[str, Image], written: str | None = None) -> list[str]:

@@ -3,7 +3,10 @@ the mean."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
@@ -14,13 +17,14 @@ from mest_compile.operators.batch_norm import (
     BatchNormMoments,
     BatchNormRunning,
 )
-from mest_compile.schedules.opencl.sums import ChannelSums, fold, lane_of, tree
+from mest_compile.schedules.opencl.sums import ChannelSums, add_exactly, fold, lane_of, tree
 from mest_compile.schedules.opencl.text import (
     Text,
     at,
     finite,
     full,
     image,
+    infinity,
     number,
     only_examples,
     plane_vectors,
@@ -290,13 +294,32 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     return str(text)
 
 
+def _store_spread(text: Text, layout: Image) -> None:
+    """Fills `spread` with what the CPU's kernel takes: of `whole` and what that leaves out, the mean in two parts."""
+    channels, exact = layout.channels, 1 / (layout.batch * layout.height * layout.width)
+    share, share_rest = number(exact), number(exact - float(np.float32(exact)))
+    text.private("mean", 1)
+    text.private("near", 1)
+    text.private("rest", 1)
+    text(
+        f"mean[0] = whole[0] * {share}",
+        f'rest[0] = T.call_pure_extern("float32", "fma", whole[0], {share}, T.float32(0) - mean[0])',
+        f"rest[0] = rest[0] + whole[0] * {share_rest} + (joined[2] - (whole[0] - joined[0])) * {share}",
+        "near[0] = mean[0] + joined[3]",
+        f"near[0] = T.Select(T.abs(near[0]) < {infinity(1)}, near[0] - joined[3], mean[0])",
+        "rest[0] = scale * (mean[0] - near[0] + rest[0])",
+        "spread[n] = near[0]",
+        f"spread[{channels} + n] = {finite('rest[0]')}",
+        f"spread[{2 * channels} + n] = scale * (sums_out[{channels} + n] * {share} * moments[{channels} + n])",
+    )
+
+
 @schedule("batch_norm.backward", device="opencl")
 def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     """The sums chunk by chunk, joined channel by channel, then the gradient pixel by pixel."""
     dy, z, channels, vector = problem.dy, problem.z, problem.dy.channels, problem.dy.vector
     dz, result = (problem.dy, "dy") if problem.in_place else (problem.dz, "dz")
     cut = ChannelSums(dy, target)
-    share = number(1 / (dy.batch * dy.height * dy.width))
     text = Text(
         image("dy", dy),
         image("z", z),
@@ -322,23 +345,31 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
             *mask,
             *load_z,
             *load_dy,
-            f"sums[0] = sums[0] + {gradient}",
             f"sums[1] = sums[1] + {gradient} * {_centred(z_here, vector)}",
+            *add_exactly("sums[0]", "sums[2]", gradient),
         ]
 
-    cut.collect(text, 2, add, before=_set_facts(channels), condition="read[c] != 0" if problem.read else "")
-    with text.each(channels, target.limits.threads):
-        cut.join(text, 2, "n")
-        text("sums_out[n] = joined[0]", f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]")
     if dz:
-        mean_dy, slope = (
-            full(f"(sums_out[c] * {share})", vector),
-            full(f"(sums_out[{channels} + c] * {share} * inverse)", vector),
+        text.scratch("spread", 3 * channels)
+    cut.collect_exactly(text, add, before=_set_facts(channels), condition="read[c] != 0" if problem.read else "")
+    with text.each(channels, target.limits.threads):
+        cut.join_exactly(text, "n")
+        text.private("whole", 1)
+        text(
+            f"joined[2] = {finite('joined[2]')}",
+            "whole[0] = joined[0] + joined[2]",
+            "sums_out[n] = whole[0]",
+            f"sums_out[{channels} + n] = joined[1] * moments[{channels} + n]",
         )
+        if dz:
+            text(f"scale: T.let = affine[{channels} + n] * moments[{channels} + n]")
+            _store_spread(text, dy)
+    if dz:
+        near, rest, slope = (full(f"spread[{row * channels} + c]", vector) for row in range(3))
         value = only_examples(
             dz,
             f"plane // {channels}",
-            f"({full('scale', vector)} * ({gradient} - {mean_dy} - {_centred(z_here, vector)} * {slope}))",
+            f"({full('scale', vector)} * ({gradient} - {near}) - ({_centred(z_here, vector)} * {slope} + {rest}))",
         )
         written = ["if alive[c] != 0"] if problem.alive else []
         if problem.accumulate or problem.in_place:

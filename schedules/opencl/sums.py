@@ -178,3 +178,62 @@ class ChannelSums:
             text("joined[s] = T.float32(0)")
         with text.nest(f"for k in T.serial({self.count})", f"for s in T.unroll({sums})"):
             text(f"joined[s] = joined[s] + chunk_sums[({channel} * {self.count} + k) * {sums} + s]")
+
+    def collect_exactly(
+        self, text: Text, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = ""
+    ) -> None:
+        """As `collect`, of two sums, of which float32 leaves nothing out of the first: `body` adds to `sums[0]`, with
+        `add_exactly`, and to `sums[1]`; what the first leaves out is `sums[2]`. `join_exactly` adds a channel's up.
+        """
+        vector, segments = self.image.vector, _segments(1, self.size)
+        text.scratch("chunk_sums", self.image.channels * self.count * 4)
+        with text.groups(self.size, self.image.channels * self.count):
+            text.private("sums", 3, vector_type(vector))
+            text.private("joined", 4)
+            text.shared(4, self.size, "float32")
+            text(f'middle = T.alloc_buffer(({4 * segments},), "float32", scope="shared")')
+            text(f"c: T.let = block // {self.count}", *before)
+            self.start(text, 3)
+            self.walk(text, body, condition)
+            text("joined[0] = T.float32(0)", f"joined[2] = {fold('sums[2]', vector)}")
+            for lane in range(vector):
+                text(*add_exactly("joined[0]", "joined[2]", lane_of("sums[0]", lane, vector), f"_{lane}"))
+            text(f"joined[1] = {fold('sums[1]', vector)}", "joined[3] = T.abs(joined[0])")
+            text(*(f"shared_{s}[lane] = joined[{s}]" for s in range(4)))
+            text.barrier()
+            with text.nest(f"if lane < {segments}"):
+                _join(text, self.size // segments, lambda s: f"shared_{s}[k * {segments} + lane]")
+                text(*(f"middle[{s * segments} + lane] = joined[{s}]" for s in range(4)))
+            text.barrier()
+            with text.nest("if lane == 0"):
+                _join(text, segments, lambda s: f"middle[{s * segments} + k]")
+                text(*(f"chunk_sums[block * 4 + {s}] = joined[{s}]" for s in range(4)))
+
+    def join_exactly(self, text: Text, channel: str) -> None:
+        """Sets the private `joined` (4,) to a channel's two sums, what float32 leaves out of the first, and the sum of
+        its threads' absolute values, which is hardly below that of any term."""
+        text.private("joined", 4)
+        _join(text, self.count, lambda s: f"chunk_sums[({channel} * {self.count} + k) * 4 + {s}]")
+
+
+def add_exactly(total: str, rest: str, value: str, tag: str = "") -> list[str]:
+    """Statements: adds `value` to `total`, and to `rest` what rounding left out (Knuth's two-sum).
+
+    tag  ends the names of what is between, where several stand in one block
+    """
+    added, result, part = f"added{tag}", f"result{tag}", f"part{tag}"
+    return [
+        f"{added}: T.let = {value}",
+        f"{result}: T.let = {total} + {added}",
+        f"{part}: T.let = {result} - {total}",
+        f"{rest} = {rest} + (({total} - ({result} - {part})) + ({added} - {part}))",
+        f"{total} = {result}",
+    ]
+
+
+def _join(text: Text, items: int, part: Callable[[int], str]) -> None:
+    """Sets the private `joined` (4,) to the sums of part(s) over `items` k."""
+    text(*(f"joined[{s}] = T.float32(0)" for s in range(4)))
+    with text.nest(f"for k in T.serial({items})"):
+        text(*(f"joined[{s}] = joined[{s}] + {part(s)}" for s in (1, 2, 3)))
+        text(*add_exactly("joined[0]", "joined[2]", part(0)))

@@ -175,7 +175,7 @@ def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
 
 def norm_case(rng, shape, mean=0.5):
     z, residual, dy = draw(rng, shape, mean), draw(rng, shape), draw(rng, shape)
-    weight, offset = ([*rng.standard_normal((2, shape.channels)), [1], [0]]).astype(np.float32)
+    weight, offset = np.add(rng.standard_normal((2, shape.channels)), [[1], [0]]).astype(np.float32)
     return z, residual, dy, weight, offset
 
 
@@ -308,6 +308,23 @@ def test_batch_norm_backward(run, rng, shape, added, activation):
         "batch_norm.backward", batch_norm.BatchNormBackward(dy_image, shape, None, activation, y_image), *facts
     )[-1]
     assert np.array_equal(only_sums, got_sums)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.01, 2.0])
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=NAMES[:5])
+def test_gradients_before_a_constant_channel_add_up_to_zero(run, rng, shape, mean):
+    """To what rounding each element by itself leaves of it: the weights before see the sum times the mean of data."""
+    dy, constant = draw(rng, shape, mean), np.full((shape.channels, shape.height, shape.width, shape.batch), 1.5)
+    moments = batch_norm.moments_reference(constant, 1e-5).astype(np.float32)
+    weight, scale = np.ones(shape.channels, np.float32), 1 / np.sqrt(1e-5)
+    facts = [pack(shape, constant), moments, np.stack([0 * weight, weight]), np.zeros(2 * shape.channels, np.float32)]
+    problem = batch_norm.BatchNormBackward(shape, shape, shape)
+    got = unpack(
+        shape, run("batch_norm.backward", problem, pack(shape, dy, 0), *facts, pack(shape, dy, 0))[-1], True, 0
+    )
+    rounding = EPS / 4 * scale * np.abs(dy).max((1, 2, 3))  # of an element, in the mean
+    found = np.abs(got.sum((1, 2, 3), dtype=np.float64))
+    assert (found <= 4 * np.sqrt(dy[0].size) * rounding).all(), found / np.sqrt(dy[0].size) / rounding
 
 
 @pytest.mark.parametrize(("added", "activation"), JOINED)

@@ -317,6 +317,15 @@ def test_a_record_of_another_text_is_not_exact(path):
     assert best(read(path)).knobs == {"tile": (4, 2)}
 
 
+def test_knobs_that_won_with_an_older_text_are_a_suggestion_without_seconds(tmp_path):
+    path = tmp_path / "local.jsonl"
+    for knobs, seconds in ({}, 2.0), ({"tile": (4, 2)}, 1.0):
+        LogFile(path).append(record(knobs, seconds, text="what the schedule gave last year"))
+    choice = best(read(path))
+    assert (choice.origin, choice.knobs) == ("nearest", {"tile": (4, 2)})
+    assert choice.seconds is None and choice.default_seconds is None
+
+
 def test_the_nearest_problem_of_the_same_structure_else_the_default(path):
     LogFile(path).append(record({"tile": (1, 4)}, 1.0, problem=Problem(128)))
     records = read(path)
