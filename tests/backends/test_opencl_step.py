@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_schemes_step import Small
-from test_step import assert_like_torch, make_batches, masked_steps
+from nets import short_resnet
+from test_schemes_step import RULES, Small, check_steps
+from test_step import make_batches, masked_steps
 
 import mest_compile as mest
 from mest_compile.backends.opencl.runner import find_device
@@ -18,7 +19,6 @@ from mest_compile.hardware import target as hardware
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
-from mest_compile.models.catalog import build_model
 from mest_compile.operators.losses.cross_entropy import SoftmaxCrossEntropy
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
@@ -31,43 +31,28 @@ TARGETS = [name for name in hardware.target_names() if hardware.find_target(name
 LOGITS = Image(10, 1, 1, 8, (0, 0, 0, 0), 4)
 
 
-def compiled(scheme, shape=SHAPE, width=8, **options):
-    model = build_model("resnet20", shape, 10, width)
-    chosen = {"scheme": scheme, "sparsity": 0.9, "target": "opencl", **options}
-    return mest.compile(model, shape, **chosen), model
+def compiled(scheme, **options):
+    """A step of a small net: a driver compiles each of its kernels, which is most of what a test here takes."""
+    torch.manual_seed(0)
+    return mest.compile(Small(8), SHAPE, **{"scheme": scheme, "sparsity": 0.75, "target": "opencl", **options})
 
 
-@pytest.mark.parametrize("scheme", ["block", "pattern", "unstructured", "filter", "channel"])
-def test_ten_steps_and_a_mutation_equal_masked_torch(scheme):
-    optimizer = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)
-    step, model = compiled(scheme, optimizer=optimizer)
-    batches, masks = make_batches(SHAPE, 10, 10), step.masks()
-    wanted, _ = masked_steps(model, masks, batches, 0.002, optimizer)
-    np.testing.assert_allclose([step(*batch, lr=0.002).loss for batch in batches], wanted, rtol=1e-4)
-    assert_like_torch(step, model, batches[0][0])
-
-    report = step.mutate(prune_to=0.93, grow_to=0.9, rng=np.random.default_rng(0))
-    assert "re-indexed" in report.layers.values()
-    twin, after = build_model("resnet20", SHAPE, 10, 8), step.masks()
-    mest.to_torch(step, twin)
-    twin.train()
-    loss = torch.nn.functional.cross_entropy(twin(torch.from_numpy(batches[0][0])), torch.from_numpy(batches[0][1]))
-    loss.backward()
-    got = step.gradients(*batches[0])
-    for name, parameter in twin.named_parameters():
-        gradient = parameter.grad.numpy() * after.get(name, True)
-        scale = max(np.abs(gradient).max(), 1e-3)
-        assert np.abs(got[name] - gradient).max() <= 1e-3 * scale, name
+@pytest.mark.parametrize(
+    ("scheme", "rule"),
+    [("block", "adamw"), ("pattern", "sgd"), ("unstructured", "sgd"), ("filter", "adamw"), ("channel", "sgd")],
+)
+def test_steps_with_a_mutation_between_them_equal_masked_torch(scheme, rule, tmp_path):
+    check_steps(scheme, lambda: Small(8), (8, 3, 8, 8), None, RULES[rule], tmp_path, target="opencl")
 
 
 @pytest.mark.parametrize("scheme", ["pattern", "filter"])
 def test_a_checkpoint_of_the_device_goes_on_here(scheme, tmp_path):
     """Its kernels order values otherwise, and may hold some of them twice."""
-    there, here = compiled(scheme)[0], compiled(scheme, target="local")[0]
+    there, here = compiled(scheme), compiled(scheme, target="local")
     batches = make_batches(SHAPE, 10, 4)
     for batch in batches[:2]:
         there(*batch, lr=0.01)
-        there.mutate(prune_to=0.93, grow_to=0.9)
+        there.mutate(prune_to=0.85, grow_to=0.65)
     there.save(tmp_path / "a.safetensors")
     here.restore(tmp_path / "a.safetensors")
     before = here.state_dict()
@@ -78,7 +63,8 @@ def test_a_checkpoint_of_the_device_goes_on_here(scheme, tmp_path):
 
 def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
     split = load("digits")
-    step, _ = compiled("block", (64, *split.train.images.shape[1:]), 16)
+    shape = (64, *split.train.images.shape[1:])
+    step = mest.compile(short_resnet(shape, 16), shape, scheme="block", sparsity=0.9, target="opencl")
     recipe = Recipe(14, "em_s", lr=0.1, sieve=SieveRule(drop=0.2))
     run = Trainer(step, recipe, tmp_path / "run").fit(split.train, split.test)
     assert run.test_accuracy >= 0.97
@@ -91,11 +77,11 @@ def test_a_driver_that_fails_leaves_the_last_checkpoint_intact(tmp_path, monkeyp
     data = rng.integers(0, 255, (32, 3, 16, 16), dtype=np.uint8), rng.integers(0, 10, 32)
     recipe = Recipe(3, "em", lr=0.01, mutate_every=1)
     usual, calls = pyopencl.enqueue_nd_range_kernel, []
-    step, _ = compiled("block")
+    step = compiled("block")
 
     def failing(*arguments, **options):
         calls.append(1)
-        if len(calls) > 700:
+        if len(calls) > 500:
             raise pyopencl.RuntimeError("enqueue_nd_range_kernel failed: OUT_OF_RESOURCES")
         return usual(*arguments, **options)
 
@@ -158,7 +144,7 @@ def test_a_step_with_a_buffer_beyond_the_limit_is_not_built():
 
 def test_a_step_waits_once(monkeypatch):
     """Uploads and launches only enter the queue; reading the loss is where the host waits, and then all is done."""
-    step, _ = compiled("block")
+    step = compiled("block")
     batches, events = make_batches(SHAPE, 10, 2), []
     step(*batches[0], lr=0.01)
     usual_copy, usual_launch = pyopencl.enqueue_copy, pyopencl.enqueue_nd_range_kernel

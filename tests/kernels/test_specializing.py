@@ -75,7 +75,7 @@ def batch(seed=0):
     return rng.standard_normal(SHAPE).astype(np.float32), rng.integers(0, 10, SHAPE[0])
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing came of it"

@@ -214,7 +214,7 @@ def random_problem(seed: int, taps: int = 1, live: float | None = None):
     return conv, GatherGrad(source, result, row_block, source_block, (stride, stride), section, taps), index
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(0, 16, 1 if TARGET.device == "cpu" else 2))  # there knobs have others
 def test_convolutions_of_random_sizes(builder, seed):
     conv, grad, index = random_problem(seed)
     print("seed", seed, conv)

@@ -29,6 +29,14 @@ CASES = [  # channels (in, out), size, batch, halo of the result, live kernels, 
     ((70, 2), (4, 4), 5, (0, 0, 0, 0), 1.0, {"staged": 32}),  # more units than are staged at a time
 ]
 FORMS = {"plain": {}, "bias": {"bias": True}, "accumulate": {"accumulate": True}, "statistics": {"statistics": True}}
+FORMS_OF_CASES = [
+    "plain statistics",
+    "bias accumulate",
+    "accumulate statistics",
+    "plain bias",
+    "accumulate statistics",
+    "bias statistics",
+]
 
 
 def random_runs(rng, source: Image, rows: int, live: float):
@@ -59,8 +67,11 @@ def case(channels, size, batch, halo, live, **form):
     return rng, problem, *random_runs(rng, source, channels[1], live)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("channels", "size", "batch", "halo", "live", "knobs"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "size", "batch", "halo", "live", "knobs", "form"),
+    [(*case, form) for case, forms in zip(CASES, FORMS_OF_CASES, strict=True) for form in forms.split()],
+    ids=str,
+)
 def test_convolution_with_constant_taps(builder, channels, size, batch, halo, live, knobs, form):
     rng, problem, pointers, offsets = case(
         channels, size, batch if form != "statistics" else -(-batch // 4) * 4, halo, live, **FORMS[form]

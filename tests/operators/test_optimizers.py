@@ -129,20 +129,6 @@ def test_ten_steps_of_adamw_equal_masked_torch(scheme, sparsity):
     }
 
 
-def test_an_opencl_device_takes_the_same_steps():
-    pytest.importorskip("pyopencl", reason="pyopencl is not installed")
-    for scheme in ("block", "filter"):
-        here, there = compiled(CALM, scheme)[0], compiled(CALM, scheme, target="opencl", threads=None)[0]
-        batches = make_batches(SHAPE, 10, 6)
-        for number, batch in enumerate(batches):
-            np.testing.assert_allclose(there(*batch).loss, here(*batch).loss, rtol=1e-4)
-            if number == 2:
-                for step in (here, there):
-                    step.mutate(prune_to=0.85, grow_to=0.65, rng=np.random.default_rng(1))
-        for name, mask in here.masks().items():
-            np.testing.assert_array_equal(there.masks()[name], mask)
-
-
 def test_states_are_carried_over_a_mutation_and_begin_at_zero():
     step, _ = compiled(mest.AdamW())
     for batch in make_batches(SHAPE, 10, 3):

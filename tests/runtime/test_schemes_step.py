@@ -1,5 +1,6 @@
 """Whole steps of every scheme, a mutation between them, against masked dense torch; then a checkpoint."""
 
+from copy import deepcopy
 from dataclasses import asdict
 
 import numpy as np
@@ -94,14 +95,30 @@ class MaskedTorch:
         return loss.item()
 
 
+def assert_gradients_are_torchs(step, model, batch):
+    """Of live weights, at the step's own state."""
+    twin = deepcopy(model)
+    mest.to_torch(step, twin)
+    twin.train().zero_grad()
+    F.cross_entropy(twin(torch.from_numpy(batch[0])), torch.from_numpy(batch[1])).backward()
+    got, masks = step.gradients(*batch), step.masks()
+    for name, parameter in twin.named_parameters():
+        wanted = parameter.grad.numpy() * masks.get(name, True)
+        assert np.abs(got[name] - wanted).max() <= 1e-3 * max(np.abs(wanted).max(), 1e-3), name
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", CASES)
 def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint(case, rule, tmp_path):
-    scheme, make, shape, dense_layers = CASES[case]
+    check_steps(*CASES[case], RULES[rule], tmp_path, threads=1)
+
+
+def check_steps(scheme, make, shape, dense_layers, rule, tmp_path, **options):
+    """options: what else the step is compiled with."""
     torch.manual_seed(3)
     model = make()
     step = mest.compile(
-        model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers, optimizer=RULES[rule], threads=1
+        model, shape, scheme=scheme, sparsity=0.75, dense_layers=dense_layers, optimizer=rule, **options
     )
     before, batches = step.masks(), make_batches(shape, 10, 8)
     twin = MaskedTorch(model, before, step.optimizer)
@@ -120,6 +137,7 @@ def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from
         layer = step._compiled.layers[name]  # legal still: the scheme reads its own mask
         layer.scheme.collapse(layer.spec, mask.reshape(layer.spec.weight_shape))
     twin.exchange(after, stay, state)
+    assert_gradients_are_torchs(step, model, batches[7])
     np.testing.assert_allclose(
         [step(*batch).loss for batch in batches[4:6]], [twin.step(*batch) for batch in batches[4:6]], rtol=1e-4
     )
