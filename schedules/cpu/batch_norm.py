@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
     FAR,
@@ -20,7 +21,6 @@ from mest_compile.schedules.cpu.rows import (
     UNROLL,
     Body,
     Chunks,
-    Text,
     array,
     buffer,
     channel_sums,
