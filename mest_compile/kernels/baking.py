@@ -2,6 +2,7 @@
 
 A text says that by a line above it: `@baked(counts=(6, 6, 4), groups=8, live=0)`. Nothing is rewritten; the walk gives
 other values for the few expressions that the structure decides, and what follows from them it computes as it goes.
+Kernels are cached under their text: should that line come to mean something else, it needs another name.
 """
 
 from __future__ import annotations

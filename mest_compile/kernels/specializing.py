@@ -1,11 +1,12 @@
-"""Specialized kernels: what a layer's index says about its structure, baked into the text of its kernels as constants.
+"""Specialized kernels: what a layer's index says about its structure, baked into its kernels as constants.
 
 An indexed kernel reads from `pointers` how many units each group of rows has. Where all groups of a section have the
 same number (dense layers, whole filters and channels, patterns), the number, and with it where each group begins, can
 stand in the code: loops have known lengths, and no address waits for a load. Values, offsets and the order of additions
 stay what they are, so both kernels give the same bits and can be exchanged between any two steps. It works on any
-schedule's text, whatever its knobs; what a known length makes superfluous goes from it, as there is then less to
-compile (wide ResNet-32: filter a quarter, channel a third).
+schedule's text, whatever its knobs; what a known length makes superfluous is not compiled (wide ResNet-32: filter a
+quarter less, channel a third). The text gets one line, and whoever compiles it does the work (kernels/baking.py): the
+thread that trains asks for many.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ def structure_of(
 
 
 def specialized(source: KernelSource, problem: GatherConv | GatherGrad, structure: Structure) -> KernelSource:
-    """The kernel of `source` with `structure` baked in when it is compiled (kernels/baking.py); equal structures give
-    equal kernels."""
+    """The kernel of `source` with `structure` baked in; equal structures give equal kernels."""
     facts = f"@baked(counts={structure.counts}, groups={problem.groups}, live={structure.groups})\n"
     # It takes the arguments of the indexed one, which were looked at.
     return replace(source, text=facts + source.text, checked=False)
