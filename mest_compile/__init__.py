@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the names in _HOME
     from mest_compile.training.loop import Trainer as Trainer
     from mest_compile.training.recipe import Recipe as Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "compile": "mest_compile.compiling",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.batch_norm import (
     FAR,
@@ -21,7 +22,6 @@ from mest_compile.schedules.cpu.rows import (
     UNROLL,
     Body,
     Chunks,
-    Text,
     array,
     buffer,
     channel_sums,

@@ -9,6 +9,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
@@ -16,11 +17,11 @@ from mest_compile.schedules.cpu.tiles import (
     MOST_TILE,
     TAPS,
     divisors,
-    indent,
     largest_divisor,
     listed,
-    nest,
     prefetch,
+    recorded,
+    vectors,
     widen,
     widens_once,
 )
@@ -128,23 +129,16 @@ def gather_conv(
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.vector
         arguments.append(f"statistics: T.Buffer(({elems},), 'float32')")
-    lines = [
-        "@T.prim_func",
-        f"def kernel({', '.join(arguments)}):",
-        *indent(
-            1,
-            [
-                "T.func_attr({'tirx.noalias': True})",
-                "units = T.int32()",
-                "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-                f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
-            ],
-        ),
-    ]
+    text = Text(*arguments)
+    text(
+        "units = T.int32()",
+        "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
+        f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
+    )
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
-            lines += indent(1, _pass_lines(problem, index, grid_pass, target, knobs))
-    return "\n".join(lines)
+            _write_pass(text, problem, index, grid_pass, target, knobs)
+    return recorded(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +150,7 @@ class _Knobs:
     once: bool
 
 
-def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> list[str]:
+def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> None:
     """The loops of one pass over its grid of result pixels."""
     source, result, vector = problem.source, problem.result, problem.result.vector
     accumulators = max(int(target.registers * ACCUMULATORS), 1)
@@ -213,138 +207,122 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         f"* {vector} + i]"
     )
 
-    def each(body: str) -> list[str]:
+    def each(body: str) -> None:
         """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be
         in registers."""
-        return [
-            line
-            for j in range(rows)
-            for line in nest([("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))
-        ]
+        for j in range(rows):
+            vectors(text, [("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))
 
-    def units(unit: str) -> list[str]:
-        return [
-            f"for k in T.unroll({reads}):",
-            *indent(1, each(f"{total} = {total} + {value} * {read}".replace("%unit", unit))),
-        ]
+    def units(unit: str) -> None:
+        with text.nest(f"for k in T.unroll({reads})"):
+            each(f"{total} = {total} + {value} * {read}".replace("%unit", unit))
 
-    # Less than 1 KiB of scope "global": the stack, then registers. Scope "local" would be heap workspace.
-    inner = [f"sums_{j} = T.alloc_buffer(({high * wide * deep * vector},), 'float32')" for j in range(rows)]
-    begun = each(f"{total} = {widened(result, write) if problem.accumulate else start}")
-    if problem.accumulate and not beside:
-        inner += begun
-    else:
-        inner += ["if section == 0:", *indent(1, begun)]
-        if problem.sections > 1:
-            inner += ["else:", *indent(1, each(f"{total} = {partial}"))]
-    count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
-    if several > 1:
-        inner += [
-            f"for round in T.serial({count} // {several}):",
-            *(line for unit in range(several) for line in indent(1, units(f"(round * {several} + {unit})"))),
-        ]
-        inner += [
-            f"for unit in T.serial({count} % {several}):",
-            *indent(1, units(f"({count} // {several} * {several} + unit)")),
-        ]
-    else:
-        inner += [f"for unit in T.serial({count}):", *indent(1, units("unit"))]
-    done = each(f"{write} = {narrowed(result, total)}")
-    if beside:
-        done = [
-            f"if section == {problem.sections - 1}:",
-            *indent(1, done),
-            "else:",
-            *indent(1, each(f"{partial} = {total}")),
-        ]
-    inner += done
+    def tile() -> None:
+        """The sums of a tile over a section's units."""
+        for j in range(rows):
+            # Less than 1 KiB of scope "global": the stack, then registers. Scope "local" would be heap workspace.
+            text(f"sums_{j} = T.alloc_buffer(({high * wide * deep * vector},), 'float32')")
+        begin = f"{total} = {widened(result, write) if problem.accumulate else start}"
+        if problem.accumulate and not beside:
+            each(begin)
+        else:
+            with text.nest("if section == 0"):
+                each(begin)
+            if problem.sections > 1:
+                with text.nest("else"):
+                    each(f"{total} = {partial}")
+        count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
+        if several > 1:
+            with text.nest(f"for round in T.serial({count} // {several})"):
+                for unit in range(several):
+                    units(f"(round * {several} + {unit})")
+            with text.nest(f"for unit in T.serial({count} % {several})"):
+                units(f"({count} // {several} * {several} + unit)")
+        else:
+            with text.nest(f"for unit in T.serial({count})"):
+                units("unit")
+        if beside:
+            with text.nest(f"if section == {problem.sections - 1}"):
+                each(f"{write} = {narrowed(result, total)}")
+            with text.nest("else"):
+                each(f"{partial} = {total}")
+        else:
+            each(f"{write} = {narrowed(result, total)}")
+
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
     strip = high * problem.source_step[0], run * wide * problem.source_step[1]
     window = high * grid_pass.step[0], run * wide * grid_pass.step[1]
-    ahead = [
-        f"next_z: T.let = (piece + 1) // {down}",
-        f"next_y: T.let = (piece + 1) % {down}",
-        f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})",
-    ]
-    starts = [
-        f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems} + stretch * "
-        f"{strip[1] * vector}",
-        f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
-        f" + (stretch + 1) * {window[1] * vector}",
-    ]
-    visit = [
-        f"for tile in T.serial({run}):",
-        *indent(
-            1,
-            [
-                f"x: T.let = stretch * {run} + tile",
-                *(
-                    prefetch(
-                        "source",
-                        source,
-                        problem.sources_live or source.channels,
-                        "source_ahead",
-                        (strip[0], 1),
-                        strip[1],
-                        *visits,
-                        planes="sources" if problem.sources_live else None,
-                    )
-                    if knobs.prefetch in ("both", "source") and not knobs.once
-                    else []
-                ),
-                *(
-                    prefetch(
-                        "result",
-                        result,
-                        problem.rows_live or result.channels,
-                        "result_ahead",
-                        (high, grid_pass.step[0]),
-                        window[1],
-                        *visits,
-                        write=True,
-                        planes="channels" if problem.rows_live else None,
-                    )
-                    if knobs.prefetch in ("both", "result")
-                    else []
-                ),
-                *inner,
-            ],
-        ),
-    ]
-    statistics = _statistics_lines(problem, high, deep) if problem.statistics else []
-    around = [
-        *ahead,
-        f"for stretch in T.serial({across // run}):",
-        *indent(1, starts),
-        f"    for section in T.serial({problem.sections}):",
-        f"        for part in T.serial({groups} * {parts}):",
-        *indent(3, visit),
-        *statistics,
-    ]
-    sums = [f"partial = T.alloc_buffer(({stretch_elems},), 'float32')"] if beside else []
-    if not knobs.once:
-        return [
-            f"for piece in T.parallel({layers * down}):",
-            *indent(1, [*sums, f"z: T.let = piece // {down}", f"y: T.let = piece % {down}", *around]),
-        ]
-    elems = deep * source.slice_elems
-    return [
-        f"for z in T.parallel({layers}):",
-        *indent(
-            1,
-            [
-                *sums,
-                f"wide = T.alloc_buffer(({elems},), 'float32')",
-                *widen("source", source, f"z * {elems}", str(elems)),
-                f"for y in T.serial({down}):",
-                *indent(1, [f"piece: T.let = z * {down} + y", *around]),
-            ],
-        ),
-    ]
+
+    def fetch() -> None:
+        """Asks for what comes after a piece."""
+        if knobs.prefetch in ("both", "source") and not knobs.once:
+            prefetch(
+                text,
+                "source",
+                source,
+                problem.sources_live or source.channels,
+                "source_ahead",
+                (strip[0], 1),
+                strip[1],
+                *visits,
+                planes="sources" if problem.sources_live else None,
+            )
+        if knobs.prefetch in ("both", "result"):
+            prefetch(
+                text,
+                "result",
+                result,
+                problem.rows_live or result.channels,
+                "result_ahead",
+                (high, grid_pass.step[0]),
+                window[1],
+                *visits,
+                write=True,
+                planes="channels" if problem.rows_live else None,
+            )
+
+    def piece() -> None:
+        """All groups of a piece of rows."""
+        text(
+            f"next_z: T.let = (piece + 1) // {down}",
+            f"next_y: T.let = (piece + 1) % {down}",
+            f"new_row: T.let = T.Select(next_y == 0, 0, next_y * {strip[0]} + {TAPS - 1})",
+        )
+        with text.nest(f"for stretch in T.serial({across // run})"):
+            text(
+                f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems}"
+                f" + stretch * {strip[1] * vector}",
+                f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
+                f" + (stretch + 1) * {window[1] * vector}",
+            )
+            with text.nest(
+                f"for section in T.serial({problem.sections})",
+                f"for part in T.serial({groups} * {parts})",
+                f"for tile in T.serial({run})",
+            ):
+                text(f"x: T.let = stretch * {run} + tile")
+                fetch()
+                tile()
+        if problem.statistics:
+            _write_statistics(text, problem, high, deep)
+
+    with text.nest(f"for z in T.parallel({layers})" if knobs.once else f"for piece in T.parallel({layers * down})"):
+        if beside:
+            text(f"partial = T.alloc_buffer(({stretch_elems},), 'float32')")
+        if knobs.once:
+            elems = deep * source.slice_elems
+            text(f"wide = T.alloc_buffer(({elems},), 'float32')")
+            widen(text, "source", source, f"z * {elems}", str(elems))
+            with text.nest(f"for y in T.serial({down})"):
+                text(f"piece: T.let = z * {down} + y")
+                piece()
+        else:
+            text(f"z: T.let = piece // {down}", f"y: T.let = piece % {down}")
+            piece()
 
 
-def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
+def _write_statistics(text: Text, problem: GatherConv, high: int, deep: int) -> None:
     """Sums of a piece's rows, which are still in cache. Within a tile's own loop they cost twice as much."""
     result, vector = problem.result, problem.result.vector
     lanes = next(size for size in (4, 2, 1) if result.width % size == 0)  # independent sums hide an addition's latency
@@ -355,24 +333,22 @@ def _statistics_lines(problem: GatherConv, high: int, deep: int) -> list[str]:
     )
     part, square = f"moments[lane * {vector} + i]", f"moments[({lanes} + lane) * {vector} + i]"
     chunk = f"((z * {deep} + v) * {result.height} + y * {high} + a)"
-    lines = [
-        f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')",
-        *nest([("lane", 2 * lanes)], vector, f"{part} = T.float32(0)"),
-        f"for c in T.serial({result.width // lanes}):",
-        f"    for lane in T.unroll({lanes}):",
-        f"        for i in T.vectorized({vector}):",
-        f"            {part} = {part} + {element}",
-        f"            {square} = {square} + {element} * {element}",
-    ]
-    for moment in range(2):
-        total = " + ".join(f"moments[{(moment * lanes + lane) * vector} + i]" for lane in range(lanes))
-        lines += [
-            f"for i in T.vectorized({vector}):",
-            f"    statistics[(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i] = {total}",
-        ]
-    if problem.rows_live:
-        return [
-            f"for v, a, row in T.grid({deep}, {high}, live_groups[0] * {problem.row_block}):",
-            *indent(1, ["channel: T.let = channels[row]", *lines]),
-        ]
-    return [f"for v, a, channel in T.grid({deep}, {high}, {result.channels}):", *indent(1, lines)]
+    live = problem.rows_live
+    channels = f"row in T.grid({deep}, {high}, live_groups[0] * {problem.row_block})"
+    with text.nest(f"for v, a, {channels if live else f'channel in T.grid({deep}, {high}, {result.channels})'}"):
+        if live:
+            text("channel: T.let = channels[row]")
+        text(f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')")
+        vectors(text, [("lane", 2 * lanes)], vector, f"{part} = T.float32(0)")
+        with text.nest(f"for c in T.serial({result.width // lanes})"):
+            vectors(
+                text,
+                [("lane", lanes)],
+                vector,
+                f"{part} = {part} + {element}",
+                f"{square} = {square} + {element} * {element}",
+            )
+        for moment in range(2):
+            total = " + ".join(f"moments[{(moment * lanes + lane) * vector} + i]" for lane in range(lanes))
+            at = f"(({chunk} * 2 + {moment}) * {result.channels} + channel) * {vector} + i"
+            vectors(text, [], vector, f"statistics[{at}] = {total}")

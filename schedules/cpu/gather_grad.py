@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.schedules.cpu.rows import widened
 from mest_compile.schedules.cpu.tiles import (
@@ -11,12 +12,12 @@ from mest_compile.schedules.cpu.tiles import (
     MOST_TILE,
     TAPS,
     divisors,
-    indent,
     is_neon,
     largest_divisor,
     listed,
-    nest,
     prefetch_run,
+    recorded,
+    vectors,
     widen,
     widens_once,
 )
@@ -133,9 +134,10 @@ def gather_grad(
     cell = f"(section * {problem.groups} + group)"
     count = f"(pointers[{cell} + 1] - pointers[{cell}])"
 
+    text = _begun(problem)
     section_elems, copied = problem.section_channels * source.channel_elems, widens_once(source, target, once)
 
-    def together(units: int, first: str) -> list[str]:
+    def together(units: int, first: str) -> None:
         """Adds one strip's share of `units` units from `first` on."""
         total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
         weight = (
@@ -159,19 +161,16 @@ def gather_grad(
         )
         loops = [("k", depth), ("j", rows)]
 
-        def per_unit(loops: list[tuple[str, int]], body: str) -> list[str]:
+        def per_unit(loops: list[tuple[str, int]], body: str) -> None:
             """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not
             in registers."""
-            *around, last = nest(loops, vector, body)
-            return [*around, *(last.replace("%u", str(unit)) for unit in range(units))]
+            vectors(text, loops, vector, *(body.replace("%u", str(unit)) for unit in range(units)))
 
-        return [
-            *(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)),
-            *per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]"),
-            f"for a in T.serial({high}):",
-            *indent(1, per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")),
-            *per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}"),
-        ]
+        text(*(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)))
+        per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]")
+        with text.nest(f"for a in T.serial({high})"):
+            per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")
+        per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}")
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {
@@ -186,31 +185,35 @@ def gather_grad(
     }
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
 
-    def fetch(name: str, first: str, many: str) -> list[str]:
+    def fetch(name: str, first: str, many: str) -> None:
         """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
         _channels, rows_each, columns, image = runs[name]
         run = f"({first} + ahead)"
         channel = lists[name].replace("%s", f"{run} // {rows_each}")
         start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
-        return [f"for ahead in T.serial({many}):", *indent(1, prefetch_run(name, image, start, columns * image.vector))]
+        with text.nest(f"for ahead in T.serial({many})"):
+            prefetch_run(text, name, image, start, columns * image.vector)
 
-    strips, left = [], count
     per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
     if not prefetch:
         per_group = {}
-    at_once = [
-        line for name, many in per_group.items() if many <= BURST for line in fetch(name, f"group * {many}", str(many))
-    ]
     spread = {name: many for name, many in per_group.items() if many > BURST}
-    for units in sizes:
-        body = together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
-        if units == most_units and spread:
-            strips.append(f"times: T.let = T.max({left} // {units}, 1)")
-            for name, many in spread.items():
-                strips.append(f"{name}_runs: T.let = ({many} + times - 1) // times")
-                body = fetch(name, f"(group * {many} + several * {name}_runs)", f"{name}_runs") + body
-        strips += [f"for several in T.serial({left} // {units}):", *indent(1, body)]
-        left = f"({left} % {units})"
+
+    def strips() -> None:
+        """A strip's share of all units of a group."""
+        left = count
+        for units in sizes:
+            ahead = spread if units == most_units else {}
+            if ahead:
+                text(f"times: T.let = T.max({left} // {units}, 1)")
+            for name, many in ahead.items():
+                text(f"{name}_runs: T.let = ({many} + times - 1) // times")
+            with text.nest(f"for several in T.serial({left} // {units})"):
+                for name, many in reversed(ahead.items()):
+                    fetch(name, f"(group * {many} + several * {name}_runs)", f"{name}_runs")
+                together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
+            left = f"({left} % {units})"
+
     place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
     then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
@@ -223,83 +226,51 @@ def gather_grad(
         f" + next_x * {wide * vector}",
     ]
     mine = f"T.min({share}, {strips_each} - chunk * {share})"
-    copy, room = [], []
-    if copied:
-        room = [f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')"]
-        elems = f"T.min({section_elems}, {source.slice_elems} - section * {section_elems})"
-        copy = [
-            f"if turn == 0 or strip % {down * across} == 0:",
-            *indent(1, widen("source", source, f"z * {source.slice_elems} + section * {section_elems}", elems)),
-        ]
     of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
-    lines = [
-        f"for chunk in T.parallel({chunks}):",
-        *indent(
-            1,
-            [
-                *room,
-                f"for weight in T.serial(units * {block}):",
-                f"    for i in T.vectorized({vector}):",
-                f"        scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)",
-                f"for section, turn in T.grid({problem.sections}, {mine}):",
-                *indent(
-                    1,
-                    [
-                        f"strip: T.let = chunk * {share} + turn",
-                        *where,
-                        *then,
-                        *starts,
-                        *copy,
-                        f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups}):",
-                        *indent(1, at_once),
-                        f"    for layer, part in T.grid({layers}, {parts}):",
-                        *indent(2, strips),
-                    ],
-                ),
-            ],
-        ),
-        f"for weight in T.parallel(units * {block}):",
-        *indent(
-            1,
-            [
-                f"total = T.alloc_buffer(({vector},), 'float32')",
-                *nest([], vector, f"total[i] = {of_owners}"),
-                *(
-                    line
-                    for half in halves(vector)
-                    for line in nest([], half, f"total[i] = total[i] + total[{half} + i]")
-                ),
-                "gradients[weight] = total[0]",
-            ],
-        ),
-    ]
-    return _kernel(problem, [f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')", *lines])
+    text(f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')")
+    with text.nest(f"for chunk in T.parallel({chunks})"):
+        if copied:
+            text(f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')")
+        with text.nest(f"for weight in T.serial(units * {block})"):
+            vectors(text, [], vector, f"scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)")
+        with text.nest(f"for section, turn in T.grid({problem.sections}, {mine})"):
+            text(f"strip: T.let = chunk * {share} + turn", *where, *then, *starts)
+            if copied:
+                elems = f"T.min({section_elems}, {source.slice_elems} - section * {section_elems})"
+                with text.nest(f"if turn == 0 or strip % {down * across} == 0"):
+                    widen(text, "source", source, f"z * {source.slice_elems} + section * {section_elems}", elems)
+            with text.nest(f"for group in T.serial({'live_groups[0]' if problem.rows_live else problem.groups})"):
+                for name, many in per_group.items():
+                    if name not in spread:
+                        fetch(name, f"group * {many}", str(many))
+                with text.nest(f"for layer, part in T.grid({layers}, {parts})"):
+                    strips()
+    with text.nest(f"for weight in T.parallel(units * {block})"):
+        text(f"total = T.alloc_buffer(({vector},), 'float32')")
+        vectors(text, [], vector, f"total[i] = {of_owners}")
+        for half in halves(vector):
+            vectors(text, [], half, f"total[i] = total[i] + total[{half} + i]")
+        text("gradients[weight] = total[0]")
+    return recorded(text)
 
 
-def _kernel(problem: GatherGrad, body: list[str]) -> str:
-    """The kernel's text around its body."""
+def _begun(problem: GatherGrad) -> Text:
+    """The kernel's text up to its first loop."""
     source, delta, block = problem.source, problem.delta, problem.unit[0] * problem.row_block
-    return "\n".join(
-        [
-            "@T.prim_func",
-            f"def kernel(pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32'), "
-            "offsets_handle: T.handle, "
-            + "".join(argument + ", " for argument in listed(problem, source))
-            + f"source: T.Buffer(({source.elems},), '{source.dtype}'), delta: T.Buffer(({delta.elems},), "
-            f"'{delta.dtype}'), "
-            "gradients_handle: T.handle):",
-            *indent(
-                1,
-                [
-                    "T.func_attr({'tirx.noalias': True})",
-                    "units = T.int32()",
-                    "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-                    f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')",
-                    *body,
-                ],
-            ),
-        ]
+    text = Text(
+        f"pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32')",
+        "offsets_handle: T.handle",
+        *listed(problem, source),
+        f"source: T.Buffer(({source.elems},), '{source.dtype}')",
+        f"delta: T.Buffer(({delta.elems},), '{delta.dtype}')",
+        "gradients_handle: T.handle",
     )
+    text(
+        "units = T.int32()",
+        "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
+        f"gradients = T.match_buffer(gradients_handle, (units * {block},), 'float32')",
+    )
+    return text
 
 
 def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) -> str:
@@ -314,8 +285,9 @@ def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) 
     groups = "live_groups[0]" if problem.rows_live else problem.groups
     row = f"(group * {problem.row_block} + part * {rows} + j)"
     cell = f"(section * {problem.groups} + group)"
-    left, lines = f"(pointers[{cell} + 1] - pointers[{cell}])", []
-    for units in sizes:
+    left, text = f"(pointers[{cell} + 1] - pointers[{cell}])", _begun(problem)
+
+    def together(units: int) -> None:
         first = f"(pointers[{cell} + 1] - {left} + several * {units})"
         total = f"sums[((u * {depth} + k) * {rows} + j) * {vector}"
         read = widened(
@@ -328,27 +300,22 @@ def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) 
         )
         loops = [("k", depth), ("j", rows), ("u", units)]
         lanes = " + ".join(f"{total} + {lane}]" for lane in range(vector))
-        lines += [
-            f"for several in T.serial({left} // {units}):",
-            *indent(
-                1,
-                [
-                    f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')",
-                    *nest(loops, vector, f"{total} + i] = T.float32(0)"),
-                    f"for z in T.serial({delta.slices}):",
-                    *indent(1, nest(loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")),
-                    f"for k, j, u in T.grid({depth}, {rows}, {units}):",
-                    f"    gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part "
-                    f"* {rows} + j] = {lanes}",
-                ],
-            ),
-        ]
-        left = f"({left} % {units})"
-    return _kernel(
-        problem,
-        [
-            f"for group in T.parallel({groups}):",
-            f"    for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts}):",
-            *indent(2, lines),
-        ],
-    )
+        with text.nest(f"for several in T.serial({left} // {units})"):
+            text(f"sums = T.alloc_buffer(({units * depth * rows * vector},), 'float32')")
+            vectors(text, loops, vector, f"{total} + i] = T.float32(0)")
+            with text.nest(f"for z in T.serial({delta.slices})"):
+                vectors(text, loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")
+            with text.nest(f"for k, j, u in T.grid({depth}, {rows}, {units})"):
+                text(
+                    f"gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part "
+                    f"* {rows} + j] = {lanes}"
+                )
+
+    with text.nest(
+        f"for group in T.parallel({groups})",
+        f"for section, layer, part in T.grid({problem.sections}, {reads // depth}, {parts})",
+    ):
+        for units in sizes:
+            together(units)
+            left = f"({left} % {units})"
+    return recorded(text)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
-from mest_compile.schedules.cpu.rows import Text, array, buffer, each_row, frame_row, narrowed, pointwise, widened
+from mest_compile.schedules.cpu.rows import array, buffer, each_row, frame_row, narrowed, pointwise, widened
 
 
 @schedule("image.import", device="cpu")

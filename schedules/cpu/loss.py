@@ -6,9 +6,10 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.infix import written
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.losses.cross_entropy import SoftmaxCrossEntropy
 from mest_compile.operators.losses.loss import Elementwise
-from mest_compile.schedules.cpu.rows import Text, array, buffer, loop, number, widened
+from mest_compile.schedules.cpu.rows import array, buffer, loop, number, widened
 
 
 def _element(name: str, image: Image, channel: str) -> str:

@@ -9,8 +9,9 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.expressions import Variable
 from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
-from mest_compile.schedules.cpu.rows import UNROLL, Text, number
+from mest_compile.schedules.cpu.rows import UNROLL, number
 
 CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time, still in L2 when a unit's values are copied
 
@@ -21,8 +22,7 @@ def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, s
     handles = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
     handles |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
     text = Text(*(f"{name}_handle: T.handle" for name in handles))
-    text(f"{symbol} = T.int32()")
-    text(*(f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in handles.items()))
+    text.symbolic(symbol, handles)
     text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
     return text
 
@@ -98,13 +98,8 @@ def update_units(problem: UpdateUnits, target: Target) -> str:
 @schedule("optimizer.copy", device="cpu")
 def copy_values(problem: CopyValues, target: Target) -> str:
     text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
-    text(
-        "n = T.int32()",
-        "m = T.int32()",
-        'values = T.match_buffer(values_handle, (n,), "float32")',
-        'places = T.match_buffer(places_handle, (m,), "int32")',
-        'copies = T.match_buffer(copies_handle, (m,), "float32")',
-    )
+    text.symbolic("n", {"values": ("n", "float32")})
+    text.symbolic("m", {"places": ("m", "int32"), "copies": ("m", "float32")})
     with text.nest("for i in T.serial(m)"):
         text("copies[i] = values[places[i]]")
     return str(text)

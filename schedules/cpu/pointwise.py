@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.activation import ACTIVATIONS, Activation, ActivationBackward, ActivationForward
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.cpu.rows import (
     Chunks,
-    Text,
     array,
     buffer,
     channel_sums,

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
+from mest_compile.kernels.text import Text
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
-from mest_compile.schedules.cpu.rows import Text, array, each_row, loop, narrowed, number, widened
+from mest_compile.schedules.cpu.rows import array, each_row, loop, narrowed, number, widened
 
 
 def _set_window(text: Text, problem: Pool) -> None:

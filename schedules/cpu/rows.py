@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.text import Text
 
 PARALLEL_ELEMS = 16384  # below 64 KiB, waking the other threads costs as much as the work
 UNROLL = 4  # vectors in flight: enough independent sums to hide an addition's latency, few enough for 16 registers
@@ -56,33 +57,6 @@ def number(value: float, dtype: str = "float32") -> str:
 def loop(extent: int, elems: int) -> str:
     """The outermost loop's range: threads share it when the kernel touches enough elements."""
     return f"T.parallel({extent})" if elems >= PARALLEL_ELEMS and extent > 1 else f"T.serial({extent})"
-
-
-class Text:
-    """The lines of one kernel. Call it with statements; `nest` opens a loop or a condition."""
-
-    def __init__(self, *arguments: str):
-        self._lines = ["@T.prim_func", f"def kernel({', '.join(arguments)}):"]
-        self._depth = 1
-        self('T.func_attr({"tirx.noalias": True})')
-
-    def __call__(self, *statements: str) -> None:
-        self._lines += ["    " * self._depth + statement for statement in statements]
-
-    @contextmanager
-    def nest(self, *headers: str) -> Iterator[None]:
-        """Opens one block inside the other; each header lacks its colon."""
-        for header in headers:
-            self(header + ":")
-            self._depth += 1
-        yield
-        self._depth -= len(headers)
-
-    def local(self, name: str, elems: int, dtype: str = "float32") -> None:
-        self(f'{name} = T.alloc_buffer(({elems},), "{dtype}")')  # on the stack; scope "local" would be heap workspace
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines) + "\n"
 
 
 Body = Callable[[str, str, str | None], list[str]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.schedules.cpu.rows import widened
 
@@ -28,13 +29,11 @@ def widens_once(source: Image, target: Target, once: bool | None = None) -> bool
     return source.dtype != "float32" and (is_neon(source.vector, target) if once is None else once)
 
 
-def widen(name: str, image: Image, start: str, elems: str) -> list[str]:
+def widen(text: Text, name: str, image: Image, start: str, elems: str) -> None:
     """Fills `wide` with `elems` elements from element `start` on."""
     at = f"t * {image.vector} + i"
-    return [
-        f"for t in T.serial({elems} // {image.vector}):",
-        *indent(1, nest([], image.vector, f"wide[{at}] = " + widened(image, f"{name}[{start} + {at}]"))),
-    ]
+    with text.nest(f"for t in T.serial({elems} // {image.vector})"):
+        vectors(text, [], image.vector, f"wide[{at}] = " + widened(image, f"{name}[{start} + {at}]"))
 
 
 def divisors(number: int) -> list[int]:
@@ -47,17 +46,17 @@ def largest_divisor(number: int, most: int) -> int:
     return max(candidate for candidate in divisors(number) if candidate <= most)
 
 
-def nest(loops: list[tuple[str, int]], vector: int, body: str) -> list[str]:
-    """Unrolled loops (name, extent) around a vector loop over `i` around one statement."""
-    lines = [f"for {name} in T.unroll({extent}):" for name, extent in loops] + [
-        f"for i in T.vectorized({vector}):",
-        body,
-    ]
-    return ["    " * depth + line for depth, line in enumerate(lines)]
+def vectors(text: Text, loops: list[tuple[str, int]], vector: int, *body: str) -> None:
+    """Unrolled loops (name, extent) around a vector loop over `i` around statements."""
+    with text.nest(
+        *(f"for {name} in T.unroll({extent})" for name, extent in loops), f"for i in T.vectorized({vector})"
+    ):
+        text(*body)
 
 
-def indent(depth: int, lines: list[str]) -> list[str]:
-    return ["    " * depth + line for line in lines]
+def recorded(text: Text) -> str:
+    """As the texts were written whose digests records hold: these quotes, no line end behind the last line."""
+    return str(text).replace('"tirx.noalias"', "'tirx.noalias'").removesuffix("\n")
 
 
 def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
@@ -73,6 +72,7 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
 
 
 def prefetch(
+    text: Text,
     name: str,
     image: Image,
     channels: int,
@@ -83,7 +83,7 @@ def prefetch(
     visits: int,
     write: bool = False,
     planes: str | None = None,
-) -> list[str]:
+) -> None:
     """Asks for `rows` (how many, distance) of `columns` pixels of `channels` channels from element `start` on, some
     cache lines at each of `visits` visits: all at once would hold up the loads behind them. A line too many does no
     harm, prefetches cannot fault.
@@ -103,18 +103,18 @@ def prefetch(
         f"{start} + {channel} * {image.channel_elems} + {at} // {lines} % {rows[0]} * {rows[1] * image.row_elems}"
         f" + {at} % {lines} * {line}"
     )
-    return [
-        f"for ahead in T.unroll({share}):",
-        f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), "
-        f"{int(write)}, 2, 1))",
-    ]
+    with text.nest(f"for ahead in T.unroll({share})"):
+        text(
+            f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{element}]), "
+            f"{int(write)}, 2, 1))"
+        )
 
 
-def prefetch_run(name: str, image: Image, start: str, elems: int) -> list[str]:
+def prefetch_run(text: Text, name: str, image: Image, start: str, elems: int) -> None:
     """Asks for `elems` elements from element `start` on."""
     line = LINE_BYTES // image.item_bytes
-    return [
-        f"for line in T.unroll({-(-elems // line)}):",
-        f"    T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * "
-        f"{line}]), 0, 2, 1))",
-    ]
+    with text.nest(f"for line in T.unroll({-(-elems // line)})"):
+        text(
+            f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({name}[{start} + line * "
+            f"{line}]), 0, 2, 1))"
+        )

@@ -19,7 +19,7 @@ from mest_compile.operators.batch_norm import (
 )
 from mest_compile.schedules.opencl.sums import ChannelSums, add_exactly, fold, lane_of, tree
 from mest_compile.schedules.opencl.text import (
-    Text,
+    DeviceText,
     at,
     finite,
     full,
@@ -43,7 +43,7 @@ def batch_norm_moments(problem: BatchNormMoments, target: Target) -> str:
     return _moments_of_sums(problem, target) if problem.chunks else _moments_of_values(problem, target)
 
 
-def _store_moments(text: Text, problem: BatchNormMoments, c: str, mean: str, squares: str) -> None:
+def _store_moments(text: DeviceText, problem: BatchNormMoments, c: str, mean: str, squares: str) -> None:
     """From the mean and the sum of squared distances from it."""
     channels, count = problem.z.channels, problem.count
     text(
@@ -59,7 +59,7 @@ def _moments_of_values(problem: BatchNormMoments, target: Target) -> str:
     """
     layout, vector = problem.z, problem.z.vector
     cut = ChannelSums(layout, target)
-    text = Text(
+    text = DeviceText(
         image("z", layout), scalars("moments", 3 * layout.channels), *flags(layout.channels, alive=problem.alive)
     )
     text.scratch("chunk_facts", layout.channels * cut.count * 4)
@@ -134,7 +134,7 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
     """
     layout, vector, chunks = problem.z, problem.z.vector, problem.chunks
     width, channels = problem.count // (chunks * vector), layout.channels
-    text = Text(
+    text = DeviceText(
         vectors("statistics", chunks * 2 * channels * vector, vector),
         image("z", layout),
         scalars("moments", 3 * channels),
@@ -209,7 +209,9 @@ def _moments_of_sums(problem: BatchNormMoments, target: Target) -> str:
 @schedule("batch_norm.running", device="opencl")
 def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
     channels = problem.channels
-    text = Text(scalars("moments", 3 * channels), scalars("running_mean", channels), scalars("running_var", channels))
+    text = DeviceText(
+        scalars("moments", 3 * channels), scalars("running_mean", channels), scalars("running_var", channels)
+    )
     with text.each(channels, target.limits.threads):
         for name, row in ("running_mean", 0), ("running_var", 2):
             text(
@@ -222,7 +224,9 @@ def batch_norm_running(problem: BatchNormRunning, target: Target) -> str:
 @schedule("batch_norm.frozen", device="opencl")
 def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
     channels = problem.channels
-    text = Text(scalars("running_mean", channels), scalars("running_var", channels), scalars("moments", 3 * channels))
+    text = DeviceText(
+        scalars("running_mean", channels), scalars("running_var", channels), scalars("moments", 3 * channels)
+    )
     with text.each(channels, target.limits.threads):
         text(
             "moments[n] = running_mean[n]",
@@ -276,7 +280,7 @@ def _normalised(z: str, vector: int) -> str:
 def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     z, y, vector = problem.z, problem.y, problem.z.vector
     residual = [image("residual", problem.residual)] if problem.residual else []
-    text = Text(
+    text = DeviceText(
         image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read)
     )
     load, here = _held("alive", at("z", z), "z_here", vector, problem.alive)
@@ -294,7 +298,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
     return str(text)
 
 
-def _store_spread(text: Text, layout: Image) -> None:
+def _store_spread(text: DeviceText, layout: Image) -> None:
     """Fills `spread` with what the CPU's kernel takes: of `whole` and what that leaves out, the mean in two parts."""
     channels, exact = layout.channels, 1 / (layout.batch * layout.height * layout.width)
     share, share_rest = number(exact), number(exact - float(np.float32(exact)))
@@ -320,7 +324,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     dy, z, channels, vector = problem.dy, problem.z, problem.dy.channels, problem.dy.vector
     dz, result = (problem.dy, "dy") if problem.in_place else (problem.dz, "dz")
     cut = ChannelSums(dy, target)
-    text = Text(
+    text = DeviceText(
         image("dy", dy),
         image("z", z),
         *_facts(channels),

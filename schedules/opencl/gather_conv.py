@@ -17,7 +17,7 @@ from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
 from mest_compile.schedules.opencl.text import (
-    Text,
+    DeviceText,
     full,
     image,
     plane_vectors,
@@ -53,7 +53,7 @@ def pieces_of(groups: int, blocks: int) -> int:
 
 
 @contextmanager
-def pieces_in_turn(text: Text, turns: int) -> Iterator[None]:
+def pieces_in_turn(text: DeviceText, turns: int) -> Iterator[None]:
     """A loop over a work-group's groups of channels: sets `part`, the number of one."""
     with text.nest(*([f"for piece in T.serial({turns})"] if turns > 1 else [])):
         text(f"part: T.let = block * {turns} + piece" if turns > 1 else "part: T.let = block")
@@ -103,7 +103,7 @@ def gather_conv(
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * vector
         statistics = [vectors("statistics", elems, vector)]
-    text = Text(
+    text = DeviceText(
         scalars("pointers", problem.cells + 1, "int32"),
         "offsets_handle: T.handle",
         "values_handle: T.handle",
@@ -124,7 +124,7 @@ def gather_conv(
 
 
 def _conv_pass(
-    text: Text,
+    text: DeviceText,
     problem: GatherConv,
     index: int,
     grid_pass: Pass,
@@ -236,7 +236,7 @@ def _conv_pass(
         statistics_of_result(text, problem, high, wide, target)
 
 
-def statistics_of_result(text: Text, problem: GatherConv, high: int, wide: int, target: Target) -> None:
+def statistics_of_result(text: DeviceText, problem: GatherConv, high: int, wide: int, target: Target) -> None:
     """The same by a device kernel of its own: a row has more pixels than a work-group may have threads."""
     result, vector = problem.result, problem.result.vector
     rows = problem.groups * problem.row_block if problem.rows_live else result.channels

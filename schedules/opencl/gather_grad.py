@@ -8,7 +8,15 @@ from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.schedules.opencl.gather_conv import listed
 from mest_compile.schedules.opencl.staging import largest_divisor
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS, declare_totals, totals
-from mest_compile.schedules.opencl.text import Text, image, plane_vectors, scalars, vector_type, whole_groups, zeros
+from mest_compile.schedules.opencl.text import (
+    DeviceText,
+    image,
+    plane_vectors,
+    scalars,
+    vector_type,
+    whole_groups,
+    zeros,
+)
 
 # parts of the pixels that a weight's gradient is summed over apart: scratch memory is as many times the gradient
 MOST_SPLITS = 16
@@ -47,7 +55,7 @@ def gather_grad(
     size = whole_groups(places, threads or target.limits.threads)
     splits = splits_of(problem.cells * parts * layers, places, size) if splits is None else min(splits, places)
     share = -(-places // splits)
-    text = Text(
+    text = DeviceText(
         scalars("pointers", problem.cells + 1, "int32"),
         "offsets_handle: T.handle",
         *listed(problem, source),
@@ -126,7 +134,7 @@ def splits_of(groups: int, places: int, size: int) -> int:
     return max(1, min(MOST_SPLITS, -(-4 * ENOUGH_GROUPS // groups), places // (4 * size)))
 
 
-def join_splits(text: Text, splits: int, block: int, target: Target) -> None:
+def join_splits(text: DeviceText, splits: int, block: int, target: Target) -> None:
     """The second pass: adds up what `split_sums` holds of every weight."""
     with text.each_of(f"(units * {block})", ENOUGH_GROUPS, target.limits.threads):
         text.private("joined", 1)

@@ -9,7 +9,7 @@ from mest_compile.kernels.source import schedule
 from mest_compile.operators.losses.cross_entropy import SoftmaxCrossEntropy
 from mest_compile.operators.losses.loss import Elementwise
 from mest_compile.schedules.opencl.sums import tree
-from mest_compile.schedules.opencl.text import Text, number, scalars, whole_groups
+from mest_compile.schedules.opencl.text import DeviceText, number, scalars, whole_groups
 
 
 def _element(name: str, image: Image, channel: str) -> str:
@@ -20,7 +20,7 @@ def _element(name: str, image: Image, channel: str) -> str:
     )
 
 
-def _add_up(text: Text, batch: int, count: int, target: Target) -> None:
+def _add_up(text: DeviceText, batch: int, count: int, target: Target) -> None:
     """The loss: `losses` of all examples over `count`."""
     size = whole_groups(batch, target.limits.threads)
     with text.groups(size, 1):
@@ -38,7 +38,7 @@ def elementwise(problem: Elementwise, target: Target) -> str:
     output, gradient = problem.output, problem.gradient
     batch, width = output.batch, output.channels
     count = batch * width
-    text = Text(
+    text = DeviceText(
         scalars("output", output.elems),
         scalars("targets", count),
         scalars("loss", 1),
@@ -67,7 +67,7 @@ def elementwise(problem: Elementwise, target: Target) -> str:
 def cross_entropy(problem: SoftmaxCrossEntropy, target: Target) -> str:
     logits, dlogits = problem.logits, problem.dlogits
     batch, classes = logits.batch, logits.channels
-    text = Text(
+    text = DeviceText(
         scalars("logits", logits.elems),
         scalars("labels", batch, "int32"),
         scalars("loss", 1),

@@ -10,20 +10,22 @@ from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, CopyValues, Update, UpdateUnits
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
-from mest_compile.schedules.opencl.text import Text, number
+from mest_compile.schedules.opencl.text import DeviceText, number
 
 
-def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
+def _start(
+    rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> DeviceText:
     """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
     kind = OPTIMIZERS.find(rule)
     sizes = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
     sizes |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
-    text = Text(*(f"{name}_handle: T.handle" for name in sizes))
+    text = DeviceText(*(f"{name}_handle: T.handle" for name in sizes))
     text.symbolic(symbol, sizes)
     return text
 
 
-def _update(text: Text, rule: str) -> None:
+def _update(text: DeviceText, rule: str) -> None:
     """Parameter n. What the formula names itself is private."""
     kind = OPTIMIZERS.find(rule)
     text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
@@ -61,7 +63,7 @@ def update_units(problem: UpdateUnits, target: Target) -> str:
 
 @schedule("optimizer.copy", device="opencl")
 def copy_values(problem: CopyValues, target: Target) -> str:
-    text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
+    text = DeviceText("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
     text.symbolic("n_values", {"values": ("n_values", "float32")})
     text.symbolic("n_copies", {"places": ("n_copies", "int32"), "copies": ("n_copies", "float32")})
     with text.each_of("n_copies", ENOUGH_GROUPS, target.limits.threads):

@@ -15,7 +15,7 @@ from mest_compile.schedules.opencl.gather_grad import join_splits, splits_of
 from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
 from mest_compile.schedules.opencl.sums import declare_totals, totals
 from mest_compile.schedules.opencl.text import (
-    Text,
+    DeviceText,
     full,
     image,
     plane_vectors,
@@ -77,7 +77,7 @@ def pattern_conv(
     blocks = -(-runs // (size * each))
     turns = largest_divisor(gather.groups, pieces) if pieces else pieces_of(gather.groups, blocks)
     statistics = vectors("statistics", result.slices * high * 2 * result.channels * vector, vector)
-    text = Text(
+    text = DeviceText(
         scalars("pointers", problem.runs + 1, "int32"),
         "offsets_handle: T.handle",
         "values_handle: T.handle",
@@ -193,7 +193,7 @@ def pattern_grad(
     size = whole_groups(places, threads or target.limits.threads)
     splits = splits_of(gather.cells, places, size) if splits is None else min(splits, places)
     share = -(-places // splits)
-    text = Text(
+    text = DeviceText(
         scalars("pointers", problem.runs + 1, "int32"),
         "offsets_handle: T.handle",
         image("source", source),
@@ -250,7 +250,7 @@ def pattern_grad(
     return str(text)
 
 
-def _store_totals(text: Text, count: int, size: int, vector: int, taps: int, goal: str, end: str) -> None:
+def _store_totals(text: DeviceText, count: int, size: int, vector: int, taps: int, goal: str, end: str) -> None:
     """Totals of the units from `first` on, up to `end`."""
     totals(
         text,

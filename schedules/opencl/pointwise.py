@@ -11,13 +11,13 @@ from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImpor
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.opencl.sums import ChannelSums
-from mest_compile.schedules.opencl.text import Text, at, image, plane_vectors, scalars, spelled, zeros
+from mest_compile.schedules.opencl.text import DeviceText, at, image, plane_vectors, scalars, spelled, zeros
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
     """A kernel `result = value` on every pixel; `value` has `{x}` for the vector of image x, `accumulate` adds it to
     the result."""
-    text = Text(*(image(name, layout) for name, layout in images.items()))
+    text = DeviceText(*(image(name, layout) for name, layout in images.items()))
     with text.each_pixel(images[result], target.limits.threads):
         elements = {name: at(name, layout) for name, layout in images.items()}
         text(f"{elements[result]} = " + (f"{elements[result]} + " if accumulate else "") + value.format(**elements))
@@ -58,7 +58,7 @@ def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: T
     """`statement` for every vector: {x} and {y} are its elements in the image and in the flat one."""
     x, y = problem.x, problem.y
     images = {"x": x, "y": y}
-    text = Text(*(image(name, images[name]) for name in names))
+    text = DeviceText(*(image(name, images[name]) for name in names))
     with text.each_pixel(x, target.limits.threads):
         flat = f"y[n * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}]"
         text(statement.format(x=at("x", x), y=flat))
@@ -79,7 +79,7 @@ def flatten_backward(problem: Flatten, target: Target) -> str:
 def bias_gradient(problem: BiasGradient, target: Target) -> str:
     layout = problem.dy
     sums = ChannelSums(layout, target)
-    text = Text(image("dy", layout), scalars("dbias", layout.channels))
+    text = DeviceText(image("dy", layout), scalars("dbias", layout.channels))
     sums.collect(text, 1, lambda: [f"sums[0] = sums[0] + {at('dy', layout)}"])
     with text.each(layout.channels, target.limits.threads):
         sums.join(text, 1, "n")
@@ -92,7 +92,7 @@ def image_import(problem: ImageImport, target: Target) -> str:
     """Neighbouring threads read neighbouring pixels of an example, and write neighbouring vectors."""
     layout = problem.result
     example = layout.channels * layout.height * layout.width
-    text = Text(scalars("images", layout.batch * example), scalars("result", layout.elems))
+    text = DeviceText(scalars("images", layout.batch * example), scalars("result", layout.elems))
     with text.each_pixel(layout, target.limits.threads):
         text(
             f"first: T.let = plane // {layout.channels} * {layout.vector}",
@@ -110,7 +110,7 @@ def image_import(problem: ImageImport, target: Target) -> str:
 @schedule("image.export", device="opencl")
 def image_export(problem: ImageExport, target: Target) -> str:
     layout = problem.source
-    text = Text(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
+    text = DeviceText(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
     with text.each(layout.batch * layout.channels, target.limits.threads):
         text(
             f"example: T.let = n // {layout.channels}",
@@ -130,7 +130,7 @@ def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
     above, below, sides = top * layout.columns, bottom * layout.columns, left + right
     count = above + below + layout.height * sides
     assert count, "an image without a halo has none to clear"
-    text = Text(image("image", layout))
+    text = DeviceText(image("image", layout))
     with text.each(layout.slices * layout.channels * count, target.limits.threads):
         text(f"plane: T.let = n // {count}", f"k: T.let = n % {count}")
         place = f"k + {(top + layout.height) * layout.columns - above}"

@@ -11,7 +11,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
 from mest_compile.schedules.opencl.text import (
-    Text,
+    DeviceText,
     at,
     full,
     image,
@@ -25,7 +25,7 @@ from mest_compile.schedules.opencl.text import (
 _AXES = (("h", "top", "tall", 0), ("w", "left", "wide", 1))  # pixel, window's corner, window's size
 
 
-def _set_window(text: Text, problem: Pool, pixels: tuple[str, str]) -> None:
+def _set_window(text: DeviceText, problem: Pool, pixels: tuple[str, str]) -> None:
     """Sets, for a result pixel, the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`) within
     the image."""
     for (_, corner, size, axis), pixel, extent in zip(_AXES, pixels, (problem.x.height, problem.x.width), strict=True):
@@ -52,7 +52,7 @@ def _share(problem: Pool) -> str:
 
 def _forward(problem: Pool, start: str, step: str, last: str, target: Target) -> str:
     x, y = problem.x, problem.y
-    text = Text(image("x", x), image("y", y))
+    text = DeviceText(image("x", x), image("y", y))
     with text.each_pixel(y, target.limits.threads):
         _set_window(text, problem, ("h", "w"))
         text.private("value", 1, vector_type(x.vector))
@@ -78,7 +78,7 @@ def avg_pool_forward(problem: Pool, target: Target) -> str:
 
 
 @contextmanager
-def _each_window_of(text: Text, problem: Pool) -> Iterator[None]:
+def _each_window_of(text: DeviceText, problem: Pool) -> Iterator[None]:
     """Loops `oy`, `ox` over the result pixels whose windows hold the pixel (h, w), in reading order; sets their
     windows."""
     loops = []
@@ -102,7 +102,7 @@ def _result(name: str, layout: Image) -> str:
     )
 
 
-def _store(text: Text, problem: MaxPoolBackward | AvgPoolBackward) -> None:
+def _store(text: DeviceText, problem: MaxPoolBackward | AvgPoolBackward) -> None:
     here = at("dx", problem.dx)
     text(f"{here} = {here} + total[0]" if problem.accumulate else f"{here} = total[0]")
 
@@ -113,7 +113,7 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
     is larger than any number and, as in torch, than the NaN before it.
     """
     x, dx, vector = problem.forward.x, problem.dx, problem.dx.vector
-    text = Text(image("dy", problem.dy), image("x", x), image("dx", dx))
+    text = DeviceText(image("dy", problem.dy), image("x", x), image("dx", dx))
     with text.each_pixel(dx, target.limits.threads):
         text.private("total", 1, vector_type(vector))
         text.private("open", 1, vector_type(vector))
@@ -138,7 +138,7 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
 @schedule("avg_pool2d.backward", device="opencl")
 def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
     dx, vector = problem.dx, problem.dx.vector
-    text = Text(image("dy", problem.dy), image("dx", dx))
+    text = DeviceText(image("dy", problem.dy), image("dx", dx))
     with text.each_pixel(dx, target.limits.threads):
         text.private("total", 1, vector_type(vector))
         text(f"total[0] = {zeros(vector)}")
@@ -152,7 +152,7 @@ def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
 def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
     """Sums row by row, so that rounding grows with height + width and not with their product."""
     x, y, vector = problem.x, problem.y, problem.x.vector
-    text = Text(image("x", x), image("y", y))
+    text = DeviceText(image("x", x), image("y", y))
     with text.each(x.slices * x.channels, target.limits.threads):
         text("plane: T.let = n")
         for name in "total", "line":
@@ -173,7 +173,7 @@ def global_avg_pool_forward(problem: GlobalPool, target: Target) -> str:
 @schedule("global_avg_pool.backward", device="opencl")
 def global_avg_pool_backward(problem: GlobalPool, target: Target) -> str:
     dx, dy, vector = problem.x, problem.y, problem.x.vector
-    text = Text(image("dy", dy), image("dx", dx))
+    text = DeviceText(image("dy", dy), image("dx", dx))
     with text.each_pixel(dx, target.limits.threads):
         value = (
             f"dy[plane * {plane_vectors(dy)} + {dy.halo[0] * dy.columns + dy.halo[1]}] * "

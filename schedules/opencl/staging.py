@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
-from mest_compile.schedules.opencl.text import Text, slots, vector_type, zeros
+from mest_compile.schedules.opencl.text import DeviceText, slots, vector_type, zeros
 
 STAGE_BYTES = 2048  # of local memory: sixteen work-groups of a core of 32 KiB have room for theirs
 MOST_STAGED = 64  # units: as many as the threads that load them
@@ -49,7 +49,7 @@ class Stage:
             units //= 2
         return units if units >= 8 else 0
 
-    def declare(self, text: Text) -> None:
+    def declare(self, text: DeviceText) -> None:
         if self.units:
             text(
                 f'staged_offsets = T.alloc_buffer(({self.units},), "int32", scope="shared")',
@@ -60,7 +60,7 @@ class Stage:
         else:
             text.private("weights", self.rows)
 
-    def load(self, text: Text, first: str, many: str, start: str) -> None:
+    def load(self, text: DeviceText, first: str, many: str, start: str) -> None:
         """Brings `many` units from `first` on to local memory. start: a unit's first weight that counts. All threads
         must come here."""
         each = self.depth * self.rows
@@ -79,7 +79,7 @@ class Stage:
         text.barrier()
 
     @contextmanager
-    def chunks(self, text: Text, begin: str, end: str, start: str) -> Iterator[tuple[str, str]]:
+    def chunks(self, text: DeviceText, begin: str, end: str, start: str) -> Iterator[tuple[str, str]]:
         """A loop over what is in local memory at a time, in which `units_between` loops; gives names of its first unit
         and its size."""
         if not self.units:
@@ -92,7 +92,7 @@ class Stage:
             text.barrier()
 
     @contextmanager
-    def units_between(self, text: Text, low: str, high: str) -> Iterator[None]:
+    def units_between(self, text: DeviceText, low: str, high: str) -> Iterator[None]:
         """A loop over units, counted from the chunk's first one where there are chunks: sets `unit`, and `way`, its
         offset in vectors."""
         with text.nest(f"for turn in T.serial(T.max({high} - {low}, 0))"):
@@ -103,13 +103,13 @@ class Stage:
             yield
 
     @contextmanager
-    def each(self, text: Text, begin: str, end: str, start: str) -> Iterator[None]:
+    def each(self, text: DeviceText, begin: str, end: str, start: str) -> Iterator[None]:
         """A loop over the units from begin to end, as `units_between`."""
         with self.chunks(text, begin, end, start) as (_, many):  # noqa: SIM117
             with self.units_between(text, *(("0", many) if self.units else (begin, end))):
                 yield
 
-    def bring(self, text: Text, k: str, start: str) -> None:
+    def bring(self, text: DeviceText, k: str, start: str) -> None:
         """Gets `weight` the weights of row k of the unit."""
         if self.units:
             name, place = "staged_values", f"(unit * {self.depth} + {k}) * {self.rows}"
@@ -131,7 +131,7 @@ def epilogue_bytes(size: int, sums: int, vector: int) -> int:
     return max(min(EPILOGUE_BYTES // each, sums), 1) * each
 
 
-def declare_row_sums(text: Text, size: int, sums: int, vector: int) -> None:
+def declare_row_sums(text: DeviceText, size: int, sums: int, vector: int) -> None:
     """Local memory of `row_sums`, as single numbers: TVM gives it the place of what the stage does not need any
     more."""
     text(
@@ -141,7 +141,7 @@ def declare_row_sums(text: Text, size: int, sums: int, vector: int) -> None:
 
 
 def row_sums(
-    text: Text,
+    text: DeviceText,
     size: int,
     wide: int,
     sums: int,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.schedules.opencl.text import Text, vector_type, whole_groups, zeros
+from mest_compile.schedules.opencl.text import DeviceText, vector_type, whole_groups, zeros
 
 ENOUGH_GROUPS = 64  # work-groups that keep every core of a phone's GPU busy: the largest have 24
 
 
-def tree(text: Text, sums: int, size: int) -> None:
+def tree(text: DeviceText, sums: int, size: int) -> None:
     """Adds up the elements of each of `shared_0`, ..., `sums` in all, into its first. All threads must come here."""
     stride = size // 2
     text.barrier()
@@ -44,14 +44,19 @@ def _segments(count: int, size: int) -> int:
     return segments
 
 
-def declare_totals(text: Text, count: int, size: int) -> None:
+def declare_totals(text: DeviceText, count: int, size: int) -> None:
     """Local memory of `totals`."""
     text.shared(1, count * size, "float32")
     text(f'middle = T.alloc_buffer(({count * _segments(count, size)},), "float32", scope="shared")')
 
 
 def totals(
-    text: Text, count: int, size: int, vector: int, store: Callable[[str, str], list[str]], guard: Callable[[str], str]
+    text: DeviceText,
+    count: int,
+    size: int,
+    vector: int,
+    store: Callable[[str, str], list[str]],
+    guard: Callable[[str], str],
 ) -> None:
     """Adds up the private vectors `sums` (count,) over their lanes and over the group's threads. All threads must come
     here.
@@ -122,7 +127,7 @@ class ChannelSums:
         """Chunks of a channel."""
         return -(-self.vectors // self.share)
 
-    def walk(self, text: Text, body: Callable[[], list[str]], condition: str = "") -> None:
+    def walk(self, text: DeviceText, body: Callable[[], list[str]], condition: str = "") -> None:
         """`body` at every vector of chunk `block`, if `condition` holds: sets `plane`, `h`, `w`. Neighbouring threads
         take neighbouring pixels.
         """
@@ -142,18 +147,23 @@ class ChannelSums:
                 )
                 text(*body())
 
-    def start(self, text: Text, sums: int) -> None:
+    def start(self, text: DeviceText, sums: int) -> None:
         """Sets the private vectors `sums` to 0."""
         with text.nest(f"for s in T.unroll({sums})"):
             text(f"sums[s] = {zeros(self.image.vector)}")
 
-    def share_out(self, text: Text, sums: int) -> None:
+    def share_out(self, text: DeviceText, sums: int) -> None:
         """Brings the group's totals to the first elements of `shared_0`, ..."""
         text(*(f"shared_{s}[lane] = sums[{s}]" for s in range(sums)))
         tree(text, sums, self.size)
 
     def collect(
-        self, text: Text, sums: int, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = ""
+        self,
+        text: DeviceText,
+        sums: int,
+        body: Callable[[], list[str]],
+        before: tuple[str, ...] = (),
+        condition: str = "",
     ) -> None:
         """A device kernel in which `body` adds to the private vectors `sums`; fills the scratch array `chunk_sums`."""
         vector = self.image.vector
@@ -171,7 +181,7 @@ class ChannelSums:
                         f"sums[{s}] = shared_{s}[0]", f"chunk_sums[block * {sums} + {s}] = {fold(f'sums[{s}]', vector)}"
                     )
 
-    def join(self, text: Text, sums: int, channel: str) -> None:
+    def join(self, text: DeviceText, sums: int, channel: str) -> None:
         """Sets the private `joined` (sums,) to the sums of a channel."""
         text.private("joined", sums)
         with text.nest(f"for s in T.unroll({sums})"):
@@ -180,7 +190,7 @@ class ChannelSums:
             text(f"joined[s] = joined[s] + chunk_sums[({channel} * {self.count} + k) * {sums} + s]")
 
     def collect_exactly(
-        self, text: Text, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = ""
+        self, text: DeviceText, body: Callable[[], list[str]], before: tuple[str, ...] = (), condition: str = ""
     ) -> None:
         """As `collect`, of two sums, of which float32 leaves nothing out of the first: `body` adds to `sums[0]`, with
         `add_exactly`, and to `sums[1]`; what the first leaves out is `sums[2]`. `join_exactly` adds a channel's up.
@@ -209,7 +219,7 @@ class ChannelSums:
                 _join(text, segments, lambda s: f"middle[{s * segments} + k]")
                 text(*(f"chunk_sums[block * 4 + {s}] = joined[{s}]" for s in range(4)))
 
-    def join_exactly(self, text: Text, channel: str) -> None:
+    def join_exactly(self, text: DeviceText, channel: str) -> None:
         """Sets the private `joined` (4,) to a channel's two sums, what float32 leaves out of the first, and the sum of
         its threads' absolute values, which is hardly below that of any term."""
         text.private("joined", 4)
@@ -231,7 +241,7 @@ def add_exactly(total: str, rest: str, value: str, tag: str = "") -> list[str]:
     ]
 
 
-def _join(text: Text, items: int, part: Callable[[int], str]) -> None:
+def _join(text: DeviceText, items: int, part: Callable[[int], str]) -> None:
     """Sets the private `joined` (4,) to the sums of part(s) over `items` k."""
     text(*(f"joined[{s}] = T.float32(0)" for s in range(4)))
     with text.nest(f"for k in T.serial({items})"):

@@ -16,6 +16,7 @@ import numpy as np
 from mest_compile.ir import expressions
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.text import Text
 
 POSITION = "plane * {plane} + (h + {top}) * {columns} + w + {left}"
 
@@ -116,45 +117,18 @@ def whole_groups(items: int, most: int) -> int:
     return size
 
 
-class Text:
-    """The lines of one kernel function. Call it with statements; `nest` opens a loop or a condition.
-
-    Every `groups` or `each...` is one device kernel; they run one after another.
-    """
+class DeviceText(Text):
+    """A kernel that runs as device kernels: every `groups` or `each...` is one, and they run one after another."""
 
     def __init__(self, *arguments: str):
-        self._arguments = arguments
-        self._symbols: list[str] = []
-        self._matches: list[str] = []
+        super().__init__(*arguments)
         self._scratch: dict[str, tuple[str, int, int]] = {}
-        self._lines: list[str] = []
-        self._depth = 1
-
-    def __call__(self, *statements: str) -> None:
-        self._lines += ["    " * self._depth + statement for statement in statements]
-
-    @contextmanager
-    def nest(self, *headers: str) -> Iterator[None]:
-        """Opens one block inside the other; each header lacks its colon."""
-        for header in headers:
-            self(header + ":")
-            self._depth += 1
-        yield
-        self._depth -= len(headers)
-
-    def symbolic(self, symbol: str, sizes: dict[str, tuple[str, str]]) -> None:
-        """Arguments `<name>_handle: T.handle` whose size is known when the kernel runs: name -> (size in terms of
-        symbol, dtype)."""
-        self._symbols.append(f"{symbol} = T.int32()")
-        self._matches += [
-            f'{name} = T.match_buffer({name}_handle, ({size},), "{dtype}")' for name, (size, dtype) in sizes.items()
-        ]
 
     def scratch(self, name: str, elems: int, per_symbol: str = "", dtype: str = "float32") -> None:
         """Global memory between the device kernels of one call: `elems` numbers, or as many for each of a symbol."""
         self._scratch[name] = (per_symbol, elems, 4)
         size = f"{per_symbol} * {elems}" if per_symbol else str(elems)
-        self._matches.append(f'{name} = T.alloc_buffer(({size},), "{dtype}")')
+        self._declared.append(f'{name} = T.alloc_buffer(({size},), "{dtype}")')
 
     def private(self, name: str, elems: int, dtype: str = "float32") -> None:
         self(f'{name} = T.alloc_buffer(({elems},), "{dtype}", scope="local")')
@@ -229,13 +203,9 @@ class Text:
             )
             yield f"0 <= h and h < {layout.height} and 0 <= w and w < {layout.width}"
 
-    def __str__(self) -> str:
+    def head(self) -> tuple[str, str]:
         facts = ", ".join(
             f"{name} {symbol or '-'} {elems * item}" for name, (symbol, elems, item) in self._scratch.items()
         )
-        head = [
-            "@T.prim_func(s_tir=True)",
-            f"def kernel({', '.join(self._arguments)}):",
-            f'    T.func_attr({{"tirx.noalias": True, "mest.scratch": "{facts}"}})',
-        ]
-        return "\n".join([*head, *("    " + line for line in [*self._symbols, *self._matches]), *self._lines]) + "\n"
+        _, attributes = super().head()
+        return "@T.prim_func(s_tir=True)", f'{attributes}, "mest.scratch": "{facts}"'

@@ -11,6 +11,8 @@ import tomllib
 
 import pytest
 
+from mest_compile import __version__
+
 INSIDE = ("schedules", "targets", "autotune_logs")  # folders of the top level that are installed in the package
 FILE = re.compile(r"^```(?:python|toml)\n# ((?:mest_compile|targets)/\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`([\w.-]+/(?:[\w./-]+/|[\w./-]+\.py)?)[`:]")
@@ -99,12 +101,14 @@ def test_hooks_run_programs_that_there_are(repository):
             assert f"$(BIN)/{program.removeprefix('.venv/bin/')}" in (repository / "Makefile").read_text()
 
 
-def test_the_citation_names_the_papers_method_and_the_licence(repository):
+def test_the_citation_names_the_papers_method_the_licence_and_the_release(repository):
     text, project = (
         (repository / "CITATION.cff").read_text(),
         tomllib.loads((repository / "pyproject.toml").read_text())["project"],
     )
     assert f"license: {project['license']}\n" in text and f'title: "{project["name"]}: ' in text
+    (released,) = re.findall(rf"^version: {re.escape(__version__)}\ndate-released: (.*)$", text, re.MULTILINE)
+    assert f"\n## {__version__} - {released}\n" in (repository / "CHANGELOG.md").read_text()
     assert "arXiv:2110.14032" in text and "arxiv.org/abs/2110.14032" in (repository / "README.md").read_text()
 
 

@@ -1,73 +1,55 @@
 """Kernel text is read as TVM itself reads it."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
-import torch
+import reading
 
-from mest_compile.frontend import import_model
-from mest_compile.hardware.target import find_target
-from mest_compile.kernels import choosing
 from mest_compile.kernels.reader import parse
-from mest_compile.kernels.source import SCHEDULES
-from mest_compile.models.catalog import build_model
-from mest_compile.operators.activation import ACTIVATIONS
-from mest_compile.operators.losses.cross_entropy import CrossEntropy
-from mest_compile.operators.losses.mse import MSE
-from mest_compile.operators.optimizers.adamw import AdamW
-from mest_compile.operators.optimizers.sgd import SGD
-from mest_compile.options import StepOptions
-from mest_compile.planning.plan import plan_step
-
-SHAPE = (8, 3, 32, 32)
-CASES = [
-    ("odd", "channel", MSE(), AdamW()),
-    ("resnet20", "pattern", CrossEntropy(), SGD()),
-    ("vgg11", "block", CrossEntropy(), SGD()),
-]
+from mest_compile.kernels.source import SCHEDULES, kernel_source
 
 
-class Odd(torch.nn.Module):
-    """What the built-in models have not: average pooling, a sum without normalisation, every activation, an image that
-    is flattened."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = (torch.nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8))
-        self.last = torch.nn.Linear(8 * 256, 10)
-
-    def forward(self, images):
-        found = torch.nn.functional.avg_pool2d(torch.relu(self.one(images)), 2)
-        found = torch.relu(self.two(found) + found)
-        for name in ACTIVATIONS.load():
-            found = getattr(torch.nn.functional, name)(found)
-        return self.last(torch.flatten(found, 1))
-
-
-def sources(model, scheme, loss, optimizer, target):
-    """One of every kind of kernel in the steps of a model."""
-    graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
-    plan = plan_step(graph, StepOptions(scheme, 0.8, optimizer=optimizer, loss=loss, target=target))
-    choices = choosing.choose_knobs(plan.programs, plan.layers, plan.target, plan.records)
-    calls = choosing.sources(plan.programs, plan.target, choices).values()
-    return {source.kernel: source for each in calls for source in each.values()}
+def problems(device):
+    """Those that every kernel of a kind of device is tried with: (where they are from, [(kernel, problem)]). All with
+    images stored in the first type, one of each kernel in the others: TVM takes 0.1 s a kernel."""
+    if device == "cpu":
+        import test_nonfinite as given
+    else:
+        from test_opencl_kernels import _nonfinite as given
+    with np.errstate(all="ignore"):
+        return given, [
+            (kernel, problem)
+            for kernel in given.KERNELS
+            for turn, dtype in enumerate(given.DTYPES)
+            for place, (problem, *_) in enumerate(given.CASES[kernel](kernel, np.random.default_rng(11), dtype))
+            if place == 0 or turn == 0
+        ]
 
 
-@pytest.mark.parametrize("name", ["local", "opencl"])
-def test_every_kind_of_kernel_is_the_function_that_tvm_reads(name):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("opencl", marks=pytest.mark.opencl)])
+def test_every_kernel_is_the_function_that_tvm_reads(device):
     import tvm
     import tvm_ffi
     from tvm.script import tirx
 
-    target, read = find_target(name).for_batch(SHAPE[0]), set()
-    for case in CASES:
-        for kernel, source in sources(*case, target).items():
-            if f"{target.device}/{kernel}" in read:
-                continue
-            theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr(
-                "global_symbol", source.symbol
-            )
-            assert tvm_ffi.structural_equal(parse(source.text, source.symbol), theirs), kernel
-            read.add(f"{target.device}/{kernel}")
-    assert {schedule for schedule in SCHEDULES if schedule.startswith(target.device)} == read
+    (given, found), read = problems(device), set()
+    for source in {each.key: each for each in (kernel_source(*one, given.TARGET) for one in found)}.values():
+        theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", "kernel")
+        assert tvm_ffi.structural_equal(parse(source.text, "kernel"), theirs), source.text
+        read.add(f"{device}/{source.kernel}")
+    assert {schedule for schedule in SCHEDULES if schedule.startswith(f"{device}/")} == read
+
+
+def test_the_architecture_page_quotes_the_recorded_times_and_they_are_measured_so():
+    recorded = json.loads(reading.RESULT.read_text())["kernels"]
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    assert len(recorded) == 3 and all(reading.row(name, found) in page for name, found in recorded.items())
+    given, found = problems("cpu")
+    again = reading.measure([kernel_source(*found[0], given.TARGET)] * 2, turns=1)
+    assert again.keys() == next(iter(recorded.values())).keys() and again["kernels"] == 1
+    assert 0 < again["reader_share"] < 1 and 0 < again["tvm_share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -86,3 +68,27 @@ def test_what_is_not_of_a_kernel_is_refused_with_its_line(line, said):
     with pytest.raises((SyntaxError, NameError)) as error:
         parse(text + line, "kernel")
     assert f"{error.type.__name__}: {error.value}" == said
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("for section in T.serial(2):\n        y[section] = x[section]", None),
+        (
+            "for i in T.serial(2):\n        y[i] = x[i]",
+            "a structure is baked into one loop over sections, and there are 0",
+        ),
+        ("y[0] = x[pointers[0]]", "line 6: pointers are read outside the loop over sections"),
+    ],
+)
+def test_a_structure_that_a_text_has_no_place_for_is_refused(body, said):
+    text = (
+        "@baked(counts=(2, 1), groups=1, live=0)\n@T.prim_func\ndef kernel(pointers: T.Buffer((3,), 'int32'),\n"
+        "        x: T.Buffer((4,), 'float32'), y: T.Buffer((4,), 'float32')):\n    T.func_attr({})\n    "
+    )
+    if said is None:
+        assert parse(text + body, "kernel").script().count("for section in") == 2  # of unequal length
+        return
+    with pytest.raises(SyntaxError) as error:
+        parse(text + body, "kernel")
+    assert str(error.value) == said

@@ -17,6 +17,7 @@ import pytest
 import mest_compile as mest
 from mest_compile.base.errors import BuildError
 from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import KernelSource, kernel_source
 from mest_compile.kernels.specializing import Structure, specialized, structure_of
 from mest_compile.kernels.workers import Workers
@@ -209,6 +210,7 @@ def test_a_damaged_cache_entry_is_compiled_by_workers_and_not_by_the_training_th
 ABANDONED = """
 import sys, time
 from pathlib import Path
+from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import KernelSource
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.workers import Workers
@@ -320,6 +322,11 @@ def test_what_has_no_common_length_is_named(folder):
     assert structure_of(problem, np.arange(problem.cells + 1) * 3) == Structure((3,) * problem.sections)
 
 
+def read(source: KernelSource) -> str:
+    """As TVM writes the function."""
+    return parse(source.text, source.symbol).script()
+
+
 def test_every_structure_of_a_layer_compiles(folder):
     rng = np.random.default_rng(0)
     step = small_step("filter", folder)
@@ -337,7 +344,7 @@ def test_every_structure_of_a_layer_compiles(folder):
             tuple(map(int, counts)), int(rng.integers(1, problem.groups + 1)) if problem.rows_live else 0
         )
         source = specialized(place.indexed, problem, structure)
-        assert "pointers[" not in source.text.partition("def kernel")[2], structure
+        assert "pointers[" not in read(source), structure
         assert callable(Builder.compile_here(source)), structure
 
 
@@ -358,8 +365,7 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
                 continue
             compared.add(special.key)
             left |= {(knob, int(count) % several > 0) for count in np.diff(step._state.get(call.buffers[0].name))}
-            assert "for round" not in special.text and "for unit in T.serial(0)" not in special.text, name
-            assert all(map(eval, re.findall(r"for several in T\.serial\((.*)\):", special.text))), name
+            assert not re.search(r"for round in|for unit in range\(0\)|for several in range\(0\)", read(special)), name
             arrays = [
                 step._state.get(buffer.name) if buffer.held else rng.standard_normal(buffer.elems).astype(buffer.dtype)
                 for buffer in call.buffers
