@@ -26,11 +26,11 @@ device: .device/built ## an emulated aarch64 device for the tests
 	PYTHON=$(abspath $(BIN)/python) tests/device/build.sh .device
 
 test: venv device ## all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # What pre-commit asks before a push.
 test-quick: venv ## the tests that need neither an emulated device nor OpenCL, without the slow ones and the documentation's commands
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not (opencl or device or docs or slow)"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not (opencl or device or docs or slow)"
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from device import emulated
 from libraries import check_library
+from nets import short_resnet
 from test_step import assert_like_torch, make_batches, masked_steps
 from test_tuning import spoilt
 
@@ -46,7 +47,7 @@ def phone(folder, port):
 
 
 def compiled(device=None, scheme="block", target="arm_cpu", model=None, **options):
-    model = model or build_model("resnet20", SHAPE, 10, 8)
+    model = model or short_resnet(SHAPE)
     return mest.compile(
         model,
         SHAPE,
@@ -62,7 +63,7 @@ def compiled(device=None, scheme="block", target="arm_cpu", model=None, **option
 
 @pytest.mark.parametrize("scheme", ["block", "pattern", "unstructured"])
 def test_ten_steps_on_the_device_equal_torch_as_they_do_here(scheme, phone):
-    model = build_model("resnet20", SHAPE, 10, 8)
+    model = short_resnet(SHAPE)
     step, batches = compiled(phone, scheme, model=model), make_batches(SHAPE, 10, 10)
     got = [
         step(*batch, lr=0.002, ahead=following).loss for batch, following in itertools.zip_longest(batches, batches[1:])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import short_resnet
 from torch import nn
 
 import mest_compile as mest
@@ -154,9 +155,7 @@ def test_a_unit_that_dies_and_is_drawn_again_starts_at_zero():
 
 def small_step(**options):
     torch.manual_seed(1)
-    return mest.compile(
-        build_model("resnet20", (8, 3, 8, 8), width=8), (8, 3, 8, 8), **{"scheme": "block", "sparsity": 0.8, **options}
-    )
+    return mest.compile(short_resnet((8, 3, 8, 8)), (8, 3, 8, 8), **{"scheme": "block", "sparsity": 0.8, **options})
 
 
 def test_what_is_loaded_for_a_step_goes_with_it(tmp_path):
@@ -186,7 +185,7 @@ def test_correct_says_which_examples_the_largest_logit_gets_right():
     before = step.state_dict()
     result = step(images, labels)
     assert result.correct.shape == (8,) and result.correct.dtype == bool
-    model = build_model("resnet20", (8, 3, 8, 8), width=8)
+    model = short_resnet((8, 3, 8, 8))
     mest.to_torch(step, model)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in before.items()}, strict=False)
     with torch.no_grad():
@@ -226,7 +225,7 @@ def test_a_step_after_new_masks_equals_torch_with_those_masks():
     report = step.set_masks(only)
     assert list(report.layers.values()).count("re-indexed") == 3
     step.set_masks(masks)
-    model = build_model("resnet20", (8, 3, 8, 8), width=8)
+    model = short_resnet((8, 3, 8, 8))
     mest.to_torch(step, model)
     batches = make_batches((8, 3, 8, 8), 10, 3)
     got = [step(*batch, lr=0.01).loss for batch in batches]
@@ -315,9 +314,15 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def unchanging():
+    """A step for tests which find that it is as it was."""
+    return small_step()
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line_and_changes_nothing(case):
-    step, (images, labels) = small_step(), make_batches((8, 3, 8, 8), 5, 1)[0]
+def test_bad_input_is_one_clear_line_and_changes_nothing(case, unchanging):
+    step, (images, labels) = unchanging, make_batches((8, 3, 8, 8), 5, 1)[0]
     before = step.state_dict()
     with pytest.raises(mest.MestError, match=BAD[case][1]) as caught:
         BAD[case][0](step, images, labels)
