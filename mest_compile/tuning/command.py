@@ -21,7 +21,7 @@ from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower
 from mest_compile.models.catalog import build_model
 from mest_compile.planning.layers import plan_layers
-from mest_compile.planning.layout import choose_sections, choose_vector, section_knobs, widened
+from mest_compile.planning.layout import VECTOR, choose_sections, choose_vector, section_knobs, step_facts, widened
 from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
@@ -79,10 +79,10 @@ def tune(
             "that it is, or "
             "without one, for an ARM core, --measure model"
         )
-    vectors = _vectors(request, target)
+    _check_vectors(request)
     runner = kind(target, options)
     try:
-        result = _tune(request, target, runner, vectors, trials, deadline, progress)
+        result = _tune(request, target, runner, trials, deadline, progress)
         return replace(result, seconds=monotonic() - started)
     finally:
         runner.close()
@@ -92,7 +92,6 @@ def _tune(
     request: Request,
     target: Target,
     runner: Runner,
-    vectors: Sequence[int],
     trials: int,
     deadline: Deadline,
     progress: Progress | None,
@@ -111,11 +110,13 @@ def _tune(
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
     builder = TimedBuilder(deadline=deadline)
     compiled, batch = partial(_compiled, request, builder), _batch(request)
+    layers = planned(target)
+    vectors = list(request.vectors or VECTOR.values(step_facts(layers), target)[1:])
     if by_steps and len(vectors) > 1:
         with deadline.noting("comparing vector widths", left_out):
-            time_vectors(vectors, planned(target), target, compiled, batch, log, records, progress, deadline)
+            time_vectors(vectors, layers, target, compiled, batch, log, records, progress, deadline)
     told = request.vectors and (len(vectors) == 1 or not by_steps)
-    target = widened(target, vectors[0]) if told else choose_vector(planned(target), target, records)
+    target = widened(target, vectors[0]) if told else choose_vector(layers, target, records)
     records, layers = records.for_target(target), planned(target)
     if by_steps:
         program, _ = lower(fuse(graph), layers, target, activations=request.activations)
@@ -197,9 +198,8 @@ def _usual_runner(target: Target, options: RunnerOptions) -> str:
     return backend_of(target).tuner
 
 
-def _vectors(request: Request, target: Target) -> list[int]:
+def _check_vectors(request: Request) -> None:
     batch = request.input_shape[0]
     for vector in request.vectors or ():
         if vector < 1 or vector & (vector - 1) or batch % vector:
             raise UsageError(f"vector width {vector}; wanted powers of two that divide the batch of {batch}")
-    return list(request.vectors or [width for width in target.vectors if batch % width == 0 or width == target.vector])
