@@ -175,7 +175,7 @@ def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
 
 def norm_case(rng, shape, mean=0.5):
     z, residual, dy = draw(rng, shape, mean), draw(rng, shape), draw(rng, shape)
-    weight, offset = ([*rng.standard_normal((2, shape.channels)), [1], [0]]).astype(np.float32)
+    weight, offset = (rng.standard_normal((2, shape.channels)) + np.array([[1], [0]])).astype(np.float32)
     return z, residual, dy, weight, offset
 
 
