@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what type checkers and editors see of the names in _HOME
+if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and the plug-ins that come with the package
     from mest_compile.base.errors import MestError as MestError
     from mest_compile.compiling import compile as compile
     from mest_compile.devices.session import rpc as rpc
@@ -39,17 +39,7 @@ _HOME = {
     "to_torch": "mest_compile.opening",
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
-    "SGD": "mest_compile.operators.optimizers.sgd",
-    "AdamW": "mest_compile.operators.optimizers.adamw",
-    "CrossEntropy": "mest_compile.operators.losses.cross_entropy",
-    "MSE": "mest_compile.operators.losses.mse",
     "LayerSpec": "mest_compile.ir.graph",
-    "Block": "mest_compile.sparsity.schemes.block",
-    "Unstructured": "mest_compile.sparsity.schemes.unstructured",
-    "Pattern": "mest_compile.sparsity.schemes.pattern",
-    "Filter": "mest_compile.sparsity.schemes.filter",
-    "Channel": "mest_compile.sparsity.schemes.channel",
-    "Dense": "mest_compile.sparsity.schemes.dense",
     "Recipe": "mest_compile.training.recipe",
     "Trainer": "mest_compile.training.loop",
     "speed_table": "mest_compile.measuring.speedtable",
@@ -57,14 +47,39 @@ _HOME = {
     "MestError": "mest_compile.base.errors",
 }
 
-__all__ = ["__version__", *_HOME]
+# Registries whose classes are public under their own names, those of files that somebody adds too: module -> registry.
+_PLUG_INS = {
+    "mest_compile.operators.losses.loss": "LOSSES",
+    "mest_compile.operators.optimizers.optimizer": "OPTIMIZERS",
+    "mest_compile.sparsity.scheme": "SCHEMES",
+}
+
+
+def _plug_ins() -> dict[str, type]:
+    """Every loss, optimizer and scheme by the name of its class. Raises DuplicateName when two share one."""
+    found: dict[str, type] = {}
+    for module, registry in _PLUG_INS.items():
+        for kind in getattr(importlib.import_module(module), registry).load().values():
+            name, home = kind.__name__, kind.__module__
+            if name in _HOME or found.setdefault(name, kind) is not kind:
+                from mest_compile.base.errors import DuplicateName
+
+                other = _HOME.get(name) or found[name].__module__
+                raise DuplicateName(f"mest.{name} is what both {other} and {home} have; rename the class of one")
+    return found
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mest_compile' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name == "__all__":
+        return __dir__()
+    plug_ins = _plug_ins() if name[0].isupper() else {}  # what is no class is looked for without loading any
+    if name not in plug_ins:
+        there = ", ".join(sorted([*_HOME, *plug_ins]))
+        raise AttributeError(f"module 'mest_compile' has no attribute {name!r}; it has: {there}")
+    return plug_ins[name]
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *_HOME, *_plug_ins()])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from mest_compile.base.registry import Registry
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.linkers import scratch_folder
+from mest_compile.records.knob import Knob
 
 
 @dataclass(frozen=True)  # without slots, for cached_property: keys are asked for at every mutation
@@ -54,7 +55,7 @@ def kernel_source(kernel: str, problem: Any, target: Target, **knobs: Any) -> Ke
 def knob_space(kernel: str, problem: Any, target: Target) -> dict[str, tuple]:
     """{knob: values that it may take for `problem`, the default first} of `target`'s schedule. Raises UnknownName."""
     knobs = SCHEDULES.find(f"{target.device}/{kernel}").knobs
-    return dict(knobs(problem, target) if callable(knobs) else knobs)
+    return {knob.name: knob.values(problem, target) for knob in knobs}
 
 
 def object_code(library: Any) -> bytes:
@@ -70,20 +71,36 @@ def _tvm_version() -> str:
 
 
 SCHEDULES = Registry("schedule", "mest_compile.schedules")
-Knobs = Mapping[str, tuple]
 
 
-def schedule(kernel: str, device: str, knobs: Knobs | Callable[..., Knobs] | None = None) -> Callable[[Any], Any]:
-    """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
+class Schedule:
+    """What gives the text of a kernel for a kind of device.
 
-    The function takes (problem, target, **knobs) and returns TVMScript text of one PrimFunc named `kernel`.
-    `knobs` lists the values each knob may take, the first being the default; or it is a function (problem, target) that
-    does.
+    write  the function of (problem, target, one argument a knob) that was decorated; its module and name are this one's
+    knobs  what tuning may choose: how fast the kernel is, never what it computes
     """
 
-    def register(function: Any) -> Any:
-        function.kernel, function.device, function.knobs = kernel, device, knobs or {}
-        SCHEDULES.add(f"{device}/{kernel}", function)
+    def __init__(self, write: Callable[..., str], knobs: tuple[Knob, ...] = ()):
+        update_wrapper(self, write)
+        self.write, self.knobs = write, knobs
+
+    def __call__(self, problem: Any, target: Target, **knobs: Any) -> str:
+        """TVMScript text of one PrimFunc. Knobs that are not named have their defaults."""
+        return self.write(problem, target, **({knob.name: knob.default for knob in self.knobs} | knobs))
+
+
+W = TypeVar("W", bound=Callable[..., str])
+
+
+def schedule(kernel: str, device: str, knobs: tuple[Knob, ...] = ()) -> Callable[[W], W]:
+    """Function decorator: registers the code that runs `kernel` ("conv.forward") on a kind of device ("cpu").
+
+    The function takes (problem, target, **knobs), every knob, and returns TVMScript text of one PrimFunc named
+    `kernel`.
+    """
+
+    def register(function: W) -> W:
+        SCHEDULES.add(f"{device}/{kernel}", Schedule(function, knobs))
         return function
 
     return register

@@ -10,7 +10,7 @@ are computed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.conversion import ImageCopy
@@ -42,8 +43,8 @@ class BatchNormMoments:
     """
 
     z: Image
-    eps: float
-    chunks: int = 0
+    eps: float = field(metadata=ASIDE)
+    chunks: int = field(default=0, metadata=SIZE)
     alive: bool = False
 
     def __post_init__(self) -> None:
@@ -66,8 +67,8 @@ class BatchNormRunning:
     momentum  share of the new statistics, as torch has it
     """
 
-    channels: int
-    momentum: float
+    channels: int = field(metadata=SIZE)
+    momentum: float = field(metadata=ASIDE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class BatchNormFrozen:
     """Kernel "batch_norm.frozen": running_mean (channels,), running_var (channels,), moments: what evaluation
     normalises with."""
 
-    channels: int
-    eps: float
+    channels: int = field(metadata=SIZE)
+    eps: float = field(metadata=ASIDE)
 
 
 @dataclass(frozen=True, slots=True)

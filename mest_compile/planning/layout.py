@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mest_compile.hardware.target import Target
+from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.records.knob import Knob
 from mest_compile.records.log import Records, key_of, text_digest
 from mest_compile.records.record import SECTIONS, STEP
 from mest_compile.sparsity.layer import Layer, live_cells
 
 
-def step_facts(layers: Mapping[str, Layer]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class WholeStep:
     """What records of whole steps know them by: `layers` tells them apart, the rest says which are alike."""
+
+    layers: str = field(metadata=ASIDE)
+    schemes: tuple[str, ...]
+    batch: int = field(metadata=SIZE)
+    flop: int = field(metadata=SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """What a layer reads."""
+
+    batch: int = field(metadata=SIZE)
+    channels: int = field(metadata=SIZE)
+    height: int = field(metadata=SIZE)
+    width: int = field(metadata=SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """What a layer writes."""
+
+    channels: int = field(metadata=SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class CutLayer:
+    """What records of sections know a layer by."""
+
+    source: Pixels
+    result: Channels
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    scheme: str
+    activations: str
+
+
+def _widths(step: WholeStep, target: Target) -> Iterator[int]:
+    return (width for width in target.vectors if step.batch % width == 0 or width == target.vector)
+
+
+VECTOR = Knob("vector", None, "examples of a slice of an image; None: as many as the target's registers hold", _widths)
+CACHES = Knob("caches", 1, "first-level caches full of a section of an index, all that the second level allows", (2, 8))
+
+
+def step_facts(layers: Mapping[str, Layer]) -> WholeStep:
     entries = [
         [
             list(layer.spec.input_shape),
@@ -34,12 +82,9 @@ def step_facts(layers: Mapping[str, Layer]) -> dict[str, Any]:
         * layer.spec.input_shape[0]
         for layer in layers.values()
     )
-    return {
-        "layers": text_digest(repr(entries)),
-        "schemes": sorted({str(layer.scheme) for layer in layers.values()}),
-        "batch": next(iter(layers.values())).spec.input_shape[0],
-        "flop": flop,
-    }
+    schemes = tuple(sorted({str(layer.scheme) for layer in layers.values()}))
+    batch = next(iter(layers.values())).spec.input_shape[0]
+    return WholeStep(text_digest(repr(entries)), schemes, batch, flop)
 
 
 def widened(target: Target, vector: int) -> Target:
@@ -51,26 +96,17 @@ def choose_vector(layers: Mapping[str, Layer], target: Target, records: Records)
     """`target` with the vector width that was fastest for this step, or for one like it; as it is where no step was
     timed."""
     facts = step_facts(layers)
-    batch = facts["batch"]
 
     def fits(knobs: Mapping[str, Any]) -> str | None:
-        vector = knobs.get("vector", target.vector)
-        return text_digest(STEP) if batch % vector == 0 else None
+        return text_digest(STEP) if facts.batch % (VECTOR.of(knobs) or target.vector) == 0 else None
 
-    return widened(target, records.best(STEP, facts, 0, fits).knobs.get("vector", target.vector))
+    return widened(target, VECTOR.of(records.best(STEP, facts, 0, fits).knobs) or target.vector)
 
 
-def section_facts(layer: Layer, activations: str) -> dict[str, Any]:
-    """What records of sections know a layer by."""
-    batch, channels, height, width = layer.spec.input_shape
-    return {
-        "source": {"batch": batch, "channels": channels, "height": height, "width": width},
-        "result": {"channels": layer.spec.weight_shape[0]},
-        "kernel": list(layer.spec.weight_shape[2:]),
-        "stride": list(layer.spec.stride),
-        "scheme": str(layer.scheme),
-        "activations": activations,
-    }
+def section_facts(layer: Layer, activations: str) -> CutLayer:
+    spec = layer.spec
+    source, result = Pixels(*spec.input_shape), Channels(spec.weight_shape[0])
+    return CutLayer(source, result, spec.weight_shape[2:], spec.stride, str(layer.scheme), activations)
 
 
 def with_sections(layer: Layer, target: Target, activations: str, caches: tuple[int, int]) -> Layer:
@@ -102,7 +138,7 @@ def choose_sections(
 
     def cut(layer: Layer) -> Layer:
         facts, live = section_facts(layer, activations), live_cells(layer)
-        forward, transposed = (knobs[key_of(kind, facts, live)].get("caches", 1) for kind in SECTIONS)
+        forward, transposed = (CACHES.of(knobs[key_of(kind, facts, live)]) for kind in SECTIONS)
         return with_sections(layer, target, activations, (forward, transposed))
 
     return {name: cut(layer) for name, layer in layers.items()}

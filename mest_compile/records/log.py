@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -28,6 +28,7 @@ import platformdirs
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.cpu import host_model, machine_model
 from mest_compile.hardware.target import Target, is_native
+from mest_compile.ir.problem import likeness, told_apart
 from mest_compile.records.record import (
     COUNTED,
     IN_STEP,
@@ -84,22 +85,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SIZES = frozenset(
-    {
-        "channels",
-        "height",
-        "width",
-        "batch",
-        "section_channels",
-        "rows_live",
-        "sources_live",
-        "live",
-        "chunks",
-        "count",
-        "flop",
-    }
-)
-IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
 FARTHEST = 4.0  # doublings of sizes, all together, up to which another problem is near
 
 
@@ -276,22 +261,21 @@ class Records:
             for seconds, knobs, digest in ranking:
                 if text(knobs) == digest:
                     return Choice(knobs, "exact", seconds, default, measure is Measure.MODELLED)
-            for near in self._near(kernel, plain(problem), live, self._trials.get((measure, cpu), {})):
+            for near in self._near(kernel, problem, live, self._trials.get((measure, cpu), {})):
                 for _, knobs, _ in near.ranking()[:1]:
                     if text(knobs) is not None:
                         return Choice(knobs, "nearest", modelled=measure is Measure.MODELLED)
         return Choice()
 
     @staticmethod
-    def _near(
-        kernel: str, problem: Mapping[str, Any], live: int, clock: Mapping[tuple[str, str, int], Trials]
-    ) -> list[Trials]:
-        """Trials of other problems of the same structure, nearest first."""
-        structure, sizes = _class(problem, live)
+    def _near(kernel: str, problem: Any, live: int, clock: Mapping[tuple[str, str, int], Trials]) -> list[Trials]:
+        """Trials of problems of the same structure, nearest first."""
+        marks = likeness(problem)
+        structure, sizes = told_apart(plain(problem), marks, live)
         found = []
         for number, trials in enumerate(clock.values()):
             if trials.kernel == kernel:
-                other, theirs = _class(trials.problem, trials.live)
+                other, theirs = told_apart(trials.problem, marks, trials.live)
                 if other == structure and theirs.keys() == sizes.keys():
                     distance = sum(abs(math.log2(sizes[name] / theirs[name])) for name in sizes)
                     if distance <= FARTHEST:
@@ -350,26 +334,3 @@ def cpu_of(target: Target) -> str:
     """Model of this machine where steps of the target run on its CPU; "" where they run on another or on a GPU, and a
     device must tell."""
     return host_model() if backend_of(target).processor and is_native(target) else ""
-
-
-def _class(problem: Mapping[str, Any], live: int) -> tuple[str, dict[str, float]]:
-    """(structure, sizes) of a problem: equal structures differ in sizes only."""
-    sizes: dict[str, float] = {"live": max(live, 1)}
-    structure: dict[str, Any] = defaultdict(list)
-
-    def walk(name: str, value: Any) -> None:
-        last = name.rpartition(".")[2]
-        if last in IGNORED:
-            return
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(f"{name}.{key}", item)
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            structure[name].append(len(value))
-        elif last in SIZES and isinstance(value, int | float) and value > 0:
-            sizes[name] = value
-        else:
-            structure[name].append(value)
-
-    walk("", problem)
-    return json.dumps(structure, sort_keys=True), sizes

@@ -19,7 +19,7 @@ from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
-from mest_compile.planning.layout import section_knobs
+from mest_compile.planning.layout import VECTOR, section_knobs, step_facts
 from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
 from mest_compile.tuning.deadline import Deadline, TimedBuilder
@@ -73,10 +73,10 @@ def tune(
             "that it is, or "
             "without one, for an ARM core, --measure model"
         )
-    vectors = _vectors(request, target)
+    _check_vectors(request)
     runner = kind(target, options)
     try:
-        result = _tune(request, target, runner, vectors, trials, deadline, progress)
+        result = _tune(request, target, runner, trials, deadline, progress)
         return replace(result, seconds=monotonic() - started)
     finally:
         runner.close()
@@ -86,7 +86,6 @@ def _tune(
     request: Request,
     target: Target,
     runner: Runner,
-    vectors: Sequence[int],
     trials: int,
     deadline: Deadline,
     progress: Progress | None,
@@ -99,9 +98,10 @@ def _tune(
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
     builder = TimedBuilder(deadline=deadline)
     compiled, batch = partial(_compiled, request, builder), _batch(request)
+    layers = plan_step(graph, options, vector=target.vector).layers
+    vectors = list(request.vectors or VECTOR.values(step_facts(layers), target)[1:])
     if by_steps and len(vectors) > 1:
         with deadline.noting("comparing vector widths", left_out):
-            layers = plan_step(graph, options, vector=target.vector).layers
             time_vectors(vectors, layers, target, compiled, batch, log, records, progress, deadline)
     told = vectors[0] if request.vectors and (len(vectors) == 1 or not by_steps) else None
     plan = plan_step(graph, options, lambda _: records, told)
@@ -183,9 +183,8 @@ def _usual_runner(target: Target, options: RunnerOptions) -> str:
     return backend_of(target).tuner
 
 
-def _vectors(request: Request, target: Target) -> list[int]:
+def _check_vectors(request: Request) -> None:
     batch = request.input_shape[0]
     for vector in request.vectors or ():
         if vector < 1 or vector & (vector - 1) or batch % vector:
             raise UsageError(f"vector width {vector}; wanted powers of two that divide the batch of {batch}")
-    return list(request.vectors or [width for width in target.vectors if batch % width == 0 or width == target.vector])

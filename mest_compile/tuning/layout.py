@@ -14,19 +14,24 @@ import numpy as np
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.program import Program
-from mest_compile.planning.layout import section_facts, step_facts, widened, with_sections
-from mest_compile.records.log import FixedRecords, LogFile, Measure, Outcome, Record, Records, key_of, text_digest
+from mest_compile.planning.layout import CACHES, VECTOR, section_facts, step_facts, widened, with_sections
+from mest_compile.records.log import (
+    FixedRecords,
+    LogFile,
+    Measure,
+    Outcome,
+    Record,
+    Records,
+    key_of,
+    plain,
+    text_digest,
+)
 from mest_compile.records.record import SECTIONS, STEP, target_facts
 from mest_compile.sparsity.layer import Layer, live_cells
 from mest_compile.tuning.deadline import Deadline
 from mest_compile.tuning.session import Progress
 
 ROUNDS = 7  # in which whole steps of every layout take turns
-CACHES = (
-    1,
-    2,
-    8,
-)  # first-level caches full of a section: what stays there, a little more, and all that the second-level cache allows
 
 Compile = Callable[[Target, Records], Any]  # a step of the model for that target, with those records
 Batch = tuple[np.ndarray, np.ndarray]
@@ -48,7 +53,7 @@ def time_vectors(
     deadline = deadline or Deadline()
     facts = step_facts(layers)
     knobs = {
-        vector: {"vector": vector} for vector in vectors
+        vector: {VECTOR.name: vector} for vector in vectors
     }  # said in so many words: what is a target's own width may change
     if _tried(records, STEP, facts, 0, knobs.values()):
         return
@@ -87,26 +92,26 @@ def time_sections(
     program  the training step, however its indices are cut
     Raises OutOfTime, and then records nothing.
     """
-    deadline = deadline or Deadline()
+    deadline, sizes = deadline or Deadline(), CACHES.values(program, target)
     alike: dict[tuple[str, str, int], list[str]] = {}  # key of a kind of section and a layer -> layers
     for name, layer in layers.items():
         cut = {
             (size.section_channels, size.transposed_section_channels)
-            for size in (with_sections(layer, target, activations, (caches, caches)) for caches in CACHES)
+            for size in (with_sections(layer, target, activations, (caches, caches)) for caches in sizes)
         }
-        for kind, sizes in zip(SECTIONS, zip(*cut, strict=True), strict=True):
-            if len(set(sizes)) > 1 and _calls(program, name, kind):
+        for kind, channels in zip(SECTIONS, zip(*cut, strict=True), strict=True):
+            if len(set(channels)) > 1 and _calls(program, name, kind):
                 alike.setdefault(key_of(kind, section_facts(layer, activations), live_cells(layer)), []).append(name)
     facts = {key: section_facts(layers[names[0]], activations) for key, names in alike.items()}
-    knobs: dict[int, dict[str, Any]] = {caches: {} if caches == 1 else {"caches": caches} for caches in CACHES}
+    knobs = {caches: CACHES.chosen(caches) for caches in sizes}
     if all(_tried(records, kind, facts[kind, text, live], live, knobs.values()) for kind, text, live in alike):
         return
     deadline.check()
     if progress:
         progress.on_stage("timing whole steps by size of sections", 0, 1)
-    steps = {caches: compiled(target, FixedRecords(target, dict.fromkeys(alike, knobs[caches]))) for caches in CACHES}
+    steps = {caches: compiled(target, FixedRecords(target, dict.fromkeys(alike, knobs[caches]))) for caches in sizes}
     calls = {key: [call for name in names for call in _calls(program, name, key[0])] for key, names in alike.items()}
-    seconds: dict[int, dict[tuple, list[float]]] = {caches: {key: [] for key in alike} for caches in CACHES}
+    seconds: dict[int, dict[tuple, list[float]]] = {caches: {key: [] for key in alike} for caches in sizes}
     for _ in range(ROUNDS):
         for caches, step in steps.items():
             deadline.check()
@@ -124,9 +129,7 @@ def _calls(program: Program, name: str, kind: str) -> list[str]:
     return [call.name for call in program.calls if call.layer == name and call.buffers[0].role == pointers]
 
 
-def _tried(
-    records: Records, kernel: str, facts: Mapping[str, Any], live: int, knobs: Iterable[Mapping[str, Any]]
-) -> bool:
+def _tried(records: Records, kernel: str, facts: Any, live: int, knobs: Iterable[Mapping[str, Any]]) -> bool:
     ranked = [known for _, known, _ in records.trials(kernel, facts, live).ranking()]
     return all(one in ranked for one in knobs)
 
@@ -135,7 +138,7 @@ def _note(
     log: LogFile,
     records: Records,
     kernel: str,
-    facts: Mapping[str, Any],
+    facts: Any,
     live: int,
     target: Target,
     knobs: Mapping[str, Any],
@@ -143,7 +146,7 @@ def _note(
 ) -> None:
     record = Record(
         kernel,
-        facts,
+        plain(facts),
         live,
         target_facts(target),
         records.cpu,

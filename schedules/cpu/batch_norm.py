@@ -18,6 +18,7 @@ from mest_compile.operators.batch_norm import (
     BatchNormMoments,
     BatchNormRunning,
 )
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.rows import (
     UNROLL,
     Body,
@@ -262,14 +263,13 @@ def _set_spread(text: Text, image: Image) -> None:
     )
 
 
-# Bytes. Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when
-# they are: on a Xeon with 2 MiB of second-level cache a pass takes a sixth less time.
-AHEAD = {"ahead": (0, 512, 1024, 2048)}
+# Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when they are:
+# on a Xeon with 2 MiB of second-level cache a pass takes a sixth less time.
+AHEAD = Knob("ahead", 0, "bytes that what is read along a row, or written, is asked for ahead", (512, 1024, 2048))
 
 
-@schedule("batch_norm.forward", device="cpu", knobs=AHEAD)
-def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0) -> str:
-    """ahead: how far ahead what is read and written is asked for."""
+@schedule("batch_norm.forward", device="cpu", knobs=(AHEAD,))
+def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int) -> str:
     row = ACTIVATIONS.find(problem.activation) if problem.activation else None
     images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
     arguments = {name: array(name, image) for name, image in images.items()}
@@ -299,12 +299,12 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int = 0
     return str(text)
 
 
-@schedule("batch_norm.backward", device="cpu", knobs=AHEAD)
-def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int = 0) -> str:
+@schedule("batch_norm.backward", device="cpu", knobs=(AHEAD,))
+def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int) -> str:
     """A channel's sums, then its gradient, while the channel is still in cache.
 
-    Sums are float32 vectors within a slice, float64 over slices; that of dy itself over UNROLL vectors already.
-    ahead: how far ahead what the sums read, and what the gradient is written to, is asked for.
+    Sums are float32 vectors within a slice, float64 over slices; that of dy itself over UNROLL vectors already. What
+    the sums read, and what the gradient is written to, is asked for ahead.
     """
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
     row = ACTIVATIONS.find(problem.activation) if problem.activation else None

@@ -11,10 +11,12 @@ from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
+    ONCE,
     TAPS,
     divisors,
     largest_divisor,
@@ -64,56 +66,68 @@ def section_channels(
     return -(-blocks // sections) * source_block
 
 
-def conv_knobs(problem: GatherConv, target: Target) -> dict[str, tuple]:
-    """What tuning may choose from. Tiles of more accumulators than a target has registers for are in it where it may
-    have more: with AVX-512 there are 32 registers, half of them unused by what the rules choose."""
-    grids = {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
-    tiles: list[tuple[int, int, int, int] | None] = [None]
-    if len(grids) == 1:
-        (grid,) = grids
-        # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once
-        # more.
-        for rows in [problem.row_block] if problem.rows_live else divisors(problem.row_block):
-            tiles += [
-                (rows, high, wide, deep)
-                for high in divisors(grid[0])[:2]
-                for wide in divisors(grid[1])
-                for deep in divisors(problem.result.slices)[:3]
-                if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
-                and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
-            ]
-    widest = max((grid[1] for grid in grids), default=1)
-    once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
-    return once | {
-        "tile": tuple(tiles),
-        "run": (None, *(pixels for pixels in (1, 8, 16, 32) if pixels <= widest)),
-        "together": (1, 2, 4),
-        "prefetch": ("both", "source", "result", "none"),
-    }
+def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int]]:
+    """Tiles of more accumulators than a target has registers for are among them where it may have more: with AVX-512
+    there are 32 registers, half of them unused by what the rules choose."""
+    grids = _grids(problem)
+    if len(grids) != 1:
+        return []
+    (grid,) = grids
+    # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
+    return [
+        (rows, high, wide, deep)
+        for rows in ([problem.row_block] if problem.rows_live else divisors(problem.row_block))
+        for high in divisors(grid[0])[:2]
+        for wide in divisors(grid[1])
+        for deep in divisors(problem.result.slices)[:3]
+        if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
+        and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
+    ]
 
 
-@schedule("pattern.conv", device="cpu", knobs=conv_knobs)
-@schedule("compact.conv", device="cpu", knobs=conv_knobs)
-@schedule("gather.conv", device="cpu", knobs=conv_knobs)
+def _runs(problem: GatherConv, target: Target) -> list[int]:
+    widest = max((grid[1] for grid in _grids(problem)), default=1)
+    return [pixels for pixels in (1, 8, 16, 32) if pixels <= widest]
+
+
+def _grids(problem: GatherConv) -> set[tuple[int, int]]:
+    """Those that are not empty."""
+    return {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
+
+
+KNOBS = (
+    ONCE,
+    Knob(
+        "tile",
+        None,
+        "(rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and "
+        "the slices; None: chosen from the sizes",
+        _tiles,
+    ),
+    Knob(
+        "run",
+        None,
+        "pixels of a row that a group passes over before the next group comes; None: chosen from the sizes",
+        _runs,
+    ),
+    Knob("together", 1, "units per round of the innermost loop", (2, 4)),
+    Knob("prefetch", "both", "what is asked for ahead", ("source", "result", "none")),
+)
+
+
+@schedule("pattern.conv", device="cpu", knobs=KNOBS)
+@schedule("compact.conv", device="cpu", knobs=KNOBS)
+@schedule("gather.conv", device="cpu", knobs=KNOBS)
 def gather_conv(
     problem: GatherConv,
     target: Target,
-    tile: tuple[int, int, int, int] | None = None,
-    run: int | None = None,
-    together: int = 1,
-    prefetch: str = "both",
-    once: bool | None = None,
+    tile: tuple[int, int, int, int] | None,
+    run: int | None,
+    together: int,
+    prefetch: str,
+    once: bool | None,
 ) -> str:
-    """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass.
-
-    tile      (rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid
-              and the slices; None: chosen from the sizes
-    run       pixels of a row that a group passes over before the next group comes; None: chosen from the sizes
-    together  units per round of the innermost loop
-    prefetch  what is asked for ahead: "both", "source", "result" or "none"
-    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen
-              by the target
-    """
+    """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass."""
     knobs = _Knobs(tile, run, together, prefetch, widens_once(problem.source, target, once))
     source, result = problem.source, problem.result
     block = problem.unit[0] * problem.row_block

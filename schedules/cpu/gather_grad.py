@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
+from typing import Any
+
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.rows import widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
+    ONCE,
     TAPS,
     divisors,
     is_neon,
@@ -59,21 +65,40 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
     return largest_divisor(delta.height, most), wide
 
 
-def grad_knobs(problem: GatherGrad, target: Target) -> dict[str, tuple]:
-    """What tuning may choose from."""
+def _strips(problem: GatherGrad, target: Target) -> list[tuple[int, int]]:
     delta = problem.delta
-    each = _shared(problem, target)[0] * _shared(problem, target)[1]
-    several = tuple(units for units in range(1, MOST_TILE // each + 1) if units * each >= LEAST_TILE)
-    if delta.height * delta.width == 1:
-        return {"several": (None, *several)}
-    strips = [
+    return [
         (high, wide)
         for high in divisors(delta.height)
         for wide in divisors(delta.width)
         if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16
     ]
-    once = {} if problem.source.dtype == "float32" else {"once": (None, True, False)}
-    return once | {"strip": (None, *strips), "several": (None, *several), "prefetch": (True, False)}
+
+
+def _several(problem: GatherGrad, target: Target) -> list[int]:
+    each = prod(_shared(problem, target))
+    return [units for units in range(1, MOST_TILE // each + 1) if units * each >= LEAST_TILE]
+
+
+def _of_pixels(knob: Knob) -> Knob:
+    """The knob without a choice for images of one pixel, whose kernel has no use for it."""
+
+    def others(problem: GatherGrad, target: Target) -> tuple[Any, ...]:
+        return knob.values(problem, target)[1:] if problem.delta.height * problem.delta.width > 1 else ()
+
+    return replace(knob, others=others)
+
+
+KNOBS = (
+    _of_pixels(ONCE),
+    _of_pixels(
+        Knob(
+            "strip", None, "(rows, columns) of result pixels, divisors of delta's; None: chosen from the sizes", _strips
+        )
+    ),
+    Knob("several", None, "units that pass together; None: chosen from the registers", _several),
+    _of_pixels(Knob("prefetch", True, "whether the next strip is asked for ahead", (False,))),
+)
 
 
 def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
@@ -83,28 +108,22 @@ def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
     return rows, largest_divisor(problem.unit[0], most // rows)
 
 
-@schedule("pattern.grad", device="cpu", knobs=grad_knobs)
-@schedule("compact.grad", device="cpu", knobs=grad_knobs)
-@schedule("gather.grad", device="cpu", knobs=grad_knobs)
+@schedule("pattern.grad", device="cpu", knobs=KNOBS)
+@schedule("compact.grad", device="cpu", knobs=KNOBS)
+@schedule("gather.grad", device="cpu", knobs=KNOBS)
 def gather_grad(
     problem: GatherGrad,
     target: Target,
-    strip: tuple[int, int] | None = None,
-    several: int | None = None,
-    prefetch: bool = True,
-    once: bool | None = None,
+    strip: tuple[int, int] | None,
+    several: int | None,
+    prefetch: bool,
+    once: bool | None,
 ) -> str:
     """Several units of a group at a time, so that they share what they read of delta.
 
     Strip by strip, each unit's sums are kept as a vector in `scratch`; they are added up across lanes at the end. A
     thread owns strips, and sums of its own: were it groups, each thread would read all of source. What a thread owns
     follows from the target's cores, so results are the same on any number of threads.
-
-    strip     (rows, columns) of result pixels, divisors of delta's size; None: chosen from the sizes
-    several   units that pass together; None: chosen from the registers
-    prefetch  whether the next strip is asked for ahead
-    once      whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen
-              by the target
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     most = max(target.registers - 4, 1)

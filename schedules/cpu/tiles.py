@@ -6,6 +6,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.rows import widened
 
 LINE_BYTES = 64  # a cache line of every CPU we know
@@ -27,6 +28,15 @@ def widens_once(source: Image, target: Target, once: bool | None = None) -> bool
     multiply-adds, and the smaller source is near.
     """
     return source.dtype != "float32" and (is_neon(source.vector, target) if once is None else once)
+
+
+ONCE = Knob(
+    "once",
+    None,
+    "whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the "
+    "target",
+    lambda problem, target: () if problem.source.dtype == "float32" else (True, False),
+)
 
 
 def widen(text: Text, name: str, image: Image, start: str, elems: str) -> None:

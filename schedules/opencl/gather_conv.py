@@ -14,7 +14,17 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
-from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
+from mest_compile.schedules.opencl.staging import (
+    ACCUMULATORS,
+    PIECES,
+    STAGED,
+    THREADS,
+    Stage,
+    declare_row_sums,
+    epilogue_bytes,
+    largest_divisor,
+    row_sums,
+)
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS
 from mest_compile.schedules.opencl.text import (
     DeviceText,
@@ -60,43 +70,21 @@ def pieces_in_turn(text: DeviceText, turns: int) -> Iterator[None]:
         yield
 
 
-@schedule(
-    "compact.conv",
-    device="opencl",
-    knobs={
-        "accumulators": (8, 4, 16),
-        "threads": (None, 32, 128),
-        "staged": (None, 0, 32, 128),
-        "pieces": (None, 1, 2, 8),
-    },
-)
-@schedule(
-    "gather.conv",
-    device="opencl",
-    knobs={
-        "accumulators": (8, 4, 16),
-        "threads": (None, 32, 128),
-        "staged": (None, 0, 32, 128),
-        "pieces": (None, 1, 2, 8),
-    },
-)
+KNOBS = (ACCUMULATORS, THREADS, STAGED, PIECES)
+
+
+@schedule("compact.conv", device="opencl", knobs=KNOBS)
+@schedule("gather.conv", device="opencl", knobs=KNOBS)
 def gather_conv(
     problem: GatherConv,
     target: Target,
-    accumulators: int = 8,
-    threads: int | None = None,
-    staged: int | None = None,
-    pieces: int | None = None,
+    accumulators: int,
+    threads: int | None,
+    staged: int | None,
+    pieces: int | None,
 ) -> str:
-    """A device kernel for each pass.
-
-    accumulators  vectors of results that a thread keeps in registers: rows of a unit, which share what they read, times
-                  pixels
-    threads       of a work-group; None: what the target prefers
-    staged        units whose offsets and weights are in local memory at a time, 0: none are; None: as many as there is
-                  room for
-    pieces        groups of result channels that a work-group computes one after another; None: chosen from the sizes
-    """
+    """A device kernel for each pass. A thread's results are of the rows of a unit, which share what they read, times
+    pixels."""
     source, result, vector = problem.source, problem.result, problem.result.vector
     bias = [scalars("bias", result.channels)] if problem.bias else []
     statistics = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.opencl.gather_conv import listed
-from mest_compile.schedules.opencl.staging import largest_divisor
+from mest_compile.schedules.opencl.staging import ACCUMULATORS, THREADS, largest_divisor
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS, declare_totals, totals
 from mest_compile.schedules.opencl.text import (
     DeviceText,
@@ -22,26 +23,21 @@ from mest_compile.schedules.opencl.text import (
 MOST_SPLITS = 16
 
 
-@schedule(
-    "compact.grad",
-    device="opencl",
-    knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)},
+SPLITS = Knob(
+    "splits",
+    None,
+    "parts of the pixels, each summed by work-groups of its own; None: enough to keep the device busy",
+    (1, 4),
 )
-@schedule(
-    "gather.grad",
-    device="opencl",
-    knobs={"accumulators": (8, 4, 16), "threads": (None, 32, 128), "splits": (None, 1, 4)},
-)
-def gather_grad(
-    problem: GatherGrad, target: Target, accumulators: int = 8, threads: int | None = None, splits: int | None = None
-) -> str:
+KNOBS = (ACCUMULATORS, THREADS, SPLITS)
+
+
+@schedule("compact.grad", device="opencl", knobs=KNOBS)
+@schedule("gather.grad", device="opencl", knobs=KNOBS)
+def gather_grad(problem: GatherGrad, target: Target, accumulators: int, threads: int | None, splits: int | None) -> str:
     """A work-group has the units of one cell and some of the pixels: a few units at a time share what they read of
     delta, and a tree in local memory adds up what its threads found. A second device kernel adds up the parts. Each
     sum's order follows from sizes alone.
-
-    accumulators  vectors of sums that a thread keeps in registers: weights that it works on at a time
-    threads       of a work-group; None: what the target prefers
-    splits        parts of the pixels, each summed by work-groups of its own; None: enough to keep the device busy
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
     block = problem.source_block * problem.row_block

@@ -10,9 +10,20 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, Shape
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.opencl.gather_conv import pieces_in_turn, pieces_of, statistics_of_result
-from mest_compile.schedules.opencl.gather_grad import join_splits, splits_of
-from mest_compile.schedules.opencl.staging import Stage, declare_row_sums, epilogue_bytes, largest_divisor, row_sums
+from mest_compile.schedules.opencl.gather_grad import SPLITS, join_splits, splits_of
+from mest_compile.schedules.opencl.staging import (
+    ACCUMULATORS,
+    PIECES,
+    STAGED,
+    THREADS,
+    Stage,
+    declare_row_sums,
+    epilogue_bytes,
+    largest_divisor,
+    row_sums,
+)
 from mest_compile.schedules.opencl.sums import declare_totals, totals
 from mest_compile.schedules.opencl.text import (
     DeviceText,
@@ -37,27 +48,19 @@ def reads(shape: Shape, run: int) -> list[tuple[int, int, list[tuple[int, int]]]
     return [(y, x, places[y, x]) for y, x in sorted(places, key=lambda place: (place[1], place[0]))]
 
 
-@schedule(
-    "pattern_groups.conv",
-    device="opencl",
-    knobs={
-        "accumulators": (8, 4, 16),
-        "run": (4, 2, 8),
-        "threads": (None, 32, 128),
-        "staged": (None, 0, 32, 128),
-        "pieces": (None, 1, 2, 8),
-    },
-)
+RUN = Knob("run", 4, "most pixels of a thread's run", (2, 8))
+
+
+@schedule("pattern_groups.conv", device="opencl", knobs=(ACCUMULATORS, RUN, THREADS, STAGED, PIECES))
 def pattern_conv(
     problem: GroupedConv,
     target: Target,
-    accumulators: int = 8,
-    run: int = 4,
-    threads: int | None = None,
-    staged: int | None = None,
-    pieces: int | None = None,
+    accumulators: int,
+    run: int,
+    threads: int | None,
+    staged: int | None,
+    pieces: int | None,
 ) -> str:
-    """accumulators, threads, staged, pieces: as "gather.conv" has them. run: most pixels of a thread's run."""
     gather = problem.gather
     source, result, vector = gather.source, gather.result, gather.result.vector
     (grid_pass,) = gather.passes
@@ -168,21 +171,16 @@ def pattern_conv(
     return str(text)
 
 
-@schedule(
-    "pattern_groups.grad",
-    device="opencl",
-    knobs={"accumulators": (8, 4, 16), "run": (4, 2, 8), "threads": (None, 32, 128), "splits": (None, 1, 4)},
-)
+@schedule("pattern_groups.grad", device="opencl", knobs=(ACCUMULATORS, RUN, THREADS, SPLITS))
 def pattern_grad(
     problem: GroupedGrad,
     target: Target,
-    accumulators: int = 8,
-    run: int = 4,
-    threads: int | None = None,
-    splits: int | None = None,
+    accumulators: int,
+    run: int,
+    threads: int | None,
+    splits: int | None,
 ) -> str:
-    """As "gather.grad", a run of pixels in the place of a pixel; units that pass together are of one shape. run: most
-    pixels of a run."""
+    """As "gather.grad", a run of pixels in the place of a pixel; units that pass together are of one shape."""
     gather = problem.gather
     source, delta, vector, taps = gather.source, gather.delta, gather.delta.vector, problem.taps
     together = max(accumulators // taps, 1)

@@ -8,12 +8,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.records.knob import Knob
 from mest_compile.schedules.opencl.text import DeviceText, slots, vector_type, zeros
 
 STAGE_BYTES = 2048  # of local memory: sixteen work-groups of a core of 32 KiB have room for theirs
 MOST_STAGED = 64  # units: as many as the threads that load them
 EPILOGUE_BYTES = 4096  # of local memory for rows of results
 LANES = (2, 4, 8, 16)  # of OpenCL's vector types
+
+ACCUMULATORS = Knob(
+    "accumulators", 8, "vectors of results, or of weights' sums, that a thread keeps in registers", (4, 16)
+)
+THREADS = Knob("threads", None, "of a work-group; None: what the target prefers", (32, 128))
+STAGED = Knob(
+    "staged",
+    None,
+    "units whose offsets and weights are in local memory at a time, 0: none are; None: as many as there is room for",
+    (0, 32, 128),
+)
+PIECES = Knob(
+    "pieces",
+    None,
+    "groups of result channels that a work-group computes one after another; None: chosen from the sizes",
+    (1, 2, 8),
+)
 
 
 def largest_divisor(number: int, most: int) -> int:

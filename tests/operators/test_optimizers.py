@@ -44,6 +44,7 @@ def test_an_optimizer_is_whole(kind):
     rule = kind()
     assert OPTIMIZERS.find(rule.name) is kind and getattr(mest, kind.__name__) is kind and inspect.getdoc(kind)
     known = {"values", "gradients", *kind.state, *kind.scalars}
+    assert known <= frozenset().union(*(expression.variables for expression in kind.formula.values()))
     for name, expression in kind.formula.items():
         assert expression.variables <= known, name
         known.add(name)

@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
@@ -11,6 +11,7 @@ from mest_compile.base.errors import StateError
 from mest_compile.hardware.cpu import host_machine, host_model, machine_model
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.operators.batch_norm import BatchNormBackward, BatchNormForward
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, shipped, tvm_version
 from mest_compile.records.record import read_log, target_facts, unit_of
@@ -29,8 +30,11 @@ TARGET = Target(
 
 @dataclass(frozen=True)
 class Problem:
-    channels: int
+    channels: int = field(metadata=SIZE)
     stride: int = 1
+    eps: float = field(default=0.0, metadata=ASIDE)
+    image: Image | None = None
+    images: tuple[Image, ...] = ()
 
 
 def record(knobs, *seconds, problem=Problem(32), live=100, outcome=Outcome.OK, measure=Measure.MEASURED, **changed):
@@ -335,6 +339,24 @@ def test_the_nearest_problem_of_the_same_structure_else_the_default(path):
     for problem, live in ((Problem(32, stride=2), 100), (Problem(32 * 128), 100), (Problem(32), 100 * 64)):
         assert (best(records, problem, live).origin, best(records, problem, live).knobs) == ("default", {})
     assert best(Records(TARGET)).origin == "default"
+
+
+def test_fields_say_what_makes_problems_alike(path):
+    """Sizes, those of what they hold too, and what stands aside; lists by their lengths."""
+    image = Image(8, 4, 4, 16, (0, 0, 0, 0), 16)
+    wider, fewer = replace(image, channels=16, halo=(1, 1, 1, 1)), replace(image, batch=8)
+    known = Problem(32, 1, 0.1, image, (image, image))
+    LogFile(path).append(record({"tile": (5, 5)}, 0.1, problem=known))
+    near = [replace(known, eps=0.2), replace(known, image=wider), replace(known, images=(image, fewer))]
+    other = [
+        replace(known, image=replace(image, vector=8)),
+        replace(known, image=None),
+        replace(known, images=(image,)),
+    ]
+    for problem in near:
+        assert (best(read(path), problem).origin, best(read(path), problem).knobs) == ("nearest", {"tile": (5, 5)})
+    for problem in (*other, replace(known, images=()), plain(replace(known, channels=33))):
+        assert best(read(path), problem).knobs != {"tile": (5, 5)}, problem
 
 
 def test_a_line_tells_cpu_and_tvm_and_is_json(path):

@@ -19,15 +19,17 @@ from mest_compile import compiling
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.choosing import choose_knobs
-from mest_compile.kernels.source import SCHEDULES, kernel_source, knob_space
+from mest_compile.kernels.source import SCHEDULES, Schedule, kernel_source, knob_space
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
+from mest_compile.planning.layout import CACHES
 from mest_compile.planning.plan import plan_step
+from mest_compile.records.knob import Knob
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, text_digest
 from mest_compile.records.record import SECTIONS, target_facts
 from mest_compile.tuning import command, session
 from mest_compile.tuning.deadline import Deadline, OutOfTime, TimedBuilder
-from mest_compile.tuning.layout import CACHES, ROUNDS, time_sections, time_vectors
+from mest_compile.tuning.layout import ROUNDS, time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, Timing, find_runner
 from mest_compile.tuning.search import to_database
 from mest_compile.tuning.session import Session
@@ -124,12 +126,12 @@ def test_wrong_crashing_hanging_and_broken_kernels_are_recorded_and_never_win(ta
     victim = next(call.problem for call in train.calls if call.kernel == "gather.conv")
     usual = SCHEDULES.find("cpu/gather.conv")
 
-    def schedule(problem, target, variant="right", **knobs):
-        return spoilt(usual(problem, target, **knobs), variant)
+    def spoiling(problem, target, variant):
+        return spoilt(usual(problem, target), variant)
 
-    schedule.knobs = lambda problem, target: {"variant": VARIANTS} if problem == victim else {}
-    monkeypatch.setitem(SCHEDULES, "cpu/gather.conv", schedule)
-    monkeypatch.setitem(SCHEDULES, "cpu/gather.grad", replace_knobs(SCHEDULES.find("cpu/gather.grad")))
+    knob = Knob("variant", VARIANTS[0], "", lambda problem, target: VARIANTS[1:] if problem == victim else ())
+    monkeypatch.setitem(SCHEDULES, "cpu/gather.conv", Schedule(spoiling, (knob,)))
+    monkeypatch.setitem(SCHEDULES, "cpu/gather.grad", Schedule(SCHEDULES.find("cpu/gather.grad")))  # without knobs
     log = LogFile(tmp_path / "local.jsonl")
     runner = find_runner("local")(target, RunnerOptions(timeout_seconds=8))
     try:
@@ -145,14 +147,6 @@ def test_wrong_crashing_hanging_and_broken_kernels_are_recorded_and_never_win(ta
     assert task.knobs == {} and result.finished
     choices = choose_knobs([train], layers, target, Records(target, [log.path]))["train"]
     assert all(not choice.knobs for choice in choices.values())
-
-
-def replace_knobs(schedule):
-    def without(problem, target, **knobs):
-        return schedule(problem, target, **knobs)
-
-    without.knobs = {}
-    return without
 
 
 class Clock(Runner):
@@ -314,7 +308,7 @@ def test_the_width_of_vectors_is_what_was_fastest_for_such_a_step(target, builde
     from mest_compile.planning.layout import choose_vector, step_facts, widened
 
     _, _, layers = planned(target, "mlp")
-    facts, log = step_facts(layers), LogFile(tmp_path / "local.jsonl")
+    facts, log = plain(step_facts(layers)), LogFile(tmp_path / "local.jsonl")
     for vector, seconds in ((8, 2.0), (4, 1.0), (16, 0.1)):  # a batch of 8 does not fill 16
         log.append(
             Record(
@@ -368,7 +362,7 @@ def test_sections_are_cut_as_was_fastest_for_such_layers_and_a_step_stays_the_sa
     time_sections(train, layers, "float32", small, compiled, (images, labels), log, Records(small, [log.path]))
     records = [Record.from_line(line) for line in log.path.read_text().splitlines()]
     assert {record.kernel for record in records} == set(SECTIONS)
-    assert {record.knobs.get("caches", 1) for record in records} == set(CACHES)
+    assert {record.knobs.get("caches", 1) for record in records} == set(CACHES.values(None, target))
     assert all(len(record.seconds) == ROUNDS and min(record.seconds) > 0 for record in records)
     time_sections(train, layers, "float32", small, compiled, (images, labels), log, Records(small, [log.path]))
     assert len(log.path.read_text().splitlines()) == len(records), "what is on record was timed again"
@@ -377,7 +371,7 @@ def test_sections_are_cut_as_was_fastest_for_such_layers_and_a_step_stays_the_sa
         tmp_path / "forced.jsonl"
     )  # as if the largest sections had been the fastest forward, and the smallest backward
     for record in records:
-        quick = max(CACHES) if record.kernel == SECTIONS[0] else 1
+        quick = max(CACHES.values(None, target)) if record.kernel == SECTIONS[0] else 1
         forced.append(replace(record, seconds=(0.1,) if record.knobs.get("caches", 1) == quick else (1.0,)))
     usual, cut = compiled(small, Records(small)), compiled(small, Records(small, [forced.path]))
     sizes = {name: (layer.section_channels, cut.layers[name].section_channels) for name, layer in usual.layers.items()}

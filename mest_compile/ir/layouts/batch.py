@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mest_compile.ir.layouts.layout import ITEM_BYTES
+from mest_compile.ir.problem import ASIDE, SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,11 @@ class Image:
     gradients.
     """
 
-    channels: int
-    height: int
-    width: int
-    batch: int
-    halo: tuple[int, int, int, int] = (0, 0, 0, 0)
+    channels: int = field(metadata=SIZE)
+    height: int = field(metadata=SIZE)
+    width: int = field(metadata=SIZE)
+    batch: int = field(metadata=SIZE)
+    halo: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), metadata=ASIDE)
     vector: int = 8
     dtype: str = "float32"
 

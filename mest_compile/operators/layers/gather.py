@@ -9,11 +9,12 @@ offset). A dense layer is one whose units all live; a linear layer is a 1x1 conv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.problem import SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,13 @@ class GatherConv:
     source_block: int
     source_step: tuple[int, int]
     passes: tuple[Pass, ...]
-    section_channels: int
+    section_channels: int = field(metadata=SIZE)
     accumulate: bool = False
     bias: bool = False
     statistics: bool = False
     taps: int = 1
-    rows_live: int = 0
-    sources_live: int = 0
+    rows_live: int = field(default=0, metadata=SIZE)
+    sources_live: int = field(default=0, metadata=SIZE)
 
     @property
     def groups(self) -> int:
@@ -115,10 +116,10 @@ class GatherGrad:
     row_block: int
     source_block: int
     source_step: tuple[int, int]
-    section_channels: int
+    section_channels: int = field(metadata=SIZE)
     taps: int = 1
-    rows_live: int = 0
-    sources_live: int = 0
+    rows_live: int = field(default=0, metadata=SIZE)
+    sources_live: int = field(default=0, metadata=SIZE)
 
     @property
     def groups(self) -> int:
