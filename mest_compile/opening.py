@@ -1,4 +1,4 @@
-"""Steps out of files: checkpoints and artifacts; trained weights back into a torch module."""
+"""Steps out of files: checkpoints and artifacts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _s
 from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
 
 if TYPE_CHECKING:
-    import torch
-
     from mest_compile.devices.session import Device
     from mest_compile.kernels.cache import Builder
     from mest_compile.runtime.step import TrainStep
@@ -67,23 +65,6 @@ def load(
     step = make_step(replace(facts, threads=check_threads(threads, facts.threads)), zeros, builder, device, tuned)
     step._restore(arrays, document, path)
     return step
-
-
-def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model
-    does not use as it was. Raises StateError.
-    """
-    import torch
-
-    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
-
-    model = unwrapped(model)
-    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there = read_shapes(model)
-    if there != {name: tuple(value.shape) for name, value in trained.items()}:
-        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
-        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
-    model.load_state_dict(trained, strict=False)
 
 
 def open_artifact(

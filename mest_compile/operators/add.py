@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -47,6 +48,9 @@ class Add(Operator):
                 continue
             result, accumulate = low.contribute(name)
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("Add", writer.inputs(node), node.shape)
 
 
 @reads("relax.add", gives=("add",))

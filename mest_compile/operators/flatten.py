@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Parameter, Reader, Refused, _shape, _single, dropout_error, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -48,6 +49,9 @@ class FlattenOperator(Operator):
         dy = low.gradient(node)
         dx, accumulate = low.contribute(node.inputs[0])
         low.call("flatten.backward", Flatten(dx.image, dy.image, accumulate), dy, dx)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("Flatten", writer.inputs(node), node.shape)
 
 
 @reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten", gives=("flatten",))

@@ -16,6 +16,7 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
+from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.optimizers.optimizer import Optimizer
@@ -87,6 +88,11 @@ class TrainStep:
     def classes(self) -> int:
         """Outputs an example."""
         return self._compiled.graph.nodes[-1].shape[1]
+
+    @property
+    def graph(self) -> ForwardGraph:
+        """The forward pass, as it was imported."""
+        return self._compiled.graph
 
     @property
     def optimizer(self) -> Optimizer:
