@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 from mest_compile.base import tensorfile
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_whole
+from mest_compile.ir.graph import COUNTER
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +22,8 @@ MASK = "mask:"  # before the name of a weight: the name of its mask in a safeten
 
 
 def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model
-    does not use as it was. Raises StateError.
+    """Writes the step's parameters and statistics into the torch module that it was compiled from, or that was exported
+    to the .onnx file that it was compiled from, and what the model does not use as it was. Raises StateError.
     """
     import torch
 
@@ -29,11 +31,24 @@ def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
 
     model = unwrapped(model)
     trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there = read_shapes(model)
-    if there != {name: tuple(value.shape) for name, value in trained.items()}:
-        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
-        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
+    there, ours = read_shapes(model), {name: tuple(value.shape) for name, value in trained.items()}
+    odd = sorted(name for name, _ in there.items() ^ ours.items() if name in trained or not name.endswith(COUNTER))
+    if odd:
+        raise StateError(
+            f"the module is not the one that was compiled: they differ in {odd[0]}{_made_of(odd[0], there)}"
+        )
     model.load_state_dict(trained, strict=False)
+
+
+def _made_of(name: str, there: Collection[str]) -> str:
+    """What to do where the module computes a parameter from others."""
+    path, _, last = name.rpartition(".")
+    computed = f"{path}.parametrizations.{last}.original".lstrip(".")
+    if f"{name}_mask" in there:
+        return "; it is pruned by torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, name) on it first"
+    if "parametrizations" in name or any(other.startswith(computed) for other in there):
+        return "; it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, name) on it first"
+    return ""
 
 
 def to_onnx(step: TrainStep, path: str | Path, opset: int | None = None, into: str | Path | None = None) -> None:

@@ -16,7 +16,7 @@ from mest_compile.base.errors import DeviceError, StateError
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import FUNCTIONS
-from mest_compile.planning.facts import read_facts
+from mest_compile.planning.facts import Facts, read_facts
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
 from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
@@ -61,8 +61,23 @@ def load(
             lambda target: of_machine(Records.of(target), device),
         )
         document = {**document, **{part: facts.to_json()[part] for part in ("graph", "layers")}}
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = make_step(replace(facts, threads=check_threads(threads, facts.threads)), zeros, builder, device, tuned)
+    threads = check_threads(threads, facts.threads)
+    step = make_step(replace(facts, threads=threads), _zeros(facts), builder, device, tuned)
+    step._restore(arrays, document, path)
+    return step
+
+
+def read_step(path: str | Path) -> TrainStep:
+    """The step that `step.save` wrote with all its state and without kernels: to be looked at, not to be run. Raises
+    StateError."""
+    from mest_compile.runtime.compiled import Compiled
+    from mest_compile.runtime.step import TrainStep
+    from mest_compile.runtime.store import StoreRunner
+
+    arrays, document = checkpoint.read(path)
+    facts = read_facts(document, f"checkpoint {path}")
+    runner = partial(StoreRunner, facts.target.name, "it was opened to be read")
+    step = TrainStep(Compiled(facts, *facts.lower(), document, runner), _zeros(facts), _no_dense_step)
     step._restore(arrays, document, path)
     return step
 
@@ -102,13 +117,17 @@ def open_artifact(
     )
     module = _load(path, files[LIBRARY], find_runtime(path, runtime))
     runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
-
-    def dense() -> TrainStep:
-        raise DeviceError(
-            "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
-        )
-
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)
+    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), _zeros(facts), _no_dense_step)
     step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
     return step
+
+
+def _zeros(facts: Facts) -> dict[str, np.ndarray]:
+    """A state to begin with, before that of a file takes its place."""
+    return {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+
+
+def _no_dense_step() -> TrainStep:
+    raise DeviceError(
+        "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
+    )

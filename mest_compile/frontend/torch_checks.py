@@ -103,19 +103,10 @@ def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`state_dict()` without what is no tensor and BatchNorm's counters of batches, which no operator reads."""
+    """`state_dict()` without what is no tensor."""
     import torch
 
-    counters = {
-        f"{name}.num_batches_tracked".lstrip(".")
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.modules.batchnorm._NormBase)
-    }
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if name not in counters and isinstance(tensor, torch.Tensor)
-    }
+    return {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
 
 
 def read_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,9 @@ from mest_compile.base.errors import SpecError
 MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
 
 
+COUNTER = "num_batches_tracked"  # what torch calls a BatchNorm's number of training steps, a buffer of its own
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """A trainable convolution or linear layer, every size known when we compile.

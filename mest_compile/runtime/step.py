@@ -196,6 +196,7 @@ class TrainStep:
             self._specializer.poll()
         self._feeding.load(images, labels)
         self._updates += 1
+        self._state.count_batch()
         self._state.put("hyper", rule.hyper(self._updates, rate))
         if bound is None:
             self._runner.run("train")
