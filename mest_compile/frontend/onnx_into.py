@@ -20,9 +20,9 @@ def written_into(path: str | Path, graph: ForwardGraph, state: Mapping[str, np.n
     Raises StateError where the file holds another model, DataError, UnsupportedOperator.
     """
     theirs, stored, transposed = read_as_stored(path, graph.input_shape)
-    if theirs.nodes != graph.nodes:
+    if (theirs.nodes, theirs.prepared) != (graph.nodes, graph.prepared):
         pairs = zip(graph.nodes, theirs.nodes, strict=False)
-        odd = next((node.name for node, other in pairs if node != other), "its number of operators")
+        odd = next((node.name for node, other in pairs if node != other), "the number of operators")
         raise StateError(
             f"{path} is not the model that the step was compiled from: they differ in {odd}; leave `into` out to write "
             "a file of its own"

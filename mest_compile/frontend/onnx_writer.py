@@ -14,9 +14,9 @@ import numpy as np
 from mest_compile import __version__
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, UsageError
-from mest_compile.frontend.naming import INPUT
+from mest_compile.frontend.naming import INPUT, PREPARE
 from mest_compile.ir.expressions import Apply, Constant, Expression, Variable
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import ForwardGraph, Node, Preparation
 
 OPSET = 17  # the first that has all that operators write
 OUTPUT = "logits"
@@ -44,7 +44,7 @@ class Writer:
 
     def __init__(self, state: Mapping[str, np.ndarray]):
         self.nodes: list[Any] = []
-        self.sizes: dict[str, tuple[tuple[str | int, ...], str]] = {}  # value -> (shape, "float" or "bool")
+        self.sizes: dict[str, tuple[tuple[str | int, ...], str]] = {}  # value -> (shape, kind)
         self.weights: dict[str, np.ndarray] = {}  # those that are read
         self.values = {INPUT: INPUT}  # name of a node of the ForwardGraph -> of its value
         self._state = state
@@ -56,6 +56,14 @@ class Writer:
         """Lets an operator's `onnx` write that node."""
         self._path = node.name
         self.values[node.name] = write(node, self)
+
+    def prepare(self, steps: Sequence[Preparation], shape: tuple[int, ...]) -> None:
+        """Lets the operators see the input, of that shape, after these steps."""
+        self._path = PREPARE
+        for step in steps:
+            value, operand = self.values[INPUT], self._channels(step.operand, len(shape) - 2)
+            inputs = [operand, value] if step.swapped else [value, operand]
+            self.values[INPUT] = self.call(onnx_name(step.operation), inputs, shape)
 
     def inputs(self, node: Node) -> list[str]:
         """The values that it reads."""
@@ -76,7 +84,7 @@ class Writer:
         """Adds an ONNX node; returns the name of its value.
 
         shape  of the value, the batch first
-        kind   of its elements: "float" (float32) or "bool"
+        kind   of its elements: "float" (float32), "bool" or "int64"
         """
         from onnx import helper
 
@@ -87,17 +95,35 @@ class Writer:
 
     def number(self, value: float) -> str:
         """A constant without axes."""
-        from onnx import helper
-
         if value not in self._numbers:
-            name = self._numbers[value] = self._free(f"number {value:g}")
-            self.sizes[name] = (), "float"
-            self.nodes.append(
-                helper.make_node(
-                    "Constant", [], [name], name=name, value=helper.make_tensor(name, _kinds()["float"], [], [value])
-                )
-            )
+            self._numbers[value] = self._constant(np.array(value, np.float32), f"number {value:g}")
         return self._numbers[value]
+
+    def _constant(self, array: np.ndarray, name: str) -> str:
+        """float32 or, of sizes, int64."""
+        from onnx import helper, numpy_helper
+
+        name = self._free(name)
+        self.sizes[name] = array.shape, "float" if array.dtype == np.float32 else "int64"
+        self.nodes.append(
+            helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array, name))
+        )
+        return name
+
+    def _channels(self, operand: float | tuple[float, ...] | str, axes: int) -> str:
+        """A number a channel, with so many axes behind it. operand: as Preparation has it."""
+        if isinstance(operand, float):
+            return self.number(operand)
+        sizes = (-1, *[1] * axes)
+        if isinstance(operand, tuple):
+            return self._constant(np.array(operand, np.float32).reshape(sizes), "number a channel")
+        held = self._state[operand]
+        if len(held.shape) > axes and held.size == held.shape[-axes - 1]:
+            return self.weight(operand)
+        shape = self._constant(np.array(sizes), "channels")
+        name = self.call("Reshape", [self.weight(operand), shape], ())
+        self.sizes[name] = (held.size, *sizes[1:]), "float"
+        return name
 
     def expression(self, formula: Expression, values: Mapping[str, str], shape: tuple[int, ...]) -> str:
         """The value of a formula, element by element. values: {variable: what it is here}, each of that shape."""
@@ -188,4 +214,4 @@ def content_of(model: Any) -> bytes:
 def _kinds() -> dict[str, int]:
     from onnx import TensorProto
 
-    return {"float": TensorProto.FLOAT, "bool": TensorProto.BOOL}
+    return {"float": TensorProto.FLOAT, "bool": TensorProto.BOOL, "int64": TensorProto.INT64}

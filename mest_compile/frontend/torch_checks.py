@@ -142,6 +142,12 @@ def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
     parameters = dict(module.named_parameters())
     parts = dict(module.named_modules())
     mixed = any(part.training for part in parts.values())
+    for step in graph.prepared:
+        if step.operand in parameters and parameters[step.operand].requires_grad:
+            raise UnsupportedOperator(
+                f"{step.operand} normalises the input and is a parameter, which torch trains and a step does not: make "
+                "it a buffer, or call requires_grad_(False) on it"
+            )
     for node in graph.nodes:
         for role, name in node.params.items():
             if role in _STATISTICS:

@@ -13,7 +13,7 @@ from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader,
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.formulas import combined
+from mest_compile.operators.formulas import channel_step, combined
 from mest_compile.operators.operator import Operator, Trace, operator
 
 
@@ -60,6 +60,8 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
         if left.shape != right.shape:
             raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
         return reader.add("add", (left, right), left.shape)
+    if (prepared := channel_step(reader, "add", arguments)) is not None:
+        return prepared
     if any(isinstance(argument, Formula | Fixed) for argument in arguments):
         return combined(reader, "add", left, right)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)

@@ -24,7 +24,7 @@ from mest_compile.planning.footprint import footprint
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, Part, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
-from mest_compile.runtime.feeding import Feeding
+from mest_compile.runtime.feeding import Feeding, prepared
 from mest_compile.runtime.mutating import Change, Mutating, MutationReport
 from mest_compile.runtime.runner import Clocked, Closes, Runner
 from mest_compile.runtime.state import Arrangement, HeldState
@@ -450,9 +450,12 @@ class TrainStep:
     # Internal.
 
     def _new_feeding(self, runner: Runner) -> Feeding:
-        return Feeding(
-            runner, self.input_shape, self.classes, self._compiled.facts.loss, self._compiled.facts.activations
-        )
+        facts = self._compiled.facts
+
+        def prepare(images: np.ndarray) -> np.ndarray:
+            return prepared(images, facts.graph.prepared, self._state.kept)
+
+        return Feeding(runner, self.input_shape, self.classes, facts.loss, facts.activations, prepare)
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent
