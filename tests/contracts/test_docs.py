@@ -71,8 +71,8 @@ def test_command_runs(command, tmp_path, trained):
     elif program == "python":
         done = run([sys.executable, *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
-    elif "--resume" in arguments or arguments[0] == "report":
-        shutil.copytree(trained, tmp_path / arguments[-1])
+    elif "--resume" in arguments or arguments[0] in ("report", "export"):
+        shutil.copytree(trained, tmp_path / next(argument for argument in arguments if argument.startswith("runs/")))
         done = run_cli(arguments, tmp_path)
         assert done.returncode == 0, done.stderr
     else:
