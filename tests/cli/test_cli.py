@@ -625,6 +625,22 @@ def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
     assert (jobs[1].recipe.epochs, jobs[1].recipe.method, jobs[1].recipe.lr) == (10, "em", None)
 
 
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
+@pytest.mark.parametrize(("options", "epochs"), [([], None), (["--epochs", "12"], 12)])
+def test_a_run_on_a_device_goes_on_for_longer(monkeypatch, capsys, main, options, epochs):
+    import importlib
+
+    from mest_compile.training import ondevice
+
+    asked = []
+    monkeypatch.setattr(ondevice, "load", lambda *_: None)
+    monkeypatch.setattr(ondevice, "open_artifact", lambda *_: "step")
+    monkeypatch.setattr(ondevice.Trainer, "resume", lambda *given, **named: asked.append((given, named)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module(main).main(["train", "--artifact", "a", "--resume", "run", *options])
+    assert asked == [((Path("run"), "step"), {"epochs": epochs})]
+
+
 @pytest.mark.slow
 def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import mest_compile as mest
 from mest_compile.base.errors import SpecError, StateError
@@ -72,7 +73,7 @@ def test_names_of_the_steps_own_arrays_are_refused():
 def test_wrappers_are_looked_into(wrap):
     module = net()
     step = compiled(wrap(module))
-    assert sorted(step.state_dict()) == sorted(name for name in module.state_dict() if not name.endswith("tracked"))
+    assert sorted(step.state_dict()) == sorted(module.state_dict())
     step(torch.randn(SHAPE), torch.arange(4))
     mest.to_torch(step, wrap(module))
     np.testing.assert_array_equal(module[0].weight.detach().numpy(), step.state_dict()["0.weight"])
@@ -235,13 +236,13 @@ def test_a_state_without_counters_leaves_them_as_they_are():
 def test_a_module_that_computes_its_weights_is_told_how_to_take_them():
     module = net()
     step = compiled(module)
-    torch.nn.utils.prune.l1_unstructured(module[0], "weight", amount=0.5)
+    prune.l1_unstructured(module[0], "weight", amount=0.5)
     with pytest.raises(StateError, match=r"0\.weight; it is pruned .*prune\.remove"):
         mest.to_torch(step, module)
-    torch.nn.utils.prune.remove(module[0], "weight")
+    prune.remove(module[0], "weight")
     mest.to_torch(step, module)
     for name in ("weight", "bias"):
         module = net()
-        torch.nn.utils.parametrize.register_parametrization(module[3], name, nn.Identity())
+        parametrize.register_parametrization(module[3], name, nn.Identity())
         with pytest.raises(StateError, match="it is parametrized: .*remove_parametrizations"):
             mest.to_torch(step, module)
