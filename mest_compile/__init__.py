@@ -12,12 +12,14 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.base.errors import MestError as MestError
     from mest_compile.compiling import compile as compile
     from mest_compile.devices.session import rpc as rpc
+    from mest_compile.exporting import to_onnx as to_onnx
+    from mest_compile.exporting import to_safetensors as to_safetensors
+    from mest_compile.exporting import to_torch as to_torch
     from mest_compile.hardware.target import Target as Target
     from mest_compile.ir.graph import LayerSpec as LayerSpec
     from mest_compile.measuring.speedtable import speed_table as speed_table
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
-    from mest_compile.opening import to_torch as to_torch
     from mest_compile.operators.losses.cross_entropy import CrossEntropy as CrossEntropy
     from mest_compile.operators.losses.mse import MSE as MSE
     from mest_compile.operators.optimizers.adamw import AdamW as AdamW
@@ -36,7 +38,9 @@ __version__ = "0.2.0"
 _HOME = {
     "compile": "mest_compile.compiling",
     "load": "mest_compile.opening",
-    "to_torch": "mest_compile.opening",
+    "to_torch": "mest_compile.exporting",
+    "to_onnx": "mest_compile.exporting",
+    "to_safetensors": "mest_compile.exporting",
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
     "LayerSpec": "mest_compile.ir.graph",

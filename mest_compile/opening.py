@@ -1,4 +1,4 @@
-"""Steps out of files: checkpoints and artifacts; trained weights back into a torch module."""
+"""Steps out of files: checkpoints and artifacts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import FUNCTIONS
 from mest_compile.options import check_threads
-from mest_compile.planning.facts import read_facts
+from mest_compile.planning.facts import Facts, read_facts
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
 from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
 
 if TYPE_CHECKING:
-    import torch
-
     from mest_compile.devices.session import Device
     from mest_compile.kernels.cache import Builder
     from mest_compile.runtime.step import TrainStep
@@ -67,27 +65,24 @@ def load(
         document = {**document, **{part: plan.facts.to_json()[part] for part in ("graph", "layers")}}
     if threads is not None:
         plan = replace(plan, facts=replace(plan.facts, threads=check_threads(threads)))
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in plan.facts.graph.state_shapes.items()}
-    step = make_step(plan, zeros, builder, device, knobs)
+    step = make_step(plan, _zeros(plan.facts), builder, device, knobs)
     step._restore(arrays, document, path)
     return step
 
 
-def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
-    """Writes the step's parameters and statistics into the torch module that it was compiled from, and what the model
-    does not use as it was. Raises StateError.
-    """
-    import torch
+def read_step(path: str | Path) -> TrainStep:
+    """The step that `step.save` wrote with all its state and without kernels: to be looked at, not to be run. Raises
+    StateError."""
+    from mest_compile.runtime.compiled import Compiled
+    from mest_compile.runtime.step import TrainStep
+    from mest_compile.runtime.store import StoreRunner
 
-    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
-
-    model = unwrapped(model)
-    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there = read_shapes(model)
-    if there != {name: tuple(value.shape) for name, value in trained.items()}:
-        odd = sorted(there.items() ^ {name: tuple(value.shape) for name, value in trained.items()}.items())
-        raise StateError(f"the module is not the one that was compiled: they differ in {odd[0][0]}")
-    model.load_state_dict(trained, strict=False)
+    arrays, document = checkpoint.read(path)
+    facts = read_facts(document, f"checkpoint {path}")
+    runner = partial(StoreRunner, facts.target.name, "it was opened to be read")
+    step = TrainStep(Compiled(facts, *facts.lower(), document, runner), _zeros(facts), _no_dense_step)
+    step._restore(arrays, document, path)
+    return step
 
 
 def open_artifact(
@@ -125,13 +120,17 @@ def open_artifact(
     )
     module = _load(path, files[LIBRARY], find_runtime(path, runtime))
     runner = partial(LibraryRunner, module, functions, min(wanted, cores()))
-
-    def dense() -> TrainStep:
-        raise DeviceError(
-            "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
-        )
-
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), zeros, dense)
+    step = TrainStep(Compiled(facts, train, predict, manifest["facts"], runner), _zeros(facts), _no_dense_step)
     step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
     return step
+
+
+def _zeros(facts: Facts) -> dict[str, np.ndarray]:
+    """A state to begin with, before that of a file takes its place."""
+    return {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
+
+
+def _no_dense_step() -> TrainStep:
+    raise DeviceError(
+        "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
+    )

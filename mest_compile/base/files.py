@@ -9,11 +9,13 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
+    write_whole(path, text.encode("utf-8", "replace"))  # a name that is not UTF-8 is shown with question marks
+
+
+def write_whole(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
-    with part.open(
-        "w", encoding="utf-8", errors="replace"
-    ) as file:  # a name that is not UTF-8 is shown with question marks
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -15,7 +15,21 @@ import typer
 
 from mest_compile import __version__
 from mest_compile.base.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
-from mest_compile.cli import analyze, bench, build, demo, devices, doctor, listing, plan, report, table, train, tune
+from mest_compile.cli import (
+    analyze,
+    bench,
+    build,
+    demo,
+    devices,
+    doctor,
+    export,
+    listing,
+    plan,
+    report,
+    table,
+    train,
+    tune,
+)
 
 app = typer.Typer(
     name="mest-compile",
@@ -39,6 +53,7 @@ for command in (
     listing.targets,
     doctor.doctor,
     build.build,
+    export.export,
     devices.tracker,
     devices.serve,
 ):

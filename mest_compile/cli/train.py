@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
+    from mest_compile.devices.session import Device
+    from mest_compile.hardware.target import Target
     from mest_compile.options import StepOptions
     from mest_compile.training.loop import Trainer
     from mest_compile.training.ondevice import Job
@@ -81,7 +83,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the run in this folder; takes no other option but --json.")
+        Path | None,
+        typer.Option(
+            help="Continue the run in this folder; takes --epochs to make it longer, --batch, --target and --json."
+        ),
     ] = None,
     artifact: Annotated[
         Path | None,
@@ -113,11 +118,12 @@ def train(
     if artifact is not None:
         check_artifact_options(given)
     elif resume is not None:
-        if others := sorted(given - {"resume", "as_json"}):
+        if others := sorted(given - {"resume", "as_json", "epochs", "batch", "target"}):
             raise UsageError(
                 f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run"
             )
-        _show(continue_run(resume), as_json)
+        asked: dict[str, Any] = {"epochs": epochs, "batch": batch, "target": target}
+        _show(continue_run(resume, **{name: value for name, value in asked.items() if name in given}), as_json)
         return
     elif runtime is not None:
         raise UsageError("--runtime belongs to --artifact; a step that is compiled here finds TVM by itself")
@@ -156,9 +162,9 @@ def train(
     else:
         chosen = replace(Recipe.from_file(recipe), **{name: value for name, value in settings.items() if name in given})
     if artifact is not None:
-        job = Job(
-            artifact, where["data"], out or _new_folder(artifact.name), chosen, data_folder, resume, threads, runtime
-        )
+        longer = epochs if resume is not None and "epochs" in given else None
+        folder = out or _new_folder(artifact.name)
+        job = Job(artifact, where["data"], folder, chosen, data_folder, resume, threads, runtime, longer)
         _show(_run_artifact(job), as_json)
         return
     of_step = {field.name: where.pop(field.name) for field in fields(StepOptions) if field.name in where}
@@ -192,7 +198,7 @@ def _new_folder(name: str) -> Path:
 def start_run(request: Request) -> Run:
     """Compiles and trains. What can be checked is checked before anything is compiled or written."""
     from mest_compile.data import load
-    from mest_compile.hardware.target import find_target, obstacle
+    from mest_compile.hardware.target import find_target
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
@@ -200,12 +206,7 @@ def start_run(request: Request) -> Run:
     scheme, target = str(request.options.scheme).replace(":", ""), find_target(request.options.target)
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{scheme}"))
     folder.require_free()
-    if find_device(request.tracker, request.key) is None and (why := obstacle(target)):
-        raise UsageError(
-            f"--target {request.options.target} is not this machine ({why}); give the --tracker and --key of a device "
-            "that it is, "
-            "or build an artifact and train there"
-        )
+    _check_target(target, find_device(request.tracker, request.key))
     split = load(request.data, request.data_folder)
     with console.status(f"compiling {request.model} for {request.options.target}"):
         step = _compile(request, split)
@@ -223,18 +224,32 @@ def start_run(request: Request) -> Run:
         return _fit(trainer, split, console)
 
 
-def continue_run(folder: Path) -> Run:
-    """Resumes the run in `folder` on its own data."""
+def _check_target(target: Target, device: Device | None) -> None:
+    """Raises UsageError for a target that is neither this machine nor a device's."""
+    from mest_compile.hardware.target import obstacle
+
+    if device is None and (why := obstacle(target)):
+        raise UsageError(
+            f"--target {target.name} is not this machine ({why}); give the --tracker and --key of a device that it is, "
+            "or build an artifact and train there"
+        )
+
+
+def continue_run(folder: Path, epochs: int | None = None, batch: int | None = None, target: str | None = None) -> Run:
+    """Resumes the run in `folder` on its own data; what is given is otherwise than it was."""
     from mest_compile.data import load
+    from mest_compile.hardware.target import find_target
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
     source = RunFolder(folder).read_source()
     split = load(source["data"], source.get("data_folder"))
     device = find_device(source.get("tracker"), source.get("key"))
+    if target is not None:
+        _check_target(find_target(target), device)
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
-        trainer = Trainer.resume(folder, device=device)
+        trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target)
     with TrainingProgress(console, trainer.step.batch) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
-from mest_compile.ir.graph import Node
+from mest_compile.ir.graph import Node, Preparation
 
 INPUT = "input"  # what nodes call the graph's input
+PREPARE = "prepare"  # drafts of what the model does to its input first; attrs: step, a Preparation
 # What a step calls its own arrays; it holds a parameter under the parameter's name.
 TAKEN = ("images", "labels", "loss", "correct", "logits", "hyper")
 
@@ -66,6 +67,24 @@ def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
         )
         for index in order
         for draft in [drafts[index]]
+    )
+
+
+def split_prepared(nodes: tuple[Node, ...]) -> tuple[tuple[Preparation, ...], tuple[Node, ...]]:
+    """(what becomes of the input before the others see it, the others). Raises UnsupportedOperator."""
+    chain, rest = ([node for node in nodes if (node.op == PREPARE) is wanted] for wanted in (True, False))
+    if not chain:
+        return (), nodes
+    names = [INPUT, *(node.name for node in chain)]
+    if [node.inputs for node in chain] != [(name,) for name in names[:-1]] or any(
+        name in names[:-1] for node in rest for name in node.inputs
+    ):
+        raise UnsupportedOperator(
+            "the input is normalised for some layers and not, or otherwise, for others: normalise it once, for all"
+        )
+    named = {names[-1]: INPUT}
+    return tuple(node.attrs["step"] for node in chain), tuple(
+        replace(node, inputs=tuple(named.get(name, name) for name in node.inputs)) for node in rest
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import DataError, MestError, UnsupportedOperator
+from mest_compile.base.errors import DataError, UnsupportedOperator
 from mest_compile.frontend.onnx_plain import plain, where
+from mest_compile.frontend.onnx_writer import load_onnx_package
 from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
 from mest_compile.ir.graph import ForwardGraph, Node
 
@@ -39,7 +40,15 @@ def read_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     input_shape  (N, C, H, W) or (N, features); N may differ from the exported one unless the file fixes it in a reshape
     Raises DataError when the file cannot be read, UnsupportedOperator, SpecError.
     """
-    model = _load(Path(path))
+    graph, state, _ = read_as_stored(path, input_shape)
+    return graph, state
+
+
+def read_as_stored(
+    path: str | Path, input_shape: tuple[int, ...]
+) -> tuple[ForwardGraph, dict[str, np.ndarray], set[str]]:
+    """The same, and the names of the weights that the file holds transposed."""
+    model = load_model(path)
     state, names = plain(model, input_shape)
     function = _to_relax(model, input_shape, names)
     parameters = {ours: name for ours, name in names.items() if name in state}
@@ -49,7 +58,7 @@ def read_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     check_finite(graph, state)
     for name in transposed:
         state[name] = np.ascontiguousarray(state[name].T)
-    return replace(graph, nodes=tuple(_torch_momentum(node) for node in graph.nodes)), state
+    return replace(graph, nodes=tuple(_torch_momentum(node) for node in graph.nodes)), state, transposed
 
 
 def _torch_momentum(node: Node) -> Node:
@@ -59,12 +68,13 @@ def _torch_momentum(node: Node) -> Node:
     return replace(node, attrs={**node.attrs, "momentum": round(1 - node.attrs["momentum"], 7)})
 
 
-def _load(path: Path) -> Any:
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise MestError("reading .onnx files needs the package onnx: pip install onnx") from error
+def load_model(path: str | Path) -> Any:
+    """The onnx.ModelProto of a file, whose weights may lie beside it. Raises DataError, MestError without the package
+    onnx."""
+    load_onnx_package()
+    import onnx
+    from google.protobuf.message import DecodeError
+
     try:
         model = onnx.load(path)
     except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:

@@ -7,15 +7,15 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.base.registry import Registry
-from mest_compile.frontend.naming import Draft, name_nodes
-from mest_compile.ir.graph import ForwardGraph
+from mest_compile.frontend.naming import PREPARE, Draft, name_nodes, split_prepared
+from mest_compile.ir.graph import ForwardGraph, Preparation
 
 SUPPORTED = Registry("supported operator", "mest_compile.operators")
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
@@ -54,18 +54,21 @@ def dropout_error(p: float, where: str) -> UnsupportedOperator:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter on its way to its operator. `form` is "" as stored, "transposed", or "channel": reshaped to (1, C, 1,
-    1)."""
+    """A parameter on its way to its operator. `form` is "" as stored, "transposed", "channel": reshaped to
+    (1, C, 1, 1), or "shaped": to `shape`."""
 
     name: str
     form: str = ""
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A constant of the graph: a number, a shape, an array without a name. `number` of a single number."""
+    """A constant of the graph: a number, a shape, an array without a name. `number` of a single number, `array` of
+    others."""
 
     number: float | None = None
+    array: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,15 @@ class Formula:
            certain points
     names  of the operators that it is made of
     error  why no training operator can take it as it is
+    base, prepared  the model's input, as far as it is prepared by then, and what was done to it since; None where it is
+           a function of something else
     """
 
     forms: Mapping[Value, np.ndarray]
     names: tuple[str, ...]
     error: UnsupportedOperator
+    base: Value | None = None
+    prepared: tuple[Preparation, ...] = ()
 
 
 def read_main(
@@ -121,13 +128,13 @@ def read_main(
 
 def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
     """Raises SpecError when a weight that the graph uses is NaN or infinite."""
-    for node in graph.nodes:
-        for name in node.params.values():
-            if wrong := np.count_nonzero(~np.isfinite(state[name])):
-                raise SpecError(
-                    f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from "
-                    "before it diverged"
-                )
+    used = [name for node in graph.nodes for name in node.params.values()]
+    for name in used + [step.operand for step in graph.prepared if isinstance(step.operand, str)]:
+        if wrong := np.count_nonzero(~np.isfinite(state[name])):
+            raise SpecError(
+                f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from before it "
+                "diverged"
+            )
 
 
 class Reader:
@@ -150,6 +157,7 @@ class Reader:
         self.values: dict[Any, Any] = {}
         self.written = written
         self.forms: dict[Value, Mapping[Value, np.ndarray]] = {}  # of activations that are functions of others
+        self.prepared: dict[tuple[Value, Preparation], Value] = {}
         self.where = self.name = ""
 
     def read(self, function: Any) -> tuple[ForwardGraph, set[str]]:
@@ -185,7 +193,8 @@ class Reader:
                 f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
                 "end it with flatten and a linear layer"
             )
-        return ForwardGraph(name_nodes(self.drafts, logits.draft), input_shape, self.state_shapes), self.transposed
+        prepared, nodes = split_prepared(name_nodes(self.drafts, logits.draft))
+        return ForwardGraph(nodes, input_shape, self.state_shapes, prepared), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:
         """The place of each binding. An operator's helper bindings come before the one that its place is known for."""
@@ -206,7 +215,7 @@ class Reader:
             whole = self._value(expr.tuple_value)
             return whole if isinstance(whole, Refused) else whole[expr.index]
         if not isinstance(expr, relax.Call):
-            return Fixed(_number(expr))
+            return Fixed(_number(expr), _array(expr))
         name = expr.op.name if isinstance(expr.op, ir.Op) else str(expr.op)
         arguments = [self._value(item) for item in expr.args]
         for item in arguments:
@@ -229,12 +238,33 @@ class Reader:
 
     def activation(self, value: Any) -> Value:
         """The value, which must be an activation. Raises UnsupportedOperator."""
+        if isinstance(value, Formula) and value.base:
+            return self.prepare(value.base, *value.prepared)
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
             kind = {Parameter: "a parameter", Fixed: "a constant"}.get(type(value), "a tuple")
             raise self.error(f"{kind} used as an activation")
         return value
+
+    def is_input(self, value: Any) -> bool:
+        """Whether it is the model's input, prepared or not."""
+        return isinstance(value, Value) and (value.draft < 0 or self.drafts[value.draft].op == PREPARE)
+
+    def prepare(self, value: Value, *steps: Preparation) -> Value:
+        """The model's input after these steps, made once."""
+        for step in steps:
+            if (value, step) not in self.prepared:
+                self.prepared[value, step] = self.add(PREPARE, (value,), value.shape, attrs={"step": step})
+            value = self.prepared[value, step]
+        return value
+
+    def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
+        """In the form that it has."""
+        held = self.state_shapes[parameter.name]
+        return {"": held, "transposed": held[::-1], "channel": (1, *held, 1, 1), "shaped": parameter.shape}[
+            parameter.form
+        ]
 
     def add(
         self,
@@ -263,6 +293,12 @@ def _number(expr: Any) -> float | None:
     if hasattr(value, "numpy"):
         return None if value.ndim else float(value.numpy())
     return float(value) if isinstance(value, int | float) else None
+
+
+def _array(expr: Any) -> np.ndarray | None:
+    """Of a constant with axes."""
+    value: Any = getattr(expr, "value", None)
+    return np.array(value.numpy()) if hasattr(value, "numpy") and value.ndim else None
 
 
 def _pair(values: Any) -> tuple[int, int]:

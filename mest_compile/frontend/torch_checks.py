@@ -103,19 +103,10 @@ def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`state_dict()` without what is no tensor and BatchNorm's counters of batches, which no operator reads."""
+    """`state_dict()` without what is no tensor."""
     import torch
 
-    counters = {
-        f"{name}.num_batches_tracked".lstrip(".")
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.modules.batchnorm._NormBase)
-    }
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if name not in counters and isinstance(tensor, torch.Tensor)
-    }
+    return {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
 
 
 def read_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -151,6 +142,12 @@ def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
     parameters = dict(module.named_parameters())
     parts = dict(module.named_modules())
     mixed = any(part.training for part in parts.values())
+    for step in graph.prepared:
+        if step.operand in parameters and parameters[step.operand].requires_grad:
+            raise UnsupportedOperator(
+                f"{step.operand} normalises the input and is a parameter, which torch trains and a step does not: make "
+                "it a buffer, or call requires_grad_(False) on it"
+            )
     for node in graph.nodes:
         for role, name in node.params.items():
             if role in _STATISTICS:

@@ -11,6 +11,9 @@ from mest_compile.base.errors import SpecError
 MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
 
 
+COUNTER = "num_batches_tracked"  # what torch calls a BatchNorm's number of training steps, a buffer of its own
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """A trainable convolution or linear layer, every size known when we compile.
@@ -81,12 +84,28 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a model does to its input before an operator sees it, channel by channel; nothing of it is trained.
+
+    operation  "add", "subtract", "multiply" or "divide", as ir.expressions has them
+    operand    a number, one a channel, or the name of a buffer that holds one a channel
+    swapped    the operand comes first
+    """
+
+    operation: str
+    operand: float | tuple[float, ...] | str
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardGraph:
     """A model's forward pass in topological order; the last node gives the logits (N, classes).
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
+    prepared      what becomes of the input before the nodes see it, one after another
     """
 
     nodes: tuple[Node, ...]
     input_shape: tuple[int, ...]
     state_shapes: Mapping[str, tuple[int, ...]]
+    prepared: tuple[Preparation, ...] = ()

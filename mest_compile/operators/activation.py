@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from mest_compile.base.registry import Registry
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import SUPPORTED
 from mest_compile.ir.expressions import Expression, Variable, maximum, minimum, select
 from mest_compile.ir.graph import Node
@@ -36,11 +37,13 @@ class Activation:
     formula     y, an expression of x
     told_slope  dy/dx, an expression of x: where that which follows from the formula is not torch's for an infinite dy,
                 or is longer
+    in_onnx     the ONNX operator that it is, with that operator's usual attributes; None: the formula's operations
     """
 
     name: str
     formula: Expression
     told_slope: Expression | None = None
+    in_onnx: str | None = None
 
     @cached_property
     def slope(self) -> Expression:
@@ -68,9 +71,9 @@ class Activation:
         return self.gradient.evaluate(dy=dy, x=source)
 
 
-def activation(name: str, formula: Expression, slope: Expression | None = None) -> None:
-    """Registers a row; `slope` is the activation's `told_slope`."""
-    row = Activation(name, formula, slope)
+def activation(name: str, formula: Expression, slope: Expression | None = None, onnx: str | None = None) -> None:
+    """Registers a row; `slope` is the activation's `told_slope`, `onnx` its `in_onnx`."""
+    row = Activation(name, formula, slope, onnx)
     ACTIVATIONS.add(name, row)
     OPERATORS.add(name, Elementwise(row))
     SUPPORTED.add(name, row)
@@ -120,7 +123,18 @@ class Elementwise(Operator):
                 dx,
             )
 
+    def onnx(self, node: Node, writer: Writer) -> str:
+        (x,) = writer.inputs(node)
+        if self.row.in_onnx:
+            return writer.call(self.row.in_onnx, [x], node.shape)
+        return writer.expression(self.row.formula, {"x": x}, node.shape)
+
 
 activation("relu", maximum(0, X))
 activation("relu6", minimum(6, maximum(0, X)))
-activation("hardswish", X * minimum(6, maximum(0, X + 3)) / 6, slope=select(X <= -3, 0, select(X >= 3, 1, X / 3 + 0.5)))
+activation(
+    "hardswish",
+    X * minimum(6, maximum(0, X + 3)) / 6,
+    slope=select(X <= -3, 0, select(X >= 3, 1, X / 3 + 0.5)),
+    onnx="HardSwish",
+)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.formulas import combined
+from mest_compile.operators.formulas import channel_step, combined
 from mest_compile.operators.operator import Operator, Trace, operator
 
 
@@ -48,6 +49,9 @@ class Add(Operator):
             result, accumulate = low.contribute(name)
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
 
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("Add", writer.inputs(node), node.shape)
+
 
 @reads("relax.add", gives=("add",))
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
@@ -56,6 +60,8 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
         if left.shape != right.shape:
             raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
         return reader.add("add", (left, right), left.shape)
+    if (prepared := channel_step(reader, "add", arguments)) is not None:
+        return prepared
     if any(isinstance(argument, Formula | Fixed) for argument in arguments):
         return combined(reader, "add", left, right)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)

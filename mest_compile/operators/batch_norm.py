@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -295,6 +296,10 @@ class BatchNorm(Operator):
         if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
             result, accumulate = low.contribute(node.inputs[1])
             low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        held = [writer.weight(node.params[role]) for role in ("weight", "bias", "running_mean", "running_var")]
+        return writer.call("BatchNormalization", [*writer.inputs(node), *held], node.shape, epsilon=node.attrs["eps"])
 
 
 @reads("relax.nn.batch_norm", gives=("batch_norm",))

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Parameter, Reader, Refused, _shape, _single, dropout_error, reads
+from mest_compile.frontend.onnx_writer import Writer
+from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Refused, _shape, _single, dropout_error, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Operator, Trace, operator
@@ -49,15 +50,28 @@ class FlattenOperator(Operator):
         dx, accumulate = low.contribute(node.inputs[0])
         low.call("flatten.backward", Flatten(dx.image, dy.image, accumulate), dy, dx)
 
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("Flatten", writer.inputs(node), node.shape)
 
-@reads("relax.reshape", "relax.squeeze", "relax.flatten", "relax.nn.batch_flatten", gives=("flatten",))
+
+@reads(
+    "relax.reshape",
+    "relax.squeeze",
+    "relax.flatten",
+    "relax.nn.batch_flatten",
+    "relax.expand_dims",
+    gives=("flatten",),
+)
 def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if isinstance(value, Parameter):
         held = reader.state_shapes[value.name]
-        if value.form == "" and len(held) == 1 and shape == (1, held[0], 1, 1):
-            return Parameter(value.name, "channel")
-        raise reader.error(f"reshape of {value.name}")
+        if value.form == "transposed":
+            raise reader.error(f"reshape of {value.name}")
+        channel = len(held) == 1 and shape == (1, held[0], 1, 1)
+        return Parameter(value.name, "channel") if channel else Parameter(value.name, "shaped", shape)
+    if isinstance(value, Fixed) and value.array is not None:
+        return Fixed(array=value.array.reshape(shape))
     image = reader.activation(value)
     if shape == image.shape:
         return image

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Fixed, Formula, Reader, Value, reads
+from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
 from mest_compile.ir.expressions import OPERATIONS
+from mest_compile.ir.graph import Preparation
 from mest_compile.operators.activation import ACTIVATIONS, POINTS
 
+STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
 ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.16666667 is not a sixth
 
 
@@ -51,7 +53,46 @@ def combined(reader: Reader, operation: str, *operands: Any) -> Value | Formula 
                 value = reader.add(row.name, (base,), base.shape)
                 reader.forms[value] = found
                 return value
-    return Formula(found, names, reader.error(written if reader.name else f"{written} of a constant"))
+    error = reader.error(written if reader.name else f"{written} of a constant")
+    return Formula(found, names, error, *_prepared(reader, operation, operands, numbers))
+
+
+def _prepared(
+    reader: Reader, operation: str, operands: Sequence[Any], numbers: Sequence[float | None]
+) -> tuple[Value | None, tuple[Preparation, ...]]:
+    """`base` and `prepared` of the Formula, where it is one more step of an input's normalisation."""
+    if operation not in STEPS or (numbers[0] is None) == (numbers[1] is None):
+        return None, ()
+    swapped = numbers[0] is not None
+    value, number = operands[swapped], numbers[not swapped]
+    assert number is not None
+    before: tuple[Preparation, ...] = ()
+    if isinstance(value, Formula):
+        before, value = value.prepared, value.base
+    return (value, (*before, Preparation(operation, number, swapped))) if reader.is_input(value) else (None, ())
+
+
+def channel_step(reader: Reader, operation: str, operands: Sequence[Any]) -> Value | None:
+    """The input after an operation with a number a channel; None where it is something else."""
+    if len(operands) != 2:
+        return None
+    held = [isinstance(one, Parameter) or (isinstance(one, Fixed) and one.array is not None) for one in operands]
+    swapped = held[0]
+    value, other = operands[swapped], operands[not swapped]
+    if operation not in STEPS or held[0] == held[1]:
+        return None
+    if isinstance(value, Formula) and value.base:
+        value = reader.activation(value)
+    if not reader.is_input(value):
+        return None
+    shape = reader.shape_of(other) if isinstance(other, Parameter) else other.array.shape
+    channels = (1, value.shape[1], *[1] * (len(value.shape) - 2))
+    if len(shape) > len(channels) or any(
+        size not in (1, most) for size, most in zip(shape[::-1], channels[::-1], strict=False)
+    ):
+        return None
+    operand = other.name if isinstance(other, Parameter) else tuple(map(float, other.array.ravel()))
+    return reader.prepare(value, Preparation(operation, operand, swapped))
 
 
 def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
@@ -74,7 +115,10 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.sqrt",
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
-    return combined(reader, call.op.name.removeprefix("relax."), *_constant_first(arguments, call.op.name))
+    operation = call.op.name.removeprefix("relax.")
+    if (prepared := channel_step(reader, operation, arguments)) is not None:
+        return prepared
+    return combined(reader, operation, *_constant_first(arguments, call.op.name))
 
 
 @reads("relax.nn.relu")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.base.registry import Registry
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.program import Activation, Buffer
@@ -120,7 +122,12 @@ class Trace(Protocol):
 
 class Operator:
     """Base of the operators: what most of them answer. Each has `forward`, and `backward` unless nothing flows back
-    through it."""
+    through it.
+
+    not_in_onnx  why `onnx` is left as it is here
+    """
+
+    not_in_onnx = "its file does not say how"
 
     def source_halo(self, node: Node, low: Trace) -> Halo:
         """Zero pixels that it reads around its input's value."""
@@ -149,3 +156,8 @@ class Operator:
     def backward(self, node: Node, low: Trace) -> None:
         """Records what the gradient of its value gives to its inputs and parameters."""
         raise NotImplementedError(f"{type(self).__name__}.backward")
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        """Writes it, as evaluation has it, into an ONNX graph; returns the name of its value there. Raises
+        UnsupportedOperator."""
+        raise UnsupportedOperator(f"{node.op} {node.name!r} cannot be written to ONNX: {self.not_in_onnx}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _padding, _pair, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -156,6 +157,11 @@ def _pool(node: Node, x: Image, y: Image) -> Pool:
     return Pool(x, y, attrs["kernel"], attrs["stride"], attrs["padding"], attrs.get("count_include_pad", True))
 
 
+def _windows_in_onnx(node: Node) -> dict[str, Any]:
+    padding = node.attrs["padding"]
+    return {"kernel_shape": node.attrs["kernel"], "strides": node.attrs["stride"], "pads": [*padding, *padding]}
+
+
 @operator("max_pool2d")
 class MaxPool(Operator):
     def forward(self, node: Node, low: Trace) -> None:
@@ -173,6 +179,9 @@ class MaxPool(Operator):
                 x,
                 dx,
             )
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("MaxPool", writer.inputs(node), node.shape, **_windows_in_onnx(node))
 
 
 @operator("avg_pool2d")
@@ -192,6 +201,10 @@ class AvgPool(Operator):
                 dx,
             )
 
+    def onnx(self, node: Node, writer: Writer) -> str:
+        attrs = _windows_in_onnx(node) | {"count_include_pad": int(node.attrs.get("count_include_pad", True))}
+        return writer.call("AveragePool", writer.inputs(node), node.shape, **attrs)
+
 
 @operator("global_avg_pool")
 class GlobalAvgPool(Operator):
@@ -204,6 +217,10 @@ class GlobalAvgPool(Operator):
             dy = low.gradient(node)
             dx, accumulate = low.contribute(node.inputs[0])
             low.call("global_avg_pool.backward", GlobalPool(dx.image, dy.image, accumulate), dy, dx)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        pooled = writer.call("GlobalAveragePool", writer.inputs(node), (*node.shape[:2], 1, 1))
+        return pooled if len(node.shape) == 4 else writer.call("Flatten", [pooled], node.shape)
 
 
 @reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d", gives=("max_pool2d", "avg_pool2d"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mest_compile.base.errors import MestError, StateError
 from mest_compile.hardware.target import Gpu, Target
-from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node, Preparation
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower
@@ -62,6 +62,7 @@ class Facts:
                     }
                     for node in graph.nodes
                 ],
+                **({"prepared": [_plain(asdict(one)) for one in graph.prepared]} if graph.prepared else {}),
             },
             "optimizer": _plain(self.optimizer.to_json()),
             "threads": self.threads,
@@ -101,6 +102,10 @@ class Facts:
             nodes,
             tuple(facts["graph"]["input_shape"]),
             {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()},
+            tuple(
+                Preparation(one["operation"], _tuples(one["operand"]), one["swapped"])
+                for one in facts["graph"].get("prepared", ())
+            ),
         )
         known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
         gpu = facts["target"].get("gpu")

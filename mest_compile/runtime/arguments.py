@@ -10,6 +10,7 @@ import numpy as np
 from mest_compile.base import checks
 from mest_compile.base.errors import InputError, MestError, StateError
 from mest_compile.base.foreign import is_tensor
+from mest_compile.ir.graph import COUNTER
 
 _NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
 
@@ -54,13 +55,15 @@ def mapping(value: Any, what: str) -> Mapping[str, Any]:
 
 
 def state(value: Any, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{torch name: array} of a state_dict, float32 or, of what is kept unused, the type that it has; batch counters
-    that the model does not have are left out. Raises StateError; what is used must be finite.
+    """{torch name: array} of a state_dict, float32 or, of what is kept unused, the type that it has. Counters of
+    batches that the model does not have are left out, those that the state does not have stay as they are. Raises
+    StateError; what is used must be finite.
     """
-    found = {
+    found = {name: one for name, one in kept.items() if name.endswith(COUNTER)}
+    found |= {
         str(name): one
         for name, one in mapping(value, "the state").items()
-        if name in shapes or not str(name).endswith("num_batches_tracked")
+        if name in shapes or not str(name).endswith(COUNTER)
     }
     for name, one in found.items():
         found[name] = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mest_compile.base.errors import InputError
+from mest_compile.ir.expressions import OPERATIONS
+from mest_compile.ir.graph import Preparation
 from mest_compile.operators.losses.loss import Loss
 from mest_compile.runtime import arguments
 from mest_compile.runtime.runner import Runner, SendsAhead
@@ -18,10 +21,19 @@ class Feeding:
     input_shape  of a whole batch of images
     classes      outputs of an example; labels are as the loss reads them
     activations  what the step stores images as
+    prepare      what the model does to images first
     """
 
-    def __init__(self, runner: Runner, input_shape: tuple[int, ...], classes: int, loss: Loss, activations: str):
-        self._runner = runner
+    def __init__(
+        self,
+        runner: Runner,
+        input_shape: tuple[int, ...],
+        classes: int,
+        loss: Loss,
+        activations: str,
+        prepare: Callable[[np.ndarray], np.ndarray],
+    ):
+        self._runner, self._prepare = runner, prepare
         self._input_shape, self._classes, self._loss, self._activations = input_shape, classes, loss, activations
         self._ahead: tuple[Any, Any] | None = None
 
@@ -49,20 +61,19 @@ class Feeding:
         self._ahead = batch
 
     def load_images(self, images: np.ndarray) -> None:
-        """Puts at most a batch of checked images; what they do not fill is 0."""
+        """Puts at most a batch of images that `check_images` gave; what they do not fill is 0."""
         whole = np.zeros(self._input_shape, np.float32)
         whole[: len(images)] = images
         self._runner.put("images", whole.ravel())
 
     def check_images(self, images: Any) -> np.ndarray:
-        """(n, ...) float32 of any number of images. Raises InputError."""
+        """(n, ...) float32 of any number of images, prepared. Raises InputError."""
         images, wanted = arguments.array(images, np.float32, "images"), self._input_shape[1:]
         if images.shape[1:] != wanted or len(images) == 0:
             raise InputError(
                 f"images have shape {images.shape}; wanted (n, {', '.join(map(str, wanted))}), n 1 or more"
             )
-        arguments.within_range(images, self._activations)
-        return images
+        return self._prepared(images)
 
     def _check(self, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         """The batch as it is sent. Raises InputError."""
@@ -73,5 +84,19 @@ class Feeding:
         if images.shape != self._input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
         labels = self._loss.targets(labels, (self._input_shape[0], self._classes))
+        return self._prepared(images).ravel(), labels
+
+    def _prepared(self, images: np.ndarray) -> np.ndarray:
+        images = self._prepare(images)
         arguments.within_range(images, self._activations)
-        return images.ravel(), labels
+        return images
+
+
+def prepared(images: np.ndarray, steps: Sequence[Preparation], state: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a model's first operator sees of images (n, channels, ...) float32. state: its buffers."""
+    for step in steps:
+        held = state[step.operand] if isinstance(step.operand, str) else step.operand
+        operand = np.asarray(held, np.float32).reshape(-1, *[1] * (images.ndim - 2))
+        with np.errstate(all="ignore"):  # what is not finite is refused as such
+            images = OPERATIONS[step.operation].numpy(*((operand, images) if step.swapped else (images, operand)))
+    return images

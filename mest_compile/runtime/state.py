@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mest_compile.base.errors import StateError
+from mest_compile.ir.graph import COUNTER
 from mest_compile.ir.program import Buffer, Program
+from mest_compile.operators.batch_norm import BatchNormRunning
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.layers.values import carry_over, gather_units, merge, scatter_units
 from mest_compile.runtime.runner import Runner
@@ -60,6 +62,7 @@ class HeldState:
         self.kept: dict[str, np.ndarray] = {
             name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in used
         }
+        self._counters = _counters(programs[0], shapes)
         self.start_on(runner)
 
     def start_on(self, runner: Runner) -> None:
@@ -96,6 +99,11 @@ class HeldState:
         if not norm <= most:
             for name, array in gradients.items():
                 self.put(name, array * np.float32(most / norm))
+
+    def count_batch(self) -> None:
+        """Adds one to the number of batches that each BatchNorm has taken into its statistics, if torch keeps it."""
+        for name in self._counters:
+            self.kept[name] += 1
 
     def own(self) -> list[str]:
         """Names of what the state consists of: all else is made from it, or is a batch's."""
@@ -246,6 +254,13 @@ class HeldState:
             dense = scatter_units(values, self.cells[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(self._shapes[name])
         return found
+
+
+def _counters(train: Program, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the counters that a call of the training program raises: beside the statistics that it moves."""
+    moved = [call.buffers[1].parts[0] for call in train.calls if isinstance(call.problem, BatchNormRunning)]
+    found = [".".join(filter(None, [name.rpartition(".")[0], COUNTER])) for name in moved]
+    return [name for name in found if shapes.get(name) == ()]
 
 
 def as_conv(weight: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from mest_compile.base.interrupts import uninterrupted
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, Part, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
-from mest_compile.runtime.feeding import Feeding
+from mest_compile.runtime.feeding import Feeding, prepared
 from mest_compile.runtime.mutating import Change, Mutating, MutationReport
 from mest_compile.runtime.runner import Clocked, Closes, Runner
 from mest_compile.runtime.state import Arrangement, HeldState
@@ -101,6 +101,7 @@ class TrainStep(Tells):
             self._specializer.poll()
         self._feeding.load(images, labels)
         self._updates += 1
+        self._state.count_batch()
         self._state.put("hyper", rule.hyper(self._updates, rate))
         if bound is None:
             self._runner.run("train")
@@ -354,9 +355,12 @@ class TrainStep(Tells):
     # Internal.
 
     def _new_feeding(self, runner: Runner) -> Feeding:
-        return Feeding(
-            runner, self.input_shape, self.classes, self._compiled.facts.loss, self._compiled.facts.activations
-        )
+        facts = self._compiled.facts
+
+        def prepare(images: np.ndarray) -> np.ndarray:
+            return prepared(images, facts.graph.prepared, self._state.kept)
+
+        return Feeding(runner, self.input_shape, self.classes, facts.loss, facts.activations, prepare)
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.optimizers.optimizer import Optimizer
@@ -45,6 +46,11 @@ class Tells:
     def classes(self) -> int:
         """Outputs an example."""
         return self._compiled.graph.nodes[-1].shape[1]
+
+    @property
+    def graph(self) -> ForwardGraph:
+        """The forward pass, as it was imported."""
+        return self._compiled.graph
 
     @property
     def optimizer(self) -> Optimizer:

@@ -21,7 +21,7 @@ from mest_compile.sparsity.distributions import together
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
 from mest_compile.training.fitting import check_data, resolved
 from mest_compile.training.recipe import Recipe
-from mest_compile.training.recovery import MOST_LOSSES, restored, why_lost
+from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
 from mest_compile.training.run import Progress, Run, Silent
 from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.sieve import Sieve
@@ -66,33 +66,35 @@ class Trainer:
         self._idle = recipe.idle()
         self._resumed: Sequence[Any] | None = None  # (extra, arrays) of a checkpoint
         self._stamp: tuple[int, int] | None = None  # of that checkpoint
+        self._begun = self.recipe  # by which the run was begun
+        self._continued: list[dict[str, Any]] = []  # as Resumed has it
+        self._otherwise = False  # whether it goes on otherwise than the checkpoint says
 
     @classmethod
     def resume(
-        cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None
+        cls,
+        out: str | os.PathLike,
+        step: Any = None,
+        progress: Progress | None = None,
+        device: Any = None,
+        epochs: int | None = None,
+        batch: int | None = None,
+        target: Any = None,
     ) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
         step  compiled as the run's was; None: rebuilt from the checkpoint, to run on `device`
+        epochs  of the whole run, more than it has; a finished run goes on. The recipe's learning rate schedule covers
+                all of them, so that a cosine that had ended rises again; its last phase of mutations lasts to the end
+        batch, target  to go on in steps of so many examples, on another target: as `mest.load` has it
         A damaged checkpoint costs an epoch: the one before it is taken, and a warning logged.
-        Raises StateError when `out` holds no run, its recipe was edited, or no checkpoint is whole.
+        Raises StateError when `out` holds no run, its recipe was edited, or no checkpoint is whole, UsageError when
+        nothing would be left to train.
         """
-        folder = RunFolder(out)
-        recipe = Recipe.from_dict(folder.read_recipe(), where=str(folder.recipe))
-        if folder.stamp() is None and not folder.previous.exists():
-            raise StateError(
-                f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out"
-            )
-        with folder.lock():
-            step, extra, arrays = restored(folder, step, device)
-            stamp = folder.stamp()
-        if Recipe.from_dict(extra["recipe"], where=str(folder.checkpoint)) != recipe:
-            raise StateError(
-                f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in "
-                "another --out"
-            )
-        trainer = cls(step, recipe, out, progress)
-        trainer._resumed, trainer._stamp = (extra, arrays), stamp
+        found = resumed(RunFolder(out), step, device, epochs, batch, target)
+        trainer = cls(found.step, found.recipe, out, progress)
+        trainer._resumed, trainer._stamp = (found.extra, found.arrays), found.stamp
+        trainer._begun, trainer._continued, trainer._otherwise = found.begun, found.continued, found.otherwise
         return trainer
 
     def fit(self, train_set: Any, test_set: Any) -> Run:
@@ -200,7 +202,7 @@ class Trainer:
         """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""
         assert self.folder is not None
         self.step.reconnect()
-        self.step, *self._resumed = restored(self.folder, self.step)
+        _, *self._resumed = restored(self.folder, lambda path: (self.step, *self.step.restore(path)))
         run, data = self._begin(train, test)
         log.warning("the run goes on at epoch %d", len(run.history) + 1)
         return run, data
@@ -231,6 +233,10 @@ class Trainer:
             assert self.folder is not None
             self.folder.remove_torn()
             self.folder.rewrite_metrics(run.history)
+            if self._otherwise:
+                self._otherwise = False
+                self.folder.keep_previous()
+                self._save(self.folder.checkpoint, run, data)  # so that it is known where this is stopped
         if broken := self.step.not_finite():
             raise self._diverged(f"{_some(broken)} not finite before training", len(run.history))
         if self._resumed is None and self.folder:
@@ -350,7 +356,8 @@ class Trainer:
             path,
             {
                 "epoch": len(run.history),
-                "recipe": self.recipe.to_dict(),
+                "recipe": self._begun.to_dict(),
+                "continued": self._continued,
                 "data": data,
                 "best": run.best,
                 "history": run.history,

@@ -20,14 +20,17 @@ from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 
 # Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
-WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "as_json"))
+WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "epochs", "as_json"))
 WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "lr", "seed", "out", "recipe"}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to train on a device; the fields are the options of the same names. artifact: folder that `mest-compile
-    build` wrote."""
+    """What to train on a device; the fields are the options of the same names.
+
+    artifact  folder that `mest-compile build` wrote
+    longer    epochs that a run that goes on is to have instead of its own
+    """
 
     artifact: Path
     data: str
@@ -37,13 +40,16 @@ class Job:
     resume: Path | None = None
     threads: int | None = None
     runtime: Path | None = None
+    longer: int | None = None
 
 
 def open_job(job: Job) -> tuple[Trainer, Split]:
     """What trains and what it trains on. Raises MestError before anything is written when something does not fit."""
     split = load(job.data, job.data_folder)
     step = open_artifact(job.artifact, job.threads, job.runtime)
-    return Trainer(step, job.recipe, job.out) if job.resume is None else Trainer.resume(job.resume, step), split
+    if job.resume is not None:
+        return Trainer.resume(job.resume, step, epochs=job.longer), split
+    return Trainer(step, job.recipe, job.out), split
 
 
 def check_artifact_options(given: Set[str]) -> None:
@@ -88,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--data-folder", type=Path)
     train.add_argument("--recipe", type=Path, help="recipe as TOML; options given beside it override it")
     train.add_argument("--method", help="em (the default), em_s, set or static")
-    train.add_argument("--epochs", type=int, help="passes over the training set, 10 by default")
+    train.add_argument("--epochs", type=int, help="passes over the training set, 10 by default; with --resume: more")
     train.add_argument("--lr", type=float, help="highest learning rate; default: the artifact's")
     train.add_argument("--seed", type=int, help="of shuffling, augmentation and mutation, 0 by default")
     train.add_argument("--out", type=Path, help="run folder, by default: run")
@@ -126,6 +132,7 @@ def _train(given: argparse.Namespace) -> int:
             given.resume,
             given.threads,
             given.runtime,
+            None if given.resume is None else given.epochs,
         )
     )
     trainer.progress = Lines()

@@ -245,6 +245,13 @@ class Recipe:
             )
         return dataclasses.replace(self, mutate_every=interval, phases=phases, lr=rate)
 
+    def longer(self, epochs: int) -> Recipe:
+        """This recipe, resolved, for a run that goes on to that many epochs. The rate follows the schedule over all of
+        them, the last phase lasts to the end, and the sieve acts when it would have."""
+        sieve = self.sieve and dataclasses.replace(self.sieve, after_epoch=self.sieve.first(self.epochs))
+        last = tuple(dataclasses.replace(phase, until_epoch=epochs) for phase in self.phases[-1:])
+        return dataclasses.replace(self, epochs=epochs, phases=self.phases[:-1] + last, sieve=sieve)
+
     def idle(self) -> list[str]:
         """What this recipe, not yet resolved, asks for and what will never happen; a line each."""
         if METHODS[self.method] is None:

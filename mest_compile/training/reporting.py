@@ -33,6 +33,7 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     """The run in one JSON-able dict. epochs: its metrics. Raises StateError when it has no run with at least one whole
     epoch."""
     recipe, run = folder.read_facts()
+    continued = _kept(folder).get("continued", [])
     if not epochs:
         raise StateError(f"{folder.path} holds a run without a whole epoch; wait for its first one")
     last = epochs[-1]
@@ -41,7 +42,8 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     return {
         "folder": str(folder.path),
         "epochs": len(epochs),
-        "of_epochs": recipe["epochs"],
+        "of_epochs": continued[-1]["epochs"] if continued else recipe["epochs"],
+        "continued": continued,
         "method": recipe["method"],
         "data": run["data"]["train"]["name"],
         "target": run["step"]["target"],
@@ -66,14 +68,7 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
 def read_epochs(folder: RunFolder) -> Epochs:
     """The metrics of a run's whole epochs. Raises StateError where they are damaged, or not what the checkpoint knows
     under its digest."""
-    try:
-        kept = checkpoint.read(folder.checkpoint)[1]["extra"]["history"]
-    except (
-        StateError,
-        KeyError,
-        TypeError,
-    ):  # a copy without it, or one that is damaged itself: it vouches for nothing
-        kept = []
+    kept = _kept(folder).get("history", [])
     epochs = folder.read_metrics()
     for number, metrics in enumerate(epochs, 1):
         if wrong := next(
@@ -87,6 +82,14 @@ def read_epochs(folder: RunFolder) -> Epochs:
     if any(epochs[0][name].keys() != metrics[name].keys() for name in ("sparsity", "survival") for metrics in epochs):
         raise StateError(f"{folder.metrics} is damaged: its lines are of other layers; {REMEDY}")
     return epochs
+
+
+def _kept(folder: RunFolder) -> dict[str, Any]:
+    """What the checkpoint says of the run; of a copy without it, or of one that is damaged itself, nothing."""
+    try:
+        return dict(checkpoint.read(folder.checkpoint)[1]["extra"])
+    except (StateError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _number(value: Any) -> bool:
@@ -213,6 +216,10 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
     sparsities = list(facts["sparsity"].values())
     rows = [
         ("epochs", f"{facts['epochs']} of {facts['of_epochs']}"),
+        *(
+            ("went on", f"after epoch {one['after_epoch']} to {one['epochs']}, batch {one['batch']}, {one['target']}")
+            for one in facts["continued"]
+        ),
         ("method", facts["method"]),
         ("data", facts["data"]),
         ("target", facts["target"]),

@@ -10,10 +10,15 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import mest_compile as mest
 from mest_compile import __version__
 from mest_compile.hardware.target import target_names
+from mest_compile.runtime import checkpoint
+from mest_compile.training.loop import Trainer
 
 HELP = """
 import sys
@@ -297,6 +302,85 @@ def test_an_onnx_file_trains_like_the_model_it_was_exported_from(trained, mest_c
     assert [epoch["loss"] for epoch in ran.document["epochs"]] == [epoch["loss"] for epoch in trained[1]["epochs"]]
 
 
+def test_a_finished_run_goes_on_for_longer_in_other_batches(trained, mest_compile_command, tmp_path):
+    folder, document = trained
+    shutil.copytree(folder, tmp_path / "run")
+    before, _ = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")
+    for options, said in (
+        (["--batch", 16], "the run has made all of its 2 epochs; give epochs beside batch"),
+        (["--epochs", 2], "the run has 2 epochs, of which 2 are made"),
+        (["--epochs", 4, "--target", "cortex-a76"], "--target cortex-a76 is not this machine"),
+    ):
+        ran = mest_compile_command("train", "--resume", tmp_path / "run", *options)
+        assert ran.code == 2 and said in ran.err
+    trainer = Trainer.resume(tmp_path / "run", epochs=4, batch=16)
+    assert trainer.step.batch == 16
+    trainer.step.save(tmp_path / "step")
+    after, _ = checkpoint.read(tmp_path / "step")
+    held = [name for name in before if name.startswith("held/")]
+    assert any(name.endswith(":momentum") for name in held)
+    for name in held:
+        np.testing.assert_array_equal(np.sort(after[name]), np.sort(before[name]), err_msg=name)
+    ran = mest_compile_command("train", "--resume", tmp_path / "run", "--epochs", 4, "--batch", 16, "--json")
+    assert ran.code == 0, ran.err
+    epochs = ran.document["epochs"]
+    assert epochs[:2] == document["epochs"] and [epoch["iterations"] for epoch in epochs] == [45, 45, 90, 90]
+    assert epochs[2]["loss"] < epochs[0]["loss"]
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == epochs
+    report = mest_compile_command("report", tmp_path / "run", "--json").document
+    went_on = {"after_epoch": 2, "epochs": 4, "batch": 16, "target": "local"}
+    assert report["epochs"] == report["of_epochs"] == 4 and report["continued"] == [went_on]
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "<td>went on</td><td>after epoch 2 to 4, batch 16, local</td>" in page
+    assert mest_compile_command("train", "--resume", tmp_path / "run", "--json").document == ran.document
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
+def test_the_model_of_a_run_comes_out(trained, mest_compile_command, tmp_path, form):
+    folder, _ = trained
+    ran = mest_compile_command("export", folder, "--format", form, "--out", tmp_path / "new" / "net", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["format"] == form and ran.document["bytes"] == (tmp_path / "new" / "net").stat().st_size
+    step = mest.load(folder / "checkpoint.safetensors")
+    state, masks = step.state_dict(), step.masks()
+    assert list(ran.document["sparsity"]) == list(masks)
+    if form == "onnx":
+        import onnxruntime
+
+        x = np.random.default_rng(0).standard_normal((5, *step.input_shape[1:])).astype(np.float32)
+        (found,) = onnxruntime.InferenceSession(tmp_path / "new" / "net").run(None, {"input": x})
+        np.testing.assert_allclose(found, step.predict(x), rtol=0, atol=1e-5)
+        return
+    if form == "torch":
+        import torch
+
+        found = {name: one.numpy() for name, one in torch.load(tmp_path / "new" / "net", weights_only=True).items()}
+    else:
+        found = load_file(tmp_path / "new" / "net")
+        assert {name: found.pop(f"mask:{name}").tolist() for name in masks} == {
+            name: mask.tolist() for name, mask in masks.items()
+        }
+    assert found.keys() == state.keys() and masks
+    for name, array in state.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_what_cannot_come_out_is_said(trained, mest_compile_command, tmp_path):
+    folder, _ = trained
+    (tmp_path / "empty").mkdir()
+    for arguments, code, said in (
+        ((folder, "--format", "pickle"), 2, "no format 'pickle'; there are: onnx, torch, safetensors"),
+        ((folder, "--format", "torch", "--opset", 18), 2, "--opset belongs to --format onnx"),
+        ((folder, "--format", "onnx", "--into", tmp_path / "no.onnx"), 1, "no.onnx cannot be read"),
+        ((tmp_path / "empty", "--format", "torch"), 1, "no checkpoint"),
+        ((folder / "recipe.json", "--format", "torch"), 1, "recipe.json is damaged"),
+    ):
+        ran = mest_compile_command("export", *arguments, "--out", tmp_path / "net")
+        assert ran.code == code and said in ran.err, ran.err
+    assert not (tmp_path / "net").exists()
+
+
 def test_resuming_a_finished_run_gives_the_same_result(trained, mest_compile_command):
     folder, document = trained
     assert mest_compile_command("train", "--resume", folder, "--json").document == document
@@ -539,6 +623,22 @@ def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
     assert ondevice.main(["train", "--artifact", "a"]) == 1
     assert (jobs[0].recipe.epochs, jobs[0].recipe.method, jobs[0].recipe.lr) == (3, "static", 0.05)
     assert (jobs[1].recipe.epochs, jobs[1].recipe.method, jobs[1].recipe.lr) == (10, "em", None)
+
+
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
+@pytest.mark.parametrize(("options", "epochs"), [([], None), (["--epochs", "12"], 12)])
+def test_a_run_on_a_device_goes_on_for_longer(monkeypatch, capsys, main, options, epochs):
+    import importlib
+
+    from mest_compile.training import ondevice
+
+    asked = []
+    monkeypatch.setattr(ondevice, "load", lambda *_: None)
+    monkeypatch.setattr(ondevice, "open_artifact", lambda *_: "step")
+    monkeypatch.setattr(ondevice.Trainer, "resume", lambda *given, **named: asked.append((given, named)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module(main).main(["train", "--artifact", "a", "--resume", "run", *options])
+    assert asked == [((Path("run"), "step"), {"epochs": epochs})]
 
 
 @pytest.mark.slow

@@ -73,8 +73,8 @@ def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypa
     elif program == "python":
         done = run([sys.executable, *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
-    elif "--resume" in arguments or arguments[0] == "report":
-        shutil.copytree(trained, tmp_path / arguments[-1])
+    elif "--resume" in arguments or arguments[0] in ("report", "export"):
+        shutil.copytree(trained, tmp_path / next(argument for argument in arguments if argument.startswith("runs/")))
         monkeypatch.chdir(tmp_path)
         done = mest_compile_command(*arguments)
         assert done.code == 0, done.err

@@ -4,9 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import opencl_loads
 import pytest
 import roofline
+import safetensors.numpy
+import torch
+
+import mest_compile as mest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -17,6 +22,28 @@ def test_the_memory_page_meets_its_budget_by_computing_again(capsys):
     exec(compile(code, "docs/memory.md", "exec"), {})
     total, recomputed = map(int, capsys.readouterr().out.split())
     assert total <= 2_800_000 and recomputed > 0
+
+
+def test_the_page_on_own_models_tells_how_models_come_out_again(tmp_path, monkeypatch):
+    section = (DOCS / "own-model.md").read_text().partition("## Out again")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 4), torch.randn(2, 8)
+    options = {"scheme": "unstructured", "sparsity": 0.5, "dense_layers": []}
+    made = mest.compile(model, (2, 8), **options)
+    mest.to_onnx(made, "net.onnx")
+    step = mest.compile("net.onnx", (2, 8), **options)
+    step(x, torch.arange(2))
+    exec(blocks[0], {"mest": mest, "step": step, "model": model})
+    other = mest.compile("new.onnx", (2, 8), **options)
+    np.testing.assert_array_equal(other.predict(x), step.predict(x))
+    np.testing.assert_allclose(model(x).detach(), step.predict(x), rtol=0, atol=1e-6)
+    exec(blocks[1], {"step": made, "safetensors": safetensors})
+    assert len(blocks) == 2 and made.state_dict().keys() == step.state_dict().keys()
+    for part in ("state_dict", "masks"):
+        for name, array in getattr(step, part)().items():
+            np.testing.assert_array_equal(getattr(made, part)()[name], array)
 
 
 def test_the_memory_page_quotes_the_recorded_figures():

@@ -30,6 +30,7 @@ ORDER = (
     "devices",
     "compiling",
     "opening",
+    "exporting",
     "measuring",
     "tuning",
     "training",

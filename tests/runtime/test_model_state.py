@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import mest_compile as mest
 from mest_compile.base.errors import SpecError, StateError
@@ -72,7 +73,7 @@ def test_names_of_the_steps_own_arrays_are_refused():
 def test_wrappers_are_looked_into(wrap):
     module = net()
     step = compiled(wrap(module))
-    assert sorted(step.state_dict()) == sorted(name for name in module.state_dict() if not name.endswith("tracked"))
+    assert sorted(step.state_dict()) == sorted(module.state_dict())
     step(torch.randn(SHAPE), torch.arange(4))
     mest.to_torch(step, wrap(module))
     np.testing.assert_array_equal(module[0].weight.detach().numpy(), step.state_dict()["0.weight"])
@@ -129,9 +130,7 @@ def unused():
 def test_what_forward_does_not_use_stays_bit_for_bit(unused, tmp_path):
     module, step = unused
     state = step.state_dict()
-    assert list(state) == [
-        name for name in module.state_dict() if name not in ("norm.num_batches_tracked", "_extra_state")
-    ]
+    assert list(state) == [name for name in module.state_dict() if name != "_extra_state"]
     assert_kept(state)
     np.testing.assert_array_equal(state["old.weight"], module.old.weight.numpy())
 
@@ -193,3 +192,57 @@ def test_state_that_no_checkpoint_can_hold_is_refused():
     module.register_buffer("odd", torch.eye(3).to_sparse())
     with pytest.raises(SpecError, match="odd is sparse_coo"):
         from_torch(module, SHAPE)
+
+
+def counters(state):
+    return {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
+
+
+def test_batches_are_counted_as_torch_counts_them(tmp_path):
+    torch.manual_seed(0)
+    module = net()
+    module.unused = nn.BatchNorm1d(16)
+    module.forward = lambda x: module[3](module[2](module[1](module[0](x))))
+    module[1].num_batches_tracked.fill_(2**40)
+    step = compiled(module)
+    x, y = torch.randn(SHAPE), torch.arange(4)
+    for clip_norm in (None, 1.0, None):
+        step(x, y, clip_norm=clip_norm)
+    step.predict(x), step.gradients(x, y), step.profile(x, y)
+    want = {"1.num_batches_tracked": 2**40 + 3, "unused.num_batches_tracked": 0}
+    assert counters(step.state_dict()) == want
+    step.save(tmp_path / "step")
+    step(x, y)
+    opened = mest.load(tmp_path / "step")
+    assert counters(opened.state_dict()) == want
+    opened(x, y)
+    mest.to_torch(opened, module)
+    found = counters(module.state_dict())
+    assert found == counters(step.state_dict()) == want | {"1.num_batches_tracked": 2**40 + 4}
+    assert all(value.dtype == torch.int64 and value.shape == () for value in found.values())
+
+
+def test_a_state_without_counters_leaves_them_as_they_are():
+    torch.manual_seed(0)
+    step = compiled(net())
+    step(torch.randn(SHAPE), torch.arange(4))
+    state = step.state_dict()
+    step.load_state_dict({name: array for name, array in state.items() if name not in counters(state)})
+    assert counters(step.state_dict()) == {"1.num_batches_tracked": 1}
+    step.load_state_dict(state | {"1.num_batches_tracked": 7})
+    assert counters(step.state_dict()) == {"1.num_batches_tracked": 7}
+
+
+def test_a_module_that_computes_its_weights_is_told_how_to_take_them():
+    module = net()
+    step = compiled(module)
+    prune.l1_unstructured(module[0], "weight", amount=0.5)
+    with pytest.raises(StateError, match=r"0\.weight; it is pruned .*prune\.remove"):
+        mest.to_torch(step, module)
+    prune.remove(module[0], "weight")
+    mest.to_torch(step, module)
+    for name in ("weight", "bias"):
+        module = net()
+        parametrize.register_parametrization(module[3], name, nn.Identity())
+        with pytest.raises(StateError, match="it is parametrized: .*remove_parametrizations"):
+            mest.to_torch(step, module)

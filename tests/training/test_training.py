@@ -27,6 +27,7 @@ from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES
 from mest_compile.training.runfolder import RunFolder
+from mest_compile.training.sieve import SieveRule
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}
 
@@ -296,6 +297,66 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     step = SoftmaxStep()
     run = Trainer.resume(tmp_path / "run", step).fit(TRAIN, TEST)
     assert run.history == wanted.history and not step.rates
+
+
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
+    for folder in ("whole", "run"):
+        ended = Trainer(SoftmaxStep(), RECIPE, tmp_path / folder).fit(TRAIN, TEST)
+    step = SoftmaxStep(seed=5)
+    wanted = Trainer.resume(tmp_path / "whole", step, epochs=9).fit(TRAIN, TEST)
+    assert without_clock(wanted.history[:6]) == without_clock(ended.history) and len(wanted.history) == 9
+    longer = replace(RECIPE, epochs=9, phases=(Phase(4, 0.9, 0.8), Phase(9, 0.9, 0.9)))
+    assert step.rates == [longer.lr_at(epoch, index, 12) for epoch in (6, 7, 8) for index in range(12)]
+    assert step.mutations == [(0.9, 0.9)] * 3
+    assert lines(tmp_path / "whole") == wanted.history
+    assert wanted.recipe.epochs == 9 and extra_of(tmp_path / "whole" / "checkpoint.safetensors")["continued"] == [
+        {"after_epoch": 6, "epochs": 9, "batch": 16, "target": "local"}
+    ]
+    # One that is stopped on the way, even in its first epoch, still knows that it goes on.
+    for stop in ((7, 1), (8, 5)):
+        trainer = Trainer.resume(tmp_path / "run", SoftmaxStep(), Interrupter(*stop, interrupt), epochs=stop[0] + 1)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(TRAIN, TEST)
+        assert Trainer.resume(tmp_path / "run", SoftmaxStep()).recipe.epochs == stop[0] + 1
+    again = SoftmaxStep(seed=7)
+    run = Trainer.resume(tmp_path / "run", again).fit(TRAIN, TEST)
+    assert len(run.history) == 9
+    run = Trainer.resume(tmp_path / "run", SoftmaxStep(), epochs=10).fit(TRAIN, TEST)
+    assert len(run.history) == len(lines(tmp_path / "run")) == 10 and run.recipe.epochs == 10
+
+
+def test_a_longer_run_that_is_stopped_goes_on_bit_for_bit(tmp_path):
+    for folder in ("whole", "run"):
+        Trainer(SoftmaxStep(), RECIPE, tmp_path / folder).fit(TRAIN, TEST)
+    whole, step = SoftmaxStep(), SoftmaxStep(seed=5)
+    wanted = Trainer.resume(tmp_path / "whole", whole, epochs=9).fit(TRAIN, TEST)
+    trainer = Trainer.resume(tmp_path / "run", SoftmaxStep(), Interrupter(8, 3, interrupt), epochs=9)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(TRAIN, TEST)
+    run = Trainer.resume(tmp_path / "run", step).fit(TRAIN, TEST)
+    assert without_clock(run.history) == without_clock(wanted.history)
+    assert all((step.state[name] == array).all() for name, array in whole.state.items())
+
+
+def test_a_run_is_not_made_shorter_and_needs_something_left_to_train(tmp_path):
+    Trainer(SoftmaxStep(), RECIPE, tmp_path / "run").fit(TRAIN, TEST)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for epochs in (3, 6):
+        with pytest.raises(UsageError, match=f"the run has 6 epochs, of which 6 are made; .* not {epochs}"):
+            Trainer.resume(tmp_path / "run", SoftmaxStep(), epochs=epochs)
+    with pytest.raises(UsageError, match="epochs is 0"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep(), epochs=0)
+    with pytest.raises(UsageError, match="the step that is given has its batch already"):
+        Trainer.resume(tmp_path / "run", SoftmaxStep(), epochs=9, batch=8)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_sieve_acts_in_a_longer_run_when_it_would_have(tmp_path):
+    recipe = replace(LEARNABLE, sieve=SieveRule(drop=0.2)).resolved(0.9)
+    assert [recipe.longer(60).sieve.due(epoch, 60) for epoch in range(6)] == [
+        recipe.sieve.due(epoch, 6) for epoch in range(6)
+    ]
+    assert not any(recipe.longer(60).sieve.due(epoch, 60) for epoch in range(6, 60))
 
 
 def test_a_step_is_rebuilt_from_the_checkpoint_when_none_is_given(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _padding, _pair, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
@@ -47,10 +48,22 @@ class Conv2d(Operator):
         """Flags (channels,) of the channels of its input that it reads; None: all."""
         return _kernels(node, low).read(node, low)
 
+    def onnx(self, node: Node, writer: Writer) -> str:
+        attrs = {"strides": node.attrs["stride"], "pads": [*node.attrs["padding"], *node.attrs["padding"]]}
+        (x,), weight, bias = writer.inputs(node), writer.weight(node.params["weight"]), writer.parameters(node, "bias")
+        if not bias or len(writer.weights[bias[0]].shape) == 1:
+            return writer.call("Conv", [x, weight, *bias], node.shape, **attrs)
+        # A bias with the axes of an image, which came from an ONNX file, is none of Conv's.
+        return writer.call("Add", [writer.call("Conv", [x, weight], node.shape, **attrs), *bias], node.shape)
+
 
 @operator("linear")
 class Linear(Conv2d):
     """A 1x1 convolution of a 1x1 image."""
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        inputs = [*writer.inputs(node), *writer.parameters(node, "weight", "bias")]
+        return writer.call("Gemm", inputs, node.shape, transB=1)
 
 
 @reads("relax.nn.conv2d", gives=("conv2d (groups=1, dilation=1)",))

@@ -1,0 +1,110 @@
+"""Trained weights out again: into torch modules, ONNX files and safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.base import tensorfile
+from mest_compile.base.errors import StateError, UsageError
+from mest_compile.base.files import write_whole
+from mest_compile.ir.graph import COUNTER
+
+if TYPE_CHECKING:
+    import torch
+
+    from mest_compile.runtime.step import TrainStep
+
+MASK = "mask:"  # before the name of a weight: the name of its mask in a safetensors file
+
+
+def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
+    """Writes the step's parameters and statistics into the torch module that it was compiled from, or that was exported
+    to the .onnx file that it was compiled from, and what the model does not use as it was. Raises StateError.
+    """
+    import torch
+
+    from mest_compile.frontend.torch_checks import read_shapes, unwrapped
+
+    model = unwrapped(model)
+    trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
+    there, ours = read_shapes(model), {name: tuple(value.shape) for name, value in trained.items()}
+    odd = sorted(name for name, _ in there.items() ^ ours.items() if name in trained or not name.endswith(COUNTER))
+    if odd:
+        raise StateError(
+            f"the module is not the one that was compiled: they differ in {odd[0]}{_made_of(odd[0], there)}"
+        )
+    model.load_state_dict(trained, strict=False)
+
+
+def _made_of(name: str, there: Collection[str]) -> str:
+    """What to do where the module computes a parameter from others."""
+    path, _, last = name.rpartition(".")
+    computed = f"{path}.parametrizations.{last}.original".lstrip(".")
+    if f"{name}_mask" in there:
+        return "; it is pruned by torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, name) on it first"
+    if "parametrizations" in name or any(other.startswith(computed) for other in there):
+        return "; it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, name) on it first"
+    return ""
+
+
+def to_onnx(step: TrainStep, path: str | Path, opset: int | None = None, into: str | Path | None = None) -> None:
+    """Writes the model, as `step.predict` computes it, to an .onnx file, whole or not at all.
+
+    Weights are initializers of float32 under their torch names, +0.0 where they are dead. The input is called "input",
+    the output "logits", the batch is of any size. What the model does not use is left out.
+    opset  17 or later; None: 17
+    into   the .onnx file that the step was compiled from: what is written is that file, with the step's weights and
+           statistics where and as it stores them; it may be `path` itself
+    Raises UsageError, StateError (`into` is another model), DataError, UnsupportedOperator, MestError without the
+    package onnx.
+    """
+    from mest_compile.frontend import onnx_writer
+    from mest_compile.frontend.onnx_into import written_into
+    from mest_compile.operators.operator import OPERATORS
+
+    onnx_writer.load_onnx_package()
+    state = step.state_dict()
+    if into is not None:
+        if opset is not None:
+            raise UsageError(f"{into} has its opset already; leave one of opset and into out")
+        model = written_into(into, step.graph, state)
+    else:
+        opset = onnx_writer.OPSET if opset is None else onnx_writer.check_opset(opset)
+        writer = onnx_writer.Writer(state)
+        writer.prepare(step.graph.prepared, step.input_shape)
+        for node in step.graph.nodes:
+            writer.operator(node, OPERATORS.find(node.op).onnx)
+        model = writer.model(step.graph, opset)
+    _write(path, onnx_writer.content_of(model))
+
+
+def to_safetensors(step: TrainStep, path: str | Path) -> None:
+    """Writes `step.state_dict()` to a safetensors file, whole or not at all; beside each sparse weight NAME lies its
+    mask, the bool array "mask:NAME". Raises UsageError."""
+    masks = {f"{MASK}{name}": mask for name, mask in step.masks().items()}
+    _write(path, tensorfile.pack(step.state_dict() | masks, {"format": "pt"}))
+
+
+def save_torch(step: TrainStep, path: str | Path) -> None:
+    """Writes `step.state_dict()` as torch.save does a dict of tensors, which torch.load(path, weights_only=True) reads.
+    Raises UsageError."""
+    import io
+
+    import torch
+
+    file = io.BytesIO()
+    torch.save({name: torch.from_numpy(np.array(array)) for name, array in step.state_dict().items()}, file)
+    _write(path, file.getvalue())
+
+
+def _write(path: str | Path, content: bytes) -> None:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be written: {problem.strerror}; pass another path") from problem
