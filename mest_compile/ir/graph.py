@@ -82,7 +82,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ForwardGraph:
-    """A model's forward pass in topological order; the last node gives the logits (N, classes).
+    """A model's forward pass in topological order; the last node gives the logits (N, classes), or maps
+    of them (N, classes, H, W).
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
     """
