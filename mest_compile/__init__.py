@@ -18,9 +18,17 @@ if TYPE_CHECKING:  # what type checkers and editors see of the names in _HOME
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
     from mest_compile.opening import to_torch as to_torch
+    from mest_compile.operators.losses.bce import BCE as BCE
     from mest_compile.operators.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from mest_compile.operators.losses.distill import Distill as Distill
+    from mest_compile.operators.losses.huber import Huber as Huber
     from mest_compile.operators.losses.mse import MSE as MSE
+    from mest_compile.operators.losses.smooth_l1 import SmoothL1 as SmoothL1
+    from mest_compile.operators.losses.soft_cross_entropy import SoftCrossEntropy as SoftCrossEntropy
+    from mest_compile.operators.optimizers.adam import Adam as Adam
     from mest_compile.operators.optimizers.adamw import AdamW as AdamW
+    from mest_compile.operators.optimizers.groups import Group as Group
+    from mest_compile.operators.optimizers.rmsprop import RMSprop as RMSprop
     from mest_compile.operators.optimizers.sgd import SGD as SGD
     from mest_compile.sparsity.schemes.block import Block as Block
     from mest_compile.sparsity.schemes.channel import Channel as Channel
@@ -40,9 +48,17 @@ _HOME = {
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
     "SGD": "mest_compile.operators.optimizers.sgd",
+    "Adam": "mest_compile.operators.optimizers.adam",
     "AdamW": "mest_compile.operators.optimizers.adamw",
+    "RMSprop": "mest_compile.operators.optimizers.rmsprop",
+    "Group": "mest_compile.operators.optimizers.groups",
+    "BCE": "mest_compile.operators.losses.bce",
     "CrossEntropy": "mest_compile.operators.losses.cross_entropy",
+    "Distill": "mest_compile.operators.losses.distill",
+    "Huber": "mest_compile.operators.losses.huber",
     "MSE": "mest_compile.operators.losses.mse",
+    "SmoothL1": "mest_compile.operators.losses.smooth_l1",
+    "SoftCrossEntropy": "mest_compile.operators.losses.soft_cross_entropy",
     "LayerSpec": "mest_compile.ir.graph",
     "Block": "mest_compile.sparsity.schemes.block",
     "Unstructured": "mest_compile.sparsity.schemes.unstructured",

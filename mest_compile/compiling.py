@@ -26,8 +26,9 @@ from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
-from mest_compile.operators.losses.loss import LOSSES, Loss
-from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer
+from mest_compile.operators.losses.loss import LOSSES, Loss, named_loss
+from mest_compile.operators.optimizers.from_torch import from_torch, is_of_torch
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer, named_optimizer
 from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layers import plan_layers, say_what_stays_dense
@@ -42,6 +43,8 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
 if TYPE_CHECKING:
+    import torch
+
     from mest_compile.devices.session import Device
     from mest_compile.runtime.compiled import Compiled
     from mest_compile.runtime.runner import Runner
@@ -63,12 +66,12 @@ def compile(
     sparsity: float | Mapping[str, float] = 0.9,
     distribution: str = "uniform",
     dense_layers: Sequence[str] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: str | Mapping[str, Any] | Optimizer | torch.optim.Optimizer | None = None,
     target: str | Path | Target = "local",
     device: Device | None = None,
     threads: int | None = None,
     seed: int = 0,
-    loss: str | Loss = "cross_entropy",
+    loss: str | Mapping[str, Any] | Loss = "cross_entropy",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     lower_density: bool = False,
@@ -88,11 +91,13 @@ def compile(
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
                    "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more
                    than half of the weights
-    optimizer      mest.SGD(...) or mest.AdamW(...); None: mest.SGD()
+    optimizer      mest.SGD(...), Adam, AdamW, RMSprop; its name and options as a text, "adamw:weight_decay=0.05"; an
+                   optimizer of torch, of the model's parameters; None: mest.SGD()
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one
                    can be saved and exported, but needs a device to run
     threads        None: all cores
-    loss           "cross_entropy", or a loss object: mest.CrossEntropy(smoothing), mest.MSE()
+    loss           a name, with options as in "cross_entropy:smoothing=0.1", or a loss object: mest.CrossEntropy,
+                   SoftCrossEntropy, Distill, BCE, MSE, SmoothL1, Huber
     label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for
                      mest.CrossEntropy(smoothing)
     memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet
@@ -115,7 +120,7 @@ def compile(
     from mest_compile.frontend import import_model
 
     exclusive.this_process()
-    scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer)
+    scheme, target, optimizer = parse_scheme(scheme), find_target(target), _check_optimizer(optimizer, model)
     input_shape, seed = checks.shape("input_shape", input_shape), checks.whole("seed", seed)
     loss = _check_loss(loss, checks.number("label_smoothing", label_smoothing, below=1))
     if memory_budget is not None:
@@ -275,6 +280,7 @@ def _compile(facts: Facts, builder: Builder, device: Device | None, tuned: Tuned
         "optimizer": document["optimizer"],
         "loss": document["loss"],
         "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
+        "output_shape": list(facts.graph.nodes[-1].shape),
         "activations": facts.activations,
         "versions": {
             name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
@@ -290,18 +296,29 @@ def check_threads(threads: int | None, usual: int) -> int:
     return usual if threads is None else checks.whole("threads", threads, 1, ", or None for all cores")
 
 
-def _check_optimizer(optimizer: Optimizer | None) -> Optimizer:
+def _check_optimizer(optimizer: Any, model: Any) -> Optimizer:
     if optimizer is None:
         return USUAL
+    if isinstance(optimizer, str | Mapping):
+        return named_optimizer(optimizer)
+    if is_of_torch(optimizer):
+        if not hasattr(model, "named_parameters"):
+            raise UsageError(
+                "an optimizer of torch holds parameters of a torch module, which the model is not; give a "
+                "mest optimizer"
+            )
+        from mest_compile.frontend.torch_checks import unwrapped
+
+        return from_torch(optimizer, dict(unwrapped(model).named_parameters()))
     if not isinstance(optimizer, Optimizer):
         there = ", ".join(OPTIMIZERS.find(name).signature() for name in OPTIMIZERS.names())
         raise UsageError(f"optimizer is {checks.shown(optimizer)}; wanted one of {there}, or None for mest.SGD()")
     return optimizer
 
 
-def _check_loss(loss: str | Loss, label_smoothing: float) -> Loss:
-    if isinstance(loss, str):
-        loss = LOSSES.find(loss)()
+def _check_loss(loss: Any, label_smoothing: float) -> Loss:
+    if isinstance(loss, str | Mapping):
+        loss = named_loss(loss)
     if not isinstance(loss, Loss):
         there = ", ".join(LOSSES.find(name).signature() for name in LOSSES.names())
         raise UsageError(
