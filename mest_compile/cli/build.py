@@ -28,7 +28,7 @@ def build(
     model: Model = "resnet20",
     width: Width = None,
     image: Annotated[str, typer.Option(help="Channels x height x width of the images.")] = "3x32x32",
-    classes: Annotated[int, typer.Option(help="Classes to tell apart.", min=2)] = 10,
+    classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = 0.9,
@@ -45,6 +45,12 @@ def build(
     grow_to: Annotated[
         float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")
     ] = None,
+    loss: Annotated[
+        str, typer.Option(help="Name, with options as in cross_entropy:smoothing=0.1,weight=[1,2].")
+    ] = "cross_entropy",
+    optimizer: Annotated[
+        str, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
+    ] = "sgd",
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -91,6 +97,8 @@ def build(
                 target=target,
                 threads=threads,
                 seed=seed,
+                loss=loss,
+                optimizer=optimizer,
                 activations=activations,
                 memory_budget=memory_budget,
                 grow_to=grow_to,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mest_compile.data import Split
+    from mest_compile.operators.losses.loss import Loss
+    from mest_compile.operators.optimizers.optimizer import Optimizer
     from mest_compile.training.loop import Trainer
     from mest_compile.training.ondevice import Job
     from mest_compile.training.recipe import Recipe
@@ -43,6 +46,9 @@ class Request:
     memory_budget: int | None = None
     lower_density: bool = False
     activations: str = "float32"
+    loss: str | Mapping[str, Any] | None = None
+    optimizer: str | Mapping[str, Any] | None = None
+    teacher: Path | None = None
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -64,7 +70,16 @@ def train(
         float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")
     ] = None,
     batch: Batch = 64,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.1, or the artifact's.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. Default: the optimizer's, or the artifact's.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="Name, with options as in cross_entropy:smoothing=0.1,weight=[1,2].")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint whose model teaches, for the loss distill.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     target: TargetName = "local",
     tracker: Annotated[
@@ -134,6 +149,8 @@ def train(
         "distribution": distribution,
         "batch": batch,
         "memory_budget": memory_budget,
+        "loss": loss,
+        "optimizer": optimizer,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
@@ -171,6 +188,7 @@ def train(
                 target=target,
                 lower_density=lower_density,
                 activations=activations,
+                teacher=teacher,
                 out=out,
                 tracker=tracker,
                 key=key,
@@ -186,7 +204,7 @@ def _run_artifact(job: Job) -> Run:
 
     console = stderr_console()
     trainer, split = open_job(job)
-    with TrainingProgress(console, trainer.step.batch) as progress:
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress = progress
         return _fit(trainer, split, console, f"--artifact {job.artifact} --data {job.data} ")
 
@@ -197,8 +215,12 @@ def _new_folder(name: str) -> Path:
 
 def start_run(request: Request) -> Run:
     """Compiles and trains. What can be checked is checked before anything is compiled or written."""
+    import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.hardware.target import find_target, obstacle
+    from mest_compile.operators.losses.loss import named_loss
+    from mest_compile.operators.optimizers.optimizer import named_optimizer
+    from mest_compile.training.judging import Judge
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
@@ -212,11 +234,15 @@ def start_run(request: Request) -> Run:
             "that it is, "
             "or build an artifact and train there"
         )
-    split = load(request.data, request.data_folder)
+    loss = named_loss("cross_entropy" if request.loss is None else request.loss)
+    rule = named_optimizer("sgd" if request.optimizer is None else request.optimizer)
+    teacher = None if request.teacher is None else mest.load(request.teacher).predict
+    split = load(request.data, request.data_folder, numbers=Judge.wants_numbers(loss))
     with console.status(f"compiling {request.model} for {request.target}"):
-        step = _compile(request, split)
-    with TrainingProgress(console, step.batch) as progress:
-        trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
+        step = _compile(request, split, loss, rule)
+    trainer = Trainer(step, request.recipe, folder.path, None, request.specialize, teacher)
+    with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
+        trainer.progress = progress
         source: dict[str, Any] = {
             "data": request.data,
             "data_folder": request.data_folder and str(request.data_folder.resolve()),
@@ -225,23 +251,27 @@ def start_run(request: Request) -> Run:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
+        if request.teacher is not None:
+            source["teacher"] = str(request.teacher.resolve())
         trainer.source = source
         return _fit(trainer, split, console)
 
 
 def continue_run(folder: Path) -> Run:
     """Resumes the run in `folder` on its own data."""
+    import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
     source = RunFolder(folder).read_source()
-    split = load(source["data"], source.get("data_folder"))
+    teacher = mest.load(source["teacher"]).predict if "teacher" in source else None
     device = find_device(source.get("tracker"), source.get("key"))
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
-        trainer = Trainer.resume(folder, device=device)
-    with TrainingProgress(console, trainer.step.batch) as progress:
+        trainer = Trainer.resume(folder, device=device, teacher=teacher)
+    split = load(source["data"], source.get("data_folder"), numbers=trainer.judge.takes_numbers)
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)
 
@@ -264,7 +294,7 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
         trainer.step.close()
 
 
-def _compile(request: Request, split: Split) -> Any:
+def _compile(request: Request, split: Split, loss: Loss, rule: Optimizer) -> Any:
     import mest_compile as mest
     from mest_compile.models.catalog import build_model
     from mest_compile.sparsity import parse_scheme
@@ -275,15 +305,17 @@ def _compile(request: Request, split: Split) -> Any:
             raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
         model = request.model
     else:
-        model = build_model(request.model, shape, split.train.classes, request.width, request.recipe.seed)
-    optimizer = mest.SGD() if request.recipe.lr is None else mest.SGD(lr=request.recipe.lr)
+        model = build_model(request.model, shape, split.train.outputs, request.width, request.recipe.seed)
+    if request.optimizer is None and request.recipe.lr is not None:
+        rule = replace(rule, lr=request.recipe.lr)
     return mest.compile(
         model,
         shape,
         scheme=parse_scheme(request.scheme),
         sparsity=request.sparsity,
         distribution=request.distribution,
-        optimizer=optimizer,
+        optimizer=rule,
+        loss=loss,
         target=request.target,
         threads=request.threads,
         seed=request.recipe.seed,
@@ -306,22 +338,22 @@ def _show(run: Run, as_json: bool) -> None:
         print_json(
             {
                 "folder": str(run.folder),
-                "test_accuracy": run.test_accuracy,
+                f"test_{run.metric.name}": run.test_score,
                 "best": run.best,
                 "recipe": run.recipe.to_dict(),
                 "epochs": run.history,
             }
         )
         return
-    last = run.history[-1]
+    last, metric = run.history[-1], run.metric
     print_table(
-        ["epochs", "loss", "train accuracy", "test accuracy", "images/s", "run folder"],
+        ["epochs", "loss", f"train {metric.label}", f"test {metric.label}", "images/s", "run folder"],
         [
             [
                 last["epoch"],
                 f"{last['loss']:.4f}",
-                f"{last['train_accuracy']:.2%}",
-                f"{last['test_accuracy']:.2%}",
+                metric.shown(last[f"train_{metric.name}"]),
+                metric.shown(last[f"test_{metric.name}"]),
                 f"{last['images_per_second']:.0f}",
                 run.folder,
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from mest_compile.base.errors import DataError
 from mest_compile.base.registry import Registry
 from mest_compile.data.examples import array_of, gather, labels_of, turned
 
+NO_LABEL = -100  # of what does not count, as torch has it; losses take it that are told so
+
 SOURCES = Registry("data set", "mest_compile.data.sources")
 
 
@@ -23,7 +26,8 @@ class Dataset:
     """Labelled images in memory.
 
     images     (n, channels, height, width) uint8 or float32
-    labels     (n,) int64, in [0, classes)
+    labels     (n,) int64, in [0, classes) or NO_LABEL, or maps of them (n, H, W); or numbers, (n,) or (n, k) float32
+    classes    0 where labels are numbers
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
     flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
     Raises DataError when these contradict each other.
@@ -43,17 +47,23 @@ class Dataset:
                 f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
                 f"not {self.images.shape} {self.images.dtype}"
             )
-        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+        shaped = self.labels.ndim >= 1 if self.numbers else self.labels.ndim in (1, 3)
+        if not shaped or len(self.labels) != len(self.images) or self.labels.dtype not in (np.int64, np.float32):
             raise DataError(
                 f"{self.name}: {len(self.images)} images need as many int64 labels, "
                 f"not {self.labels.shape} {self.labels.dtype}"
             )
         if not len(self.images):
             raise DataError(f"{self.name}: there are no examples")
-        if self.labels.min() < 0 or self.labels.max() >= self.classes:
-            raise DataError(
-                f"{self.name}: labels must be in 0..{self.classes - 1}, found {self.labels.min()}..{self.labels.max()}"
-            )
+        if self.numbers:
+            if not np.isfinite(self.labels).all():
+                raise DataError(f"{self.name}: labels hold NaN or infinity")
+        else:
+            counted = self.labels[self.labels != NO_LABEL]
+            if counted.size and (counted.min() < 0 or counted.max() >= self.classes):
+                raise DataError(
+                    f"{self.name}: labels must be in 0..{self.classes - 1}, found {counted.min()}..{counted.max()}"
+                )
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
         channels = self.images.shape[1:2]
@@ -78,7 +88,7 @@ class Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
         taken as they are.
 
-        classes  None: the largest label + 1
+        classes  None: the largest label + 1; of numbers there are none
         like     a training set whose classes, mean, std and flip are used instead: what a test set needs
         """
         if like is not None:
@@ -91,12 +101,24 @@ class Dataset:
             return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
-        return cls(
-            images, labels, int(labels.max()) + 1 if classes is None else classes, *_statistics(images), name, flip
-        )
+        if labels.dtype == np.float32:
+            classes = 0
+        elif classes is None:
+            classes = int(labels.max()) + 1
+        return cls(images, labels, classes, *_statistics(images), name, flip)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def numbers(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.labels.dtype == np.float32
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a model of it has: one a class, or one a number."""
+        return math.prod(self.labels.shape[1:2]) if self.numbers else self.classes
 
     @property
     def pad(self) -> int:
@@ -135,41 +157,60 @@ class Split:
 
 
 Source = Callable[[Path | None], Split]
+OF_NUMBERS: dict[str, Source] = {}  # sources whose labels may be numbers
 
 
-def source(name: str) -> Callable[[Source], Source]:
-    """Function decorator: registers a data source, a function (folder: Path | None) -> Split."""
+def source(name: str, numbers: Source | None = None) -> Callable[[Source], Source]:
+    """Function decorator: registers a data source, a function (folder: Path | None) -> Split. numbers: reads it where
+    labels are numbers; None: it has classes."""
 
     def register(function: Source) -> Source:
         SOURCES.add(name, function)
+        if numbers is not None:
+            OF_NUMBERS[name] = numbers
         return function
 
     return register
 
 
-def load(name: str, folder: str | os.PathLike | None = None) -> Split:
+def load(name: str, folder: str | os.PathLike | None = None, numbers: bool = False) -> Split:
     """The data set of that name, read from `folder` where it has files.
 
+    numbers  labels are numbers, not classes
     Raises UnknownName, and DataError when files are missing or damaged.
     """
-    return SOURCES.find(name)(None if folder is None else Path(folder))
+    read = SOURCES.find(name)
+    if numbers and name not in OF_NUMBERS:
+        raise DataError(
+            f"{name} has classes, and the loss takes numbers; give data of {' or '.join(OF_NUMBERS)}, or another loss"
+        )
+    return (OF_NUMBERS[name] if numbers else read)(None if folder is None else Path(folder))
 
 
-def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = None, name: str = "arrays") -> Dataset:
+def as_dataset(
+    data: Any,
+    *,
+    classes: int | None = None,
+    like: Dataset | None = None,
+    name: str = "arrays",
+    numbers: bool = False,
+) -> Dataset:
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
           -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel,
-          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more.
+          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more, one an
+          example or one a pixel, and NO_LABEL where there is none.
+    numbers  labels are numbers instead, one or several an example
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
     """
     if isinstance(data, Dataset):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and hasattr(data[0], "shape"):
-        images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name)
+        images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name, numbers)
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        images, labels = gather(data, name)
+        images, labels = gather(data, name, numbers)
     else:
         raise DataError(
             f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}"

@@ -22,6 +22,7 @@ from mest_compile.data import Dataset, as_dataset, batches
 from mest_compile.data.examples import turned
 from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
+from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, why_lost
 from mest_compile.training.run import Progress, Run, Silent
@@ -64,9 +65,10 @@ class Trainer:
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the
                 same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
-    Raises UsageError where both were given and differ, or label_smoothing does, or where the step's loss does not tell
-    which examples are right, SparsityError and CapacityError where the recipe does not fit the step. `source` goes into
-    the folder of a run that begins.
+    teacher   of mest.Distill: a function from images to logits, such as another step's `predict`
+    Raises UsageError where both rates were given and differ, or label_smoothing does, or where the recipe does not fit
+    the step's loss, SparsityError and CapacityError where it does not fit the step. `source` goes into the folder of a
+    run that begins.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Trainer:
         out: str | os.PathLike | None = None,
         progress: Progress | None = None,
         specialize: bool = False,
+        teacher: Teacher | None = None,
     ):
         if not isinstance(recipe, Recipe):
             raise UsageError(
@@ -95,13 +98,11 @@ class Trainer:
         step.check_room(recipe.densest(target))
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
-        if not (loss := read_loss(step.describe())).tells_correct:
-            raise UsageError(
-                f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
-                f'step(images, targets) in a loop of your own, or compile with loss="cross_entropy"'
-            )
-        smoothing = step.describe().get("label_smoothing", 0.0)
-        if smoothing != recipe.label_smoothing:
+        described = step.describe()
+        output_shape = described.get("output_shape", (step.batch, step.classes))
+        self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
+        smoothing = described.get("label_smoothing", 0.0)
+        if recipe.label_smoothing and smoothing != recipe.label_smoothing:
             raise UsageError(
                 f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
                 f"compile it with label_smoothing={recipe.label_smoothing}"
@@ -115,7 +116,12 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, out: str | os.PathLike, step: Any = None, progress: Progress | None = None, device: Any = None
+        cls,
+        out: str | os.PathLike,
+        step: Any = None,
+        progress: Progress | None = None,
+        device: Any = None,
+        teacher: Teacher | None = None,
     ) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
@@ -137,7 +143,7 @@ class Trainer:
                 f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in "
                 "another --out"
             )
-        trainer = cls(step, recipe, out, progress)
+        trainer = cls(step, recipe, out, progress, teacher=teacher)
         trainer._resumed, trainer._stamp = (extra, arrays), stamp
         return trainer
 
@@ -149,8 +155,9 @@ class Trainer:
         somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
         training ends, the checkpoint of the last whole epoch stays.
         """
-        train = as_dataset(train_set, classes=self.step.classes, name="training set")
-        test = as_dataset(test_set, like=train, name="test set")
+        numbers = self.judge.takes_numbers
+        train = as_dataset(train_set, classes=self.step.classes, name="training set", numbers=numbers)
+        test = as_dataset(test_set, like=train, name="test set", numbers=numbers)
         self._check_data(train)
         self._check_data(test)
         if len(train) < self.step.batch:
@@ -224,11 +231,14 @@ class Trainer:
             raise self._diverged(
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
-        evaluated = (
-            self._evaluate(test) if self.recipe.evaluates(epoch) else {"test_accuracy": None, "evaluation_seconds": 0.0}
-        )
+        evaluated: dict[str, Any] = dict.fromkeys((f"test_{metric.name}" for metric in self.judge.metrics), None)
+        evaluated |= self._evaluate(test) if self.recipe.evaluates(epoch) else {"evaluation_seconds": 0.0}
+        for name, value in evaluated.items():
+            if value is not None and not math.isfinite(value):
+                raise self._diverged(f"{name} is {value} after epoch {epoch + 1}", epoch)
         metrics = {
             "epoch": epoch + 1,
+            "metric": self.judge.main.name,
             **trained,
             **evaluated,
             "mutation": mutation,
@@ -306,7 +316,7 @@ class Trainer:
             )
             images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
             gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(
-                images, train.labels[chosen]
+                images, self.judge.given(images, train.labels[chosen])
             )
         report = self.step.mutate(
             prune_to=phase.prune_to,
@@ -360,15 +370,16 @@ class Trainer:
         step, rng = self.step, np.random.default_rng([self.recipe.seed, epoch, SHUFFLE])
         among = np.flatnonzero(self._sieve.kept) if self._sieve else np.arange(len(train))
         count, whole = len(among) // step.batch, len(train) // step.batch
-        loss, correct, step_seconds, lr = 0.0, 0, 0.0, 0.0
+        loss, step_seconds, lr = 0.0, 0.0, 0.0
+        self.judge.restart()
         bound = {} if self.recipe.clip_norm is None else {"clip_norm": self.recipe.clip_norm}
         began = perf_counter()
         with closing(batches(train, step.batch, rng, self.recipe.augment, among)) as prepared:  # type: ignore[type-var]
-            shaped = ((images.reshape(step.input_shape), labels, examples) for images, labels, examples in prepared)
-            for index, ((images, labels, examples), following) in enumerate(_with_next(shaped)):
+            shaped = self._shaped(prepared)
+            for index, ((images, given, labels, examples), following) in enumerate(_with_next(shaped)):
                 lr = self.recipe.lr_at(epoch, index, count)
                 called = perf_counter()
-                result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
+                result = step(images, given, lr=lr, ahead=following and following[:2], **bound)
                 step_seconds += perf_counter() - called
                 if not math.isfinite(result.loss):
                     raise self._diverged(
@@ -376,15 +387,14 @@ class Trainer:
                         epoch,
                     )
                 if self._sieve:
-                    self._sieve.count(examples, result.correct)
+                    self._sieve.count(examples, self.judge.right(result, labels))
                 loss += float(result.loss)
-                right = int(np.count_nonzero(result.correct))
-                correct += right
-                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, right / step.batch)
+                score = self.judge.count(result, labels)
+                self.progress.on_batch(epoch + 1, self.recipe.epochs, index + 1, count, result.loss, score)
         seconds, trained = perf_counter() - began, count * step.batch
         return {
             "loss": loss / count,
-            "train_accuracy": correct / trained,
+            **self.judge.trained(),
             "lr": lr,
             "examples": trained,
             "iterations": count,
@@ -394,26 +404,35 @@ class Trainer:
             "step_seconds": step_seconds / count,
         }
 
+    def _shaped(self, prepared: Iterable[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """(images, what the step takes with them, labels, examples) of every batch."""
+        for images, labels, examples in prepared:
+            shaped = images.reshape(self.step.input_shape)
+            yield shaped, self.judge.given(shaped, labels), labels, examples
+
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
-        batch, correct, began = self.step.batch, 0, perf_counter()
-        for start in range(0, len(test), batch):
-            images = test.normalise(test.images[start : start + batch])
-            logits = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
-            answers = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))  # no number is the largest beside NaN
-            correct += int(np.count_nonzero(answers == test.labels[start : start + batch]))
-        return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
+        batch, began = self.step.batch, perf_counter()
+
+        def answered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in range(0, len(test), batch):
+                images = test.normalise(test.images[start : start + batch])
+                outputs = np.asarray(self.step.predict(images.reshape(len(images), *self.step.input_shape[1:])))
+                yield outputs, test.labels[start : start + batch]
+
+        return {**self.judge.tested(answered()), "evaluation_seconds": perf_counter() - began}
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
         run.history.append(metrics)
-        accuracy, best = metrics["test_accuracy"], run.best
+        key = f"test_{self.judge.main.name}"
+        score, best = metrics[key], run.best
         improved = (
-            accuracy is not None
+            score is not None
             and self.recipe.meets_target(metrics["epoch"] - 1)
-            and (best is None or accuracy > best["test_accuracy"])
+            and (best is None or self.judge.main.better(score, best[key]))
         )
         if improved:
-            run.best = {"epoch": metrics["epoch"], "test_accuracy": accuracy}
+            run.best = {"epoch": metrics["epoch"], key: score}
         if self.folder:
             self.folder.append_metrics(metrics)
             if improved:
@@ -456,8 +475,4 @@ class Trainer:
                     or f"; compile with input_shape=({self.step.batch}, {', '.join(map(str, found))})"
                 )
             )
-        if data.classes > self.step.classes:
-            raise InputError(
-                f"the step tells {self.step.classes} classes apart, {data.name} has {data.classes}; "
-                f"give the model as many outputs"
-            )
+        self.judge.check(data)

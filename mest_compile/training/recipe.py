@@ -94,11 +94,15 @@ RUN_OPTIONS: dict[str, type] = {
     "distribution": str,
     "batch": int,
     "memory_budget": int,
+    "loss": str,
+    "optimizer": str,
 }
+TABLES = ("loss", "optimizer")  # which are a text or a table with the key "name" and options
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
-    key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")
+    key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"
+    for key in ("momentum", "weight_decay", "nesterov")
 } | dict.fromkeys(RUN_OPTIONS, "it belongs into the table [run]")
 
 
@@ -246,6 +250,8 @@ class Recipe:
                     f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
                 )
             wanted = RUN_OPTIONS[key]
+            if key in TABLES and isinstance(value, Mapping):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
         return dict(table)
