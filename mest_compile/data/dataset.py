@@ -16,9 +16,8 @@ from mest_compile.base.errors import DataError
 from mest_compile.base.registry import Registry
 from mest_compile.data.examples import array_of, gather, labels_of, turned
 
-NO_LABEL = -100  # of what does not count, as torch has it; losses take it that are told so
-
 SOURCES = Registry("data set", "mest_compile.data.sources")
+NO_LABEL = -100  # of what does not count, as torch has it; losses take it that are told so
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +25,7 @@ class Dataset:
     """Labelled images in memory.
 
     images     (n, channels, height, width) uint8 or float32
-    labels     (n,) int64, in [0, classes) or NO_LABEL, or maps of them (n, H, W); or numbers, (n,) or (n, k) float32
+    labels     (n,) int64, in [0, classes) or `ignored`, or maps of them (n, H, W); or numbers, (n,) or (n, k) float32
     classes    0 where labels are numbers
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
     flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
@@ -40,6 +39,7 @@ class Dataset:
     std: np.ndarray
     name: str
     flip: bool = False
+    ignored: int = NO_LABEL
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
@@ -59,7 +59,7 @@ class Dataset:
             if not np.isfinite(self.labels).all():
                 raise DataError(f"{self.name}: labels hold NaN or infinity")
         else:
-            counted = self.labels[self.labels != NO_LABEL]
+            counted = self.labels[self.labels != self.ignored]
             if counted.size and (counted.min() < 0 or counted.max() >= self.classes):
                 raise DataError(
                     f"{self.name}: labels must be in 0..{self.classes - 1}, found {counted.min()}..{counted.max()}"
@@ -84,6 +84,7 @@ class Dataset:
         classes: int | None = None,
         like: Dataset | None = None,
         flip: bool = False,
+        ignored: int = NO_LABEL,
     ) -> Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
         taken as they are.
@@ -98,14 +99,14 @@ class Dataset:
                     f"{name}: images are {found} {images.dtype}, "
                     f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}"
                 )
-            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
+            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip, like.ignored)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
         if labels.dtype == np.float32:
             classes = 0
         elif classes is None:
-            classes = int(labels.max()) + 1
-        return cls(images, labels, classes, *_statistics(images), name, flip)
+            classes = int(labels.max(initial=-1, where=labels != ignored)) + 1
+        return cls(images, labels, classes, *_statistics(images), name, flip, ignored)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,13 +195,14 @@ def as_dataset(
     like: Dataset | None = None,
     name: str = "arrays",
     numbers: bool = False,
+    ignored: int = NO_LABEL,
 ) -> Dataset:
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
           -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel,
           (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more, one an
-          example or one a pixel, and NO_LABEL where there is none.
+          example or one a pixel, and `ignored` where there is none.
     numbers  labels are numbers instead, one or several an example
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
@@ -227,7 +229,7 @@ def as_dataset(
     with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
         images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
-    return Dataset.of(images, labels, name, classes=classes, like=like)
+    return Dataset.of(images, labels, name, classes=classes, like=like, ignored=ignored)
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

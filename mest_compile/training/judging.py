@@ -65,6 +65,12 @@ class Judge:
     def takes_numbers(self) -> bool:
         return self.wants_numbers(self.loss)
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Of which kind labels are, as `as_dataset` is told."""
+        ignored = getattr(self.loss, "ignore_index", None)
+        return {"numbers": self.takes_numbers, **({} if ignored is None else {"ignored": ignored})}
+
     def given(self, images: np.ndarray, labels: np.ndarray) -> Any:
         """What the step takes with a batch of images."""
         return labels if self._teacher is None else (labels, self._teacher(images))
@@ -78,12 +84,10 @@ class Judge:
                 f"{'numbers' if self.takes_numbers else 'classes'}; give other data, or another loss"
             )
         if not self.takes_numbers and data.classes > shape[1]:
-            ignored = getattr(self.loss, "ignore_index", None)
-            if ignored is None or ignored < shape[1]:
-                raise InputError(
-                    f"the step tells {shape[1]} classes apart, {data.name} has {data.classes}; "
-                    f"give the model as many outputs"
-                )
+            raise InputError(
+                f"the step tells {shape[1]} classes apart, {data.name} has {data.classes}; "
+                f"give the model as many outputs"
+            )
         taught = [] if self._teacher is None else [np.zeros(shape, np.float32)]
         try:
             self.loss.targets(data.labels, *taught, shape=shape)

@@ -155,9 +155,9 @@ class Trainer:
         somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
         training ends, the checkpoint of the last whole epoch stays.
         """
-        numbers = self.judge.takes_numbers
-        train = as_dataset(train_set, classes=self.step.classes, name="training set", numbers=numbers)
-        test = as_dataset(test_set, like=train, name="test set", numbers=numbers)
+        kind = self.judge.labels
+        train = as_dataset(train_set, classes=self.step.classes, name="training set", **kind)
+        test = as_dataset(test_set, like=train, name="test set", **kind)
         self._check_data(train)
         self._check_data(test)
         if len(train) < self.step.batch:

@@ -322,8 +322,3 @@ def test_steps_of_every_loss_equal_torch(kind, name, target, builder):
         assert results[-1].correct.shape == (SHAPE[0], *wanted.shape[2:]) and results[-1].outputs is None
     else:
         assert results[-1].outputs.shape == wanted.shape and results[-1].correct is None
-
-
-def test_a_trainer_wants_a_loss_that_tells_what_is_right():
-    with pytest.raises(UsageError, match="a Trainer counts right answers, of which mest.MSE tells nothing; call step"):
-        mest.Trainer(compiled(loss=mest.MSE())[0], mest.Recipe(1, "static"))

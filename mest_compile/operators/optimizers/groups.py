@@ -113,7 +113,7 @@ class Settings:
                     f"no parameter is called {' or '.join(group.names)}, as a group of {type(rule).__name__} has it; "
                     f"there are: {', '.join(self._of)}"
                 )
-        self.listed = list(dict.fromkeys([own, *self._of.values()]))
+        self.listed = [own, *sorted(set(self._of.values()) - {own})]
 
     def of(self, parameter: str) -> int:
         """Place in `listed` of a parameter's."""
