@@ -125,6 +125,7 @@ def norm(problem: Norm, target: Target) -> str:
 def bound(problem: Bound, target: Target) -> str:
     text = Text("gradients_handle: T.handle", scalars("norm", 1), scalars("bound", 1))
     text.symbolic("n_gradients", {"gradients": ("n_gradients", "float32")})
-    with text.each_of("n_gradients", ENOUGH_GROUPS, target.limits.threads), text.nest("if not norm[0] <= bound[0]"):
-        text("gradients[n] = gradients[n] * (bound[0] / norm[0])")
+    with text.each_of("n_gradients", ENOUGH_GROUPS, target.limits.threads):
+        factor = "T.Select(norm[0] <= bound[0], T.float32(1), bound[0] / norm[0])"
+        text(f"gradients[n] = gradients[n] * {factor}")
     return str(text)

@@ -274,7 +274,7 @@ def test_an_optimizer_of_torch_is_taken_as_what_it_says(make, wanted, builder):
             lambda m: torchs("Adagrad", m),
             "torch.optim.adagrad.Adagrad; of torch a step takes Adam, AdamW, RMSprop, SGD",
         ),
-        (lambda m: torch.optim.SGD(m.fc.parameters()), "SGD leaves conv1.weight as it is, and 15 more"),
+        (lambda m: torch.optim.SGD(m.fc.parameters()), "SGD leaves conv1.weight as it is, and 14 more"),
         (
             lambda m: torch.optim.SGD([*m.parameters(), torch.nn.Parameter(torch.zeros(1))]),
             "SGD has a parameter that is none of the model's",
