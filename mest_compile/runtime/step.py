@@ -15,6 +15,7 @@ import numpy as np
 
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
+from mest_compile.base.interrupts import uninterrupted
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.losses.loss import Loss
@@ -202,9 +203,13 @@ class TrainStep:
         self._feeding.load(images, labels)
         self._updates += 1
         self._put_hyper(self._updates, rate)
-        if bound is not None:
+        if bound is None:
+            self._runner.run("train")
+        else:
             self._state.put("clip:bound", np.array([bound], np.float32))
-        self._runner.run("train" if bound is None else "clipped")
+            with uninterrupted():
+                self._runner.run("backward")
+                self._runner.run("update")
         self._feeding.send_ahead(ahead)
         loss = float(self._state.get("loss")[0])
         if not self.loss.tells_correct:
