@@ -66,6 +66,8 @@ def rows(target: Target) -> dict[tuple[str, str], Row]:
     live = {name: layer.scheme.live_cells(layer.spec, layer.sparsity) for name, layer in layers.items()}
     found: dict[tuple[str, str], Row] = defaultdict(Row)
     for call in plan.train.calls:
+        if call.stage == "clip":  # of steps with a bound on the gradients
+            continue
         row = found[call.kernel, call.stage if call.phase in ("", "grad_bias") else call.phase]
         row.calls += 1
         row.flop += _flop(call, layers, live)

@@ -20,9 +20,17 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.measuring.speedtable import speed_table as speed_table
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
+    from mest_compile.operators.losses.bce import BCE as BCE
     from mest_compile.operators.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from mest_compile.operators.losses.distill import Distill as Distill
+    from mest_compile.operators.losses.huber import Huber as Huber
     from mest_compile.operators.losses.mse import MSE as MSE
+    from mest_compile.operators.losses.smooth_l1 import SmoothL1 as SmoothL1
+    from mest_compile.operators.losses.soft_cross_entropy import SoftCrossEntropy as SoftCrossEntropy
+    from mest_compile.operators.optimizers.adam import Adam as Adam
     from mest_compile.operators.optimizers.adamw import AdamW as AdamW
+    from mest_compile.operators.optimizers.groups import Group as Group
+    from mest_compile.operators.optimizers.rmsprop import RMSprop as RMSprop
     from mest_compile.operators.optimizers.sgd import SGD as SGD
     from mest_compile.sparsity.schemes.block import Block as Block
     from mest_compile.sparsity.schemes.channel import Channel as Channel
@@ -43,6 +51,7 @@ _HOME = {
     "to_safetensors": "mest_compile.exporting",
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
+    "Group": "mest_compile.operators.optimizers.groups",
     "LayerSpec": "mest_compile.ir.graph",
     "Recipe": "mest_compile.training.recipe",
     "Trainer": "mest_compile.training.loop",

@@ -24,10 +24,7 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.losses.loss import Loss
-from mest_compile.operators.optimizers.optimizer import Optimizer
-from mest_compile.operators.optimizers.sgd import USUAL
-from mest_compile.options import StepOptions, find_loss
+from mest_compile.options import StepOptions, find_loss, find_optimizer
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan, plan_step
@@ -38,7 +35,11 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
 if TYPE_CHECKING:
+    import torch
+
     from mest_compile.devices.session import Device
+    from mest_compile.operators.losses.loss import Loss
+    from mest_compile.operators.optimizers.optimizer import Optimizer
     from mest_compile.runtime.compiled import Compiled
     from mest_compile.runtime.runner import Runner
     from mest_compile.runtime.step import TrainStep
@@ -59,12 +60,12 @@ def compile(
     sparsity: float | Mapping[str, float] = 0.9,
     distribution: str = "uniform",
     dense_layers: Sequence[str] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: str | Mapping[str, Any] | Optimizer | torch.optim.Optimizer | None = None,
     target: str | Path | Target = "local",
     device: Device | None = None,
     threads: int | None = None,
     seed: int = 0,
-    loss: str | Loss = "cross_entropy",
+    loss: str | Mapping[str, Any] | Loss = "cross_entropy",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     lower_density: bool = False,
@@ -84,11 +85,13 @@ def compile(
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
                    "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more
                    than half of the weights
-    optimizer      mest.SGD(...) or mest.AdamW(...); None: mest.SGD()
+    optimizer      mest.SGD(...), Adam, AdamW, RMSprop; its name and options as a text, "adamw:weight_decay=0.05"; an
+                   optimizer of torch, of the model's parameters; None: mest.SGD()
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one
                    can be saved and exported, but needs a device to run
     threads        None: all cores
-    loss           "cross_entropy", or a loss object: mest.CrossEntropy(smoothing), mest.MSE()
+    loss           a name, with options as in "cross_entropy:smoothing=0.1", or a loss object: mest.CrossEntropy,
+                   SoftCrossEntropy, Distill, BCE, MSE, SmoothL1, Huber
     label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for
                      mest.CrossEntropy(smoothing)
     memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet
@@ -113,7 +116,7 @@ def compile(
         sparsity=sparsity,
         distribution=distribution,
         dense_layers=dense_layers,
-        optimizer=USUAL if optimizer is None else optimizer,
+        optimizer=find_optimizer(optimizer, model),
         target=target,
         threads=threads,
         seed=seed,
@@ -263,6 +266,7 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
         "optimizer": document["optimizer"],
         "loss": document["loss"],
         "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
+        "output_shape": list(facts.graph.nodes[-1].shape),
         "activations": facts.activations,
         "versions": {
             name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")

@@ -14,13 +14,15 @@ from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, TargetError, UsageError
+from mest_compile.base.foreign import is_module, is_optimizer
 from mest_compile.hardware.target import Target, find_target, target_names
 from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.operators.losses import cross_entropy
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
-from mest_compile.operators.losses.loss import LOSSES, Loss, read_loss
+from mest_compile.operators.losses.loss import LOSSES, Loss, named_loss, read_loss
 from mest_compile.operators.optimizers import sgd
-from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer, read_optimizer
+from mest_compile.operators.optimizers.from_torch import from_torch
+from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer, named_optimizer, read_optimizer
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.distributions import check_distribution
 from mest_compile.sparsity.scheme import Scheme
@@ -141,11 +143,11 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def find_loss(loss: str | Loss, label_smoothing: float = 0.0) -> Loss:
-    """A loss from its name or itself. label_smoothing: short for CrossEntropy(smoothing). Raises UnknownName,
-    UsageError."""
+def find_loss(loss: str | Mapping[str, Any] | Loss, label_smoothing: float = 0.0) -> Loss:
+    """A loss from its name with options, a table of them, or itself. label_smoothing: short for
+    CrossEntropy(smoothing). Raises UnknownName, UsageError, SpecError."""
     share = checks.number("label_smoothing", label_smoothing, below=1)
-    found = LOSSES.find(loss)() if isinstance(loss, str) else loss
+    found = named_loss(loss) if isinstance(loss, str | Mapping) else loss
     check_loss(found)
     if not share:
         return found
@@ -155,6 +157,26 @@ def find_loss(loss: str | Loss, label_smoothing: float = 0.0) -> Loss:
             "out"
         )
     return CrossEntropy(share)
+
+
+def find_optimizer(optimizer: Any, model: Any = None) -> Optimizer:
+    """An optimizer from its name with options, a table of them, one of torch of the model's parameters, or itself.
+    Raises UnknownName, UsageError, SpecError."""
+    if optimizer is None:
+        return sgd.USUAL
+    if isinstance(optimizer, str | Mapping):
+        return named_optimizer(optimizer)
+    if is_optimizer(optimizer):
+        if not is_module(model):
+            raise UsageError(
+                "an optimizer of torch holds parameters of a torch module, which the model is not; give a "
+                "mest optimizer"
+            )
+        from mest_compile.frontend.torch_checks import unwrapped
+
+        return from_torch(optimizer, dict(unwrapped(model).named_parameters()))
+    check_optimizer(optimizer)
+    return optimizer
 
 
 def check_activations(activations: str, target: Target) -> None:

@@ -12,6 +12,18 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def is_module(value: Any) -> bool:
+    """Of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)
+
+
+def is_optimizer(value: Any) -> bool:
+    """Of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.optim.Optimizer)
+
+
 def is_picture(value: Any) -> bool:
     """An image of Pillow."""
     pillow = sys.modules.get("PIL.Image")

@@ -28,7 +28,7 @@ def build(
     model: Model = "resnet20",
     width: Width = None,
     image: Annotated[str, typer.Option(help="Channels x height x width of the images.")] = "3x32x32",
-    classes: Annotated[int, typer.Option(help="Classes to tell apart.", min=2)] = 10,
+    classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = 0.9,
@@ -45,6 +45,12 @@ def build(
     grow_to: Annotated[
         float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")
     ] = None,
+    loss: Annotated[
+        str, typer.Option(help="Name, with options as in cross_entropy:smoothing=0.1,weight=[1,2].")
+    ] = "cross_entropy",
+    optimizer: Annotated[
+        str, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
+    ] = "sgd",
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -59,7 +65,7 @@ def build(
     import mest_compile as mest
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
-    from mest_compile.options import StepOptions
+    from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
     from mest_compile.sparsity import parse_scheme
 
@@ -92,6 +98,8 @@ def build(
                 target=target,
                 threads=threads,
                 seed=seed,
+                loss=find_loss(loss),
+                optimizer=find_optimizer(optimizer),
                 activations=activations,
                 memory_budget=memory_budget,
                 grow_to=grow_to,

@@ -8,30 +8,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mest_compile.training.metrics import Metric
+
 SMOOTHING = 0.9  # loss and accuracy shown are moving means over about ten batches; single batches jump too much to read
 
 
 class TrainingProgress:
     """Implements training.Progress on a rich console; a context manager.
 
-    batch  examples per step
+    batch   examples per step
+    metric  how good answers are
     """
 
-    def __init__(self, console: Console, batch: int):
+    def __init__(self, console: Console, batch: int, metric: Metric):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console, self._batch = console, batch
+        self._console, self._batch, self._metric = console, batch, metric
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  train {task.fields[right]:.1%}"),
+            TextColumn("loss {task.fields[loss]:.4f}  train {task.fields[right]}"),
             TextColumn("{task.fields[state]}{task.fields[rate]:.0f} images/s"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, right=0.0, state="", rate=0.0)
+        self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, right="-", state="", rate=0.0)
         self._means: tuple[float, float] | None = None
         self._state, self._epochs = "", 0
         self._last = perf_counter()
@@ -54,21 +57,22 @@ class TrainingProgress:
             completed=(epoch - 1) * batches + batch,
             epoch=f"{epoch}/{epochs}",
             loss=self._means[0],
-            right=self._means[1],
+            right=self._metric.shown(self._means[1]),
             state=self._state,
             rate=rate,
         )
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
-        tested = metrics["test_accuracy"]
+        metric = self._metric
+        trained, tested = (metrics[f"{part}_{metric.name}"] for part in ("train", "test"))
         parts = [
             f"epoch {metrics['epoch']}/{self._epochs}",
             f"loss {metrics['loss']:.4f}",
-            f"train {metrics['train_accuracy']:.2%}",
-            "test -" if tested is None else f"test {tested:.2%}",
+            f"train {metric.shown(trained)}",
+            f"test {metric.shown(tested)}",
             f"{metrics['images_per_second']:.0f} images/s",
         ]
-        state = [] if tested is None else [f"test {tested:.2%}"]
+        state = [] if tested is None else [f"test {metric.shown(tested)}"]
         if (sparsity := metrics["overall_sparsity"]) is not None:
             state.append(f"sparsity {sparsity:.3f}")
             parts.append(state[-1])

@@ -16,20 +16,21 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Plots and one self-contained HTML page from a run folder."""
+    from mest_compile.training.metrics import main_metric
     from mest_compile.training.reporting import write_report
 
     facts = write_report(run, out)
     if as_json:
         print_json(facts)
         return
-    accuracy = "-" if facts["test_accuracy"] is None else f"{facts['test_accuracy']:.2%}"
+    metric = main_metric(facts)
     print_table(
-        ["epochs", "loss", "test accuracy", "mutations", "iterations saved", "report"],
+        ["epochs", "loss", f"test {metric.label}", "mutations", "iterations saved", "report"],
         [
             [
                 f"{facts['epochs']}/{facts['of_epochs']}",
                 f"{facts['loss']:.4f}",
-                accuracy,
+                metric.shown(facts[f"test_{metric.name}"]),
                 facts["mutations"],
                 facts["iterations_saved"],
                 facts["files"][0],

@@ -40,6 +40,7 @@ class Request:
     width: int | None = None
     data_folder: Path | None = None
     batch: int = 64
+    teacher: Path | None = None
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -61,7 +62,16 @@ def train(
         float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")
     ] = None,
     batch: Batch = 64,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.1, or the artifact's.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. Default: the optimizer's, or the artifact's.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="Name, with options as in cross_entropy:smoothing=0.1,weight=[1,2].")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint whose model teaches, for the loss distill.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     target: TargetName = "local",
     tracker: Annotated[
@@ -108,7 +118,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
-    from mest_compile.options import StepOptions
+    from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.sparsity import parse_scheme
     from mest_compile.training.ondevice import Job, check_artifact_options
     from mest_compile.training.recipe import Recipe
@@ -140,6 +150,8 @@ def train(
         "memory_budget": memory_budget,
         "lower_density": lower_density,
         "activations": activations,
+        "loss": loss,
+        "optimizer": optimizer,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
@@ -168,11 +180,16 @@ def train(
         _show(_run_artifact(job), as_json)
         return
     of_step = {field.name: where.pop(field.name) for field in fields(StepOptions) if field.name in where}
+    of_step |= {
+        "loss": find_loss(of_step["loss"] or "cross_entropy"),
+        "optimizer": find_optimizer(of_step["optimizer"]),
+    }
     request = Request(
         **where,
         recipe=chosen,
         options=StepOptions(**of_step),
         data_folder=data_folder,
+        teacher=teacher,
         out=out,
         tracker=tracker,
         key=key,
@@ -186,7 +203,7 @@ def _run_artifact(job: Job) -> Run:
 
     console = stderr_console()
     trainer, split = open_job(job)
-    with TrainingProgress(console, trainer.step.batch) as progress:
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress = progress
         return _fit(trainer, split, console, f"--artifact {job.artifact} --data {job.data} ")
 
@@ -197,8 +214,10 @@ def _new_folder(name: str) -> Path:
 
 def start_run(request: Request) -> Run:
     """Compiles and trains. What can be checked is checked before anything is compiled or written."""
+    import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.hardware.target import find_target
+    from mest_compile.training.judging import Judge
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
@@ -207,11 +226,13 @@ def start_run(request: Request) -> Run:
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{scheme}"))
     folder.require_free()
     _check_target(target, find_device(request.tracker, request.key))
-    split = load(request.data, request.data_folder)
+    teacher = None if request.teacher is None else mest.load(request.teacher).predict
+    split = load(request.data, request.data_folder, numbers=Judge.wants_numbers(request.options.loss))
     with console.status(f"compiling {request.model} for {request.options.target}"):
         step = _compile(request, split)
-    with TrainingProgress(console, step.batch) as progress:
-        trainer = Trainer(step, request.recipe, folder.path, progress, request.specialize)
+    trainer = Trainer(step, request.recipe, folder.path, None, request.specialize, teacher)
+    with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
+        trainer.progress = progress
         source: dict[str, Any] = {
             "data": request.data,
             "data_folder": request.data_folder and str(request.data_folder.resolve()),
@@ -220,6 +241,8 @@ def start_run(request: Request) -> Run:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
+        if request.teacher is not None:
+            source["teacher"] = str(request.teacher.resolve())
         trainer.source = source
         return _fit(trainer, split, console)
 
@@ -237,20 +260,22 @@ def _check_target(target: Target, device: Device | None) -> None:
 
 def continue_run(folder: Path, epochs: int | None = None, batch: int | None = None, target: str | None = None) -> Run:
     """Resumes the run in `folder` on its own data; what is given is otherwise than it was."""
+    import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.hardware.target import find_target
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
     source = RunFolder(folder).read_source()
-    split = load(source["data"], source.get("data_folder"))
+    teacher = mest.load(source["teacher"]).predict if "teacher" in source else None
     device = find_device(source.get("tracker"), source.get("key"))
     if target is not None:
         _check_target(find_target(target), device)
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
-        trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target)
-    with TrainingProgress(console, trainer.step.batch) as progress:
+        trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target, teacher=teacher)
+    split = load(source["data"], source.get("data_folder"), numbers=trainer.judge.takes_numbers)
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)
 
@@ -281,7 +306,7 @@ def _compile(request: Request, split: Split) -> Any:
     options = request.recipe.step_options(request.options)
     model: Any = request.model
     if not request.model.endswith(".onnx"):
-        model = build_model(request.model, shape, split.train.classes, request.width, options.seed)
+        model = build_model(request.model, shape, split.train.outputs, request.width, options.seed)
     elif request.width is not None:
         raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
     return compile_step(model, shape, options, find_device(request.tracker, request.key))
@@ -297,22 +322,22 @@ def _show(run: Run, as_json: bool) -> None:
         print_json(
             {
                 "folder": str(run.folder),
-                "test_accuracy": run.test_accuracy,
+                f"test_{run.metric.name}": run.test_score,
                 "best": run.best,
                 "recipe": run.recipe.to_dict(),
                 "epochs": run.history,
             }
         )
         return
-    last = run.history[-1]
+    last, metric = run.history[-1], run.metric
     print_table(
-        ["epochs", "loss", "train accuracy", "test accuracy", "images/s", "run folder"],
+        ["epochs", "loss", f"train {metric.label}", f"test {metric.label}", "images/s", "run folder"],
         [
             [
                 last["epoch"],
                 f"{last['loss']:.4f}",
-                f"{last['train_accuracy']:.2%}",
-                f"{last['test_accuracy']:.2%}",
+                metric.shown(last[f"train_{metric.name}"]),
+                metric.shown(last[f"test_{metric.name}"]),
                 f"{last['images_per_second']:.0f}",
                 run.folder,
             ]

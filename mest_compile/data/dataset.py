@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.data.examples import Array, Examples, array_of, gather, labels_of, turned
 
 SOURCES = Registry("data set", "mest_compile.data.sources")
+NO_LABEL = -100  # of what does not count, as torch has it; losses take it that are told so
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +25,8 @@ class Dataset:
     """Labelled images in memory.
 
     images     (n, channels, height, width) uint8 or float32
-    labels     (n,) int64, in [0, classes)
+    labels     (n,) int64, in [0, classes) or `ignored`, or maps of them (n, H, W); or numbers, (n,) or (n, k) float32
+    classes    0 where labels are numbers
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
     flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
     Raises DataError when these contradict each other.
@@ -36,6 +39,7 @@ class Dataset:
     std: np.ndarray
     name: str
     flip: bool = False
+    ignored: int = NO_LABEL
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
@@ -43,17 +47,23 @@ class Dataset:
                 f"{self.name}: images must be (n, channels, height, width) uint8 or float32, "
                 f"not {self.images.shape} {self.images.dtype}"
             )
-        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+        shaped = self.labels.ndim >= 1 if self.numbers else self.labels.ndim in (1, 3)
+        if not shaped or len(self.labels) != len(self.images) or self.labels.dtype not in (np.int64, np.float32):
             raise DataError(
                 f"{self.name}: {len(self.images)} images need as many int64 labels, "
                 f"not {self.labels.shape} {self.labels.dtype}"
             )
         if not len(self.images):
             raise DataError(f"{self.name}: there are no examples")
-        if self.labels.min() < 0 or self.labels.max() >= self.classes:
-            raise DataError(
-                f"{self.name}: labels must be in 0..{self.classes - 1}, found {self.labels.min()}..{self.labels.max()}"
-            )
+        if self.numbers:
+            if not np.isfinite(self.labels).all():
+                raise DataError(f"{self.name}: labels hold NaN or infinity")
+        else:
+            counted = self.labels[self.labels != self.ignored]
+            if counted.size and (counted.min() < 0 or counted.max() >= self.classes):
+                raise DataError(
+                    f"{self.name}: labels must be in 0..{self.classes - 1}, found {counted.min()}..{counted.max()}"
+                )
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
         channels = self.images.shape[1:2]
@@ -74,11 +84,12 @@ class Dataset:
         classes: int | None = None,
         like: Dataset | None = None,
         flip: bool = False,
+        ignored: int = NO_LABEL,
     ) -> Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
         taken as they are.
 
-        classes  None: the largest label + 1
+        classes  None: the largest label + 1; of numbers there are none
         like     a training set whose classes, mean, std and flip are used instead: what a test set needs
         """
         if like is not None:
@@ -88,15 +99,27 @@ class Dataset:
                     f"{name}: images are {found} {images.dtype}, "
                     f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}"
                 )
-            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip)
+            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip, like.ignored)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
-        return cls(
-            images, labels, int(labels.max()) + 1 if classes is None else classes, *_statistics(images), name, flip
-        )
+        if labels.dtype == np.float32:
+            classes = 0
+        elif classes is None:
+            classes = int(labels.max(initial=-1, where=labels != ignored)) + 1
+        return cls(images, labels, classes, *_statistics(images), name, flip, ignored)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def numbers(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.labels.dtype == np.float32
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a model of it has: one a class, or one a number."""
+        return math.prod(self.labels.shape[1:2]) if self.numbers else self.classes
 
     @property
     def pad(self) -> int:
@@ -135,41 +158,61 @@ class Split:
 
 
 Source = Callable[[Path | None], Split]
+OF_NUMBERS: dict[str, Source] = {}  # sources whose labels may be numbers
 
 
-def source(name: str) -> Callable[[Source], Source]:
-    """Function decorator: registers a data source, a function (folder: Path | None) -> Split."""
+def source(name: str, numbers: Source | None = None) -> Callable[[Source], Source]:
+    """Function decorator: registers a data source, a function (folder: Path | None) -> Split. numbers: reads it where
+    labels are numbers; None: it has classes."""
 
     def register(function: Source) -> Source:
         SOURCES.add(name, function)
+        if numbers is not None:
+            OF_NUMBERS[name] = numbers
         return function
 
     return register
 
 
-def load(name: str, folder: str | os.PathLike | None = None) -> Split:
+def load(name: str, folder: str | os.PathLike | None = None, numbers: bool = False) -> Split:
     """The data set of that name, read from `folder` where it has files.
 
+    numbers  labels are numbers, not classes
     Raises UnknownName, and DataError when files are missing or damaged.
     """
-    return SOURCES.find(name)(None if folder is None else Path(folder))
+    read = SOURCES.find(name)
+    if numbers and name not in OF_NUMBERS:
+        raise DataError(
+            f"{name} has classes, and the loss takes numbers; give data of {' or '.join(OF_NUMBERS)}, or another loss"
+        )
+    return (OF_NUMBERS[name] if numbers else read)(None if folder is None else Path(folder))
 
 
-def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = None, name: str = "arrays") -> Dataset:
+def as_dataset(
+    data: Any,
+    *,
+    classes: int | None = None,
+    like: Dataset | None = None,
+    name: str = "arrays",
+    numbers: bool = False,
+    ignored: int = NO_LABEL,
+) -> Dataset:
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
           -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel,
-          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more.
+          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more, one an
+          example or one a pixel, and `ignored` where there is none.
+    numbers  labels are numbers instead, one or several an example
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
     """
     if isinstance(data, Dataset):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Array):
-        images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name)
+        images, labels = array_of(data[0], f"{name}: the images"), labels_of(data[1], name, numbers)
     elif isinstance(data, Examples):
-        images, labels = gather(data, name)
+        images, labels = gather(data, name, numbers)
     else:
         raise DataError(
             f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}"
@@ -186,7 +229,7 @@ def as_dataset(data: Any, *, classes: int | None = None, like: Dataset | None = 
     with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
         images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
-    return Dataset.of(images, labels, name, classes=classes, like=like)
+    return Dataset.of(images, labels, name, classes=classes, like=like, ignored=ignored)
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

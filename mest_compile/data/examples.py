@@ -54,9 +54,15 @@ def array_of(value: Any, what: str) -> np.ndarray:
         raise DataError(f"{what} are no array of numbers ({' '.join(str(problem).split())[:200]})") from problem
 
 
-def labels_of(value: Any, name: str) -> np.ndarray:
-    """Labels (n,) as int64. Raises DataError unless they are whole numbers by type."""
+def labels_of(value: Any, name: str, numbers: bool = False) -> np.ndarray:
+    """Labels (n,) or (n, H, W) as int64, or numbers as float32. Raises DataError unless they are whole numbers by type,
+    or real ones."""
     labels = array_of(value, f"{name}: the labels")
+    if numbers:
+        if labels.dtype.kind not in "iufb":
+            raise DataError(f"{name}: labels must be real numbers, not {labels.dtype}")
+        with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+            return labels.astype(np.float32, copy=False)
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{name}: labels must be integers, not {labels.dtype}; number the classes from 0 and give "
@@ -67,8 +73,9 @@ def labels_of(value: Any, name: str) -> np.ndarray:
     return labels.astype(np.int64, copy=False)
 
 
-def gather(data: Examples, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of a torch-style Dataset, read once. Raises DataError unless all examples are alike."""
+def gather(data: Examples, name: str, numbers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a torch-style Dataset, read once; labels are numbers, or classes. Raises DataError unless all
+    examples are alike."""
     images: np.ndarray | None = None
     labels = np.empty(len(data), np.int64)
     for i in range(len(data)):
@@ -85,7 +92,13 @@ def gather(data: Examples, name: str) -> tuple[np.ndarray, np.ndarray]:
                 f"all must be alike"
             )
         images[i] = array
-        labels[i] = _label(label, f"{name}: the label of example {i}")
+        what = f"{name}: the label of example {i}"
+        found = labels_of(label, what, numbers) if numbers or np.ndim(label) == 2 else np.int64(_label(label, what))
+        if i == 0:
+            labels = np.empty((len(data), *found.shape), found.dtype)
+        if found.shape != labels.shape[1:]:
+            raise DataError(f"{what} has shape {found.shape}, that of example 0 {labels.shape[1:]}; all must be alike")
+        labels[i] = found
     if images is None:
         raise DataError(f"{name}: there are no examples")
     return images, labels

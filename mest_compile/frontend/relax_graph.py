@@ -188,10 +188,10 @@ class Reader:
         if isinstance(result, tuple):
             raise SpecError(f"a model that returns the logits alone is wanted, this one returns {len(result)} values")
         logits = self.activation(result)
-        if len(logits.shape) != 2 or logits.shape[0] != input_shape[0]:
+        if len(logits.shape) not in (2, 4) or logits.shape[0] != input_shape[0]:
             raise SpecError(
-                f"logits of shape ({input_shape[0]}, classes) are wanted, the model gives {logits.shape}: "
-                "end it with flatten and a linear layer"
+                f"logits of shape ({input_shape[0]}, classes) are wanted, or maps of them, the model gives "
+                f"{logits.shape}: end it with flatten and a linear layer"
             )
         prepared, nodes = split_prepared(name_nodes(self.drafts, logits.draft))
         return ForwardGraph(nodes, input_shape, self.state_shapes, prepared), self.transposed

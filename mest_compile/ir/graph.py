@@ -99,7 +99,8 @@ class Preparation:
 
 @dataclass(frozen=True, slots=True)
 class ForwardGraph:
-    """A model's forward pass in topological order; the last node gives the logits (N, classes).
+    """A model's forward pass in topological order; the last node gives the logits (N, classes), or maps
+    of them (N, classes, H, W).
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
     prepared      what becomes of the input before the nodes see it, one after another

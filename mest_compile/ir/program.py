@@ -10,13 +10,13 @@ from typing import Any, Literal
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 
-# "statistics" is what a training step writes of its forward pass; "update" uses held buffers only, so that it can be
-# run on its own.
-Stage = Literal["forward", "statistics", "backward", "update"]
+# "statistics" is what a training step writes of its forward pass; "clip" bounds the norm of the gradients. "update",
+# whose calls stand among those of the backward pass, uses held buffers only, so that it can be run on its own.
+Stage = Literal["forward", "statistics", "backward", "clip", "update"]
 FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: program and its stages
     "train": ("train", ("forward", "statistics", "backward", "update")),
     "gradients": ("train", ("forward", "backward")),
-    "backward": ("train", ("forward", "statistics", "backward")),
+    "backward": ("train", ("forward", "statistics", "backward", "clip")),
     "update": ("train", ("update",)),
     "predict": ("predict", ("forward",)),
 }

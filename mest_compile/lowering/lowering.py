@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory
 from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
+from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
 from mest_compile.operators.losses.loss import Loss
 from mest_compile.operators.operator import OPERATORS
-from mest_compile.operators.optimizers.optimizer import Optimizer, Update
+from mest_compile.operators.optimizers.groups import Settings, hyper_name
+from mest_compile.operators.optimizers.optimizer import Bound, Norm, Optimizer, Update, UpdatePart
 from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.sparsity.layer import Layer
 
@@ -42,6 +43,7 @@ class Lowering:
         self.graph = graph
         self.activations = activations
         self.optimizer = optimizer
+        self.settings = Settings(optimizer, graph.nodes)
         self.layers = layers
         self.vector = vector
         self.held = held
@@ -148,9 +150,9 @@ class Lowering:
             self.held[name] = Buffer(name, elems, dtype, kind)
         return self.held[name]
 
-    def hyper(self) -> Buffer:
-        """The optimizer's scalars at this update."""
-        return self.hold("hyper", len(self.optimizer.scalars), "batch")
+    def hyper(self, parameter: str) -> Buffer:
+        """The optimizer's scalars at this update, for a parameter of that name."""
+        return self.hold(hyper_name(self.settings.of(parameter)), len(self.optimizer.rule.scalars), "batch")
 
     def parameter(self, node: Node, *roles: str) -> Buffer:
         """Dense parameters or statistics of these roles, flat, one after another."""
@@ -237,8 +239,6 @@ def _buffer_of(name: str, image: Image) -> Activation:
 def _start(low: Lowering) -> Activation:
     """Reads the batch (N, C, H, W) into the input's image; returns the logits' buffer after the whole forward pass."""
     graph = low.graph
-    if len(graph.nodes[-1].shape) != 2:
-        raise SpecError(f"the model's output has shape {graph.nodes[-1].shape}; wanted (N, classes)")
     entry = Node("input", "input", (), graph.input_shape)
     images = low.hold("images", int(np.prod(graph.input_shape)), "batch")
     target = low.output(entry)
@@ -280,7 +280,7 @@ def lower_training(
 ) -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
     backward pass."""
-    loss.check(graph.nodes[-1].shape)  # type: ignore[arg-type]
+    loss.check(graph.nodes[-1].shape)
     low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer)
     _start(low)
     low.stage = "backward"
@@ -289,19 +289,48 @@ def lower_training(
         if low.has_gradient(node):
             OPERATORS.find(node.op).backward(node, low)
     for values, gradients in low._updates.items():
-        states = [low.hold(f"{values.name}:{state}", values.elems, "optimizer") for state in optimizer.state]
-        low.call_update(
-            "optimizer.update",
-            Update(optimizer.name),
-            values,
-            gradients,
-            *states,
-            low.hyper(),
-            name=f"{values.name}.update",
-        )
+        _update(low, values, gradients)
+    _bound(low)
     program = Program("train", low.calls)
     plan_memory(program)
     return program
+
+
+def _update(low: Lowering, values: Buffer, gradients: Buffer) -> None:
+    """Updates dense parameters, those of one array that are of different groups one after another."""
+    rule = low.optimizer.rule_name
+    states = [low.hold(f"{values.name}:{state}", values.elems, "optimizer") for state in low.optimizer.state]
+    arrays = values, gradients, *states
+    settings = [low.settings.of(name) for name in values.parts]
+    if len(set(settings)) == 1:
+        hyper = low.hyper(values.parts[0])
+        low.call_update("optimizer.update", Update(rule), *arrays, hyper, name=f"{values.name}.update")
+        return
+    assert values.elems is not None, "dense parameters have a size"
+    start = 0
+    for name in values.parts:
+        elems = int(np.prod(low.graph.state_shapes[name]))
+        part = UpdatePart(rule, start, elems, values.elems)
+        low.call_update("optimizer.update_part", part, *arrays, low.hyper(name), name=f"{name}.update")
+        start += elems
+
+
+def _bound(low: Lowering) -> None:
+    """Scales all gradients together, so that their norm is at most a bound. A weight that is computed twice counts
+    once."""
+    low.stage = "clip"
+    norm, bound = (low.hold(f"clip:{name}", 1, "batch") for name in ("norm", "bound"))
+    nodes = {node.params["weight"]: node for node in low.graph.nodes if node.params.get("weight") in low.layers}
+    gradients = [buffer for buffer in low.held.values() if buffer.kind == "gradients"]
+    for number, buffer in enumerate(gradients):
+        places = None
+        if buffer.layer:
+            layer, node = low.layers[buffer.layer], nodes[buffer.layer]
+            places = FAMILIES.find(layer.kernels).once(layer, low.needs_gradient(node.inputs[0]), low)
+        listed = [] if places is None else [places]
+        low.call("optimizer.norm", Norm(number == 0, bool(listed)), buffer, *listed, norm)
+    for buffer in gradients:
+        low.call("optimizer.bound", Bound(), buffer, norm, bound)
 
 
 def lower_prediction(
@@ -315,9 +344,9 @@ def lower_prediction(
     """The forward pass with running statistics, in the training program's memory."""
     low = Lowering(graph, layers, vector, held, training=False, activations=activations)
     logits = _start(low)
-    batch, classes = graph.nodes[-1].shape
     assert logits.image
-    low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", batch * classes, "batch"))
+    outputs = int(np.prod(graph.nodes[-1].shape))
+    low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", outputs, "batch"))
     program = Program("predict", low.calls)
     plan_memory(program, slots)
     return program

@@ -49,7 +49,7 @@ def build_model(
         if width is None
         else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
     )
-    classes, seed = checks.whole("classes", classes, 2, error=SpecError), checks.whole("seed", seed)
+    classes, seed = checks.whole("classes", classes, 1, error=SpecError), checks.whole("seed", seed)
     input_shape = checks.shape("input_shape", input_shape, SpecError)
     if len(input_shape) not in ((2, 4) if name == "mlp" else (4,)):
         raise SpecError(

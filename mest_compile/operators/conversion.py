@@ -21,7 +21,7 @@ class ImageImport:
 
 @dataclass(frozen=True, slots=True)
 class ImageExport:
-    """Kernel "image.export": source (source.elems,) of 1x1 pixels, result (N, C) float32."""
+    """Kernel "image.export": source (source.elems,), result (N, C, H, W) float32."""
 
     source: Image
 
@@ -51,5 +51,5 @@ def import_reference(images: np.ndarray) -> np.ndarray:
 
 
 def export_reference(source: np.ndarray) -> np.ndarray:
-    """(N, C) of source (C, 1, 1, N)."""
-    return source[:, 0, 0, :].T
+    """(N, C, H, W) of source (C, H, W, N)."""
+    return np.moveaxis(source, -1, 0)

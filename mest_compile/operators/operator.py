@@ -92,8 +92,8 @@ class Trace(Protocol):
     def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
         """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""
 
-    def hyper(self) -> Buffer:
-        """The optimizer's scalars at this update."""
+    def hyper(self, parameter: str) -> Buffer:
+        """The optimizer's scalars at this update, for a parameter of that name."""
 
     def parameter(self, node: Node, *roles: str) -> Buffer:
         """Dense parameters or statistics of these roles, flat, one after another."""

@@ -61,8 +61,9 @@ class Compiled:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """loss: of the batch, as the step was compiled with; correct: (N,) bool, whether the largest logit is the label's,
-    None of a loss that does not tell that (MSE).
+    of maps (N, H, W). None of a loss that does not tell that (MSE), which tells outputs: (N, outputs) float32.
     """
 
     loss: float
     correct: np.ndarray | None
+    outputs: np.ndarray | None = None

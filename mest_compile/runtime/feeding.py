@@ -18,8 +18,8 @@ from mest_compile.runtime.runner import Runner, SendsAhead
 class Feeding:
     """Puts batches where a step's programs read them.
 
-    input_shape  of a whole batch of images
-    classes      outputs of an example; labels are as the loss reads them
+    input_shape   of a whole batch of images
+    output_shape  of what the model gives for it; labels are as the loss reads them
     activations  what the step stores images as
     prepare      what the model does to images first
     """
@@ -28,14 +28,17 @@ class Feeding:
         self,
         runner: Runner,
         input_shape: tuple[int, ...],
-        classes: int,
+        output_shape: tuple[int, ...],
         loss: Loss,
         activations: str,
         prepare: Callable[[np.ndarray], np.ndarray],
     ):
         self._runner, self._prepare = runner, prepare
-        self._input_shape, self._classes, self._loss, self._activations = input_shape, classes, loss, activations
+        self._input_shape, self._output_shape = input_shape, output_shape
+        self._loss, self._activations = loss, activations
         self._ahead: tuple[Any, Any] | None = None
+        for name, array in loss.constants(output_shape).items():
+            runner.put(name, array)
 
     def load(self, images: Any, labels: Any) -> None:
         """Puts a batch, unless it was sent ahead. Raises InputError."""
@@ -44,20 +47,19 @@ class Feeding:
             assert isinstance(self._runner, SendsAhead)
             self._runner.turn()
             return
-        images, labels = self._check(images, labels)
-        self._runner.put("images", images)
-        self._runner.put("labels", labels)
+        for name, array in self._check(images, labels).items():
+            self._runner.put(name, array)
 
     def send_ahead(self, batch: tuple[Any, Any] | None) -> None:
         """Sends (images, labels) of the next `load`, the very same objects, if the runner can."""
         if batch is None or not isinstance(self._runner, SendsAhead):
             return
         try:
-            images, labels = self._check(*batch)
+            arrays = self._check(*batch)
         except InputError:  # which the next call tells; this one is done
             return
-        self._runner.put_ahead("images", images)
-        self._runner.put_ahead("labels", labels)
+        for name, array in arrays.items():
+            self._runner.put_ahead(name, array)
         self._ahead = batch
 
     def load_images(self, images: np.ndarray) -> None:
@@ -75,16 +77,23 @@ class Feeding:
             )
         return self._prepared(images)
 
-    def _check(self, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The batch as it is sent. Raises InputError."""
-        images, labels = (
-            arguments.array(images, np.float32, "images"),
-            arguments.array(labels, self._loss.reads, "labels"),
-        )
+    def _check(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
+        """{name: array} of the batch as it is sent. Raises InputError."""
+        images = arguments.array(images, np.float32, "images")
+        reads = self._loss.reads
+        if len(reads) > 1 and not (isinstance(labels, tuple | list) and len(labels) == len(reads)):
+            raise InputError(
+                f"labels are {type(labels).__name__}; mest.{type(self._loss).__name__} takes a tuple of "
+                f"{' and '.join(name for name, _ in reads)}"
+            )
+        given = [
+            arguments.array(one, dtype, name)
+            for one, (name, dtype) in zip(labels if len(reads) > 1 else [labels], reads, strict=True)
+        ]
         if images.shape != self._input_shape:
             raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
-        labels = self._loss.targets(labels, (self._input_shape[0], self._classes))
-        return self._prepared(images).ravel(), labels
+        targets = self._loss.targets(*given, shape=self._output_shape)
+        return {"images": self._prepared(images).ravel(), **targets}
 
     def _prepared(self, images: np.ndarray) -> np.ndarray:
         images = self._prepare(images)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import StateError, UsageError
+from mest_compile.operators.optimizers.optimizer import read_optimizer
 from mest_compile.runtime import arguments, checkpoint
 from mest_compile.runtime.changes import Part
 from mest_compile.runtime.compiled import Compiled
@@ -54,7 +55,7 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | P
             f"checkpoint {path} is of another sparsity scheme or dense layers; load it with mest.load, or compile the "
             f"step as then"
         )
-    rule, its = (document["optimizer"].get("name", "sgd") for document in (mine, theirs))
+    rule, its = (read_optimizer(document["optimizer"]).rule_name for document in (mine, theirs))
     if rule != its:
         raise StateError(
             f"checkpoint {path} is of optimizer {its!r}, the step has {rule!r}; load it with mest.load, or "
@@ -75,6 +76,7 @@ def parts_of(
     Raises StateError where some are missing.
     """
     held = {name.removeprefix("held/"): array for name, array in arrays.items() if name.startswith("held/")}
+    held = {name: array for name, array in held.items() if name in state.held}  # momentum of 0 had an array, once
     lacking = {f"order/{name}" for name in compiled.layers} - arrays.keys()
     lacking |= {f"held/{name}" for name in state.own() if name not in held}
     lacking |= {f"kept/{name}" for name in state.kept} - arrays.keys()

@@ -84,22 +84,6 @@ class HeldState:
         """Copies of the arrays of some kinds, by name."""
         return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
 
-    def clip_gradients(self, most: float) -> None:
-        """Scales all gradients, so that their norm is at most `most`. A weight that its kernel computes twice counts
-        once."""
-        gradients = self.of_kinds("gradients")
-        squares = 0.0
-        for name, array in gradients.items():
-            layer = self._layers.get(weight := self.held[name].layer)
-            once = (
-                array if layer is None else array.reshape(-1, layer.scheme.cell_elems(layer.spec))[self.places[weight]]
-            )
-            squares += float(np.square(once, dtype=np.float64).sum())
-        norm = squares**0.5
-        if not norm <= most:
-            for name, array in gradients.items():
-                self.put(name, array * np.float32(most / norm))
-
     def count_batch(self) -> None:
         """Adds one to the number of batches that each BatchNorm has taken into its statistics, if torch keeps it."""
         for name in self._counters:

@@ -16,6 +16,7 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
+from mest_compile.operators.optimizers.groups import Settings, hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, Part, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
@@ -45,13 +46,14 @@ class TrainStep(Tells):
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
+        self._settings = Settings(compiled.optimizer, compiled.graph.nodes).listed
         self._updates = 0  # of the parameters since the first weights
         self._from_file = False
         self._runner = compiled.runner()
-        self._feeding = self._new_feeding(self._runner)
         self._state = HeldState(
             (compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner
         )
+        self._feeding = self._new_feeding(self._runner)
         self._state.check(state)
         self._mutating = Mutating(compiled.layers, compiled.graph.state_shapes, self._state)
         for name, cells in self._mutating.by_magnitude(state, self._rng):
@@ -80,8 +82,8 @@ class TrainStep(Tells):
     ) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), or (N, outputs) numbers
-        for mest.MSE; numpy or torch. lr: None takes the optimizer's.
+        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), (N, outputs) numbers
+        for mest.MSE, a pair for mest.Distill; numpy or torch. lr: None takes the optimizer's.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's
         clip_grad_norm_ does: by NaN where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes
@@ -102,30 +104,32 @@ class TrainStep(Tells):
         self._feeding.load(images, labels)
         self._updates += 1
         self._state.count_batch()
-        self._state.put("hyper", rule.hyper(self._updates, rate))
+        self._put_hyper(self._updates, rate)
         if bound is None:
             self._runner.run("train")
         else:
+            self._state.put("clip:bound", np.array([bound], np.float32))
             with uninterrupted():
                 self._runner.run("backward")
-                self._state.clip_gradients(bound)
                 self._runner.run("update")
         self._feeding.send_ahead(ahead)
-        tells = self._compiled.facts.loss.tells_correct
-        return StepResult(
-            float(self._state.get("loss")[0]), self._state.get("correct")[: self.batch].astype(bool) if tells else None
-        )
+        loss = float(self._state.get("loss")[0])
+        if not self.loss.tells_correct:
+            return StepResult(loss, None, self._state.get("logits").reshape(self.output_shape))
+        answers = (self.batch, *self.output_shape[2:])
+        return StepResult(loss, self._state.get("correct").astype(bool).reshape(answers))
 
     @in_turn
     def predict(self, images: Any) -> np.ndarray:
-        """Logits (n, classes) in evaluation mode (running statistics), for any number n of images."""
+        """Logits (n, classes), or maps of them (n, classes, H, W), in evaluation mode (running statistics), for any
+        number n of images."""
         images = self._feeding.check_images(images)
-        logits = np.empty((len(images), self.classes), np.float32)
+        logits = np.empty((len(images), *self.output_shape[1:]), np.float32)
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             self._feeding.load_images(part)
             self._runner.run("predict")
-            logits[start : start + len(part)] = self._state.get("logits").reshape(self.batch, -1)[: len(part)]
+            logits[start : start + len(part)] = self._state.get("logits").reshape(self.output_shape)[: len(part)]
         return logits
 
     @in_turn
@@ -173,7 +177,7 @@ class TrainStep(Tells):
         self._feeding.load(images, labels)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
-            self._state.put("hyper", self._compiled.optimizer.hyper(1, 0.0))
+            self._put_hyper(1, 0.0)
             yield
         finally:
             self._changes.finish()
@@ -354,13 +358,19 @@ class TrainStep(Tells):
 
     # Internal.
 
+    def _put_hyper(self, count: int, rate: float) -> None:
+        """The optimizer's scalars of update number `count`, of every group of parameters."""
+        for place, group in enumerate(self._settings):
+            if (name := hyper_name(place)) in self._state.held:
+                self._state.put(name, self._compiled.optimizer.hyper_of(group, count, rate))
+
     def _new_feeding(self, runner: Runner) -> Feeding:
         facts = self._compiled.facts
 
         def prepare(images: np.ndarray) -> np.ndarray:
             return prepared(images, facts.graph.prepared, self._state.kept)
 
-        return Feeding(runner, self.input_shape, self.classes, facts.loss, facts.activations, prepare)
+        return Feeding(runner, self.input_shape, self.output_shape, facts.loss, facts.activations, prepare)
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent

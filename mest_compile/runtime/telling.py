@@ -11,6 +11,7 @@ import numpy as np
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
+from mest_compile.operators.losses.loss import Loss
 from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.footprint import footprint
 from mest_compile.runtime.changes import Changes, in_turn
@@ -51,6 +52,15 @@ class Tells:
     def graph(self) -> ForwardGraph:
         """The forward pass, as it was imported."""
         return self._compiled.graph
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, classes), or (N, classes, H, W) of maps."""
+        return tuple(self._compiled.graph.nodes[-1].shape)
+
+    @property
+    def loss(self) -> Loss:
+        return self._compiled.facts.loss
 
     @property
     def optimizer(self) -> Optimizer:

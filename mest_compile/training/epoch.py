@@ -1,4 +1,4 @@
-"""One pass over a data set: to train on it, or to see how many examples a step tells right."""
+"""One pass over a data set: to train on it, or to see how good a step's answers are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from mest_compile.base.errors import MestError
 from mest_compile.data import Dataset, batches
+from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.run import Progress
 from mest_compile.training.sieve import Sieve
@@ -23,6 +24,7 @@ SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
 
 def train_epoch(
     step: Any,
+    judge: Judge,
     recipe: Recipe,
     epoch: int,
     train: Dataset,
@@ -34,15 +36,16 @@ def train_epoch(
     rng = np.random.default_rng([recipe.seed, epoch, SHUFFLE])
     among = np.flatnonzero(sieve.kept) if sieve else np.arange(len(train))
     count, whole = len(among) // step.batch, len(train) // step.batch
-    loss, correct, step_seconds, lr = 0.0, 0, 0.0, 0.0
+    loss, step_seconds, lr = 0.0, 0.0, 0.0
+    judge.restart()
     bound = {} if recipe.clip_norm is None else {"clip_norm": recipe.clip_norm}
     began = perf_counter()
     with closing(batches(train, step.batch, rng, recipe.augment, among)) as prepared:  # type: ignore[type-var]
-        shaped = ((images.reshape(step.input_shape), labels, examples) for images, labels, examples in prepared)
-        for index, ((images, labels, examples), following) in enumerate(_with_next(shaped)):
+        shaped = _shaped(step, judge, prepared)
+        for index, ((images, given, labels, examples), following) in enumerate(_with_next(shaped)):
             lr = recipe.lr_at(epoch, index, count)
             called = perf_counter()
-            result = step(images, labels, lr=lr, ahead=following and following[:2], **bound)
+            result = step(images, given, lr=lr, ahead=following and following[:2], **bound)
             step_seconds += perf_counter() - called
             if not math.isfinite(result.loss):
                 raise diverged(
@@ -50,15 +53,14 @@ def train_epoch(
                     epoch,
                 )
             if sieve:
-                sieve.count(examples, result.correct)
+                sieve.count(examples, judge.right(result, labels))
             loss += float(result.loss)
-            right = int(np.count_nonzero(result.correct))
-            correct += right
-            progress.on_batch(epoch + 1, recipe.epochs, index + 1, count, result.loss, right / step.batch)
+            score = judge.count(result, labels)
+            progress.on_batch(epoch + 1, recipe.epochs, index + 1, count, result.loss, score)
     seconds, trained = perf_counter() - began, count * step.batch
     return {
         "loss": loss / count,
-        "train_accuracy": correct / trained,
+        **judge.trained(),
         "lr": lr,
         "examples": trained,
         "iterations": count,
@@ -69,15 +71,24 @@ def train_epoch(
     }
 
 
-def evaluate(step: Any, test: Dataset) -> dict[str, Any]:
-    """The share of a data set that the step tells right."""
-    batch, correct, began = step.batch, 0, perf_counter()
-    for start in range(0, len(test), batch):
-        images = test.normalise(test.images[start : start + batch])
-        logits = np.asarray(step.predict(images.reshape(len(images), *step.input_shape[1:])))
-        answers = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))  # no number is the largest beside NaN
-        correct += int(np.count_nonzero(answers == test.labels[start : start + batch]))
-    return {"test_accuracy": correct / len(test), "evaluation_seconds": perf_counter() - began}
+def evaluate(step: Any, judge: Judge, test: Dataset) -> dict[str, Any]:
+    """Metrics of what the step answers for a data set."""
+    batch, began = step.batch, perf_counter()
+
+    def answered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(test), batch):
+            images = test.normalise(test.images[start : start + batch])
+            outputs = np.asarray(step.predict(images.reshape(len(images), *step.input_shape[1:])))
+            yield outputs, test.labels[start : start + batch]
+
+    return {**judge.tested(answered()), "evaluation_seconds": perf_counter() - began}
+
+
+def _shaped(step: Any, judge: Judge, prepared: Iterable[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """(images, what the step takes with them, labels, examples) of every batch."""
+    for images, labels, examples in prepared:
+        shaped = images.reshape(step.input_shape)
+        yield shaped, judge.given(shaped, labels), labels, examples
 
 
 def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

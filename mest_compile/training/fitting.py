@@ -8,8 +8,8 @@ from typing import Any
 from mest_compile.base.errors import InputError, UsageError
 from mest_compile.data import Dataset
 from mest_compile.data.examples import turned
-from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
+from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
 
 
@@ -36,13 +36,8 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
     target = target_sparsity(step)
     found = recipe.resolved(target, step.optimizer.lr)
     step.check_room(recipe.densest(target))
-    if not (loss := read_loss(step.describe())).tells_correct:
-        raise UsageError(
-            f"a Trainer counts right answers, of which mest.{type(loss).__name__} tells nothing; call "
-            f'step(images, targets) in a loop of your own, or compile with loss="cross_entropy"'
-        )
     smoothing = step.describe().get("label_smoothing", 0.0)
-    if smoothing != recipe.label_smoothing:
+    if recipe.label_smoothing and smoothing != recipe.label_smoothing:
         raise UsageError(
             f"the recipe has label_smoothing {recipe.label_smoothing}, the step was compiled with {smoothing}; "
             f"compile it with label_smoothing={recipe.label_smoothing}"
@@ -50,16 +45,12 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
     return found
 
 
-def check_data(step: Any, data: Dataset) -> None:
-    """Raises InputError when the step does not take such examples."""
+def check_data(step: Any, judge: Judge, data: Dataset) -> None:
+    """Raises InputError when the step, or its loss, does not take such examples."""
     wanted, found = tuple(step.input_shape[1:]), data.images.shape[1:]
     if wanted != found and wanted != (math.prod(found),):
         raise InputError(
             f"the step takes images of shape {wanted}, {data.name} has {found}"
             + (turned(found, wanted) or f"; compile with input_shape=({step.batch}, {', '.join(map(str, found))})")
         )
-    if data.classes > step.classes:
-        raise InputError(
-            f"the step tells {step.classes} classes apart, {data.name} has {data.classes}; "
-            f"give the model as many outputs"
-        )
+    judge.check(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ import numpy as np
 from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError
 from mest_compile.data import Dataset, as_dataset
+from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
 from mest_compile.training.fitting import check_data, resolved
+from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
 from mest_compile.training.run import Progress, Run, Silent
@@ -41,9 +44,10 @@ class Trainer:
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the
                 same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
-    Raises UsageError where both were given and differ, or label_smoothing does, or where the step's loss does not tell
-    which examples are right, SparsityError and CapacityError where the recipe does not fit the step. `source` goes into
-    the folder of a run that begins.
+    teacher   of mest.Distill: a function from images to logits, such as another step's `predict`
+    Raises UsageError where both rates were given and differ, or label_smoothing does, or where the recipe does not fit
+    the step's loss, SparsityError and CapacityError where it does not fit the step. `source` goes into the folder of a
+    run that begins.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Trainer:
         out: str | os.PathLike | None = None,
         progress: Progress | None = None,
         specialize: bool = False,
+        teacher: Teacher | None = None,
     ):
         self.step = step
         self.specialize = specialize
@@ -60,6 +65,9 @@ class Trainer:
         self.recipe = resolved(recipe, step)
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
+        described = step.describe()
+        output_shape = described.get("output_shape", (step.batch, step.classes))
+        self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
         self._sieve: Sieve | None = None
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
@@ -80,6 +88,7 @@ class Trainer:
         epochs: int | None = None,
         batch: int | None = None,
         target: Any = None,
+        teacher: Teacher | None = None,
     ) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
@@ -92,7 +101,7 @@ class Trainer:
         nothing would be left to train.
         """
         found = resumed(RunFolder(out), step, device, epochs, batch, target)
-        trainer = cls(found.step, found.recipe, out, progress)
+        trainer = cls(found.step, found.recipe, out, progress, teacher=teacher)
         trainer._resumed, trainer._stamp = (found.extra, found.arrays), found.stamp
         trainer._begun, trainer._continued, trainer._otherwise = found.begun, found.continued, found.otherwise
         return trainer
@@ -105,10 +114,11 @@ class Trainer:
         somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
         training ends, the checkpoint of the last whole epoch stays.
         """
-        train = as_dataset(train_set, classes=self.step.classes, name="training set")
-        test = as_dataset(test_set, like=train, name="test set")
-        check_data(self.step, train)
-        check_data(self.step, test)
+        kind = self.judge.labels
+        train = as_dataset(train_set, classes=self.step.classes, name="training set", **kind)
+        test = as_dataset(test_set, like=train, name="test set", **kind)
+        check_data(self.step, self.judge, train)
+        check_data(self.step, self.judge, test)
         if len(train) < self.step.batch:
             raise InputError(
                 f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a "
@@ -180,11 +190,14 @@ class Trainer:
             raise self._diverged(
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
-        evaluated: dict[str, Any] = {"test_accuracy": None, "evaluation_seconds": 0.0}
-        if self.recipe.evaluates(epoch):
-            evaluated = self._evaluate(test)
+        evaluated: dict[str, Any] = dict.fromkeys((f"test_{metric.name}" for metric in self.judge.metrics), None)
+        evaluated |= self._evaluate(test) if self.recipe.evaluates(epoch) else {"evaluation_seconds": 0.0}
+        for name, value in evaluated.items():
+            if value is not None and not math.isfinite(value):
+                raise self._diverged(f"{name} is {value} after epoch {epoch + 1}", epoch)
         metrics = {
             "epoch": epoch + 1,
+            "metric": self.judge.main.name,
             **trained,
             **evaluated,
             "mutation": mutation,
@@ -266,7 +279,7 @@ class Trainer:
             )
             images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
             gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(
-                images, train.labels[chosen]
+                images, self.judge.given(images, train.labels[chosen])
             )
         report = self.step.mutate(
             prune_to=phase.prune_to,
@@ -317,22 +330,23 @@ class Trainer:
         return said
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
-        return train_epoch(self.step, self.recipe, epoch, train, self._sieve, self.progress, self._diverged)
+        return train_epoch(self.step, self.judge, self.recipe, epoch, train, self._sieve, self.progress, self._diverged)
 
     def _evaluate(self, test: Dataset) -> dict[str, Any]:
-        return evaluate(self.step, test)
+        return evaluate(self.step, self.judge, test)
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
         run.history.append(metrics)
-        accuracy, best = metrics["test_accuracy"], run.best
+        key = f"test_{self.judge.main.name}"
+        score, best = metrics[key], run.best
         improved = (
-            accuracy is not None
+            score is not None
             and self.recipe.meets_target(metrics["epoch"] - 1)
-            and (best is None or accuracy > best["test_accuracy"])
+            and (best is None or self.judge.main.better(score, best[key]))
         )
         if improved:
-            run.best = {"epoch": metrics["epoch"], "test_accuracy": accuracy}
+            run.best = {"epoch": metrics["epoch"], key: score}
         if self.folder:
             self.folder.append_metrics(metrics)
             if improved:

@@ -17,6 +17,7 @@ from mest_compile.base.errors import UsageError
 from mest_compile.data import Split, load
 from mest_compile.opening import open_artifact
 from mest_compile.training.loop import Trainer
+from mest_compile.training.metrics import main_metric
 from mest_compile.training.recipe import Recipe
 
 # Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
@@ -71,9 +72,9 @@ class Lines:
         pass
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
-        tested = metrics["test_accuracy"]
-        said = f"epoch {metrics['epoch']}  loss {metrics['loss']:.4f}  train {metrics['train_accuracy']:.2%}  "
-        said += "test -" if tested is None else f"test {tested:.2%}"
+        metric = main_metric(metrics)
+        trained, tested = (metric.shown(metrics[f"{part}_{metric.name}"]) for part in ("train", "test"))
+        said = f"epoch {metrics['epoch']}  loss {metrics['loss']:.4f}  train {trained}  test {tested}"
         if mutation := metrics["mutation"]:
             said += f"  mutated in {mutation['seconds']:.2f} s"
         print(said, file=sys.stderr, flush=True)
@@ -145,8 +146,9 @@ def _train(given: argparse.Namespace) -> int:
         print(f"interrupted; continue with --resume {trainer.folder.path}", file=sys.stderr)
         return INTERRUPTED
     if given.as_json:
-        print_result(json.dumps({"folder": str(run.folder), "test_accuracy": run.test_accuracy, "epochs": run.history}))
+        score = {f"test_{run.metric.name}": run.test_score}
+        print_result(json.dumps({"folder": str(run.folder), **score, "epochs": run.history}))
     else:
-        tested = "" if run.test_accuracy is None else f"test accuracy {run.test_accuracy:.2%}; "
+        tested = "" if run.test_score is None else f"test {run.metric.label} {run.metric.shown(run.test_score)}; "
         print(f"{tested}run folder {run.folder}")
     return 0

@@ -40,11 +40,15 @@ RUN_OPTIONS: dict[str, type] = {
     "distribution": str,
     "batch": int,
     "memory_budget": int,
+    "loss": str,
+    "optimizer": str,
 }
+TABLES = ("loss", "optimizer")  # which are a text or a table with the key "name" and options
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
-    key: f"it belongs to the optimizer: mest.SGD({key}=...)" for key in ("momentum", "weight_decay", "nesterov")
+    key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"
+    for key in ("momentum", "weight_decay", "nesterov")
 } | dict.fromkeys(RUN_OPTIONS, "it belongs into the table [run]")
 
 
@@ -192,6 +196,8 @@ class Recipe:
                     f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
                 )
             wanted = RUN_OPTIONS[key]
+            if key in TABLES and isinstance(value, Mapping):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
         return dict(table)
@@ -270,10 +276,12 @@ class Recipe:
         return self.mutate_every or max(1, round(PAPER_MUTATE_EVERY * self.epochs / PAPER_EPOCHS))
 
     def step_options(self, options: StepOptions) -> StepOptions:
-        """`options` with what a recipe decides: seed, learning rate where it has one, label smoothing, and room for the
-        densest phase of a model with one sparsity. Raises SparsityError, UsageError.
+        """`options` with what a recipe decides: seed, learning rate where it has one and the optimizer was given none,
+        label smoothing, and room for the densest phase of a model with one sparsity. Raises SparsityError, UsageError.
         """
-        rule = options.optimizer if self.lr is None else dataclasses.replace(options.optimizer, lr=self.lr)
+        rule = options.optimizer
+        if self.lr is not None and rule.lr == type(rule)().lr:
+            rule = dataclasses.replace(rule, lr=self.lr)
         loss = find_loss(options.loss, self.label_smoothing)
         room = options.grow_to if isinstance(options.sparsity, Mapping) else self.densest(options.sparsity)
         return dataclasses.replace(options, optimizer=rule, seed=self.seed, loss=loss, grow_to=room)

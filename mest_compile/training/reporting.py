@@ -14,6 +14,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically
 from mest_compile.runtime import checkpoint
+from mest_compile.training.metrics import METRICS, main_metric
 from mest_compile.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
     if not epochs:
         raise StateError(f"{folder.path} holds a run without a whole epoch; wait for its first one")
     last = epochs[-1]
-    tested = [metrics for metrics in epochs if metrics["test_accuracy"] is not None]
+    metric = main_metric(last)
+    tested = [metrics for metrics in epochs if metrics[f"test_{metric.name}"] is not None]
+    scores = {name: last[name] for name in last if name.startswith("train_") and name.removeprefix("train_") in METRICS}
+    for name in (name for name in last if name.startswith("test_") and name.removeprefix("test_") in METRICS):
+        scores[name] = tested[-1][name] if tested else None
     drops = [metrics["sieve"] for metrics in epochs if metrics["sieve"]]
     return {
         "folder": str(folder.path),
@@ -50,8 +55,8 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "seed": run["seed"],
         "versions": run["versions"],
         "loss": last["loss"],
-        "train_accuracy": last["train_accuracy"],
-        "test_accuracy": tested[-1]["test_accuracy"] if tested else None,
+        "metric": metric.name,
+        **scores,
         "train_seconds": sum(metrics["train_seconds"] for metrics in epochs),
         "mutations": sum(metrics["mutation"] is not None for metrics in epochs),
         "mutation_seconds": sum(metrics["mutation"]["seconds"] for metrics in epochs if metrics["mutation"]),
@@ -72,13 +77,15 @@ def read_epochs(folder: RunFolder) -> Epochs:
     epochs = folder.read_metrics()
     for number, metrics in enumerate(epochs, 1):
         if wrong := next(
-            (name for name, right in NEEDED.items() if name not in metrics or not right(metrics[name])), None
+            (name for name, right in _needed(metrics).items() if name not in metrics or not right(metrics[name])), None
         ):
             raise StateError(
                 f"{folder.metrics} is damaged: {wrong} of line {number} is {checks.shown(metrics.get(wrong))}; {REMEDY}"
             )
     if epochs[: len(kept)] != kept:
         raise StateError(f"{folder.metrics} is damaged: it is not what the checkpoint says; {REMEDY}")
+    if any(main_metric(metrics) is not main_metric(epochs[0]) for metrics in epochs):
+        raise StateError(f"{folder.metrics} is damaged: its lines are of other metrics; {REMEDY}")
     if any(epochs[0][name].keys() != metrics[name].keys() for name in ("sparsity", "survival") for metrics in epochs):
         raise StateError(f"{folder.metrics} is damaged: its lines are of other layers; {REMEDY}")
     return epochs
@@ -104,11 +111,17 @@ def _with(value: Any, rights: Mapping[str, Callable[[Any], bool]]) -> bool:
     return isinstance(value, dict) and all(name in value and right(value[name]) for name, right in rights.items())
 
 
+def _needed(metrics: Mapping[str, Any]) -> dict[str, Callable[[Any], bool]]:
+    """What is shown of a line of metrics.jsonl, and whether it can be."""
+    name = metrics.get("metric", "accuracy")
+    if not isinstance(name, str) or name not in METRICS:
+        return {"metric": lambda value: False}
+    return {**NEEDED, f"train_{name}": _number, f"test_{name}": lambda value: value is None or _number(value)}
+
+
 REMEDY = "mest-compile train --resume writes it anew"
-# What is shown of a line of metrics.jsonl, and whether it can be.
 NEEDED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("epoch", "loss", "train_accuracy", "train_seconds", "iterations", "iterations_saved"), _number),
-    "test_accuracy": lambda value: value is None or _number(value),
+    **dict.fromkeys(("epoch", "loss", "train_seconds", "iterations", "iterations_saved"), _number),
     "mutation": lambda value: value is None or _with(value, {"seconds": _number}),
     "sieve": lambda value: value is None or _with(value, {"dropped": _number, "counts": _numbers}),
     "sparsity": _numbers,
@@ -143,13 +156,13 @@ def _loss(axes: Axes, epochs: Epochs) -> None:
     axes.set(ylabel="training loss")
 
 
-def _accuracy(axes: Axes, epochs: Epochs) -> None:
-    for key, label in (("train_accuracy", "training"), ("test_accuracy", "test")):
+def _score(axes: Axes, epochs: Epochs) -> None:
+    metric = main_metric(epochs[0])
+    for key, label in ((f"train_{metric.name}", "training"), (f"test_{metric.name}", "test")):
         known = [metrics for metrics in epochs if metrics[key] is not None]
-        axes.plot(
-            [metrics["epoch"] for metrics in known], [100 * metrics[key] for metrics in known], marker=".", label=label
-        )
-    axes.set(ylabel="accuracy, %")
+        values = [100 * metrics[key] if metric.share else metrics[key] for metrics in known]
+        axes.plot([metrics["epoch"] for metrics in known], values, marker=".", label=label)
+    axes.set(ylabel=f"{metric.label}, %" if metric.share else metric.label)
     axes.legend()
 
 
@@ -185,7 +198,7 @@ def _seconds(axes: Axes, epochs: Epochs) -> None:
 
 PLOTS: dict[str, tuple[str, Callable[[Axes, Epochs], None]]] = {
     "loss": ("Loss", _loss),
-    "accuracy": ("Accuracy", _accuracy),
+    "accuracy": ("Accuracy", _score),
     "sparsity": ("Sparsity of each layer", _by_layer("sparsity", "share of weights that are zero")),
     "survival": ("Mask survival: weights live since the start", _by_layer("survival", "share of the first mask")),
     "epoch_seconds": ("Time of an epoch", _seconds),
@@ -212,7 +225,9 @@ def _png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
 
 
 def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    accuracy = "not tested" if facts["test_accuracy"] is None else f"{facts['test_accuracy']:.2%}"
+    metric = main_metric(facts)
+    others = [METRICS[name] for name in METRICS if name != metric.name and f"test_{name}" in facts]
+    tested = {one: facts[f"test_{one.name}"] for one in (metric, *others)}
     sparsities = list(facts["sparsity"].values())
     rows = [
         ("epochs", f"{facts['epochs']} of {facts['of_epochs']}"),
@@ -225,8 +240,8 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ("target", facts["target"]),
         ("seed", facts["seed"]),
         ("training loss", f"{facts['loss']:.4f}"),
-        ("training accuracy", f"{facts['train_accuracy']:.2%}"),
-        ("test accuracy", accuracy),
+        (f"training {metric.label}", metric.shown(facts[f"train_{metric.name}"])),
+        *((f"test {one.label}", "not tested" if value is None else one.shown(value)) for one, value in tested.items()),
         ("sparsity of sparse layers", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
         ("seconds of training", f"{facts['train_seconds']:.1f}"),
         ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
@@ -242,7 +257,8 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
-        parts.append(f'<h2>{html.escape(PLOTS[name][0])}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+        title = metric.label.capitalize() if name == "accuracy" else PLOTS[name][0]
+        parts.append(f'<h2>{html.escape(title)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
     title = html.escape(f"Run {Path(facts['folder']).resolve().name}")
     return "\n".join(
         [

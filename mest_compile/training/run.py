@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mest_compile.training.metrics import Metric, main_metric
 from mest_compile.training.recipe import Recipe
 
 
 class Progress(Protocol):
-    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is a share of the
-    batch."""
+    """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is the share of the
+    batch that was right, or what other metric decides (`Run.metric`)."""
 
     def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None: ...
 
@@ -33,8 +34,8 @@ class Run:
     """What training gave.
 
     history  one dict an epoch, the lines of metrics.jsonl
-    best     {"epoch", "test_accuracy"} of the best model that met its target sparsity, or None before the first
-             evaluation
+    best     {"epoch", "test_accuracy" or what other metric decides} of the best model that met its target sparsity, or
+             None before the first evaluation
     folder   where the run's files are, or None
     """
 
@@ -45,5 +46,16 @@ class Run:
 
     @property
     def test_accuracy(self) -> float | None:
-        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set."""
-        return self.history[-1]["test_accuracy"] if self.history else None
+        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set.
+        None under a loss without right answers."""
+        return self.history[-1].get("test_accuracy") if self.history else None
+
+    @property
+    def metric(self) -> Metric:
+        """What decides which model is best."""
+        return main_metric(self.history[-1] if self.history else {})
+
+    @property
+    def test_score(self) -> float | None:
+        """The same of the metric that decides."""
+        return self.history[-1].get(f"test_{self.metric.name}") if self.history else None

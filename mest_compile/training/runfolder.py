@@ -25,7 +25,8 @@ class RunFolder:
     metrics.jsonl (one line an epoch)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
                                                          one be damaged)
-    best.safetensors (best test accuracy among models at their target sparsity)
+    best.safetensors (best test accuracy, or other metric of the loss, among models at
+                       their target sparsity)
     lock (held by who trains)
     """
 
@@ -150,7 +151,7 @@ class RunFolder:
         source = _read(self.source)
         texts = [
             source.get("data"),
-            *(source.get(key, "") for key in ("tracker", "key")),
+            *(source.get(key, "") for key in ("tracker", "key", "teacher")),
             source.get("data_folder", "") or "",
         ]
         if not all(isinstance(text, str) for text in texts) or not isinstance(source.get("specialize", False), bool):

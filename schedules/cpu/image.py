@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
-from mest_compile.schedules.cpu.rows import array, buffer, each_row, frame_row, narrowed, pointwise, widened
+from mest_compile.schedules.cpu.rows import array, buffer, each_row, frame_row, loop, narrowed, pointwise, widened
 
 
 @schedule("image.import", device="cpu")
@@ -45,6 +46,8 @@ def image_import(problem: ImageImport, target: Target) -> str:
 def image_export(problem: ImageExport, target: Target) -> str:
     """Logits: a few kilobytes, so plain loops."""
     image = problem.source
+    if image.height * image.width > 1:
+        return _export_maps(image)
     text = Text(array("source", image), buffer("result", image.batch * image.channels))
     with text.nest(f"for n, c in T.grid({image.batch}, {image.channels})"):
         element = (
@@ -52,6 +55,21 @@ def image_export(problem: ImageExport, target: Target) -> str:
             f"{image.origin} + n % {image.vector}]"
         )
         text(f"result[n * {image.channels} + c] = {widened(image, element)}")
+    return str(text)
+
+
+def _export_maps(image: Image) -> str:
+    pixels = image.height * image.width
+    text = Text(array("source", image), buffer("result", image.batch * image.channels * pixels))
+    with text.nest(
+        f"for n in {loop(image.batch, image.elems)}",
+        f"for c, h, w in T.grid({image.channels}, {image.height}, {image.width})",
+    ):
+        element = (
+            f"source[n // {image.vector} * {image.slice_elems} + c * {image.channel_elems} + {image.origin} + "
+            f"h * {image.row_elems} + w * {image.vector} + n % {image.vector}]"
+        )
+        text(f"result[(n * {image.channels} + c) * {pixels} + h * {image.width} + w] = {widened(image, element)}")
     return str(text)
 
 

@@ -110,6 +110,8 @@ def image_import(problem: ImageImport, target: Target) -> str:
 @schedule("image.export", device="opencl")
 def image_export(problem: ImageExport, target: Target) -> str:
     layout = problem.source
+    if layout.height * layout.width > 1:
+        return _export_maps(layout, target)
     text = DeviceText(scalars("source", layout.elems), scalars("result", layout.batch * layout.channels))
     with text.each(layout.batch * layout.channels, target.limits.threads):
         text(
@@ -118,6 +120,22 @@ def image_export(problem: ImageExport, target: Target) -> str:
             f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} "
             f"+ {layout.origin}"
             f" + example % {layout.vector}]",
+        )
+    return str(text)
+
+
+def _export_maps(layout: Image, target: Target) -> str:
+    pixels = layout.height * layout.width
+    count = layout.batch * layout.channels * pixels
+    text = DeviceText(scalars("source", layout.elems), scalars("result", count))
+    with text.each(count, target.limits.threads):
+        text(
+            f"example: T.let = n // {layout.channels * pixels}",
+            f"c: T.let = n // {pixels} % {layout.channels}",
+            f"h: T.let = n % {pixels} // {layout.width}",
+            f"w: T.let = n % {layout.width}",
+            f"result[n] = source[example // {layout.vector} * {layout.slice_elems} + c * {layout.channel_elems} "
+            f"+ {layout.origin} + h * {layout.row_elems} + w * {layout.vector} + example % {layout.vector}]",
         )
     return str(text)
 

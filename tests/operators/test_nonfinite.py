@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from losses import as_tuple, rules
+from optimizers import EVERY
 from test_compact import SHAPES as COMPACT_SHAPES
 from test_compact import row_case, values_of
 from test_gather import TARGET, VECTOR, activation, call, random_problem
@@ -25,9 +27,7 @@ from mest_compile.operators.layers.gather import (
     gather_grad_reference,
 )
 from mest_compile.operators.losses import cross_entropy as loss
-from mest_compile.operators.losses.loss import LOSSES
 from mest_compile.operators.optimizers import optimizer
-from mest_compile.operators.optimizers.sgd import SGD
 
 EPS = np.finfo(np.float32).eps
 KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))
@@ -339,51 +339,86 @@ def losses(kernel, rng, dtype) -> Iterator:
         [-inf] * 6,
         [0, inf, nan, 1, 2, inf],
     )
-    for smoothing in (0.0, 0.1):
+    weight = (1.0, 2.0, 0.5, 1.0, 3.0, 1.0)
+    for rule in (
+        loss.CrossEntropy(),
+        loss.CrossEntropy(0.1),
+        loss.CrossEntropy(weight=weight),
+        loss.CrossEntropy(0.1, weight, -100),
+    ):
         for row in rows:
-            for label in (0, 1, 4) if smoothing == 0 else (1,):
-                logits, labels = np.array(row, np.float32)[:, None, None, None], np.array([label], np.int32)
-                value, correct, dlogits = loss.CrossEntropy(smoothing).reference(logits, labels)
+            for label in (1,) if rule.smoothing else (0, 1, 4):
+                logits, size = np.array(row, np.float32)[:, None, None, None], (1, 6)
+                arrays = rule.constants(size) | rule.targets(np.array([label]), shape=size)
+                value, correct, dlogits = rule.reference(logits, arrays)
+                read = [arrays[name] for name in rule.arrays(size)]
+                results = [np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)]
+                told = np.array([value]), correct.ravel().astype(float), (shape, dlogits)
                 yield (
-                    loss.SoftmaxCrossEntropy(shape, shape, smoothing),
-                    [pack(shape, logits), labels, np.zeros(1, np.float32), np.zeros(1, np.int32), pack(shape, logits)],
-                    {2: np.array([value]), 3: correct.astype(float), 4: (shape, dlogits)},
+                    rule.problem(shape, shape),
+                    [pack(shape, logits), *read, *results],
+                    dict(enumerate(told, 1 + len(read))),
                 )
 
 
-@case("loss.elementwise")
-def elementwise_losses(kernel, rng, dtype) -> Iterator:
-    shape = make(6, 1, 1, 5)
-    for rule in (kind() for kind in LOSSES.load().values()):
+@case("loss.elementwise", "loss.soft_targets")
+def other_losses(kernel, rng, dtype) -> Iterator:
+    shape, sizes = make(6, 1, 1, 5), (5, 6)
+    for rule, draw_targets, _ in rules(6).values():
         if rule.kernel == kernel:
             outputs = rng.standard_normal((6, 1, 1, 5)).astype(np.float32)
-            targets = rng.standard_normal(30).astype(np.float32)
+            arrays = rule.constants(sizes) | rule.targets(*as_tuple(draw_targets(rng, sizes)), shape=sizes)
+            read = [arrays[name] for name in rule.arrays(sizes)]
             for at in range(0, 6, 2):  # one value at a time: they all end in the same loss
                 bad = outputs.copy()
                 bad[at, 0, 0, at % 5] = (np.nan, np.inf, -np.inf)[at // 2]
-                value, _, slope = rule.reference(bad, targets)
-                yield (
-                    rule.problem(shape, shape),
-                    [pack(shape, bad), targets, np.zeros(1, np.float32), pack(shape, bad)],
-                    {2: np.array([value]), 3: (shape, slope)},
-                )
+                value, correct, slope = rule.reference(bad, arrays)
+                told = {1 + len(read): np.array([value])}
+                results = [np.zeros(1, np.float32)]
+                if correct is not None:
+                    told[2 + len(read)] = correct.ravel().astype(float)
+                    results.append(np.zeros(5, np.int32))
+                told[1 + len(read) + len(results)] = (shape, slope)
+                yield rule.problem(shape, shape), [pack(shape, bad), *read, *results, pack(shape, bad)], told
 
 
-@case("optimizer.update", "optimizer.update_units", "optimizer.copy")
+@case("optimizer.norm", "optimizer.bound")
+def bounds(kernel, rng, dtype) -> Iterator:
+    for special in (np.nan, np.inf, -np.inf):
+        gradients, one = rng.standard_normal(48).astype(np.float32), np.ones(1, np.float32)
+        gradients[7] = special
+        if kernel == "optimizer.norm":
+            for problem in (optimizer.Norm(True, False), optimizer.Norm(False, False)):
+                norm = optimizer.norm_reference(problem, gradients, None, 1.0)
+                yield problem, [gradients, one], {1: np.array([norm])}
+            places = np.arange(8, dtype=np.int32)
+            norm = optimizer.norm_reference(optimizer.Norm(True, True), gradients, places, 1.0)
+            yield optimizer.Norm(True, True), [gradients, places, one], {2: np.array([norm])}
+        else:
+            for norm in (special, 0.5, 2.0):
+                wanted = optimizer.bound_reference(gradients, norm, 1.0)
+                yield optimizer.Bound(), [gradients, np.float32([norm]), one], {0: wanted}
+
+
+@case("optimizer.update", "optimizer.update_part", "optimizer.update_units", "optimizer.copy")
 def optimizers(kernel, rng, dtype) -> Iterator:
     if kernel == "optimizer.copy":
         values, places = salted(rng, rng.standard_normal(48)), rng.permutation(48).astype(np.int32)
         yield optimizer.CopyValues(), [values, places, np.zeros(48, np.float32)], {2: values[places]}
         return
-    for rule in (SGD(nesterov=True), *(kind() for kind in optimizer.OPTIMIZERS.load().values())):
+    for rule in EVERY.values():
         values, gradients, *states = (salted(rng, rng.standard_normal(48)) for _ in range(2 + len(rule.state)))
         arrays = [values, gradients, *states, rule.hyper(3, 0.1)]
-        new, *moved = optimizer.update_reference(rule.name, *arrays)
+        new, *moved = optimizer.update_reference(rule.rule_name, *arrays)
         wanted = {0: new, **dict(enumerate(moved, 2))}
         if kernel == "optimizer.update":
-            yield optimizer.Update(rule.name), arrays, wanted
+            yield optimizer.Update(rule.rule_name), arrays, wanted
+        elif kernel == "optimizer.update_part":
+            part = np.arange(48) >= 8
+            kept = {place: np.where(part, new, arrays[place]) for place, new in wanted.items()}
+            yield optimizer.UpdatePart(rule.rule_name, 8, 40, 48), arrays, kept
         else:
-            problem, permutation = optimizer.UpdateUnits(rule.name, 2, 3), rng.permutation(8).astype(np.int32)
+            problem, permutation = optimizer.UpdateUnits(rule.rule_name, 2, 3), rng.permutation(8).astype(np.int32)
             yield (
                 problem,
                 [*arrays, permutation, np.zeros_like(values)],

@@ -7,7 +7,9 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 import dataclasses
 
+import losses
 import numpy as np
+import optimizers
 import pytest
 
 from mest_compile.base.errors import SpecError
@@ -19,9 +21,9 @@ from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
 from mest_compile.operators.losses import cross_entropy as loss
-from mest_compile.operators.losses.loss import LOSSES
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.operators.losses.loss import answers as given_answers
 from mest_compile.operators.optimizers import optimizer
-from mest_compile.operators.optimizers.sgd import SGD
 
 TARGET = find_target("local")
 EPS = np.finfo(np.float32).eps
@@ -147,7 +149,7 @@ def test_export_gives_the_batch_outermost(run, rng, shape):
         pack(shape, values),
         np.zeros((shape.batch, shape.channels), np.float32),
     )[1]
-    assert np.array_equal(got.reshape(shape.batch, -1), image.export_reference(values))
+    assert np.array_equal(got, image.export_reference(values).ravel())
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4], *SHAPES[6:7]], ids=str)
@@ -536,9 +538,9 @@ def test_cross_entropy(run, rng, classes, batch, spread):
         np.zeros(batch, np.int32),
         pack(dlogits_image, logits),
     )
-    wanted_loss, correct, dlogits = loss.CrossEntropy().reference(logits, labels)
+    wanted_loss, correct, dlogits = loss.CrossEntropy().reference(logits, {"labels": labels})
     assert_close(results[2], np.array([wanted_loss]), terms=20)
-    assert np.array_equal(results[3], correct) and correct[0] and not correct[1]
+    assert np.array_equal(results[3], correct.ravel()) and correct[0] and not correct[1]
     assert_close(unpack(dlogits_image, results[4], gradient=True), dlogits, terms=40)
 
     source = torch.from_numpy(logits[:, 0, 0].T.astype(np.float64)).requires_grad_()
@@ -563,66 +565,92 @@ def test_cross_entropy_of_large_logits_is_finite(run):
     assert np.isfinite(got[4]).all()
 
 
-TARGETS = {
-    "int64": lambda rng, batch, width: rng.integers(0, width, batch),
-    "float32": lambda rng, batch, width: rng.standard_normal((batch, width)).astype(np.float32),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES.names())
-@pytest.mark.parametrize(("width", "batch"), [(2, 1), (13, 7), (300, 64), (5, 33)])
-def test_a_loss_is_its_reference_and_torchs(run, rng, name, width, batch):
+@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 13), (33, 5), (5, 3, 4, 6), (8, 4, 1, 3)], ids=str)
+def test_a_loss_is_its_reference_and_torchs(run, rng, name, shape):
     import torch
 
-    rule = LOSSES.find(name)()
-    image, slope_image = make(width, 1, 1, batch), make(width, 1, 1, batch, (1, 0, 0, 1))
-    outputs, given = draw(rng, image), TARGETS[np.dtype(rule.reads).name](rng, batch, width)
-    rule.check((batch, width))
-    targets = rule.targets(given, (batch, width))
-    assert targets.dtype == rule.dtype and targets.size == rule.target_elems((batch, width))
-    told = [np.zeros(1, np.float32), *([np.zeros(batch, np.int32)] if rule.tells_correct else [])]
+    rule, draw_targets, theirs = losses.rules(shape[1])[name]
+    height, width = shape[2:] or (1, 1)
+    image, slope_image = (make(shape[1], height, width, shape[0], halo) for halo in ((0, 0, 0, 0), (1, 0, 0, 1)))
+    outputs, given = draw(rng, image), draw_targets(rng, shape)
+    rule.check(shape)
+    arrays = rule.constants(shape) | rule.targets(*losses.as_tuple(given), shape=shape)
+    wanted_arrays = rule.arrays(shape)
+    assert {key: (array.size, str(array.dtype)) for key, array in arrays.items()} == wanted_arrays
+    told = [np.zeros(1, np.float32), *([np.zeros(given_answers(shape), np.int32)] if rule.tells_correct else [])]
     got = run(
-        rule.kernel, rule.problem(image, slope_image), pack(image, outputs), targets, *told, pack(slope_image, outputs)
+        rule.kernel,
+        rule.problem(image, slope_image),
+        pack(image, outputs),
+        *(arrays[key] for key in wanted_arrays),
+        *told,
+        pack(slope_image, outputs),
     )
-    value, correct, slope = rule.reference(outputs, targets)
-    assert_close(got[2], np.array([value]), terms=width + 20)
-    assert (correct is None) == (not rule.tells_correct) and (correct is None or np.array_equal(got[3], correct))
+    value, correct, slope = rule.reference(outputs, arrays)
+    after = 1 + len(wanted_arrays)
+    assert_close(got[after], np.array([value]), terms=shape[1] + 20)
+    assert (correct is None) == (not rule.tells_correct)
+    assert correct is None or np.array_equal(got[after + 1], correct.ravel())
     assert_close(unpack(slope_image, got[-1], gradient=True), slope, terms=40)
 
-    source = torch.from_numpy(outputs[:, 0, 0].T.astype(np.float64)).requires_grad_()
-    wanted = getattr(torch.nn, f"{type(rule).__name__}Loss")()(
-        source, torch.from_numpy(given if given.ndim == 1 else given.astype(float))
-    )
+    theirs_of = outputs[:, 0, 0].T if len(shape) == 2 else np.moveaxis(outputs, -1, 0)
+    source = torch.from_numpy(theirs_of.astype(np.float64)).requires_grad_()
+    wanted = theirs(source, losses.tensors(given))
     wanted.backward()
-    np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
-    np.testing.assert_allclose(slope[:, 0, 0].T, source.grad.numpy(), rtol=1e-9, atol=1e-12)
+    ours = slope[:, 0, 0].T if len(shape) == 2 else np.moveaxis(slope, -1, 0)
+    if wanted_arrays.keys() == {"labels"}:
+        np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
+        np.testing.assert_allclose(ours, source.grad.numpy(), rtol=1e-9, atol=1e-12)
+    else:  # weights and what is wanted go to kernels as float32
+        assert_close(np.array(value), np.array(wanted.item()), terms=20)
+        assert_close(ours, source.grad.numpy(), terms=8)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (5, 3, 4, 6)], ids=str)
+def test_where_no_label_counts_the_loss_is_nan_and_the_gradient_zero(run, rng, shape):
+    rule = CrossEntropy(ignore_index=3, weight=losses.weights(shape[1]))
+    image = make(shape[1], *(shape[2:] or (1, 1)), shape[0])
+    arrays = rule.constants(shape) | rule.targets(np.full((shape[0], *shape[2:]), 3), shape=shape)
+    outputs, count = draw(rng, image), given_answers(shape)
+    told = np.zeros(1, np.float32), np.ones(count, np.int32), pack(image, outputs)
+    got = run(
+        rule.kernel, rule.problem(image, image), pack(image, outputs), *map(arrays.get, rule.arrays(shape)), *told
+    )
+    assert np.isnan(got[-3]).all() and not got[-2].any() and not unpack(image, got[-1], gradient=True).any()
+    value, correct, slope = rule.reference(outputs, arrays)
+    assert np.isnan(value) and not correct.any() and not slope.any()
+
+
+@pytest.mark.parametrize("shape", [make(3, 4, 5, 9, (1, 0, 2, 1)), make(2, 3, 1, 16)], ids=str)
+def test_export_gives_maps_as_torch_has_them(run, rng, shape):
+    values = draw(rng, shape)
+    result = np.zeros(values.size, np.float32)
+    got = run("image.export", image.ImageExport(shape), pack(shape, values), result)[1]
+    assert np.array_equal(got, image.export_reference(values).ravel())
 
 
 # Optimizer
 
 
-RULES = [
-    SGD(0.1, 0.9, 1e-2),
-    SGD(0.1, 0.9, 1e-2, True),
-    SGD(0.05, 0, 0),
-    *(kind() for kind in optimizer.OPTIMIZERS.load().values()),
-]
+every_rule = pytest.mark.parametrize("rule", optimizers.EVERY.values(), ids=optimizers.EVERY)
 
 
 @pytest.mark.parametrize("count", [1, 9000])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@every_rule
 def test_an_optimizer_is_torchs(run, rng, rule, count):
     import torch
 
     values = rng.standard_normal(count).astype(np.float32)
     parameter = torch.nn.Parameter(torch.from_numpy(values.copy()))
-    rival = getattr(torch.optim, type(rule).__name__)([parameter], **dataclasses.asdict(rule))
+    rival = optimizers.twin(rule, [parameter])
     states = [np.zeros_like(values) for _ in rule.state]
     exact, exact_states = values.astype(np.float64), [np.zeros(count) for _ in rule.state]
+    name = rule.rule_name
     for number in range(1, 11):
         gradients, hyper = rng.standard_normal(count).astype(np.float32), rule.hyper(number, rule.lr)
-        exact, *exact_states = optimizer.update_reference(rule.name, exact, gradients, *exact_states, hyper)
-        values, _, *states, _ = run("optimizer.update", optimizer.Update(rule.name), values, gradients, *states, hyper)
+        exact, *exact_states = optimizer.update_reference(name, exact, gradients, *exact_states, hyper)
+        values, _, *states, _ = run("optimizer.update", optimizer.Update(name), values, gradients, *states, hyper)
         parameter.grad = torch.from_numpy(gradients)
         rival.step()
     assert_close(values, exact, terms=40)
@@ -631,18 +659,52 @@ def test_an_optimizer_is_torchs(run, rng, rule, count):
     assert_close(parameter.detach().numpy(), exact, terms=40)
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS.names())
+@every_rule
+def test_an_update_of_a_part_leaves_the_rest(run, rng, rule):
+    problem = optimizer.UpdatePart(rule.rule_name, 5, 7, 20)
+    values, gradients, *states = rng.standard_normal((2 + len(rule.state), 20)).astype(np.float32)
+    arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
+    got = run("optimizer.update_part", problem, *arrays)
+    wanted = optimizer.update_reference(rule.rule_name, *arrays)
+    for place, want in zip((0, *range(2, 2 + len(rule.state))), wanted, strict=True):
+        assert_close(got[place][5:12], want[5:12])
+        for rest in (slice(5), slice(12, None)):
+            np.testing.assert_array_equal(got[place][rest], arrays[place][rest])
+
+
+@pytest.mark.parametrize("count", [1, 2000, 70001])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_norm_is_its_reference_and_bounds_gradients(run, rng, count, first, listed):
+    gradients, before = rng.standard_normal(count).astype(np.float32), np.float32([3.0])
+    places = rng.permutation(count)[: -(-count // 2)].astype(np.int32) if listed else None
+    problem = optimizer.Norm(first, listed)
+    got = run("optimizer.norm", problem, gradients, *([places] if listed else []), before)[-1]
+    wanted = optimizer.norm_reference(problem, gradients, places, float(before[0]))
+    assert_close(got, np.array([wanted]), terms=20)
+    for bound in (wanted * 2, wanted / 2, np.nan):
+        bounded = run("optimizer.bound", optimizer.Bound(), gradients, got, np.float32([bound]))[0]
+        reference = optimizer.bound_reference(gradients, float(got[0]), bound)
+        if np.isnan(bound):
+            assert np.isnan(bounded).all() and np.isnan(reference).all()
+        elif bound > wanted:
+            np.testing.assert_array_equal(bounded, gradients)
+        else:
+            assert_close(bounded, reference)
+
+
+@every_rule
 @pytest.mark.parametrize(("source_block", "row_block"), [(1, 1), (1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("units", [1, 5000])
-def test_an_update_of_units_writes_the_transposed_copy(run, rng, name, units, source_block, row_block):
-    problem, rule = optimizer.UpdateUnits(name, source_block, row_block), optimizer.OPTIMIZERS.find(name)()
+def test_an_update_of_units_writes_the_transposed_copy(run, rng, rule, units, source_block, row_block):
+    problem = optimizer.UpdateUnits(rule.rule_name, source_block, row_block)
     values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(
         np.float32
     )
     arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
     permutation = rng.permutation(units).astype(np.int32)
     got = run("optimizer.update_units", problem, *arrays, permutation, np.zeros_like(values))
-    wanted = optimizer.update_reference(name, *arrays)
+    wanted = optimizer.update_reference(rule.rule_name, *arrays)
     for place, want in zip((0, *range(2, 2 + len(rule.state))), wanted, strict=True):
         assert_close(got[place], want)
     assert np.array_equal(got[-1], optimizer.transposed_reference(problem, got[0], permutation))

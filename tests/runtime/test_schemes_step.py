@@ -1,13 +1,13 @@
 """Whole steps of every scheme, a mutation between them, against masked dense torch; then a checkpoint."""
 
 from copy import deepcopy
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from masks import assert_starts, survivors
+from optimizers import twin
 from test_step import assert_like_torch, make_batches
 from torch import nn
 
@@ -18,6 +18,8 @@ RATE = 0.002  # small, as in test_step: ReLUs that flip by rounding would make t
 RULES = {
     "sgd": mest.SGD(lr=RATE, momentum=0.9, weight_decay=1e-3),
     "adamw": mest.AdamW(lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=1e-2),
+    "adam": mest.Adam(lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=1e-2),
+    "rmsprop": mest.RMSprop(lr=RATE / 4, alpha=0.9, eps=1e-3, weight_decay=1e-2),
 }  # a small eps makes steps of what rounding leaves
 
 
@@ -70,7 +72,7 @@ class MaskedTorch:
 
     def __init__(self, model, masks, optimizer):
         self.model, self.parameters = model.train(), dict(model.named_parameters())
-        self.rule = getattr(torch.optim, type(optimizer).__name__)(model.parameters(), **asdict(optimizer))
+        self.rule = twin(optimizer, model.parameters())
         self.exchange(masks, masks, None)
 
     def exchange(self, masks, stay, state):

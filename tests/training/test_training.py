@@ -24,6 +24,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.mutation import Phase, importance
 from mest_compile.training.fitting import target_sparsity
 from mest_compile.training.loop import Trainer
+from mest_compile.training.metrics import METRICS
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES
 from mest_compile.training.runfolder import RunFolder
@@ -774,6 +775,6 @@ def test_a_run_prints_the_sparsity_of_all_weights_together():
 
     said = StringIO()
     step = Two()
-    with TrainingProgress(Console(file=said, width=200), step.batch) as progress:
+    with TrainingProgress(Console(file=said, width=200), step.batch, METRICS["accuracy"]) as progress:
         run = Trainer(step, Recipe(1, "static", lr=0.05), progress=progress).fit(TRAIN, TEST)
     assert run.history[0]["overall_sparsity"] == 0.72 and "sparsity 0.720" in said.getvalue()

@@ -1,6 +1,7 @@
 """Arrays of one's own: train.npz and test.npz, each with `images` and `labels`. They need nothing but numpy, on a
 device too."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,18 @@ from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Split, as_dataset, source
 
 
-@source("arrays")
-def arrays(folder: Path | None) -> Split:
-    """What `as_dataset` takes of arrays, as np.savez writes them: images (n, C, H, W) and labels (n,); no pickled
-    objects."""
+def _split(folder: Path | None, numbers: bool = False) -> Split:
     if folder is None:
         raise DataError("arrays: give --data-folder with train.npz and test.npz in it, each with images and labels")
-    train = as_dataset(_read(folder / "train.npz"), name="arrays")
-    return Split(train, as_dataset(_read(folder / "test.npz"), like=train, name="arrays test"))
+    train = as_dataset(_read(folder / "train.npz"), name="arrays", numbers=numbers)
+    return Split(train, as_dataset(_read(folder / "test.npz"), like=train, name="arrays test", numbers=numbers))
+
+
+@source("arrays", numbers=partial(_split, numbers=True))
+def arrays(folder: Path | None) -> Split:
+    """What `as_dataset` takes of arrays, as np.savez writes them: images (n, C, H, W) and labels (n,), or maps of them
+    (n, H, W), or numbers (n, k) for losses that take them; no pickled objects."""
+    return _split(folder)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -148,6 +148,12 @@ class CompactFamily(KernelFamily):
                 name=f"{layer.spec.name}.transpose",
             )
 
+    def once(self, layer: Layer, transposed: bool, low: Trace) -> Buffer | None:
+        """Where the last of listed rows fill their group up; the transposed copy has each weight once, from there."""
+        if layer.scheme.spans[0] == 0:
+            return None
+        return self.hold(layer, low, "transposed_from" if transposed else "once", "indices")
+
     def written(self, node: Node, low: Trace) -> Buffer | None:
         layer = low.layer(node)
         spared = [consumer.op for consumer in low.consumers(node.name)] == ["batch_norm"] and "bias" not in node.params
@@ -164,6 +170,9 @@ class CompactFamily(KernelFamily):
         spared = any(
             buffer.layer == spec.name and buffer.role == "alive" for call in program.calls for buffer in call.buffers
         )
+        listed_once = any(
+            buffer.layer == spec.name and buffer.role == "once" for call in program.calls for buffer in call.buffers
+        )
         here_indexed = _indexer(spec, forward, Places.forward(spec, forward))
         there_indexed = (
             None if backward is None else _indexer(spec, backward, Places.transposed(spec, backward), transposed=True)
@@ -176,6 +185,8 @@ class CompactFamily(KernelFamily):
             pointers, offsets, sort, places = here_indexed(live)
             assert places is not None
             arrays = {"pointers": pointers, "offsets": offsets, **_lists("", forward, live, dead, spared)}
+            if listed_once:
+                arrays["once"] = places.astype(np.int32)
             if spared:
                 arrays["alive"] = alive.astype(np.int32)
             if there_indexed is not None and backward is not None:
@@ -191,7 +202,7 @@ class CompactFamily(KernelFamily):
         return index
 
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
-        if part == "transposed_from":
+        if part in ("transposed_from", "once"):
             return cells
         rows, sources, _, _ = _blocks(layer, transposed=part.startswith("transposed"))
         return -(-cells // (rows * sources))

@@ -78,7 +78,7 @@ class KernelFamily(ABC):
 
     def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         """Records the optimizer's step. transposed: whether the layer has an input gradient."""
-        low.call_update("optimizer.update", Update(low.optimizer.name), *self.state(layer, low), name=name)
+        low.call_update("optimizer.update", Update(low.optimizer.rule_name), *self.state(layer, low), name=name)
 
     def state(self, layer: Layer, low: Trace) -> tuple[Buffer, ...]:
         """(values, gradients, each state, hyper): what the optimizer works on."""
@@ -86,8 +86,13 @@ class KernelFamily(ABC):
             self.hold(layer, low, "", "values"),
             self.hold(layer, low, "gradient", "gradients"),
             *(self.hold(layer, low, state, "optimizer") for state in low.optimizer.state),
-            low.hyper(),
+            low.hyper(layer.spec.name),
         )
+
+    def once(self, layer: Layer, transposed: bool, low: Trace) -> Buffer | None:
+        """Places (n,) int32 that name each live weight of the value array once; None: no weight stands there twice.
+        transposed: whether the layer has an input gradient."""
+        return None
 
     @staticmethod
     def hold(layer: Layer, low: Trace, part: str, kind: str, elems: int | None = None) -> Buffer:

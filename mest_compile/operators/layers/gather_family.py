@@ -138,7 +138,7 @@ class GatherFamily(KernelFamily):
         rows, sources = layer.scheme.block(layer.spec)
         low.call_update(
             "optimizer.update_units",
-            UpdateUnits(low.optimizer.name, sources, rows),
+            UpdateUnits(low.optimizer.rule_name, sources, rows),
             *self.state(layer, low),
             self.hold(layer, low, "permutation", "indices"),
             self.hold(layer, low, "transposed", "values"),

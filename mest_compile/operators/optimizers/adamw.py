@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
 
 import numpy as np
 
-from mest_compile.base import checks
-from mest_compile.base.errors import SpecError
 from mest_compile.ir.expressions import Variable, sqrt
-from mest_compile.operators.optimizers.optimizer import Optimizer, optimizer
+from mest_compile.operators.optimizers.optimizer import Optimizer, Rule, betas_of, optimizer
 
 values, gradients, exp_avg, exp_avg_sq = map(Variable, ("values", "gradients", "exp_avg", "exp_avg_sq"))
 rate, kept, beta1, fresh1, beta2, fresh2, unbiased, eps = map(
@@ -29,8 +29,8 @@ FORMULA = {
 @optimizer("adamw")
 @dataclass(frozen=True, slots=True)
 class AdamW(Optimizer):
-    """torch.optim.AdamW's rule: lr, betas, eps (outside the root), weight_decay (decoupled, on every parameter): 8
-    bytes of state a live weight.
+    """torch.optim.AdamW's rule: lr, betas, eps (outside the root), weight_decay (decoupled): 8 bytes
+    of state a live weight.
 
     Means are corrected for having begun at 0 by the number of updates of the whole step. A weight that a mutation grows
     begins with means 0 and that number, so it moves further at first than a weight at the first update: with the
@@ -43,33 +43,28 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
-    state = ("exp_avg", "exp_avg_sq")
-    scalars = ("rate", "kept", "beta1", "fresh1", "beta2", "fresh2", "unbiased", "eps")
-    formula = FORMULA
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "adamw": Rule(
+            ("exp_avg", "exp_avg_sq"),
+            ("rate", "kept", "beta1", "fresh1", "beta2", "fresh2", "unbiased", "eps"),
+            FORMULA,
+        )
+    }
+    torch = (
+        "AdamW",
+        {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"},
+        {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            object.__setattr__(self, name, checks.number(f"AdamW: {name}", getattr(self, name), error=SpecError))
-        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) != 2:
-            raise SpecError(f"AdamW: betas is {checks.shown(self.betas)}; wanted two numbers of 0 or more and below 1")
-        betas = tuple(
-            checks.number(f"AdamW: betas[{place}]", beta, below=1, error=SpecError)
-            for place, beta in enumerate(self.betas)
-        )
-        object.__setattr__(self, "betas", betas)
+        self.check(below=dict.fromkeys(("lr", "eps", "weight_decay"), inf))
+        object.__setattr__(self, "betas", betas_of("AdamW", self.betas))
 
     def hyper(self, count: int, lr: float) -> np.ndarray:
-        beta1, beta2 = self.betas
-        return np.array(
-            [
-                lr / (1 - beta1**count),
-                1 - lr * self.weight_decay,
-                beta1,
-                1 - beta1,
-                beta2,
-                1 - beta2,
-                (1 - beta2**count) ** -0.5,
-                self.eps,
-            ],
-            np.float32,
-        )
+        return np.array(adam_scalars(self.betas, self.eps, count, lr, 1 - lr * self.weight_decay), np.float32)
+
+
+def adam_scalars(betas: tuple[float, float], eps: float, count: int, lr: float, decay: float) -> list[float]:
+    """(rate, decay, beta1, 1 - beta1, beta2, 1 - beta2, what makes the root of the mean square unbiased, eps)."""
+    beta1, beta2 = betas
+    return [lr / (1 - beta1**count), decay, beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**count) ** -0.5, eps]
