@@ -272,7 +272,7 @@ def test_an_optimizer_of_torch_is_taken_as_what_it_says(make, wanted, builder):
         (lambda m: torchs("SGD", m, maximize=True), "SGD has maximize=True"),
         (lambda m: torchs("SGD", m, momentum=0.9, dampening=0.1), "SGD has dampening=0.1"),
         (
-            lambda m: torchs("Adagrad", m),
+            lambda m: torchs("Adadelta", m),
             "torch.optim.adadelta.Adadelta; of torch a step takes Adam, AdamW, RMSprop, SGD",
         ),
         (lambda m: torch.optim.SGD(m.fc.parameters()), "SGD leaves conv1.weight as it is, and 14 more"),
