@@ -516,9 +516,9 @@ def raising(problem):
 
 EVERYWHERE = [
     ("mest_compile.data.load", ["train"]),
-    ("mest_compile.compile", ["train"]),
-    ("mest_compile.compile", ["plan"]),
-    ("mest_compile.compile", ["build", "--out", "a"]),
+    ("mest_compile.compiling.compile_step", ["train"]),
+    ("mest_compile.compiling.compile_step", ["plan"]),
+    ("mest_compile.compiling.compile_step", ["build", "--out", "a"]),
     ("mest_compile.measuring.benchmark.compare", ["bench"]),
     ("mest_compile.tuning.command.tune", ["tune"]),
     ("mest_compile.measuring.speedtable.speed_table", ["table"]),
