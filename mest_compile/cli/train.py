@@ -241,6 +241,8 @@ def start_run(request: Request) -> Run:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
+        if Judge.wants_numbers(request.options.loss):
+            source["numbers"] = True
         if request.teacher is not None:
             source["teacher"] = str(request.teacher.resolve())
         trainer.source = source
@@ -267,6 +269,7 @@ def continue_run(folder: Path, epochs: int | None = None, batch: int | None = No
     from mest_compile.training.runfolder import RunFolder
 
     source = RunFolder(folder).read_source()
+    split = load(source["data"], source.get("data_folder"), numbers=source.get("numbers", False))
     teacher = mest.load(source["teacher"]).predict if "teacher" in source else None
     device = find_device(source.get("tracker"), source.get("key"))
     if target is not None:
@@ -274,7 +277,6 @@ def continue_run(folder: Path, epochs: int | None = None, batch: int | None = No
     console = stderr_console()
     with console.status(f"compiling the run in {folder}"):
         trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target, teacher=teacher)
-    split = load(source["data"], source.get("data_folder"), numbers=trainer.judge.takes_numbers)
     with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
         return _fit(trainer, split, console)

@@ -154,7 +154,8 @@ class RunFolder:
             *(source.get(key, "") for key in ("tracker", "key", "teacher")),
             source.get("data_folder", "") or "",
         ]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(source.get("specialize", False), bool):
+        flags = [source.get(key, False) for key in ("specialize", "numbers")]
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(flag, bool) for flag in flags):
             raise StateError(f"{self.source} is damaged: it holds the keys data and data_folder, each a text")
         return source
 

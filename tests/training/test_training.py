@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 import types
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -16,6 +15,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mest_compile import opening
 from mest_compile.base.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.cli.progress import TrainingProgress
 from mest_compile.data import Dataset, as_dataset
@@ -363,9 +363,7 @@ def test_a_sieve_acts_in_a_longer_run_when_it_would_have(tmp_path):
 def test_a_step_is_rebuilt_from_the_checkpoint_when_none_is_given(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Interrupter(2, 1, interrupt)).fit(TRAIN, TEST)
-    opening = types.ModuleType("mest_compile.opening")
-    opening.load = lambda path: SoftmaxStep(seed=path.stat().st_size)
-    monkeypatch.setitem(sys.modules, "mest_compile.opening", opening)
+    monkeypatch.setattr(opening, "load", lambda path: SoftmaxStep(seed=path.stat().st_size))
     assert len(Trainer.resume(tmp_path / "run").fit(TRAIN, TEST).history) == 6
 
 
