@@ -67,6 +67,9 @@ class Trace(Protocol):
     def output(self, node: Node) -> Activation:
         """A new buffer for the node's value, with the halo that its consumers read."""
 
+    def value_halo(self, name: str) -> Halo:
+        """Zero pixels that the consumers of `name` read around its value."""
+
     def alias(self, node: Node, source: str) -> None:
         """The node's value is that of `source`; so is its gradient."""
 
