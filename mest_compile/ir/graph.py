@@ -67,7 +67,7 @@ class Node:
     """One operator of the forward graph.
 
     op      name in the operator registry: "conv2d", "linear", "batch_norm", "add", "max_pool2d", "avg_pool2d",
-            "global_avg_pool", "flatten", "detach" (its input, through which no gradient flows), or an activation: "relu"
+            "global_avg_pool", "flatten", "detach" (its input, without a gradient), or an activation: "relu"
     name    unique; the dotted torch module path where there is one
     inputs  names of the producing nodes; "input" is the graph's input
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,

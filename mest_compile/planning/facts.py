@@ -62,6 +62,7 @@ class Facts:
                     }
                     for node in graph.nodes
                 ],
+                **({"frozen": dict(graph.frozen)} if graph.frozen else {}),
             },
             "optimizer": _plain(self.optimizer.to_json()),
             "threads": self.threads,
@@ -101,6 +102,7 @@ class Facts:
             nodes,
             tuple(facts["graph"]["input_shape"]),
             {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()},
+            facts["graph"].get("frozen", {}),
         )
         known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
         gpu = facts["target"].get("gpu")
@@ -123,6 +125,7 @@ class Facts:
                 entry["sections"][0],
                 entry["sections"][1],
                 entry["capacity"],
+                spec.name in graph.frozen,
             )
             for spec, entry in zip(specs, facts["layers"], strict=True)
         }

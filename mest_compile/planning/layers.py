@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, SpecError, TargetError, UnknownName, UsageError
 from mest_compile.hardware.target import Target, find_target, target_names
-from mest_compile.ir.graph import ForwardGraph, LayerSpec
+from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
 from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.sparsity.defaults import default_dense_layers
-from mest_compile.sparsity.distributions import check_distribution, distribute
+from mest_compile.sparsity.distributions import check_distribution, distribute, together
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import overall_sparsity, sparse_layers
+from mest_compile.sparsity.room import masked_layers
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
@@ -68,8 +68,10 @@ def plan_layers(
         chosen.check(spec)
         chosen.live_units(spec, share.get(spec.name, 0.0))
         kernels = family_for(chosen, spec, target)
-        sections = FAMILIES.find(kernels).sections(spec, chosen, target, activations)
-        layers[spec.name] = Layer(spec, chosen, share.get(spec.name, 0.0), kernels, *sections)
+        forward, transposed = FAMILIES.find(kernels).sections(spec, chosen, target, activations)
+        frozen = spec.name in graph.frozen
+        sparsity_there = share.get(spec.name, 0.0)
+        layers[spec.name] = Layer(spec, chosen, sparsity_there, kernels, forward, transposed, frozen=frozen)
     return layers
 
 
@@ -97,6 +99,7 @@ def _shares(
                 f"scheme dense has sparsity 0, not {overall:g}; pass sparsity=0, or choose another scheme"
             )
         left = default_dense_layers(graph, specs, scheme) if dense is None else dense
+        left = [*left, *(name for name, why in graph.frozen.items() if why == BUFFER)]  # nothing would make up for it
         return distribute(distribution, [spec for spec in specs if spec.name not in left], overall)
     if distribution != "uniform":
         raise UsageError(
@@ -117,8 +120,9 @@ def _shares(
 def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
     """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in
     such."""
-    sparse = sparse_layers(layers)
-    inside, every = (sum(layer.spec.weight_elems for layer in some.values()) for some in (sparse, layers))
+    sparse = masked_layers(layers)
+    elems = {name: layer.spec.weight_elems for name, layer in layers.items()}
+    inside, every = (sum(elems[name] for name in some) for some in (sparse, layers))
     if 2 * inside < every:
         dense = ", ".join(name for name in layers if name not in sparse)
         log.warning(
@@ -126,7 +130,7 @@ def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
             "dense_layers says "
             "which are",
             f"{inside / every:.0%}" if inside else "none",
-            overall_sparsity(layers) * inside / every,
+            together({name: layer.sparsity for name, layer in layers.items()}, elems),
             dense,
         )
 

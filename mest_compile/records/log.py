@@ -98,7 +98,8 @@ SIZES = frozenset(
         "flop",
     }
 )
-IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers"})  # they change the code, but not which knobs are good
+# They change the code, but not which knobs are good.
+IGNORED = frozenset({"halo", "grid", "eps", "momentum", "layers", "epilogue"})
 FARTHEST = 4.0  # doublings of sizes, all together, up to which another problem is near
 
 

@@ -12,7 +12,12 @@ from mest_compile.sparsity.schemes.dense import Dense
 
 
 def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Those whose mask a mutation may change."""
+    """Those whose mask a mutation may change: what is frozen keeps its own."""
+    return {name: layer for name, layer in masked_layers(layers).items() if not layer.frozen}
+
+
+def masked_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Those that have a mask, frozen ones too."""
     return {name: layer for name, layer in layers.items() if not isinstance(layer.scheme, Dense)}
 
 
@@ -33,6 +38,8 @@ def overall_sparsity(layers: Mapping[str, Layer]) -> float:
 def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
     """The layers with the capacity for a sparsity of `grow_to`, all sparse layers together. Raises UsageError,
     SparsityError."""
+    if masked_layers(layers) and not sparse_layers(layers):  # all are frozen: none grows
+        return dict(layers)
     start = overall_sparsity(layers)
     if not 0 <= grow_to <= start:
         raise UsageError(

@@ -46,9 +46,11 @@ def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def target_sparsity(step: Any) -> float:
-    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has
-    none."""
-    targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
+    """The sparsity that the step was compiled for, over the weights of all its sparse layers that train together; 0
+    when it has none."""
+    facts = step.describe()
+    targets = facts["sparsity"]
+    elems = {name: mask.size for name, mask in step.masks().items() if name not in facts["frozen"]}
     return together({name: targets[name] for name in elems}, elems)
 
 

@@ -9,8 +9,9 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.schedules.cpu.rows import narrowed, widened
+from mest_compile.schedules.cpu.rows import narrowed, spelled, widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
@@ -122,6 +123,7 @@ def gather_conv(
         "values_handle: T.handle",
         *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
+        *_epilogue_arguments(problem),
         f"source: T.Buffer(({source.elems},), '{source.dtype}')",
         f"result: T.Buffer(({result.elems},), '{result.dtype}')",
     ]
@@ -145,6 +147,30 @@ def gather_conv(
         if min(grid_pass.grid) > 0:
             lines += indent(1, _pass_lines(problem, index, grid_pass, target, knobs))
     return "\n".join(lines)
+
+
+def _epilogue_arguments(problem: GatherConv) -> list[str]:
+    if problem.epilogue is None:
+        return []
+    residual = problem.epilogue.residual
+    return [
+        f"scaling: T.Buffer(({2 * problem.result.channels},), 'float32')",
+        *([f"residual: T.Buffer(({residual.elems},), '{residual.dtype}')"] if residual else []),
+    ]
+
+
+def _finished(problem: GatherConv, total: str, channel: str, residual: str) -> str:
+    """What becomes of a sum. residual: where the summand of that pixel begins in its image, channel 0."""
+    epilogue = problem.epilogue
+    if epilogue is None:
+        return total
+    value = f"({total} * scaling[{problem.result.channels} + {channel}] + scaling[{channel}])"
+    if epilogue.residual:
+        element = f"residual[{channel} * {epilogue.residual.channel_elems} + {residual}]"
+        value = f"({value} + {widened(epilogue.residual, element)})"
+    if epilogue.activation:
+        value = spelled(ACTIVATIONS.find(epilogue.activation).formula, x=value)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +275,12 @@ def _pass_lines(problem: GatherConv, index: int, grid_pass: Pass, target: Target
         ]
     else:
         inner += [f"for unit in T.serial({count}):", *indent(1, units("unit"))]
-    done = each(f"{write} = {narrowed(result, total)}")
-    if beside:
+    summand = ""
+    if problem.epilogue and problem.epilogue.residual:
+        image = problem.epilogue.residual
+        summand = f"{image.origin} + {pixel(image, (1, 1))}"
+    done = each(f"{write} = {narrowed(result, _finished(problem, total, channel, summand))}")
+    if beside or (problem.epilogue and problem.sections > 1):
         done = [
             f"if section == {problem.sections - 1}:",
             *indent(1, done),
