@@ -115,12 +115,17 @@ def _fold(graph: ForwardGraph) -> ForwardGraph:
 
 
 def _partial_readers_first(graph: ForwardGraph) -> ForwardGraph:
-    """`graph` with every convolution whose stride exceeds its kernel directly behind the node that it reads."""
+    """`graph` with every convolution whose stride exceeds its kernel, and that adds nothing, directly behind the node
+    that it reads."""
 
     def partial(node: Node) -> bool:
-        return node.op == "conv2d" and any(
-            step > taps
-            for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
+        return (
+            node.op == "conv2d"
+            and len(node.inputs) == 1
+            and any(
+                step > taps
+                for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
+            )
         )
 
     nodes = [node for node in graph.nodes if not partial(node)]

@@ -2,8 +2,8 @@
 
 A *block*, as in "last:3", is a numbered part of the model that holds several convolutions or linear layers, such as
 "layer3.1" or "blocks.12"; of such parts within each other it is the innermost. In a model where none holds several,
-each numbered part that holds one is a block. "last:3" are the last three of them in the order in which the forward pass uses
-them, and what comes after the first of these and is in no block: the classifier, the last normalisation.
+each numbered part that holds one is a block. "last:3" are the last three of them in the order in which the forward pass
+uses them, and what comes after the first of these and is in no block: the classifier, the last normalisation.
 """
 
 from __future__ import annotations
