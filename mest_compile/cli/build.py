@@ -16,6 +16,7 @@ from mest_compile.cli.options import (
     Scheme,
     Sparsity,
     TargetName,
+    Trainable,
     Width,
     given_options,
 )
@@ -45,6 +46,7 @@ def build(
     grow_to: Annotated[
         float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")
     ] = None,
+    trainable: Trainable = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -94,6 +96,7 @@ def build(
                 activations=activations,
                 memory_budget=memory_budget,
                 grow_to=grow_to,
+                trainable=trainable,
             )
         manifest = step.export(out)
         need = step.memory(at_capacity=True)["total"]

@@ -11,7 +11,17 @@ import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    Distribution,
+    Model,
+    Scheme,
+    Sparsity,
+    TargetName,
+    Trainable,
+    Width,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
 
@@ -43,6 +53,7 @@ class Request:
     memory_budget: int | None = None
     lower_density: bool = False
     activations: str = "float32"
+    trainable: str | None = None
     out: Path | None = None
     specialize: bool = False
     tracker: str | None = None
@@ -83,6 +94,7 @@ def train(
         bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")
     ] = False,
     activations: Activations = "float32",
+    trainable: Trainable = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[
@@ -134,6 +146,7 @@ def train(
         "distribution": distribution,
         "batch": batch,
         "memory_budget": memory_budget,
+        "trainable": trainable,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
@@ -292,6 +305,7 @@ def _compile(request: Request, split: Split) -> Any:
         lower_density=request.lower_density,
         grow_to=request.recipe.densest(request.sparsity),
         activations=request.activations,
+        trainable=request.trainable,
         device=find_device(request.tracker, request.key),
     )
 

@@ -318,7 +318,7 @@ class TrainStep:
         """Elastic Mutation: in every sparse layer that trains the least important units die until `prune_to`, others
         grow until `grow_to`. Frozen layers keep their masks; `set_masks` changes them.
 
-        prune_to, grow_to  sparsity of all sparse layers that train together; grow_to <= prune_to
+        prune_to, grow_to  sparsity of all sparse layers together, if the frozen ones followed; grow_to <= prune_to
         importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
         gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL;
                            None: random ones
@@ -336,7 +336,7 @@ class TrainStep:
         return self._exchange(changes, begun, partial(_set_state, rng, drawn.bit_generator.state))
 
     def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers that train at that sparsity of all of them. Raises
+        """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises
         CapacityError where there is no room."""
         return self._mutating.check_room(grow_to)
 

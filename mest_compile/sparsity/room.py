@@ -22,24 +22,22 @@ def masked_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
-    """{weight name: live units} of the sparse layers when all of them together have the sparsity `overall`. Raises
-    SparsityError."""
-    sparse = sparse_layers(layers)
+    """{weight name: live units} of the sparse layers that train when all sparse layers together have the sparsity
+    `overall`, or would have it if the frozen ones followed. Raises SparsityError."""
+    sparse = masked_layers(layers)
     share = rescaled({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse), overall)
-    return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse.items()}
+    return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse_layers(layers).items()}
 
 
 def overall_sparsity(layers: Mapping[str, Layer]) -> float:
     """The sparsity that the sparse layers start with, all of them together; 0 when there are none."""
-    sparse = sparse_layers(layers)
+    sparse = masked_layers(layers)
     return together({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse))
 
 
 def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
     """The layers with the capacity for a sparsity of `grow_to`, all sparse layers together. Raises UsageError,
     SparsityError."""
-    if masked_layers(layers) and not sparse_layers(layers):  # all are frozen: none grows
-        return dict(layers)
     start = overall_sparsity(layers)
     if not 0 <= grow_to <= start:
         raise UsageError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile import __version__
-from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError, UsageError
+from mest_compile.base.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
 from mest_compile.data import Dataset, as_dataset, batches
 from mest_compile.data.examples import turned
 from mest_compile.operators.losses.loss import read_loss
@@ -46,11 +46,9 @@ def _with_next(items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def target_sparsity(step: Any) -> float:
-    """The sparsity that the step was compiled for, over the weights of all its sparse layers that train together; 0
-    when it has none."""
-    facts = step.describe()
-    targets = facts["sparsity"]
-    elems = {name: mask.size for name, mask in step.masks().items() if name not in facts["frozen"]}
+    """The sparsity that the step was compiled for, over the weights of all its sparse layers together; 0 when it has
+    none."""
+    targets, elems = step.describe()["sparsity"], {name: mask.size for name, mask in step.masks().items()}
     return together({name: targets[name] for name in elems}, elems)
 
 
@@ -95,6 +93,10 @@ class Trainer:
         target = target_sparsity(step)
         self.recipe = recipe.resolved(target, step.optimizer.lr)
         step.check_room(recipe.densest(target))
+        if self.recipe.phases and step.masks().keys() <= step.describe()["frozen"].keys():
+            raise SparsityError(
+                f"the method {self.recipe.method!r} mutates masks, but every sparse layer is frozen; use method 'static'"
+            )
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
         if not (loss := read_loss(step.describe())).tells_correct:

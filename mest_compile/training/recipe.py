@@ -94,6 +94,7 @@ RUN_OPTIONS: dict[str, type] = {
     "distribution": str,
     "batch": int,
     "memory_budget": int,
+    "trainable": str,
 }
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
