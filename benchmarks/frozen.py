@@ -35,26 +35,18 @@ LITE_STRIDES = {1: 2, 3: 2, 5: 2, 11: 2}
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and what went in where it fits."""
+    """Two 3x3 convolutions, and what went in."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, activation: type[nn.Module], project: bool):
+    def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.act, self.same = activation(), stride == 1 and inputs == outputs
-        self.downsample = None
-        if project and not self.same:
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        if self.downsample is not None:
-            y = y + self.downsample(x)
-        elif self.same:
-            y = y + x
-        return self.act(y)
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.downsample(x)).relu()
 
 
 def resnet18() -> nn.Module:
@@ -63,7 +55,7 @@ def resnet18() -> nn.Module:
     for stage in range(4):
         for index in range(2):
             outputs = 64 << stage
-            blocks.append(Block(inputs, outputs, 2 if stage and not index else 1, nn.ReLU, True))
+            blocks.append(Block(inputs, outputs, 2 if stage and not index else 1))
             inputs = outputs
     return nn.Sequential(
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
@@ -77,11 +69,27 @@ def resnet18() -> nn.Module:
     )
 
 
+class FusedBlock(nn.Module):
+    """A 3x3 convolution to six times the channels, a 1x1 convolution to the result, and what went in where it fits: the
+    block of dense convolutions that stands for EfficientNet's in its later kin (Tan and Le, arXiv:2104.00298)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int):
+        super().__init__()
+        inner = inputs * expand
+        self.expand, self.bn1 = nn.Conv2d(inputs, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
+        self.project, self.bn2 = nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.act, self.same = nn.ReLU6(), stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.project(self.act(self.bn1(self.expand(x)))))
+        return y + x if self.same else y
+
+
 def lite() -> nn.Module:
-    """Sixteen blocks of EfficientNet-lite0's widths and strides, of dense convolutions."""
+    """EfficientNet-lite0's sixteen blocks, widths and strides, of dense convolutions."""
     blocks, inputs = [], 32
     for number, outputs in enumerate(LITE_WIDTHS):
-        blocks.append(Block(inputs, outputs, LITE_STRIDES.get(number, 1), nn.ReLU6, False))
+        blocks.append(FusedBlock(inputs, outputs, LITE_STRIDES.get(number, 1), 6 if number else 1))
         inputs = outputs
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, 2, 1, bias=False),
@@ -97,7 +105,7 @@ def lite() -> nn.Module:
     )
 
 
-MODELS = {"ResNet-18": resnet18, "16 blocks": lite}
+MODELS = {"ResNet-18": resnet18, "EfficientNet-lite0, dense": lite}
 
 
 def measure(name: str, shape: tuple[int, ...] = SHAPE, rounds: int = ROUNDS) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class FrozenNormBackward:
         assert not (self.folded and self.z), "where it is folded z was not written"
         assert self.z or not self.sums, "sums are of z"
         assert not self.activation or self.y or self.z, "the activation's slope is told by y or z"
+        assert self.sums or self.dz or self.in_place or (self.residual and self.activation), "nothing would be written"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Trainer:
         step.check_room(recipe.densest(target))
         if self.recipe.phases and step.masks().keys() <= step.describe()["frozen"].keys():
             raise SparsityError(
-                f"the method {self.recipe.method!r} mutates masks, but every sparse layer is frozen; use method 'static'"
+                f"the method {self.recipe.method!r} mutates, but every sparse layer is frozen; use method 'static'"
             )
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()

@@ -24,6 +24,7 @@ CASES = [
     ("odd", "channel", MSE(), AdamW()),
     ("resnet20", "pattern", CrossEntropy(), SGD()),
     ("vgg11", "block", CrossEntropy(), SGD()),
+    ("frozen", "block", CrossEntropy(), SGD()),
 ]
 
 
@@ -44,9 +45,20 @@ class Odd(torch.nn.Module):
         return self.last(torch.flatten(found, 1))
 
 
+def frozen():
+    """BatchNorms in evaluation mode: one that ends its convolution, one that trains in part."""
+    model = build_model("resnet20", SHAPE, 10, 8)
+    for norm, trains in (model.bn1, ()), (model.layer1[0].bn1, ("weight",)):
+        norm.eval()
+        for name, parameter in norm.named_parameters():
+            parameter.requires_grad_(name in trains)
+    return model
+
+
 def sources(model, scheme, loss, optimizer, target):
     """One of every kind of kernel in the steps of a model."""
-    graph, _ = import_model(Odd() if model == "odd" else build_model(model, SHAPE, 10, 8), SHAPE)
+    made = {"odd": Odd, "frozen": frozen}.get(model, lambda: build_model(model, SHAPE, 10, 8))()
+    graph, _ = import_model(made, SHAPE)
     layers = plan_layers(graph, parse_scheme(scheme), 0.8, "uniform", None, target)
     programs = Facts(graph, layers, frozenset(), optimizer, target, 1, 0, loss).lower()
     calls = choosing.sources(
