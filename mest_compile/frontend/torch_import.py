@@ -79,8 +79,8 @@ def _kept_as_it_was(module: torch.nn.Module):
 def _export(module: torch.nn.Module, input_shape: tuple[int, ...], state: Mapping[str, np.ndarray]) -> Any:
     import torch
 
-    images = torch.zeros(input_shape, dtype=torch.float32, device="cpu")
     with torch.inference_mode(False):
+        images = torch.zeros(input_shape, dtype=torch.float32, device="cpu")
         try:
             with torch.enable_grad():  # off, where forward turns them off
                 return torch.export.export(module, (images,))
