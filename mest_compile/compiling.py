@@ -73,6 +73,7 @@ def compile(
     activations: str = "float32",
     builder: Builder | None = None,
     records: Records | None = None,
+    trainable: str | Sequence[str] | None = None,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -108,6 +109,14 @@ def compile(
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and
                    the shipped ones; Records(target) has none
+    trainable      what trains; all else is frozen: it costs nothing in the backward pass but where a gradient passes
+                   through it, and comes out as it went in. None: what torch would train, by `requires_grad`, the modes
+                   of BatchNorms and where forward cuts the gradient; of a model all of whose parts are in one mode the
+                   BatchNorms train. Or patterns, a list or with commas between them: "last:3" (blocks, see
+                   `planning.trainable`), or shell patterns of torch's parameter names: "head.*", "*.bias",
+                   "blocks.1[3-6].*". They decide in the place of `requires_grad`, and a BatchNorm of which nothing
+                   trains is in evaluation mode. A frozen layer is sparse as the others are, unless `dense_layers` or
+                   `sparsity` say otherwise, and keeps its mask
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
@@ -125,6 +134,7 @@ def compile(
         lower_density=lower_density,
         grow_to=grow_to,
         activations=activations,
+        trainable=trainable,
     )
     return compile_step(model, input_shape, options, device, builder, records)
 
@@ -191,16 +201,12 @@ def make_step(
         if device is not None:
             where, activations = find_target("local"), "float32"
             threads = where.cores
-        every = {
-            name: Layer(
-                layer.spec,
-                Dense(),
-                0.0,
-                "gather",
-                *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations),
-            )
-            for name, layer in facts.layers.items()
-        }
+
+        def alive(layer: Layer) -> Layer:
+            forward, transposed = FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations)
+            return Layer(layer.spec, Dense(), 0.0, "gather", forward, transposed, frozen=layer.frozen)
+
+        every = {name: alive(layer) for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
         twin = replace(facts, layers=every, target=where, threads=threads, activations=activations)
         return make_step(Plan(twin, Records(where)), zeros, builder, None, {})
@@ -263,6 +269,8 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
         "recomputed": document["recomputed"],
         "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
         "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
+        "trainable": facts.graph.trainable(),
+        "frozen": dict(facts.graph.frozen),
         "optimizer": document["optimizer"],
         "loss": document["loss"],
         "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
