@@ -15,6 +15,7 @@ import numpy as np
 
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import UsageError
+from mest_compile.base.foreign import is_optimizer
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
@@ -24,6 +25,7 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import StepOptions, find_loss, find_optimizer
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
@@ -136,7 +138,8 @@ def compile(
         activations=activations,
         trainable=trainable,
     )
-    return compile_step(model, input_shape, options, device, builder, records)
+    theirs = optimizer if is_optimizer(optimizer) else None
+    return compile_step(model, input_shape, options, device, builder, records, theirs)
 
 
 def compile_step(
@@ -146,9 +149,12 @@ def compile_step(
     device: Device | None = None,
     builder: Builder | None = None,
     records: Records | None = None,
+    theirs: torch.optim.Optimizer | None = None,
 ) -> TrainStep:
-    """`compile` with options that are said already."""
+    """`compile` with options that are said already. theirs: what their optimizer was read from, which must have all
+    that trains."""
     from mest_compile.frontend import import_model
+    from mest_compile.frontend.torch_checks import unwrapped
 
     exclusive.this_process()
     input_shape = checks.shape("input_shape", input_shape)
@@ -161,6 +167,8 @@ def compile_step(
         return of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
     plan = plan_step(graph, options, known)
+    if theirs is not None:
+        check_trains(theirs, dict(unwrapped(model).named_parameters()), plan.facts.graph.trainable())
     if not isinstance(options.scheme, Dense):
         say_what_stays_dense(plan.layers)
     return make_step(plan, state, builder, device)

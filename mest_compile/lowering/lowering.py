@@ -43,7 +43,7 @@ class Lowering:
         self.graph = graph
         self.activations = activations
         self.optimizer = optimizer
-        self.settings = Settings(optimizer, graph.nodes)
+        self.settings = Settings(optimizer, graph.nodes, graph.frozen)
         self.layers = layers
         self.vector = vector
         self.held = held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Parameter, Reader, reads
 from mest_compile.ir.graph import Node
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -22,6 +23,10 @@ class Detach(Operator):
 
     def backward(self, node: Node, low: Trace) -> None:
         """Nothing: the gradient at hand is that of others who read the input."""
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        (value,) = writer.inputs(node)
+        return value
 
 
 @reads("relax.grad.no_grad", gives=("detach",))

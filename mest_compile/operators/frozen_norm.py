@@ -7,13 +7,14 @@ activation(scale * z + shift + residual), and z is never written. Else it is a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.conversion import ImageCopy
@@ -25,8 +26,8 @@ from mest_compile.operators.operator import Trace
 class FrozenNormScaling:
     """Kernel "frozen_norm.scaling": running_mean (channels,), running_var (channels,), affine, scaling."""
 
-    channels: int
-    eps: float
+    channels: int = field(metadata=SIZE)
+    eps: float = field(metadata=ASIDE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class TrainStep(Tells):
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
-        self._settings = Settings(compiled.optimizer, compiled.graph.nodes).listed
+        self._settings = Settings(compiled.optimizer, compiled.graph.nodes, compiled.graph.frozen).listed
         self._updates = 0  # of the parameters since the first weights
         self._from_file = False
         self._runner = compiled.runner()
