@@ -7,7 +7,7 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import SpecError, UnknownName, UsageError
-from mest_compile.frontend import from_torch
+from mest_compile.frontend import from_onnx, from_torch
 from mest_compile.ir.graph import CHOSEN, CUT, FLAG
 from mest_compile.models.catalog import build_model
 from mest_compile.planning.trainable import blocks, choose_trainable
@@ -145,3 +145,17 @@ def test_a_fixed_filter_stays_dense_and_as_it_was():
     assert step.masks().keys() == {"second.weight"} and step.describe()["frozen"] == {"blur": "a buffer"}
     step(np.zeros((4, 3, 8, 8), np.float32), np.arange(4))
     assert np.array_equal(step.state_dict()["blur"], module.blur.numpy())
+
+
+def test_an_onnx_model_takes_patterns(tmp_path):
+    """Its file has no flags: all trains where nothing is said."""
+    torch.onnx.export(Nested().eval(), torch.zeros(4, 8), tmp_path / "a.onnx", dynamo=False, do_constant_folding=False)
+    graph, _ = from_onnx(tmp_path / "a.onnx", (4, 8))
+    assert choose_trainable(graph, None).frozen == {}
+    chosen = {"scheme": "dense", "sparsity": 0, "threads": 1, "trainable": ["head.*", "norm.*"]}
+    step = mest.compile(tmp_path / "a.onnx", (4, 8), **chosen)
+    assert set(step.describe()["trainable"]) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    before = step.state_dict()
+    step(np.random.default_rng(0).standard_normal((4, 8), np.float32), np.arange(4))
+    moved = {name for name, array in step.state_dict().items() if not np.array_equal(array, before[name])}
+    assert moved == {*step.describe()["trainable"], "norm.running_mean", "norm.running_var"}
