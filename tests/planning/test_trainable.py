@@ -10,6 +10,7 @@ from mest_compile.base.errors import SpecError, UnknownName, UsageError
 from mest_compile.frontend import from_onnx, from_torch
 from mest_compile.ir.graph import CHOSEN, CUT, FLAG
 from mest_compile.models.catalog import build_model
+from mest_compile.options import StepOptions
 from mest_compile.planning.trainable import blocks, choose_trainable
 
 SHAPE = (2, 3, 16, 16)
@@ -46,6 +47,10 @@ def nested():
     return from_torch(Nested(), (4, 8))[0]
 
 
+def chosen(graph, trainable):
+    return choose_trainable(graph, StepOptions(trainable=trainable).trainable)
+
+
 def evaluating(graph):
     return [node.name for node in graph.nodes if node.attrs.get("evaluating")]
 
@@ -59,26 +64,26 @@ def test_blocks_are_the_innermost_numbered_parts_that_hold_several_layers(resnet
 
 
 def test_the_last_blocks_and_what_comes_after_them_train(resnet, nested):
-    graph = choose_trainable(resnet, "last:2")
+    graph = chosen(resnet, "last:2")
     parts = {name.rsplit(".", 2)[0] if name.startswith("layer") else name for name in graph.trainable()}
     assert parts == {"layer3.1", "layer3.2", "fc.weight", "fc.bias"}
     assert set(graph.frozen.values()) == {CHOSEN}
     assert set(evaluating(graph)) == {
         node.name for node in graph.nodes if node.op == "batch_norm" and node.params["weight"] not in graph.trainable()
     }
-    graph = choose_trainable(nested, "last:1")
+    graph = chosen(nested, "last:1")
     assert {name.rpartition(".")[0] for name in graph.trainable()} == {"stages.1.1.0", "stages.1.1.1.0", "norm", "head"}
     assert evaluating(graph) == ["stem.1"]
 
 
 def test_patterns_add_up_and_a_norm_that_trains_in_part_stays_as_it_is(nested):
-    graph = choose_trainable(nested, ["stages.[1-9].*", "*.bias"])
+    graph = chosen(nested, ["stages.[1-9].*", "*.bias"])
     assert [name for name in graph.frozen if not name.startswith(("stem", "stages.0"))] == [
         "norm.weight",
         "head.weight",
     ]
     assert "stem.0.bias" not in graph.frozen and evaluating(graph) == []
-    assert choose_trainable(nested, "stages.[1-9].*, *.bias") == graph
+    assert chosen(nested, "stages.[1-9].*, *.bias") == graph
 
 
 def test_patterns_decide_in_the_place_of_flags_but_not_of_cuts():
@@ -86,8 +91,8 @@ def test_patterns_decide_in_the_place_of_flags_but_not_of_cuts():
     module.stem.requires_grad_(False)
     graph, _ = from_torch(module, (4, 8))
     assert graph.frozen == dict.fromkeys(("stem.0.weight", "stem.0.bias", "stem.1.weight", "stem.1.bias"), FLAG)
-    assert choose_trainable(graph, None) == graph
-    assert choose_trainable(graph, "*").frozen == {}
+    assert chosen(graph, None) == graph
+    assert chosen(graph, "*").frozen == {}
 
     class Cut(Nested):
         def forward(self, x):
@@ -96,9 +101,9 @@ def test_patterns_decide_in_the_place_of_flags_but_not_of_cuts():
             return self.head(self.norm(x))
 
     graph, _ = from_torch(Cut(), (4, 8))
-    assert choose_trainable(graph, "head.*").frozen["stem.0.weight"] == CUT
+    assert chosen(graph, "head.*").frozen["stem.0.weight"] == CUT
     with pytest.raises(UnknownName, match="'stem.*' matches stem.0.weight, behind a cut gradient"):
-        choose_trainable(graph, "stem.*")
+        chosen(graph, "stem.*")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_patterns_decide_in_the_place_of_flags_but_not_of_cuts():
 )
 def test_what_is_asked_and_is_not_there_is_refused(nested, trainable, error, words):
     with pytest.raises(error, match=words) as caught:
-        choose_trainable(nested, trainable)
+        chosen(nested, trainable)
     assert "\n" not in str(caught.value)
 
 
@@ -151,9 +156,9 @@ def test_an_onnx_model_takes_patterns(tmp_path):
     """Its file has no flags: all trains where nothing is said."""
     torch.onnx.export(Nested().eval(), torch.zeros(4, 8), tmp_path / "a.onnx", dynamo=False, do_constant_folding=False)
     graph, _ = from_onnx(tmp_path / "a.onnx", (4, 8))
-    assert choose_trainable(graph, None).frozen == {}
-    chosen = {"scheme": "dense", "sparsity": 0, "threads": 1, "trainable": ["head.*", "norm.*"]}
-    step = mest.compile(tmp_path / "a.onnx", (4, 8), **chosen)
+    assert chosen(graph, None).frozen == {}
+    options = {"scheme": "dense", "sparsity": 0, "threads": 1, "trainable": ["head.*", "norm.*"]}
+    step = mest.compile(tmp_path / "a.onnx", (4, 8), **options)
     assert set(step.describe()["trainable"]) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     before = step.state_dict()
     step(np.random.default_rng(0).standard_normal((4, 8), np.float32), np.arange(4))

@@ -10,7 +10,7 @@ from test_step import make_batches, relative
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.base.errors import SparsityError, StateError
+from mest_compile.base.errors import SparsityError, SpecError, StateError, UsageError
 from mest_compile.training.recipe import Recipe
 
 SHAPE, RATE = (8, 3, 8, 8), 0.01
@@ -120,7 +120,8 @@ def check(step, model, prepared):
     after, there = step.state_dict(), model.state_dict()
     norms = {name: part for name, part in prepared.named_modules() if isinstance(part, nn.BatchNorm2d)}
     evaluating = [name for name, part in norms.items() if not part.training]
-    kept = {*facts["frozen"], *(f"{name}.running_{which}" for name in evaluating for which in ("mean", "var"))}
+    statistics = "running_mean", "running_var", "num_batches_tracked"
+    kept = {*facts["frozen"], *(f"{name}.{part}" for name in evaluating for part in statistics)}
     for name, array in after.items():
         if name in kept:
             assert np.array_equal(array, before[name]), name
@@ -229,6 +230,48 @@ def test_clipping_counts_what_trains():
         assert relative(array, model.state_dict()[name].numpy()) < 1e-4, name
 
 
+def only_some(trained):
+    return torch.optim.AdamW(trained, lr=RATE, weight_decay=0.5)
+
+
+def test_an_optimizer_of_torch_may_leave_out_what_is_frozen_and_nothing_else():
+    model = made(front)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step = compiled(model, "dense", optimizer=only_some(trained))
+    assert step.optimizer == mest.AdamW(RATE, weight_decay=0.5)
+    model = made(lambda model: None)
+    patterns = {"trainable": "fc.*,conv4.*,bn4.*"}
+    some = [parameter for name, parameter in model.named_parameters() if name.startswith(("fc", "conv4", "bn4"))]
+    assert set(compiled(model, "dense", optimizer=only_some(some), **patterns).gradients(*BATCHES[0])) == {
+        name for name, _ in model.named_parameters() if name.startswith(("fc", "conv4", "bn4"))
+    }
+    with pytest.raises(UsageError, match="AdamW leaves fc.weight as it is, and 1 more; a step updates all that trains"):
+        compiled(model, "dense", optimizer=only_some(some[:-2]), **patterns)
+
+
+def test_groups_are_of_parameters_that_train():
+    with pytest.raises(SpecError, match=r"no parameter that trains is called \*1.\*, as a group of SGD has it"):
+        compiled(made(front), "dense", optimizer=mest.SGD(lr=RATE, groups=[mest.Group("*1.*", 3.0)]))
+    model = made(biases)
+    step = compiled(model, "dense", optimizer=mest.SGD(lr=RATE, groups=[mest.Group("bn4.bias", 0.0)]))
+    before = step.state_dict()
+    step(*BATCHES[0])
+    moved = {name for name, array in step.state_dict().items() if not np.array_equal(array, before[name])}
+    assert moved == {name for name, part in model.named_parameters() if part.requires_grad} - {"bn4.bias"}
+
+
+def test_an_onnx_file_has_what_is_frozen_as_prediction_computes_it(tmp_path):
+    import onnxruntime
+
+    model = made(every_kind, Cut)
+    step = compiled(model, "block:1x4")
+    step(*BATCHES[0])
+    mest.to_onnx(step, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"input": BATCHES[1][0]})
+    assert relative(found, step.predict(BATCHES[1][0])) < 1e-5
+
+
 def test_checkpoints_and_artifacts_go_on_with_what_is_frozen(tmp_path):
     step = compiled(made(every_kind), "filter")
     step(*BATCHES[0])
@@ -255,7 +298,7 @@ def test_the_module_gets_its_frozen_parts_back_bit_for_bit():
     step(*BATCHES[0])
     mest.to_torch(step, model)
     for name, value in model.state_dict().items():
-        stays = name.startswith(("conv1", "conv2", "bn1", "bn2")) or name.endswith("num_batches_tracked")
+        stays = name.startswith(("conv1", "conv2", "bn1", "bn2"))
         assert torch.equal(value, before[name]) == stays, name
 
 

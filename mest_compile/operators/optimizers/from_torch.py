@@ -59,9 +59,10 @@ def check_trains(given: Any, parameters: Mapping[str, Any], trained: Iterable[st
     """Raises UsageError where an optimizer of torch leaves out one of the parameters of these names, which train."""
     known = {id(parameter) for group in given.param_groups for parameter in group["params"]}
     if left := [name for name in trained if id(parameters[name]) not in known]:
+        more = f", and {len(left) - 1} more" if len(left) > 1 else ""
         raise UsageError(
-            f"{type(given).__name__} leaves {left[0]} as it is{f', and {len(left) - 1} more' if len(left) > 1 else ''}; "
-            "a step updates all that trains: give it all of model.parameters(), or freeze what is to stay"
+            f"{type(given).__name__} leaves {left[0]} as it is{more}; a step updates all that trains: give it all of "
+            "model.parameters(), or freeze what is to stay"
         )
 
 

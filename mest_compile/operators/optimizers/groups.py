@@ -111,8 +111,8 @@ class Settings:
             if not any(map(group.has, self._of)):
                 stays = "that trains " if any(map(group.has, frozen)) else ""
                 raise SpecError(
-                    f"no parameter {stays}is called {' or '.join(group.names)}, as a group of {type(rule).__name__} has it; "
-                    f"there are: {', '.join(self._of)}"
+                    f"no parameter {stays}is called {' or '.join(group.names)}, as a group of {type(rule).__name__} "
+                    f"has it; there are: {', '.join(self._of)}"
                 )
         self.listed = [own, *sorted(set(self._of.values()) - {own})]
 
