@@ -15,6 +15,7 @@ import numpy as np
 
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import UsageError
+from mest_compile.base.foreign import is_optimizer
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
@@ -24,6 +25,7 @@ from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import StepOptions, find_loss, find_optimizer
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
@@ -73,6 +75,7 @@ def compile(
     activations: str = "float32",
     builder: Builder | None = None,
     records: Records | None = None,
+    trainable: str | Sequence[str] | None = None,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -108,6 +111,14 @@ def compile(
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and
                    the shipped ones; Records(target) has none
+    trainable      what trains; all else is frozen: it costs nothing in the backward pass but where a gradient passes
+                   through it, and comes out as it went in. None: what torch would train, by `requires_grad`, the modes
+                   of BatchNorms and where forward cuts the gradient; of a model all of whose parts are in one mode the
+                   BatchNorms train. Or patterns, a list or with commas between them: "last:3" (blocks, see
+                   `planning.trainable`), or shell patterns of torch's parameter names: "head.*", "*.bias",
+                   "blocks.1[3-6].*". They decide in the place of `requires_grad`, and a BatchNorm of which nothing
+                   trains is in evaluation mode. A frozen layer is sparse as the others are, unless `dense_layers` or
+                   `sparsity` say otherwise, and keeps its mask
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
@@ -125,8 +136,10 @@ def compile(
         lower_density=lower_density,
         grow_to=grow_to,
         activations=activations,
+        trainable=trainable,
     )
-    return compile_step(model, input_shape, options, device, builder, records)
+    theirs = optimizer if is_optimizer(optimizer) else None
+    return compile_step(model, input_shape, options, device, builder, records, theirs)
 
 
 def compile_step(
@@ -136,9 +149,12 @@ def compile_step(
     device: Device | None = None,
     builder: Builder | None = None,
     records: Records | None = None,
+    theirs: torch.optim.Optimizer | None = None,
 ) -> TrainStep:
-    """`compile` with options that are said already."""
+    """`compile` with options that are said already. theirs: what their optimizer was read from, which must have all
+    that trains."""
     from mest_compile.frontend import import_model
+    from mest_compile.frontend.torch_checks import unwrapped
 
     exclusive.this_process()
     input_shape = checks.shape("input_shape", input_shape)
@@ -151,6 +167,8 @@ def compile_step(
         return of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
     plan = plan_step(graph, options, known)
+    if theirs is not None:
+        check_trains(theirs, dict(unwrapped(model).named_parameters()), plan.facts.graph.trainable())
     if not isinstance(options.scheme, Dense):
         say_what_stays_dense(plan.layers)
     return make_step(plan, state, builder, device)
@@ -191,16 +209,12 @@ def make_step(
         if device is not None:
             where, activations = find_target("local"), "float32"
             threads = where.cores
-        every = {
-            name: Layer(
-                layer.spec,
-                Dense(),
-                0.0,
-                "gather",
-                *FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations),
-            )
-            for name, layer in facts.layers.items()
-        }
+
+        def alive(layer: Layer) -> Layer:
+            forward, transposed = FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations)
+            return Layer(layer.spec, Dense(), 0.0, "gather", forward, transposed, frozen=layer.frozen)
+
+        every = {name: alive(layer) for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
         twin = replace(facts, layers=every, target=where, threads=threads, activations=activations)
         return make_step(Plan(twin, Records(where)), zeros, builder, None, {})
@@ -263,6 +277,8 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
         "recomputed": document["recomputed"],
         "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
         "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
+        "trainable": facts.graph.trainable(),
+        "frozen": dict(facts.graph.frozen),
         "optimizer": document["optimizer"],
         "loss": document["loss"],
         "label_smoothing": getattr(facts.loss, "smoothing", 0.0),

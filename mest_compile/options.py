@@ -54,6 +54,7 @@ class StepOptions:
     lower_density: bool = False
     grow_to: float | None = None
     activations: str = "float32"
+    trainable: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._set("scheme", parse_scheme(self.scheme))
@@ -73,6 +74,8 @@ class StepOptions:
             )
         if self.grow_to is not None:
             self._set("grow_to", checks.number("grow_to", self.grow_to, below=1, also=", or None"))
+        if self.trainable is not None:
+            self._set("trainable", trainable_patterns(self.trainable))
 
     def _check_sparsity(self) -> None:
         check_distribution(self.distribution)
@@ -104,6 +107,7 @@ class StepOptions:
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "scheme": str(self.scheme),
             "dense_layers": None if self.dense_layers is None else list(self.dense_layers),
+            "trainable": None if self.trainable is None else list(self.trainable),
             "optimizer": self.optimizer.to_json(),
             "target": str(self.target),
             "loss": self.loss.to_json(),
@@ -125,6 +129,16 @@ class StepOptions:
 def check_threads(threads: int) -> int:
     """Raises UsageError."""
     return checks.whole("threads", threads, 1, ", or None for all cores")
+
+
+def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of a list, or of a text with commas between them. Raises UsageError."""
+    also = ' such as "head.*" or "last:3", or None for what torch would train'
+    listed = [trainable] if isinstance(trainable, str) else checks.names("trainable", trainable, also)
+    found = tuple(part.strip() for text in listed for part in text.split(","))
+    if not found or not all(found):
+        raise UsageError(f"trainable is {checks.shown(trainable)}; wanted patterns{also}")
+    return found
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -16,6 +16,7 @@ from mest_compile.cli.options import (
     Scheme,
     Sparsity,
     TargetName,
+    Trainable,
     Width,
     given_options,
 )
@@ -51,6 +52,7 @@ def build(
     optimizer: Annotated[
         str, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
     ] = "sgd",
+    trainable: Trainable = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -103,6 +105,7 @@ def build(
                 activations=activations,
                 memory_budget=memory_budget,
                 grow_to=grow_to,
+                trainable=trainable,
             )
             step = compile_step(net, shape, options)
         manifest = step.export(out)

@@ -14,6 +14,13 @@ Scheme = Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, un
 Sparsity = Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")]
 Distribution = Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")]
 TargetName = Annotated[str, typer.Option(help="Target name or TOML file.")]
+Trainable = Annotated[
+    str | None,
+    typer.Option(
+        help='What trains, the rest is frozen: patterns with commas between them, "head.*,*.bias", or "last:3" blocks. '
+        "Default: all."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of initial weights, and of all else that is drawn.")]
 Activations = Annotated[
     str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target can.")

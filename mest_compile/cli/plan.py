@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Batch, BuiltIn, Distribution, Scheme, Seed, Sparsity, TargetName, Width
+from mest_compile.cli.options import (
+    Batch,
+    BuiltIn,
+    Distribution,
+    Scheme,
+    Seed,
+    Sparsity,
+    TargetName,
+    Trainable,
+    Width,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
@@ -23,11 +34,12 @@ def plan(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the step.", min=1)] = None,
     target: TargetName = "local",
+    trainable: Trainable = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is
-    chosen and why.
+    chosen and why; then what trains, and the memory that the step needs.
 
     Model: 32x32 images of 3 channels, 10 classes.
     """
@@ -44,6 +56,7 @@ def plan(
         target=target,
         threads=threads,
         seed=seed,
+        trainable=trainable,
     )
     with stderr_console().status("compiling and timing"):
         step = compile_step(build_model(model, shape, 10, width, seed), shape, options)
@@ -53,12 +66,16 @@ def plan(
         for one in planned
         if one.times and one.choice.variant == "specialized"
     )
+    facts, memory = step.describe(), step.memory()
     chosen = sum(one.choice.variant == "specialized" for one in planned)
     if as_json:
         print_json(
             {
                 "steps_between_mutations": steps_between_mutations,
                 "saved_seconds_a_step": saved,
+                "trainable": facts["trainable"],
+                "frozen": facts["frozen"],
+                "memory": memory,
                 "calls": [
                     {
                         "layer": one.layer,
@@ -77,3 +94,20 @@ def plan(
         [[one.layer.removesuffix(".weight"), one.phase, one.choice.variant, one.choice.why] for one in planned],
     )
     print(f"\n{chosen} of {len(planned)} kernels specialized, which saves {saved * 1e3:.2f} ms a step")
+    trained, frozen = facts["trainable"], facts["frozen"]
+    print(f"{len(trained)} of {len(trained) + len(frozen)} parameters train: {', '.join(_parts(trained, frozen))}")
+    print("planned bytes: " + ", ".join(f"{kind} {size}" for kind, size in memory.items()))
+
+
+def _parts(trained: Sequence[str], frozen: Collection[str]) -> list[str]:
+    """The parameters, told by the largest parts of the model of which all train: "layer4.*"."""
+
+    def part_of(name: str) -> str:
+        pieces = name.split(".")
+        for end in range(len(pieces)):
+            part = "".join(f"{piece}." for piece in pieces[:end])
+            if not any(other.startswith(part) for other in frozen):
+                return f"{part}*"
+        return name
+
+    return list(dict.fromkeys(map(part_of, trained)))

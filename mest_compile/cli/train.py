@@ -11,7 +11,17 @@ import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Activations, Batch, Distribution, Model, Scheme, Sparsity, TargetName, Width
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    Distribution,
+    Model,
+    Scheme,
+    Sparsity,
+    TargetName,
+    Trainable,
+    Width,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
 
@@ -90,6 +100,7 @@ def train(
         bool, typer.Option(help="Raise the sparsity when the memory budget cannot be met otherwise.")
     ] = False,
     activations: Activations = "float32",
+    trainable: Trainable = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[
@@ -152,6 +163,7 @@ def train(
         "activations": activations,
         "loss": loss,
         "optimizer": optimizer,
+        "trainable": trainable,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}

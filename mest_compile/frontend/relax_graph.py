@@ -7,7 +7,7 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.naming import PREPARE, Draft, name_nodes, split_prepared
-from mest_compile.ir.graph import ForwardGraph, Preparation
+from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
 
 SUPPORTED = Registry("supported operator", "mest_compile.operators")
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
@@ -156,6 +156,7 @@ class Reader:
         self.drafts: list[Draft] = []
         self.values: dict[Any, Any] = {}
         self.written = written
+        self.detached: set[str] = set()  # parameters whose gradient forward cuts
         self.forms: dict[Value, Mapping[Value, np.ndarray]] = {}  # of activations that are functions of others
         self.prepared: dict[tuple[Value, Preparation], Value] = {}
         self.where = self.name = ""
@@ -194,7 +195,9 @@ class Reader:
                 f"{logits.shape}: end it with flatten and a linear layer"
             )
         prepared, nodes = split_prepared(name_nodes(self.drafts, logits.draft))
-        return ForwardGraph(nodes, input_shape, self.state_shapes, prepared), self.transposed
+        graph = ForwardGraph(nodes, input_shape, self.state_shapes, prepared)
+        cut = dict.fromkeys((name for name in graph.parameters() if name in self.detached), CUT)
+        return replace(graph, frozen=cut), self.transposed
 
     def _wheres(self, bindings: list) -> list[str]:
         """The place of each binding. An operator's helper bindings come before the one that its place is known for."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.relax_graph import dropout_error, unsupported
-from mest_compile.ir.graph import ForwardGraph
+from mest_compile.ir.graph import BUFFER, CUT, FLAG, STATISTICS, ForwardGraph
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,6 @@ _HOOKS = {
 }
 # What is not trained may be of these types, which a checkpoint can hold.
 KEPT = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
-_STATISTICS = ("running_mean", "running_var")
 
 
 def unwrapped(model: Any) -> Any:
@@ -137,11 +137,13 @@ def check_float32(state: Mapping[str, np.ndarray], names: Iterable[str]) -> None
             raise SpecError(f"float32 parameters are wanted, {name} is {state[name].dtype}: call model.float()")
 
 
-def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
-    """Refuses what the graph would train though torch does not. Raises SpecError, UnsupportedOperator."""
+def freeze(graph: ForwardGraph, module: torch.nn.Module, evaluating: Set[str]) -> ForwardGraph:
+    """The graph with what torch does not train said in `frozen`, and its BatchNorms in evaluation mode.
+
+    evaluating  running means of these
+    Raises UnsupportedOperator.
+    """
     parameters = dict(module.named_parameters())
-    parts = dict(module.named_modules())
-    mixed = any(part.training for part in parts.values())
     for step in graph.prepared:
         if step.operand in parameters and parameters[step.operand].requires_grad:
             raise UnsupportedOperator(
@@ -149,29 +151,34 @@ def check_trained(graph: ForwardGraph, module: torch.nn.Module) -> None:
                 "it a buffer, or call requires_grad_(False) on it"
             )
     for node in graph.nodes:
-        for role, name in node.params.items():
-            if role in _STATISTICS:
-                if name in parameters:
-                    raise unsupported(f"{name}, a parameter, as batch_norm's {role}")
-                continue
-            if name not in parameters:
-                raise UnsupportedOperator(
-                    f"{name} is a buffer, which torch does not train, used as {node.op}'s {role}; fixed weights are "
-                    "not supported: make it an nn.Parameter to train it"
-                )
-            if not parameters[name].requires_grad:
-                raise UnsupportedOperator(
-                    f"{name} is frozen (requires_grad=False); layers that stay as they are while others train are "
-                    "not supported: call requires_grad_(True) on it, or on the whole model"
-                )
-        if node.op == "batch_norm":
-            path = node.params["running_mean"].rpartition(".")[0]
-            if mixed and path in parts and not parts[path].training:
-                raise UnsupportedOperator(
-                    f"batch_norm {path!r} is in eval mode while other parts of the model are in train mode; "
-                    "statistics that stay as they are are not supported: call model.train(), or model.eval() to mean "
-                    "the whole model"
-                )
+        for role in STATISTICS:
+            if (name := node.params.get(role)) in parameters:
+                raise unsupported(f"{name}, a parameter, as batch_norm's {role}")
+    nodes = tuple(
+        replace(node, attrs={**node.attrs, "evaluating": True})
+        if node.params.get("running_mean") in evaluating
+        else node
+        for node in graph.nodes
+    )
+    told = _told(graph)
+    frozen = {}
+    for name, node in graph.parameters().items():
+        if name not in parameters:
+            frozen[name] = BUFFER
+        elif name in graph.frozen or node.name not in told:
+            frozen[name] = CUT
+        elif not parameters[name].requires_grad:
+            frozen[name] = FLAG
+    return replace(graph, nodes=nodes, frozen=frozen)
+
+
+def _told(graph: ForwardGraph) -> set[str]:
+    """Names of the nodes that the loss sends a gradient to, if anything there trains."""
+    found = {graph.nodes[-1].name}
+    for node in reversed(graph.nodes):
+        if node.name in found and node.op != "detach":
+            found.update(node.inputs)
+    return found
 
 
 def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) -> None:

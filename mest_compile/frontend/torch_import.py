@@ -15,12 +15,13 @@ from mest_compile.frontend.torch_checks import (
     check_before_decomposition,
     check_float32,
     check_module,
-    check_trained,
     check_unchanged,
+    freeze,
     place,
     read_state,
     unwrapped,
 )
+from mest_compile.frontend.torch_cuts import OPERATOR, marked
 from mest_compile.frontend.torch_trace import check_training
 from mest_compile.ir.graph import ForwardGraph
 
@@ -33,6 +34,9 @@ _TRACE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError
 def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The module's forward pass and a copy of its state by torch name. The module is left as it was.
 
+    What trains is what torch would train: parameters say so by `requires_grad`, BatchNorms by their mode, where the
+    model's parts are not all in one, and forward by where it cuts the gradient.
+
     input_shape  (N, C, H, W) or (N, features)
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
     Raises UnsupportedOperator, SpecError.
@@ -43,7 +47,8 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
     with _kept_as_it_was(module), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own pytree classes
         module.eval()
-        program = _export(module, input_shape, state)
+        with marked(module):
+            program = _export(module, input_shape, state)
         check_before_decomposition(program, state)
         program = program.run_decompositions()
         check_unchanged(program)
@@ -52,11 +57,10 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
     graph, _ = read_main(
         function, parameters, {name: array.shape for name, array in state.items()}, places, written=written
     )
-    check_trained(graph, module)
     check_finite(graph, state)
     with _kept_as_it_was(module):
-        check_training(module, input_shape)
-    return graph, state
+        evaluating = check_training(module, input_shape)
+    return freeze(graph, module, evaluating), state
 
 
 @contextmanager
@@ -75,15 +79,17 @@ def _kept_as_it_was(module: torch.nn.Module) -> Iterator[None]:
 def _export(module: torch.nn.Module, input_shape: tuple[int, ...], state: Mapping[str, np.ndarray]) -> Any:
     import torch
 
-    images = torch.zeros(input_shape, dtype=torch.float32, device="cpu")
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False):
+        images = torch.zeros(input_shape, dtype=torch.float32, device="cpu")
         try:
-            return torch.export.export(module, (images,))
+            with torch.enable_grad():  # off, where forward turns them off
+                return torch.export.export(module, (images,))
         except _TRACE_ERRORS as error:
             failure = error
         check_float32(state, state)
         try:  # torch's own complaint about sizes is one line and says more than torch.export's
-            module(images)
+            with torch.no_grad():
+                module(images)
         except _TRACE_ERRORS as error:
             raise SpecError(f"the model does not take input_shape {input_shape}: {_first_line(error)}") from error
     raise UnsupportedOperator(
@@ -132,7 +138,11 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
 
         return convert
 
-    known = ExportedProgramImporter().convert_map
+    def cut(node: Any, importer: Any) -> Any:
+        return importer.block_builder.emit(relax.op.grad.no_grad(importer.env[node.args[0]]))
+
+    own = {OPERATOR: cut}
+    known = {**ExportedProgramImporter().convert_map, **own}
     called = {node.target.__name__: node for node in program.graph.nodes if node.op == "call_function"}
     for name, node in called.items():
         if name not in known:
@@ -142,7 +152,7 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
             program,
             keep_params_as_input=True,
             run_ep_decomposition=False,
-            custom_convert_map={name: remember(name) for name in called},
+            custom_convert_map={name: remember(name) for name in called} | own,
         )
     except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedOperator(f"TVM cannot import the model: {_first_line(error)}") from error

@@ -1,7 +1,7 @@
 """One forward pass in evaluation and one in training mode, on tensors without values, and what differs between them.
 
 Import reads the forward pass of evaluation mode and trains it; so both passes must make the same calls on the same
-values, BatchNorm's choice of statistics aside, and the gradient must flow through all of them.
+values and cut the gradient at the same ones, BatchNorm's choice of statistics aside.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
+from mest_compile.frontend.torch_cuts import CUTS, name_of
 
 if TYPE_CHECKING:
     import torch
 
-_CUTS = ("detach", "detach_", "data")
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 
@@ -33,6 +33,7 @@ class Called:
     sources    numbers of the calls whose results it takes
     cut        whether it lets no gradient through to a parameter
     training   batch_norm's: whether it normalises with the batch's statistics; None for any other function
+    mean       batch_norm's: name of its running mean
     """
 
     name: str
@@ -41,15 +42,24 @@ class Called:
     sources: tuple[int, ...]
     cut: bool
     training: bool | None = None
+    mean: str = ""
 
 
-def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is cut
-    or changed."""
+def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> set[str]:
+    """The running means of the BatchNorms that are in evaluation mode while the model trains: by the modes of its parts
+    where these differ, else by what its own train() leaves them in.
+
+    Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is changed.
+    """
     python, numpy = random.getstate(), np.random.get_state()
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     evaluated, _, _ = _forward(module, input_shape)
-    module.train()
+    if len({training for _, training in modes}) == 1:
+        module.train()
+    else:
+        for part, training in modes:
+            part.training = training
     trained, needed, functions = _forward(module, input_shape)
     if random.getstate() != python or any(
         np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)
@@ -68,11 +78,10 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Non
         )
     for number in sorted(needed):
         call = trained[number]
-        if call.cut:
-            how = "detach" if call.name in _CUTS else f"no_grad around {call.name}"
+        if call.cut and _in_place(call.name):
             raise UnsupportedOperator(
-                f"{how} {call.where} cuts the gradient, which is not supported: take it out, or the part that would "
-                "not be trained"
+                f"{call.name} {call.where} cuts the gradient of a value in its place, which is not supported: use "
+                f"{call.name.strip('_')} instead"
             )
     for call, other in zip(trained, evaluated, strict=False):
         if (call.name, call.arguments) != (other.name, other.arguments):
@@ -81,15 +90,18 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Non
                 if call.name != other.name
                 else f"{call.name} {call.where} with other arguments than in evaluation"
             )
-        if call.training is False:
-            raise UnsupportedOperator(
-                f"batch_norm {call.where} stays in eval mode while the rest trains; statistics that stay as they "
-                "are are not supported"
-            )
+        if call.cut != other.cut:
+            raise _difference(f"{call.name} {call.where} with its gradient {'cut' if call.cut else 'not cut'}")
     if more := trained[len(evaluated) :]:
         raise _difference(f"{more[0].name} {more[0].where}, which evaluation does not")
     if more := evaluated[len(trained) :]:
         raise _difference(f"no {more[0].name} {more[0].where}, which evaluation does")
+    return {call.mean for call in trained if call.training is False}
+
+
+def _in_place(name: str) -> bool:
+    """Of "add_" and "__iadd__"."""
+    return name.startswith("__i") if name.startswith("__") else name.endswith("_")
 
 
 def _difference(what: str) -> UnsupportedOperator:
@@ -142,9 +154,8 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
         def __torch_function__(
             self, function: Any, types: Any, arguments: tuple = (), named: dict[str, Any] | None = None
         ) -> Any:
-            name = getattr(function, "__name__", str(function))
-            name = function.__self__.__name__ if name == "__get__" else name
-            named, training = dict(named or {}), None
+            name = name_of(function)
+            named, training, mean = dict(named or {}), None, ""
             tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
             if name == "_set_grad_enabled" or (
                 name == "add_" and not tensors[0].is_floating_point() and tensors[0].dim() == 0
@@ -152,7 +163,8 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
                 return function(*arguments, **named)  # BatchNorm counts its batches
             if name == "batch_norm":
                 training, arguments, named = _evaluating(arguments, named)
-            cut = any(tensor.requires_grad for tensor in tensors) and (name in _CUTS or not torch.is_grad_enabled())
+                mean = names.get(id(arguments[1] if len(arguments) > 1 else named.get("running_mean")), "")
+            cut = any(tensor.requires_grad for tensor in tensors) and (name in CUTS or not torch.is_grad_enabled())
             shown = (
                 "" if "dropout" in name else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
             )
@@ -163,7 +175,7 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
                 for tensor in made:
                     self.makers[id(tensor)] = len(self.calls)
                 self.alive += made
-                self.calls.append(Called(name, _where(stack), shown, sources, cut, training))
+                self.calls.append(Called(name, _where(stack), shown, sources, cut, training, mean))
             return result
 
         def show(self, leaf: Any) -> str:

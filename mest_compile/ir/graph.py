@@ -9,6 +9,11 @@ from typing import Any
 from mest_compile.base.errors import SpecError
 
 MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
+STATISTICS = ("running_mean", "running_var")  # roles of what no optimizer touches
+
+# Why a parameter stays as it is. What torch froze, or the caller did, may be asked to train after all.
+FLAG, CHOSEN = "requires_grad=False", "not in trainable"
+BUFFER, CUT = "a buffer", "behind a cut gradient"
 
 
 COUNTER = "num_batches_tracked"  # what torch calls a BatchNorm's number of training steps, a buffer of its own
@@ -65,12 +70,13 @@ class Node:
     """One operator of the forward graph.
 
     op      name in the operator registry: "conv2d", "linear", "batch_norm", "add", "max_pool2d", "avg_pool2d",
-            "global_avg_pool", "flatten", or an activation: "relu"
+            "global_avg_pool", "flatten", "detach" (its input, without a gradient), or an activation: "relu"
     name    unique; the dotted torch module path where there is one
     inputs  names of the producing nodes; "input" is the graph's input
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
             running_mean, running_var
-    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics); pools: kernel,
+    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only
+            if it is: it normalises with its running statistics, and keeps them, while the step trains); pools: kernel,
             stride, padding, avg_pool2d also count_include_pad
     shape   of the output: (N, C, H, W) or (N, features)
     """
@@ -104,9 +110,28 @@ class ForwardGraph:
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
     prepared      what becomes of the input before the nodes see it, one after another
+    frozen        what nodes take as a parameter and no step changes -> why: FLAG, CHOSEN, BUFFER or CUT
     """
 
     nodes: tuple[Node, ...]
     input_shape: tuple[int, ...]
     state_shapes: Mapping[str, tuple[int, ...]]
     prepared: tuple[Preparation, ...] = ()
+    frozen: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Node]:
+        """Name of every parameter that a node takes, statistics left out -> the node, in the order of nodes."""
+        return {name: node for node in self.nodes for role, name in node.params.items() if role not in STATISTICS}
+
+    def trainable(self) -> list[str]:
+        """Names of the parameters that a step changes."""
+        return [name for name in self.parameters() if name not in self.frozen]
+
+    def moving(self) -> set[str]:
+        """Names of the nodes whose value follows a parameter that trains: gradients flow through these alone."""
+        trained = {node.name for name, node in self.parameters().items() if name not in self.frozen}
+        found: set[str] = set()
+        for node in self.nodes:
+            if node.op != "detach" and (node.name in trained or any(source in found for source in node.inputs)):
+                found.add(node.name)
+        return found

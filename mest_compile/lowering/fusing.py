@@ -1,5 +1,6 @@
 """Makes the forward graph cheap to differentiate: joins batch_norm with the addition and the activation that follow it,
-and puts strided 1x1 convolutions first among the consumers of a value.
+lets a convolution end with a batch_norm that stays as it is, and puts strided 1x1 convolutions first among a value's
+consumers.
 
 The joined operator has one backward pass over memory instead of three, and saves nothing for the activation. A
 convolution that reads only some pixels has an input gradient only there: when it is the last to contribute, as the
@@ -11,17 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import STATISTICS, ForwardGraph, Node
 from mest_compile.operators.activation import ACTIVATIONS
 
 
 def fuse(graph: ForwardGraph) -> ForwardGraph:
     """`graph` with batch_norm(+add)(+activation) as single batch_norm nodes: attrs gain `activation`, inputs gain the
-    other summand.
+    other summand. Where such a node is `evaluating` and nothing of it trains, it becomes part of the convolution before
+    it (`folded`).
 
     Behind an addition only an activation whose slope follows from its result: the sum, which others need, is not kept.
     """
     activations = ACTIVATIONS.load()
+    graph = _without_idle_cuts(graph)
     nodes = [
         replace(node, attrs={**node.attrs, "activation": None}) if node.op == "batch_norm" else node
         for node in graph.nodes
@@ -63,16 +66,66 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
         renamed[node.name] = joined.name
         uses[joined.name] = uses[node.name]
         order[joined.name] = order[node.name]
-    return _partial_readers_first(replace(graph, nodes=tuple(placed.values())))
+    return _partial_readers_first(_fold(replace(graph, nodes=tuple(placed.values()))))
+
+
+def _without_idle_cuts(graph: ForwardGraph) -> ForwardGraph:
+    """`graph` without the cuts behind which nothing trains anyhow."""
+    moving, nodes, source = graph.moving(), [], {"input": "input"}
+    for node in graph.nodes:
+        inputs = tuple(source[name] for name in node.inputs)
+        idle = node.op == "detach" and inputs[0] not in moving
+        source[node.name] = inputs[0] if idle else node.name
+        if not idle:
+            nodes.append(replace(node, inputs=inputs))
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _fold(graph: ForwardGraph) -> ForwardGraph:
+    """`graph` with every batch_norm that is `evaluating` and wholly frozen at the end of the convolution or linear
+    layer before it, where nobody else reads that: it goes by the layer's name and has its weights as `norm_weight` and
+    `norm_bias`.
+
+    Where a gradient flows through it the activation's slope must follow from the result: what it takes is not kept.
+    """
+    activations, moving = ACTIVATIONS.load(), graph.moving()
+    uses = Counter(source for node in graph.nodes for source in node.inputs)
+    layers = {node.name: node for node in graph.nodes if node.op in ("conv2d", "linear")}
+    placed: dict[str, Node] = {}
+    renamed: dict[str, str] = {}
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(renamed.get(source, source) for source in node.inputs))
+        placed[node.name] = node
+        if node.op != "batch_norm" or not node.attrs.get("evaluating"):
+            continue
+        layer, activation = layers.get(node.inputs[0]), node.attrs["activation"]
+        stays = node.params["weight"] in graph.frozen and node.params["bias"] in graph.frozen
+        told = activation is None or node.name not in moving or activations[activation].from_result
+        if layer is None or uses[layer.name] > 1 or placed[layer.name].attrs.get("folded") or not (stays and told):
+            continue
+        layer = placed.pop(layer.name)
+        del placed[node.name]
+        params = {**layer.params, **{f"norm_{role}": node.params[role] for role in ("weight", "bias")}}
+        params |= {role: node.params[role] for role in STATISTICS}
+        attrs = {**layer.attrs, "folded": True, "eps": node.attrs["eps"], "activation": activation}
+        inputs = (*layer.inputs, *node.inputs[1:])
+        placed[layer.name] = replace(layer, inputs=inputs, params=params, attrs=attrs)
+        renamed[node.name] = layer.name
+    return replace(graph, nodes=tuple(placed.values()))
 
 
 def _partial_readers_first(graph: ForwardGraph) -> ForwardGraph:
-    """`graph` with every convolution whose stride exceeds its kernel directly behind the node that it reads."""
+    """`graph` with every convolution whose stride exceeds its kernel, and that adds nothing, directly behind the node
+    that it reads."""
 
     def partial(node: Node) -> bool:
-        return node.op == "conv2d" and any(
-            step > taps
-            for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
+        return (
+            node.op == "conv2d"
+            and len(node.inputs) == 1
+            and any(
+                step > taps
+                for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
+            )
         )
 
     nodes = [node for node in graph.nodes if not partial(node)]

@@ -43,7 +43,7 @@ class Lowering:
         self.graph = graph
         self.activations = activations
         self.optimizer = optimizer
-        self.settings = Settings(optimizer, graph.nodes)
+        self.settings = Settings(optimizer, graph.nodes, graph.frozen)
         self.layers = layers
         self.vector = vector
         self.held = held
@@ -58,7 +58,7 @@ class Lowering:
         self._aliases: dict[str, str] = {}
         self._touched: set[Buffer] = set()
         self._updates: dict[Buffer, Buffer] = {}
-        self._trainable = self._reach_parameters()
+        self._moving = graph.moving()
         self._shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
 
     # What operators ask about the graph.
@@ -68,7 +68,11 @@ class Lowering:
 
     def needs_gradient(self, name: str) -> bool:
         """False for the input and for what has no trainable parameter before it."""
-        return name in self._trainable
+        return name in self._moving
+
+    def trains(self, node: Node, role: str) -> bool:
+        """Whether the step changes the node's parameter of that role; False where there is none."""
+        return role in node.params and node.params[role] not in self.graph.frozen
 
     def layer(self, node: Node) -> Layer:
         return self.layers[node.params["weight"]]
@@ -81,9 +85,11 @@ class Lowering:
 
     def read(self, name: str) -> Buffer | None:
         """Flags of the channels of a value that its consumers read; None: all, or more than one operator does."""
-        consumers = self.consumers(name)
-        operator = OPERATORS.find(consumers[0].op) if len(consumers) == 1 else None
-        return operator.read(consumers[0], self) if operator else None
+        readers = [
+            (node, place) for node in self.consumers(name) for place, one in enumerate(node.inputs) if one == name
+        ]
+        node, place = readers[0] if len(readers) == 1 else (None, 0)
+        return OPERATORS.find(node.op).read(node, self) if node and place == 0 else None
 
     # Buffers.
 
@@ -99,8 +105,15 @@ class Lowering:
         """A new buffer for the node's value, with the halo that its consumers read."""
         # Logits are few, and the loss exponentiates them.
         dtype = "float32" if node.name == self.graph.nodes[-1].name else self.activations
-        self._values[node.name] = _buffer_of(node.name, self._image(node.name, self._value_halo(node.name), dtype))
+        self._values[node.name] = _buffer_of(node.name, self._image(node.name, self.value_halo(node.name), dtype))
         return self._values[node.name]
+
+    def value_halo(self, name: str) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) zero pixels that the consumers of `name` read around its value: around a summand,
+        which comes second, none does."""
+        readers = [node for node in self.consumers(name) if node.inputs[0] == name]
+        halos = [OPERATORS.find(node.op).source_halo(node, self) for node in readers]
+        return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
 
     def alias(self, node: Node, source: str) -> None:
         """The node's value is that of `source`; so is its gradient."""
@@ -138,11 +151,15 @@ class Lowering:
         self._gradients[name] = buffer
         return True
 
-    def temporary(self, name: str, elems: int, dtype: str = "float32", image: Image | None = None) -> Buffer:
+    def temporary(self, name: str, elems: int, dtype: str = "float32") -> Buffer:
         """Arena memory that lives from its first call to its last; the same name gives the same buffer."""
         if name not in self._temporaries:
-            self._temporaries[name] = Buffer(name, elems, dtype, "arena", image)
+            self._temporaries[name] = Buffer(name, elems, dtype)
         return self._temporaries[name]
+
+    def scratch(self, name: str, image: Image) -> Activation:
+        """The same for a value that is no node's."""
+        return _buffer_of(name, image)
 
     def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
         """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""
@@ -214,22 +231,11 @@ class Lowering:
             name = self._aliases[name]
         return name
 
-    def _reach_parameters(self) -> set[str]:
-        reached: set[str] = set()
-        for node in self.graph.nodes:
-            if node.params or any(source in reached for source in node.inputs):
-                reached.add(node.name)
-        return reached
-
     def _image(self, name: str, halo: tuple[int, int, int, int], dtype: str = "float32") -> Image:
         shape = self._shapes[name]
         batch, channels = shape[:2]
         height, width = shape[2:] if len(shape) == 4 else (1, 1)
         return Image(channels, height, width, batch, halo, self.vector, dtype)
-
-    def _value_halo(self, name: str) -> tuple[int, int, int, int]:
-        halos = [OPERATORS.find(node.op).source_halo(node, self) for node in self.consumers(name)]
-        return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
 
 
 def _buffer_of(name: str, image: Image) -> Activation:

@@ -249,12 +249,12 @@ def unstructured_masks(model: torch.nn.Module, case: Case) -> dict[str, np.ndarr
     from mest_compile.frontend import from_torch
     from mest_compile.hardware.target import find_target
     from mest_compile.planning.layers import plan_layers
-    from mest_compile.sparsity.room import sparse_layers
+    from mest_compile.sparsity.room import masked_layers
 
     options = case.but(scheme="unstructured").options
     graph, weights = from_torch(model, case.input_shape)
     masks, rng = {}, np.random.default_rng(options.seed)
-    for name, layer in sparse_layers(plan_layers(graph, options, find_target(options.target))).items():
+    for name, layer in masked_layers(plan_layers(graph, options, find_target(options.target))).items():
         spec, scheme, weight = layer.spec, layer.scheme, weights[name]
         energy = scheme.energy(spec, weight.reshape(spec.weight_shape))
         keep = scheme.start(spec, energy, scheme.live_units(spec, layer.sparsity), rng)

@@ -23,13 +23,14 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.activation import ACTIVATIONS
-from mest_compile.operators.conversion import ImageCopy
+from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
 from mest_compile.operators.operator import Operator, Trace, operator
 
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most
 # 1e-6 of them, and of the variance as many times that; channels of nets on standardised data stay below, so that the
 # second look at z costs them nothing.
 FAR = 64
+AFFINE = ("bias", "weight")  # roles, in the order of `affine`
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +209,19 @@ class BatchNorm(Operator):
         channels, eps = z.image.channels, node.attrs["eps"]
         moments = low.temporary(f"{node.name}.moments", 3 * channels)
         running = low.parameter(node, "running_mean"), low.parameter(node, "running_var")
-        if low.training:
+        if _is_split(node, low):
+            for place, role in enumerate(AFFINE):
+                part = low.parameter(node, role)
+                low.call(
+                    "values.part",
+                    CopyPart(channels, 0, 2 * channels, place * channels, channels),
+                    part,
+                    _affine(node, low),
+                )
+        if low.training and not node.attrs.get("evaluating"):
             statistics = low.statistics(node.inputs[0])
             chunks = (statistics.elems or 0) // (2 * channels * z.image.vector) if statistics else 0
-            alive = low.written(node.inputs[0])
+            alive, _ = _flags(node, low)
             low.call(
                 "batch_norm.moments",
                 BatchNormMoments(z.image, eps, chunks, bool(alive)),
@@ -238,7 +248,7 @@ class BatchNorm(Operator):
     def _normalise(
         node: Node, low: Trace, z: Activation, moments: Buffer, residual: Activation | None, y: Activation
     ) -> None:
-        alive, read = low.written(node.inputs[0]), None if residual else low.read(node.name)
+        alive, read = _flags(node, low)
         problem = BatchNormForward(
             z.image,
             y.image,
@@ -247,13 +257,12 @@ class BatchNorm(Operator):
             bool(alive),
             bool(read),
         )
-        affine = low.parameter(node, "bias", "weight")
         low.call(
             "batch_norm.forward",
             problem,
             z,
             moments,
-            affine,
+            _affine(node, low),
             *([residual] if residual else []),
             y,
             *(flags for flags in (alive, read) if flags),
@@ -261,45 +270,73 @@ class BatchNorm(Operator):
         )
 
     def backward(self, node: Node, low: Trace) -> None:
-        dy, z = low.gradient(node), low.value(node.inputs[0])
         activation, added = node.attrs.get("activation"), len(node.inputs) == 2
+        dy, wanted = low.gradient(node), low.needs_gradient(node.inputs[0])
+        trained = [role for role in AFFINE if low.trains(node, role)]
+        evaluating = node.attrs.get("evaluating", False)
+        channels, summed = dy.image.channels, not evaluating or bool(trained)
+        # In evaluation mode z is only read for sums, and where it tells the activation's slope.
+        z = low.value(node.inputs[0]) if summed or (activation and not added) else None
         y = low.value(node.name) if activation and added else None
-        facts = z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.parameter(node, "bias", "weight")
-        sums = low.parameter_gradient(node, "bias", "weight")
-        wanted = low.needs_gradient(node.inputs[0])
+        masks = bool(y) and low.needs_gradient(node.inputs[1])
+        sums = _sums(node, low, trained, channels) if summed else None
         in_place = wanted and not added and low.adopt(node.inputs[0], dy)
         dz, accumulate = low.contribute(node.inputs[0]) if wanted and not in_place else (None, False)
-        alive, read = low.written(node.inputs[0]), None if added else low.read(node.name)
-        problem = BatchNormBackward(
-            dy.image,
-            z.image,
-            dz.image if dz else None,
-            activation,
-            y.image if y else None,
-            accumulate,
-            in_place,
-            bool(alive),
-            bool(read),
-        )
-        low.call(
-            "batch_norm.backward",
-            problem,
-            dy,
-            *facts,
-            *([y] if y else []),
-            sums,
-            *([dz] if dz else []),
-            *(flags for flags in (alive, read) if flags),
-            fills=dz,
-        )
-        # After dz, because from here on later contributions may be added to dy in place.
-        if added and low.needs_gradient(node.inputs[1]) and not low.adopt(node.inputs[1], dy):
-            result, accumulate = low.contribute(node.inputs[1])
-            low.call("image.copy", ImageCopy(dy.image, result.image, accumulate), dy, result)
+        alive, read = _flags(node, low)
+        images = {name: one.image if one else None for name, one in (("z", z), ("y", y), ("dz", dz))}
+        shared: dict[str, Any] = {"activation": activation, "accumulate": accumulate, "in_place": in_place, **images}
+        problem: Any
+        if evaluating:
+            problem = FrozenNormBackward(dy.image, sums=summed, residual=masks, **shared)
+        else:
+            problem = BatchNormBackward(dy.image, alive=bool(alive), read=bool(read), **shared)
+        if summed or wanted or masks:
+            low.call(
+                "frozen_norm.backward" if evaluating else "batch_norm.backward",
+                problem,
+                dy,
+                *([z] if z and not evaluating else []),
+                low.temporary(f"{node.name}.moments", 3 * channels),
+                _affine(node, low),
+                *([z] if z and evaluating else []),
+                *(one for one in (y, sums, dz, alive, read) if one),
+                fills=dz,
+            )
+        if len(trained) == 1 and sums:
+            (role,) = trained
+            gradient, place = low.parameter_gradient(node, role), AFFINE.index(role)
+            low.call("values.part", CopyPart(2 * channels, place * channels, channels, 0, channels), sums, gradient)
+        if added and low.needs_gradient(node.inputs[1]):
+            pass_on(low, node.inputs[1], dy)
 
     def onnx(self, node: Node, writer: Writer) -> str:
         held = [writer.weight(node.params[role]) for role in ("weight", "bias", "running_mean", "running_var")]
         return writer.call("BatchNormalization", [*writer.inputs(node), *held], node.shape, epsilon=node.attrs["eps"])
+
+
+def _is_split(node: Node, low: Trace) -> bool:
+    """Whether one of bias and weight trains and the other does not: they then lie apart, and side by side in a copy."""
+    return low.trains(node, "bias") != low.trains(node, "weight")
+
+
+def _affine(node: Node, low: Trace) -> Buffer:
+    if not _is_split(node, low):
+        return low.parameter(node, *AFFINE)
+    return low.temporary(f"{node.name}.affine", 2 * node.shape[1])
+
+
+def _sums(node: Node, low: Trace, trained: list[str], channels: int) -> Buffer:
+    """Where the gradients of bias and weight go: where both train, those of the parameters."""
+    if len(trained) == 2:
+        return low.parameter_gradient(node, *AFFINE)
+    return low.temporary(f"{node.name}.sums", 2 * channels)
+
+
+def _flags(node: Node, low: Trace) -> tuple[Buffer | None, Buffer | None]:
+    """(alive, read) as the kernels take them. In evaluation mode neighbours spare nothing."""
+    if node.attrs.get("evaluating"):
+        return None, None
+    return low.written(node.inputs[0]), None if len(node.inputs) == 2 else low.read(node.name)
 
 
 @reads("relax.nn.batch_norm", gives=("batch_norm",))

@@ -52,6 +52,9 @@ class Trace(Protocol):
     def needs_gradient(self, name: str) -> bool:
         """False for the input and for what has no trainable parameter before it."""
 
+    def trains(self, node: Node, role: str) -> bool:
+        """Whether the step changes the node's parameter of that role; False where there is none."""
+
     def layer(self, node: Node) -> Layer:
         """The layer of a convolution or linear node."""
 
@@ -68,6 +71,9 @@ class Trace(Protocol):
 
     def output(self, node: Node) -> Activation:
         """A new buffer for the node's value, with the halo that its consumers read."""
+
+    def value_halo(self, name: str) -> Halo:
+        """Zero pixels that the consumers of `name` read around its value."""
 
     def alias(self, node: Node, source: str) -> None:
         """The node's value is that of `source`; so is its gradient."""
@@ -86,8 +92,11 @@ class Trace(Protocol):
         """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it
         cannot be."""
 
-    def temporary(self, name: str, elems: int, dtype: str = "float32", image: Image | None = None) -> Buffer:
+    def temporary(self, name: str, elems: int, dtype: str = "float32") -> Buffer:
         """Arena memory that lives from its first call to its last; the same name gives the same buffer."""
+
+    def scratch(self, name: str, image: Image) -> Activation:
+        """A new buffer in the arena for a value that is no node's."""
 
     def hold(self, name: str, elems: int | None, kind: str, dtype: str = "float32") -> Buffer:
         """Memory that the step keeps; the same name gives the same buffer, in every program of the step."""

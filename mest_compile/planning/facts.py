@@ -63,6 +63,7 @@ class Facts:
                     for node in graph.nodes
                 ],
                 **({"prepared": [_plain(asdict(one)) for one in graph.prepared]} if graph.prepared else {}),
+                **({"frozen": dict(graph.frozen)} if graph.frozen else {}),
             },
             "optimizer": _plain(self.optimizer.to_json()),
             "threads": self.threads,
@@ -106,6 +107,7 @@ class Facts:
                 Preparation(one["operation"], _tuples(one["operand"]), one["swapped"])
                 for one in facts["graph"].get("prepared", ())
             ),
+            facts["graph"].get("frozen", {}),
         )
         known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
         gpu = facts["target"].get("gpu")
@@ -128,6 +130,7 @@ class Facts:
                 entry["sections"][0],
                 entry["sections"][1],
                 entry["capacity"],
+                spec.name in graph.frozen,
             )
             for spec, entry in zip(specs, facts["layers"], strict=True)
         }

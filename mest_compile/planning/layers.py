@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, SpecError, UnknownName, UsageError
 from mest_compile.hardware.target import Target
-from mest_compile.ir.graph import ForwardGraph, LayerSpec
+from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.options import StepOptions
 from mest_compile.sparsity.defaults import default_dense_layers
-from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.distributions import distribute, together
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import overall_sparsity, sparse_layers
+from mest_compile.sparsity.room import masked_layers
 from mest_compile.sparsity.schemes.dense import Dense
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,9 @@ def plan_layers(graph: ForwardGraph, options: StepOptions, target: Target) -> di
         scheme.check(spec)
         scheme.live_units(spec, sparsity)
         kernels = family_for(scheme, spec, target)
-        sections = FAMILIES.find(kernels).sections(spec, scheme, target, options.activations)
-        layers[spec.name] = Layer(spec, scheme, sparsity, kernels, *sections)
+        forward, transposed = FAMILIES.find(kernels).sections(spec, scheme, target, options.activations)
+        frozen = spec.name in graph.frozen
+        layers[spec.name] = Layer(spec, scheme, sparsity, kernels, forward, transposed, frozen=frozen)
     return layers
 
 
@@ -68,6 +69,7 @@ def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOption
         dense = [_weight_name(name, known, "dense_layers") for name in options.dense_layers]
     if not isinstance(options.sparsity, Mapping):
         left = default_dense_layers(graph, specs, options.scheme) if dense is None else dense
+        left = [*left, *(name for name, why in graph.frozen.items() if why == BUFFER)]  # nothing would make up for it
         return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.sparsity)
     share: dict[str, float] = {}
     for layer, value in options.sparsity.items():
@@ -83,8 +85,9 @@ def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOption
 def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
     """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in
     such."""
-    sparse = sparse_layers(layers)
-    inside, every = (sum(layer.spec.weight_elems for layer in some.values()) for some in (sparse, layers))
+    sparse = masked_layers(layers)
+    elems = {name: layer.spec.weight_elems for name, layer in layers.items()}
+    inside, every = (sum(elems[name] for name in some) for some in (sparse, layers))
     if 2 * inside < every:
         dense = ", ".join(name for name in layers if name not in sparse)
         log.warning(
@@ -92,7 +95,7 @@ def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
             "dense_layers says "
             "which are",
             f"{inside / every:.0%}" if inside else "none",
-            overall_sparsity(layers) * inside / every,
+            together({name: layer.sparsity for name, layer in layers.items()}, elems),
             dense,
         )
 

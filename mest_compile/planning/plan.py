@@ -18,10 +18,11 @@ from mest_compile.planning.footprint import footprint
 from mest_compile.planning.layers import plan_layers
 from mest_compile.planning.layout import choose_sections, choose_vector, widened
 from mest_compile.planning.memory import meet_budget, usually_recomputed
+from mest_compile.planning.trainable import choose_trainable
 from mest_compile.records.log import Records
 from mest_compile.sparsity.distributions import DIGITS, rescaled
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import overall_sparsity, sparse_layers, with_room
+from mest_compile.sparsity.room import masked_layers, overall_sparsity, with_room
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def plan_step(
     Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
     """
     target = find_target(options.target).for_batch(graph.input_shape[0])
+    graph = choose_trainable(graph, options.trainable)
     found, layers = records(target), plan_layers(graph, options, target)
     wide = choose_vector(layers, target, found) if vector is None else widened(target, vector)
     if wide != target:
@@ -115,6 +117,6 @@ def _raised(options: StepOptions, layers: Mapping[str, Layer], overall: float) -
     """What `sparsity` is when all sparse layers together have `overall`."""
     if not isinstance(options.sparsity, Mapping):
         return overall
-    sparse = sparse_layers(layers)
+    sparse = masked_layers(layers)
     share = {name: layer.sparsity for name, layer in sparse.items()}
     return rescaled(share, {name: layer.spec.weight_elems for name, layer in sparse.items()}, overall)

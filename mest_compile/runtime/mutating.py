@@ -17,7 +17,7 @@ from mest_compile.runtime.changes import Part
 from mest_compile.runtime.state import Arrangement, HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.mutation import importance
-from mest_compile.sparsity.room import sparse_layers, units_at
+from mest_compile.sparsity.room import masked_layers, sparse_layers, units_at
 
 # Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at;
 # None: 0.
@@ -44,13 +44,14 @@ class MutationReport:
 class Mutating:
     """Decides changes of a step's masks, {weight name: Change}, of which layers that are not named stay as they are.
 
-    sparse  names of the sparse layers' weights
+    sparse    names of the sparse layers' weights
+    mutating  of those that a mutation changes: the others are frozen
     """
 
     def __init__(self, layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, ...]], state: HeldState):
         """shapes: torch name -> shape."""
         self._layers, self._shapes, self._state = layers, shapes, state
-        self.sparse = list(sparse_layers(layers))
+        self.sparse, self.mutating = list(masked_layers(layers)), list(sparse_layers(layers))
         self._units_at = cache(lambda overall: units_at(layers, overall))  # mutations ask for the same few sparsities
 
     def check_room(self, grow_to: float) -> dict[str, int]:
@@ -112,10 +113,10 @@ class Mutating:
         if grow_to > prune_to:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         if gradients is not None:
-            gradients = arguments.gradients(gradients, {name: self._shapes[name] for name in self.sparse})
+            gradients = arguments.gradients(gradients, {name: self._shapes[name] for name in self.mutating})
         fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
         changes: dict[str, Change] = {}
-        for name in self.sparse:
+        for name in self.mutating:
             spec, scheme = self._layers[name].spec, self._layers[name].scheme
             cells, places = self._state.cells[name], self._state.places[name]
             score = importance(

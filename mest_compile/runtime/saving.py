@@ -49,6 +49,11 @@ def write(
 def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | Path) -> None:
     """Raises StateError where a checkpoint's document is of another model, scheme or optimizer than a step's."""
     if mine["graph"] != theirs.get("graph"):
+        if _unfrozen(mine["graph"]) == _unfrozen(theirs.get("graph")):
+            raise StateError(
+                f"checkpoint {path} is of a step that trains other parameters; load it with mest.load, or compile the "
+                "step with the same trainable"
+            )
         raise StateError(f"checkpoint {path} is of another model; load it with mest.load, or compile the step as then")
     if _masks(mine) != _masks(theirs):
         raise StateError(
@@ -62,6 +67,14 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | P
             "compile the step "
             "as then"
         )
+
+
+def _unfrozen(graph: Any) -> Any:
+    """A document's graph without what is frozen in it."""
+    if not isinstance(graph, Mapping):
+        return None
+    nodes = [{**node, "attrs": {**node["attrs"], "evaluating": None}} for node in graph["nodes"]]
+    return {**graph, "nodes": nodes, "frozen": None}
 
 
 def parts_of(

@@ -134,7 +134,9 @@ class HeldState:
         index = self._index[name](cells)
         elems = self._layers[name].scheme.cell_elems(self._layers[name].spec)
         stood = None if places is None else places.take(index.sort)
-        arrays = {f"{name}:{part}": array for part, array in index.arrays.items()}
+        arrays = {
+            held: array for part, array in index.arrays.items() if (held := f"{name}:{part}") in self.held
+        }  # what only an update would read is not held where the weight stays as it is
         for part in self.parts(name):
             arrays[part] = (
                 np.zeros(len(index.sort) * elems, np.float32)
@@ -167,11 +169,12 @@ class HeldState:
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
-        if f"{name}:transposed_from" in self.held:
-            self.put(f"{name}:transposed", self.get(name)[self.get(f"{name}:transposed_from")])
-        elif f"{name}:permutation" in self.held:
-            permutation = self.get(f"{name}:permutation")
-            layer = self._layers[name]
+        if f"{name}:transposed" not in self.held:
+            return
+        layer = self._layers[name]
+        if (places := self._index_array(name, "transposed_from")) is not None:
+            self.put(f"{name}:transposed", self.get(name)[places])
+        elif (permutation := self._index_array(name, "permutation")) is not None:
             rows, sources = layer.scheme.block(layer.spec)
             values: np.ndarray = (
                 self.get(name).reshape(-1, sources, rows).transpose(0, 2, 1).reshape(-1, rows * sources)
@@ -181,6 +184,11 @@ class HeldState:
             turned = np.empty_like(values)
             turned[permutation] = values
             self.put(f"{name}:transposed", turned)
+
+    def _index_array(self, name: str, part: str) -> np.ndarray | None:
+        """An index array of the layer, made again where it is not held; None where its kernels have none such."""
+        held = f"{name}:{part}"
+        return self.get(held) if held in self.held else self._index[name](self.cells[name]).arrays.get(part)
 
     # Torch's names and shapes.
 
@@ -220,7 +228,7 @@ class HeldState:
 
     def collect(self, suffix: str) -> dict[str, np.ndarray]:
         """Every parameter's array of that suffix ("" weights, ":gradient", ":" and a state of the optimizer) by torch
-        name and shape, 0 at dead weights.
+        name and shape, 0 at dead weights. Frozen parameters have weights only.
         """
         found = {} if suffix else {name: array.copy() for name, array in self.kept.items()}
         for buffer in self._dense:
@@ -231,6 +239,8 @@ class HeldState:
                     found[part] = flat[start : start + size].reshape(self._shapes[part]).copy()
                     start += size
         for name, layer in self._layers.items():
+            if name + suffix not in self.held:
+                continue
             grid = layer.scheme.grid(layer.spec)
             values = (
                 self.get(name + suffix).reshape(-1, layer.scheme.cell_elems(layer.spec)).take(self.places[name], axis=0)

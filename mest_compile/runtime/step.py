@@ -46,7 +46,7 @@ class TrainStep(Tells):
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
-        self._settings = Settings(compiled.optimizer, compiled.graph.nodes).listed
+        self._settings = Settings(compiled.optimizer, compiled.graph.nodes, compiled.graph.frozen).listed
         self._updates = 0  # of the parameters since the first weights
         self._from_file = False
         self._runner = compiled.runner()
@@ -134,7 +134,7 @@ class TrainStep(Tells):
 
     @in_turn
     def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
-        """{torch name: gradient in torch's shape}, 0 at dead weights; nothing is updated."""
+        """{torch name: gradient in torch's shape} of what trains, 0 at dead weights; nothing is updated."""
         self._feeding.load(images, labels)
         self._runner.run("gradients")
         return self._state.collect(":gradient")
@@ -149,7 +149,7 @@ class TrainStep(Tells):
         twin = self._make_dense()
         twin.load_state_dict(self.state_dict())
         found = twin.gradients(images, labels)
-        return {name: found[name] for name in self._mutating.sparse}, twin.memory()["total"]
+        return {name: found[name] for name in self._mutating.mutating}, twin.memory()["total"]
 
     @in_turn
     def profile(self, images: Any, labels: Any, repeats: int = 5) -> dict[str, float]:
@@ -231,10 +231,10 @@ class TrainStep(Tells):
         rng: np.random.Generator | None = None,
         gradients: Mapping[str, np.ndarray] | None = None,
     ) -> MutationReport:
-        """Elastic Mutation: in every sparse layer the least important units die until `prune_to`, others grow until
-        `grow_to`.
+        """Elastic Mutation: in every sparse layer that trains the least important units die until `prune_to`, others
+        grow until `grow_to`. Frozen layers keep their masks; `set_masks` changes them.
 
-        prune_to, grow_to  sparsity of all sparse layers together; grow_to <= prune_to
+        prune_to, grow_to  sparsity of all sparse layers together, if the frozen ones followed; grow_to <= prune_to
         importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
         gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL;
                            None: random ones
@@ -252,8 +252,8 @@ class TrainStep(Tells):
         return self._exchange(changes, begun, partial(_set_state, rng, drawn.bit_generator.state))
 
     def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers at that sparsity of all of them. Raises CapacityError where
-        there is no room."""
+        """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises
+        CapacityError where there is no room."""
         return self._mutating.check_room(grow_to)
 
     # Kernels.

@@ -17,6 +17,7 @@ class Layer:
     section_channels, transposed_section_channels  source channels of a section in the forward pass and in the input
                                                    gradient
     capacity          units of the scheme that the layer has room for: its densest phase; None: nobody set a bound
+    frozen            whether its weight stays as it is: so does its mask, unless somebody sets another
     """
 
     spec: LayerSpec
@@ -26,6 +27,7 @@ class Layer:
     section_channels: int
     transposed_section_channels: int
     capacity: int | None = None
+    frozen: bool = False
 
     def check_room(self, units: int, sparsity: float) -> None:
         """Raises CapacityError when the live units that `sparsity` stands for are more than the layer has room for."""

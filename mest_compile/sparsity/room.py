@@ -12,21 +12,26 @@ from mest_compile.sparsity.schemes.dense import Dense
 
 
 def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Those whose mask a mutation may change."""
+    """Those whose mask a mutation may change: what is frozen keeps its own."""
+    return {name: layer for name, layer in masked_layers(layers).items() if not layer.frozen}
+
+
+def masked_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Those that have a mask, frozen ones too."""
     return {name: layer for name, layer in layers.items() if not isinstance(layer.scheme, Dense)}
 
 
 def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
-    """{weight name: live units} of the sparse layers when all of them together have the sparsity `overall`. Raises
-    SparsityError."""
-    sparse = sparse_layers(layers)
+    """{weight name: live units} of the sparse layers that train when all sparse layers together have the sparsity
+    `overall`, or would have it if the frozen ones followed. Raises SparsityError."""
+    sparse = masked_layers(layers)
     share = rescaled({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse), overall)
-    return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse.items()}
+    return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse_layers(layers).items()}
 
 
 def overall_sparsity(layers: Mapping[str, Layer]) -> float:
     """The sparsity that the sparse layers start with, all of them together; 0 when there are none."""
-    sparse = sparse_layers(layers)
+    sparse = masked_layers(layers)
     return together({name: layer.sparsity for name, layer in sparse.items()}, _elems(sparse))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mest_compile.base.errors import InputError, UsageError
+from mest_compile.base.errors import InputError, SparsityError, UsageError
 from mest_compile.data import Dataset
 from mest_compile.data.examples import turned
 from mest_compile.sparsity.distributions import together
@@ -36,6 +36,10 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
     target = target_sparsity(step)
     found = recipe.resolved(target, step.optimizer.lr)
     step.check_room(recipe.densest(target))
+    if found.phases and step.masks().keys() <= step.describe().get("frozen", {}).keys():
+        raise SparsityError(
+            f"the method {found.method!r} mutates, but every sparse layer is frozen; use method 'static'"
+        )
     smoothing = step.describe().get("label_smoothing", 0.0)
     if recipe.label_smoothing and smoothing != recipe.label_smoothing:
         raise UsageError(

@@ -42,6 +42,7 @@ RUN_OPTIONS: dict[str, type] = {
     "memory_budget": int,
     "loss": str,
     "optimizer": str,
+    "trainable": str,
 }
 TABLES = ("loss", "optimizer")  # which are a text or a table with the key "name" and options
 _KINDS = {str: "string", int: "whole number", float: "number"}

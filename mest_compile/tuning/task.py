@@ -194,10 +194,12 @@ def _check_default(task: Task, arguments: Sequence[np.ndarray], after: Sequence[
         pointers, offsets, values = arguments[:3]
         rest = list(range(3 + lists, len(arguments)))
         bias = arguments[rest.pop(0)] if problem.bias else None
+        ends = problem.epilogue
+        finish = [arguments[rest.pop(0)] for _ in range((2 if ends.residual else 1) if ends else 0)]
         source, result = arguments[rest[0]], arguments[rest[1]]
         got, wanted = (
             after[rest[1]],
-            gather_conv_reference(problem, pointers, offsets, values, source, result, bias).ravel(),
+            gather_conv_reference(problem, pointers, offsets, values, source, result, bias, *finish).ravel(),
         )
     if not np.array_equal(got, wanted):
         raise StateError(

@@ -10,9 +10,10 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.cpu.rows import narrowed, widened
+from mest_compile.schedules.cpu.rows import narrowed, spelled, widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
@@ -137,6 +138,7 @@ def gather_conv(
         "values_handle: T.handle",
         *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
+        *_epilogue_arguments(problem),
         f"source: T.Buffer(({source.elems},), '{source.dtype}')",
         f"result: T.Buffer(({result.elems},), '{result.dtype}')",
     ]
@@ -153,6 +155,30 @@ def gather_conv(
         if min(grid_pass.grid) > 0:
             _write_pass(text, problem, index, grid_pass, target, knobs)
     return recorded(text)
+
+
+def _epilogue_arguments(problem: GatherConv) -> list[str]:
+    if problem.epilogue is None:
+        return []
+    residual = problem.epilogue.residual
+    return [
+        f"scaling: T.Buffer(({2 * problem.result.channels},), 'float32')",
+        *([f"residual: T.Buffer(({residual.elems},), '{residual.dtype}')"] if residual else []),
+    ]
+
+
+def _finished(problem: GatherConv, total: str, channel: str, residual: str) -> str:
+    """What becomes of a sum. residual: where the summand of that pixel begins in its image, channel 0."""
+    epilogue = problem.epilogue
+    if epilogue is None:
+        return total
+    value = f"({total} * scaling[{problem.result.channels} + {channel}] + scaling[{channel}])"
+    if epilogue.residual:
+        element = f"residual[{channel} * {epilogue.residual.channel_elems} + {residual}]"
+        value = f"({value} + {widened(epilogue.residual, element)})"
+    if epilogue.activation:
+        value = spelled(ACTIVATIONS.find(epilogue.activation).formula, x=value)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +247,11 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         f"* {vector} + i]"
     )
 
+    summand = ""
+    if problem.epilogue and problem.epilogue.residual:
+        image = problem.epilogue.residual
+        summand = f"{image.origin} + {pixel(image, (1, 1))}"
+
     def each(body: str) -> None:
         """Every row's accumulators; each row has an array of its own, as what is larger than STACK_BYTES would not be
         in registers."""
@@ -255,13 +286,14 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         else:
             with text.nest(f"for unit in T.serial({count})"):
                 units("unit")
-        if beside:
+        done = f"{write} = {narrowed(result, _finished(problem, total, channel, summand))}"
+        if beside or (problem.epilogue and problem.sections > 1):
             with text.nest(f"if section == {problem.sections - 1}"):
-                each(f"{write} = {narrowed(result, total)}")
+                each(done)
             with text.nest("else"):
                 each(f"{partial} = {total}")
         else:
-            each(f"{write} = {narrowed(result, total)}")
+            each(done)
 
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run

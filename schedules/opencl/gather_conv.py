@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.schedules.opencl.staging import (
     ACCUMULATORS,
@@ -32,6 +33,7 @@ from mest_compile.schedules.opencl.text import (
     image,
     plane_vectors,
     scalars,
+    spelled,
     vector_type,
     vectors,
     whole_groups,
@@ -55,6 +57,25 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
         *(rows if problem.rows_live else []),
         *([scalars("sources", source.channels, "int32")] if problem.sources_live else []),
     ]
+
+
+def epilogue_arguments(problem: GatherConv) -> list[str]:
+    if problem.epilogue is None:
+        return []
+    residual = problem.epilogue.residual
+    return [scalars("scaling", 2 * problem.result.channels), *([image("residual", residual)] if residual else [])]
+
+
+def finished(problem: GatherConv, total: str, channel: str, residual: str) -> str:
+    """What becomes of a vector of sums. residual: the place of its summand in channel 0, in vectors."""
+    ends, vector = problem.epilogue, problem.result.vector
+    if ends is None:
+        return total
+    shift, scale = (full(f"scaling[{row * problem.result.channels} + {channel}]", vector) for row in range(2))
+    value = f"({total} * {scale} + {shift})"
+    if ends.residual:
+        value = f"({value} + residual[{channel} * {plane_vectors(ends.residual)} + {residual}])"
+    return spelled(ACTIVATIONS.find(ends.activation).formula, vector, x=value) if ends.activation else value
 
 
 def pieces_of(groups: int, blocks: int) -> int:
@@ -97,6 +118,7 @@ def gather_conv(
         "values_handle: T.handle",
         *listed(problem, source),
         *bias,
+        *epilogue_arguments(problem),
         image("source", source),
         image("result", result),
         *statistics,
@@ -199,7 +221,10 @@ def _conv_pass(
                 f"if {' and '.join([f'{pixel} < {pixels}', *alive])}",
                 f"for j in T.unroll({rows})",
             ):
-                text(f"{written.format(q=pixel)} = sums[j * {each} + a]")
+                summand = ""
+                if (ends := problem.epilogue) and ends.residual:
+                    summand = place(ends.residual, ends.residual.halo[:2], (1, 1), pixel)
+                text(f"{written.format(q=pixel)} = {finished(problem, f'sums[j * {each} + a]', channel, summand)}")
             if in_group:
                 here, chunks = size // wide, result.slices * high
 

@@ -11,7 +11,13 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, Shape
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.opencl.gather_conv import pieces_in_turn, pieces_of, statistics_of_result
+from mest_compile.schedules.opencl.gather_conv import (
+    epilogue_arguments,
+    finished,
+    pieces_in_turn,
+    pieces_of,
+    statistics_of_result,
+)
 from mest_compile.schedules.opencl.gather_grad import SPLITS, join_splits, splits_of
 from mest_compile.schedules.opencl.staging import (
     ACCUMULATORS,
@@ -85,6 +91,7 @@ def pattern_conv(
         "offsets_handle: T.handle",
         "values_handle: T.handle",
         *([scalars("bias", result.channels)] if gather.bias else []),
+        *epilogue_arguments(gather),
         image("source", source),
         image("result", result),
         *([statistics] if gather.statistics else []),
@@ -145,7 +152,10 @@ def pattern_conv(
                                         total = f"sums[{pixel * each + a}]"
                                         text(f"{total} = {total} + {full(stage.weight(str(tap)), vector)} * met[0]")
             with text.nest(f"for a in T.unroll({each})", f"if {start_of} < {runs}", f"for p in T.unroll({run})"):
-                text(f"{written(start_of)} = sums[p * {each} + a]")
+                summand = ""
+                if gather.epilogue and (other := gather.epilogue.residual):
+                    summand = f"{place(other, other.halo[:2], start_of)} + p * {other.columns}"
+                text(f"{written(start_of)} = {finished(gather, f'sums[p * {each} + a]', 'part', summand)}")
             if in_group:
                 here, chunks = size // wide, result.slices * (high // run)
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import frozen
 import numpy as np
 import opencl_loads
 import pytest
@@ -12,6 +13,7 @@ import safetensors.numpy
 import torch
 
 import mest_compile as mest
+from mest_compile.models.catalog import build_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -56,6 +58,25 @@ def test_the_memory_page_quotes_the_recorded_figures():
             for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])
         ]
         assert f"| {budget} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
+
+
+def test_the_finetuning_page_trains_what_it_says():
+    page = (DOCS / "finetuning.md").read_text()
+    code, known = re.search(r"```python\n(.*?)```", page, re.S)[1], {"mest": mest}
+    exec(compile(code, "docs/finetuning.md", "exec"), known)
+    trained = known["step"].describe()["trainable"]
+    assert "layer3.1.conv1.weight" in trained and "conv1.weight" not in trained and "bn1.bias" in trained
+    table = frozen.table(json.loads(frozen.FILE.read_text()))
+    assert page == frozen.embed(page, table), "run python benchmarks/frozen.py"
+
+
+def test_frozen_blocks_are_measured_in_turns(monkeypatch):
+    small = {"small": lambda: build_model("resnet20", (8, 3, 16, 16), 10, 4)}
+    monkeypatch.setattr(frozen, "MODELS", small)
+    rows = frozen.rows({"models": {"small": frozen.measure("small", (8, 3, 16, 16), rounds=1)}})
+    assert [row["trained"] for row in rows] == ["all", "last:5", "last:3"]
+    assert rows[0]["time_share"] == rows[0]["activations_share"] == 1 > rows[1]["activations_share"]
+    assert rows[1]["optimizer_share"] > rows[2]["optimizer_share"]
 
 
 def test_the_opencl_page_has_the_tables_that_the_plan_gives():

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend import from_torch
+from mest_compile.ir.graph import BUFFER, CUT, FLAG
 
 SHAPE = (4, 8)
 
@@ -158,22 +159,17 @@ def shaken(self, y):
     return y + self.side(y) if random.random() < 2 else y
 
 
+STRANGE = nn.Identity()  # its mode decides what forward does
 REFUSED = {
-    "frozen weight": (frozen("0.weight"), ["0.weight is frozen", "requires_grad_(True)"]),
-    "frozen bias": (frozen("3.bias"), ["3.bias is frozen"]),
-    "frozen norm": (frozen("1.weight", "1.bias"), ["1.weight is frozen"]),
-    "all frozen": (net().requires_grad_(False), ["0.weight is frozen"]),
-    "norm in eval": (norm_in_eval(), ["batch_norm '1' is in eval mode", "model.train()"]),
-    "new head": (new_head_on_an_evaluated_model(), ["batch_norm '1' is in eval mode", "model.eval()"]),
-    "norm stays in eval": (StaysInEval(), ["'inner.1' (BatchNorm1d) stays in eval mode"]),
-    "norm never trains": (OwnNorm(False), ["batch_norm", "stays in eval mode"]),
     "norm always trains": (OwnNorm(True), ["forward changes norm.running_mean"]),
-    "buffer as weight": (FixedWeight(), ["filter is a buffer", "linear's weight"]),
-    "detach": (Net(lambda self, y: y + self.side(y.detach())), ["detach", "own forward", "cuts the gradient"]),
-    "no_grad": (without_gradient(torch.no_grad), ["no_grad around linear in layer 'side' (Linear)"]),
-    "inference mode": (
-        without_gradient(torch.inference_mode),
-        ["around linear in layer 'side' (Linear)", "cuts the gradient"],
+    "cut in place": (Net(lambda self, y: y.detach_()), ["detach_ in the model's own forward", "use detach instead"]),
+    "cut in training": (
+        Net(lambda self, y: y + self.side(y.detach() if self.training else y)),
+        ["in training mode", "detach"],
+    ),
+    "gradient in training": (
+        without_gradient(lambda: torch.set_grad_enabled(not STRANGE.training)),
+        ["in training mode", "linear in layer 'side' (Linear) with its gradient cut"],
     ),
     "own backward": (Net(lambda self, y: Doubled.apply(y)), ["Doubled", "backward"]),
     "hook in forward": (Net(hook_in_forward), ["register_hook", "take it out of forward"]),
@@ -220,6 +216,64 @@ REFUSED = {
     "one memory": (one_memory(), ["0.weight and 2.weight are one parameter"]),
 }
 REFUSED["other layer in training"][0].last_but = nn.Linear(16, 16)
+REFUSED["gradient in training"][0].strange = STRANGE
+
+SIDE = dict.fromkeys(("side.weight", "side.bias"), CUT)
+HONOURED = {  # module, what is frozen and why, BatchNorms in evaluation mode
+    "weight": (frozen("0.weight"), {"0.weight": FLAG}, []),
+    "bias": (frozen("3.bias"), {"3.bias": FLAG}, []),
+    "norm": (frozen("1.weight", "1.bias"), {"1.weight": FLAG, "1.bias": FLAG}, []),
+    "norm in eval": (norm_in_eval(), {}, ["1"]),
+    "new head": (new_head_on_an_evaluated_model(), {}, ["1"]),
+    "norm stays in eval": (StaysInEval(), {}, ["inner.1"]),
+    "norm never trains": (OwnNorm(False), {}, ["norm"]),
+    "all in eval": (net().eval(), {}, []),
+    "buffer as weight": (FixedWeight(), {"filter": BUFFER}, []),
+    "detach": (Net(lambda self, y: y + self.side(y.detach())), {}, []),
+    "data": (Net(lambda self, y: y + self.side(y.data)), {}, []),
+    "detached weight": (
+        Net(lambda self, y: F.linear(y, self.side.weight.detach(), self.side.bias)),
+        {"side.weight": CUT},
+        [],
+    ),
+    "no_grad": (without_gradient(torch.no_grad), SIDE, []),
+    "inference mode": (without_gradient(torch.inference_mode), SIDE, []),
+    "all before is cut": (
+        Net(lambda self, y: self.side(y.detach())),
+        dict.fromkeys(("first.weight", "first.bias", "norm.weight", "norm.bias"), CUT),
+        [],
+    ),
+    "nested": (Net(lambda self, y: once_more(self, y)), SIDE, []),
+}
+
+
+def once_more(self, y):
+    with torch.no_grad():
+        with torch.no_grad():
+            pass
+        side = self.side(y)  # the inner one has not turned gradients on
+    return y + side
+
+
+@pytest.mark.parametrize("case", HONOURED)
+def test_what_torch_does_not_train_is_frozen(case):
+    module, frozen_there, evaluating = HONOURED[case]
+    modes = [part.training for part in module.modules()]
+    graph, _ = from_torch(module, SHAPE)
+    assert graph.frozen == frozen_there
+    assert [node.name for node in graph.nodes if node.attrs.get("evaluating")] == evaluating
+    assert [part.training for part in module.modules()] == modes
+    assert set(graph.trainable()) == graph.parameters().keys() - frozen_there.keys()
+
+
+def test_a_cut_stands_where_forward_has_it():
+    graph, _ = from_torch(HONOURED["detach"][0], SHAPE)
+    side = next(node for node in graph.nodes if node.name == "side")
+    (cut,) = (node for node in graph.nodes if node.op == "detach")
+    assert side.inputs == (cut.name,) and cut.inputs == ("norm",)
+    graph, _ = from_torch(HONOURED["no_grad"][0], SHAPE)
+    (cut,) = (node for node in graph.nodes if node.op == "detach")
+    assert cut.inputs == ("side",) and cut.name not in graph.moving() and "side" in graph.moving()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -11,7 +11,9 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.kernels.specializing import Structure, specialized
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import (
+    Epilogue,
     GatherConv,
     GatherGrad,
     Pass,
@@ -245,6 +247,39 @@ def test_units_of_neighbouring_taps(builder, seed, taps):
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("activation_name", [None, *ACTIVATIONS.load()])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_epilogue_scales_adds_and_activates_once(builder, seed, activation_name):
+    """Behind the last section of an index, and NaN in one pixel stays there."""
+    conv, _, index = random_problem(seed)
+    dtype = "float16" if TARGET.float16 and seed % 2 else "float32"
+    result = replace(conv.result, dtype=dtype)
+    residual = replace(result, halo=(0, 1, 0, 2)) if seed % 4 < 2 else None
+    conv = replace(
+        conv, accumulate=False, statistics=False, result=result, epilogue=Epilogue(activation_name, residual)
+    )
+    rng = np.random.default_rng(seed)
+    print("seed", seed, conv)
+    values, source, before, bias = conv_case(conv, index, rng)
+    scaling = rng.standard_normal((2, result.channels)).astype(np.float32)
+    added = [activation(rng, residual)] if residual else []
+    if residual:
+        added[0][residual.interior][0, 0, 0, 0, 0] = np.nan
+    arrays = [index.pointers, index.offsets, values, *([bias] if conv.bias else []), scaling, *added, source, before]
+    got = call(builder, "gather.conv", conv, *arrays)[-1]
+    wanted = gather_conv_reference(conv, index.pointers, index.offsets, values, source, before, bias, scaling, *added)
+    assert np.array_equal(np.isnan(got), np.isnan(wanted))
+    summed, sizes = replace(conv, epilogue=None), [abs(array) for array in (values, source, before)]
+    scale = gather_conv_reference(summed, index.pointers, index.offsets, *sizes, None if bias is None else np.abs(bias))
+    inside = result.interior
+    by_channel = np.abs(scaling)[:, None, :, None, None, None]
+    scale[inside] = scale[inside] * by_channel[1] + by_channel[0]
+    if residual:
+        scale[inside] += np.nan_to_num(np.abs(added[0][residual.interior].astype(np.float64)))
+    terms = index.most_terms * conv.unit[0] * conv.sections + 4
+    assert_close(np.nan_to_num(got), np.nan_to_num(wanted), 2 * scale, terms)
 
 
 @pytest.mark.parametrize("live", [0.0, 0.02, 1.0])

@@ -15,7 +15,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, flatten, pool
+from mest_compile.operators import add, batch_norm, flatten, frozen_norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -321,6 +321,48 @@ def batch_norms(kernel, rng, dtype) -> Iterator:
         if after and not added:
             problem = batch_norm.BatchNormBackward(shape, shape, None, after, in_place=True)
             yield problem, arrays[:-1], {0: (shape, dz), 4: sums}
+
+
+@case("frozen_norm.scaling")
+def scalings(kernel, rng, dtype) -> Iterator:
+    mean, variance, affine = salted(rng, rng.random(9)), salted(rng, rng.random(9)), salted(rng, rng.random((2, 9)))
+    yield (
+        frozen_norm.FrozenNormScaling(9, 1e-3),
+        [mean, variance, affine, np.zeros((2, 9), np.float32)],
+        {3: frozen_norm.scaling_reference(mean, variance, affine, 1e-3)},
+    )
+
+
+@case("values.part")
+def parts(kernel, rng, dtype) -> Iterator:
+    values = salted(rng, rng.random(9))
+    yield frozen_norm.CopyPart(9, 1, 9, 0, 8), [values, np.zeros(9, np.float32)], {1: np.append(values[1:], 0)}
+
+
+@case("frozen_norm.backward")
+def frozen_norms(kernel, rng, dtype) -> Iterator:
+    shape, _ = shapes(dtype)
+    z, dy = draw(rng, shape), draw(rng, shape)
+    known, affine = rng.standard_normal((3, 9)).astype(np.float32), rng.standard_normal((2, 9)).astype(np.float32)
+    known[0, 0], known[1, 1], affine[0, 3], affine[1, 4] = np.nan, np.nan, np.inf, np.nan
+    for added, after in JOINED:
+        source = batch_norm.forward_reference(z, known, affine[1], affine[0])
+        masked, sums, dz = frozen_norm.backward_reference(dy, z, known, affine[1], after, source)
+        if not added:
+            yield (
+                frozen_norm.FrozenNormBackward(shape, after, z=shape, dz=shape, sums=True),
+                [pack(shape, dy, 0), known, affine, pack(shape, z), np.zeros(18, np.float32), pack(shape, z, 0)],
+                {4: sums, 5: (shape, dz)},
+            )
+        elif after:
+            y = source.astype(dtype).astype(np.float32)
+            masked, _, dz = frozen_norm.backward_reference(dy, z, known, affine[1], after, y)
+            scaling = np.stack([affine[0], (affine[1] * known[1]).astype(np.float32)])
+            yield (
+                frozen_norm.FrozenNormBackward(shape, after, True, y=shape, dz=shape, residual=True),
+                [pack(shape, dy, 0), scaling, pack(shape, y), pack(shape, z, 0)],
+                {0: (shape, masked), 3: (shape, dz)},
+            )
 
 
 # Loss and optimizer

@@ -16,7 +16,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, flatten, pool
+from mest_compile.operators import add, batch_norm, flatten, frozen_norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -327,6 +327,63 @@ def test_gradients_before_a_constant_channel_add_up_to_zero(run, rng, shape, mea
     rounding = EPS / 4 * scale * np.abs(dy).max((1, 2, 3))  # of an element, in the mean
     found = np.abs(got.sum((1, 2, 3), dtype=np.float64))
     assert (found <= 4 * np.sqrt(dy[0].size) * rounding).all(), found / np.sqrt(dy[0].size) / rounding
+
+
+def test_scaling_is_one_multiplication_and_one_addition(run, rng):
+    mean, variance, affine = rng.standard_normal(13), rng.random(13), rng.standard_normal((2, 13))
+    arrays = [array.astype(np.float32) for array in (mean, variance, affine)]
+    got = run("frozen_norm.scaling", frozen_norm.FrozenNormScaling(13, 1e-3), *arrays, np.zeros(26, np.float32))[3]
+    assert_close(got.reshape(2, 13), frozen_norm.scaling_reference(*arrays, 1e-3), terms=8)
+
+
+def test_a_part_is_copied_and_the_rest_stays(run, rng):
+    source, target = rng.standard_normal(9).astype(np.float32), rng.standard_normal(12).astype(np.float32)
+    got = run("values.part", frozen_norm.CopyPart(9, 4, 12, 7, 5), source, target)[1]
+    assert np.array_equal(got, [*target[:7], *source[4:]])
+
+
+@on_shapes
+def test_backward_of_a_batch_norm_that_stays_as_it_is(run, rng, shape, added, activation):
+    """What is written, what is added to, and in which place; folded into a convolution, and not."""
+    z, residual, dy, weight, offset = norm_case(rng, shape)
+    moments = batch_norm.moments_reference(z, 1e-5).astype(np.float32)
+    arguments = moments, weight, offset
+    y = batch_norm.forward_reference(z, *arguments, residual if added else None, activation).astype(np.float32)
+    dy_image, dz_image = other_halo(shape), dataclasses.replace(shape, halo=(0, 0, 0, 2), dtype="float32")
+    told = bool(activation) and added
+    source = as_stored(shape, y) if told else batch_norm.forward_reference(z, *arguments)
+    masked, sums, dz = frozen_norm.backward_reference(dy, z, moments, weight, activation, source)
+    facts, there = [moments, np.stack([offset, weight])], [pack(shape, z), *([pack(shape, y)] if told else [])]
+    room, pixels = np.zeros(2 * shape.channels, np.float32), shape.batch * shape.height * shape.width
+    problem = frozen_norm.FrozenNormBackward(
+        dy_image, activation, z=shape, y=shape if told else None, dz=dz_image, sums=True, residual=told
+    )
+    for accumulate in (False, True):
+        problem = dataclasses.replace(problem, accumulate=accumulate)
+        start = pack(dz_image, z, 0)
+        got_dy, *_, got_sums, got = run(
+            "frozen_norm.backward", problem, pack(dy_image, dy, 0), *facts, *there, room, start
+        )
+        assert_close(got_sums.reshape(2, -1), sums, terms=20, scale=np.sqrt(pixels) * 4)
+        kept = masked if told else dy
+        assert_close(unpack(dy_image, got_dy, gradient=True), as_stored(dy_image, kept), stored=dy_image)
+        halo, wanted = (HALO, dz + z) if accumulate else (0, dz)
+        assert_close(unpack(dz_image, got, gradient=True, halo=halo), wanted, terms=20)
+
+    if activation and not ACTIVATIONS.find(activation).from_result:
+        return
+    scaling = np.stack([offset, weight * moments[1]]).astype(np.float32)  # folded: y alone tells the slope
+    masked, _, dz = frozen_norm.backward_reference(dy, z, moments, weight, activation, as_stored(shape, y))
+    there = [pack(shape, y)] if activation else []
+    folded = frozen_norm.FrozenNormBackward(
+        dy_image, activation, True, y=shape if activation else None, dz=dz_image if added else None, in_place=not added
+    )
+    folded = dataclasses.replace(folded, residual=added)
+    room = [pack(dz_image, z, 0)] if added else []
+    got_dy, *_, got = run("frozen_norm.backward", folded, pack(dy_image, dy, 0), scaling, *there, *room)
+    if added:
+        assert_close(unpack(dz_image, got, gradient=True, halo=0), dz, terms=20)
+    assert_close(unpack(dy_image, got_dy, gradient=True), masked if added else dz, terms=20, stored=dy_image)
 
 
 @pytest.mark.parametrize(("added", "activation"), JOINED)

@@ -25,6 +25,7 @@ SAID = StepOptions(
     lower_density=True,
     grow_to=0.25,
     activations="float16" if find_target("cortex-a76").float16 else "float32",
+    trainable=["head.*", "last:2"],
 )
 BESIDE = {"model", "input_shape", "label_smoothing", "device", "builder", "records"}
 

@@ -17,7 +17,7 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
-from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
 from mest_compile.operators.operator import Trace
@@ -46,11 +46,13 @@ class CompactFamily(KernelFamily):
         layer: Layer,
         source: Activation,
         result: Activation,
-        bias: list[Buffer],
+        others: list[Buffer],
         statistics: list[Buffer],
         low: Trace,
         node: str,
         phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
     ) -> None:
         rows, sources, rows_live, sources_live = _blocks(layer)
         passes = (Pass((result.image.height, result.image.width)),)
@@ -62,8 +64,9 @@ class CompactFamily(KernelFamily):
             layer.spec.stride,
             passes,
             layer.section_channels,
-            bias=bool(bias),
+            bias=bias,
             statistics=bool(statistics),
+            epilogue=epilogue,
             rows_live=rows_live,
             sources_live=sources_live,
         )
@@ -73,7 +76,7 @@ class CompactFamily(KernelFamily):
             *self._index(layer, problem, low),
             self.hold(layer, low, "", "values"),
             *self._lists(layer, problem, source, low),
-            *bias,
+            *others,
             source,
             result,
             *statistics,
@@ -156,7 +159,8 @@ class CompactFamily(KernelFamily):
 
     def written(self, node: Node, low: Trace) -> Buffer | None:
         layer = low.layer(node)
-        spared = [consumer.op for consumer in low.consumers(node.name)] == ["batch_norm"] and "bias" not in node.params
+        bare = "bias" not in node.params and not node.attrs.get("folded")
+        spared = bare and [consumer.op for consumer in low.consumers(node.name)] == ["batch_norm"]
         return self._alive(layer, low, layer.spec.weight_shape[0]) if spared and layer.scheme.spans[0] == 1 else None
 
     def read(self, node: Node, low: Trace) -> Buffer | None:

@@ -14,8 +14,10 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec, Node
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 from mest_compile.ir.program import Activation, Buffer
+from mest_compile.operators.frozen_norm import finish, unfolded
 from mest_compile.operators.layers.bias import BiasGradient
-from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.operators.layers.gather import Epilogue, GatherConv
+from mest_compile.operators.layers.geometry import gradient_halo
 from mest_compile.operators.layers.values import cells_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import Update
@@ -44,8 +46,12 @@ class KernelFamily(ABC):
         result = low.output(node)
         assert result.image
         statistics = []
-        normed, image = any(consumer.op == "batch_norm" for consumer in low.consumers(node.name)), result.image
-        if low.training and normed and "bias" not in node.params and image.batch == image.lanes:
+        normed = any(
+            consumer.op == "batch_norm" and not consumer.attrs.get("evaluating")
+            for consumer in low.consumers(node.name)
+        )
+        bare, image = "bias" not in node.params and not node.attrs.get("folded"), result.image
+        if low.training and normed and bare and image.batch == image.lanes:
             statistics = [
                 low.temporary(
                     f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector
@@ -58,10 +64,20 @@ class KernelFamily(ABC):
         self._convolve(node, low, low.output(node), [], "recompute")
 
     def backward(self, node: Node, low: Trace) -> None:
-        layer, source, delta = low.layer(node), low.value(node.inputs[0]), low.gradient(node)
-        self.grad_weight(layer, source, delta, self.hold(layer, low, "gradient", "gradients"), low, node.name)
-        if "bias" in node.params:
-            assert delta.image
+        """What of it trains gets a gradient and an update; what only a gradient passes through has neither, nor what
+        these would need."""
+        layer, trains = low.layer(node), low.trains(node, "weight")
+        transposed = low.needs_gradient(node.inputs[0])
+        delta: Activation | None = low.gradient(node)
+        if node.attrs.get("folded"):
+            halo = gradient_halo(layer.spec) if transposed else (0, 0, 0, 0)
+            delta = unfolded(node, low, halo, trains or low.trains(node, "bias") or transposed)
+        if delta is None:
+            return
+        if trains:
+            gradients = self.hold(layer, low, "gradient", "gradients")
+            self.grad_weight(layer, low.value(node.inputs[0]), delta, gradients, low, node.name)
+        if low.trains(node, "bias"):
             low.call(
                 "bias.gradient",
                 BiasGradient(delta.image),
@@ -70,11 +86,11 @@ class KernelFamily(ABC):
                 node=node.name,
                 phase="grad_bias",
             )
-        transposed = low.needs_gradient(node.inputs[0])
         if transposed:
             target, accumulate = low.contribute(node.inputs[0])
             self.grad_input(layer, delta, target, accumulate, low, node.name)
-        self.update(layer, transposed, low, f"{layer.spec.name}.update")
+        if trains:
+            self.update(layer, transposed, low, f"{layer.spec.name}.update")
 
     def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
         """Records the optimizer's step. transposed: whether the layer has an input gradient."""
@@ -106,7 +122,11 @@ class KernelFamily(ABC):
 
     def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
-        self.convolve(low.layer(node), low.value(node.inputs[0]), result, bias, statistics, low, node.name, phase)
+        epilogue, others = finish(node, low, scaled=phase == "recompute")
+        source = low.value(node.inputs[0])
+        self.convolve(
+            low.layer(node), source, result, [*bias, *others], statistics, low, node.name, phase, bool(bias), epilogue
+        )
 
     def written(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the result's channels that are written; None: all are."""
@@ -135,14 +155,16 @@ class KernelFamily(ABC):
         layer: Layer,
         source: Activation,
         result: Activation,
-        bias: list[Buffer],
+        others: list[Buffer],
         statistics: list[Buffer],
         low: Trace,
         node: str,
         phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
     ) -> None:
-        """Records the forward pass of that node. bias, statistics: one buffer or none; statistics as GatherConv has
-        them."""
+        """Records the forward pass of that node. others: bias, if it has one, and what the epilogue takes; statistics:
+        one buffer or none; both as GatherConv has them."""
 
     @abstractmethod
     def grad_weight(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.problem import SIZE
+from mest_compile.ir.problem import ASIDE, SIZE
+from mest_compile.operators.activation import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,19 @@ class Pass:
     grid: tuple[int, int]
     start: tuple[int, int] = (0, 0)
     step: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What follows the sums of a convolution in its kernel: activation(scale * sum + shift + residual), with a
+    channel's scale and shift.
+
+    activation  name of the one that follows; None: none
+    residual    how what is added before it lies in memory; None: nothing is
+    """
+
+    activation: str | None = None
+    residual: Image | None = None
 
 
 def _groups(channels: int, row_block: int, rows_live: int) -> int:
@@ -53,6 +67,8 @@ class GatherConv:
       sources    (source.channels,) int32, only if `sources_live`: the channels that units read; it only says what to
                  prefetch
       bias       (result.channels,) float32, only if `bias`
+      scaling    (2, result.channels) float32: shift and scale; residual (residual.elems,) float32 if there is one: only
+                 with an `epilogue`
       source     (source.elems,) float32
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
       statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass,
@@ -80,6 +96,12 @@ class GatherConv:
     taps: int = 1
     rows_live: int = field(default=0, metadata=SIZE)
     sources_live: int = field(default=0, metadata=SIZE)
+    epilogue: Epilogue | None = field(default=None, metadata=ASIDE)
+
+    def __post_init__(self) -> None:
+        assert not (self.epilogue and (self.statistics or self.accumulate)), (
+            "an epilogue ends a value of the forward pass"
+        )
 
     @property
     def groups(self) -> int:
@@ -170,8 +192,11 @@ def gather_conv_reference(
     source: np.ndarray,
     result: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    scaling: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The result array in float64, shape `problem.result.shape`. `result` holds the start values; its halo stays."""
+    """The result array in float64, shape `problem.result.shape`. `result` holds the start values; its halo stays.
+    scaling, residual: what an epilogue takes."""
     out = np.zeros(problem.result.shape) if result is None else result.astype(np.float64).reshape(problem.result.shape)
     flat, top, left = source.astype(np.float64).ravel(), problem.result.halo[0], problem.result.halo[1]
 
@@ -201,6 +226,23 @@ def gather_conv_reference(
             window = _pixels(flat, problem.source, offsets[unit] + k * distance, grid_pass.grid, problem.source_step)
             for j in range(problem.row_block):
                 out[(slice(None), group * problem.row_block + j, *pixels(grid_pass))] += values[unit, k, j] * window
+    return out if problem.epilogue is None else _finished(problem, out, scaling, residual)
+
+
+def _finished(
+    problem: GatherConv, out: np.ndarray, scaling: np.ndarray | None, residual: np.ndarray | None
+) -> np.ndarray:
+    """`gather_conv_reference` behind its sums."""
+    assert problem.epilogue is not None and scaling is not None
+    shift, scale = scaling.astype(np.float64).reshape(2, 1, -1, 1, 1, 1)
+    inside = problem.result.interior
+    value = out[inside] * scale + shift
+    if problem.epilogue.residual is not None and residual is not None:
+        image = problem.epilogue.residual
+        value = value + residual.astype(np.float64).reshape(image.shape)[image.interior]
+    if problem.epilogue.activation:
+        value = ACTIVATIONS.find(problem.epilogue.activation).forward_reference(value)
+    out[inside] = value
     return out
 
 

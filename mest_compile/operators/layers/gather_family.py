@@ -13,7 +13,7 @@ from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import KernelFamily, family
-from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
+from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
 from mest_compile.operators.operator import Trace
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from mest_compile.sparsity.layer import Layer
 
 
-def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, statistics: bool) -> GatherConv:
+def forward_problem(
+    layer: Layer, source: Image, result: Image, bias: bool, statistics: bool, epilogue: Epilogue | None = None
+) -> GatherConv:
     rows, sources = layer.scheme.block(layer.spec)
     return GatherConv(
         source,
@@ -37,6 +39,7 @@ def forward_problem(layer: Layer, source: Image, result: Image, bias: bool, stat
         layer.section_channels,
         bias=bias,
         statistics=statistics,
+        epilogue=epilogue,
     )
 
 
@@ -80,19 +83,21 @@ class GatherFamily(KernelFamily):
         layer: Layer,
         source: Activation,
         result: Activation,
-        bias: list[Buffer],
+        others: list[Buffer],
         statistics: list[Buffer],
         low: Trace,
         node: str,
         phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
     ) -> None:
-        problem = forward_problem(layer, source.image, result.image, bool(bias), bool(statistics))
+        problem = forward_problem(layer, source.image, result.image, bias, bool(statistics), epilogue)
         low.call(
             "gather.conv",
             problem,
             *self._index(layer, problem, low),
             self.hold(layer, low, "", "values"),
-            *bias,
+            *others,
             source,
             result,
             *statistics,

@@ -9,7 +9,7 @@ import numpy as np
 
 from mest_compile.ir.program import Activation, Buffer, Program
 from mest_compile.operators.layers.family import family
-from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.operators.layers.gather import Epilogue, GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, expand, inverse, places_of
 from mest_compile.operators.operator import Trace
@@ -29,19 +29,23 @@ class PatternFamily(GatherFamily):
         layer: Layer,
         source: Activation,
         result: Activation,
-        bias: list[Buffer],
+        others: list[Buffer],
         statistics: list[Buffer],
         low: Trace,
         node: str,
         phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
     ) -> None:
-        problem = replace(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), taps=PAIR)
+        problem = replace(
+            forward_problem(layer, source.image, result.image, bias, bool(statistics), epilogue), taps=PAIR
+        )
         low.call(
             "pattern.conv",
             problem,
             *self._index(layer, problem, low),
             self.hold(layer, low, "", "values"),
-            *bias,
+            *others,
             source,
             result,
             *statistics,

@@ -10,7 +10,7 @@ import numpy as np
 
 from mest_compile.ir.program import Activation, Buffer
 from mest_compile.operators.layers.family import family
-from mest_compile.operators.layers.gather import GatherGrad
+from mest_compile.operators.layers.gather import Epilogue, GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, divide, expand, inverse, places_of
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, Shape, shape_of
@@ -74,19 +74,23 @@ class PatternGroupsFamily(GatherFamily):
         layer: Layer,
         source: Activation,
         result: Activation,
-        bias: list[Buffer],
+        others: list[Buffer],
         statistics: list[Buffer],
         low: Trace,
         node: str,
         phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
     ) -> None:
-        problem = GroupedConv(forward_problem(layer, source.image, result.image, bool(bias), bool(statistics)), SHAPES)
+        problem = GroupedConv(
+            forward_problem(layer, source.image, result.image, bias, bool(statistics), epilogue), SHAPES
+        )
         low.call(
             "pattern_groups.conv",
             problem,
             *self._runs(layer, problem, low),
             self.hold(layer, low, "", "values"),
-            *bias,
+            *others,
             source,
             result,
             *statistics,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,17 @@ def from_torch(given: Any, parameters: Mapping[str, Any]) -> Optimizer:
     return replace(made, groups=others)
 
 
+def check_trains(given: Any, parameters: Mapping[str, Any], trained: Iterable[str]) -> None:
+    """Raises UsageError where an optimizer of torch leaves out one of the parameters of these names, which train."""
+    known = {id(parameter) for group in given.param_groups for parameter in group["params"]}
+    if left := [name for name in trained if id(parameters[name]) not in known]:
+        more = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UsageError(
+            f"{type(given).__name__} leaves {left[0]} as it is{more}; a step updates all that trains: give it all of "
+            "model.parameters(), or freeze what is to stay"
+        )
+
+
 def _class_of(given: Any, options: Mapping[str, Any]) -> type[Optimizer]:
     kind = type(given)
     name = kind.__name__
@@ -69,19 +80,13 @@ def _class_of(given: Any, options: Mapping[str, Any]) -> type[Optimizer]:
 
 
 def _names(kind: str, groups: list[dict[str, Any]], parameters: Mapping[str, Any]) -> list[list[str]]:
-    """Names of each group's parameters, which together are the model's."""
+    """Names of each group's parameters, which are the model's."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names = []
     for group in groups:
         if any(id(parameter) not in name_of for parameter in group["params"]):
             raise UsageError(f"{kind} has a parameter that is none of the model's; make it of model.parameters()")
         names.append([name_of[id(parameter)] for parameter in group["params"]])
-    listed = {name for each in names for name in each}
-    if left := [name for name, parameter in parameters.items() if parameter.requires_grad and name not in listed]:
-        raise UsageError(
-            f"{kind} leaves {left[0]} as it is{f', and {len(left) - 1} more' if len(left) > 1 else ''}; a step trains "
-            "every parameter: give it all of model.parameters()"
-        )
     return names
 
 

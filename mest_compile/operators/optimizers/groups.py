@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -87,19 +87,19 @@ def _group(kind: str, value: Any) -> Group:
 
 
 class Settings:
-    """Which parameters of a model are updated how.
+    """Which parameters of a model are updated how; of frozen ones nothing is said.
 
     listed  the settings that there are; the optimizer's own is the first
     """
 
-    def __init__(self, rule: Any, nodes: Iterable[_Node]):
-        """rule: an optimizer. Raises SpecError for a group that has no parameter."""
+    def __init__(self, rule: Any, nodes: Iterable[_Node], frozen: Collection[str] = ()):
+        """rule: an optimizer; frozen: names of parameters. Raises SpecError for a group that has none which trains."""
         usual: _Rule = rule
         own = (1.0, usual.weight_decay)
         self._of: dict[str, Setting] = {}
         for node in nodes:
             for role, name in node.params.items():
-                if role.startswith("running_"):
+                if role.startswith("running_") or name in frozen:
                     continue
                 group = next((group for group in usual.groups if group.has(name)), None)
                 decays = not usual.decay_weights_only or (node.op in LAYERS and role == "weight")
@@ -109,9 +109,10 @@ class Settings:
                 self._of[name] = (1.0 if group is None else group.rate, decay)
         for group in usual.groups:
             if not any(map(group.has, self._of)):
+                stays = "that trains " if any(map(group.has, frozen)) else ""
                 raise SpecError(
-                    f"no parameter is called {' or '.join(group.names)}, as a group of {type(rule).__name__} has it; "
-                    f"there are: {', '.join(self._of)}"
+                    f"no parameter {stays}is called {' or '.join(group.names)}, as a group of {type(rule).__name__} "
+                    f"has it; there are: {', '.join(self._of)}"
                 )
         self.listed = [own, *sorted(set(self._of.values()) - {own})]
 
