@@ -1,5 +1,10 @@
 """Kernel text is read as TVM itself reads it."""
 
+import ast
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -90,3 +95,27 @@ def test_what_is_not_of_a_kernel_is_refused_with_its_line(line, said):
     with pytest.raises((SyntaxError, NameError)) as error:
         parse(text + line, "kernel")
     assert f"{error.type.__name__}: {error.value}" == said
+
+
+def test_threads_read_syntax_one_after_another(monkeypatch):
+    """Two syntax trees made at once are a SystemError of CPython before 3.11.8."""
+    inside, most = [], []
+
+    def slow(text):
+        inside.append(text)
+        time.sleep(0.05)
+        most.append(len(inside))
+        inside.pop()
+        raise SyntaxError
+
+    def read():
+        with suppress(SyntaxError):
+            parse("", "kernel")
+
+    monkeypatch.setattr(ast, "parse", slow)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
