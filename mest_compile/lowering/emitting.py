@@ -6,13 +6,10 @@ again.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mest_compile.ir.program import Buffer, Program, Stage
-
-_LOCK = threading.Lock()  # TVM keeps one stack of builders for all threads
 
 
 def emit(
@@ -26,15 +23,9 @@ def emit(
     arena   a name: beside the functions stands "arena", which shows all storages to the function of that name, as the
             allocator hands the same ones out again
     A function takes the program's held buffers (`Program.held()`) in order, each flat, writes its results into them,
-    and returns 0, which unlike an object needs no releasing at the far end of a link.
+    and returns 0, which unlike an object needs no releasing at the far end of a link. TVM keeps one stack of builders
+    for all threads: whoever calls this holds `exclusive.COMPILER`.
     """
-    with _LOCK:
-        return _emitted(functions, symbol, arena)
-
-
-def _emitted(
-    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]], symbol: Callable[[Program, str], str], arena: str | None
-) -> Any:
     from tvm import relax
 
     builder = relax.BlockBuilder()

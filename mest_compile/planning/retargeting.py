@@ -9,7 +9,7 @@ from mest_compile.base import checks
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.lowering.fusing import fuse
-from mest_compile.operators.layers.family import FAMILIES, family_for
+from mest_compile.operators.layers.family import family_for
 from mest_compile.options import check_activations
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.layout import choose_sections, choose_vector
@@ -33,11 +33,7 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
         layers = {}
         for name, layer in facts.layers.items():
             spec = replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:]))
-            kernels = family_for(layer.scheme, spec, target)
-            forward, transposed = FAMILIES.find(kernels).sections(spec, layer.scheme, target, facts.activations)
-            layers[name] = replace(
-                layer, spec=spec, kernels=kernels, section_channels=forward, transposed_section_channels=transposed
-            )
+            layers[name] = replace(layer, spec=spec, kernels=family_for(layer.scheme, spec, target))
         return layers
 
     if (tuned := choose_vector(planned(target), target, found)) != target:

@@ -62,13 +62,32 @@ def _share(problem: Pool) -> str:
     return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
 
 
-def _forward(problem: Pool, steps: dict[str, tuple[str, str]], last: str) -> str:
-    """steps: name of a vector -> (what it is at first, what a tap makes of it)."""
+# Bytes. Where more is computed of a tap, fewer taps are under way at once; rows as long as this are asked for as far
+# ahead. On a Zen core a maximum over 64x32x32x64 then takes 1.03 to 1.07 times as long as without a look at NaN, else
+# 1.2 to 1.4; shorter rows, whose loops are unrolled, it slows down.
+AHEAD = 1024
+
+
+def _ask_ahead(text: Text, problem: Pool) -> None:
+    """Asks for what a window AHEAD of this one has in rows that the window above it did not have."""
+    x, rows = problem.x, min(problem.kernel[0], problem.stride[0])
+    if x.width * x.vector * x.item_bytes < AHEAD:
+        return
+    place = f"(top + {problem.kernel[0] - rows} + row) * {x.row_elems} + left * {x.vector} + {AHEAD // x.item_bytes}"
+    element = f"x[plane * {x.channel_elems} + {x.origin} + {place}]"
+    with text.nest(f"for row in T.unroll({rows})"):
+        text(f"T.evaluate(T.call_llvm_intrin('void', 'llvm.prefetch', T.address_of({element}), 0, 3, 1))")
+
+
+def _forward(problem: Pool, steps: dict[str, tuple[str, str]], last: str, ahead: bool = False) -> str:
+    """steps: name of a vector -> (what it is at first, what a tap makes of it). ahead: `_ask_ahead` at each window."""
     x, y = problem.x, problem.y
     text = Text(array("x", x), array("y", y))
     vector = f"for i in T.vectorized({x.vector})"
     with each_row(text, {"y": y}), text.nest(f"for w in T.serial({y.width})"):
         _set_window(text, problem)
+        if ahead:
+            _ask_ahead(text, problem)
         for name in steps:
             text.local(name, x.vector)
         with text.nest(vector):
@@ -87,7 +106,7 @@ def max_pool_forward(problem: Pool, target: Target) -> str:
         "value": ('T.float32("-inf")', "T.max(value[i], {0})"),
         "squares": ("T.float32(0)", "squares[i] + {0} * {0}"),
     }
-    return _forward(problem, steps, 'T.Select(squares[i] <= T.float32("inf"), value[i], squares[i])')
+    return _forward(problem, steps, 'T.Select(squares[i] <= T.float32("inf"), value[i], squares[i])', True)
 
 
 @schedule("avg_pool2d.forward", device="cpu")

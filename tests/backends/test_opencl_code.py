@@ -17,10 +17,11 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.losses.cross_entropy import CrossEntropy, SoftmaxCrossEntropy
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step
-from mest_compile.schedules.opencl.text import number
+from mest_compile.schedules.opencl.text import number, rectified, spelled
 
 CLANG = next(filter(None, map(shutil.which, ("clang", *(f"clang-{version}" for version in range(21, 13, -1))))), None)
 SHAPE = (8, 3, 16, 16)
@@ -153,6 +154,15 @@ def test_constants_arrive_with_all_their_digits():
         source = compile_opencl(text, "k", there).source
         ((bits, digits),) = re.findall(r"as_float\(\(uint\)(\d+)\)|(-?\d\.\d+e[+-]\d+)f", source)
         assert (np.uint32(bits).view(np.float32) if bits else np.float32(digits)) == np.float32(value)
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS.load()))
+def test_no_activation_asks_a_device_for_a_maximum_which_may_pass_over_nan(name):
+    """On PoCL it does not, which running the kernels cannot tell from what other devices may do."""
+    row = ACTIVATIONS[name]
+    texts = [spelled(formula, vector, x="x", dy="dy") for formula in (row.formula, row.gradient) for vector in (1, 4)]
+    texts.append(rectified("x", 4))
+    assert not any(call in text for text in texts for call in ("T.max(", "T.min("))
 
 
 def test_no_kernel_of_a_step_has_a_constant_that_is_cut():

@@ -68,27 +68,3 @@ def test_what_is_not_of_a_kernel_is_refused_with_its_line(line, said):
     with pytest.raises((SyntaxError, NameError)) as error:
         parse(text + line, "kernel")
     assert f"{error.type.__name__}: {error.value}" == said
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("for section in T.serial(2):\n        y[section] = x[section]", None),
-        (
-            "for i in T.serial(2):\n        y[i] = x[i]",
-            "a structure is baked into one loop over sections, and there are 0",
-        ),
-        ("y[0] = x[pointers[0]]", "line 6: pointers are read outside the loop over sections"),
-    ],
-)
-def test_a_structure_that_a_text_has_no_place_for_is_refused(body, said):
-    text = (
-        "@baked(counts=(2, 1), groups=1, live=0)\n@T.prim_func\ndef kernel(pointers: T.Buffer((3,), 'int32'),\n"
-        "        x: T.Buffer((4,), 'float32'), y: T.Buffer((4,), 'float32')):\n    T.func_attr({})\n    "
-    )
-    if said is None:
-        assert parse(text + body, "kernel").script().count("for section in") == 2  # of unequal length
-        return
-    with pytest.raises(SyntaxError) as error:
-        parse(text + body, "kernel")
-    assert str(error.value) == said

@@ -8,11 +8,13 @@ import pytest
 import torch.nn as nn
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.elf import read_library
 from mest_compile.models.catalog import build_model
 from mest_compile.planning.retargeting import retargeted
-from mest_compile.records.log import Records
+from mest_compile.records.log import Choice, Records
+from mest_compile.records.record import STEP
 from mest_compile.runtime import checkpoint
 
 rng = np.random.default_rng(0)
@@ -120,20 +122,48 @@ def test_what_another_target_cannot_do_is_refused(trained, tmp_path, mest_compil
         mest.load(trained[1], batch=0)
 
 
-@pytest.mark.parametrize("scheme", ["block", "pattern"])
-def test_facts_for_another_device_and_batch_are_those_of_compiling_for_it(scheme):
-    """Foreign machines' kernels are compiled when they are exported, not before."""
+class Tuned(Records):
+    """Records by which steps of other vectors and larger sections are the fastest."""
 
-    def facts(batch, target):
-        shape = (batch, 3, 32, 32)
-        return mest.compile(
-            build_model("resnet20", shape, 10, 8),
-            shape,
-            scheme=scheme,
-            sparsity=0.6,
-            target=target,
-            records=Records(find_target(target)),
-        )._compiled.facts
+    def for_target(self, target):
+        return Tuned(target)
 
-    moved = retargeted(facts(32, "cortex-a76"), find_target("armv7"), 8, Records)
-    assert moved.facts.to_json() == facts(8, "armv7").to_json()
+    def best(self, kernel, problem, live, text):
+        return Choice({STEP: {"vector": 8}}.get(kernel, {"caches": 2}), "exact")
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """function(batch, target, scheme): the facts of compiling, of which nothing is compiled."""
+
+    def facts(batch, target, scheme, records=Records, **options):
+        with monkeypatch.context() as patched:
+            patched.setattr(compiling, "make_step", lambda plan, *others: plan.facts)
+            shape = (batch, 3, 32, 32)
+            options |= {"scheme": scheme, "target": target, "records": records(find_target(target))}
+            return mest.compile(build_model("resnet20", shape, 10, 64), shape, sparsity=0.6, **options)
+
+    return facts
+
+
+@pytest.mark.parametrize("records", [Records, Tuned])
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        ("block", find_target("armv7")),
+        ("pattern", find_target("armv7")),
+        ("pattern", find_target("mali")),  # with kernels of another family, and nothing recomputed
+        ("block", replace(find_target("armv7"), vector=16)),  # of which a batch of 8 fills a half
+    ],
+)
+def test_facts_for_another_device_and_batch_are_those_of_compiling_for_it(scheme, target, records, planned):
+    moved = retargeted(planned(32, "cortex-a76", scheme), target, 8, records).facts
+    assert moved.to_json() == planned(8, target, scheme, records).to_json()
+    assert any(layer.section_channels for layer in moved.layers.values())
+
+
+def test_what_a_budget_recomputes_is_recomputed_elsewhere(planned):
+    usual = planned(32, "cortex-a76", "block").recomputed
+    tight = planned(32, "cortex-a76", "block", memory_budget=150 * 10**6)
+    assert tight.recomputed > usual
+    assert retargeted(tight, find_target("armv7"), 32, Records).facts.recomputed == tight.recomputed

@@ -156,6 +156,8 @@ def test_what_forward_does_not_use_is_loaded_and_restored(unused, tmp_path):
     step.save(tmp_path / "step")
     other.restore(tmp_path / "step")
     assert_same_bits(other.state_dict(), step.state_dict())
+    with pytest.raises(StateError, match="count is no array of int64"):
+        other.load_state_dict(changed | {"count": "seven"})
     with pytest.raises(StateError, match="missing .'count'."):
         other.load_state_dict({name: array for name, array in changed.items() if name != "count"})
 
