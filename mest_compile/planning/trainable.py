@@ -26,7 +26,7 @@ def choose_trainable(graph: ForwardGraph, trainable: Sequence[str] | None) -> Fo
     """
     if trainable is not None:
         graph = _chosen(graph, trainable)
-    if not graph.trainable():
+    if graph.frozen and not graph.trainable():
         names = ", ".join(f"{name} ({why})" for name, why in list(graph.frozen.items())[:3])
         raise SpecError(
             f"nothing would train, every parameter is frozen: {names}{' ...' if len(graph.frozen) > 3 else ''}; call "
