@@ -47,7 +47,7 @@ REFUSED = {
     "dense_layers": [5, "1", [1]],
     "distribution": [5, None, ["erk"]],
     "scheme": [5, None, mest.Block, "blok", ["block"]],
-    "optimizer": ["adam", 0, mest.SGD, torch.optim.SGD(PARAMETER, lr=0.1), torch.optim.AdamW(PARAMETER), {"lr": 0.1}],
+    "optimizer": ["adamm", 0, mest.SGD, torch.optim.SGD(PARAMETER, lr=0.1), torch.optim.AdamW(PARAMETER), {"lr": 0.1}],
     "activations": [16, ["float16"], np.float16, np.zeros(3)],
     "target": [5, None, ["local"]],
     "device": ["x", 0, torch.device("cpu")],

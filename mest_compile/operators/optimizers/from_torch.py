@@ -85,7 +85,9 @@ def _names(kind: str, groups: list[dict[str, Any]], parameters: Mapping[str, Any
     names = []
     for group in groups:
         if any(id(parameter) not in name_of for parameter in group["params"]):
-            raise UsageError(f"{kind} has a parameter that is none of the model's; make it of model.parameters()")
+            raise UsageError(
+                f"{kind} has a parameter that is none of the model's; make the optimizer of model.parameters()"
+            )
         names.append([name_of[id(parameter)] for parameter in group["params"]])
     return names
 
