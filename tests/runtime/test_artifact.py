@@ -25,7 +25,7 @@ from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 
 SHAPE = (64, 1, 8, 8)
-RECIPE = Recipe(epochs=3, method="em", lr=0.05, mutate_every=1)
+RECIPE = Recipe(epochs=3, method="em", lr=0.01, mutate_every=1)
 OPTIONS = ["--data", "arrays", "--threads", "1", "--json"]
 HEAVY = (
     "tvm",
@@ -51,7 +51,7 @@ def compiled(target="local", **options):
         sparsity=0.9,
         target=target,
         threads=1,
-        optimizer=mest.SGD(lr=0.05),
+        optimizer=mest.SGD(lr=0.01),
         **options,
     )
 
@@ -143,7 +143,7 @@ def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_co
         compiled("arm_cpu").export(made)
     device, run = Device(tmp_path, kind, made), tmp_path / "run"
     asked = ["train", "--artifact", device.artifact, "--data-folder", data, *OPTIONS]
-    process = device.start(*asked, "--epochs", 3, "--lr", 0.05, "--out", run)
+    process = device.start(*asked, "--epochs", 3, "--lr", 0.01, "--out", run)
     for _ in range(4000):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 1:
             break
@@ -164,7 +164,7 @@ def test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_co
         assert losses[0] == losses[1] and got.keys() == wanted.keys()
         for name, array in wanted.items():
             np.testing.assert_array_equal(got[name], array, name)
-    else:  # sums in another order: after a few steps of a rate of 0.05 rounding has grown
+    else:  # sums in another order, a rate at which rounding does not grow beyond this in three epochs
         np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
 
 
