@@ -102,14 +102,14 @@ class TrainStep(Tells):
         if self._specializer is not None:
             self._specializer.poll()
         self._feeding.load(images, labels)
-        self._updates += 1
-        self._state.count_batch()
-        self._put_hyper(self._updates, rate)
-        if bound is None:
-            self._runner.run("train")
-        else:
-            self._state.put("clip:bound", np.array([bound], np.float32))
-            with uninterrupted():
+        with uninterrupted():
+            self._updates += 1
+            self._state.count_batch()
+            self._put_hyper(self._updates, rate)
+            if bound is None:
+                self._runner.run("train")
+            else:
+                self._state.put("clip:bound", np.array([bound], np.float32))
                 self._runner.run("backward")
                 self._runner.run("update")
         self._feeding.send_ahead(ahead)
