@@ -367,7 +367,7 @@ def test_a_memory_budget_is_met_by_computing_again_with_the_same_bits():
     plain = small_step(threads=1)
     needs = plain.memory()["total"]
     steps = [plain]
-    for share in (0.92, 0.85):
+    for share in (0.95, 0.89):
         steps.append(small_step(threads=1, memory_budget=int(share * needs)))
         assert steps[-1].memory()["total"] <= share * needs
         assert len(steps[-1].describe()["recomputed"]) > len(steps[-2].describe()["recomputed"])
