@@ -14,6 +14,7 @@ a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ SPELLINGS = {
     "exp": "T.exp({0})",
     "log": "T.log({0})",
     "sqrt": "T.sqrt({0})",
+    "tanh": "T.tanh({0})",
+    "erf": "T.erf({0})",
     "greater": "{0} > {1}",
     "less": "{0} < {1}",
     "at_least": "{0} >= {1}",
@@ -177,6 +180,8 @@ OPERATIONS: dict[str, Operation] = {
     "exp": Operation(np.exp, lambda a: (exp(a),)),
     "log": Operation(np.log, lambda a: (1 / a,)),
     "sqrt": Operation(np.sqrt, lambda a: (0.5 / sqrt(a),)),
+    "tanh": Operation(np.tanh, lambda a: (1 - tanh(a) * tanh(a),)),
+    "erf": Operation(np.vectorize(math.erf, [np.float64]), lambda a: (2 / math.sqrt(math.pi) * exp(0 - a * a),)),
     "greater": Operation(np.greater),
     "less": Operation(np.less),
     "at_least": Operation(np.greater_equal),
@@ -277,6 +282,15 @@ def log(a: Scalar) -> Expression:
 
 def sqrt(a: Scalar) -> Expression:
     return apply("sqrt", a)
+
+
+def tanh(a: Scalar) -> Expression:
+    return apply("tanh", a)
+
+
+def erf(a: Scalar) -> Expression:
+    """The error function, twice the area under a Gauss curve of variance 1/2 from 0 on."""
+    return apply("erf", a)
 
 
 def select(condition: Expression, chosen: Scalar, other: Scalar) -> Expression:

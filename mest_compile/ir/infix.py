@@ -23,6 +23,8 @@ FUNCTIONS = {
     "exp": "exp",
     "log": "log",
     "sqrt": "sqrt",
+    "tanh": "tanh",
+    "erf": "erf",
     "select": "Select",
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import SUPPORTED
-from mest_compile.ir.expressions import Expression, Variable, maximum, minimum, select
+from mest_compile.ir.expressions import Expression, Variable, erf, exp, log, maximum, minimum, select, tanh
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import OPERATORS, Operator, Trace
@@ -130,11 +130,32 @@ class Elementwise(Operator):
         return writer.expression(self.row.formula, {"x": x}, node.shape)
 
 
+SIGMOID = 1 / (1 + exp(-X))
+GROWTH = exp(minimum(20, X))  # beyond 20 both of what mish divides are one in float32
+SOFT = GROWTH * (GROWTH + 2)
+# The argument of gelu's tanh: 0.7978845608 is the root of 2 / pi.
+BEND = 0.7978845608028654 * (X + 0.044715 * X * X * X)
+
 activation("relu", maximum(0, X))
 activation("relu6", minimum(6, maximum(0, X)))
+activation("hardtanh", minimum(1, maximum(-1, X)))
 activation(
     "hardswish",
     X * minimum(6, maximum(0, X + 3)) / 6,
     slope=select(X <= -3, 0, select(X >= 3, 1, X / 3 + 0.5)),
     onnx="HardSwish",
 )
+activation("hardsigmoid", minimum(6, maximum(0, X + 3)) / 6, slope=select(X > -3, select(X < 3, 1 / 6, 0), 0))
+activation("sigmoid", SIGMOID, slope=(1 - SIGMOID) * SIGMOID, onnx="Sigmoid")
+activation("silu", X / (1 + exp(-X)), slope=SIGMOID * (1 + X * (1 - SIGMOID)))
+activation("tanh", tanh(X), onnx="Tanh")
+activation(
+    "gelu",
+    0.5 * X * (1 + erf(0.7071067811865476 * X)),
+    slope=0.5 * (1 + erf(0.7071067811865476 * X)) + X * (0.3989422804014327 * exp(-0.5 * X * X)),
+)
+activation("gelu_tanh", 0.5 * X * (1 + tanh(BEND)))
+activation("leaky_relu", select(X > 0, X, 0.01 * X), onnx="LeakyRelu")
+activation("elu", select(X > 0, X, exp(minimum(0, X)) - 1), slope=select(X > 0, 1, exp(minimum(0, X))), onnx="Elu")
+activation("softplus", maximum(0, X) + log(1 + exp(-abs(X))), slope=SIGMOID, onnx="Softplus")
+activation("mish", X * (SOFT / (SOFT + 2)))

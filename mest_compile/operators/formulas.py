@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
+from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, _single, reads
 from mest_compile.ir.expressions import OPERATIONS
 from mest_compile.ir.graph import Preparation
 from mest_compile.operators.activation import ACTIVATIONS, POINTS
@@ -23,16 +23,18 @@ STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
 ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.16666667 is not a sixth
 
 
-def combined(reader: Reader, operation: str, *operands: Any) -> Value | Formula | Fixed:
-    """The result of an operation of `ir.expressions` on activations, formulas and numbers. Raises
-    UnsupportedOperator."""
+def combined(
+    reader: Reader, operation: str, *operands: Any, compute: Callable[..., Any] | None = None
+) -> Value | Formula | Fixed:
+    """The result of an operation of `ir.expressions`, or of another that `compute` says in numpy, on activations,
+    formulas and numbers. Raises UnsupportedOperator."""
+    compute = compute or OPERATIONS[operation].numpy
     numbers = [operand.number if isinstance(operand, Fixed) else None for operand in operands]
     forms = [
         None if number is not None else _forms(reader, operand)
         for operand, number in zip(operands, numbers, strict=True)
     ]
     with np.errstate(all="ignore"):
-        compute = OPERATIONS[operation].numpy
         if None not in numbers:
             return Fixed(float(compute(*numbers)))
         shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
@@ -113,12 +115,36 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.exp",
     "relax.log",
     "relax.sqrt",
+    "relax.tanh",
+    "relax.erf",
+    "relax.greater",
+    "relax.less",
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     operation = call.op.name.removeprefix("relax.")
     if (prepared := channel_step(reader, operation, arguments)) is not None:
         return prepared
     return combined(reader, operation, *_constant_first(arguments, call.op.name))
+
+
+@reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh")
+def read_row(reader: Reader, call: Any, arguments: list) -> Any:
+    name = call.op.name.rpartition(".")[2]
+    row = ACTIVATIONS.find(name)
+    return combined(reader, name, *arguments, compute=lambda x: row.forward_reference(x))
+
+
+@reads("relax.nn.leakyrelu")
+def read_leaky_relu(reader: Reader, call: Any, arguments: list) -> Any:
+    slope = _single(call.attrs.alpha)
+    return combined(
+        reader, f"leaky_relu of slope {slope:g}", *arguments, compute=lambda x: np.where(x > 0, x, slope * x)
+    )
+
+
+@reads("relax.negative")
+def read_negative(reader: Reader, call: Any, arguments: list) -> Any:
+    return combined(reader, "subtract", Fixed(0.0), *arguments)
 
 
 @reads("relax.nn.relu")
@@ -153,6 +179,8 @@ def read_isnan(reader: Reader, call: Any, arguments: list) -> Any:
 @reads("relax.where")
 def read_where(reader: Reader, call: Any, arguments: list) -> Any:
     condition, chosen, other = arguments
+    if isinstance(condition, Formula):
+        return combined(reader, "select", condition, chosen, other)
     if not isinstance(condition, Fixed) or condition.number is None:
         raise reader.error("where")
     return chosen if condition.number else other

@@ -1,13 +1,14 @@
 """Every activation of the table is torch's, value and gradient; chains of operators are read as the activation that
 they compute."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from test_frontend import KEEP, Calls, export, part, run_graph
+from test_frontend import KEEP, Calls, export, function_of, part, run_graph
 from test_onnx_import import CLASSES, ROWS, gemm, node, numbers, write
 from test_step import make_batches, masked_steps, relative
 from torch import nn
@@ -22,6 +23,8 @@ from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.activation import ACTIVATIONS, POINTS
 
 NAMES = list(ACTIVATIONS.load())
+# What torch itself rounds to: its slope of hardsigmoid is a float32 sixth, its softplus is x from 20 on.
+ROUNDING = {"hardsigmoid": 4e-8, "softplus": 3e-9}
 KINKS = [0.0, -0.0, 3.0, -3.0, 6.0]
 X, Y = Variable("x"), Variable("y")
 
@@ -29,7 +32,7 @@ X, Y = Variable("x"), Variable("y")
 def torch_gradient(name, x, dy):
     """(y, dx) in float64."""
     x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
-    y = getattr(F, name)(x)
+    y = function_of(name)(x)
     y.backward(torch.tensor(dy, dtype=torch.float64))
     return y.detach().numpy(), x.grad.numpy()
 
@@ -43,9 +46,10 @@ def test_value_and_gradient_are_torchs_at_kinks_and_infinities_too(name):
         np.full(len(numbers), np.inf),
     ):
         y, dx = torch_gradient(name, numbers, dy)
-        np.testing.assert_allclose(row.forward_reference(numbers), y, rtol=1e-14)
+        wrong = ROUNDING.get(name, 1e-14)
+        np.testing.assert_allclose(row.forward_reference(numbers), y, wrong, wrong)
         source = y if row.from_result else numbers
-        np.testing.assert_allclose(row.backward_reference(dy, source), dx, rtol=1e-14)
+        np.testing.assert_allclose(row.backward_reference(dy, source), dx, wrong, wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +65,9 @@ def test_nan_stays_and_its_gradient_is_one_of_torchs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_told_slope_is_that_of_the_formula(name):
+    """But for a formula's at its corner, and where that computes with infinity."""
     row, numbers = ACTIVATIONS[name], np.concatenate([POINTS, KINKS])
+    numbers = numbers[(numbers != 0) & (abs(numbers) < 80)]
     np.testing.assert_allclose(
         row.slope.evaluate(x=numbers), row.formula.derivative("x").evaluate(x=numbers), rtol=0, atol=1e-14
     )
@@ -132,6 +138,21 @@ WRITTEN = {
     "by hand": (lambda y: y * F.relu6(y + 3) / 6, "hardswish"),
     "by Hardsigmoid": (lambda y: y * F.hardsigmoid(y), "hardswish"),
     "divided first": (lambda y: (3 + y).clamp(0, 6) / 6 * y, "hardswish"),
+    "Softplus": (nn.Softplus(), "softplus"),
+    "softplus by hand": (lambda y: F.relu(y) + (1 + (-y.abs()).exp()).log(), "softplus"),
+    "Mish": (nn.Mish(), "mish"),
+    "mish by hand": (lambda y: y * F.softplus(y).tanh(), "mish"),
+    "SiLU": (nn.SiLU(), "silu"),
+    "silu by hand": (lambda y: y * torch.sigmoid(y), "silu"),
+    "sigmoid by hand": (lambda y: 1 / (1 + torch.exp(-y)), "sigmoid"),
+    "GELU": (nn.GELU(), "gelu"),
+    "gelu by hand": (lambda y: y * (1 + torch.erf(y / 2**0.5)) / 2, "gelu"),
+    "GELU, tanh": (nn.GELU("tanh"), "gelu_tanh"),
+    "LeakyReLU": (nn.LeakyReLU(), "leaky_relu"),
+    "slope by hand": (lambda y: torch.where(y > 0, y, 0.01 * y), "leaky_relu"),
+    "ELU": (nn.ELU(), "elu"),
+    "Hardsigmoid": (nn.Hardsigmoid(), "hardsigmoid"),
+    "tanh by hand": (lambda y: 2 * torch.sigmoid(2 * y) - 1, "tanh"),
     "from above": (lambda y: (0 - y) * (6 - F.relu6(3 - y)) / (-6.0), "hardswish"),
 }
 
@@ -178,7 +199,9 @@ def test_what_is_computed_on_the_way_may_be_used_elsewhere_where_it_is_an_activa
 
 
 REFUSED = {
-    "Hardsigmoid": (part(nn.Hardsigmoid()), "^hardsigmoid in layer 'part' .Hardsigmoid. cannot"),
+    "Hardshrink": (part(nn.Hardshrink()), "^less_equal in layer 'part' .Hardshrink. cannot"),
+    "another slope": (part(nn.LeakyReLU(0.1)), "^leaky_relu of slope 0.1"),
+    "SELU, which is ELU scaled": (part(nn.SELU()), "add of a constant in layer 'part' .SELU. cannot"),
     "Hardtanh": (part(nn.Hardtanh(-2, 3)), "^maximum and minimum of a constant in layer 'part' .Hardtanh."),
     "another bound": (Calls(lambda self, y: y.clamp(0, 6.0001)), "minimum of a constant in the model's own forward"),
     "a far bound": (Calls(lambda self, y: y.clamp(0, 1e30)), "minimum of a constant"),
@@ -237,25 +260,27 @@ def test_the_docs_list_what_is_supported():
 
 
 class Blocks(nn.Module):
-    """Behind batch_norm, behind batch_norm and an addition, behind a convolution and a linear layer."""
+    """Behind batch_norm, behind batch_norm and an addition, behind a convolution and a linear layer: the same, or in
+    turns."""
 
-    def __init__(self, act):
+    def __init__(self, *acts):
         super().__init__()
         self.one, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.two, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.three, self.hidden, self.last = nn.Conv2d(8, 8, 3, stride=2), nn.Linear(8, 12), nn.Linear(12, 5)
-        self.act = act
+        self.acts = nn.ModuleList([*acts] * (4 // len(acts)))
 
     def forward(self, x):
-        x = self.act(self.norm1(self.one(x)))
-        x = self.act(self.norm2(self.two(x)) + x)
-        x = self.act(self.three(x))
-        return self.last(self.act(self.hidden(F.adaptive_avg_pool2d(x, 1).flatten(1))))
+        x = self.acts[0](self.norm1(self.one(x)))
+        x = self.acts[1](self.norm2(self.two(x)) + x)
+        x = self.acts[2](self.three(x))
+        return self.last(self.acts[3](self.hidden(F.adaptive_avg_pool2d(x, 1).flatten(1))))
 
 
-MODULES = {name.lower(): module for name, module in vars(nn).items()}
-ACTS = {name: MODULES[name] for name in NAMES}
+MODULES = {name.lower(): module for name, module in vars(nn).items()} | {"gelutanh": partial(nn.GELU, "tanh")}
+ACTS = {name: MODULES[name.replace("_", "")] for name in NAMES}
 BATCH = (6, 3, 9, 9)
+MIXED = ("silu gelu mish softplus", "sigmoid elu tanh gelu_tanh", "leaky_relu hardsigmoid hardtanh silu")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,13 +297,16 @@ def test_which_activations_batch_norm_takes_in(name):
     [
         *((name, way, "local") for name in ("relu6", "hardswish") for way in ("torch", "onnx")),
         ("hardswish", "torch", "opencl"),
+        *((names, "torch", "local") for names in MIXED),
+        (MIXED[0], "onnx", "local"),
+        (MIXED[0], "torch", "opencl"),
     ],
 )
 def test_three_steps_equal_torchs(name, way, target, tmp_path):
     if target == "opencl":
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")
     torch.manual_seed(0)
-    model = Blocks(ACTS[name]())
+    model = Blocks(*(ACTS[each]() for each in name.split()))
     for norm in model.norm1, model.norm2:
         norm.weight.data *= 4  # so that values lie on all sides of the bounds
     source = export(model, BATCH, tmp_path / "net.onnx", **KEEP) if way == "onnx" else model

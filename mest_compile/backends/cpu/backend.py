@@ -41,9 +41,10 @@ class CpuBackend(Backend):
         return True
 
     def key_parts(self, target: Target, checked: bool) -> list[Any]:
+        from mest_compile.backends.cpu import intrinsics
         from mest_compile.backends.cpu.code import PASSES
 
-        return [PASSES, checked]
+        return [PASSES, intrinsics.KEY, checked]
 
     def compile(self, text: str, symbol: str, target: Target, checked: bool = True) -> Any:
         from mest_compile.backends.cpu.code import compile_cpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mest_compile.backends.cpu.intrinsics import teach_tvm
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.reader import parse
 
@@ -38,6 +39,7 @@ def compile_cpu(text: str, symbol: str, target: Target, checked: bool = True) ->
     TVM does."""
     import tvm
 
+    teach_tvm()
     device = target.to_tvm()
     device = device.with_host(device)
     passes = [tvm.tirx.transform.BindTarget(device)]
