@@ -96,10 +96,10 @@ class Writer:
     def number(self, value: float) -> str:
         """A constant without axes."""
         if value not in self._numbers:
-            self._numbers[value] = self._constant(np.array(value, np.float32), f"number {value:g}")
+            self._numbers[value] = self.constant(np.array(value, np.float32), f"number {value:g}")
         return self._numbers[value]
 
-    def _constant(self, array: np.ndarray, name: str) -> str:
+    def constant(self, array: np.ndarray, name: str) -> str:
         """float32 or, of sizes, int64."""
         from onnx import helper, numpy_helper
 
@@ -116,11 +116,11 @@ class Writer:
             return self.number(operand)
         sizes = (-1, *[1] * axes)
         if isinstance(operand, tuple):
-            return self._constant(np.array(operand, np.float32).reshape(sizes), "number a channel")
+            return self.constant(np.array(operand, np.float32).reshape(sizes), "number a channel")
         held = self._state[operand]
         if len(held.shape) > axes and held.size == held.shape[-axes - 1]:
             return self.weight(operand)
-        shape = self._constant(np.array(sizes), "channels")
+        shape = self.constant(np.array(sizes), "channels")
         name = self.call("Reshape", [self.weight(operand), shape], ())
         self.sizes[name] = (held.size, *sizes[1:]), "float"
         return name

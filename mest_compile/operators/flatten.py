@@ -1,4 +1,4 @@
-"""(C, H, W) to C * H * W channels of one pixel, in torch's order."""
+"""(C, H, W) to C * H * W channels of one pixel, in torch's order, and features as maps of one pixel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Refused, _shape, _single, dropout_error, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.operator import Operator, Trace, operator
+from mest_compile.operators.operator import Halo, Operator, Trace, operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,24 @@ class FlattenOperator(Operator):
         return writer.call("Flatten", writer.inputs(node), node.shape)
 
 
+@operator("unflatten")
+class Unflatten(Operator):
+    """(N, C) as (N, C, 1, 1), which lie in memory alike."""
+
+    def source_halo(self, node: Node, low: Trace) -> Halo:
+        return low.value_halo(node.name)
+
+    def forward(self, node: Node, low: Trace) -> None:
+        low.alias(node, node.inputs[0])
+
+    def backward(self, node: Node, low: Trace) -> None:
+        """Nothing: the gradient is its input's."""
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        shape = writer.constant(np.array((0, -1, 1, 1)), "one pixel")
+        return writer.call("Reshape", [*writer.inputs(node), shape], node.shape)
+
+
 @reads(
     "relax.reshape",
     "relax.squeeze",
@@ -77,6 +95,8 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
         return image
     if shape == (image.shape[0], prod(image.shape[1:])):
         return reader.add("flatten", (image,), shape)
+    if len(image.shape) == 2 and shape == (*image.shape, 1, 1):
+        return reader.add("unflatten", (image,), shape)
     raise reader.error(f"reshape from {image.shape} to {shape}, which is not a flatten,")
 
 

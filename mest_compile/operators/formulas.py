@@ -59,6 +59,23 @@ def combined(
     return Formula(found, names, error, *_prepared(reader, operation, operands, numbers))
 
 
+def product(reader: Reader, a: Value, b: Value) -> Value:
+    """An activation where both are functions of one and it is known, else their product. Raises UnsupportedOperator."""
+    if a.shape != b.shape:
+        a, b = (b, a) if a.shape[2:] == (1, 1) else (a, b)
+        if a.shape[:2] != b.shape[:2] or b.shape[2:] != (1, 1) or len(a.shape) != 4:
+            raise reader.error(f"multiply of {a.shape} and {b.shape}, which are no map and a number a channel,")
+        return reader.add("multiply", (a, b), a.shape)
+    related = [form for form in _forms(reader, a) if form in _forms(reader, b)]
+    found = combined(reader, "multiply", a, b) if related else None
+    if isinstance(found, Value):
+        return found
+    value = reader.add("multiply", (a, b), a.shape)
+    if isinstance(found, Formula):
+        reader.forms[value] = found.forms
+    return value
+
+
 def _prepared(
     reader: Reader, operation: str, operands: Sequence[Any], numbers: Sequence[float | None]
 ) -> tuple[Value | None, tuple[Preparation, ...]]:
@@ -119,11 +136,14 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.erf",
     "relax.greater",
     "relax.less",
+    gives=("multiply",),
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     operation = call.op.name.removeprefix("relax.")
     if (prepared := channel_step(reader, operation, arguments)) is not None:
         return prepared
+    if operation == "multiply" and all(isinstance(argument, Value) for argument in arguments):
+        return product(reader, *arguments)
     return combined(reader, operation, *_constant_first(arguments, call.op.name))
 
 

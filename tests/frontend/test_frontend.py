@@ -36,6 +36,8 @@ def run_node(node, state, x, other):
         ),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
+        "unflatten": lambda: x[:, :, None, None],
+        "multiply": lambda: x * other,
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
     }[node.op]()
 

@@ -15,7 +15,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, flatten, frozen_norm, pool
+from mest_compile.operators import add, batch_norm, flatten, frozen_norm, multiply, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -176,6 +176,22 @@ def pointwise(kernel, rng, dtype) -> Iterator:
             )
     elif kernel == "add.forward":
         yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
+
+
+@case("multiply.forward", "multiply.backward")
+def products(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    one = make(9, 1, 1, 7, dtype=dtype)
+    for second in other, one:
+        a, b, dy = draw(rng, shape), draw(rng, second), draw(rng, shape)
+        left, right, room = pack(shape, a, 0), pack(second, b, 0), pack(shape, dy, 0)
+        if kernel == "multiply.forward":
+            wanted = {2: (shape, multiply.forward_reference(a, b))}
+            yield multiply.Multiply(shape, second, shape), [left, right, room], wanted
+        else:
+            da, db = multiply.backward_reference(dy, a, b)
+            problem = multiply.MultiplyBackward(shape, shape, second, shape, second)
+            yield problem, [room, left, right, left, right], {3: (shape, da), 4: (second, db)}
 
 
 @case(*(f"{name}.{phase}" for name in ACTIVATIONS.load() for phase in ("forward", "backward")))

@@ -16,7 +16,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, flatten, frozen_norm, pool
+from mest_compile.operators import add, batch_norm, flatten, frozen_norm, multiply, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -559,6 +559,30 @@ def test_pool_of_a_wrong_size_is_refused():
         pool.Pool(make(3, 8, 8, 8), make(3, 5, 4, 8), (2, 2), (2, 2))
     with pytest.raises(SpecError, match="more than half"):
         pool.Pool(make(3, 8, 8, 8), make(3, 6, 6, 8), (2, 2), (2, 2), (2, 2))
+
+
+@some_shapes
+@pytest.mark.parametrize("gate", [True, False])
+def test_multiply(run, rng, shape, gate):
+    pixels = (1, 1) if gate else (shape.height, shape.width)
+    other = make(shape.channels, *pixels, shape.batch, (1, 0, 0, 1), dtype=shape.dtype)
+    a, b, dy, before = (draw(rng, image) for image in (shape, other, shape, other))
+    y = run("multiply.forward", multiply.Multiply(shape, other, shape), pack(shape, a), pack(other, b), pack(shape, dy))
+    assert_close(unpack(shape, y[2]), multiply.forward_reference(a, b), terms=1, stored=shape)
+    da, db = multiply.backward_reference(dy, a, b)
+    for accumulate in (False, False), (True, True):
+        problem = multiply.MultiplyBackward(shape, shape, other, shape, other, accumulate)
+        arrays = [pack(shape, dy, 0), pack(shape, a), pack(other, b), pack(shape, a, 0), pack(other, before, 0)]
+        got = run("multiply.backward", problem, *arrays)
+        wanted = [one + (held if accumulate[0] else 0) for one, held in ((da, a), (db, before))]
+        assert_close(unpack(shape, got[3], gradient=True), wanted[0], terms=2, stored=shape)
+        assert_close(unpack(other, got[4], gradient=True), wanted[1], terms=30, stored=other)
+    only = multiply.MultiplyBackward(shape, None, other, shape, None)
+    got = run("multiply.backward", only, pack(shape, dy, 0), pack(other, b), pack(shape, a, 0))[2]
+    assert_close(unpack(shape, got, gradient=True), da, terms=1, stored=shape)
+    only = multiply.MultiplyBackward(shape, shape, None, None, other)
+    got = run("multiply.backward", only, pack(shape, dy, 0), pack(shape, a), pack(other, before, 0))[2]
+    assert_close(unpack(other, got, gradient=True), db, terms=30, stored=other)
 
 
 @some_shapes
