@@ -83,9 +83,9 @@ class Product(Operator):
         (da, first), (db, second) = (
             low.contribute(name) if needed else (None, False) for name, needed in zip(node.inputs, wanted, strict=True)
         )
-        images = [one.image if one else None for one in (a, b, da, db)]
-        buffers = [one for one in (a, b, da, db) if one]
-        low.call("multiply.backward", MultiplyBackward(dy.image, *images, (first, second)), dy, *buffers)
+        images = {name: one.image if one else None for name, one in (("a", a), ("b", b), ("da", da), ("db", db))}
+        problem = MultiplyBackward(dy.image, **images, accumulate=(first, second))
+        low.call("multiply.backward", problem, dy, *(one for one in (a, b, da, db) if one))
 
     def onnx(self, node: Node, writer: Writer) -> str:
         return writer.call("Mul", writer.inputs(node), node.shape)

@@ -45,7 +45,8 @@ class _Lanes:
     def __init__(self, like: Any):
         from tvm import tirx
 
-        self._tirx, self._named = tirx, []
+        self._tirx = tirx
+        self._named: list[tuple[Any, Any]] = []
         self.floats = str(like.ty.dtype)
         self.integers = self.floats.replace("float32", "int32")
 
