@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from mest_compile.frontend.torch_checks import (
     read_state,
     unwrapped,
 )
-from mest_compile.frontend.torch_cuts import OPERATOR, marked
+from mest_compile.frontend.torch_cuts import CUT, DROP, marked
 from mest_compile.frontend.torch_trace import check_training
 from mest_compile.ir.graph import ForwardGraph
 
@@ -52,14 +52,14 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
         check_before_decomposition(program, state)
         program = program.run_decompositions()
         check_unchanged(program)
-    function, places, written = _to_relax(program)
+    with _kept_as_it_was(module):
+        evaluating, drops = check_training(module, input_shape)
+    function, places, written = _to_relax(program, drops)
     parameters = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target in state}
     graph, _ = read_main(
         function, parameters, {name: array.shape for name, array in state.items()}, places, written=written
     )
     check_finite(graph, state)
-    with _kept_as_it_was(module):
-        evaluating = check_training(module, input_shape)
     return freeze(graph, module, evaluating), state
 
 
@@ -102,10 +102,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
+def _to_relax(program: Any, drops: Sequence[bool]) -> tuple[Any, dict[str, str], dict[str, str]]:
     """The Relax main function of the decomposed program, the place in the model of each variable, and torch's operator
     that was decomposed into it and others.
 
+    drops  whether each dropout drops while the model trains, in the order of their calls
     The program's signature is changed: its buffers are parameters afterwards.
     """
     from torch.export.graph_signature import InputKind
@@ -141,7 +142,16 @@ def _to_relax(program: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     def cut(node: Any, importer: Any) -> Any:
         return importer.block_builder.emit(relax.op.grad.no_grad(importer.env[node.args[0]]))
 
-    own = {OPERATOR: cut}
+    def drop(node: Any, importer: Any) -> Any:
+        source, p, name, number = node.args
+        value = importer.env[source]
+        if not drops[number]:
+            return value
+        dropped = importer.block_builder.emit(relax.op.nn.dropout(value, p))
+        written[dropped.name], places[dropped.name] = name, place(node)
+        return importer.block_builder.emit(relax.TupleGetItem(dropped, 0))
+
+    own = {CUT: cut, DROP: drop}
     known = {**ExportedProgramImporter().convert_map, **own}
     called = {node.target.__name__: node for node in program.graph.nodes if node.op == "call_function"}
     for name, node in called.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
-from mest_compile.frontend.torch_cuts import CUTS, name_of
+from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, dropping, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Called:
     cut        whether it lets no gradient through to a parameter
     training   batch_norm's: whether it normalises with the batch's statistics; None for any other function
     mean       batch_norm's: name of its running mean
+    drops      dropout's: whether it drops
     """
 
     name: str
@@ -43,11 +44,13 @@ class Called:
     cut: bool
     training: bool | None = None
     mean: str = ""
+    drops: bool = False
 
 
-def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> set[str]:
-    """The running means of the BatchNorms that are in evaluation mode while the model trains: by the modes of its parts
-    where these differ, else by what its own train() leaves them in.
+def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[set[str], list[bool]]:
+    """(running means of the BatchNorms that are in evaluation mode while the model trains, whether each dropout drops,
+    in the order of their calls): by the modes of the model's parts where these differ, else by what its own train()
+    leaves them in.
 
     Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is changed.
     """
@@ -96,7 +99,8 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> set
         raise _difference(f"{more[0].name} {more[0].where}, which evaluation does not")
     if more := evaluated[len(trained) :]:
         raise _difference(f"no {more[0].name} {more[0].where}, which evaluation does")
-    return {call.mean for call in trained if call.training is False}
+    evaluating = {call.mean for call in trained if call.training is False}
+    return evaluating, [call.drops for call in trained if call.name in DROPOUTS]
 
 
 def _in_place(name: str) -> bool:
@@ -165,17 +169,20 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
                 training, arguments, named = _evaluating(arguments, named)
                 mean = names.get(id(arguments[1] if len(arguments) > 1 else named.get("running_mean")), "")
             cut = any(tensor.requires_grad for tensor in tensors) and (name in CUTS or not torch.is_grad_enabled())
-            shown = (
-                "" if "dropout" in name else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
-            )
-            result = function(*arguments, **named)
+            drops = False
+            shown = "" if name in DROPOUTS else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
+            if name in DROPOUTS:  # which may give back what it was given, or not
+                value, _, drops, in_place = dropping(arguments, named)
+                result = value if in_place or name.endswith("_") else value.clone()
+            else:
+                result = function(*arguments, **named)
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             if made or name in _HOOKS:
                 sources = tuple(self.makers[id(tensor)] for tensor in tensors if id(tensor) in self.makers)
                 for tensor in made:
                     self.makers[id(tensor)] = len(self.calls)
                 self.alive += made
-                self.calls.append(Called(name, _where(stack), shown, sources, cut, training, mean))
+                self.calls.append(Called(name, _where(stack), shown, sources, cut, training, mean, drops))
             return result
 
         def show(self, leaf: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Refused, _shape, _single, dropout_error, reads
+from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -98,10 +98,3 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     if len(image.shape) == 2 and shape == (*image.shape, 1, 1):
         return reader.add("unflatten", (image,), shape)
     raise reader.error(f"reshape from {image.shape} to {shape}, which is not a flatten,")
-
-
-@reads("relax.nn.dropout", gives=("dropout with p=0",))
-def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
-    if float(call.attrs.rate) > 0:
-        raise dropout_error(_single(call.attrs.rate), reader.place())
-    return reader.activation(arguments[0]), Refused(reader.error("dropout's mask used as a value"))

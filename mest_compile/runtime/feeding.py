@@ -22,6 +22,7 @@ class Feeding:
     output_shape  of what the model gives for it; labels are as the loss reads them
     activations  what the step stores images as
     prepare      what the model does to images first
+    draws        of an update's number: what decides what its dropouts drop
     """
 
     def __init__(
@@ -32,16 +33,22 @@ class Feeding:
         loss: Loss,
         activations: str,
         prepare: Callable[[np.ndarray], np.ndarray],
+        draws: Callable[[int], Mapping[str, np.ndarray]],
     ):
-        self._runner, self._prepare = runner, prepare
+        self._runner, self._prepare, self._draws = runner, prepare, draws
         self._input_shape, self._output_shape = input_shape, output_shape
         self._loss, self._activations = loss, activations
         self._ahead: tuple[Any, Any] | None = None
         for name, array in loss.constants(output_shape).items():
             runner.put(name, array)
 
-    def load(self, images: Any, labels: Any) -> None:
-        """Puts a batch, unless it was sent ahead. Raises InputError."""
+    def load(self, images: Any, labels: Any, update: int) -> None:
+        """Puts a batch, unless it was sent ahead, for the update of that number, the first is 1. Raises InputError."""
+        self._load(images, labels)
+        for name, array in self._draws(update).items():
+            self._runner.put(name, array)
+
+    def _load(self, images: Any, labels: Any) -> None:
         sent, self._ahead = self._ahead, None
         if sent is not None and sent[0] is images and sent[1] is labels:
             assert isinstance(self._runner, SendsAhead)

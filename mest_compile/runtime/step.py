@@ -16,6 +16,7 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
+from mest_compile.operators.dropout import draws
 from mest_compile.operators.optimizers.groups import Settings, hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, Part, in_turn
@@ -101,7 +102,7 @@ class TrainStep(Tells):
             raise InputError("clip_norm is 0, which leaves no gradient; wanted a number above 0, or None for no bound")
         if self._specializer is not None:
             self._specializer.poll()
-        self._feeding.load(images, labels)
+        self._feeding.load(images, labels, self._updates + 1)
         with uninterrupted():
             self._updates += 1
             self._state.count_batch()
@@ -135,7 +136,7 @@ class TrainStep(Tells):
     @in_turn
     def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
         """{torch name: gradient in torch's shape} of what trains, 0 at dead weights; nothing is updated."""
-        self._feeding.load(images, labels)
+        self._feeding.load(images, labels, self._updates + 1)
         self._runner.run("gradients")
         return self._state.collect(":gradient")
 
@@ -174,7 +175,7 @@ class TrainStep(Tells):
 
     @contextmanager
     def _timed(self, images: Any, labels: Any) -> Iterator[None]:
-        self._feeding.load(images, labels)
+        self._feeding.load(images, labels, self._updates + 1)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
             self._put_hyper(1, 0.0)
@@ -370,7 +371,8 @@ class TrainStep(Tells):
         def prepare(images: np.ndarray) -> np.ndarray:
             return prepared(images, facts.graph.prepared, self._state.kept)
 
-        return Feeding(runner, self.input_shape, self.output_shape, facts.loss, facts.activations, prepare)
+        drawn = partial(draws, facts.graph, facts.seed)
+        return Feeding(runner, self.input_shape, self.output_shape, facts.loss, facts.activations, prepare, drawn)
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent

@@ -36,6 +36,7 @@ def run_node(node, state, x, other):
         ),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
+        "dropout": lambda: x,
         "unflatten": lambda: x[:, :, None, None],
         "multiply": lambda: x * other,
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
@@ -250,8 +251,11 @@ REFUSED = {
     "depthwise": (part(nn.Conv2d(4, 4, 3, groups=4)), ["grouped or depthwise", "groups=4", "part.weight"]),
     "dilated": (part(nn.Conv2d(4, 4, 3, dilation=2)), ["dilated", "(2, 2)", "part.weight"]),
     "even kernel, padding same": (part(nn.Conv2d(4, 4, 2, padding="same")), ["'part' (Conv2d)"]),
-    "dropout": (part(nn.Dropout(0.3)), ["dropout with p=0.3", "'part'", "set p to 0 or remove it"]),
-    "dropout2d": (part(nn.Dropout2d(0.3)), ["dropout with p=0.3", "'part'"]),
+    "dropout in evaluation too": (
+        Calls(lambda self, y: F.dropout(y, 0.3)),
+        ["dropout with p=0.3", "forward (Calls)", "set p to 0 or remove it"],
+    ),
+    "alpha dropout": (part(nn.AlphaDropout(0.3)), ["dropout with p=0.3", "'part'"]),
     "alpha": (Calls(lambda self, y: torch.add(y, y, alpha=2)), ["alpha=2"]),
     "divisor": (part(nn.AvgPool2d(2, divisor_override=3)), ["divisor_override=3", "'part'"]),
     "ceil mode": (part(nn.MaxPool2d(3, 2, ceil_mode=True)), ["max_pool2d with ceil_mode", "'part'"]),
@@ -372,9 +376,6 @@ def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
         from_onnx(path, (2, 3, 8, 8))
     with pytest.raises(SpecError, match=r"takes an input of shape \(2, 3, 8, 8\), input_shape is \(2, 1, 8, 8\)"):
         from_onnx(path, (2, 1, 8, 8))
-    path = export(part(nn.Dropout(0.25)).train(), (2, 3, 8, 8), tmp_path / "dropout.onnx", **KEEP)
-    with pytest.raises(UnsupportedOperator, match="dropout with p=0.25"):
-        from_onnx(path, (2, 3, 8, 8))
 
 
 def test_first_convolution_downsamples_and_classifier_stay_dense():

@@ -15,7 +15,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, flatten, frozen_norm, multiply, pool
+from mest_compile.operators import add, batch_norm, dropout, flatten, frozen_norm, multiply, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -192,6 +192,17 @@ def products(kernel, rng, dtype) -> Iterator:
             da, db = multiply.backward_reference(dy, a, b)
             problem = multiply.MultiplyBackward(shape, shape, second, shape, second)
             yield problem, [room, left, right, left, right], {3: (shape, da), 4: (second, db)}
+
+
+@case("dropout.forward")
+def dropouts(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    x, problem = draw(rng, shape), dropout.Dropout(shape, other, 0.5)
+    yield (
+        problem,
+        [np.array([5], np.int32), pack(shape, x, 0), pack(other, x, 0)],
+        {2: (other, dropout.reference(problem, 5, x))},
+    )
 
 
 @case(*(f"{name}.{phase}" for name in ACTIVATIONS.load() for phase in ("forward", "backward")))

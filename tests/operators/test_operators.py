@@ -16,7 +16,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, flatten, frozen_norm, multiply, pool
+from mest_compile.operators import add, batch_norm, dropout, flatten, frozen_norm, multiply, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -583,6 +583,18 @@ def test_multiply(run, rng, shape, gate):
     only = multiply.MultiplyBackward(shape, shape, None, None, other)
     got = run("multiply.backward", only, pack(shape, dy, 0), pack(shape, a), pack(other, before, 0))[2]
     assert_close(unpack(other, got, gradient=True), db, terms=30, stored=other)
+
+
+@some_shapes
+@pytest.mark.parametrize(("p", "whole"), [(0.25, False), (0.3, True), (1.0, False)])
+def test_dropout(run, rng, shape, p, whole):
+    x, before, drawn = draw(rng, shape), draw(rng, shape), np.array([-12345], np.int32)
+    for accumulate in (False, True):
+        problem = dropout.Dropout(shape, shape, p, whole, accumulate)
+        wanted = dropout.reference(problem, -12345, x)
+        got = run("dropout.forward", problem, drawn, pack(shape, x, 0), pack(shape, before, 0))[2]
+        wanted = wanted + before if accumulate else wanted
+        assert_close(unpack(shape, got, gradient=True), wanted, terms=2, stored=shape)
 
 
 @some_shapes
