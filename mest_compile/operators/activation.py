@@ -131,10 +131,12 @@ class Elementwise(Operator):
 
 
 SIGMOID = 1 / (1 + exp(-X))
-GROWTH = exp(minimum(20, X))  # beyond 20 both of what mish divides are one in float32
-SOFT = GROWTH * (GROWTH + 2)
-# The argument of gelu's tanh: 0.7978845608 is the root of 2 / pi.
-BEND = 0.7978845608028654 * (X + 0.044715 * X * X * X)
+GROWTH = exp(minimum(20, X))  # beyond 20 what mish divides are one in float32
+TANH_SOFTPLUS = GROWTH * (GROWTH + 2) / (GROWTH * (GROWTH + 2) + 2)
+# What gelu multiplies by, and twice what its tanh form does: (1 + tanh(b)) / 2 is the sigmoid of 2 b. 0.7978845608 is
+# the root of 2 / pi.
+HALF = 0.5 * (1 + erf(0.7071067811865476 * X))
+BEND = 2 * 0.7978845608028654 * (X + 0.044715 * X * X * X)
 
 activation("relu", maximum(0, X))
 activation("relu6", minimum(6, maximum(0, X)))
@@ -149,13 +151,13 @@ activation("hardsigmoid", minimum(6, maximum(0, X + 3)) / 6, slope=select(X > -3
 activation("sigmoid", SIGMOID, slope=(1 - SIGMOID) * SIGMOID, onnx="Sigmoid")
 activation("silu", X / (1 + exp(-X)), slope=SIGMOID * (1 + X * (1 - SIGMOID)))
 activation("tanh", tanh(X), onnx="Tanh")
+activation("gelu", X * HALF, slope=HALF + X * (0.3989422804014327 * exp(-0.5 * X * X)))
 activation(
-    "gelu",
-    0.5 * X * (1 + erf(0.7071067811865476 * X)),
-    slope=0.5 * (1 + erf(0.7071067811865476 * X)) + X * (0.3989422804014327 * exp(-0.5 * X * X)),
+    "gelu_tanh",
+    X / (1 + exp(-BEND)),
+    slope=1 / (1 + exp(-BEND)) + X * BEND.derivative("x") * (1 / (1 + exp(-BEND))) * (1 / (1 + exp(BEND))),
 )
-activation("gelu_tanh", 0.5 * X * (1 + tanh(BEND)))
 activation("leaky_relu", select(X > 0, X, 0.01 * X), onnx="LeakyRelu")
 activation("elu", select(X > 0, X, exp(minimum(0, X)) - 1), slope=select(X > 0, 1, exp(minimum(0, X))), onnx="Elu")
 activation("softplus", maximum(0, X) + log(1 + exp(-abs(X))), slope=SIGMOID, onnx="Softplus")
-activation("mish", X * (SOFT / (SOFT + 2)))
+activation("mish", X * TANH_SOFTPLUS, slope=TANH_SOFTPLUS + X * (1 - TANH_SOFTPLUS * TANH_SOFTPLUS) * SIGMOID)

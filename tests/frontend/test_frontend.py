@@ -3,12 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import function_of
 from torch import nn
 
 from mest_compile.base.errors import DataError, SpecError, UnknownName, UnsupportedOperator
@@ -41,11 +41,6 @@ def run_node(node, state, x, other):
         "multiply": lambda: x * other,
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
     }[node.op]()
-
-
-def function_of(activation):
-    """torch's."""
-    return partial(F.gelu, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)
 
 
 def run_graph(graph, state, images):

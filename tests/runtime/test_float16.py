@@ -9,6 +9,7 @@ import float16
 import numpy as np
 import pytest
 import torch
+from activations import function_of
 from device import emulated
 from test_step import Odd, make_batches, masked_steps
 
@@ -86,11 +87,11 @@ class Rounded(torch.nn.Module):
                 attrs["eps"],
             )
             y = y + inputs[1] if len(inputs) == 2 else y
-            return getattr(functional, attrs["activation"])(y) if attrs["activation"] else y
+            return function_of(attrs["activation"])(y) if attrs["activation"] else y
         if node.op in ("max_pool2d", "avg_pool2d"):
             return getattr(functional, node.op)(x, attrs["kernel"], attrs["stride"], attrs["padding"])
         if node.op in ACTIVATIONS.load():
-            return getattr(functional, node.op)(x)
+            return function_of(node.op)(x)
         whole = {
             "add": lambda *both: both[0] + both[-1],
             "flatten": lambda x: x,
