@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from test_operators import FOLLOWING
 
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
@@ -11,7 +12,6 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.kernels.specializing import Structure, specialized
-from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import (
     Epilogue,
     GatherConv,
@@ -249,7 +249,7 @@ def test_units_of_neighbouring_taps(builder, seed, taps):
     check_grad(builder, grad, index, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("activation_name", [None, *ACTIVATIONS.load()])
+@pytest.mark.parametrize("activation_name", [None, *FOLLOWING])
 @pytest.mark.parametrize("seed", range(4))
 def test_an_epilogue_scales_adds_and_activates_once(builder, seed, activation_name):
     """Behind the last section of an index, and NaN in one pixel stays there."""
