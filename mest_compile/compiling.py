@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base import checks, exclusive
-from mest_compile.base.errors import UsageError
+from mest_compile.base.errors import SparsityError, UsageError
 from mest_compile.base.foreign import is_optimizer
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
+from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.ir.program import FUNCTIONS, Program
 from mest_compile.kernels import choosing
@@ -26,7 +27,8 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.optimizers.from_torch import check_trains
-from mest_compile.options import StepOptions, find_loss, find_optimizer
+from mest_compile.options import AS_GIVEN, StepOptions, find_loss, find_optimizer
+from mest_compile.planning.given import as_given
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan, plan_step
@@ -59,7 +61,7 @@ def compile(
     model: Any,
     input_shape: Sequence[int],
     scheme: str | Scheme = "block",
-    sparsity: float | Mapping[str, float] = 0.9,
+    sparsity: float | str | Mapping[str, float] = 0.9,
     distribution: str = "uniform",
     dense_layers: Sequence[str] | None = None,
     optimizer: str | Mapping[str, Any] | Optimizer | torch.optim.Optimizer | None = None,
@@ -83,7 +85,9 @@ def compile(
     input_shape    (N, C, H, W) or (N, features); N is the batch of every step
     scheme         name, "name:arguments" or a scheme object
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other
-                   layers dense
+                   layers dense; or "as-given": the zeros of the model's weights are the masks, layer by layer, whoever
+                   pruned it, and layers without zeros are dense. Masks of torch.nn.utils.prune, and of torch.ao.pruning
+                   as parametrizations, may still be attached. A mask that `scheme` cannot have is refused
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
                    "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more
@@ -153,8 +157,7 @@ def compile_step(
 ) -> TrainStep:
     """`compile` with options that are said already. theirs: what their optimizer was read from, which must have all
     that trains."""
-    from mest_compile.frontend import import_model
-    from mest_compile.frontend.torch_checks import unwrapped
+    from mest_compile.frontend import import_model, trained_parameters
 
     exclusive.this_process()
     input_shape = checks.shape("input_shape", input_shape)
@@ -166,12 +169,32 @@ def compile_step(
     def known(target: Target) -> Records:
         return of_machine(Records.of(target) if records is None else records.for_target(target), device)
 
+    options, masks = first_masks(model, graph, state, options)
     plan = plan_step(graph, options, known)
     if theirs is not None:
-        check_trains(theirs, dict(unwrapped(model).named_parameters()), plan.facts.graph.trainable())
+        check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
     if not isinstance(options.scheme, Dense):
         say_what_stays_dense(plan.layers)
-    return make_step(plan, state, builder, device)
+    return make_step(plan, state, builder, device, None, masks)
+
+
+def first_masks(
+    model: Any, graph: ForwardGraph, state: Mapping[str, np.ndarray], options: StepOptions
+) -> tuple[StepOptions, dict[str, np.ndarray]]:
+    """(options, masks that the step begins with; of layers that are not named they are by magnitude). Raises as
+    `as_given` does, and SparsityError where masks are attached that `options` would not keep."""
+    from mest_compile.frontend import attached_to
+
+    attached = attached_to(model)
+    if options.sparsity == AS_GIVEN:
+        return as_given(graph, state, options, attached)
+    if attached:
+        raise SparsityError(
+            f"{attached[0]} has a mask attached, which sparsity {options.sparsity} would not keep: pass "
+            f"sparsity={AS_GIVEN!r}, or make it permanent first (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return options, {}
 
 
 def of_machine(records: Records, device: Device | None) -> Records:
@@ -195,8 +218,10 @@ def make_step(
     builder: Builder | None,
     device: Device | None,
     knobs: Knobs | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
 ) -> TrainStep:
-    """knobs: of kernels, as a checkpoint noted them; None: the plan's records choose them."""
+    """knobs: of kernels, as a checkpoint noted them; None: the plan's records choose them. masks: as `TrainStep` has
+    them."""
     from mest_compile.runtime.step import TrainStep
 
     builder, facts = builder or Builder(), plan.facts
@@ -221,7 +246,7 @@ def make_step(
 
     with exclusive.COMPILER:
         compiled = _compile(plan, builder, device, knobs)
-    return TrainStep(compiled, state, dense)
+    return TrainStep(compiled, state, dense, masks or {})
 
 
 def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs | None) -> Compiled:

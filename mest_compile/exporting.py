@@ -23,29 +23,32 @@ MASK = "mask:"  # before the name of a weight: the name of its mask in a safeten
 
 def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
     """Writes the step's parameters and statistics into the torch module that it was compiled from, or that was exported
-    to the .onnx file that it was compiled from, and what the model does not use as it was. Raises StateError.
+    to the .onnx file that it was compiled from, and what the model does not use as it was. A module that
+    torch.nn.utils.prune has masked gets the step's masks as well. Raises StateError.
     """
     import torch
 
     from mest_compile.frontend.torch_checks import read_shapes, unwrapped
+    from mest_compile.frontend.torch_masks import check_masks, plainly, write_back
 
     model = unwrapped(model)
     trained = {name: torch.from_numpy(array) for name, array in step.state_dict().items()}
-    there, ours = read_shapes(model), {name: tuple(value.shape) for name, value in trained.items()}
-    odd = sorted(name for name, _ in there.items() ^ ours.items() if name in trained or not name.endswith(COUNTER))
-    if odd:
-        raise StateError(
-            f"the module is not the one that was compiled: they differ in {odd[0]}{_made_of(odd[0], there)}"
-        )
-    model.load_state_dict(trained, strict=False)
+    with plainly(model) as masked:
+        there, ours = read_shapes(model), {name: tuple(value.shape) for name, value in trained.items()}
+        odd = sorted(name for name, _ in there.items() ^ ours.items() if name in trained or not name.endswith(COUNTER))
+        if odd:
+            raise StateError(
+                f"the module is not the one that was compiled: they differ in {odd[0]}{_made_of(odd[0], there)}"
+            )
+        check_masks(trained, masked)
+        model.load_state_dict(trained, strict=False)
+    write_back(trained, {name: torch.from_numpy(mask) for name, mask in step.masks().items()}, masked)
 
 
 def _made_of(name: str, there: Collection[str]) -> str:
     """What to do where the module computes a parameter from others."""
     path, _, last = name.rpartition(".")
     computed = f"{path}.parametrizations.{last}.original".lstrip(".")
-    if f"{name}_mask" in there:
-        return "; it is pruned by torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, name) on it first"
     if "parametrizations" in name or any(other.startswith(computed) for other in there):
         return "; it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, name) on it first"
     return ""

@@ -29,6 +29,8 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.block import Block
 from mest_compile.sparsity.schemes.dense import Dense
 
+AS_GIVEN = "as-given"  # as `sparsity`: masks are the zeros of the model's weights
+
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
@@ -42,7 +44,7 @@ class StepOptions:
     """
 
     scheme: Scheme = field(default_factory=Block)
-    sparsity: float | Mapping[str, float] = 0.9
+    sparsity: float | str | Mapping[str, float] = 0.9
     distribution: str = "uniform"
     dense_layers: Sequence[str] | None = None
     optimizer: Optimizer = sgd.USUAL
@@ -90,12 +92,29 @@ class StepOptions:
                     f"layer's; give sparsity as a number, or leave distribution out"
                 )
             return
-        also = ", or {layer name: number}"
+        if isinstance(self.sparsity, str) and self.sparsity == AS_GIVEN:
+            self._check_as_given()
+            return
+        also = f", or {{layer name: number}}, or {AS_GIVEN!r}"
         self._set("sparsity", checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError))
         if isinstance(self.scheme, Dense) and self.sparsity != 0:
             raise SparsityError(
                 f"scheme dense has sparsity 0, not {self.sparsity:g}; pass sparsity=0, or choose another scheme"
             )
+
+    def _check_as_given(self) -> None:
+        said = {"distribution": self.distribution != "uniform", "lower_density": self.lower_density is True}
+        said["scheme dense"] = isinstance(self.scheme, Dense)
+        if others := [name for name, given in said.items() if given]:
+            raise UsageError(
+                f"sparsity {AS_GIVEN!r} takes the zeros of the weights as masks, and {others[0]} would have others; "
+                "leave one of the two out"
+            )
+
+    @property
+    def one_sparsity(self) -> float | None:
+        """That of all sparse layers together; None where each has its own."""
+        return self.sparsity if isinstance(self.sparsity, float) else None
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -186,9 +205,9 @@ def find_optimizer(optimizer: Any, model: Any = None) -> Optimizer:
                 "an optimizer of torch holds parameters of a torch module, which the model is not; give a "
                 "mest optimizer"
             )
-        from mest_compile.frontend.torch_checks import unwrapped
+        from mest_compile.frontend import trained_parameters
 
-        return from_torch(optimizer, dict(unwrapped(model).named_parameters()))
+        return from_torch(optimizer, trained_parameters(model))
     check_optimizer(optimizer)
     return optimizer
 

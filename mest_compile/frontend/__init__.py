@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
+from mest_compile.base.foreign import is_module
 from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
@@ -44,6 +45,25 @@ def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[F
             f"got {type(module).__name__}"
         )
     return read_module(module, _checked(input_shape))
+
+
+def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What an optimizer of torch trains, by the names that `from_torch` gives it."""
+    from mest_compile.frontend import torch_masks
+    from mest_compile.frontend.torch_checks import unwrapped
+
+    return torch_masks.trained_parameters(unwrapped(module))
+
+
+def attached_to(model: Any) -> list[str]:
+    """Names of the parameters of a torch module that masks with zeros are attached to; of other models there are
+    none."""
+    if not is_module(model):
+        return []
+    from mest_compile.frontend.torch_checks import unwrapped
+    from mest_compile.frontend.torch_masks import attached_masks
+
+    return [name for name, one in attached_masks(unwrapped(model)).items() if one.prunes]
 
 
 def from_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:

@@ -32,7 +32,8 @@ _TRACE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError
 
 
 def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
-    """The module's forward pass and a copy of its state by torch name. The module is left as it was.
+    """The module's forward pass and a copy of its state by torch name, with masks that are attached to it multiplied in
+    (`torch_masks`). The module is left as it was.
 
     What trains is what torch would train: parameters say so by `requires_grad`, BatchNorms by their mode, where the
     model's parts are not all in one, and forward by where it cuts the gradient.
@@ -41,6 +42,13 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
     Raises UnsupportedOperator, SpecError.
     """
+    from mest_compile.frontend.torch_masks import plainly
+
+    with plainly(unwrapped(module)):
+        return _read(module, input_shape)
+
+
+def _read(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     check_module(module)
     module = unwrapped(module)
     state = read_state(module)

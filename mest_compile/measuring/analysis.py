@@ -109,7 +109,7 @@ def analyse(
     batch are those of a large one, example for example, but for what a kernel does once a call.
     Raises NotInstalled, TargetError, SparsityError, UsageError (no sparse layer).
     """
-    if isinstance(options.sparsity, Mapping):
+    if options.one_sparsity is None:
         raise UsageError("figures are of one sparsity, and sparsity says each layer's; give a number")
     target = find_target(options.target)
     core = cycles.core_of(target)
@@ -147,7 +147,7 @@ def analyse(
             )
         )
     progress(len(groups), len(groups))
-    return Analysis(target.name, core, graph.input_shape[0], str(options.scheme), options.sparsity, tuple(figures))
+    return Analysis(target.name, core, graph.input_shape[0], str(options.scheme), options.one_sparsity, tuple(figures))
 
 
 class _Side:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,10 +216,11 @@ def _load_sparseprop() -> None:
 def _build_sparseprop(case: Case) -> Built:
     """Unstructured whatever the case's scheme is. SparseProp times each layer and keeps it dense where its own kernel
     is slower."""
-    sparsity = case.options.sparsity
-    if isinstance(sparsity, Mapping) or sparsity <= SWAPPED_ABOVE:
+    sparsity = case.options.one_sparsity
+    if sparsity is None or sparsity <= SWAPPED_ABOVE:
         raise UsageError(
-            f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has {sparsity}"
+            f"SparseProp leaves layers dense that are not more than {SWAPPED_ABOVE:.0%} sparse; the case has "
+            f"{case.options.sparsity}"
         )
     if left := case.input_shape[0] % SPARSEPROP_VECTOR:
         raise UsageError(

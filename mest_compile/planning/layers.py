@@ -66,14 +66,16 @@ def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOption
     known = [spec.name for spec in specs]
     dense = None
     if options.dense_layers is not None:
-        dense = [_weight_name(name, known, "dense_layers") for name in options.dense_layers]
+        dense = [weight_name(name, known, "dense_layers") for name in options.dense_layers]
+    if isinstance(options.sparsity, str):
+        raise SparsityError(f"sparsity {options.sparsity!r} is of weights, which are not looked at here; give a number")
     if not isinstance(options.sparsity, Mapping):
         left = default_dense_layers(graph, specs, options.scheme) if dense is None else dense
         left = [*left, *(name for name, why in graph.frozen.items() if why == BUFFER)]  # nothing would make up for it
         return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.sparsity)
     share: dict[str, float] = {}
     for layer, value in options.sparsity.items():
-        name = _weight_name(layer, known, "sparsity")
+        name = weight_name(layer, known, "sparsity")
         if name in share:
             raise UsageError(f"sparsity names {name} twice; name it once")
         if name in (dense or ()):
@@ -100,7 +102,7 @@ def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
         )
 
 
-def _weight_name(name: str, names: Sequence[str], where: str) -> str:
+def weight_name(name: str, names: Sequence[str], where: str) -> str:
     """The weight that `name` means: "layer1.0.conv1" or "layer1.0.conv1.weight"."""
     for candidate in (name, f"{name}.weight"):
         if candidate in names:

@@ -62,18 +62,18 @@ class Mutating:
             self._layers[name].check_room(count, grow_to)
         return units
 
-    def by_magnitude(
-        self, weights: Mapping[str, np.ndarray], rng: np.random.Generator
+    def first(
+        self, weights: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], rng: np.random.Generator
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(weight name, live cells) of every layer, sparse or not, as it starts with those weights."""
+        """(weight name, live cells) of every layer, sparse or not, as it starts with those weights: by magnitude, but
+        for those of `masks`, (out, in, kh, kw) bool. Raises StateError where a scheme cannot have such a mask."""
         for name, layer in self._layers.items():
+            if name in masks:
+                yield name, cells_of(layer.scheme.collapse(layer.spec, masks[name]))
+                continue
             energy = layer.scheme.energy(layer.spec, as_conv(weights[name]))
-            yield (
-                name,
-                cells_of(
-                    layer.scheme.start(layer.spec, energy, layer.scheme.live_units(layer.spec, layer.sparsity), rng)
-                ),
-            )
+            live = layer.scheme.live_units(layer.spec, layer.sparsity)
+            yield name, cells_of(layer.scheme.start(layer.spec, energy, live, rng))
 
     def to_masks(self, masks: Mapping[str, np.ndarray]) -> dict[str, Change]:
         """What gives layers those masks, bool in torch's shape. Raises StateError, CapacityError."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,19 +17,20 @@ from mest_compile.base.interrupts import uninterrupted
 from mest_compile.operators.dropout import draws
 from mest_compile.operators.optimizers.groups import Settings, hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
-from mest_compile.runtime.changes import Changes, Part, in_turn
+from mest_compile.runtime.changes import Changes, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
 from mest_compile.runtime.feeding import Feeding, prepared
-from mest_compile.runtime.mutating import Change, Mutating, MutationReport
+from mest_compile.runtime.masked import Masked, set_state
+from mest_compile.runtime.mutating import Mutating
 from mest_compile.runtime.runner import Clocked, Closes, Runner
-from mest_compile.runtime.state import Arrangement, HeldState
+from mest_compile.runtime.state import HeldState
 from mest_compile.runtime.telling import Tells
 
 if TYPE_CHECKING:
     from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 
 
-class TrainStep(Tells):
+class TrainStep(Masked, Tells):
     """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
     Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C
@@ -39,9 +38,15 @@ class TrainStep(Tells):
     off this one every call raises UsageError.
     """
 
-    def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray], dense: Callable[[], TrainStep]):
-        """state: {torch name: array} to start from; masks are taken by magnitude. dense: compiles the same step with
-        all weights alive."""
+    def __init__(
+        self,
+        compiled: Compiled,
+        state: Mapping[str, np.ndarray],
+        dense: Callable[[], TrainStep],
+        masks: Mapping[str, np.ndarray] = {},
+    ):
+        """state: {torch name: array} to start from. dense: compiles the same step with all weights alive. masks:
+        {weight name: (out, in, kh, kw) bool}; those of other layers are taken by magnitude."""
         self._compiled = compiled
         self._make_dense = dense
         self._specializer: Specializer | None = None
@@ -57,7 +62,7 @@ class TrainStep(Tells):
         self._feeding = self._new_feeding(self._runner)
         self._state.check(state)
         self._mutating = Mutating(compiled.layers, compiled.graph.state_shapes, self._state)
-        for name, cells in self._mutating.by_magnitude(state, self._rng):
+        for name, cells in self._mutating.first(state, masks, self._rng):
             self._state.install(self._state.arranged(name, cells))
         self._state.write(self._state.filling(state))
         self._state.kept = self._state.unused(state)
@@ -206,57 +211,6 @@ class TrainStep(Tells):
             partial(setattr, self._state, "kept", self._state.unused(state)),
         )
 
-    # Masks.
-
-    @in_turn
-    def masks(self) -> dict[str, np.ndarray]:
-        """{torch weight name: bool array in torch's shape, True where the weight lives}, sparse layers only."""
-        return {name: self._state.mask(name) for name in self._mutating.sparse}
-
-    @in_turn
-    def set_masks(self, masks: Mapping[str, np.ndarray]) -> MutationReport:
-        """Installs masks; units that stay keep weight and optimizer state, new ones start at 0.
-
-        masks  {torch weight name: bool, or 0 and 1, in torch's shape}; layers that are not named stay as they are
-        Raises StateError, CapacityError; nothing is changed then.
-        """
-        begun = time.perf_counter(), self._runner.uploaded_bytes
-        return self._exchange(self._mutating.to_masks(masks), begun, lambda: None)
-
-    @in_turn
-    def mutate(
-        self,
-        prune_to: float,
-        grow_to: float,
-        importance_lambda: float = 0.0,
-        rng: np.random.Generator | None = None,
-        gradients: Mapping[str, np.ndarray] | None = None,
-    ) -> MutationReport:
-        """Elastic Mutation: in every sparse layer that trains the least important units die until `prune_to`, others
-        grow until `grow_to`. Frozen layers keep their masks; `set_masks` changes them.
-
-        prune_to, grow_to  sparsity of all sparse layers together, if the frozen ones followed; grow_to <= prune_to
-        importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
-        gradients          {weight name: dense gradient}: the dead units of largest gradient norm grow, as in RigL;
-                           None: random ones
-        Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing
-        is changed then.
-        """
-        begun = time.perf_counter(), self._runner.uploaded_bytes
-        rng = self._rng if rng is None else rng
-        if not isinstance(rng, np.random.Generator):
-            raise UsageError(
-                f"rng is {checks.shown(rng)}; wanted np.random.default_rng(seed), or None for the step's own"
-            )
-        drawn = deepcopy(rng)  # what is refused or interrupted has drawn nothing
-        changes = self._mutating.by_importance(prune_to, grow_to, importance_lambda, drawn, gradients)
-        return self._exchange(changes, begun, partial(_set_state, rng, drawn.bit_generator.state))
-
-    def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises
-        CapacityError where there is no room."""
-        return self._mutating.check_room(grow_to)
-
     # Kernels.
 
     @in_turn
@@ -333,7 +287,7 @@ class TrainStep(Tells):
             drawn, updates, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
             self._changes.make(
-                *changed, partial(_set_state, self._rng, drawn), partial(setattr, self, "_updates", updates)
+                *changed, partial(set_state, self._rng, drawn), partial(setattr, self, "_updates", updates)
             )
             self._from_file = True
         return extra, others
@@ -373,26 +327,6 @@ class TrainStep(Tells):
 
         drawn = partial(draws, facts.graph, facts.seed)
         return Feeding(runner, self.input_shape, self.output_shape, facts.loss, facts.activations, prepare, drawn)
-
-    def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
-        """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent
-        before."""
-        chosen = time.perf_counter()
-        fates = dict.fromkeys(self._mutating.sparse, "unchanged")
-        self._changes.make(*self._mutating.parts(changes, partial(self._install, fates=fates)), last)
-        end = time.perf_counter()
-        return MutationReport(fates, end - begun[0], end - chosen, self._runner.uploaded_bytes - begun[1])
-
-    def _install(self, arrangement: Arrangement, fates: dict[str, str] | None = None) -> None:
-        """Lets a layer hold that, tells who specializes kernels of it, and notes its fate."""
-        self._state.install(arrangement)
-        recompiled = self._specializer is not None and self._specializer.changed(arrangement.name)
-        if fates is not None:
-            fates[arrangement.name] = "recompiled" if recompiled else "re-indexed"
-
-
-def _set_state(rng: np.random.Generator, state: Mapping[str, Any]) -> None:
-    rng.bit_generator.state = state
 
 
 def _has_no_state() -> NoReturn:

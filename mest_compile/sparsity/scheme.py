@@ -41,6 +41,11 @@ class Scheme(ABC):
             raise UsageError(f"scheme {cls.name!r} takes no arguments, got {arguments!r}")
         return cls()
 
+    @classmethod
+    def variants(cls) -> list[Scheme]:
+        """Those of this class that a mask of unknown origin may be of."""
+        return [cls()]
+
     def __str__(self) -> str:
         """What `parse_scheme` takes."""
         return self.name
@@ -180,21 +185,30 @@ class Scheme(ABC):
         rows, sources = self.block(layer)
         return np.repeat(np.repeat(keep, rows, axis=0), sources, axis=1)
 
+    def fault(self, layer: LayerSpec, mask: np.ndarray) -> str | None:
+        """Why this scheme cannot have a weight mask, (out, in, kh, kw) bool, of a layer that `check` takes; None: it
+        can."""
+        rows, sources = self.block(layer)
+        blocks = mask.reshape(mask.shape[0] // rows, rows, mask.shape[1] // sources, sources, *mask.shape[2:])
+        some, every = (
+            how(how(blocks, (1, 3)), self.spans, keepdims=True) for how in (np.any, np.all)
+        )  # of each unit's weights
+        if cut := int((some & ~every).sum()):
+            return f"is not made of whole units of scheme {self}: it cuts {cut} of {some.size} in two"
+        return None
+
     def collapse(self, layer: LayerSpec, mask: np.ndarray) -> np.ndarray:
         """Grid of a weight mask. Raises StateError when this scheme cannot have that mask: units cut in two, or none
         alive."""
         if mask.shape != layer.weight_shape:
             raise StateError(f"{layer.name}: the mask has shape {mask.shape}, the weight {layer.weight_shape}")
-        rows, sources = self.block(layer)
-        keep = mask[::rows, ::sources].astype(bool)
-        if not np.array_equal(self.expand(layer, np.broadcast_to(self._units(keep), keep.shape)), mask.astype(bool)):
-            raise StateError(
-                f"{layer.name}: the mask is not made of whole units of scheme {self}; build it with the scheme's "
-                "own mutation"
-            )
-        if not keep.any():
+        mask = mask.astype(bool)
+        if why := self.fault(layer, mask):
+            raise StateError(f"{layer.name}: the mask {why}; build it with the scheme's own mutation")
+        if not mask.any():
             raise StateError(f"{layer.name}: the mask has no live weight; a layer needs at least one")
-        return keep
+        rows, sources = self.block(layer)
+        return mask[::rows, ::sources]
 
     def _pruned(
         self, layer: LayerSpec, keep: np.ndarray, energy: np.ndarray, live: int, rng: np.random.Generator
@@ -204,12 +218,8 @@ class Scheme(ABC):
         kept.ravel()[cells[self.prune(layer, cells, energy.ravel()[cells], live, rng)[0]]] = True
         return kept
 
-    def _units(self, keep: np.ndarray) -> np.ndarray:
-        """Which units live; the axes that they span have length 1."""
-        return np.any(keep, self.spans, keepdims=True)
-
     def _alive(self, keep: np.ndarray) -> np.ndarray:
-        """`_units` of a legal `keep`, where one cell tells of its whole unit: a view."""
+        """Which units of a legal `keep` live, axes that they span having length 1. A view: a cell tells of its unit."""
         return keep[tuple(slice(1) if axis in self.spans else slice(None) for axis in range(keep.ndim))]
 
     def _sums(self, energy: np.ndarray) -> np.ndarray:

@@ -284,7 +284,8 @@ class Recipe:
         if self.lr is not None and rule.lr == type(rule)().lr:
             rule = dataclasses.replace(rule, lr=self.lr)
         loss = find_loss(options.loss, self.label_smoothing)
-        room = options.grow_to if isinstance(options.sparsity, Mapping) else self.densest(options.sparsity)
+        overall = options.one_sparsity
+        room = options.grow_to if overall is None else self.densest(overall)
         return dataclasses.replace(options, optimizer=rule, seed=self.seed, loss=loss, grow_to=room)
 
     def densest(self, sparsity: float) -> float:

@@ -36,6 +36,11 @@ class Block(Scheme):
             raise UsageError(f"block arguments are ROWSxCOLUMNS as in block:4x1, got {arguments!r}")
         return cls(int(found[1]), int(found[2]))
 
+    @classmethod
+    def variants(cls) -> list[Scheme]:
+        sides = (1, 2, 4, 8, 16)
+        return [cls(rows, columns) for rows in sides for columns in sides if 1 < rows * columns <= 16]
+
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         return self.rows, self.columns
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mest_compile.base.errors import SparsityError
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.scheme import Scheme, loads_shared, scheme
@@ -17,6 +19,9 @@ class Dense(Scheme):
 
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         return loads_shared(layer.weight_shape[0]), loads_shared(layer.weight_shape[1])
+
+    def fault(self, layer: LayerSpec, mask: np.ndarray) -> str | None:
+        return None if mask.all() else f"has {np.count_nonzero(~mask)} zeros, and scheme dense none"
 
     def live_units(self, layer: LayerSpec, sparsity: float) -> int:
         if sparsity != 0.0:

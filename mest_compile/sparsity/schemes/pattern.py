@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mest_compile.base.errors import SparsityError, StateError
+from mest_compile.base.errors import SparsityError
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity.mutation import choices, grow_rows, prune_rows
 from mest_compile.sparsity.scheme import Scheme, check_sparsity, scheme
@@ -120,22 +120,18 @@ class Pattern(Scheme):
         )
         return ((new * _CELLS)[:, None] + _TAPS[chosen]).ravel().astype(np.int32)
 
-    def collapse(self, layer: LayerSpec, mask: np.ndarray) -> np.ndarray:
-        keep = Scheme.collapse(self, layer, mask)
-        legal = ~_kernels(keep) | (keep[:, :, None] == PATTERNS).all((3, 4)).any(2)
-        if not legal.all():
-            out, source = np.argwhere(~legal)[0]
-            raise StateError(
-                f"{layer.name}: kernel ({out}, {source}) of the mask has none of the eight patterns; "
-                f"build the mask with the scheme's own mutation"
+    def fault(self, layer: LayerSpec, mask: np.ndarray) -> str | None:
+        alive = _kernels(mask)
+        odd = alive & ~(mask[:, :, None] == PATTERNS).all((3, 4)).any(2)
+        if odd.any():
+            out, source = np.argwhere(odd)[0]
+            return (
+                f"has {odd.sum()} of {odd.size} kernels with none of the eight patterns, kernel ({out}, {source}) first"
             )
-        alive = _kernels(keep).sum(1)
-        if alive.min() != alive.max():
-            raise StateError(
-                f"{layer.name}: the mask's filters keep {alive.min()} to {alive.max()} kernels; "
-                f"scheme pattern wants the same number in every filter"
-            )
-        return keep
+        each = alive.sum(1)
+        if each.min() != each.max():
+            return f"has filters that keep {each.min()} to {each.max()} kernels; scheme pattern wants as many in each"
+        return None
 
 
 def _kernels(keep: np.ndarray) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""sparsity="as-given": the zeros of a model's weights are its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mest_compile.base.errors import SparsityError
+from mest_compile.ir.graph import ForwardGraph, LayerSpec
+from mest_compile.options import AS_GIVEN, StepOptions
+from mest_compile.planning.layers import layer_specs, weight_name
+from mest_compile.sparsity.scheme import SCHEMES, Scheme
+
+Masks = dict[str, np.ndarray]
+
+
+def as_given(
+    graph: ForwardGraph, state: Mapping[str, np.ndarray], options: StepOptions, attached: Collection[str]
+) -> tuple[StepOptions, Masks]:
+    """(options that name each sparse layer's sparsity, {weight name: mask (out, in, kh, kw) bool}) of options whose
+    sparsity is "as-given".
+
+    A weight that is 0, or -0, is dead; a layer without any is dense, whatever `dense_layers` would be by default, and
+    so are those that `dense_layers` names.
+    attached  parameters whose masks are attached to the model, and promise that zeros stay zeros
+    Raises SparsityError where the scheme cannot have a mask, UnknownName.
+    """
+    specs = layer_specs(graph)
+    known = [spec.name for spec in specs]
+    dense = [weight_name(name, known, "dense_layers") for name in options.dense_layers or ()]
+    if lost := [name for name in attached if name not in known or name in dense]:
+        why = "dense_layers names it" if lost[0] in dense else "is not the weight of a convolution or linear layer"
+        raise SparsityError(
+            f"{lost[0]} has a mask that nothing would keep: {why}; make it permanent first "
+            "(torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    masks = {spec.name: state[spec.name].reshape(spec.weight_shape) != 0 for spec in specs if spec.name not in dense}
+    masks = {name: mask for name, mask in masks.items() if not mask.all()}
+    if not masks:
+        raise SparsityError(
+            f"sparsity is {AS_GIVEN!r}, but no weight of the model{' outside dense_layers' if dense else ''} is 0; "
+            "prune it first, or give sparsity a number"
+        )
+    _check([spec for spec in specs if spec.name in masks], masks, options.scheme)
+    share = {name: 1.0 - int(mask.sum()) / mask.size for name, mask in masks.items()}
+    return replace(options, sparsity=share, dense_layers=None), masks
+
+
+def _check(specs: Sequence[LayerSpec], masks: Masks, scheme: Scheme) -> None:
+    for spec in specs:
+        if not masks[spec.name].any():
+            raise SparsityError(
+                f"{spec.name}: all of its weights are 0, a sparse layer needs one that is not; list it in dense_layers"
+            )
+        if why := _fault(spec, masks[spec.name], scheme):
+            raise SparsityError(f"{spec.name}: the mask given {why}; pass scheme={nearest(specs, masks)!r}")
+
+
+def nearest(specs: Sequence[LayerSpec], masks: Masks) -> str:
+    """The text of the scheme of largest units that can have all these masks; "unstructured" always can."""
+    kinds = [variant for kind in SCHEMES.load().values() for variant in kind.variants()]
+    fitting = [
+        scheme for scheme in kinds if not any(_fault(spec, masks[spec.name], scheme) is not None for spec in specs)
+    ]
+
+    def order(scheme: Scheme) -> tuple[int, str]:
+        return -sum(scheme.unit_cells(spec) * scheme.cell_elems(spec) for spec in specs), str(scheme)
+
+    return str(min(fitting, key=order))
+
+
+def _fault(spec: LayerSpec, mask: np.ndarray, scheme: Scheme) -> str | None:
+    try:
+        scheme.check(spec)
+    except SparsityError as refused:
+        return f"is not of scheme {scheme}: {str(refused).partition(': ')[2].partition(';')[0]}"
+    return scheme.fault(spec, mask)
