@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import DataError, UnsupportedOperator
+from mest_compile.frontend.onnx_masks import densify
 from mest_compile.frontend.onnx_plain import plain, where
 from mest_compile.frontend.onnx_writer import load_onnx_package
 from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
@@ -69,8 +70,8 @@ def _torch_momentum(node: Node) -> Node:
 
 
 def load_model(path: str | Path) -> Any:
-    """The onnx.ModelProto of a file, whose weights may lie beside it. Raises DataError, MestError without the package
-    onnx."""
+    """The onnx.ModelProto of a file, whose weights may lie beside it; here all are dense. Raises DataError, MestError
+    without the package onnx."""
     load_onnx_package()
     import onnx
     from google.protobuf.message import DecodeError
@@ -81,6 +82,7 @@ def load_model(path: str | Path) -> Any:
         raise DataError(f"{path} cannot be read as an ONNX model: {_first_line(error)}") from error
     if not model.graph.node:
         raise DataError(f"{path} cannot be read as an ONNX model: it holds no graph")
+    densify(model)
     return model
 
 

@@ -53,12 +53,6 @@ def _refuse_foreign(graph: Any) -> None:
             raise unsupported(f"{node.domain}.{node.op_type}", where(node))
         if any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute):
             raise unsupported(node.op_type, where(node))
-    if graph.sparse_initializer:
-        raise SpecError(
-            f"dense weights are wanted, {graph.sparse_initializer[0].values.name} is a sparse_initializer: "
-            "export the model "
-            "with dense ones"
-        )
 
 
 def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:

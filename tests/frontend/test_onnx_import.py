@@ -294,13 +294,52 @@ def test_auto_pad_that_pads_unevenly_is_refused(tmp_path, window, size):
         from_onnx(path, (2, 3, size, size))
 
 
-def test_sparse_initializers_are_refused_by_name(tmp_path):
-    path = write(tmp_path, [gemm("x w")], {})
+def sparse(name, weight, linear):
+    """A SparseTensorProto of what is not 0."""
+    places = np.flatnonzero(weight) if linear else np.argwhere(weight)
+    values = numpy_helper.from_array(weight[weight != 0], name)
+    return helper.make_sparse_tensor(values, numpy_helper.from_array(places.astype(np.int64)), weight.shape)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("live", [0, 9])
+def test_sparse_initializers_are_read_and_written_back_dense(tmp_path, linear, live):
+    weight = numbers(CLASSES, 12)
+    weight.ravel()[live:] = 0
+    path = write(tmp_path, [gemm()], {"b": numbers(CLASSES)})
     model = onnx.load(path)
-    model.graph.sparse_initializer.append(SPARSE)
+    model.graph.sparse_initializer.append(sparse("w", weight, linear))
     onnx.save(model, path)
-    with pytest.raises(SpecError, match="w is a sparse_initializer"):
+    _, state = from_onnx(path, (ROWS, 12))
+    np.testing.assert_array_equal(state["w"], weight)
+    if live:
+        step = mest.compile(path, (ROWS, 12), scheme="unstructured", sparsity="as-given", threads=1)
+        assert step.masks()["w"].sum() == live
+        mest.to_onnx(step, tmp_path / "out.onnx", into=path)
+        np.testing.assert_array_equal(from_onnx(tmp_path / "out.onnx", (ROWS, 12))[1]["w"], weight)
+
+
+@pytest.mark.parametrize(("linear", "place"), [(True, 60), (True, -1), (False, (5, 0)), (False, (0, -1))])
+def test_sparse_initializers_outside_of_their_shape_are_refused_by_name(tmp_path, linear, place):
+    path = write(tmp_path, [gemm()], {"b": numbers(CLASSES)})
+    model, one = onnx.load(path), sparse("w", np.eye(CLASSES, 12, dtype=np.float32), linear)
+    indices = numpy_helper.to_array(one.indices).copy()
+    indices[0] = place
+    one.indices.CopyFrom(numpy_helper.from_array(indices))
+    model.graph.sparse_initializer.append(one)
+    onnx.save(model, path)
+    with pytest.raises(DataError, match="w: the indices of the sparse_initializer do not lie in its shape"):
         from_onnx(path, (ROWS, 12))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mask_that_torch_has_left_in_the_file_is_multiplied_in(tmp_path, turned):
+    weight, mask = numbers(CLASSES, 12), (numbers(CLASSES, 12) > 0).astype(np.float32)
+    product = node("Mul", "w_mask w_orig" if turned else "w_orig w_mask", "mul_3")
+    path = write(tmp_path, [product, gemm("x mul_3 b")], {"w_orig": weight, "w_mask": mask, "b": numbers(CLASSES)})
+    _, state = assert_reads_right(path)
+    assert state.keys() == {"w", "b"}
+    np.testing.assert_array_equal(state["w"], weight * mask)
 
 
 def test_external_data_is_read_or_missed_by_name(tmp_path):
