@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.sparsity.schemes.channel import Channel as Channel
     from mest_compile.sparsity.schemes.dense import Dense as Dense
     from mest_compile.sparsity.schemes.filter import Filter as Filter
+    from mest_compile.sparsity.schemes.nm import NM as NM
     from mest_compile.sparsity.schemes.pattern import Pattern as Pattern
     from mest_compile.sparsity.schemes.unstructured import Unstructured as Unstructured
     from mest_compile.training.loop import Trainer as Trainer

@@ -61,7 +61,7 @@ def compile(
     model: Any,
     input_shape: Sequence[int],
     scheme: str | Scheme = "block",
-    sparsity: float | str | Mapping[str, float] = 0.9,
+    sparsity: float | str | Mapping[str, float] | None = None,
     distribution: str = "uniform",
     dense_layers: Sequence[str] | None = None,
     optimizer: str | Mapping[str, Any] | Optimizer | torch.optim.Optimizer | None = None,
@@ -84,10 +84,11 @@ def compile(
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
     input_shape    (N, C, H, W) or (N, features); N is the batch of every step
     scheme         name, "name:arguments" or a scheme object
-    sparsity       share of zero weights in the sparse layers together, 0 <= s < 1, or {layer name: sparsity}, other
-                   layers dense; or "as-given": the zeros of the model's weights are the masks, layer by layer, whoever
-                   pruned it, and layers without zeros are dense. Masks of torch.nn.utils.prune, and of torch.ao.pruning
-                   as parametrizations, may still be attached. A mask that `scheme` cannot have is refused
+    sparsity       share of zero weights in the sparse layers together, 0 <= s < 1; None: 0.9, or the only one that the
+                   scheme can have, as 0.5 of "2:4" and 0 of "dense". Or {layer name: sparsity}, other layers dense. Or
+                   "as-given": the zeros of the model's weights are the masks, layer by layer, whoever pruned it, and
+                   layers without zeros are dense. Masks of torch.nn.utils.prune, and of torch.ao.pruning as
+                   parametrizations, may still be attached. A mask that `scheme` cannot have is refused
     distribution   "uniform" or "erk"
     dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
                    "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more

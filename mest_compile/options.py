@@ -38,13 +38,14 @@ class StepOptions:
     model.
 
     scheme  or its name
+    sparsity  None: the scheme's usual one
     target  as it was said: `find_target` reads it
     threads  None: all cores of the target
     Raises MestError: UnknownName, UsageError, SparsityError, TargetError.
     """
 
     scheme: Scheme = field(default_factory=Block)
-    sparsity: float | str | Mapping[str, float] = 0.9
+    sparsity: float | str | Mapping[str, float] | None = None
     distribution: str = "uniform"
     dense_layers: Sequence[str] | None = None
     optimizer: Optimizer = sgd.USUAL
@@ -96,11 +97,10 @@ class StepOptions:
             self._check_as_given()
             return
         also = f", or {{layer name: number}}, or {AS_GIVEN!r}"
-        self._set("sparsity", checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError))
-        if isinstance(self.scheme, Dense) and self.sparsity != 0:
-            raise SparsityError(
-                f"scheme dense has sparsity 0, not {self.sparsity:g}; pass sparsity=0, or choose another scheme"
-            )
+        said = None
+        if self.sparsity is not None:
+            said = checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError)
+        self._set("sparsity", self.scheme.asked(said))
 
     def _check_as_given(self) -> None:
         said = {"distribution": self.distribution != "uniform", "lower_density": self.lower_density is True}

@@ -15,6 +15,8 @@ from mest_compile.sparsity.scheme import SCHEMES, Scheme
 
 Masks = dict[str, np.ndarray]
 
+_ALIKE = 0.01  # a mask much sparser than 2:4 may be one by chance, and is none
+
 
 def as_given(
     graph: ForwardGraph, state: Mapping[str, np.ndarray], options: StepOptions, attached: Collection[str]
@@ -60,9 +62,13 @@ def _check(specs: Sequence[LayerSpec], masks: Masks, scheme: Scheme) -> None:
 
 def nearest(specs: Sequence[LayerSpec], masks: Masks) -> str:
     """The text of the scheme of largest units that can have all these masks; "unstructured" always can."""
-    kinds = [variant for kind in SCHEMES.load().values() for variant in kind.variants()]
+    zeros = 1.0 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.size for mask in masks.values())
     fitting = [
-        scheme for scheme in kinds if not any(_fault(spec, masks[spec.name], scheme) is not None for spec in specs)
+        scheme
+        for kind in SCHEMES.load().values()
+        for scheme in kind.variants()
+        if (scheme.fixed is None or abs(zeros - scheme.fixed) < _ALIKE)
+        and not any(_fault(spec, masks[spec.name], scheme) for spec in specs)
     ]
 
     def order(scheme: Scheme) -> tuple[int, str]:

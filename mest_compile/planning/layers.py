@@ -67,12 +67,12 @@ def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOption
     dense = None
     if options.dense_layers is not None:
         dense = [weight_name(name, known, "dense_layers") for name in options.dense_layers]
-    if isinstance(options.sparsity, str):
-        raise SparsityError(f"sparsity {options.sparsity!r} is of weights, which are not looked at here; give a number")
-    if not isinstance(options.sparsity, Mapping):
+    if options.one_sparsity is not None:
         left = default_dense_layers(graph, specs, options.scheme) if dense is None else dense
         left = [*left, *(name for name, why in graph.frozen.items() if why == BUFFER)]  # nothing would make up for it
-        return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.sparsity)
+        return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.one_sparsity)
+    if not isinstance(options.sparsity, Mapping):
+        raise SparsityError(f"sparsity {options.sparsity!r} is of weights, which are not looked at here; give a number")
     share: dict[str, float] = {}
     for layer, value in options.sparsity.items():
         name = weight_name(layer, known, "sparsity")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from mest_compile.base.errors import UsageError
 from mest_compile.sparsity.scheme import SCHEMES, Scheme
 
 
 def parse_scheme(scheme: str | Scheme) -> Scheme:
-    """A Scheme from itself or from "name" or "name:arguments" ("block", "block:4x1"). Raises UnknownName,
+    """A Scheme from itself or from "name" or "name:arguments" ("block", "block:4x1", "2:4"). Raises UnknownName,
     UsageError."""
     if isinstance(scheme, Scheme):
         return scheme
@@ -15,5 +17,8 @@ def parse_scheme(scheme: str | Scheme) -> Scheme:
         raise UsageError(
             f"a scheme is a name or a mest.Scheme, not {type(scheme).__name__}; names: {', '.join(SCHEMES.names())}"
         )
+    for kind in SCHEMES.load().values():
+        if kind.spelling and re.fullmatch(kind.spelling, scheme):
+            return kind.parse(scheme)
     name, _, arguments = scheme.partition(":")
     return SCHEMES.find(name).parse(arguments)

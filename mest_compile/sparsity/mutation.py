@@ -136,6 +136,27 @@ def grow_filters(
     return np.sort(np.concatenate([first, grow(np.sort(np.concatenate([alive, first])), units, live, rng, scores)]))
 
 
+def highest(
+    scores: np.ndarray, count: int, rng: np.random.Generator, bounds: np.ndarray, first: np.ndarray
+) -> np.ndarray:
+    """Places of the `count` highest scores, ascending; of equal ones the generator chooses. The best of some filters
+    come before all others.
+
+    bounds  (filters + 1,): the scores of filter n stand from bounds[n] to bounds[n + 1]
+    first   those filters, ascending, each of which has a score
+    Raises InputError when a score is NaN or infinite.
+    """
+    _check_scores(scores)
+    if len(first):
+        best = _best_of_each(scores, bounds, rng)
+        best = best[np.isin(np.searchsorted(bounds, best, side="right") - 1, first)]
+        few = count < len(best)
+        lifted = np.full(scores.shape, -np.inf) if few else scores.astype(np.float64)
+        lifted[best] = scores[best] if few else np.inf
+        scores = lifted
+    return np.flatnonzero(_best(scores[None], count, rng)[0])
+
+
 def prune_rows(keep: np.ndarray, scores: np.ndarray, live: int, rng: np.random.Generator) -> np.ndarray:
     """A copy of a mask (rows, units) that `prune` was applied to row by row, each to `live` live units. Raises as
     `prune` does."""

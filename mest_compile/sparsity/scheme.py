@@ -21,6 +21,9 @@ from mest_compile.base.registry import Registry
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity import mutation
 
+USUAL = 0.9  # sparsity when nobody says one
+ROUNDING = 1e-5  # sparsities this close are one: that of all layers together is told in six digits
+
 
 class Scheme(ABC):
     """Base of all schemes, frozen values. This class serves every scheme whose units are cells or whole slices of the
@@ -28,11 +31,13 @@ class Scheme(ABC):
 
     spans  axes of the grid that a unit covers from end to end, all but one; () when a unit is one cell
     pointwise  whether 1x1 kernels can have it
+    spelling  regular expression of texts that mean a scheme of this class without its name; None: there are none
     """
 
     name: ClassVar[str]
     spans: ClassVar[tuple[int, ...]] = ()
     pointwise: ClassVar[bool] = True
+    spelling: ClassVar[str | None] = None
 
     @classmethod
     def parse(cls, arguments: str) -> Scheme:
@@ -49,6 +54,25 @@ class Scheme(ABC):
     def __str__(self) -> str:
         """What `parse_scheme` takes."""
         return self.name
+
+    @property
+    def fixed(self) -> float | None:
+        """The one sparsity that a model of this scheme can be asked for; None: it can be asked for others."""
+        return None
+
+    def asked(self, sparsity: float | None, where: str = "") -> float:
+        """The sparsity of a model that is asked for this one; None: nobody said. where: before the message.
+
+        Raises SparsityError.
+        """
+        if sparsity is None:
+            return USUAL if self.fixed is None else self.fixed
+        if self.fixed is not None and abs(sparsity - self.fixed) > ROUNDING:
+            raise SparsityError(
+                f"{where}scheme {self} has sparsity {self.fixed:.4g}, not {sparsity:.4g}; leave sparsity out, or "
+                "choose another scheme"
+            )
+        return sparsity
 
     @abstractmethod
     def block(self, layer: LayerSpec) -> tuple[int, int]:

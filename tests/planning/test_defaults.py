@@ -125,7 +125,7 @@ def test_a_model_that_comes_out_dense_says_so_and_one_that_is_sparse_says_nothin
         ({"sparsity": {"a": 0.9}, "distribution": "erk"}, UsageError, "leave distribution out"),
         ({"sparsity": {"a": 0.9}, "distribution": "magic"}, UnknownName, "no distribution 'magic'"),
         ({"distribution": ["erk"]}, UnknownName, r"no distribution \['erk'\]"),
-        ({"sparsity": None}, SparsityError, "sparsity is None; wanted"),
+        ({"sparsity": [0.9]}, SparsityError, r"sparsity is \[0.9\]; wanted"),
         ({"sparsity": float("nan")}, SparsityError, "sparsity is nan; wanted"),
         ({"dense_layers": ["d"]}, UnknownName, "dense_layers names 'd'"),
         ({"dense_layers": "a"}, UsageError, "dense_layers is 'a'; wanted a list of names, or None"),

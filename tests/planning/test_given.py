@@ -55,7 +55,7 @@ def given(masks, **options):
 def random_mask(scheme, spec=SPEC, seed=0):
     rng = np.random.default_rng(seed)
     energy = scheme.energy(spec, rng.standard_normal(spec.weight_shape))
-    return scheme.expand(spec, scheme.start(spec, energy, scheme.live_units(spec, 0.75), rng))
+    return scheme.expand(spec, scheme.start(spec, energy, scheme.live_units(spec, scheme.fixed or 0.75), rng))
 
 
 def drawn(*shape, live=0.3, seed=1):
@@ -100,6 +100,13 @@ def test_every_scheme_is_found_again_by_its_masks(scheme):
     [
         ("block", drawn(16, 16, 3, 3), r"cuts 4\d\d of 576 in two; pass scheme='unstructured'$"),
         ("block", random_mask(parse_scheme("block:2x2")), "cuts .* in two; pass scheme='block:2x2'$"),
+        ("block", random_mask(parse_scheme("1:4")), "cuts .* in two; pass scheme='1:4'$"),
+        (
+            "block",
+            random_mask(parse_scheme("1:4")) & drawn(16, 16, 3, 3),
+            "cuts .* in two; pass scheme='unstructured'$",
+        ),
+        ("2:4", drawn(16, 16, 3, 3), "has 46 of 576 groups of 4 input .*; pass scheme='unstructured'$"),
         ("filter", random_mask(parse_scheme("pattern")), "cuts 16 of 16 in two; pass scheme='pattern'$"),
         (
             "pattern",

@@ -68,7 +68,7 @@ def test_a_caller_who_goes_on_with_a_mapping_or_a_list_changes_nothing():
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"scheme": "dense"}, SparsityError, "scheme dense has sparsity 0, not 0.9"),
+        ({"scheme": "dense", "sparsity": 0.9}, SparsityError, "scheme dense has sparsity 0, not 0.9"),
         ({"activations": "float16", "target": "armv7"}, TargetError, "has no instructions that turn float16"),
         ({"lower_density": True}, UsageError, "give one, or leave lower_density out"),
         ({"threads": 0}, UsageError, "or None for all cores"),

@@ -17,6 +17,10 @@ class Dense(Scheme):
 
     name = "dense"
 
+    @property
+    def fixed(self) -> float:
+        return 0.0
+
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         return loads_shared(layer.weight_shape[0]), loads_shared(layer.weight_shape[1])
 
