@@ -33,7 +33,7 @@ from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.records.log import Records
-from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
@@ -60,7 +60,7 @@ Knobs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # program -> call -> what
 def compile(
     model: Any,
     input_shape: Sequence[int],
-    scheme: str | Scheme = "block",
+    scheme: str | Scheme | Mapping[str, str | Scheme] = "block",
     sparsity: float | str | Mapping[str, float] | None = None,
     distribution: str = "uniform",
     dense_layers: Sequence[str] | None = None,
@@ -83,9 +83,11 @@ def compile(
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
     input_shape    (N, C, H, W) or (N, features); N is the batch of every step
-    scheme         name, "name:arguments" or a scheme object
+    scheme         name, "name:arguments" or a scheme object; or {layer name or shell pattern: one of these}. A layer's
+                   own name beats patterns, and of these the first that matches counts; "dense" leaves layers dense
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1; None: 0.9, or the only one that the
-                   scheme can have, as 0.5 of "2:4" and 0 of "dense". Or {layer name: sparsity}, other layers dense. Or
+                   scheme can have, as 0.5 of "2:4" and 0 of "dense". Or {layer name or shell pattern: sparsity}, as
+                   `scheme` has them, other layers dense; patterns leave those dense that `dense_layers` does. Or
                    "as-given": the zeros of the model's weights are the masks, layer by layer, whoever pruned it, and
                    layers without zeros are dense. Masks of torch.nn.utils.prune, and of torch.ao.pruning as
                    parametrizations, may still be attached. A mask that `scheme` cannot have is refused
@@ -128,7 +130,7 @@ def compile(
     BuildError, DeviceError.
     """
     options = StepOptions(
-        scheme=parse_scheme(scheme),
+        scheme=parse_schemes(scheme),
         sparsity=sparsity,
         distribution=distribution,
         dense_layers=dense_layers,
@@ -174,7 +176,7 @@ def compile_step(
     plan = plan_step(graph, options, known)
     if theirs is not None:
         check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
-    if not isinstance(options.scheme, Dense):
+    if options.sparse:
         say_what_stays_dense(plan.layers)
     return make_step(plan, state, builder, device, None, masks)
 

@@ -23,7 +23,7 @@ from mest_compile.operators.losses.loss import LOSSES, Loss, named_loss, read_lo
 from mest_compile.operators.optimizers import sgd
 from mest_compile.operators.optimizers.from_torch import from_torch
 from mest_compile.operators.optimizers.optimizer import OPTIMIZERS, Optimizer, named_optimizer, read_optimizer
-from mest_compile.sparsity import parse_scheme
+from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.distributions import check_distribution
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.block import Block
@@ -37,14 +37,14 @@ class StepOptions:
     """The options of `mest.compile`, which says what each means. Checked when made, as far as that goes without the
     model.
 
-    scheme  or its name
+    scheme  or its name, or {layer name or pattern: scheme}
     sparsity  None: the scheme's usual one
     target  as it was said: `find_target` reads it
     threads  None: all cores of the target
     Raises MestError: UnknownName, UsageError, SparsityError, TargetError.
     """
 
-    scheme: Scheme = field(default_factory=Block)
+    scheme: Scheme | Mapping[str, Scheme] = field(default_factory=Block)
     sparsity: float | str | Mapping[str, float] | None = None
     distribution: str = "uniform"
     dense_layers: Sequence[str] | None = None
@@ -60,7 +60,7 @@ class StepOptions:
     trainable: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        self._set("scheme", parse_scheme(self.scheme))
+        self._set("scheme", parse_schemes(self.scheme))
         self._check_sparsity()
         check_optimizer(self.optimizer)
         check_loss(self.loss)
@@ -96,20 +96,34 @@ class StepOptions:
         if isinstance(self.sparsity, str) and self.sparsity == AS_GIVEN:
             self._check_as_given()
             return
-        also = f", or {{layer name: number}}, or {AS_GIVEN!r}"
+        also = f", or {{layer name or pattern: number}}, or {AS_GIVEN!r}"
         said = None
         if self.sparsity is not None:
             said = checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError)
-        self._set("sparsity", self.scheme.asked(said))
+        if isinstance(self.scheme, Mapping):
+            self._set("sparsity", _usual(self.scheme) if said is None else said)
+        else:
+            self._set("sparsity", self.scheme.asked(said))
 
     def _check_as_given(self) -> None:
         said = {"distribution": self.distribution != "uniform", "lower_density": self.lower_density is True}
-        said["scheme dense"] = isinstance(self.scheme, Dense)
+        said["scheme dense"] = not self.sparse
         if others := [name for name, given in said.items() if given]:
             raise UsageError(
                 f"sparsity {AS_GIVEN!r} takes the zeros of the weights as masks, and {others[0]} would have others; "
                 "leave one of the two out"
             )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any layer may be."""
+        schemes = self.scheme.values() if isinstance(self.scheme, Mapping) else [self.scheme]
+        return not all(isinstance(scheme, Dense) for scheme in schemes)
+
+    @property
+    def scheme_text(self) -> str:
+        """The scheme's, in a word."""
+        return "mixed" if isinstance(self.scheme, Mapping) else str(self.scheme)
 
     @property
     def one_sparsity(self) -> float | None:
@@ -124,7 +138,9 @@ class StepOptions:
         if isinstance(self.target, Target):
             raise UsageError(f"target {self.target.name!r} is an object; write it into a TOML file and give its path")
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
-            "scheme": str(self.scheme),
+            "scheme": {name: str(scheme) for name, scheme in self.scheme.items()}
+            if isinstance(self.scheme, Mapping)
+            else str(self.scheme),
             "dense_layers": None if self.dense_layers is None else list(self.dense_layers),
             "trainable": None if self.trainable is None else list(self.trainable),
             "optimizer": self.optimizer.to_json(),
@@ -143,6 +159,12 @@ class StepOptions:
     def dense(self) -> StepOptions:
         """The same with all weights alive."""
         return replace(self, scheme=Dense(), sparsity=0.0, grow_to=None)
+
+
+def _usual(schemes: Mapping[str, Scheme]) -> float | dict[str, float]:
+    """The sparsity of a model with those schemes when nobody says one: of all layers, or that of each."""
+    each = {name: scheme.asked(None) for name, scheme in schemes.items() if not isinstance(scheme, Dense)}
+    return next(iter(each.values()), 0.0) if len(set(each.values())) <= 1 else each
 
 
 def check_threads(threads: int) -> int:

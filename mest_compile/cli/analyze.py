@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from mest_compile.cli.options import Activations, BuiltIn, Distribution, Scheme, Sparsity, Width
+from mest_compile.cli.options import (
+    Activations,
+    BuiltIn,
+    Distribution,
+    Scheme,
+    Sparsity,
+    Width,
+    said_schemes,
+    said_sparsity,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
@@ -15,7 +24,7 @@ def analyze(
     model: BuiltIn = "resnet32",
     width: Width = None,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     batch: Annotated[int, typer.Option(help="Examples of a call; figures grow with it in proportion.", min=1)] = 8,
     activations: Activations = "float32",
@@ -32,12 +41,11 @@ def analyze(
     from mest_compile.measuring.analysis import PHASES, analyse
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions
-    from mest_compile.sparsity import parse_scheme
 
     shape = (batch, 3, 32, 32)
     options = StepOptions(
-        scheme=parse_scheme(scheme),
-        sparsity=sparsity,
+        scheme=said_schemes(scheme),
+        sparsity=said_sparsity(sparsity),
         distribution=distribution,
         target=target,
         activations=activations,

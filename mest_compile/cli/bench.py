@@ -20,6 +20,8 @@ from mest_compile.cli.options import (
     TargetName,
     Width,
     given_options,
+    said_schemes,
+    said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -33,7 +35,7 @@ def bench(
     width: Width = None,
     batch: Batch = 64,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     target: TargetName = "local",
@@ -68,8 +70,8 @@ def bench(
             f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
         )
     case = Case(model, (batch, 3, 32, 32), width).but(
-        scheme=scheme,
-        sparsity=sparsity,
+        scheme=said_schemes(scheme),
+        sparsity=said_sparsity(sparsity),
         distribution=distribution,
         target=target,
         threads=threads,

@@ -19,6 +19,8 @@ from mest_compile.cli.options import (
     Trainable,
     Width,
     given_options,
+    said_schemes,
+    said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -32,7 +34,7 @@ def build(
     classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     target: TargetName = "arm_cpu",
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
@@ -69,7 +71,6 @@ def build(
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
-    from mest_compile.sparsity import parse_scheme
 
     given = given_options(context)
     if checkpoint is not None and (
@@ -80,8 +81,6 @@ def build(
         )
     if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
         raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
-    if scheme == "dense" and "sparsity" in given and sparsity:
-        raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
             step = mest.load(
@@ -94,8 +93,8 @@ def build(
             shape = (batch, *_image(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
             options = StepOptions(
-                scheme=parse_scheme(scheme),
-                sparsity=0.0 if scheme == "dense" else sparsity,
+                scheme=said_schemes(scheme),
+                sparsity=said_sparsity(sparsity),
                 distribution=distribution,
                 target=target,
                 threads=threads,

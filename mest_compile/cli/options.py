@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mest_compile.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from mest_compile.sparsity import scheme as schemes
 
 BuiltIn = Annotated[str, typer.Option(help="Built-in model.")]
 Model = Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
 Batch = Annotated[int, typer.Option(help="Examples per step.", min=1)]
-Scheme = Annotated[str, typer.Option(help="Sparsity scheme: block, block:4x1, unstructured, dense ...")]
-Sparsity = Annotated[float, typer.Option(help="Share of weights that are zero in sparse layers.")]
+Scheme = Annotated[
+    str,
+    typer.Option(
+        help="Sparsity scheme: block, block:4x1, unstructured, 2:4, dense ...; or those of layers, "
+        '"layer1.*=pattern,*=block".'
+    ),
+]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        help='Share of weights that are zero in sparse layers; or those of layers, "layer1.*=0.8,*=0.9"; or as-given: '
+        "the zeros of the model's weights. Default: 0.9, or what the scheme has."
+    ),
+]
 Distribution = Annotated[str, typer.Option(help="How sparsity spreads over layers: uniform or erk.")]
 TargetName = Annotated[str, typer.Option(help="Target name or TOML file.")]
 Trainable = Annotated[
@@ -34,3 +51,40 @@ def given_options(context: typer.Context) -> set[str]:
         for name in context.params
         if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
     }
+
+
+def by_layer(option: str, text: str) -> str | dict[str, str]:
+    """What "layer1.*=0.8,*=0.9" says, or the text itself where it says one thing of all layers. Raises UsageError."""
+    if "=" not in text:
+        return text
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, sign, value = (piece.strip() for piece in part.rpartition("="))
+        if not (name and sign and value) or name in found:
+            raise UsageError(
+                f'--{option} is {text!r}; wanted layers or patterns, each once, as in {option}="layer1.*=...,*=..."'
+            )
+        found[name] = value
+    return found
+
+
+def said_sparsity(said: Any) -> Any:
+    """The sparsity that an option's text tells, or a recipe's number, text or table. Raises UsageError."""
+    from mest_compile.options import AS_GIVEN
+
+    if not isinstance(said, str) or said == AS_GIVEN:
+        return said
+    try:
+        told = by_layer("sparsity", said)
+        return float(told) if isinstance(told, str) else {name: float(value) for name, value in told.items()}
+    except ValueError as problem:
+        raise UsageError(
+            f"--sparsity is {said!r}; wanted a number, {AS_GIVEN}, or numbers of layers as in layer1.*=0.8,*=0.9"
+        ) from problem
+
+
+def said_schemes(said: Any) -> schemes.Scheme | dict[str, schemes.Scheme]:
+    """The schemes that an option's text, or a recipe's text or table, tells. Raises UnknownName, UsageError."""
+    from mest_compile.sparsity import parse_schemes
+
+    return parse_schemes(by_layer("scheme", said) if isinstance(said, str) else said)

@@ -18,6 +18,8 @@ from mest_compile.cli.options import (
     TargetName,
     Trainable,
     Width,
+    said_schemes,
+    said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -27,7 +29,7 @@ def plan(
     width: Width = None,
     batch: Batch = 64,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     steps_between_mutations: Annotated[
         int | None, typer.Option(help="Steps that a compiled kernel serves; without it masks never change.", min=1)
@@ -46,12 +48,11 @@ def plan(
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions
-    from mest_compile.sparsity import parse_scheme
 
     shape = (batch, 3, 32, 32)
     options = StepOptions(
-        scheme=parse_scheme(scheme),
-        sparsity=sparsity,
+        scheme=said_schemes(scheme),
+        sparsity=said_sparsity(sparsity),
         distribution=distribution,
         target=target,
         threads=threads,

@@ -21,6 +21,8 @@ from mest_compile.cli.options import (
     TargetName,
     Trainable,
     Width,
+    said_schemes,
+    said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 from mest_compile.cli.progress import TrainingProgress
@@ -64,7 +66,7 @@ def train(
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder, arrays.")] = "digits",
     data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     method: Annotated[str, typer.Option(help="em, em_s, set, rigl or static (the mask never changes).")] = "em",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
@@ -130,7 +132,7 @@ def train(
 ) -> None:
     """Train a sparse model; its mask mutates as it learns."""
     from mest_compile.options import StepOptions, find_loss, find_optimizer
-    from mest_compile.sparsity import parse_scheme
+    from mest_compile.sparsity.schemes.dense import Dense
     from mest_compile.training.ondevice import Job, check_artifact_options
     from mest_compile.training.recipe import Recipe
     from mest_compile.training.sieve import SieveRule
@@ -167,11 +169,11 @@ def train(
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
-    if artifact is None and parse_scheme(where["scheme"]).name == "dense":
-        if "sparsity" in given and sparsity:
-            raise UsageError(f"scheme dense has no zeros; leave out --sparsity {sparsity} or choose another scheme")
-        where["sparsity"] = 0.0
-        if "method" not in given:
+    if artifact is None:
+        where["scheme"], where["sparsity"] = said_schemes(where["scheme"]), said_sparsity(where["sparsity"])
+        if not isinstance(where["scheme"], dict) and where["scheme"].fixed is not None and "sparsity" not in given:
+            where["sparsity"] = None
+        if isinstance(where["scheme"], Dense) and "method" not in given:
             method = "static"
             given.add("method")
     settings: dict[str, Any] = {
@@ -234,7 +236,7 @@ def start_run(request: Request) -> Run:
     from mest_compile.training.runfolder import RunFolder
 
     console = stderr_console()
-    scheme, target = str(request.options.scheme).replace(":", ""), find_target(request.options.target)
+    scheme, target = request.options.scheme_text.replace(":", ""), find_target(request.options.target)
     folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{scheme}"))
     folder.require_free()
     _check_target(target, find_device(request.tracker, request.key))

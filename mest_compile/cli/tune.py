@@ -20,6 +20,8 @@ from mest_compile.cli.options import (
     Sparsity,
     TargetName,
     Width,
+    said_schemes,
+    said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -37,7 +39,7 @@ def tune(
     width: Width = None,
     batch: Batch = 64,
     scheme: Scheme = "block",
-    sparsity: Sparsity = 0.9,
+    sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
     trials: Annotated[
         int, typer.Option(help="Candidates of each kernel, those of earlier sessions among them.", min=1)
@@ -86,7 +88,6 @@ def tune(
     """
     began = monotonic()
     from mest_compile.options import StepOptions
-    from mest_compile.sparsity import parse_scheme
     from mest_compile.tuning.command import Request
     from mest_compile.tuning.command import tune as run
     from mest_compile.tuning.runner import RunnerOptions
@@ -101,8 +102,8 @@ def tune(
             "to measure"
         )
     chosen = StepOptions(
-        scheme=parse_scheme(scheme),
-        sparsity=sparsity,
+        scheme=said_schemes(scheme),
+        sparsity=said_sparsity(sparsity),
         distribution=distribution,
         target=target,
         seed=seed,

@@ -147,7 +147,7 @@ def analyse(
             )
         )
     progress(len(groups), len(groups))
-    return Analysis(target.name, core, graph.input_shape[0], str(options.scheme), options.one_sparsity, tuple(figures))
+    return Analysis(target.name, core, graph.input_shape[0], options.scheme_text, options.one_sparsity, tuple(figures))
 
 
 class _Side:

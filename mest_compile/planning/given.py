@@ -10,8 +10,10 @@ import numpy as np
 from mest_compile.base.errors import SparsityError
 from mest_compile.ir.graph import ForwardGraph, LayerSpec
 from mest_compile.options import AS_GIVEN, StepOptions
-from mest_compile.planning.layers import layer_specs, weight_name
+from mest_compile.planning.layers import layer_schemes, layer_specs, scheme_of
+from mest_compile.planning.patterns import weight_name
 from mest_compile.sparsity.scheme import SCHEMES, Scheme
+from mest_compile.sparsity.schemes.dense import Dense
 
 Masks = dict[str, np.ndarray]
 
@@ -31,9 +33,11 @@ def as_given(
     """
     specs = layer_specs(graph)
     known = [spec.name for spec in specs]
+    schemes = layer_schemes(specs, options)
     dense = [weight_name(name, known, "dense_layers") for name in options.dense_layers or ()]
+    dense += [name for name, (scheme, _) in schemes.items() if isinstance(scheme, Dense)]
     if lost := [name for name in attached if name not in known or name in dense]:
-        why = "dense_layers names it" if lost[0] in dense else "is not the weight of a convolution or linear layer"
+        why = "it is to be dense" if lost[0] in dense else "is not the weight of a convolution or linear layer"
         raise SparsityError(
             f"{lost[0]} has a mask that nothing would keep: {why}; make it permanent first "
             "(torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)"
@@ -42,21 +46,23 @@ def as_given(
     masks = {name: mask for name, mask in masks.items() if not mask.all()}
     if not masks:
         raise SparsityError(
-            f"sparsity is {AS_GIVEN!r}, but no weight of the model{' outside dense_layers' if dense else ''} is 0; "
+            f"sparsity is {AS_GIVEN!r}, but no weight of the model{' outside of dense layers' if dense else ''} is 0; "
             "prune it first, or give sparsity a number"
         )
-    _check([spec for spec in specs if spec.name in masks], masks, options.scheme)
+    chosen = {name: scheme_of(name, schemes) for name in masks}
+    _check([spec for spec in specs if spec.name in masks], masks, chosen)
     share = {name: 1.0 - int(mask.sum()) / mask.size for name, mask in masks.items()}
-    return replace(options, sparsity=share, dense_layers=None), masks
+    scheme = chosen if isinstance(options.scheme, Mapping) else options.scheme
+    return replace(options, scheme=scheme, sparsity=share, dense_layers=None), masks
 
 
-def _check(specs: Sequence[LayerSpec], masks: Masks, scheme: Scheme) -> None:
+def _check(specs: Sequence[LayerSpec], masks: Masks, schemes: Mapping[str, Scheme]) -> None:
     for spec in specs:
         if not masks[spec.name].any():
             raise SparsityError(
                 f"{spec.name}: all of its weights are 0, a sparse layer needs one that is not; list it in dense_layers"
             )
-        if why := _fault(spec, masks[spec.name], scheme):
+        if why := _fault(spec, masks[spec.name], schemes[spec.name]):
             raise SparsityError(f"{spec.name}: the mask given {why}; pass scheme={nearest(specs, masks)!r}")
 
 

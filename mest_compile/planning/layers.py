@@ -7,15 +7,17 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mest_compile.base import checks
-from mest_compile.base.errors import SparsityError, SpecError, UnknownName, UsageError
+from mest_compile.base.errors import SparsityError, SpecError, UsageError
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.options import StepOptions
+from mest_compile.planning.patterns import by_layer, check_counts, weight_name
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.distributions import distribute, together
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import masked_layers
+from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
 log = logging.getLogger(__name__)
@@ -49,9 +51,15 @@ def plan_layers(graph: ForwardGraph, options: StepOptions, target: Target) -> di
         raise SpecError(
             "the model has no convolution and no linear layer, so there is nothing to train sparsely; give one that has"
         )
-    share, layers = _shares(graph, specs, options), {}
+    schemes = layer_schemes(specs, options)
+    share, layers = _shares(graph, specs, options, schemes), {}
+    if isinstance(options.scheme, Mapping):
+        sparse = [name for name, scheme in options.scheme.items() if not isinstance(scheme, Dense)]
+        check_counts(sparse, [spec.name for spec in specs], share, "scheme")
     for spec in specs:
-        scheme, sparsity = options.scheme if spec.name in share else Dense(), share.get(spec.name, 0.0)
+        scheme, sparsity = Dense(), share.get(spec.name, 0.0)  # type: tuple[Scheme, float]
+        if spec.name in share:
+            scheme = scheme_of(spec.name, schemes)
         scheme.check(spec)
         scheme.live_units(spec, sparsity)
         kernels = family_for(scheme, spec, target)
@@ -61,26 +69,59 @@ def plan_layers(graph: ForwardGraph, options: StepOptions, target: Target) -> di
     return layers
 
 
-def _shares(graph: ForwardGraph, specs: Sequence[LayerSpec], options: StepOptions) -> dict[str, float]:
+def layer_schemes(specs: Sequence[LayerSpec], options: StepOptions) -> dict[str, tuple[Scheme, bool]]:
+    """{weight name: (its scheme when it is sparse, whether it is named itself)}; a layer that `scheme` says nothing of
+    is not in it. Raises UnknownName, UsageError."""
+    if not isinstance(options.scheme, Mapping):
+        return {spec.name: (options.scheme, False) for spec in specs}
+    return by_layer(options.scheme, [spec.name for spec in specs], "scheme")
+
+
+def scheme_of(name: str, schemes: Mapping[str, tuple[Scheme, bool]]) -> Scheme:
+    """Raises UsageError where there is none."""
+    if name not in schemes:
+        raise UsageError(
+            f'{name} is to be sparse, and no pattern of scheme matches it; add one, such as "*": "block", or "dense"'
+        )
+    return schemes[name][0]
+
+
+def _shares(
+    graph: ForwardGraph,
+    specs: Sequence[LayerSpec],
+    options: StepOptions,
+    schemes: Mapping[str, tuple[Scheme, bool]],
+) -> dict[str, float]:
     """{weight name: sparsity} of the layers that are not dense. What is said twice and differs is refused."""
     known = [spec.name for spec in specs]
-    dense = None
-    if options.dense_layers is not None:
-        dense = [weight_name(name, known, "dense_layers") for name in options.dense_layers]
+    said = [weight_name(name, known, "dense_layers") for name in options.dense_layers or ()]
+    for name in said:
+        if name in schemes and schemes[name][1] and not isinstance(schemes[name][0], Dense):
+            raise UsageError(f"scheme names {name}, and so does dense_layers; leave it out of one of them")
+    # Layers that stay dense, and why, unless they are named.
+    left = dict.fromkeys(said, "dense_layers")
+    if options.dense_layers is None:
+        every = default_dense_layers(graph, specs, {name: scheme for name, (scheme, _) in schemes.items()})
+        left |= {name: "" for name in every if not (name in schemes and schemes[name][1])}
+    left |= {name: "" for name, why in graph.frozen.items() if why == BUFFER}  # nothing would make up for it
+    by_scheme = options.scheme if isinstance(options.scheme, Mapping) else {}
+    left |= {name: "scheme" for name, (one, _) in schemes.items() if by_scheme and isinstance(one, Dense)}
     if options.one_sparsity is not None:
-        left = default_dense_layers(graph, specs, options.scheme) if dense is None else dense
-        left = [*left, *(name for name, why in graph.frozen.items() if why == BUFFER)]  # nothing would make up for it
-        return distribute(options.distribution, [spec for spec in specs if spec.name not in left], options.one_sparsity)
+        sparse = [spec for spec in specs if spec.name not in left]
+        share = distribute(options.distribution, sparse, options.one_sparsity)
+        for name, value in share.items():
+            scheme_of(name, schemes).asked(value, f"{name}: ")
+        return share
     if not isinstance(options.sparsity, Mapping):
         raise SparsityError(f"sparsity {options.sparsity!r} is of weights, which are not looked at here; give a number")
-    share: dict[str, float] = {}
-    for layer, value in options.sparsity.items():
-        name = weight_name(layer, known, "sparsity")
-        if name in share:
-            raise UsageError(f"sparsity names {name} twice; name it once")
-        if name in (dense or ()):
-            raise UsageError(f"sparsity names {name}, and so does dense_layers; leave it out of one of them")
-        share[name] = checks.number(f"{name}: sparsity", value, below=1, error=SparsityError)
+    share = {}
+    for name, (value, itself) in by_layer(options.sparsity, known, "sparsity").items():
+        value = checks.number(f"{name}: sparsity", value, below=1, error=SparsityError)
+        if name not in left or (itself and not left[name]):
+            share[name] = value
+        elif itself:
+            raise UsageError(f"sparsity names {name}, and so does {left[name]}; leave it out of one of them")
+    check_counts(options.sparsity, known, share, "sparsity")
     return share
 
 
@@ -100,11 +141,3 @@ def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
             together({name: layer.sparsity for name, layer in layers.items()}, elems),
             dense,
         )
-
-
-def weight_name(name: str, names: Sequence[str], where: str) -> str:
-    """The weight that `name` means: "layer1.0.conv1" or "layer1.0.conv1.weight"."""
-    for candidate in (name, f"{name}.weight"):
-        if candidate in names:
-            return candidate
-    raise UnknownName(f"{where} names {checks.shown(name)}, which is no layer of the model; layers: {', '.join(names)}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from mest_compile.base.errors import SpecError, UnknownName, UsageError
 from mest_compile.ir.graph import CHOSEN, FLAG, ForwardGraph
+from mest_compile.planning.patterns import near
 
 LAST = "last:"
 
@@ -102,6 +102,4 @@ def _no_match(graph: ForwardGraph, pattern: str, able: Sequence[str]) -> str:
             return f"trainable: {pattern!r} matches {name}, {why}, which cannot train; name others"
     if any(fnmatchcase(name, pattern) for name in graph.state_shapes):
         return f"trainable: {pattern!r} matches only what the forward pass does not train with; name parameters"
-    parts = [".".join(name.split(".")[:end]) + ".*" for name in able for end in range(1, name.count(".") + 1)]
-    near = get_close_matches(pattern, dict.fromkeys([*able, *parts]), 3, 0.5) or [*able[:2], able[-1]]
-    return f"trainable: no parameter matches {pattern!r}; there are, for example: {', '.join(near)}"
+    return f"trainable: no parameter matches {pattern!r}; there are, for example: {near(pattern, able)}"

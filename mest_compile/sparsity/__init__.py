@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from mest_compile.base.errors import UsageError
 from mest_compile.sparsity.scheme import SCHEMES, Scheme
@@ -22,3 +23,12 @@ def parse_scheme(scheme: str | Scheme) -> Scheme:
             return kind.parse(scheme)
     name, _, arguments = scheme.partition(":")
     return SCHEMES.find(name).parse(arguments)
+
+
+def parse_schemes(scheme: str | Scheme | Mapping[str, str | Scheme]) -> Scheme | dict[str, Scheme]:
+    """The same, or {layer name or pattern: scheme} of a mapping. Raises UnknownName, UsageError."""
+    if not isinstance(scheme, Mapping):
+        return parse_scheme(scheme)
+    if not scheme:
+        raise UsageError("scheme is {}; wanted a scheme, or {layer name or pattern: scheme}")
+    return {name: parse_scheme(one) for name, one in scheme.items()}

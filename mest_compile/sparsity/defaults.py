@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
 from mest_compile.sparsity.scheme import Scheme
 
 
-def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme: Scheme) -> list[str]:
+def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]) -> list[str]:
     """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
     shortcuts, the classifier.
     A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
 
-    specs: of the graph's layers, in order.
+    specs: of the graph's layers, in order. schemes: {weight name: Scheme}, of those that have one.
     """
     convolutions = {node.params["weight"]: node for node in graph.nodes if node.op == "conv2d"}
     first = next(iter(convolutions), specs[-1].name)
     small = [spec.name for spec in specs if spec.name in convolutions and spec.weight_shape[2:] == (1, 1)]
-    left = [name for name in small if not scheme.pointwise or _is_shortcut(graph, convolutions[name])]
+    left = [
+        name
+        for name in small
+        if (name in schemes and not schemes[name].pointwise) or _is_shortcut(graph, convolutions[name])
+    ]
     return list(dict.fromkeys([first, *left, specs[-1].name]))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
-from mest_compile.options import StepOptions, find_loss
+from mest_compile.options import AS_GIVEN, StepOptions, find_loss
 from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.methods import METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY
 from mest_compile.training.sieve import SieveRule
@@ -44,7 +44,7 @@ RUN_OPTIONS: dict[str, type] = {
     "optimizer": str,
     "trainable": str,
 }
-TABLES = ("loss", "optimizer")  # which are a text or a table with the key "name" and options
+TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
@@ -197,7 +197,7 @@ class Recipe:
                     f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
                 )
             wanted = RUN_OPTIONS[key]
-            if key in TABLES and isinstance(value, Mapping):
+            if (key in TABLES and isinstance(value, Mapping)) or (key == "sparsity" and value == AS_GIVEN):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")

@@ -138,7 +138,7 @@ def test_a_mask_that_the_step_would_not_keep_is_refused(kind):
     model = pruned()[kind == "property"]
     with pytest.raises(SparsityError, match="2.weight has a mask attached, .* pass sparsity='as-given'"):
         mest.compile(model, SHAPE, scheme="unstructured", sparsity=0.9)
-    with pytest.raises(SparsityError, match="5.weight has a mask that nothing would keep: dense_layers names it"):
+    with pytest.raises(SparsityError, match="5.weight has a mask that nothing would keep: it is to be dense"):
         mest.compile(model, SHAPE, scheme="unstructured", sparsity="as-given", dense_layers=["5"])
     prune.random_unstructured(model[0], "bias", amount=2)
     with pytest.raises(SparsityError, match="0.bias has a mask that nothing would keep: is not the weight"):

@@ -68,7 +68,8 @@ SHORTCUTS = {
 def test_of_1x1_convolutions_those_of_shortcuts_are_dense(case):
     text, dense = SHORTCUTS[case]
     model = graph("stem = conv3 input\n" + text)
-    found = default_dense_layers(model, layer_specs(model), parse_scheme("unstructured"))
+    specs = layer_specs(model)
+    found = default_dense_layers(model, specs, {spec.name: parse_scheme("unstructured") for spec in specs})
     assert set(found) == {"stem.weight", "fc.weight"} | ({"s.weight"} if dense else set())
 
 

@@ -135,7 +135,12 @@ def test_the_scheme_that_is_named_can_have_the_masks_of_all_layers():
     ("masks", "options", "error", "message"),
     [
         ({}, {}, SparsityError, "but no weight of the model is 0; prune it first, or give sparsity a number"),
-        ({"3.weight": drawn(4, 576)}, {"dense_layers": ["3"]}, SparsityError, "no weight of the model outside dense"),
+        (
+            {"3.weight": drawn(4, 576)},
+            {"dense_layers": ["3"]},
+            SparsityError,
+            "no weight of the model outside of dense",
+        ),
         (
             {"3.weight": np.zeros((4, 576), bool)},
             {},
