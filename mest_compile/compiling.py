@@ -35,6 +35,7 @@ from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.room import sparse_layers
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 
@@ -78,6 +79,7 @@ def compile(
     builder: Builder | None = None,
     records: Records | None = None,
     trainable: str | Sequence[str] | None = None,
+    dense_start: bool = False,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -126,6 +128,8 @@ def compile(
                    "blocks.1[3-6].*". They decide in the place of `requires_grad`, and a BatchNorm of which nothing
                    trains is in evaluation mode. A frozen layer is sparse as the others are, unless `dense_layers` or
                    `sparsity` say otherwise, and keeps its mask
+    dense_start    all weights of the sparse layers that train live at first, as those of a pretrained model that is
+                   pruned to `sparsity` while it trains: method "gradual", or `step.prune`
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
@@ -144,6 +148,7 @@ def compile(
         grow_to=grow_to,
         activations=activations,
         trainable=trainable,
+        dense_start=dense_start,
     )
     theirs = optimizer if is_optimizer(optimizer) else None
     return compile_step(model, input_shape, options, device, builder, records, theirs)
@@ -176,6 +181,8 @@ def compile_step(
     plan = plan_step(graph, options, known)
     if theirs is not None:
         check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
+    if options.dense_start:
+        masks = {name: np.ones(layer.spec.weight_shape, bool) for name, layer in sparse_layers(plan.layers).items()}
     if options.sparse:
         say_what_stays_dense(plan.layers)
     return make_step(plan, state, builder, device, None, masks)

@@ -58,6 +58,7 @@ class StepOptions:
     grow_to: float | None = None
     activations: str = "float32"
     trainable: str | Sequence[str] | None = None
+    dense_start: bool = False
 
     def __post_init__(self) -> None:
         self._set("scheme", parse_schemes(self.scheme))
@@ -79,6 +80,9 @@ class StepOptions:
             self._set("grow_to", checks.number("grow_to", self.grow_to, below=1, also=", or None"))
         if self.trainable is not None:
             self._set("trainable", trainable_patterns(self.trainable))
+        if checks.flag("dense_start", self.dense_start) and (self.grow_to is not None or self.lower_density):
+            other = "lower_density" if self.lower_density else "grow_to"
+            raise UsageError(f"dense_start has room for all weights, which {other} would change; leave one of them out")
 
     def _check_sparsity(self) -> None:
         check_distribution(self.distribution)
@@ -107,6 +111,7 @@ class StepOptions:
 
     def _check_as_given(self) -> None:
         said = {"distribution": self.distribution != "uniform", "lower_density": self.lower_density is True}
+        said["dense_start, as the method gradual needs it,"] = self.dense_start is True
         said["scheme dense"] = not self.sparse
         if others := [name for name, given in said.items() if given]:
             raise UsageError(
@@ -158,7 +163,7 @@ class StepOptions:
 
     def dense(self) -> StepOptions:
         """The same with all weights alive."""
-        return replace(self, scheme=Dense(), sparsity=0.0, grow_to=None)
+        return replace(self, scheme=Dense(), sparsity=0.0, grow_to=None, dense_start=False)
 
 
 def _usual(schemes: Mapping[str, Scheme]) -> float | dict[str, float]:

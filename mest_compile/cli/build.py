@@ -55,6 +55,9 @@ def build(
         str, typer.Option(help="Name, with options as in adamw:weight_decay=0.05,decay_weights_only=true.")
     ] = "sgd",
     trainable: Trainable = None,
+    dense_start: Annotated[
+        bool, typer.Option("--dense-start", help="Begin with all weights, for the method gradual.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -105,6 +108,7 @@ def build(
                 memory_budget=memory_budget,
                 grow_to=grow_to,
                 trainable=trainable,
+                dense_start=dense_start,
             )
             step = compile_step(net, shape, options)
         manifest = step.export(out)

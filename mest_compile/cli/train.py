@@ -68,7 +68,10 @@ def train(
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
-    method: Annotated[str, typer.Option(help="em, em_s, set, rigl or static (the mask never changes).")] = "em",
+    method: Annotated[
+        str,
+        typer.Option(help="em, em_s, set, rigl, gradual (prunes a dense model) or static (the mask never changes)."),
+    ] = "em",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     sieve: Annotated[
         float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")

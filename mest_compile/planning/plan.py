@@ -22,7 +22,7 @@ from mest_compile.planning.trainable import choose_trainable
 from mest_compile.records.log import Records
 from mest_compile.sparsity.distributions import DIGITS, rescaled
 from mest_compile.sparsity.layer import Layer
-from mest_compile.sparsity.room import masked_layers, overall_sparsity, with_room
+from mest_compile.sparsity.room import masked_layers, overall_sparsity, with_all, with_room
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def plan_step(
         options.loss,
         options.activations,
     )
-    if options.grow_to is not None or options.memory_budget is not None:
+    if options.grow_to is not None or options.memory_budget is not None or options.dense_start:
         facts = _with_room(facts, options, found)
     return Plan(facts, found)
 
@@ -100,7 +100,8 @@ def _with_room(facts: Facts, options: StepOptions, records: Records) -> Facts:
     """With the capacity that mutations need, and what the memory budget asks for."""
     start = overall_sparsity(facts.layers)
     grow_to = start if options.grow_to is None else options.grow_to
-    facts = replace(facts, layers=with_room(facts.layers, grow_to))
+    layers = with_all(facts.layers) if options.dense_start else with_room(facts.layers, grow_to)
+    facts = replace(facts, layers=layers)
     if options.memory_budget is None:
         return facts
     excess = start - grow_to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,36 @@ class Masked:
         Source: MEST, arXiv:2110.14032; RigL, arXiv:1911.11134. Raises UsageError, SparsityError, CapacityError; nothing
         is changed then.
         """
+        return self._drawn(
+            rng,
+            lambda drawn: self._mutating.by_importance(prune_to, grow_to, importance_lambda, drawn, gradients),
+        )
+
+    @in_turn
+    def prune(
+        self, to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None
+    ) -> MutationReport:
+        """Gradual pruning, of a step that began with more live weights than it is compiled for: in every sparse layer
+        that trains the least important units die until it has gone as far towards its own sparsity as all of them
+        together, which have `to` then. Nothing grows; at the sparsity of all that the step is compiled for each layer
+        has exactly its own.
+
+        to  sparsity of all sparse layers together, if the frozen ones followed
+        importance_lambda  weight of the last step's gradient in |w| + lambda * |g|
+        Source: Zhu and Gupta, arXiv:1710.01878; that layers keep their proportions is ours. Raises UsageError; nothing
+        is changed then.
+        """
+        return self._drawn(rng, lambda drawn: self._mutating.by_pruning(to, importance_lambda, drawn))
+
+    def check_room(self, grow_to: float) -> dict[str, int]:
+        """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises
+        CapacityError where there is no room."""
+        return self._mutating.check_room(grow_to)
+
+    def _drawn(
+        self, rng: np.random.Generator | None, choose: Callable[[np.random.Generator], Mapping[str, Change]]
+    ) -> MutationReport:
+        """Makes what `choose` chooses with the generator's numbers; None: the step's own."""
         begun = time.perf_counter(), self._runner.uploaded_bytes
         rng = self._rng if rng is None else rng
         if not isinstance(rng, np.random.Generator):
@@ -74,13 +104,7 @@ class Masked:
                 f"rng is {checks.shown(rng)}; wanted np.random.default_rng(seed), or None for the step's own"
             )
         drawn = deepcopy(rng)  # what is refused or interrupted has drawn nothing
-        changes = self._mutating.by_importance(prune_to, grow_to, importance_lambda, drawn, gradients)
-        return self._exchange(changes, begun, partial(set_state, rng, drawn.bit_generator.state))
-
-    def check_room(self, grow_to: float) -> dict[str, int]:
-        """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises
-        CapacityError where there is no room."""
-        return self._mutating.check_room(grow_to)
+        return self._exchange(choose(drawn), begun, partial(set_state, rng, drawn.bit_generator.state))
 
     def _exchange(self, changes: Mapping[str, Change], begun: tuple[float, int], last: Part) -> MutationReport:
         """Makes those changes of layers; the others stay as they are. Then comes `last`. begun: clock and bytes sent

@@ -17,7 +17,7 @@ from mest_compile.runtime.changes import Part
 from mest_compile.runtime.state import Arrangement, HeldState, as_conv
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.mutation import importance
-from mest_compile.sparsity.room import masked_layers, sparse_layers, units_at
+from mest_compile.sparsity.room import masked_layers, sparse_layers, units_at, units_towards
 
 # Of one layer: its live cells that stay, told by their places in the list of them, new ones, and what these start at;
 # None: 0.
@@ -114,7 +114,23 @@ class Mutating:
             raise UsageError(f"mutate needs 0 <= grow_to <= prune_to < 1, got prune_to={prune_to}, grow_to={grow_to}")
         if gradients is not None:
             gradients = arguments.gradients(gradients, {name: self._shapes[name] for name in self.mutating})
-        fewest_units, most_units = self._units_at(prune_to), self.check_room(grow_to)
+        return self._changes(self._units_at(prune_to), self.check_room(grow_to), importance_lambda, rng, gradients)
+
+    def by_pruning(self, to: float, importance_lambda: float, rng: np.random.Generator) -> dict[str, Change]:
+        """What `TrainStep.prune` does. Raises UsageError, InputError, SparsityError."""
+        units = units_towards(self._layers, checks.number("to", to, below=1))
+        return self._changes(units, {}, checks.number("importance_lambda", importance_lambda), rng, None)
+
+    def _changes(
+        self,
+        fewest: Mapping[str, int],
+        most: Mapping[str, int],
+        importance_lambda: float,
+        rng: np.random.Generator,
+        gradients: Mapping[str, np.ndarray] | None,
+    ) -> dict[str, Change]:
+        """Every layer is pruned to `fewest` live units, or stays where it has no more, and grows to `most`; those that
+        it does not name do not grow."""
         changes: dict[str, Change] = {}
         for name in self.mutating:
             spec, scheme = self._layers[name].spec, self._layers[name].scheme
@@ -126,10 +142,10 @@ class Mutating:
             )
             squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
             energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
-            fewest = min(fewest_units[name], len(cells) // scheme.unit_cells(spec))
-            stay, dead = scheme.prune(spec, cells, energy, fewest, rng)
+            live = min(fewest[name], len(cells) // scheme.unit_cells(spec))
+            stay, dead = scheme.prune(spec, cells, energy, live, rng)
             wanted = None if gradients is None else scheme.energy(spec, as_conv(gradients[name]))
-            new = scheme.grow(spec, cells.take(stay), most_units[name], rng, wanted, dead)
+            new = scheme.grow(spec, cells.take(stay), most.get(name, live), rng, wanted, dead)
             changes[name] = stay, new, self._start_of(name, stay, new, dead, rng)
         return changes  # nothing is changed before all layers were asked, any of which may refuse
 

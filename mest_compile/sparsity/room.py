@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mest_compile.base.errors import UsageError
-from mest_compile.sparsity.distributions import rescaled, together
+from mest_compile.base.errors import SparsityError, UsageError
+from mest_compile.sparsity.distributions import DIGITS, rescaled, together
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.schemes.dense import Dense
+
+ROUNDING = 10.0**-DIGITS
 
 
 def sparse_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -29,6 +31,20 @@ def units_at(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
     return {name: layer.scheme.live_units(layer.spec, share[name]) for name, layer in sparse_layers(layers).items()}
 
 
+def units_towards(layers: Mapping[str, Layer], overall: float) -> dict[str, int]:
+    """{weight name: live units} of the sparse layers that train on their way from all weights to the sparsity that they
+    are to have: each has gone as far as all sparse layers together, which have `overall`. Raises UsageError where that
+    is beyond the end."""
+    end = overall_sparsity(layers)
+    if overall > end + ROUNDING:
+        raise UsageError(f"cannot prune to {overall}: the sparse layers are to have {end}, all together")
+    done = 1.0 if overall >= end - ROUNDING else overall / end
+    return {
+        name: layer.scheme.live_units(layer.spec, layer.sparsity * done)
+        for name, layer in sparse_layers(layers).items()
+    }
+
+
 def overall_sparsity(layers: Mapping[str, Layer]) -> float:
     """The sparsity that the sparse layers start with, all of them together; 0 when there are none."""
     sparse = masked_layers(layers)
@@ -45,6 +61,21 @@ def with_room(layers: Mapping[str, Layer], grow_to: float) -> dict[str, Layer]:
         )
     starts = {name: layer.scheme.live_units(layer.spec, layer.sparsity) for name, layer in layers.items()}
     room = {name: max(units, starts[name]) for name, units in units_at(layers, grow_to).items()}
+    return {name: replace(layer, capacity=room.get(name)) for name, layer in layers.items()}
+
+
+def with_all(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers with the capacity for all weights of those whose masks may change. Raises SparsityError where a scheme
+    has no mask in which all live."""
+    room = {}
+    for name, layer in sparse_layers(layers).items():
+        try:
+            room[name] = layer.scheme.live_units(layer.spec, 0.0)
+        except SparsityError as refused:
+            raise SparsityError(
+                f"{name}: under scheme {layer.scheme} not all weights can live, as dense_start and the method gradual "
+                "need it; choose another scheme"
+            ) from refused
     return {name: replace(layer, capacity=room.get(name)) for name, layer in layers.items()}
 
 

@@ -49,6 +49,17 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
     return found
 
 
+def check_start(recipe: Recipe, step: Any) -> None:
+    """Raises UsageError when a run that is to begin dense does not."""
+    frozen = step.describe().get("frozen", {})
+    sparse = [name for name, mask in step.masks().items() if name not in frozen and not mask.all()]
+    if recipe.starts_dense and sparse:
+        raise UsageError(
+            f"the method {recipe.method!r} begins with all weights, and {sparse[0]} has dead ones; compile the step "
+            "with dense_start=True"
+        )
+
+
 def check_data(step: Any, judge: Judge, data: Dataset) -> None:
     """Raises InputError when the step, or its loss, does not take such examples."""
     wanted, found = tuple(step.input_shape[1:]), data.images.shape[1:]

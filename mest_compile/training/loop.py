@@ -21,7 +21,7 @@ from mest_compile.data import Dataset, as_dataset
 from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
-from mest_compile.training.fitting import check_data, resolved
+from mest_compile.training.fitting import check_data, check_start, resolved
 from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
@@ -252,6 +252,8 @@ class Trainer:
                 self._save(self.folder.checkpoint, run, data)  # so that it is known where this is stopped
         if broken := self.step.not_finite():
             raise self._diverged(f"{_some(broken)} not finite before training", len(run.history))
+        if self._resumed is None:
+            check_start(self.recipe, self.step)
         if self._resumed is None and self.folder:
             self.folder.begin(
                 self.recipe.to_dict(),
@@ -272,6 +274,10 @@ class Trainer:
         if phase is None:
             return None
         said: dict[str, Any] = {"prune_to": phase.prune_to, "grow_to": phase.grow_to}
+        common: dict[str, Any] = {
+            "importance_lambda": self.recipe.importance_lambda,
+            "rng": np.random.default_rng([self.recipe.seed, epoch, MUTATION]),
+        }
         gradients = {}
         if self.recipe.method == "rigl":
             chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(
@@ -281,13 +287,10 @@ class Trainer:
             gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(
                 images, self.judge.given(images, train.labels[chosen])
             )
-        report = self.step.mutate(
-            prune_to=phase.prune_to,
-            grow_to=phase.grow_to,
-            importance_lambda=self.recipe.importance_lambda,
-            rng=np.random.default_rng([self.recipe.seed, epoch, MUTATION]),
-            **gradients,
-        )
+        if self.recipe.starts_dense:
+            report = self.step.prune(to=phase.prune_to, **common)
+        else:
+            report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, **common, **gradients)
         for name, mask in self.step.masks().items():
             self._survivors[name] = self._survivors[name] & mask.ravel()
         return {

@@ -14,6 +14,11 @@ PAPER_EPOCHS, PAPER_MUTATE_EVERY, PAPER_SWITCHES = 160, 5, (90, 120)
 # quarters.
 DROP_SHARE, RIGL_END = 0.3, 0.75
 
+# The method that begins with all weights and only prunes; shares of the epochs between which it does. The last quarter
+# trains what is left.
+GRADUAL = "gradual"
+PRUNE_BEGIN, PRUNE_END = 0.0, 0.75
+
 
 def _em(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
     """Prune 20%, 10%, 0% of the live units beyond the target and grow them back: the paper's table at 90% and 95%, for
@@ -43,6 +48,21 @@ def _rigl(sparsity: float, epochs: int, interval: int) -> tuple[Phase, ...]:
     )
 
 
+def _gradual(
+    sparsity: float, epochs: int, interval: int, begin: float = PRUNE_BEGIN, end: float = PRUNE_END
+) -> tuple[Phase, ...]:
+    """s (1 - (1 - t)^3), where t goes from 0 to 1 between `begin` and `end`, shares of the epochs; a phase for each
+    mutation, the first with all weights. Source: Zhu and Gupta, arXiv:1710.01878, equation 1."""
+    first = begin * epochs
+    last = max(1, min(round(end * epochs), epochs - 1))
+    starts = [*(epoch for epoch in range(interval, last, interval) if epoch > first), last]
+    reached = [sparsity * (1 - (1 - (start - first) / (last - first)) ** 3) for start in starts[:-1]] + [sparsity]
+    return (
+        _phase(starts[0], 0.0, 0.0),
+        *(_phase(until, share, share) for until, share in zip([*starts[1:], epochs], reached, strict=True)),
+    )
+
+
 def _fewer(sparsity: float, share: float) -> float:
     """The sparsity when that share of the live units is gone."""
     return sparsity + share * (1 - sparsity)
@@ -54,13 +74,15 @@ def _phase(until: int, prune_to: float, grow_to: float) -> Phase:
     )  # six digits: 0.9 + 0.2 * (1 - 0.9) is to read 0.92 in the run folder
 
 
-# method -> phases of (target sparsity, epochs, epochs between mutations); None: the mask never changes
-METHODS: dict[str, Callable[[float, int, int], tuple[Phase, ...]] | None] = {
+# method -> phases of (target sparsity, epochs, epochs between mutations), of gradual also of when pruning begins and
+# ends; None: the mask never changes
+METHODS: dict[str, Callable[..., tuple[Phase, ...]] | None] = {
     "static": None,
     "em": _em,
     "em_s": _em_s,
     "set": _set,
     "rigl": _rigl,
+    GRADUAL: _gradual,
 }
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
 from mest_compile.options import AS_GIVEN, StepOptions, find_loss
+from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.mutation import Phase
-from mest_compile.training.methods import METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY
+from mest_compile.training.methods import GRADUAL, METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY, PRUNE_BEGIN, PRUNE_END
 from mest_compile.training.sieve import SieveRule
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
@@ -58,8 +59,8 @@ class Recipe:
     """A training run's settings; checked when made.
 
     epochs             whole passes over the training set
-    method             "static" (the mask never changes), "em", "em_s", "set" or "rigl" (grows by the gradient of dead
-                       weights)
+    method             "static" (the mask never changes), "em", "em_s", "set", "rigl" (grows by the gradient of dead
+                       weights) or "gradual" (prunes a dense model to the step's sparsity)
     lr                 learning rate at its highest; None: the one of the step's optimizer
     lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs;
                        "constant". It moves with every iteration, not only between epochs.
@@ -68,6 +69,7 @@ class Recipe:
     mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
     phases             what mutations do when; empty: the paper's table for the step's sparsity, switches in proportion
                        to `epochs`
+    prune_begin, prune_end  shares of the epochs between which "gradual" prunes; None: 0 and 0.75
     label_smoothing    share of every label that is spread over all classes; the step must be compiled with it too
     clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
     importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
@@ -95,13 +97,16 @@ class Recipe:
     seed: int = 0
     eval_every: int = 1
     mirror: bool | None = None
+    prune_begin: float | None = None
+    prune_end: float | None = None
 
     def __post_init__(self) -> None:
         for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
             self._check(checks.whole, name, low)
         for name in ("lr", "lr_final", "importance_lambda", "clip_norm"):
             self._check(checks.number, name)
-        self._check(checks.number, "label_smoothing", 0.0, 1.0)
+        for name in ("label_smoothing", "prune_begin", "prune_end"):
+            self._check(checks.number, name, 0.0, 1.0)
         for name in ("augment", "mirror"):
             self._check(checks.flag, name)
         for name, most in ("epochs", MOST_EPOCHS), ("seed", MOST_SEED):
@@ -128,6 +133,7 @@ class Recipe:
             )
         self._check_sieve()
         self._check_phases()
+        self._check_pruning()
 
     def _check(self, kind: Callable[..., Any], name: str, *bounds: float) -> None:
         """Makes the field what `kind` makes of it; None stays where it is the default."""
@@ -172,6 +178,32 @@ class Recipe:
                     f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
                     f"by then: {before.grow_to}; raise its prune_to"
                 )
+
+    def _check_pruning(self) -> None:
+        given = [name for name in ("prune_begin", "prune_end") if getattr(self, name) is not None]
+        if not self.starts_dense:
+            if given:
+                raise UsageError(f"{given[0]} is of the method {GRADUAL!r}, not of {self.method!r}; leave it out")
+            return
+        window = self._window()
+        if window["begin"] >= window["end"]:
+            raise UsageError(f"prune_begin must be below prune_end, not {window['begin']} and {window['end']}")
+        if self.epochs < 2:
+            raise UsageError(f"the method {GRADUAL!r} prunes between epochs, and there is 1; give it more")
+        if any(phase.prune_to != phase.grow_to for phase in self.phases):
+            raise UsageError(f"the method {GRADUAL!r} grows nothing: prune_to and grow_to of its phases must be equal")
+
+    def _window(self) -> dict[str, float]:
+        """What `gradual` takes beside the sparsity and the epochs."""
+        return {
+            name: default if (given := getattr(self, f"prune_{name}")) is None else given
+            for name, default in (("begin", PRUNE_BEGIN), ("end", PRUNE_END))
+        }
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the step begins with all weights alive."""
+        return self.method == GRADUAL
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Recipe:
@@ -244,8 +276,12 @@ class Recipe:
             raise SparsityError(
                 f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'"
             )
-        phases = self.phases or phases_of(sparsity, self.epochs, interval)
-        if phases[0].prune_to < sparsity:
+        window = self._window() if self.starts_dense else {}
+        phases = self.phases or phases_of(sparsity, self.epochs, interval, **window)
+        if self.starts_dense:
+            if phases[-1].prune_to != round(sparsity, DIGITS):
+                raise SparsityError(f"the last phase prunes to {phases[-1].prune_to}, the model is to have {sparsity}")
+        elif phases[0].prune_to < sparsity:
             raise SparsityError(
                 f"the first phase prunes to {phases[0].prune_to}, but the model starts sparser: {sparsity}; "
                 f"raise its prune_to"
@@ -266,7 +302,7 @@ class Recipe:
             return [f"{name} is {getattr(self, name)}, but the method {self.method!r} never mutates" for name in given]
         if self.epochs == 1:
             return [f"the method {self.method!r} mutates between epochs: in 1 epoch it never does"]
-        if self.phases and self.phases[0].until_epoch <= self._interval():
+        if self.phases and not self.starts_dense and self.phases[0].until_epoch <= self._interval():
             return [
                 f"the phase until epoch {self.phases[0].until_epoch} never acts: the first mutation comes after epoch "
                 f"{min(self._interval(), self.phases[0].until_epoch)}"
@@ -284,13 +320,17 @@ class Recipe:
         if self.lr is not None and rule.lr == type(rule)().lr:
             rule = dataclasses.replace(rule, lr=self.lr)
         loss = find_loss(options.loss, self.label_smoothing)
-        overall = options.one_sparsity
+        if self.starts_dense:
+            options = dataclasses.replace(options, dense_start=True)
+        overall = None if self.starts_dense else options.one_sparsity
         room = options.grow_to if overall is None else self.densest(overall)
         return dataclasses.replace(options, optimizer=rule, seed=self.seed, loss=loss, grow_to=room)
 
     def densest(self, sparsity: float) -> float:
         """The lowest sparsity that a model of that target sparsity has while it is trained: what its memory must be
         planned for."""
+        if self.starts_dense:
+            return 0.0
         return min([sparsity, *(phase.grow_to for phase in self.resolved(sparsity).phases)])
 
     def mutation_at(self, epoch: int) -> Phase | None:
@@ -305,10 +345,10 @@ class Recipe:
         return self._phase_of(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
 
     def meets_target(self, epoch: int) -> bool:
-        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while; such a model is no
-        result."""
+        """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while, and
+        gradual pruning until its end; such a model is no result."""
         last = next((phase for earlier in range(epoch, 0, -1) if (phase := self.mutation_at(earlier))), None)
-        return last is None or last.grow_to >= self.phases[-1].grow_to
+        return not self.starts_dense if last is None else last.grow_to >= self.phases[-1].grow_to
 
     def evaluates(self, epoch: int) -> bool:
         """Whether the model is evaluated after `epoch` (counted from 0)."""
