@@ -7,10 +7,12 @@ from pathlib import Path
 import frozen
 import numpy as np
 import opencl_loads
+import pruned
 import pytest
 import roofline
 import safetensors.numpy
 import torch
+from nets import short_resnet
 
 import mest_compile as mest
 from mest_compile.models.catalog import build_model
@@ -68,6 +70,45 @@ def test_the_finetuning_page_trains_what_it_says():
     assert "layer3.1.conv1.weight" in trained and "conv1.weight" not in trained and "bn1.bias" in trained
     table = frozen.table(json.loads(frozen.FILE.read_text()))
     assert page == frozen.embed(page, table), "run python benchmarks/frozen.py"
+
+
+def test_the_finetuning_page_trains_pruned_models():
+    page = (DOCS / "finetuning.md").read_text()
+    given, gradual = re.findall(r"```python\n(.*?)```", page.partition("# Pruned models")[2], re.S)
+    model = short_resnet((16, 3, 32, 32), 4)
+    layers = [(part, "weight") for part in model.modules() if isinstance(part, torch.nn.Conv2d)]
+    known = {"mest": mest, "model": model, "layers": layers}
+    exec(compile(given, "docs/finetuning.md", "exec"), known)
+    for name, mask in known["step"].masks().items():
+        assert torch.equal(torch.from_numpy(mask), model.get_submodule(name.removesuffix(".weight")).weight_mask != 0)
+    for part, name in layers:
+        torch.nn.utils.prune.remove(part, name)
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((16, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 16)
+    exec(compile(gradual, "docs/finetuning.md", "exec"), known | {"train_set": data, "test_set": data})
+    table = pruned.table(json.loads(pruned.FILE.read_text()))
+    assert page == pruned.embed(page, table), "run python benchmarks/pruned.py"
+
+
+def test_the_finetuning_page_says_what_was_found_of_pruned_models():
+    recorded = json.loads(pruned.FILE.read_text())
+    for model in recorded["models"]:
+        assert all(model["given_back_untrained"].values()) and not any(model["weights_outside_after_training"].values())
+        assert all(abs(share - 0.95) < 1e-3 for share in model["sparsity"].values())
+    assert recorded["gradual"]["as_sparse_as_compiled"]
+
+
+def test_pruned_models_are_measured_in_turns(monkeypatch):
+    monkeypatch.setattr(pruned, "GRADUAL", ("resnet20", 4))
+    monkeypatch.setattr(pruned, "build_model", lambda model, shape, classes, width: short_resnet(shape, width))
+    shape = (8, 3, 8, 8)
+    one = pruned.measure("resnet20", 4, shape, rounds=1)
+    results = {"models": [one], "gradual": pruned.measure_gradual(shape, 1, (0.0, 0.8))}
+    assert all(one["given_back_untrained"].values()) and not any(one["weights_outside_after_training"].values())
+    assert results["gradual"]["as_sparse_as_compiled"]
+    rows = pruned.table(results).splitlines()[2:]
+    assert len(rows) == 5 and rows[1].startswith("| resnet20, width 4 | layer by layer | ")
+    assert rows[-1].startswith("| resnet20, width 4 | gradually, 4x1 blocks, at 0.8 | ")
 
 
 def test_frozen_blocks_are_measured_in_turns(monkeypatch):
