@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mest_compile.base import checks
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, obstacle
@@ -76,7 +77,7 @@ def speed_table(
         raise UsageError(f"baseline is {baseline!r}; on a device only {DENSE!r} runs")
     find_interpreter(baseline, "")
     names = [str(parse_scheme(scheme)) for scheme in schemes]
-    if not names or not sparsities or not all(0 <= sparsity < 1 for sparsity in sparsities):
+    if not names or not sparsities or not all(checks.is_number(one) and 0 <= one < 1 for one in sparsities):
         raise UsageError(
             f"one or more schemes and sparsities from 0 to below 1 are wanted, got {list(schemes)} and "
             f"{list(sparsities)}"

@@ -15,6 +15,7 @@ import torch
 from nets import short_resnet
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.models.catalog import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +73,18 @@ def test_the_finetuning_page_trains_what_it_says():
     assert page == frozen.embed(page, table), "run python benchmarks/frozen.py"
 
 
+def test_the_page_on_schemes_says_them_layer_by_layer(monkeypatch):
+    section, made = (DOCS / "schemes.md").read_text().partition("## Layer by layer")[2], []
+    monkeypatch.setattr(compiling, "make_step", lambda plan, *others: made.append(plan.layers))
+    exec(compile(re.search(r"```python\n(.*?)```", section, re.S)[1], "docs/schemes.md", "exec"), {"mest": mest})
+    found = {name.removesuffix(".weight"): (str(layer.scheme), layer.sparsity) for name, layer in made[0].items()}
+    assert found["layer1.2.conv2"] == ("pattern", 0.8) and found["layer3.0.conv1"] == ("block:4x1", 0.95)
+    assert found["layer2.0.conv1"] == ("block:4x1", 0.9) and found["fc"] == found["conv1"] == ("dense", 0.0)
+
+
 def test_the_finetuning_page_trains_pruned_models():
     page = (DOCS / "finetuning.md").read_text()
-    given, gradual = re.findall(r"```python\n(.*?)```", page.partition("# Pruned models")[2], re.S)
+    given, gradual = re.findall(r"```python\n(.*?)```", page.partition("## Masks that come with a model")[2], re.S)
     model = short_resnet((16, 3, 32, 32), 4)
     layers = [(part, "weight") for part in model.modules() if isinstance(part, torch.nn.Conv2d)]
     known = {"mest": mest, "model": model, "layers": layers}

@@ -169,3 +169,24 @@ def test_trained_weights_go_back_into_masked_modules(kind):
     for place in 2, 5:
         assert torch.equal(model[place].weight_mask != 0, torch.from_numpy(step.masks()[f"{place}.weight"]))
     torch.testing.assert_close(model(images).detach(), torch.from_numpy(step.predict(images)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_ao_has_pruned_is_taken_while_its_masks_are_attached_and_after():
+    pruning = pytest.importorskip("torch.ao.pruning", reason="this torch has no torch.ao.pruning")
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+    sparsifier = pruning.WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight"}])
+    sparsifier.step()
+    options = {"scheme": "2:4", "sparsity": "as-given", "threads": 1}
+    step = mest.compile(model, (4, 16), **options)
+    assert step.sparsity() == {"0.weight": 0.5, "2.weight": 0.5}
+    step(torch.randn(4, 16), torch.arange(4))
+    mest.to_torch(step, model)
+    images = torch.randn(4, 16)
+    torch.testing.assert_close(model(images).detach(), torch.from_numpy(step.predict(images)))
+    sparsifier.squash_mask()
+    again = mest.compile(model, (4, 16), **options)
+    for name, mask in step.masks().items():
+        assert (again.masks()[name] == mask).all()
+        assert (again.state_dict()[name] == step.state_dict()[name]).all()
