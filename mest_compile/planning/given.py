@@ -49,21 +49,24 @@ def as_given(
             f"sparsity is {AS_GIVEN!r}, but no weight of the model{' outside of dense layers' if dense else ''} is 0; "
             "prune it first, or give sparsity a number"
         )
-    chosen = {name: scheme_of(name, schemes) for name in masks}
-    _check([spec for spec in specs if spec.name in masks], masks, chosen)
+    chosen, each = {name: scheme_of(name, schemes) for name in masks}, isinstance(options.scheme, Mapping)
+    _check([spec for spec in specs if spec.name in masks], masks, chosen, each)
     share = {name: 1.0 - int(mask.sum()) / mask.size for name, mask in masks.items()}
-    scheme = chosen if isinstance(options.scheme, Mapping) else options.scheme
+    scheme = chosen if each else options.scheme
     return replace(options, scheme=scheme, sparsity=share, dense_layers=None), masks
 
 
-def _check(specs: Sequence[LayerSpec], masks: Masks, schemes: Mapping[str, Scheme]) -> None:
+def _check(specs: Sequence[LayerSpec], masks: Masks, schemes: Mapping[str, Scheme], each: bool) -> None:
+    """each: whether each layer may have a scheme of its own."""
     for spec in specs:
-        if not masks[spec.name].any():
+        name, mask = spec.name, masks[spec.name]
+        if not mask.any():
             raise SparsityError(
-                f"{spec.name}: all of its weights are 0, a sparse layer needs one that is not; list it in dense_layers"
+                f"{name}: all of its weights are 0, a sparse layer needs one that is not; list it in dense_layers"
             )
-        if why := _fault(spec, masks[spec.name], schemes[spec.name]):
-            raise SparsityError(f"{spec.name}: the mask given {why}; pass scheme={nearest(specs, masks)!r}")
+        if why := _fault(spec, mask, schemes[name]):
+            able = {name: nearest([spec], {name: mask})} if each else nearest(specs, masks)
+            raise SparsityError(f"{name}: the mask given {why}; pass scheme={able!r}")
 
 
 def nearest(specs: Sequence[LayerSpec], masks: Masks) -> str:

@@ -57,9 +57,8 @@ def plan_layers(graph: ForwardGraph, options: StepOptions, target: Target) -> di
         sparse = [name for name, scheme in options.scheme.items() if not isinstance(scheme, Dense)]
         check_counts(sparse, [spec.name for spec in specs], share, "scheme")
     for spec in specs:
-        scheme, sparsity = Dense(), share.get(spec.name, 0.0)  # type: tuple[Scheme, float]
-        if spec.name in share:
-            scheme = scheme_of(spec.name, schemes)
+        scheme: Scheme = scheme_of(spec.name, schemes) if spec.name in share else Dense()
+        sparsity = share.get(spec.name, 0.0)
         scheme.check(spec)
         scheme.live_units(spec, sparsity)
         kernels = family_for(scheme, spec, target)
@@ -98,14 +97,14 @@ def _shares(
     for name in said:
         if name in schemes and schemes[name][1] and not isinstance(schemes[name][0], Dense):
             raise UsageError(f"scheme names {name}, and so does dense_layers; leave it out of one of them")
-    # Layers that stay dense, and why, unless they are named.
-    left = dict.fromkeys(said, "dense_layers")
+    # Layers that stay dense, and who says so; what nobody says is so unless the layer is named.
+    left = {name: "" for name, why in graph.frozen.items() if why == BUFFER}  # nothing would make up for it
     if options.dense_layers is None:
         every = default_dense_layers(graph, specs, {name: scheme for name, (scheme, _) in schemes.items()})
         left |= {name: "" for name in every if not (name in schemes and schemes[name][1])}
-    left |= {name: "" for name, why in graph.frozen.items() if why == BUFFER}  # nothing would make up for it
-    by_scheme = options.scheme if isinstance(options.scheme, Mapping) else {}
-    left |= {name: "scheme" for name, (one, _) in schemes.items() if by_scheme and isinstance(one, Dense)}
+    left |= dict.fromkeys(said, "dense_layers")
+    if isinstance(options.scheme, Mapping):
+        left |= {name: "scheme" for name, (scheme, _) in schemes.items() if isinstance(scheme, Dense)}
     if options.one_sparsity is not None:
         sparse = [spec for spec in specs if spec.name not in left]
         share = distribute(options.distribution, sparse, options.one_sparsity)

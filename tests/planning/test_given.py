@@ -131,6 +131,27 @@ def test_the_scheme_that_is_named_can_have_the_masks_of_all_layers():
         given(masks, scheme="channel")
 
 
+def test_schemes_of_layers_hold_the_masks_of_layers():
+    masks = {"1.weight": random_mask(parse_scheme("filter")), "3.weight": drawn(4, 576)}
+    scheme = {"[01]": "filter", "*": "unstructured"}
+    options, found = given(masks, scheme=scheme)
+    assert found.keys() == masks.keys()
+    assert {name: str(one) for name, one in options.scheme.items()} == {
+        "1.weight": "filter",
+        "3.weight": "unstructured",
+    }
+    assert {str(layer.scheme) for layer in plan_step(graph(), options).layers.values()} == {
+        "dense",
+        "filter",
+        "unstructured",
+    }
+    with pytest.raises(SparsityError, match=r"pass scheme=\{'1.weight': 'filter'\}$"):
+        given(masks, scheme={"1": "channel", "*": "unstructured"})
+    assert given(masks, scheme={"1": "dense", "*": "unstructured"})[1].keys() == {"3.weight"}
+    with pytest.raises(UsageError, match="3.weight is to be sparse, and no pattern of scheme matches it"):
+        given(masks, scheme={"1": "filter"})
+
+
 @pytest.mark.parametrize(
     ("masks", "options", "error", "message"),
     [
