@@ -12,6 +12,7 @@ from mest_compile.cli.options import (
     Activations,
     Batch,
     Distribution,
+    Image,
     Model,
     Scheme,
     Sparsity,
@@ -19,6 +20,7 @@ from mest_compile.cli.options import (
     Trainable,
     Width,
     given_options,
+    image_sizes,
     said_schemes,
     said_sparsity,
 )
@@ -30,7 +32,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
     model: Model = "resnet20",
     width: Width = None,
-    image: Annotated[str, typer.Option(help="Channels x height x width of the images.")] = "3x32x32",
+    image: Image = "3x32x32",
     classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
@@ -93,7 +95,7 @@ def build(
                 batch=batch if "batch" in given else None,
             )
         else:
-            shape = (batch, *_image(image))
+            shape = (batch, *image_sizes(image))
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
             options = StepOptions(
                 scheme=said_schemes(scheme),
@@ -132,13 +134,3 @@ def build(
             "MiB of memory at its "
             f"densest; on the device: mest-compile train --artifact {out} --data ..."
         )
-
-
-def _image(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise UsageError(f"--image is {text!r}; wanted channels x height x width, such as 3x32x32")
-    return sizes

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 BuiltIn = Annotated[str, typer.Option(help="Built-in model.")]
 Model = Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
+Image = Annotated[str, typer.Option(help="Channels x height x width of the images.")]
 Batch = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 Scheme = Annotated[
     str,
@@ -88,3 +89,14 @@ def said_schemes(said: Any) -> schemes.Scheme | dict[str, schemes.Scheme]:
     from mest_compile.sparsity import parse_schemes
 
     return parse_schemes(by_layer("scheme", said) if isinstance(said, str) else said)
+
+
+def image_sizes(text: str) -> tuple[int, ...]:
+    """(channels, height, width). Raises UsageError."""
+    try:
+        sizes = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise UsageError(f"--image is {text!r}; wanted channels x height x width, such as 3x32x32")
+    return sizes

@@ -8,16 +8,19 @@ from typing import Annotated
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Batch,
-    BuiltIn,
     Distribution,
+    Image,
+    Model,
     Scheme,
     Seed,
     Sparsity,
     TargetName,
     Trainable,
     Width,
+    image_sizes,
     said_schemes,
     said_sparsity,
 )
@@ -25,8 +28,9 @@ from mest_compile.cli.output import Json, print_json, print_table, stderr_consol
 
 
 def plan(
-    model: BuiltIn = "resnet32",
+    model: Model = "resnet32",
     width: Width = None,
+    image: Image = "3x32x32",
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -43,13 +47,15 @@ def plan(
     """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is
     chosen and why; then what trains, and the memory that the step needs.
 
-    Model: 32x32 images of 3 channels, 10 classes.
+    A built-in model has 10 classes.
     """
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions
 
-    shape = (batch, 3, 32, 32)
+    if model.endswith(".onnx") and width is not None:
+        raise UsageError(f"an .onnx file has its width already; leave out --width {width}")
+    shape = (batch, *image_sizes(image))
     options = StepOptions(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -60,7 +66,8 @@ def plan(
         trainable=trainable,
     )
     with stderr_console().status("compiling and timing"):
-        step = compile_step(build_model(model, shape, 10, width, seed), shape, options)
+        net = model if model.endswith(".onnx") else build_model(model, shape, 10, width, seed)
+        step = compile_step(net, shape, options)
         planned = step.plan(steps_between_mutations)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds

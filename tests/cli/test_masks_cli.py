@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from torch.nn.utils import prune
 
 import mest_compile as mest
 from mest_compile.cli.options import by_layer, said_schemes, said_sparsity
@@ -16,8 +16,8 @@ def pruned(tmp_path_factory):
     """An ONNX file whose first layer torch has pruned to 90%."""
     pytest.importorskip("onnx")
     net = build_model("mlp", SHAPE, 10, 16)
-    torch.nn.utils.prune.l1_unstructured(net.fc1, "weight", amount=0.9)
-    torch.nn.utils.prune.remove(net.fc1, "weight")
+    prune.l1_unstructured(net.fc1, "weight", amount=0.9)
+    prune.remove(net.fc1, "weight")
     path = tmp_path_factory.mktemp("pruned") / "net.onnx"
     step = mest.compile(net, SHAPE, scheme="unstructured", sparsity="as-given", threads=1)
     mest.to_onnx(step, path)
@@ -40,6 +40,9 @@ def test_a_pruned_file_is_trained_and_built_at_its_own_mask(mest_compile_command
     )
     assert ran.code == 0, ran.err
     np.testing.assert_array_equal(mest.open_artifact(tmp_path / "artifact").masks()["fc1.weight"], mask)
+    planned = mest_compile_command("plan", *said, "--image", "1x8x8", "--batch", 16, "--json")
+    assert planned.code == 0, planned.err
+    assert {call["layer"] for call in planned.document["calls"]} >= {"fc1.weight"}
     ran = mest_compile_command("train", "--model", path, "--sparsity", "as-given", "--out", tmp_path / "other")
     assert ran.code == 2 and "in two; pass scheme='unstructured'" in ran.err
 

@@ -13,6 +13,7 @@ import roofline
 import safetensors.numpy
 import torch
 from nets import short_resnet
+from torch.nn.utils import prune
 
 import mest_compile as mest
 from mest_compile import compiling
@@ -92,7 +93,7 @@ def test_the_finetuning_page_trains_pruned_models():
     for name, mask in known["step"].masks().items():
         assert torch.equal(torch.from_numpy(mask), model.get_submodule(name.removesuffix(".weight")).weight_mask != 0)
     for part, name in layers:
-        torch.nn.utils.prune.remove(part, name)
+        prune.remove(part, name)
     rng = np.random.default_rng(0)
     data = rng.standard_normal((16, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 16)
     exec(compile(gradual, "docs/finetuning.md", "exec"), known | {"train_set": data, "test_set": data})
