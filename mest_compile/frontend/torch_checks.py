@@ -98,7 +98,7 @@ def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:
     called = getattr(hook, "__qualname__", type(hook).__name__)
     return UnsupportedOperator(
         f"{where} has a {kind} hook ({called}), which a compiled step would not call: remove it first "
-        "(its handle's remove(), torch.nn.utils.prune.remove, remove_weight_norm)"
+        "(its handle's remove(), remove_weight_norm)"
     )
 
 

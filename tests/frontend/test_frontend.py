@@ -17,7 +17,6 @@ from mest_compile.models.catalog import build_model, model_names
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.planning.layers import layer_specs
 from mest_compile.sparsity.defaults import default_dense_layers
-from mest_compile.sparsity.schemes.unstructured import Unstructured
 
 
 def run_node(node, state, x, other):
@@ -375,7 +374,7 @@ def test_onnx_refusals_name_the_operator_and_what_came_before(tmp_path):
 
 def test_first_convolution_downsamples_and_classifier_stay_dense():
     graph, _ = import_model("resnet20", (2, 3, 8, 8))
-    dense = default_dense_layers(graph, layer_specs(graph), Unstructured())
+    dense = default_dense_layers(graph, layer_specs(graph), {})
     assert sorted(dense) == [
         "conv1.weight",
         "fc.weight",
@@ -383,7 +382,7 @@ def test_first_convolution_downsamples_and_classifier_stay_dense():
         "layer3.0.downsample.0.weight",
     ]
     graph, _ = import_model("mlp", (2, 20))
-    assert default_dense_layers(graph, layer_specs(graph), Unstructured()) == ["fc3.weight"]
+    assert default_dense_layers(graph, layer_specs(graph), {}) == ["fc3.weight"]
 
 
 def test_importing_the_frontend_loads_neither_torch_nor_tvm():

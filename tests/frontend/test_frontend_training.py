@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend import from_torch
@@ -138,12 +137,6 @@ def hook_in_forward(self, y):
     return y
 
 
-def pruned():
-    module = net()
-    prune.l1_unstructured(module[0], "weight", 0.5)
-    return module
-
-
 def one_memory():
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     module[2].weight.data = module[0].weight.data
@@ -182,7 +175,6 @@ REFUSED = {
         tensor_hook("register_post_accumulate_grad_hook"),
         ["0.weight has a post-accumulate-grad hook"],
     ),
-    "pruned": (pruned(), ["layer '0'", "L1Unstructured", "prune.remove"]),
     "chance in training": (
         Net(lambda self, y: y if self.training and torch.rand(1) < 0.5 else y + self.side(y)),
         ["training mode", "chance"],

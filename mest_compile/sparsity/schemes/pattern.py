@@ -130,7 +130,10 @@ class Pattern(Scheme):
             )
         each = alive.sum(1)
         if each.min() != each.max():
-            return f"has filters that keep {each.min()} to {each.max()} kernels; scheme pattern wants the same number in every filter"
+            return (
+                f"has filters that keep {each.min()} to {each.max()} kernels; scheme pattern wants the same number in "
+                "every filter"
+            )
         return None
 
 
