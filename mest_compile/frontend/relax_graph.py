@@ -15,7 +15,9 @@ import numpy as np
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.naming import PREPARE, Draft, name_nodes, split_prepared
+from mest_compile.ir.expressions import Expression
 from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
+from mest_compile.ir.wording import as_text
 
 SUPPORTED = Registry("supported operator", "mest_compile.operators")
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
@@ -93,7 +95,9 @@ class Formula:
     forms  the activation that it is a function of, or several where one is a function of the other -> its values at
            certain points
     names  of the operators that it is made of
+    trees  the same activations, as far as the function is short enough to be written down -> what it computes of x
     error  why no training operator can take it as it is
+    compares  whether it is true or false, not a number
     base, prepared  the model's input, as far as it is prepared by then, and what was done to it since; None where it is
            a function of something else
     """
@@ -103,6 +107,8 @@ class Formula:
     error: UnsupportedOperator
     base: Value | None = None
     prepared: tuple[Preparation, ...] = ()
+    trees: Mapping[Value, Expression] = field(default_factory=dict)
+    compares: bool = False
 
 
 def read_main(
@@ -158,6 +164,8 @@ class Reader:
         self.written = written
         self.detached: set[str] = set()  # parameters whose gradient forward cuts
         self.forms: dict[Value, Mapping[Value, np.ndarray]] = {}  # of activations that are functions of others
+        self.trees: dict[Value, Mapping[Value, Expression]] = {}
+        self.spelled: dict[tuple[Value, str], Value] = {}
         self.prepared: dict[tuple[Value, Preparation], Value] = {}
         self.where = self.name = ""
 
@@ -243,12 +251,24 @@ class Reader:
         """The value, which must be an activation. Raises UnsupportedOperator."""
         if isinstance(value, Formula) and value.base:
             return self.prepare(value.base, *value.prepared)
+        if isinstance(value, Formula) and value.trees and not value.compares:
+            return self.formula(value)
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
             kind = {Parameter: "a parameter", Fixed: "a constant"}.get(type(value), "a tuple")
             raise self.error(f"{kind} used as an activation")
         return value
+
+    def formula(self, value: Formula) -> Value:
+        """A formula that nothing was made of as an activation, made once: of the first activation that it is one of,
+        so that it is one pass."""
+        base = min(value.trees, key=lambda one: one.draft)
+        key = base, as_text(value.trees[base])
+        if key not in self.spelled:
+            self.spelled[key] = self.add("formula", (base,), base.shape, attrs={"formula": key[1]})
+            self.forms[self.spelled[key]], self.trees[self.spelled[key]] = value.forms, value.trees
+        return self.spelled[key]
 
     def is_input(self, value: Any) -> bool:
         """Whether it is the model's input, prepared or not."""

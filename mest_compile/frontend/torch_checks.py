@@ -202,8 +202,11 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) ->
                 raise dropout_error(given["p"], place(node))
         elif torch.Tag.nondeterministic_seeded in node.target.tags and node in needed and "attention" not in name:
             raise unsupported(f"{name.split('.')[0]}, which draws random numbers,", place(node))
-        if name.startswith(("add.", "add_.")) and given.get("alpha", 1) != 1:
-            raise unsupported(f"add with alpha={given['alpha']}", place(node))
+        operation = name.split(".")[0].rstrip("_")
+        if operation in ("add", "sub", "rsub") and given.get("alpha", 1) != 1:
+            raise unsupported(f"{operation} with alpha={given['alpha']}", place(node))
+        if operation == "selu":
+            raise unsupported("selu", place(node))
         if name.startswith("avg_pool2d") and given.get("divisor_override") is not None:
             raise unsupported(f"avg_pool2d with divisor_override={given['divisor_override']}", place(node))
         if name.startswith("max_pool2d") and not given.get("stride"):

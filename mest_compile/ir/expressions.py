@@ -15,7 +15,7 @@ a constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,14 @@ class Expression:
     def variables(self) -> frozenset[str]:
         raise NotImplementedError
 
+    def of(self, **values: Expression) -> Expression:
+        """With expressions in the place of variables."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[Expression]:
+        """Itself and all within it, one by one."""
+        yield self
+
 
 Scalar = Expression | float
 
@@ -139,6 +147,9 @@ class Constant(Expression):
     def variables(self) -> frozenset[str]:
         return frozenset()
 
+    def of(self, **values: Expression) -> Expression:
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Variable(Expression):
@@ -158,6 +169,9 @@ class Variable(Expression):
     @property
     def variables(self) -> frozenset[str]:
         return frozenset({self.name})
+
+    def of(self, **values: Expression) -> Expression:
+        return values.get(self.name, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +241,14 @@ class Apply(Expression):
     @property
     def variables(self) -> frozenset[str]:
         return frozenset[str]().union(*(argument.variables for argument in self.arguments))
+
+    def of(self, **values: Expression) -> Expression:
+        return apply(self.operation, *(argument.of(**values) for argument in self.arguments))
+
+    def parts(self) -> Iterator[Expression]:
+        yield self
+        for argument in self.arguments:
+            yield from argument.parts()
 
 
 ZERO = Constant(0.0)

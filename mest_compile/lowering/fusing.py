@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 
 from mest_compile.ir.graph import STATISTICS, ForwardGraph, Node
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_in, activation_of
 
 
 def fuse(graph: ForwardGraph) -> ForwardGraph:
@@ -23,7 +23,6 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
 
     Behind an addition only an activation whose slope follows from its result: the sum, which others need, is not kept.
     """
-    activations = ACTIVATIONS.load()
     graph = _without_idle_cuts(graph)
     nodes = [
         replace(node, attrs={**node.attrs, "activation": None}) if node.op == "batch_norm" else node
@@ -55,9 +54,9 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
                 norm = max(found, key=order.__getitem__)
                 residual = inputs[1] if norm == inputs[0] else inputs[0]
                 joined = replace(by_name[norm], inputs=(by_name[norm].inputs[0], residual))
-        elif node.op in activations and (plain := plain_norm(inputs[0])):  # noqa: SIM102
-            if len(plain.inputs) == 1 or activations[node.op].from_result:
-                joined = replace(plain, attrs={**plain.attrs, "activation": node.op})
+        elif (activation := activation_in(node)) and (plain := plain_norm(inputs[0])):  # noqa: SIM102
+            if len(plain.inputs) == 1 or activation_of(activation).from_result:
+                joined = replace(plain, attrs={**plain.attrs, "activation": activation})
         if joined is None:
             placed[node.name] = by_name[node.name] = replace(node, inputs=inputs)
             continue
@@ -88,7 +87,7 @@ def _fold(graph: ForwardGraph) -> ForwardGraph:
 
     Where a gradient flows through it the activation's slope must follow from the result: what it takes is not kept.
     """
-    activations, moving = ACTIVATIONS.load(), graph.moving()
+    moving = graph.moving()
     uses = Counter(source for node in graph.nodes for source in node.inputs)
     layers = {node.name: node for node in graph.nodes if node.op in ("conv2d", "linear")}
     placed: dict[str, Node] = {}
@@ -100,7 +99,7 @@ def _fold(graph: ForwardGraph) -> ForwardGraph:
             continue
         layer, activation = layers.get(node.inputs[0]), node.attrs["activation"]
         stays = node.params["weight"] in graph.frozen and node.params["bias"] in graph.frozen
-        told = activation is None or node.name not in moving or activations[activation].from_result
+        told = activation is None or node.name not in moving or activation_of(activation).from_result
         if layer is None or uses[layer.name] > 1 or placed[layer.name].attrs.get("folded") or not (stays and told):
             continue
         layer = placed.pop(layer.name)

@@ -1,11 +1,14 @@
 """Activations: functions of one number, each a row that says what it computes. Everything else follows: operator,
 kernels, reference, gradient, how models that spell it out are read, and that batch_norm takes it in.
+
+A formula that no row has is an activation too: its text is its name, and its operator is "formula".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from mest_compile.frontend.relax_graph import SUPPORTED
 from mest_compile.ir.expressions import Expression, Variable, erf, exp, log, maximum, minimum, select, tanh
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.wording import from_text
 from mest_compile.operators.operator import OPERATORS, Operator, Trace
 
 X, DY = Variable("x"), Variable("dy")
@@ -75,8 +79,19 @@ def activation(name: str, formula: Expression, slope: Expression | None = None, 
     """Registers a row; `slope` is the activation's `told_slope`, `onnx` its `in_onnx`."""
     row = Activation(name, formula, slope, onnx)
     ACTIVATIONS.add(name, row)
-    OPERATORS.add(name, Elementwise(row))
+    OPERATORS.add(name, Elementwise())
     SUPPORTED.add(name, row)
+
+
+@cache
+def activation_of(name: str) -> Activation:
+    """The row of that name, or of a formula in its place. Raises SpecError."""
+    return ACTIVATIONS[name] if name in ACTIVATIONS.load() else Activation(name, from_text(name))
+
+
+def activation_in(node: Node) -> str | None:
+    """The name or formula of the activation that a node is; None where it is something else."""
+    return node.attrs["formula"] if node.op == FORMULA else node.op if node.op in ACTIVATIONS.load() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,33 +116,56 @@ class ActivationBackward:
     accumulate: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class FormulaForward(ActivationForward):
+    """Kernel "formula.forward", likewise."""
+
+    formula: str = "x"
+
+
+@dataclass(frozen=True, slots=True)
+class FormulaBackward(ActivationBackward):
+    """Kernel "formula.backward", likewise."""
+
+    formula: str = "x"
+
+
 class Elementwise(Operator):
     """An activation where no batch_norm before it could take it in."""
 
-    def __init__(self, row: Activation):
-        self.row = row
-
     def forward(self, node: Node, low: Trace) -> None:
         x, y = low.value(node.inputs[0]), low.output(node)
-        low.call(f"{self.row.name}.forward", ActivationForward(x.image, y.image), x, y)
+        forward, _ = _problems(node)
+        low.call(f"{node.op}.forward", forward(x.image, y.image, **node.attrs), x, y)
 
     def backward(self, node: Node, low: Trace) -> None:
         if low.needs_gradient(node.inputs[0]):
-            dy, source = low.gradient(node), low.value(node.name if self.row.from_result else node.inputs[0])
+            from_result = _row(node).from_result
+            dy, source = low.gradient(node), low.value(node.name if from_result else node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
-            low.call(
-                f"{self.row.name}.backward",
-                ActivationBackward(dy.image, source.image, dx.image, accumulate),
-                dy,
-                source,
-                dx,
-            )
+            _, backward = _problems(node)
+            problem = backward(dy.image, source.image, dx.image, accumulate, **node.attrs)
+            low.call(f"{node.op}.backward", problem, dy, source, dx)
 
     def onnx(self, node: Node, writer: Writer) -> str:
         (x,) = writer.inputs(node)
-        if self.row.in_onnx:
-            return writer.call(self.row.in_onnx, [x], node.shape)
-        return writer.expression(self.row.formula, {"x": x}, node.shape)
+        row = _row(node)
+        if row.in_onnx:
+            return writer.call(row.in_onnx, [x], node.shape)
+        return writer.expression(row.formula, {"x": x}, node.shape)
+
+
+def _row(node: Node) -> Activation:
+    return activation_of(node.attrs.get("formula", node.op))
+
+
+def _problems(node: Node) -> tuple[Any, Any]:
+    return (FormulaForward, FormulaBackward) if node.op == FORMULA else (ActivationForward, ActivationBackward)
+
+
+FORMULA = "formula"
+OPERATORS.add(FORMULA, Elementwise())
+SUPPORTED.add("any other formula of one activation", FORMULA)
 
 
 SIGMOID = 1 / (1 + exp(-X))

@@ -13,7 +13,7 @@ from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader,
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.formulas import channel_step, combined
+from mest_compile.operators.formulas import channel_step, combined, related
 from mest_compile.operators.operator import Operator, Trace, operator
 
 
@@ -56,6 +56,8 @@ class Add(Operator):
 @reads("relax.add", gives=("add",))
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
+    if all(isinstance(one, Value | Formula) for one in arguments) and not related(reader, left, right):
+        left, right = reader.activation(left), reader.activation(right)
     if isinstance(left, Value) and isinstance(right, Value):
         if left.shape != right.shape:
             raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")

@@ -22,7 +22,7 @@ from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Activation, Buffer
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -173,7 +173,7 @@ def forward_reference(
     )
     if residual is not None:
         y = y + residual
-    return ACTIVATIONS.find(activation).forward_reference(y) if activation else y
+    return activation_of(activation).forward_reference(y) if activation else y
 
 
 def backward_reference(
@@ -187,7 +187,9 @@ def backward_reference(
     """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told
     from, its result or what it took.
     """
-    masked = ACTIVATIONS.find(activation).backward_reference(dy, source) if activation else dy.astype(np.float64)
+    masked = dy.astype(np.float64)
+    if activation and source is not None:
+        masked = activation_of(activation).backward_reference(dy, source)
     normal = (z.astype(np.float64) - _by_channel(moments[0])) * _by_channel(moments[1])
     sums = np.stack([masked.sum((1, 2, 3)), (masked * normal).sum((1, 2, 3))])
     mean_dy, mean_dyz = (_by_channel(row / normal[0].size) for row in sums)

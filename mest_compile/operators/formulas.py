@@ -2,78 +2,117 @@
 hardswish however it is written, and importers and exporters write it in many ways.
 
 What a chain computes is followed as its values at `POINTS`, and compared with those of the known activations whenever
-an operator is added to it.
+an operator is added to it; and written down as a formula, for chains that are none of them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, _single, reads
-from mest_compile.ir.expressions import OPERATIONS
+from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, apply, exp, scalar, select
 from mest_compile.ir.graph import Preparation
-from mest_compile.operators.activation import ACTIVATIONS, POINTS
+from mest_compile.ir.wording import COMPARISONS
+from mest_compile.operators.activation import ACTIVATIONS, POINTS, X
 
 STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
+MOST_PARTS = 100  # of a formula that is written down: longer ones are no activations that anybody means
 ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.16666667 is not a sixth
 
 
 def combined(
-    reader: Reader, operation: str, *operands: Any, compute: Callable[..., Any] | None = None
+    reader: Reader, operation: str, *operands: Any, formula: Expression | None = None
 ) -> Value | Formula | Fixed:
-    """The result of an operation of `ir.expressions`, or of another that `compute` says in numpy, on activations,
-    formulas and numbers. Raises UnsupportedOperator."""
-    compute = compute or OPERATIONS[operation].numpy
+    """The result of an operation of `ir.expressions`, or of a formula of x that is called so, on activations, formulas
+    and numbers. Raises UnsupportedOperator."""
     numbers = [operand.number if isinstance(operand, Fixed) else None for operand in operands]
     forms = [
         None if number is not None else _forms(reader, operand)
         for operand, number in zip(operands, numbers, strict=True)
     ]
-    with np.errstate(all="ignore"):
-        if None not in numbers:
-            return Fixed(float(compute(*numbers)))
-        shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
-        found = {
-            base: compute(
-                *(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True))
-            )
-            for base in shared
-        }
+
+    def compute(*given: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return formula.evaluate(x=given[0]) if formula else OPERATIONS[operation].numpy(*given)
+
+    if None not in numbers:
+        return Fixed(float(compute(*numbers)))
+    shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
+    found = {
+        base: compute(*(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True)))
+        for base in shared
+    }
     names = tuple(dict.fromkeys(name for operand in operands if isinstance(operand, Formula) for name in operand.names))
     names += (reader.name or operation,) if (reader.name or operation) not in names else ()
     written = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     if not found:
         raise reader.error(f"{written} of two activations")
+    trees = _trees(reader, operation, operands, numbers, formula, shared)
     for base in sorted(found, key=lambda base: -base.draft):
         for row in ACTIVATIONS.load().values():
             if np.allclose(row.formula.evaluate(x=POINTS), found[base], ROUNDING, ROUNDING, equal_nan=True):
                 value = reader.add(row.name, (base,), base.shape)
-                reader.forms[value] = found
+                reader.forms[value], reader.trees[value] = found, trees
                 return value
     error = reader.error(written if reader.name else f"{written} of a constant")
-    return Formula(found, names, error, *_prepared(reader, operation, operands, numbers))
+    for base, values in found.items():
+        if base in trees and (elu := _elu(values)) is not None:
+            trees[base] = elu
+    return Formula(
+        found, names, error, *_prepared(reader, operation, operands, numbers), trees, operation in COMPARISONS
+    )
 
 
-def product(reader: Reader, a: Value, b: Value) -> Value:
-    """An activation where both are functions of one and it is known, else their product. Raises UnsupportedOperator."""
+def _elu(values: np.ndarray) -> Expression | None:
+    """ELU of another size, which importers write so that its slope at 0 is lost; None: something else."""
+    (size,) = values[POINTS == -1.0] / np.expm1(-1.0)
+    made = select(X > 0, X, size * (exp(X) - 1))
+    return made if np.allclose(made.evaluate(x=POINTS), values, ROUNDING, ROUNDING, equal_nan=True) else None
+
+
+def _trees(
+    reader: Reader,
+    operation: str,
+    operands: Sequence[Any],
+    numbers: Sequence[float | None],
+    formula: Expression | None,
+    shared: Sequence[Value],
+) -> dict[Value, Expression]:
+    """What the operation computes of those activations, where that can be written down."""
+    known = [None if number is not None else _known(reader, one) for one, number in zip(operands, numbers, strict=True)]
+    found = {}
+    for base in shared:
+        if all(trees is None or base in trees for trees in known):
+            given = [number if trees is None else trees[base] for number, trees in zip(numbers, known, strict=True)]
+            tree = formula.of(x=scalar(given[0])) if formula else apply(operation, *given)  # type: ignore[arg-type]
+            parts = list(tree.parts())
+            constants = np.array([part.value for part in parts if isinstance(part, Constant)])
+            if len(parts) <= MOST_PARTS and (abs(constants) <= np.finfo(np.float32).max).all():
+                found[base] = tree
+    return found
+
+
+def related(reader: Reader, a: Any, b: Any) -> bool:
+    """Whether both are functions of one activation."""
+    return not _forms(reader, a).keys().isdisjoint(_forms(reader, b))
+
+
+def product(reader: Reader, a: Value, b: Value) -> Value | Formula | Fixed:
+    """An activation or a formula where both are functions of one, else their product. Raises UnsupportedOperator."""
     if a.shape != b.shape:
         a, b = (b, a) if a.shape[2:] == (1, 1) else (a, b)
         if a.shape[:2] != b.shape[:2] or b.shape[2:] != (1, 1) or len(a.shape) != 4:
             raise reader.error(f"multiply of {a.shape} and {b.shape}, which are no map and a number a channel,")
         return reader.add("multiply", (a, b), a.shape)
-    related = [form for form in _forms(reader, a) if form in _forms(reader, b)]
-    found = combined(reader, "multiply", a, b) if related else None
-    if isinstance(found, Value):
+    found = combined(reader, "multiply", a, b) if related(reader, a, b) else None
+    if isinstance(found, Value) or (isinstance(found, Formula) and found.trees):
         return found
-    value = reader.add("multiply", (a, b), a.shape)
-    if isinstance(found, Formula):
-        reader.forms[value] = found.forms
-    return value
+    return reader.add("multiply", (a, b), a.shape)
 
 
 def _prepared(
@@ -114,6 +153,13 @@ def channel_step(reader: Reader, operation: str, operands: Sequence[Any]) -> Val
     return reader.prepare(value, Preparation(operation, operand, swapped))
 
 
+def _known(reader: Reader, operand: Any) -> Mapping[Value, Expression]:
+    """The same, written down."""
+    if isinstance(operand, Formula):
+        return operand.trees
+    return {operand: X, **reader.trees.get(operand, {})}
+
+
 def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     """What is known of it as a function of activations, itself the first."""
     if isinstance(operand, Formula):
@@ -136,30 +182,32 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.erf",
     "relax.greater",
     "relax.less",
+    "relax.greater_equal",
+    "relax.less_equal",
     gives=("multiply",),
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     operation = call.op.name.removeprefix("relax.")
+    operation = {"greater_equal": "at_least", "less_equal": "at_most"}.get(operation, operation)
     if (prepared := channel_step(reader, operation, arguments)) is not None:
         return prepared
-    if operation == "multiply" and all(isinstance(argument, Value) for argument in arguments):
-        return product(reader, *arguments)
+    if operation == "multiply" and all(isinstance(one, Value | Formula) for one in arguments):
+        a, b = arguments
+        if all(isinstance(one, Value) for one in arguments) or not related(reader, a, b):
+            return product(reader, reader.activation(a), reader.activation(b))
     return combined(reader, operation, *_constant_first(arguments, call.op.name))
 
 
 @reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh")
 def read_row(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.rpartition(".")[2]
-    row = ACTIVATIONS.find(name)
-    return combined(reader, name, *arguments, compute=lambda x: row.forward_reference(x))
+    return combined(reader, name, *arguments, formula=ACTIVATIONS.find(name).formula)
 
 
 @reads("relax.nn.leakyrelu")
 def read_leaky_relu(reader: Reader, call: Any, arguments: list) -> Any:
     slope = _single(call.attrs.alpha)
-    return combined(
-        reader, f"leaky_relu of slope {slope:g}", *arguments, compute=lambda x: np.where(x > 0, x, slope * x)
-    )
+    return combined(reader, "leaky_relu", *arguments, formula=select(X > 0, X, slope * X))
 
 
 @reads("relax.negative")

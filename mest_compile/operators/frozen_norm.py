@@ -16,7 +16,7 @@ from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Activation, Buffer
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.layers.gather import Epilogue
 from mest_compile.operators.operator import Trace
@@ -88,7 +88,7 @@ def backward_reference(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(dy before the activation, sums (2, C), dz) in float64; source (C, H, W, N): what the activation's slope is told
     from."""
-    masked = ACTIVATIONS.find(activation).backward_reference(dy, source) if activation else dy.astype(np.float64)
+    masked = activation_of(activation).backward_reference(dy, source) if activation else dy.astype(np.float64)
     mean, inverse, factor = (np.asarray(row, np.float64)[:, None, None, None] for row in (*moments[:2], weight))
     sums = np.stack([masked.sum((1, 2, 3)), (masked * ((z.astype(np.float64) - mean) * inverse)).sum((1, 2, 3))])
     return masked, sums, factor * inverse * masked

@@ -9,7 +9,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.batch_norm import (
     FAR,
     BatchNormBackward,
@@ -270,7 +270,7 @@ AHEAD = Knob("ahead", 0, "bytes that what is read along a row, or written, is as
 
 @schedule("batch_norm.forward", device="cpu", knobs=(AHEAD,))
 def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int) -> str:
-    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
+    row = activation_of(problem.activation) if problem.activation else None
     images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
     arguments = {name: array(name, image) for name, image in images.items()}
     text = Text(arguments.pop("z"), *_facts(problem.z.channels), *arguments.values(), *_flags(problem, "alive", "read"))
@@ -307,7 +307,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int) 
     the sums read, and what the gradient is written to, is asked for ahead.
     """
     image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
-    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
+    row = activation_of(problem.activation) if problem.activation else None
     rows, width = Chunks(image), UNROLL * problem.dy.vector
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
     target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, FrozenNormScaling
 from mest_compile.schedules.cpu.rows import (
     UNROLL,
@@ -57,7 +57,7 @@ def backward(problem: FrozenNormBackward, target: Target) -> str:
     """One pass over a channel: its gradient does not wait for its sums. These are float32 vectors within a slice,
     float64 over slices."""
     dy, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
-    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
+    row = activation_of(problem.activation) if problem.activation else None
     width, rows = UNROLL * vector, Chunks(dy)
     images = {"dy": dy, "z": problem.z, "y": problem.y, "dz": problem.dz}
     there = {name: image for name, image in images.items() if image is not None}

@@ -10,7 +10,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.rows import narrowed, spelled, widened
@@ -177,7 +177,7 @@ def _finished(problem: GatherConv, total: str, channel: str, residual: str) -> s
         element = f"residual[{channel} * {epilogue.residual.channel_elems} + {residual}]"
         value = f"({value} + {widened(epilogue.residual, element)})"
     if epilogue.activation:
-        value = spelled(ACTIVATIONS.find(epilogue.activation).formula, x=value)
+        value = spelled(activation_of(epilogue.activation).formula, x=value)
     return value
 
 

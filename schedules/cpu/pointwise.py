@@ -5,7 +5,13 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import ACTIVATIONS, Activation, ActivationBackward, ActivationForward
+from mest_compile.operators.activation import (
+    ACTIVATIONS,
+    FORMULA,
+    ActivationBackward,
+    ActivationForward,
+    activation_of,
+)
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
@@ -22,20 +28,21 @@ from mest_compile.schedules.cpu.rows import (
 )
 
 
-def _activation_kernels(row: Activation) -> None:
-    source = "y" if row.from_result else "x"
-
-    @schedule(f"{row.name}.forward", device="cpu")
+def _activation_kernels(name: str) -> None:
+    @schedule(f"{name}.forward", device="cpu")
     def forward(problem: ActivationForward, target: Target) -> str:
+        row = activation_of(getattr(problem, "formula", name))
         return pointwise({"x": problem.x, "y": problem.y}, "y", spelled(row.formula, x="{x}"))
 
-    @schedule(f"{row.name}.backward", device="cpu")
+    @schedule(f"{name}.backward", device="cpu")
     def backward(problem: ActivationBackward, target: Target) -> str:
+        row = activation_of(getattr(problem, "formula", name))
+        source = "y" if row.from_result else "x"
         images = {"dy": problem.dy, source: problem.source, "dx": problem.dx}
         return pointwise(images, "dx", spelled(row.gradient, x=f"{{{source}}}", dy="{dy}"), problem.accumulate)
 
 
-for each in ACTIVATIONS.load().values():
+for each in (*ACTIVATIONS.load(), FORMULA):
     _activation_kernels(each)
 
 

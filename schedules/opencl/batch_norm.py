@@ -8,7 +8,7 @@ import numpy as np
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.batch_norm import (
     FAR,
     BatchNormBackward,
@@ -284,7 +284,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target) -> str:
         image("z", z), *_facts(z.channels), *residual, image("y", y), *flags(z.channels, problem.alive, problem.read)
     )
     load, here = _held("alive", at("z", z), "z_here", vector, problem.alive)
-    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
+    row = activation_of(problem.activation) if problem.activation else None
     value = _normalised(here, vector) + (f" + {at('residual', problem.residual)}" if problem.residual else "")
     with text.each_framed(y, target.limits.threads) as real, text.nest(*(["if read[c] != 0"] if problem.read else [])):
         with text.nest(f"if {real}"):
@@ -335,7 +335,7 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target) -> str:
     )
     load_z, z_here = _held("alive", at("z", z), "z_here", vector, problem.alive)
     load_dy, dy_here = _held("read", at("dy", dy), "dy_here", vector, problem.read)
-    row = ACTIVATIONS.find(problem.activation) if problem.activation else None
+    row = activation_of(problem.activation) if problem.activation else None
     gradient = dy_here
     if row and not problem.y:
         gradient = spelled(row.gradient, vector, x=_normalised(z_here, vector), dy=dy_here)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, FrozenNormScaling
 from mest_compile.schedules.opencl.sums import ChannelSums
 from mest_compile.schedules.opencl.text import DeviceText, at, full, image, number, scalars, spelled, zeros
@@ -62,7 +62,7 @@ def backward(problem: FrozenNormBackward, target: Target) -> str:
     value = at("dy", dy)
     if problem.activation:
         told = at("y", y) if y else f"({centred} * {full('scale', vector)} + {full('shift', vector)})"
-        value = spelled(ACTIVATIONS.find(problem.activation).gradient, vector, x=told, dy=value)
+        value = spelled(activation_of(problem.activation).gradient, vector, x=told, dy=value)
     if problem.sums:
         cut = ChannelSums(dy, target)
         cut.collect(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.schedules.opencl.staging import (
     ACCUMULATORS,
@@ -75,7 +75,7 @@ def finished(problem: GatherConv, total: str, channel: str, residual: str) -> st
     value = f"({total} * {scale} + {shift})"
     if ends.residual:
         value = f"({value} + residual[{channel} * {plane_vectors(ends.residual)} + {residual}])"
-    return spelled(ACTIVATIONS.find(ends.activation).formula, vector, x=value) if ends.activation else value
+    return spelled(activation_of(ends.activation).formula, vector, x=value) if ends.activation else value
 
 
 def pieces_of(groups: int, blocks: int) -> int:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.activation import ACTIVATIONS, Activation, ActivationBackward, ActivationForward
+from mest_compile.operators.activation import (
+    ACTIVATIONS,
+    FORMULA,
+    ActivationBackward,
+    ActivationForward,
+    activation_of,
+)
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.flatten import Flatten
@@ -24,21 +30,22 @@ def pointwise(images: dict[str, Image], result: str, value: str, target: Target,
     return str(text)
 
 
-def _activation_kernels(row: Activation) -> None:
-    source = "y" if row.from_result else "x"
-
-    @schedule(f"{row.name}.forward", device="opencl")
+def _activation_kernels(name: str) -> None:
+    @schedule(f"{name}.forward", device="opencl")
     def forward(problem: ActivationForward, target: Target) -> str:
+        row = activation_of(getattr(problem, "formula", name))
         return pointwise({"x": problem.x, "y": problem.y}, "y", spelled(row.formula, problem.y.vector, x="{x}"), target)
 
-    @schedule(f"{row.name}.backward", device="opencl")
+    @schedule(f"{name}.backward", device="opencl")
     def backward(problem: ActivationBackward, target: Target) -> str:
+        row = activation_of(getattr(problem, "formula", name))
+        source = "y" if row.from_result else "x"
         images = {"dy": problem.dy, source: problem.source, "dx": problem.dx}
         value = spelled(row.gradient, problem.dx.vector, x=f"{{{source}}}", dy="{dy}")
         return pointwise(images, "dx", value, target, problem.accumulate)
 
 
-for each in ACTIVATIONS.load().values():
+for each in (*ACTIVATIONS.load(), FORMULA):
     _activation_kernels(each)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from mest_compile.base.errors import DataError, SpecError, UnknownName, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch, import_model
 from mest_compile.models.catalog import build_model, model_names
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import ACTIVATIONS, activation_of
 from mest_compile.planning.layers import layer_specs
 from mest_compile.sparsity.defaults import default_dense_layers
 
@@ -39,6 +39,7 @@ def run_node(node, state, x, other):
         "unflatten": lambda: x[:, :, None, None],
         "multiply": lambda: x * other,
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
+        "formula": lambda: torch.from_numpy(activation_of(a["formula"]).forward_reference(x.numpy())).float(),
     }[node.op]()
 
 
@@ -251,6 +252,9 @@ REFUSED = {
     ),
     "alpha dropout": (part(nn.AlphaDropout(0.3)), ["dropout with p=0.3", "'part'"]),
     "alpha": (Calls(lambda self, y: torch.add(y, y, alpha=2)), ["alpha=2"]),
+    "alpha of sub": (Calls(lambda self, y: torch.sub(y, y * 2, alpha=2)), ["sub with alpha=2"]),
+    "alpha of rsub": (Calls(lambda self, y: torch.rsub(y, 1, alpha=3)), ["rsub with alpha=3"]),
+    "selu, which TVM reads as elu": (part(nn.SELU()), ["selu in layer 'part' (SELU)"]),
     "divisor": (part(nn.AvgPool2d(2, divisor_override=3)), ["divisor_override=3", "'part'"]),
     "ceil mode": (part(nn.MaxPool2d(3, 2, ceil_mode=True)), ["max_pool2d with ceil_mode", "'part'"]),
     "multiply": (Calls(lambda self, y: y * 2), ["multiply"]),

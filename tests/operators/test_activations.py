@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import mest_compile as mest
-from mest_compile.base.errors import UnsupportedOperator
+from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch
 from mest_compile.frontend.relax_graph import SUPPORTED
 from mest_compile.ir.expressions import Constant, Variable, exp, log, maximum, minimum, select, sqrt
+from mest_compile.ir.wording import as_text, from_text
 from mest_compile.lowering.fusing import fuse
-from mest_compile.operators.activation import ACTIVATIONS, POINTS
+from mest_compile.operators.activation import ACTIVATIONS, POINTS, activation_of
 
 NAMES = list(ACTIVATIONS.load())
 # What torch itself rounds to: its slope of hardsigmoid is a float32 sixth, its softplus is x from 20 on.
@@ -200,18 +201,83 @@ def test_what_is_computed_on_the_way_may_be_used_elsewhere_where_it_is_an_activa
     np.testing.assert_allclose(run_graph(graph, state, images), module(images).detach(), rtol=0, atol=1e-5)
 
 
+FORMULAS = {  # what no row has: how it is written -> its formula
+    "LeakyReLU of another slope": (nn.LeakyReLU(0.1), "select(x > 0.0, x, (0.1 * (x)))"),
+    "ELU of another size": (nn.ELU(2.0), "select(x > 0.0, x, (2.0 * (exp(x) - 1.0)))"),
+    "Hardtanh": (nn.Hardtanh(-2, 3), "minimum(3.0, maximum(-2.0, x))"),
+    "another bound": (nn.Hardtanh(0, 6.0001), "minimum(6.0001, maximum(0.0, x))"),
+    "Softplus": (nn.Softplus(2.0), "select(((x) * 2.0) > 20.0, x, (log((exp(((x) * 2.0)) + 1.0)) / 2.0))"),
+    "a choice": (lambda y: torch.where(y > 0.5, y, 0.25 * y), "select(x > 0.5, x, ((x) * 0.25))"),
+    "a scale and a shift": (lambda y: 2 * y - 1, "(((x) * 2.0) - 1.0)"),
+    "a cube": (lambda y: y * y * y, "(((x) * (x)) * (x))"),
+    "swish that is doubled": (lambda y: y * torch.tanh(y), "((x) * tanh(x))"),
+    "of a function that is known": (lambda y: 3 * torch.relu(y), "(maximum(0.0, x) * 3.0)"),
+}
+
+
+class Formulas(nn.Module):
+    """Each behind a convolution of its own; their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs, self.fc = nn.ModuleList(nn.Conv2d(3, 4, 3) for _ in FORMULAS), nn.Linear(4, 10)
+
+    def forward(self, x):
+        total, *rest = (form(conv(x)) for conv, (form, _) in zip(self.convs, FORMULAS.values(), strict=True))
+        for each in rest:
+            total = total + each
+        return self.fc(total.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["torch", "onnx"])
+def test_any_other_chain_is_a_formula(way, tmp_path):
+    torch.manual_seed(0)
+    module, shape = Formulas().eval(), (2, 3, 8, 8)
+    if way == "onnx":
+        graph, state = from_onnx(export(module, shape, tmp_path / "net.onnx", **KEEP), shape)
+    else:
+        graph, state = from_torch(module, shape)
+    made = {node.inputs[0]: node.attrs["formula"] for node in graph.nodes if node.op == "formula"}
+    assert len(made) == len(FORMULAS)
+    for place, (_, formula) in enumerate(FORMULAS.values()):
+        assert way == "onnx" or made[f"convs.{place}"] == formula
+    images = torch.randn(shape) * 9
+    np.testing.assert_allclose(run_graph(graph, state, images), module(images).detach(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_a_formula_and_its_slope_are_torchs(case):
+    module, _ = FORMULAS[case]
+    graph, _ = from_torch(Calls(lambda self, y: module(y)), (2, 3, 8, 8))
+    (node,) = (node for node in graph.nodes if node.op == "formula")
+    row, numbers = activation_of(node.attrs["formula"]), POINTS[np.abs(POINTS) < 30]
+    x = torch.tensor(numbers, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    np.testing.assert_allclose(row.forward_reference(numbers), y.detach(), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(row.slope.evaluate(x=numbers), x.grad, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", EXPRESSIONS)
+def test_text_of_a_formula_is_read_back(case):
+    made = EXPRESSIONS[case][0].of(y=X)
+    again = from_text(as_text(made))
+    np.testing.assert_array_equal(again.evaluate(x=POINTS), made.evaluate(x=POINTS))
+
+
+@pytest.mark.parametrize(
+    "text", ["y", "x.real", "x ** 2", "sin(x)", "open('a')", "x if x else 1", "", "(" * 10 + "x", "__import__"]
+)
+def test_what_is_no_formula_is_refused(text):
+    with pytest.raises(SpecError, match="no formula of x"):
+        activation_of(text)
+
+
 REFUSED = {
-    "Hardshrink": (part(nn.Hardshrink()), "^less_equal in layer 'part' .Hardshrink. cannot"),
-    "another slope": (part(nn.LeakyReLU(0.1)), "^leaky_relu of slope 0.1"),
-    "SELU, which is ELU scaled": (part(nn.SELU()), "add of a constant in layer 'part' .SELU. cannot"),
-    "Hardtanh": (part(nn.Hardtanh(-2, 3)), "^maximum and minimum of a constant in layer 'part' .Hardtanh."),
-    "another bound": (Calls(lambda self, y: y.clamp(0, 6.0001)), "minimum of a constant in the model's own forward"),
-    "a far bound": (Calls(lambda self, y: y.clamp(0, 1e30)), "minimum of a constant"),
-    "on the way": (Calls(lambda self, y: F.hardswish(y) + (y + 3)), "add of a constant"),
-    "three operators": (
-        Calls(lambda self, y: y / (2 + y.abs())),
-        "^abs, add and divide of a constant in the model's own",
-    ),
+    "LogSigmoid": (part(nn.LogSigmoid()), "^full in layer 'part' .LogSigmoid. cannot"),
+    "a far bound": (Calls(lambda self, y: y.clamp(0, 1e300)), "minimum of a constant"),
+    "a comparison": (Calls(lambda self, y: (y > 0) * y), "supported"),
     "two activations": (
         Calls(lambda self, y: y / self.part(y), part=nn.Conv2d(4, 4, 1)),
         "divide of two activations",
@@ -249,7 +315,7 @@ def test_a_long_chain_is_followed_in_no_time():
             y = y * y + 1
         return y
 
-    with pytest.raises(UnsupportedOperator, match="add and multiply"):
+    with pytest.raises(UnsupportedOperator, match="multiply and add"):
         from_torch(Calls(square), (2, 3, 8, 8))
 
 
@@ -279,10 +345,26 @@ class Blocks(nn.Module):
         return self.last(self.acts[3](self.hidden(F.adaptive_avg_pool2d(x, 1).flatten(1))))
 
 
+class Bent(nn.Module):
+    def forward(self, x):
+        return x / (1 + x * x) - 0.5
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * torch.tanh(x)
+
+
 MODULES = {name.lower(): module for name, module in vars(nn).items()} | {"gelutanh": partial(nn.GELU, "tanh")}
 ACTS = {name: MODULES[name.replace("_", "")] for name in NAMES}
 BATCH = (6, 3, 9, 9)
-MIXED = ("silu gelu mish softplus", "sigmoid elu tanh gelu_tanh", "leaky_relu hardsigmoid hardtanh silu")
+ACTS |= {"steep": lambda: nn.LeakyReLU(0.1), "large": lambda: nn.ELU(2.0), "bent": Bent, "swish": Doubled}
+MIXED = (
+    "steep large bent swish",
+    "silu gelu mish softplus",
+    "sigmoid elu tanh gelu_tanh",
+    "leaky_relu hardsigmoid hardtanh silu",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,8 +382,7 @@ def test_which_activations_batch_norm_takes_in(name):
         *((name, way, "local") for name in ("relu6", "hardswish") for way in ("torch", "onnx")),
         ("hardswish", "torch", "opencl"),
         *((names, "torch", "local") for names in MIXED),
-        (MIXED[0], "onnx", "local"),
-        (MIXED[0], "torch", "opencl"),
+        *((names, way, target) for names in MIXED[:2] for way, target in (("onnx", "local"), ("torch", "opencl"))),
     ],
 )
 def test_three_steps_equal_torchs(name, way, target, tmp_path):

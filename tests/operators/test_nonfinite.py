@@ -17,7 +17,14 @@ from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
 from mest_compile.operators import add, batch_norm, dropout, flatten, frozen_norm, multiply, pool
 from mest_compile.operators import conversion as image
-from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
+from mest_compile.operators.activation import (
+    ACTIVATIONS,
+    ActivationBackward,
+    ActivationForward,
+    FormulaBackward,
+    FormulaForward,
+    activation_of,
+)
 from mest_compile.operators.layers import bias
 from mest_compile.operators.layers.gather import (
     GatherConv,
@@ -34,6 +41,7 @@ KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.sta
 DTYPES = ["float32", *(["float16"] if TARGET.float16 else [])]
 KEEP_SIGNS = {"image.import", "image.export", "flatten.forward", "relu.forward"}
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, np.nan, np.inf, -np.inf, -0.0], np.float32)
+FORMULA_TEXT = "select(x > 0.5, x * tanh(x), maximum(-2.0, x) / 3.0 - 1.0)"
 # kernel -> function(rng, dtype) that yields (problem, arrays, {number of an array: what it must be afterwards})
 CASES = {}
 
@@ -205,21 +213,25 @@ def dropouts(kernel, rng, dtype) -> Iterator:
     )
 
 
-@case(*(f"{name}.{phase}" for name in ACTIVATIONS.load() for phase in ("forward", "backward")))
+@case(*(f"{name}.{phase}" for name in (*ACTIVATIONS.load(), "formula") for phase in ("forward", "backward")))
 def activations(kernel, rng, dtype) -> Iterator:
     shape, other = shapes(dtype)
     x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
-    row = ACTIVATIONS[kernel.partition(".")[0]]
+    name = kernel.partition(".")[0]
+    row, told = activation_of(FORMULA_TEXT if name == "formula" else name), {}
+    forward, backward = ActivationForward, ActivationBackward
+    if name == "formula":
+        forward, backward, told = FormulaForward, FormulaBackward, {"formula": FORMULA_TEXT}
     if kernel.endswith("forward"):
         yield (
-            ActivationForward(other, shape),
+            forward(other, shape, **told),
             [pack(other, x), pack(shape, start, 0)],
             {1: (shape, row.forward_reference(x))},
         )
         return
     for accumulate in (False, True):
         yield (
-            ActivationBackward(shape, shape, other, accumulate),
+            backward(shape, shape, other, accumulate, **told),
             [pack(shape, dy, 0), pack(shape, x, 0), pack(other, start, 0)],
             {2: (other, row.backward_reference(dy, x) + (start if accumulate else 0))},
         )

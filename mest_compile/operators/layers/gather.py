@@ -15,7 +15,7 @@ import numpy as np
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
-from mest_compile.operators.activation import ACTIVATIONS
+from mest_compile.operators.activation import activation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _finished(
         image = problem.epilogue.residual
         value = value + residual.astype(np.float64).reshape(image.shape)[image.interior]
     if problem.epilogue.activation:
-        value = ACTIVATIONS.find(problem.epilogue.activation).forward_reference(value)
+        value = activation_of(problem.epilogue.activation).forward_reference(value)
     out[inside] = value
     return out
 
