@@ -7,6 +7,7 @@ results are right. Coefficients: fits of ours, of least largest error.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,9 @@ EXP = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.0083687454
 # ln 2 in two parts, so that a product of a whole number and the first is exact.
 LN2 = (0.693145751953125, 1.428606765330187e-06)
 LOG2_E = 1.4426950408889634
+# Numbers near it have no digits behind the point, and the last bits of theirs count whole numbers: adding it rounds,
+# also where no instruction does, and unlike a cast is defined for NaN.
+ROUNDS, ROUNDS_BITS = 1.5 * 2**23, 0x4B400000
 # erf(x) is x + x * p(x * x) below NEAR, else 1 - exp(-q(|x|)), and 1 beyond FAR.
 NEAR, FAR = 0.921875, 3.95
 ERF_NEAR = (
@@ -35,8 +39,11 @@ ERF_FAR = (
     0.003031601430848241,
     -0.00019473458814900368,
 )
-KEY = (EXP, LN2, ERF_NEAR, ERF_FAR)  # what a kernel's key holds of this
+KEY = (EXP, LN2, ROUNDS, ERF_NEAR, ERF_FAR)  # what a kernel's key holds of this
 BEFORE_TVMS = 120  # priority of a rule; TVM's own have 100 at most
+
+
+_TEACHING = threading.Lock()
 
 
 class _Lanes:
@@ -83,11 +90,13 @@ class _Lanes:
 
     def split(self, x: Any) -> tuple[Any, Any]:
         """(m, n) of which exp(x) is (1 + m) * 2**n, for x between -104 and 89."""
-        whole = self.name(self._tirx.round(x * self.number(LOG2_E)))
+        near = self.name(x * self.number(LOG2_E) + self.number(ROUNDS))
+        whole = self.name(near - self.number(ROUNDS))
         upper = self.name(x - whole * self.number(LN2[0]))
         rest = self.name(upper - whole * self.number(LN2[1]))
         beyond = self.name(rest + rest * rest * self.polynomial(rest, EXP))
-        return beyond, self.name(self._tirx.Cast(self.integers, whole))
+        bits = self._tirx.reinterpret(self.integers, near)
+        return beyond, self.name(bits - self.number(ROUNDS_BITS, self.integers))
 
     def exp(self, x: Any) -> Any:
         beyond, exponent = self.split(self.clamped(x, -104.0, 89.0))
@@ -120,9 +129,15 @@ def _rule(name: str) -> Any:
     return lowered
 
 
-@cache
 def teach_tvm() -> None:
-    """Lets TVM lower them so in code for CPUs, and treat erf as it does the others: as one that vectors have."""
+    """Lets TVM lower them so in code for CPUs, and treat erf as it does the others: as one that vectors have. Once, by
+    whichever thread comes first."""
+    with _TEACHING:
+        _teach()
+
+
+@cache
+def _teach() -> None:
     import tvm
 
     tvm.ir.register_op_attr("tirx.erf", "TVectorizable", True)
