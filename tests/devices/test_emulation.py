@@ -22,7 +22,7 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
 from mest_compile.kernels.linking import link_kernel
 from mest_compile.kernels.source import kernel_source
-from mest_compile.measuring.analysis import analyse, emulate
+from mest_compile.measuring.analysis import analyse
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.options import StepOptions
@@ -43,7 +43,7 @@ def executions(monkeypatch, target, seeds, taps=1):
     found = []
 
     def call(_, kernel, problem, *arrays, **knobs):
-        found.append(emulate(kernel_source(kernel, problem, target, **knobs), list(arrays)))
+        found.append(emulation.emulate(kernel_source(kernel, problem, target, **knobs), list(arrays)))
         return [after.reshape(before.shape) for after, before in zip(found[-1].arrays, arrays, strict=True)]
 
     monkeypatch.setattr(test_gather, "call", call)
@@ -89,7 +89,7 @@ def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seed
 )
 def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
     def call(_, kernel, problem, *arrays):
-        found = emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
+        found = emulation.emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
         return [after.reshape(before.shape) for after, before in zip(found, arrays, strict=True)]
 
     monkeypatch.setattr(test_nonfinite, "call", call)
@@ -148,7 +148,7 @@ def test_a_kernel_with_more_work_executes_so_much_more():
             np.ones((4, 4), np.float32),
         ]
         arrays = [*index, *(np.zeros(image.shape, np.float32) for _ in range(2))]
-        execution = emulate(kernel_source("gather.conv", problem, TARGET), arrays)
+        execution = emulation.emulate(kernel_source("gather.conv", problem, TARGET), arrays)
         names = {
             block.words: [line.split()[0] for line in cycles.disassemble(block.words)] for block in execution.blocks
         }
