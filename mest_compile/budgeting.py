@@ -35,7 +35,6 @@ Make = Callable[[Plan], "TrainStep"]
 
 BATCHES = 8  # of the data, that gradients are taken of
 ROUNDS = 5  # in which steps that are timed take turns
-CHOICES = 3  # at most: one whose kernels were not all timed is timed, and chosen anew
 SUMMED = ("values", "indices", "gradients", "optimizer", "activations")  # bytes of a step that add up over its layers
 
 # name -> of a parameter's gradient and values, how much it matters that it trains
@@ -72,10 +71,11 @@ class Choice:
     """What trains within an update budget, and why.
 
     budget      a share of the full step's cost (float), or bytes (int)
-    costs       what costs are: "measured" (seconds), "modelled cycles of ..." or "counted"
+    costs       what costs are: "measured" (seconds), "modelled cycles of ...", or "counted", roughly, from the kernels'
+                bytes and operations, where nothing can say better or the budget is of bytes
     importance  how it was measured: a key of IMPORTANCES
     predicted   share of the full step's cost that the chosen step's is
-    measured    the same of whole steps that took turns on this machine; None: it cannot run them
+    measured    the same of whole steps that took turns on this machine; None: none did
     seconds     of the full step, in those turns; None likewise
     full_bytes, chosen_bytes  planned memory of the full step and of the chosen one
     """
@@ -128,7 +128,8 @@ def choose(
 
     full = make(plan if local else _here(plan))
     gains = importances(full, units, batches, importance)
-    timing = _Timing(full, plan, make, batches[0]) if local else None
+    # What a step takes is asked for where it decides.
+    timing = _Timing(full, plan, make, batches[0]) if local and isinstance(budget, float) else None
     prices = timing.prices if timing else _prices(plan.target, budget)
     shares: dict[Names, float] = {everything: 1.0}
     if timing:  # a gradient flows through all down to the lowest layer: what that costs
@@ -145,10 +146,9 @@ def choose(
         return Search(units, gains, lambda names: _total(plan_of(names)), lambda names: _summed(plan_of(names)))
 
     chosen = search().best(budget)
-    while timing and chosen and chosen not in shares:
+    while timing and chosen and chosen not in shares:  # what it has of kernels that were not timed is known then
         shares[chosen] = timing.learn(plan_of(chosen))
-        if len(shares) < CHOICES:
-            chosen = search().best(budget)
+        chosen = search().best(budget)
     if not chosen:
         raise BudgetError(_too_little(budget, search().least()))
     costs = priced()
@@ -235,7 +235,7 @@ class _Timing:
 
 
 def _prices(target: Target, budget: float | int) -> Prices:
-    """Of a step for another machine. Memory needs no emulator to be told."""
+    """Of a step that is not timed."""
     if isinstance(budget, float) and target.cycle_model is not None:
         from mest_compile.devices.cycleprices import CyclePrices, missing_tools
 

@@ -30,7 +30,7 @@ def choose_trainable(
     options     of the step, as in `compile`; `trainable` says what there is to choose from
     The answer's `trainable` is for `compile`; a BatchNorm of which nothing trains is then in evaluation mode. Costs are
     measured where the step runs in this process; of a target elsewhere they are modelled cycles where it has a model of
-    them, or counted.
+    them, or counted, and so they are where the budget is of bytes.
     Raises BudgetError, which says the smallest budget that can be met, and as `compile` does.
     """
     device, builder, records = (options.pop(name, None) for name in ("device", "builder", "records"))

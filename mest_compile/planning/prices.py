@@ -91,10 +91,13 @@ class MeasuredPrices(Prices):
 
     def learn(self, plan: Plan, seconds: Mapping[str, float]) -> None:
         """seconds: {call name: of it}, of a step of the plan. What is known already stays."""
+        alike: dict[Key, list[Call]] = {}
         for call in calls_of(plan):
-            key = _key(call)
+            alike.setdefault(_key(call), []).append(call)
+        for key, calls in alike.items():  # what is computed again in the backward pass is a call like the first
             if key not in self._timed:
-                self._timed[key] = _Timed(*key, call_bytes(call, plan), seconds[call.name])
+                mean = sum(seconds[call.name] for call in calls) / len(calls)
+                self._timed[key] = _Timed(*key, call_bytes(calls[0], plan), mean)
         self._known = {key: one.seconds for key, one in self._timed.items()}
 
     def price(self, call: Call, plan: Plan) -> float:
