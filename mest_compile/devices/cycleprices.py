@@ -12,6 +12,8 @@ from mest_compile.planning.plan import Plan
 from mest_compile.planning.prices import Prices, call_bytes, calls_of
 from mest_compile.planning.retargeting import with_batch
 
+SLICES = 4  # what a call does once, or once a weight, then weighs little: 1% of a step of convolutions with 1 for 4
+
 
 def missing_tools(target: Target) -> list[str]:
     """Programs that this machine lacks for them. Raises TargetError for a target of which there are none."""
@@ -22,8 +24,8 @@ def missing_tools(target: Target) -> list[str]:
 class CyclePrices(Prices):
     """Modelled cycles (`cycles`) of every call on a random mask: no caches and no memory are in them.
 
-    Calls are emulated on as few examples as fill a vector, and what depends on their number is told in proportion:
-    tiles do not depend on it.
+    Calls are emulated on SLICES vectors of examples at most, and of larger batches what depends on their number is told
+    in proportion.
     """
 
     def __init__(self, target: Target):
@@ -32,7 +34,7 @@ class CyclePrices(Prices):
         self._emulated: dict[tuple[str, int], float] = {}
 
     def of(self, plan: Plan) -> float:
-        batch, few = plan.facts.graph.input_shape[0], plan.target.vector
+        batch, few = plan.facts.graph.input_shape[0], SLICES * plan.target.vector
         if batch <= few or batch % few:
             return super().of(plan)
         small = with_batch(plan, few)

@@ -11,10 +11,13 @@ import pytest
 import test_gather
 import test_nonfinite
 from libraries import check_library
+from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
+from mest_compile.budgeting import _prices
 from mest_compile.devices import cycles, emulation
+from mest_compile.devices.cycleprices import CyclePrices
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
@@ -27,6 +30,9 @@ from mest_compile.models.catalog import build_model
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step
+from mest_compile.planning.prices import CountedPrices, call_bytes
+from mest_compile.planning.retargeting import with_batch
+from mest_compile.planning.units import with_trainable
 from mest_compile.records.log import Measure, Outcome, Records
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Task, prepare, tasks_of
@@ -225,6 +231,24 @@ def test_missing_programs_are_named_with_what_to_install(monkeypatch):
         emulation.check_tools(emulation.machine_of(TARGET))
     with pytest.raises(NotInstalled, match="llvm-mca-19.*apt install llvm-19"):
         cycles.check_tools()
+
+
+@needs_arm
+def test_steps_of_a_core_that_is_not_there_cost_modelled_cycles(monkeypatch):
+    model, shape = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), (64, 16)
+    plan = plan_step(import_model(model, shape)[0], StepOptions("dense", 0.0, target=TARGET, threads=1))
+    prices, few = _prices(TARGET, 0.5), with_batch(plan, 4)
+    assert prices.kind == "modelled cycles of neoverse-n1" and _prices(TARGET, 10**6).kind == "counted"
+    assert 0.2 < prices.of(with_trainable(few, ["1.*"])) / prices.of(few) < 0.8
+    emulated = []
+
+    def counted(prices, call, plan):
+        emulated.append(plan.facts.graph.input_shape[0])
+        return call_bytes(call, plan)
+
+    # Calls are emulated on few examples; what depends on their number, as updates do not, is told in proportion.
+    monkeypatch.setattr(CyclePrices, "price", counted)
+    assert CyclePrices(TARGET).of(plan) == pytest.approx(CountedPrices().of(plan), rel=0.2) and set(emulated) == {16}
 
 
 @needs_arm
