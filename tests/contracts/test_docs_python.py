@@ -55,14 +55,14 @@ def test_the_page_on_own_models_tells_how_models_come_out_again(tmp_path, monkey
 
 def test_the_memory_page_quotes_the_recorded_figures():
     entries = json.loads((ROOT / "benchmarks" / "results" / "full.json").read_text())["entries"]
-    for budget, key in ("none", ""), ("135000000 bytes", " in 135000000 bytes"):
+    for limit, key in ("none", ""), ("135000000 bytes", " in 135000000 bytes"):
         found = entries[f"resnet32 width 32 64x3x32x32 block:4x1 0.9 threads 1{key} vs torch"]
         ours, rival = found["ours"], found["rival"]
         figures = [
             f"{side / 2**20:.0f}"
             for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])
         ]
-        assert f"| {budget} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
+        assert f"| {limit} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
 
 
 def test_the_finetuning_page_trains_what_it_says():
