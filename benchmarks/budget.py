@@ -11,6 +11,8 @@ import statistics
 import sys
 from functools import partial
 from importlib import metadata
+from inspect import signature
+from time import process_time
 from typing import Any
 
 import documents
@@ -30,8 +32,8 @@ STEP = {"scheme": frozen.SCHEME, "sparsity": frozen.SPARSITY, "threads": 1}
 
 
 def measure(name: str, shape: tuple[int, ...] = frozen.SHAPE, rounds: int = frozen.ROUNDS) -> dict[str, Any]:
-    """The choice, and seconds of every round of the full and the chosen step. Made-up examples: what they are decides
-    which layers train, not whether the budget holds."""
+    """The choice, and seconds of every round of the full and the chosen step, of the processor: others use the machine,
+    too. Made-up examples: what they are decides which layers train, not whether the budget holds."""
     import mest_compile as mest
 
     model, images, labels = case(name, shape)
@@ -42,12 +44,12 @@ def measure(name: str, shape: tuple[int, ...] = frozen.SHAPE, rounds: int = froz
     }
     return {
         "choice": choice.to_dict(),
-        "seconds": frozen.in_turns(steps, images[: shape[0]], labels[: shape[0]], rounds),
+        "seconds": frozen.in_turns(steps, images[: shape[0]], labels[: shape[0]], rounds, process_time),
     }
 
 
-def cycles(name: str, shape: tuple[int, ...] = frozen.SHAPE) -> dict[str, Any]:
-    """The choice for a Cortex-A76."""
+def cycles(name: str, shape: tuple[int, ...] = (4, *frozen.SHAPE[1:])) -> dict[str, Any]:
+    """The choice for a Cortex-A76, whose kernels are emulated."""
     import mest_compile as mest
 
     model, images, labels = case(name, shape)
@@ -63,11 +65,14 @@ def case(name: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray, np.ndarray
     return frozen.MODELS[name](), images, rng.integers(0, frozen.CLASSES, EXAMPLES)
 
 
+MEASURES = {"measure": measure, "cycles": cycles}
+
+
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every choice: its model, what costs are, its budget, how many layers train, and its shares of the full step's
     cost, predicted and of the timed steps; None where none were."""
     found = []
-    for part in ("measure", "cycles"):
+    for part in MEASURES:
         for name, one in results.get(part, {}).get("models", {}).items():
             choice, seconds = one["choice"], one.get("seconds")
             turns = zip(seconds["chosen"], seconds["all"]) if seconds else ()
@@ -97,16 +102,20 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["measure", "cycles"])
+    parser.add_argument("what", nargs="?", choices=[*MEASURES])
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     try:
         if what := parser.parse_args().what:
             results[what] = {
                 "command": f"python benchmarks/budget.py {what}",
-                "case": {"input_shape": frozen.SHAPE, **STEP, "budget": BUDGET},
+                "case": {
+                    **STEP,
+                    "budget": BUDGET,
+                    "input_shape": signature(MEASURES[what]).parameters["shape"].default,
+                },
                 "machine": machine(),
                 "tvm": metadata.version("apache-tvm"),
-                "models": {name: (measure if what == "measure" else cycles)(name) for name in frozen.MODELS},
+                "models": {name: MEASURES[what](name) for name in frozen.MODELS},
             }
             write_json(FILE, results)
     except MestError as problem:

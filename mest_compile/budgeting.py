@@ -34,7 +34,7 @@ Batches = Sequence[tuple[Any, Any]]  # (images, labels) as a step takes them
 Make = Callable[[Plan], "TrainStep"]
 
 BATCHES = 8  # of the data, that gradients are taken of
-ROUNDS = 5  # in which steps that are timed take turns
+ROUNDS, REPEATS = 5, 3  # in which steps that are timed take turns, and how often a step runs in each
 SUMMED = ("values", "indices", "gradients", "optimizer", "activations")  # bytes of a step that add up over its layers
 
 # name -> of a parameter's gradient and values, how much it matters that it trains
@@ -220,7 +220,7 @@ class _Timing:
         full step was timed first.
         """
         steps = self._full, self._make(plan)
-        turns = [[step.profile(*self._batch, 1) for step in steps] for _ in range(ROUNDS)]
+        turns = [[step.profile(*self._batch, REPEATS) for step in steps] for _ in range(ROUNDS)]
         whole = np.array([[sum(one.values()) for one in turn] for turn in turns])
         of_full, of_step = (
             {name: float(np.median([turn[place][name] for turn in turns])) for name in turns[0][place]}

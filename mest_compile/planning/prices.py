@@ -14,8 +14,8 @@ from mest_compile.operators.layers.family import held_cells, masked_elems
 from mest_compile.planning.plan import Plan
 
 # Operations that a core does in the time in which it reads or writes a byte: 16 a cycle at half their rate, as a
-# Cortex-A76 starts two multiply-adds of four floats, and a byte a cycle beyond its caches. Ours: shares of steps of the
-# nets of docs/finetuning.md are then within 0.05 of measured ones, but for those with the 7x7 stem.
+# Cortex-A76 starts two multiply-adds of four floats, and a byte a cycle beyond its caches. Ours, and rough: of
+# the nets of docs/finetuning.md shares of steps come out near measured ones, but for a 7x7 stem's.
 FLOP_A_BYTE = 8
 MULTIPLYING = ("forward", "recompute", "grad_input", "grad_weight")  # phases of a layer
 
