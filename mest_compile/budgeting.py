@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base import checks
-from mest_compile.base.errors import BudgetError, NotInstalled, UnknownName, UsageError
+from mest_compile.base.errors import BudgetError, InputError, NotInstalled, UnknownName, UsageError
 from mest_compile.data import as_dataset
 from mest_compile.data.sampling import sample
 from mest_compile.hardware.backend import backend_of
@@ -203,6 +203,11 @@ def importances(step: TrainStep, units: Sequence[Unit], batches: Batches, import
         gradients = step.gradients(images, labels)
         for unit in units:
             found[unit.name] += sum(measure(gradients[name], values[name]) for name in unit.parameters) / len(batches)
+    if wrong := [name for name, gain in found.items() if not np.isfinite(gain)]:
+        raise InputError(
+            f"update_budget chooses by gradients, and those of {wrong[0]} on this data hold NaN or infinity: look at "
+            "the data, and at the weights that the model starts with"
+        )
     return found
 
 

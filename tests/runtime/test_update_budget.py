@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -180,6 +181,13 @@ def test_what_cannot_be_chosen_by_is_refused_before_anything_is_compiled(options
     with pytest.raises(error, match=words) as caught:
         mest.compile(made(lambda model: None), SHAPE, **OPTIONS, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_gradients_that_are_not_finite_choose_nothing(builder):
+    module = deepcopy(MLP)
+    nn.init.constant_(module[0].weight, 1e38)
+    with pytest.raises(InputError, match="those of . on this data hold NaN or infinity"):
+        mest.choose_trainable(module, FEATURES, ROWS, 10**9, **DENSE, builder=builder)
 
 
 def test_choosing_refuses_what_it_does_not_know():
