@@ -8,7 +8,7 @@ from typing import Any
 from mest_compile.base.errors import UsageError
 from mest_compile.budgeting import Choice, sampled
 from mest_compile.compiling import chosen_step, planned_step
-from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
+from mest_compile.options import StepOptions, find_loss, find_optimizer
 
 
 def choose_trainable(
@@ -41,4 +41,4 @@ def choose_trainable(
     except TypeError as problem:
         raise UsageError(f"{problem}; choose_trainable takes the options of mest.compile") from problem
     planned = planned_step(model, input_shape, said, device, builder, records)
-    return chosen_step(planned, read_budget(budget), sampled(data, input_shape, said), device, builder, importance)
+    return chosen_step(planned, said, sampled(data, input_shape, said), device, builder, importance)

@@ -188,13 +188,13 @@ def compile_step(
         )
     plan, state, masks = planned = planned_step(model, input_shape, options, device, builder, records)
     if batches is not None:
-        choice = chosen_step(planned, read_budget(options.update_budget), batches, device, builder)
+        choice = chosen_step(planned, options, batches, device, builder)
         plan = replace(with_trainable(plan, choice.trainable), chosen=choice.to_dict())
     if theirs is not None:
         check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
     if options.sparse:
         say_what_stays_dense(plan.layers)
-    return make_step(plan, state, builder, device, None, masks)
+    return make_step(plan, state, builder, device, None, _at_first(plan, masks, options))
 
 
 def planned_step(
@@ -220,25 +220,31 @@ def planned_step(
 
     options, masks = first_masks(model, graph, state, options)
     plan = plan_step(graph, options, known)
-    if options.dense_start:
-        masks = {name: np.ones(layer.spec.weight_shape, bool) for name, layer in sparse_layers(plan.layers).items()}
     return plan, state, masks
+
+
+def _at_first(plan: Plan, masks: Mapping[str, np.ndarray], options: StepOptions) -> Mapping[str, np.ndarray]:
+    """The masks that a step of the plan begins with."""
+    if not options.dense_start:
+        return masks
+    return {name: np.ones(layer.spec.weight_shape, bool) for name, layer in sparse_layers(plan.layers).items()}
 
 
 def chosen_step(
     planned: Planned,
-    budget: float | int,
+    options: StepOptions,
     batches: Batches,
     device: Device | None,
     builder: Builder | None,
     importance: str = "fisher",
 ) -> Choice:
-    """What of a full step trains within a budget."""
+    """What of a full step trains within the budget."""
     plan, state, masks = planned
 
     def make(plan: Plan) -> TrainStep:
-        return make_step(plan, state, builder, None, None, masks)
+        return make_step(plan, state, builder, None, None, _at_first(plan, masks, options))
 
+    budget = read_budget(options.update_budget)
     return choose(plan, batches, budget, make, device is None and runs_here(plan.target), importance)
 
 
