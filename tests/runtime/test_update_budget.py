@@ -221,3 +221,11 @@ def test_commands_and_recipes_choose_by_their_data(mest_compile_command, tmp_pat
     monkeypatch.setattr(budgeting, "ROUNDS", 1)
     choice = mest_compile_command("plan", *model, *budget[:3], "1.0", "--json").document["update_budget"]
     assert [unit["name"] for unit in choice["units"]] == ["fc1", "fc2", "fc3"] and choice["measured"] == 1
+
+
+def test_what_is_frozen_does_not_begin_with_all_weights(builder):
+    options = {**OPTIONS, "builder": builder, "update_budget": 180_000, "data": DATA}
+    step = mest.compile(made(lambda model: None), SHAPE, **options, dense_start=True)
+    frozen, alive = step.describe()["frozen"], {name: mask.mean() for name, mask in step.masks().items()}
+    assert {name for name, share in alive.items() if share < 1} == set(alive) & set(frozen) and len(frozen) > 0
+    assert any(share == 1 for share in alive.values()) and step.memory()["total"] <= 180_000
