@@ -9,10 +9,11 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import documents
 import numpy as np
@@ -24,6 +25,9 @@ from torch import nn
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import machine
+
+if TYPE_CHECKING:
+    from mest_compile.runtime.step import TrainStep
 
 FILE, DOCUMENT = RESULTS / "frozen.json", HERE.parent / "docs" / "finetuning.md"
 embed = partial(documents.embed, what="frozen")
@@ -120,14 +124,26 @@ def measure(name: str, shape: tuple[int, ...] = SHAPE, rounds: int = ROUNDS) -> 
         steps[trained or "all"] = mest.compile(
             MODELS[name](), shape, scheme=SCHEME, sparsity=SPARSITY, threads=1, trainable=trained
         )
-    seconds: dict[str, list[float]] = {trained: [] for trained in steps}
+    seconds = in_turns(steps, images, labels, rounds)
+    return {"seconds": seconds, "memory": {trained: step.memory() for trained, step in steps.items()}}
+
+
+def in_turns(
+    steps: Mapping[str, TrainStep],
+    images: Any,
+    labels: Any,
+    rounds: int,
+    now: Callable[[], float] = perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every round of each step, by the clock `now`."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
-        for trained, step in steps.items():
-            begun = perf_counter()
+        for name, step in steps.items():
+            begun = now()
             step(images, labels, lr=0.01)
             if turn > 1:
-                seconds[trained].append(perf_counter() - begun)
-    return {"seconds": seconds, "memory": {trained: step.memory() for trained, step in steps.items()}}
+                seconds[name].append(now() - begun)
+    return seconds
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and the plug-ins that come with the package
     from mest_compile.base.errors import MestError as MestError
+    from mest_compile.budgeting import Choice as Choice
+    from mest_compile.choosing import choose_trainable as choose_trainable
     from mest_compile.compiling import compile as compile
     from mest_compile.devices.session import rpc as rpc
     from mest_compile.exporting import to_onnx as to_onnx
@@ -46,6 +48,8 @@ __version__ = "0.2.0"
 
 _HOME = {
     "compile": "mest_compile.compiling",
+    "choose_trainable": "mest_compile.choosing",
+    "Choice": "mest_compile.budgeting",
     "load": "mest_compile.opening",
     "to_torch": "mest_compile.exporting",
     "to_onnx": "mest_compile.exporting",

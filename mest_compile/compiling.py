@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base import checks, exclusive
-from mest_compile.base.errors import SparsityError, UsageError
+from mest_compile.base.errors import UsageError
 from mest_compile.base.foreign import is_optimizer
+from mest_compile.budgeting import Batches, Choice, choose, runs_here, sampled
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
-from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.ir.program import FUNCTIONS, Program
 from mest_compile.kernels import choosing
@@ -27,11 +27,12 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.optimizers.from_torch import check_trains
-from mest_compile.options import AS_GIVEN, StepOptions, find_loss, find_optimizer
-from mest_compile.planning.given import as_given
+from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
+from mest_compile.planning.given import first_masks
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan, plan_step
+from mest_compile.planning.units import with_trainable
 from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.layer import Layer
@@ -58,6 +59,9 @@ os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 Knobs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # program -> call -> what a checkpoint noted of its kernel
 
 
+Planned = tuple[Plan, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]  # with the model's state, and first masks
+
+
 def compile(
     model: Any,
     input_shape: Sequence[int],
@@ -80,6 +84,8 @@ def compile(
     records: Records | None = None,
     trainable: str | Sequence[str] | None = None,
     dense_start: bool = False,
+    update_budget: float | int | str | None = None,
+    data: Any = None,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -130,6 +136,10 @@ def compile(
                    `sparsity` say otherwise, and keeps its mask
     dense_start    all weights of the sparse layers that train live at first, as those of a pretrained model that is
                    pruned to `sparsity` while it trains: method "gradual", or `step.prune`
+    update_budget  what a step may cost: a share of the full step's time, 0 < share <= 1, or bytes of the whole step's
+                   planned memory, "24MiB". What of the full step, in which all trains that `trainable` lets, then
+                   trains is chosen as by `choose_trainable`; the step tells why in `describe()["update_budget"]`
+    data           what the choice is made by, and nothing else: as `choose_trainable` takes it
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
@@ -149,9 +159,11 @@ def compile(
         activations=activations,
         trainable=trainable,
         dense_start=dense_start,
+        update_budget=update_budget,
     )
     theirs = optimizer if is_optimizer(optimizer) else None
-    return compile_step(model, input_shape, options, device, builder, records, theirs)
+    batches = None if data is None else sampled(data, input_shape, options)
+    return compile_step(model, input_shape, options, device, builder, records, theirs, batches)
 
 
 def compile_step(
@@ -162,10 +174,39 @@ def compile_step(
     builder: Builder | None = None,
     records: Records | None = None,
     theirs: torch.optim.Optimizer | None = None,
+    batches: Batches | None = None,
 ) -> TrainStep:
     """`compile` with options that are said already. theirs: what their optimizer was read from, which must have all
-    that trains."""
-    from mest_compile.frontend import import_model, trained_parameters
+    that trains. batches: what an update budget chooses by."""
+    from mest_compile.frontend import trained_parameters
+
+    if (options.update_budget is None) != (batches is None):
+        raise UsageError(
+            "update_budget chooses by gradients on your data: give data=(images, labels) with it"
+            if batches is None
+            else "data is what an update_budget chooses by, and there is none; leave data out"
+        )
+    plan, state, masks = planned = planned_step(model, input_shape, options, device, builder, records)
+    if batches is not None:
+        choice = chosen_step(planned, options, batches, device, builder)
+        plan = replace(with_trainable(plan, choice.trainable), chosen=choice.to_dict())
+    if theirs is not None:
+        check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
+    if options.sparse:
+        say_what_stays_dense(plan.layers)
+    return make_step(plan, state, builder, device, None, _at_first(plan, masks, options))
+
+
+def planned_step(
+    model: Any,
+    input_shape: Sequence[int],
+    options: StepOptions,
+    device: Device | None,
+    builder: Builder | None,
+    records: Records | None,
+) -> Planned:
+    """Of the full step, whatever its update budget."""
+    from mest_compile.frontend import import_model
 
     exclusive.this_process()
     input_shape = checks.shape("input_shape", input_shape)
@@ -179,32 +220,32 @@ def compile_step(
 
     options, masks = first_masks(model, graph, state, options)
     plan = plan_step(graph, options, known)
-    if theirs is not None:
-        check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
-    if options.dense_start:
-        masks = {name: np.ones(layer.spec.weight_shape, bool) for name, layer in sparse_layers(plan.layers).items()}
-    if options.sparse:
-        say_what_stays_dense(plan.layers)
-    return make_step(plan, state, builder, device, None, masks)
+    return plan, state, masks
 
 
-def first_masks(
-    model: Any, graph: ForwardGraph, state: Mapping[str, np.ndarray], options: StepOptions
-) -> tuple[StepOptions, dict[str, np.ndarray]]:
-    """(options, masks that the step begins with; of layers that are not named they are by magnitude). Raises as
-    `as_given` does, and SparsityError where masks are attached that `options` would not keep."""
-    from mest_compile.frontend import attached_to
+def _at_first(plan: Plan, masks: Mapping[str, np.ndarray], options: StepOptions) -> Mapping[str, np.ndarray]:
+    """The masks that a step of the plan begins with."""
+    if not options.dense_start:
+        return masks
+    return {name: np.ones(layer.spec.weight_shape, bool) for name, layer in sparse_layers(plan.layers).items()}
 
-    attached = attached_to(model)
-    if options.sparsity == AS_GIVEN:
-        return as_given(graph, state, options, attached)
-    if attached:
-        raise SparsityError(
-            f"{attached[0]} has a mask attached, which sparsity {options.sparsity} would not keep: pass "
-            f"sparsity={AS_GIVEN!r}, or make it permanent first (torch.nn.utils.prune.remove, "
-            "torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    return options, {}
+
+def chosen_step(
+    planned: Planned,
+    options: StepOptions,
+    batches: Batches,
+    device: Device | None,
+    builder: Builder | None,
+    importance: str = "fisher",
+) -> Choice:
+    """What of a full step trains within the budget."""
+    plan, state, masks = planned
+
+    def make(plan: Plan) -> TrainStep:
+        return make_step(plan, state, builder, None, None, _at_first(plan, masks, options))
+
+    budget = read_budget(options.update_budget)
+    return choose(plan, batches, budget, make, device is None and runs_here(plan.target), importance)
 
 
 def of_machine(records: Records, device: Device | None) -> Records:
@@ -314,6 +355,7 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
         "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
         "trainable": facts.graph.trainable(),
         "frozen": dict(facts.graph.frozen),
+        **({} if plan.chosen is None else {"update_budget": dict(plan.chosen)}),
         "optimizer": document["optimizer"],
         "loss": document["loss"],
         "label_smoothing": getattr(facts.loss, "smoothing", 0.0),

@@ -7,6 +7,7 @@ have it, and whatever honours it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from mest_compile.sparsity.schemes.block import Block
 from mest_compile.sparsity.schemes.dense import Dense
 
 AS_GIVEN = "as-given"  # as `sparsity`: masks are the zeros of the model's weights
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_BUDGET = re.compile(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class StepOptions:
     sparsity  None: the scheme's usual one
     target  as it was said: `find_target` reads it
     threads  None: all cores of the target
+    update_budget  a share (float) or bytes (int), once it is read
     Raises MestError: UnknownName, UsageError, SparsityError, TargetError.
     """
 
@@ -59,6 +63,7 @@ class StepOptions:
     activations: str = "float32"
     trainable: str | Sequence[str] | None = None
     dense_start: bool = False
+    update_budget: float | int | str | None = None
 
     def __post_init__(self) -> None:
         self._set("scheme", parse_schemes(self.scheme))
@@ -83,6 +88,13 @@ class StepOptions:
         if checks.flag("dense_start", self.dense_start) and (self.grow_to is not None or self.lower_density):
             other = "lower_density" if self.lower_density else "grow_to"
             raise UsageError(f"dense_start has room for all weights, which {other} would change; leave one of them out")
+        if self.update_budget is not None:
+            self._set("update_budget", read_budget(self.update_budget))
+            if self.memory_budget is not None:
+                raise UsageError(
+                    "update_budget and memory_budget do not go together: what is computed again costs time that the "
+                    "choice does not know; leave one out, or choose first and compile with trainable and memory_budget"
+                )
 
     def _check_sparsity(self) -> None:
         check_distribution(self.distribution)
@@ -185,6 +197,25 @@ def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
     if not found or not all(found):
         raise UsageError(f"trainable is {checks.shown(trainable)}; wanted patterns{also}")
     return found
+
+
+def read_budget(budget: Any) -> float | int:
+    """A share of the full step's time, 0 < share <= 1, as a float; bytes, more than 1, as an int; a text of either:
+    "0.5", "24MiB", "300000". Raises UsageError."""
+    number, factor = budget, 1
+    if isinstance(budget, str):
+        found = _BUDGET.fullmatch(budget.strip())
+        number = float(found[1]) if found else None
+        factor = _UNITS[found[2].lower()] if found else 1
+    if checks.is_number(number):
+        if factor == 1 and 0 < number <= 1:
+            return float(number)
+        if number * factor > 1 and (factor > 1 or float(number).is_integer()):
+            return int(number * factor)
+    raise UsageError(
+        f"update_budget is {checks.shown(budget)}; wanted a share of the full step's time above 0 and at most 1, such "
+        'as 0.5, or bytes, such as "24MiB"'
+    )
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -34,7 +34,7 @@ class SparsityError(UsageError):
 
 
 class BudgetError(UsageError):
-    """A memory budget that the step cannot meet."""
+    """A budget, of memory or of time, that no step can meet."""
 
 
 class CapacityError(MestError):

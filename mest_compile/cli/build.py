@@ -11,6 +11,8 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Activations,
     Batch,
+    ChoiceData,
+    DataFolder,
     Distribution,
     Image,
     Model,
@@ -18,9 +20,12 @@ from mest_compile.cli.options import (
     Sparsity,
     TargetName,
     Trainable,
+    UpdateBudget,
     Width,
+    chosen_by,
     given_options,
     image_sizes,
+    print_choice,
     said_schemes,
     said_sparsity,
 )
@@ -60,6 +65,9 @@ def build(
     dense_start: Annotated[
         bool, typer.Option("--dense-start", help="Begin with all weights, for the method gradual.")
     ] = False,
+    update_budget: UpdateBudget = None,
+    data: ChoiceData = None,
+    data_folder: DataFolder = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -72,6 +80,7 @@ def build(
 ) -> None:
     """Build an artifact that trains on a device without the compiler."""
     import mest_compile as mest
+    from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions, find_loss, find_optimizer
@@ -86,6 +95,7 @@ def build(
         )
     if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
         raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
+    examples = chosen_by(update_budget, data, data_folder, find_loss(loss))
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
             step = mest.load(
@@ -111,8 +121,11 @@ def build(
                 grow_to=grow_to,
                 trainable=trainable,
                 dense_start=dense_start,
+                update_budget=update_budget,
             )
-            step = compile_step(net, shape, options)
+            batches = None if examples is None else sampled(examples, shape, options)
+            step = compile_step(net, shape, options, batches=batches)
+        print_choice(step.describe())
         manifest = step.export(out)
         need = step.memory(at_capacity=True)["total"]
     if as_json:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mest_compile.base.errors import UsageError
+from mest_compile.cli.output import stderr_console
 
 if TYPE_CHECKING:
+    from mest_compile.data import Dataset
+    from mest_compile.operators.losses.loss import Loss
     from mest_compile.sparsity import scheme as schemes
 
 BuiltIn = Annotated[str, typer.Option(help="Built-in model.")]
@@ -39,10 +44,53 @@ Trainable = Annotated[
         "Default: all."
     ),
 ]
+UpdateBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="What a step may cost: a share of the full step's time, 0.5, or bytes of all its memory, 24MiB. What "
+        "trains is chosen by what layers cost and what they gain on the data."
+    ),
+]
+ChoiceData = Annotated[
+    str | None, typer.Option("--data", help="Data set that --update-budget chooses by; it decides shape and classes.")
+]
+DataFolder = Annotated[Path | None, typer.Option(help="Where the data set's files are.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, and of all else that is drawn.")]
 Activations = Annotated[
     str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target can.")
 ]
+
+
+def chosen_by(update_budget: str | None, data: str | None, data_folder: Path | None, loss: Loss) -> Dataset | None:
+    """The examples that an update budget is to choose by; None: there is no budget. Raises UsageError where one is
+    given without the other."""
+    from mest_compile.data import load
+
+    if (update_budget is None) != (data is None):
+        raise UsageError(
+            "--update-budget chooses by gradients on your data: give --data with it"
+            if data is None
+            else f"--data is what an --update-budget chooses by, and there is none; leave out --data {data}"
+        )
+    return None if data is None else load(data, data_folder, numbers=loss.takes_numbers).train
+
+
+def print_choice(facts: Mapping[str, Any]) -> None:
+    """A line on what an update budget chose, on stderr; nothing where there was none. facts: a step's `describe()`."""
+    choice = facts.get("update_budget")
+    if choice is None:
+        return
+    budget, chosen = choice["budget"], sum(unit["chosen"] for unit in choice["units"])
+    whole = f"{budget:g} of the full step" if isinstance(budget, float) else f"{budget} bytes"
+    measured = "" if choice["measured"] is None else f", {choice['measured']:.3f} measured"
+    stderr_console().print(
+        f"update budget of {whole}: {chosen} of {len(choice['units'])} layers train, {choice['predicted']:.3f} of the "
+        f"full step's cost ({choice['costs']}) predicted{measured}, {choice['chosen_bytes'] / 2**20:.1f} of "
+        f"{choice['full_bytes'] / 2**20:.1f} MiB",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def given_options(context: typer.Context) -> set[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Batch,
+    ChoiceData,
+    DataFolder,
     Distribution,
     Image,
     Model,
@@ -19,8 +21,11 @@ from mest_compile.cli.options import (
     Sparsity,
     TargetName,
     Trainable,
+    UpdateBudget,
     Width,
+    chosen_by,
     image_sizes,
+    print_choice,
     said_schemes,
     said_sparsity,
 )
@@ -41,21 +46,25 @@ def plan(
     threads: Annotated[int | None, typer.Option(help="Threads of the step.", min=1)] = None,
     target: TargetName = "local",
     trainable: Trainable = None,
+    update_budget: UpdateBudget = None,
+    data: ChoiceData = None,
+    data_folder: DataFolder = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is
     chosen and why; then what trains, and the memory that the step needs.
 
-    A built-in model has 10 classes.
+    A built-in model has 10 classes, or with --data image and classes of that. With an --update-budget also what every
+    layer costs and matters, and the chosen step's time, predicted and measured.
     """
+    from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions
 
     if model.endswith(".onnx") and width is not None:
         raise UsageError(f"an .onnx file has its width already; leave out --width {width}")
-    shape = (batch, *image_sizes(image))
     options = StepOptions(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -64,10 +73,16 @@ def plan(
         threads=threads,
         seed=seed,
         trainable=trainable,
+        update_budget=update_budget,
     )
+    examples = chosen_by(update_budget, data, data_folder, options.loss)
+    shape, classes = (batch, *image_sizes(image)), 10
+    if examples is not None:
+        shape, classes = (batch, *examples.images.shape[1:]), examples.outputs
     with stderr_console().status("compiling and timing"):
-        net = model if model.endswith(".onnx") else build_model(model, shape, 10, width, seed)
-        step = compile_step(net, shape, options)
+        net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
+        batches = None if examples is None else sampled(examples, shape, options)
+        step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds
@@ -84,6 +99,7 @@ def plan(
                 "trainable": facts["trainable"],
                 "frozen": facts["frozen"],
                 "memory": memory,
+                "update_budget": facts.get("update_budget"),
                 "calls": [
                     {
                         "layer": one.layer,
@@ -104,7 +120,29 @@ def plan(
     print(f"\n{chosen} of {len(planned)} kernels specialized, which saves {saved * 1e3:.2f} ms a step")
     trained, frozen = facts["trainable"], facts["frozen"]
     print(f"{len(trained)} of {len(trained) + len(frozen)} parameters train: {', '.join(_parts(trained, frozen))}")
+    if (choice := facts.get("update_budget")) is not None:
+        _print_units(choice)
+        print_choice(facts)
     print("planned bytes: " + ", ".join(f"{kind} {size}" for kind, size in memory.items()))
+
+
+def _print_units(choice: Mapping[str, Any]) -> None:
+    """Layers, what each costs and matters, and whether it trains."""
+    most = max(unit["importance"] for unit in choice["units"]) or 1.0
+    print()
+    print_table(
+        ["layer", choice["importance"], "cost", "cost alone", "KiB", "trains"],
+        [
+            [
+                unit["name"],
+                *(f"{share:.3f}" for share in (unit["importance"] / most, unit["cost"], unit["alone"])),
+                round(unit["size_bytes"] / 2**10),
+                "yes" if unit["chosen"] else "",
+            ]
+            for unit in choice["units"]
+        ],
+    )
+    print(f"{choice['importance']}: of the largest; cost: share of the full step's; alone: if nothing else trains")
 
 
 def _parts(trained: Sequence[str], frozen: Collection[str]) -> list[str]:

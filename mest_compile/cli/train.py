@@ -20,7 +20,9 @@ from mest_compile.cli.options import (
     Sparsity,
     TargetName,
     Trainable,
+    UpdateBudget,
     Width,
+    print_choice,
     said_schemes,
     said_sparsity,
 )
@@ -106,6 +108,7 @@ def train(
     ] = False,
     activations: Activations = "float32",
     trainable: Trainable = None,
+    update_budget: UpdateBudget = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[
@@ -169,6 +172,7 @@ def train(
         "loss": loss,
         "optimizer": optimizer,
         "trainable": trainable,
+        "update_budget": update_budget,
     }
     if recipe is not None:
         where |= {name: value for name, value in Recipe.run_options(recipe).items() if name not in given}
@@ -234,7 +238,6 @@ def start_run(request: Request) -> Run:
     import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.hardware.target import find_target
-    from mest_compile.training.judging import Judge
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
@@ -244,9 +247,10 @@ def start_run(request: Request) -> Run:
     folder.require_free()
     _check_target(target, find_device(request.tracker, request.key))
     teacher = None if request.teacher is None else mest.load(request.teacher).predict
-    split = load(request.data, request.data_folder, numbers=Judge.wants_numbers(request.options.loss))
+    split = load(request.data, request.data_folder, numbers=request.options.loss.takes_numbers)
     with console.status(f"compiling {request.model} for {request.options.target}"):
-        step = _compile(request, split)
+        step = _compile(request, split, teacher)
+    print_choice(step.describe())
     trainer = Trainer(step, request.recipe, folder.path, None, request.specialize, teacher)
     with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
         trainer.progress = progress
@@ -258,7 +262,7 @@ def start_run(request: Request) -> Run:
             source |= {"tracker": request.tracker, "key": request.key}
         if request.specialize:
             source["specialize"] = True
-        if Judge.wants_numbers(request.options.loss):
+        if request.options.loss.takes_numbers:
             source["numbers"] = True
         if request.teacher is not None:
             source["teacher"] = str(request.teacher.resolve())
@@ -317,7 +321,8 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
         trainer.step.close()
 
 
-def _compile(request: Request, split: Split) -> Any:
+def _compile(request: Request, split: Split, teacher: Any) -> Any:
+    from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
 
@@ -328,7 +333,8 @@ def _compile(request: Request, split: Split) -> Any:
         model = build_model(request.model, shape, split.train.outputs, request.width, options.seed)
     elif request.width is not None:
         raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
-    return compile_step(model, shape, options, find_device(request.tracker, request.key))
+    batches = None if options.update_budget is None else sampled(split.train, shape, options, teacher)
+    return compile_step(model, shape, options, find_device(request.tracker, request.key), batches=batches)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

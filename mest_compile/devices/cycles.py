@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mest_compile.base.errors import DeviceError, NotInstalled, TargetError
 from mest_compile.base.programs import run_program
@@ -103,7 +104,9 @@ def block_cycles(blocks: Sequence[tuple[int, ...]], core: str) -> list[float]:
     """Modelled cycles of one execution of each block, given by its instructions' words."""
     unknown = [words for words in dict.fromkeys(blocks) if (core, words) not in _known]
     if unknown:
-        for words, cycles in zip(unknown, analyse([disassemble(words) for words in unknown], core), strict=True):
+        lines = iter(disassemble(tuple(word for words in unknown for word in words)))
+        texts = [list(islice(lines, len(words))) for words in unknown]
+        for words, cycles in zip(unknown, analyse(texts, core), strict=True):
             _known[core, words] = cycles
     return [_known[core, words] for words in blocks]
 

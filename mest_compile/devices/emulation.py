@@ -128,6 +128,14 @@ def build(source: KernelSource, path: Path) -> None:
         ) from problem
 
 
+def emulate(source: KernelSource, arrays: Sequence[np.ndarray]) -> Execution:
+    """One call of a kernel, compiled for its target. Raises BuildError, DeviceError, NotInstalled."""
+    with tempfile.TemporaryDirectory(prefix="mest-emulation-") as folder:
+        library = Path(folder) / "kernel.so"
+        build(source, library)
+        return execute(library, source.symbol, arrays, source.target)
+
+
 def execute(
     library: Path, symbol: str, arrays: Sequence[np.ndarray], target: Target, limit_seconds: float = LIMIT_SECONDS
 ) -> Execution:

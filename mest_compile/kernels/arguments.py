@@ -36,6 +36,13 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
     return rng.standard_normal(elems).astype(np.float32)
 
 
+def any_arrays(call: Call, layers: Mapping[str, Layer], program: Program, seed: int = 0) -> list[np.ndarray]:
+    """Arrays, flat, that any call of a program takes: as `call_arrays`, of layers that are indexed together, and what
+    kernels divide by above 0."""
+    rng, indices = np.random.default_rng(seed), dict[str, LayerIndex]()
+    return [_argument(buffer, program, layers, indices, False, rng) for buffer in call.buffers]
+
+
 def _argument(
     buffer: Buffer,
     program: Program,

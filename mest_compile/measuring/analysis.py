@@ -3,13 +3,9 @@ same model."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mest_compile.base.errors import UsageError
 from mest_compile.devices import cycles, emulation
@@ -17,7 +13,7 @@ from mest_compile.hardware.target import find_target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.arguments import call_arrays
-from mest_compile.kernels.source import KernelSource, kernel_source
+from mest_compile.kernels.source import kernel_source
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.sparsity.layer import Layer
@@ -175,16 +171,8 @@ class _Side:
             height, width = layer.spec.output_size
             arrays = call_arrays(call, layer, self.program)
             useful = self.live_weights(name) * height * width * layer.spec.input_shape[0]
-            self._known[key] = cycles.model(emulate(source, arrays), self.target, useful)
+            self._known[key] = cycles.model(emulation.emulate(source, arrays), self.target, useful)
         return self._known[key]
-
-
-def emulate(source: KernelSource, arrays: list[np.ndarray]) -> emulation.Execution:
-    """One call of a kernel on the emulated machine. Raises BuildError, DeviceError, NotInstalled."""
-    with tempfile.TemporaryDirectory(prefix="mest-analysis-") as folder:
-        library = Path(folder) / "kernel.so"
-        emulation.build(source, library)
-        return emulation.execute(library, source.symbol, arrays, source.target)
 
 
 def convolutions(program: Program, layers: Mapping[str, Layer]) -> dict[tuple[str, str], Call]:

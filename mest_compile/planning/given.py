@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,25 @@ from mest_compile.sparsity.schemes.dense import Dense
 Masks = dict[str, np.ndarray]
 
 _ALIKE = 0.01  # a mask much sparser than 2:4 may be one by chance, and is none
+
+
+def first_masks(
+    model: Any, graph: ForwardGraph, state: Mapping[str, np.ndarray], options: StepOptions
+) -> tuple[StepOptions, dict[str, np.ndarray]]:
+    """(options, masks that the step begins with; of layers that are not named they are by magnitude). Raises as
+    `as_given` does, and SparsityError where masks are attached that `options` would not keep."""
+    from mest_compile.frontend import attached_to
+
+    attached = attached_to(model)
+    if options.sparsity == AS_GIVEN:
+        return as_given(graph, state, options, attached)
+    if attached:
+        raise SparsityError(
+            f"{attached[0]} has a mask attached, which sparsity {options.sparsity} would not keep: pass "
+            f"sparsity={AS_GIVEN!r}, or make it permanent first (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return options, {}
 
 
 def as_given(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.graph import ForwardGraph
@@ -31,10 +32,12 @@ class Plan:
 
     facts    what decides the step, which checkpoints and artifacts hold
     records  of the target, what its kernels' knobs are chosen by
+    chosen   how an update budget chose what trains, ready for JSON; None: none did
     """
 
     facts: Facts
     records: Records
+    chosen: Mapping[str, Any] | None = None
 
     @property
     def target(self) -> Target:
@@ -67,7 +70,8 @@ def plan_step(
     records: Callable[[Target], Records] = Records,
     vector: int | None = None,
 ) -> Plan:
-    """The plan of a step of `graph`, as imported.
+    """The plan of a step of `graph`, as imported, whatever its update budget: who has data chooses by that
+    (`budgeting`).
 
     records  those of a target that vector width and sections are chosen by; default: none
     vector   examples of a slice, whatever the records say; None: as they say

@@ -32,8 +32,8 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     def planned(target: Target) -> dict[str, Layer]:
         layers = {}
         for name, layer in facts.layers.items():
-            spec = replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:]))
-            layers[name] = replace(layer, spec=spec, kernels=family_for(layer.scheme, spec, target))
+            layer = _layer_with_batch(layer, batch)
+            layers[name] = replace(layer, kernels=family_for(layer.scheme, layer.spec, target))
         return layers
 
     if (tuned := choose_vector(planned(target), target, found)) != target:
@@ -47,6 +47,17 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     return Plan(
         replace(facts, graph=graph, layers=layers, recomputed=recomputed, target=target, threads=threads), found
     )
+
+
+def with_batch(plan: Plan, batch: int) -> Plan:
+    """The plan of steps of `batch` examples, else as it is, the layout too."""
+    facts = plan.facts
+    layers = {name: _layer_with_batch(layer, batch) for name, layer in facts.layers.items()}
+    return replace(plan, facts=replace(facts, graph=_with_batch(facts.graph, batch), layers=layers))
+
+
+def _layer_with_batch(layer: Layer, batch: int) -> Layer:
+    return replace(layer, spec=replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:])))
 
 
 def _with_batch(graph: ForwardGraph, batch: int) -> ForwardGraph:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from mest_compile.base.errors import InputError, SparsityError, UsageError
+from mest_compile.base.errors import SparsityError, UsageError
 from mest_compile.data import Dataset
-from mest_compile.data.examples import turned
+from mest_compile.data.sampling import check_shape
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
@@ -62,10 +61,5 @@ def check_start(recipe: Recipe, step: Any) -> None:
 
 def check_data(step: Any, judge: Judge, data: Dataset) -> None:
     """Raises InputError when the step, or its loss, does not take such examples."""
-    wanted, found = tuple(step.input_shape[1:]), data.images.shape[1:]
-    if wanted != found and wanted != (math.prod(found),):
-        raise InputError(
-            f"the step takes images of shape {wanted}, {data.name} has {found}"
-            + (turned(found, wanted) or f"; compile with input_shape=({step.batch}, {', '.join(map(str, found))})")
-        )
+    check_shape(data, tuple(step.input_shape))
     judge.check(data)

@@ -56,21 +56,6 @@ class Judge:
     def main(self) -> Metric:
         return self.metrics[0]
 
-    @staticmethod
-    def wants_numbers(loss: Loss) -> bool:
-        """Whether a loss takes labels that are numbers, not classes."""
-        return loss.reads[0][1] is not np.int64
-
-    @property
-    def takes_numbers(self) -> bool:
-        return self.wants_numbers(self.loss)
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Of which kind labels are, as `as_dataset` is told."""
-        ignored = getattr(self.loss, "ignore_index", None)
-        return {"numbers": self.takes_numbers, **({} if ignored is None else {"ignored": ignored})}
-
     def given(self, images: np.ndarray, labels: np.ndarray) -> Any:
         """What the step takes with a batch of images."""
         return labels if self._teacher is None else (labels, self._teacher(images))
@@ -78,12 +63,12 @@ class Judge:
     def check(self, data: Dataset) -> None:
         """Raises InputError when the loss cannot take its labels."""
         shape = (len(data), *self._shape[1:])
-        if data.numbers != self.takes_numbers:
+        if data.numbers != self.loss.takes_numbers:
             raise InputError(
                 f"{data.name} has {'numbers' if data.numbers else 'classes'}, mest.{type(self.loss).__name__} takes "
-                f"{'numbers' if self.takes_numbers else 'classes'}; give other data, or another loss"
+                f"{'numbers' if self.loss.takes_numbers else 'classes'}; give other data, or another loss"
             )
-        if not self.takes_numbers and data.classes > shape[1]:
+        if not self.loss.takes_numbers and data.classes > shape[1]:
             raise InputError(
                 f"the step tells {shape[1]} classes apart, {data.name} has {data.classes}; "
                 f"give the model as many outputs"

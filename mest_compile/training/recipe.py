@@ -44,8 +44,10 @@ RUN_OPTIONS: dict[str, type] = {
     "loss": str,
     "optimizer": str,
     "trainable": str,
+    "update_budget": str,
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
+NUMBERS = ("update_budget",)  # which are a text or a number
 _KINDS = {str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
@@ -229,7 +231,10 @@ class Recipe:
                     f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
                 )
             wanted = RUN_OPTIONS[key]
-            if (key in TABLES and isinstance(value, Mapping)) or (key == "sparsity" and value == AS_GIVEN):
+            table_or_number = (key in TABLES and isinstance(value, Mapping)) or (
+                key in NUMBERS and checks.is_number(value)
+            )
+            if table_or_number or (key == "sparsity" and value == AS_GIVEN):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")

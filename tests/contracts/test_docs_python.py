@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import budget
 import frozen
 import numpy as np
 import opencl_loads
@@ -54,14 +55,14 @@ def test_the_page_on_own_models_tells_how_models_come_out_again(tmp_path, monkey
 
 def test_the_memory_page_quotes_the_recorded_figures():
     entries = json.loads((ROOT / "benchmarks" / "results" / "full.json").read_text())["entries"]
-    for budget, key in ("none", ""), ("135000000 bytes", " in 135000000 bytes"):
+    for limit, key in ("none", ""), ("135000000 bytes", " in 135000000 bytes"):
         found = entries[f"resnet32 width 32 64x3x32x32 block:4x1 0.9 threads 1{key} vs torch"]
         ours, rival = found["ours"], found["rival"]
         figures = [
             f"{side / 2**20:.0f}"
             for side in (ours["planned_bytes"], ours["training_peak_bytes"], rival["training_peak_bytes"])
         ]
-        assert f"| {budget} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
+        assert f"| {limit} | {' | '.join(figures)} | {found['ratio']:.2f} |" in (DOCS / "memory.md").read_text()
 
 
 def test_the_finetuning_page_trains_what_it_says():
@@ -121,6 +122,27 @@ def test_pruned_models_are_measured_in_turns(monkeypatch):
     rows = pruned.table(results).splitlines()[2:]
     assert len(rows) == 3 and rows[0].startswith("| resnet20, width 4 | 4x1 blocks | ")
     assert rows[-1].startswith("| resnet20, width 4 | gradually, 4x1 blocks, at 0.8 | ")
+
+
+def test_the_finetuning_page_keeps_to_its_budgets(capsys):
+    page, rng = (DOCS / "finetuning.md").read_text(), np.random.default_rng(0)
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[1].replace("(16, 3, 96, 96)", "(8, 16)")
+    images, labels = rng.standard_normal((32, 16)).astype(np.float32), rng.integers(0, 10, 32)
+    known = {"mest": mest, "model": build_model("mlp", (8, 16), 10, 8), "images": images, "labels": labels}
+    exec(compile(code.replace("0.5", "1.0"), "docs/finetuning.md", "exec"), known)
+    assert known["step"].memory()["total"] == known["choice"].chosen_bytes <= 24 * 2**20
+    results = json.loads(budget.FILE.read_text())
+    assert page == budget.embed(page, budget.table(results)), "run python benchmarks/budget.py"
+    for row in budget.rows(results):
+        shares = [row["predicted"]] if row["measured"] is None else [row["predicted"], row["measured"]]
+        assert all(0.9 * row["budget"] <= share <= 1.1 * row["budget"] for share in shares)
+
+
+def test_a_budget_is_measured_in_turns(monkeypatch):
+    monkeypatch.setattr(frozen, "MODELS", {"small": lambda: build_model("mlp", (8, 3, 4, 4), 10, 8)})
+    monkeypatch.setattr(budget, "BUDGET", 1.0)
+    (row,) = budget.rows({"measure": {"models": {"small": budget.measure("small", (8, 3, 4, 4), rounds=1)}}})
+    assert row["predicted"] == 1 and row["chosen"] == row["layers"] == 3 and row["measured"] > 0
 
 
 def test_frozen_blocks_are_measured_in_turns(monkeypatch):

@@ -11,10 +11,13 @@ import pytest
 import test_gather
 import test_nonfinite
 from libraries import check_library
+from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError, DeviceError, NotInstalled, TargetError, UsageError
+from mest_compile.budgeting import _prices
 from mest_compile.devices import cycles, emulation
+from mest_compile.devices.cycleprices import CyclePrices
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
@@ -22,11 +25,14 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
 from mest_compile.kernels.linking import link_kernel
 from mest_compile.kernels.source import kernel_source
-from mest_compile.measuring.analysis import analyse, emulate
+from mest_compile.measuring.analysis import analyse
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step
+from mest_compile.planning.prices import CountedPrices, call_bytes
+from mest_compile.planning.retargeting import with_batch
+from mest_compile.planning.units import with_trainable
 from mest_compile.records.log import Measure, Outcome, Records
 from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Task, prepare, tasks_of
@@ -43,7 +49,7 @@ def executions(monkeypatch, target, seeds, taps=1):
     found = []
 
     def call(_, kernel, problem, *arrays, **knobs):
-        found.append(emulate(kernel_source(kernel, problem, target, **knobs), list(arrays)))
+        found.append(emulation.emulate(kernel_source(kernel, problem, target, **knobs), list(arrays)))
         return [after.reshape(before.shape) for after, before in zip(found[-1].arrays, arrays, strict=True)]
 
     monkeypatch.setattr(test_gather, "call", call)
@@ -89,7 +95,7 @@ def test_kernels_for_arm_give_what_the_references_give(monkeypatch, target, seed
 )
 def test_nan_and_infinity_go_through_kernels_for_arm(monkeypatch, kernel):
     def call(_, kernel, problem, *arrays):
-        found = emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
+        found = emulation.emulate(kernel_source(kernel, problem, TARGET), list(arrays)).arrays
         return [after.reshape(before.shape) for after, before in zip(found, arrays, strict=True)]
 
     monkeypatch.setattr(test_nonfinite, "call", call)
@@ -148,7 +154,7 @@ def test_a_kernel_with_more_work_executes_so_much_more():
             np.ones((4, 4), np.float32),
         ]
         arrays = [*index, *(np.zeros(image.shape, np.float32) for _ in range(2))]
-        execution = emulate(kernel_source("gather.conv", problem, TARGET), arrays)
+        execution = emulation.emulate(kernel_source("gather.conv", problem, TARGET), arrays)
         names = {
             block.words: [line.split()[0] for line in cycles.disassemble(block.words)] for block in execution.blocks
         }
@@ -225,6 +231,24 @@ def test_missing_programs_are_named_with_what_to_install(monkeypatch):
         emulation.check_tools(emulation.machine_of(TARGET))
     with pytest.raises(NotInstalled, match="llvm-mca-19.*apt install llvm-19"):
         cycles.check_tools()
+
+
+@needs_arm
+def test_steps_of_a_core_that_is_not_there_cost_modelled_cycles(monkeypatch):
+    model, shape = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), (64, 16)
+    plan = plan_step(import_model(model, shape)[0], StepOptions("dense", 0.0, target=TARGET, threads=1))
+    prices, few = _prices(TARGET, 0.5), with_batch(plan, 4)
+    assert prices.kind == "modelled cycles of neoverse-n1" and _prices(TARGET, 10**6).kind == "counted"
+    assert 0.2 < prices.of(with_trainable(few, ["1.*"])) / prices.of(few) < 0.8
+    emulated = []
+
+    def counted(prices, call, plan):
+        emulated.append(plan.facts.graph.input_shape[0])
+        return call_bytes(call, plan)
+
+    # Calls are emulated on few examples; what depends on their number, as updates do not, is told in proportion.
+    monkeypatch.setattr(CyclePrices, "price", counted)
+    assert CyclePrices(TARGET).of(plan) == pytest.approx(CountedPrices().of(plan), rel=0.2) and set(emulated) == {16}
 
 
 @needs_arm

@@ -10,11 +10,10 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import SparsityError, UnknownName, UsageError
-from mest_compile.compiling import first_masks
 from mest_compile.frontend import import_model
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.options import StepOptions
-from mest_compile.planning.given import nearest
+from mest_compile.planning.given import first_masks, nearest
 from mest_compile.planning.plan import plan_step
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.scheme import SCHEMES

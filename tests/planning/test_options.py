@@ -27,7 +27,7 @@ SAID = StepOptions(
     activations="float16" if find_target("cortex-a76").float16 else "float32",
     trainable=["head.*", "last:2"],
 )
-BESIDE = {"model", "input_shape", "label_smoothing", "device", "builder", "records"}
+BESIDE = {"model", "input_shape", "label_smoothing", "device", "builder", "records", "data"}
 
 
 def test_compile_takes_every_option_and_has_the_same_defaults():
@@ -46,7 +46,8 @@ def test_every_option_of_compile_arrives(monkeypatch):
     given = {one.name: getattr(SAID, one.name) for one in fields(SAID)}
     mest.compile("mlp", (8, 4), **given)
     mest.compile("mlp", (8, 4), label_smoothing=0.1)
-    assert arrived == [SAID, StepOptions(loss=mest.CrossEntropy(0.1))]
+    mest.compile("mlp", (8, 4), update_budget="2KiB")
+    assert arrived == [SAID, StepOptions(loss=mest.CrossEntropy(0.1)), StepOptions(update_budget=2048)]
 
 
 def test_options_are_what_they_were_behind_a_file():

@@ -21,7 +21,6 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.lowering.fusing import fuse
-from mest_compile.measuring.analysis import emulate
 from mest_compile.models.catalog import build_model
 from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.gather import GatherConv, Pass, gather_conv_reference
@@ -305,7 +304,7 @@ def test_an_arm_cpu_without_float16_arithmetic_converts(name):
     values = rng.standard_normal((8, 4)).astype(np.float32)
     images = source.pack(rng.standard_normal((4, 8, 8, 8)).astype(np.float16))
     arrays = [pointers, offsets, values, images, np.zeros(result.shape, np.float16)]
-    execution = emulate(kernel_source("gather.conv", problem, target), arrays)
+    execution = emulation.emulate(kernel_source("gather.conv", problem, target), arrays)
     wanted = gather_conv_reference(problem, pointers, offsets, values, images)
     got = execution.arrays[-1].reshape(result.shape)
     np.testing.assert_allclose(got, wanted, rtol=HALF_ULP, atol=8 * np.finfo(np.float32).eps * np.abs(wanted).max())

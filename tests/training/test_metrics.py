@@ -174,7 +174,7 @@ def test_a_run_is_judged_by_the_metrics_of_its_loss(loss, builder, tmp_path):
     best = (max if main.share else min)(line[key] for line in run.history)
     assert run.best[key] == best and run.test_score == last[key]
     outputs_given = step.predict(test[0])
-    labels = compared(step.loss, as_dataset(test, **trainer.judge.labels).labels)
+    labels = compared(step.loss, as_dataset(test, **step.loss.labels).labels)
     assert by_hand(main.name, outputs_given, labels) == pytest.approx(run.test_score, rel=1e-6)
 
     facts = write_report(tmp_path / "run")

@@ -61,6 +61,17 @@ class Loss(ABC):
     metrics: ClassVar[tuple[str, ...]]
     forgets: ClassVar[str] = ""
 
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.reads[0][1] is not np.int64
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Of which kind labels are, as `as_dataset` is told."""
+        ignored = getattr(self, "ignore_index", None)
+        return {"numbers": self.takes_numbers, **({} if ignored is None else {"ignored": ignored})}
+
     def check(self, shape: Shape) -> None:  # noqa: B027
         """Raises SpecError when it is none of outputs of that shape."""
 
