@@ -21,13 +21,16 @@ from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
-from mest_compile.ir.program import FUNCTIONS, Program
+from mest_compile.ir.program import functions_of
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
+from mest_compile.kernels.linking import link_steps
+from mest_compile.kernels.workers import Workers
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import AS_GIVEN, StepOptions, find_loss, find_optimizer
+from mest_compile.planning.facts import Facts
 from mest_compile.planning.given import as_given
 from mest_compile.planning.layers import say_what_stays_dense
 from mest_compile.planning.memory import warn_beyond_memory
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     from mest_compile.devices.session import Device
     from mest_compile.operators.losses.loss import Loss
     from mest_compile.operators.optimizers.optimizer import Optimizer
-    from mest_compile.runtime.compiled import Compiled
+    from mest_compile.runtime.compiled import Compiled, Knobs
     from mest_compile.runtime.runner import Runner
     from mest_compile.runtime.step import TrainStep
 
@@ -54,8 +57,6 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 # TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores
 # would give one.
 os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
-
-Knobs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # program -> call -> what a checkpoint noted of its kernel
 
 
 def compile(
@@ -234,7 +235,14 @@ def make_step(
     them."""
     from mest_compile.runtime.step import TrainStep
 
-    builder, facts = builder or Builder(), plan.facts
+    builder = builder or Builder()
+    with exclusive.COMPILER:
+        compiled = _compile(plan, builder, device, knobs)
+    return TrainStep(compiled, state, masks or {})
+
+
+def _dense(facts: Facts, builder: Builder, device: Device | None) -> Callable[[], TrainStep]:
+    """What compiles the dense twin of a step."""
 
     def dense() -> TrainStep:
         """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same
@@ -254,12 +262,48 @@ def make_step(
         twin = replace(facts, layers=every, target=where, threads=threads, activations=activations)
         return make_step(Plan(twin, Records(where)), zeros, builder, None, {})
 
-    with exclusive.COMPILER:
-        compiled = _compile(plan, builder, device, knobs)
-    return TrainStep(compiled, state, dense, masks or {})
+    return dense
 
 
-def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs | None) -> Compiled:
+class Again:
+    """Compiles a step's model for other facts (`runtime.compiled.Recompiles`): on the same device, kernels that there
+    were before with the knobs that they had.
+
+    known  what the knobs of the step's first kernels were
+    """
+
+    def __init__(
+        self, builder: Builder, device: Device | None, records: Records, known: Mapping[choosing.Kind, choosing.Choice]
+    ):
+        self._builder, self._device, self._records, self._known = builder, device, records, known
+
+    def knobs(self, facts: Facts) -> Knobs:
+        choices = choose_knobs(facts.lower(), facts.layers, facts.target, self._records, self._known)
+        return choosing.facts(choices)
+
+    def ahead(self, coming: Sequence[tuple[Facts, Knobs]]) -> None:
+        """On the machine's own processor; elsewhere kernels are compiled when they are needed."""
+        missing = []
+        for facts, knobs in coming:
+            if self._device is None and backend_of(facts.target).processor and not obstacle(facts.target):
+                programs = facts.lower()
+                sources = choosing.sources(programs, facts.target, remembered(programs, knobs))
+                every = [source for by_call in sources.values() for source in by_call.values()]
+                missing += [source for source in every if not self._builder.has(source)]
+        if missing:
+            workers = Workers(self._builder.folder)
+            workers.ask(missing)
+            workers.dismiss()
+
+    def compiled(self, facts: Facts, knobs: Knobs) -> Compiled:
+        with exclusive.COMPILER:
+            return _compile(Plan(facts, self._records), self._builder, self._device, knobs, self)
+
+
+def _compile(
+    plan: Plan, builder: Builder, device: Device | None, knobs: Knobs | None, again: Again | None = None
+) -> Compiled:
+    """again: what asked for it; None: a step that is new."""
     from mest_compile.runtime.compiled import Compiled
 
     facts, target, threads, programs = plan.facts, plan.target, plan.facts.threads, plan.programs
@@ -273,16 +317,12 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
     )
     sources = choosing.sources(programs, target, choices)
     every = [source for calls in sources.values() for source in calls.values()]
-    functions = {
-        name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()
-    }
+    functions = functions_of(train, predict)
 
-    def symbol(program: Program, call: str) -> str:
-        return sources[program.name][call].symbol
-
-    def library() -> bytes:
+    def library(coming: Sequence[tuple[Facts, Knobs]] = ()) -> bytes:
+        """coming: the steps that this one will become, whose code is in it as well."""
         with exclusive.COMPILER:
-            return kind.link_step(functions, symbol, every, target, builder)
+            return link_steps(functions, sources, coming, target, builder)
 
     def kernels() -> dict[str, dict[str, Any]]:
         built = builder.build(every)
@@ -325,7 +365,17 @@ def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs |
     }
     by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
     return Compiled(
-        facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"]
+        facts,
+        train,
+        predict,
+        document | {"describe": described},
+        runner,
+        _dense(facts, builder, device),
+        library,
+        by_call,
+        builder,
+        choices["train"],
+        again or Again(builder, device, plan.records, choosing.made(programs, facts.layers, choices)),
     )
 
 
@@ -333,14 +383,12 @@ def check_objects(builder: Builder | None, device: Device | None, records: Recor
     if builder is not None and not isinstance(builder, Builder):
         raise UsageError(
             f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the "
-            "user's cache "
-            "folder"
+            "user's cache folder"
         )
     if records is not None and not isinstance(records, Records):
         raise UsageError(
             f"records is {checks.shown(records)}; wanted a mest_compile.records.log.Records, or None for the "
-            "user's and the "
-            f"shipped ones"
+            "user's and the shipped ones"
         )
     if device is not None:
         from mest_compile.devices.session import Device
@@ -348,6 +396,5 @@ def check_objects(builder: Builder | None, device: Device | None, records: Recor
         if not isinstance(device, Device):
             raise UsageError(
                 f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; "
-                "what to compile "
-                f"for is told by target"
+                "what to compile for is told by target"
             )
