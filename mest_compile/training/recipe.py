@@ -148,6 +148,11 @@ class Recipe:
             return
         if not isinstance(self.freeze, FreezeRule):
             raise UsageError(f"freeze must be a FreezeRule or None, not {checks.shown(self.freeze)}")
+        if self.starts_dense:
+            raise UsageError(
+                f"the method {self.method!r} prunes all layers by and by, and what freezes is pruned no further; use "
+                "method 'em_s', or leave freeze out"
+            )
         if not any(self.freeze.covers(epoch, self.epochs) for epoch in range(self.warmup_epochs + 1, self.epochs)):
             raise UsageError(
                 f"nothing would freeze: from {self.freeze.begin:g} to {self.freeze.end:g} of {self.epochs} epochs "

@@ -86,6 +86,7 @@ def test_a_recipe_says_it_in_a_table_and_refuses_what_would_never_act(tmp_path):
         ({"epochs": 9, "freeze": 0.2}, r"freeze must be a table, for example \[freeze\] with share = 0.2"),
         ({"epochs": 9, "freeze": {"shard": 0.2}}, "unknown key 'shard'; did you mean 'share'"),
         ({"epochs": 9, "freeze": {}}, "the key 'share' is missing"),
+        ({"epochs": 9, "method": "gradual", "freeze": {"share": 0.2}}, "'gradual' prunes all layers by and by"),
         ({"epochs": 9, "warmup_epochs": 8, "freeze": {"share": 0.2}}, "after the warm-up"),
     ):
         with pytest.raises(UsageError, match=said):
