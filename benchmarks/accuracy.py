@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -260,15 +260,16 @@ def _ratio(
     return theirs / own if theirs and own else None
 
 
-def run_all(chosen: argparse.Namespace) -> None:
+def run_all(chosen: argparse.Namespace, every: Sequence[Any], script: str, options: Sequence[str] = ()) -> None:
+    """Trains those of `every` that are chosen and not in the results yet, each by a process of that script."""
     results = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.exists() else {"entries": {}}
-    results["command"] = "python benchmarks/accuracy.py"
-    wanted = [run for run in runs() if chosen.only in run.key and run.key not in results["entries"]]
-    options = ["--runs", str(chosen.runs), *(["--data-folder", str(chosen.data_folder)] if chosen.data_folder else [])]
+    results["command"] = f"python benchmarks/{Path(script).name}"
+    wanted = [run for run in every if chosen.only in run.key and run.key not in results["entries"]]
+    folders = ["--runs", str(chosen.runs), *(["--data-folder", str(chosen.data_folder)] if chosen.data_folder else [])]
 
-    def start(run: Run) -> dict[str, Any]:
+    def start(run: Any) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, __file__, *options, "--train", run.key], stdout=subprocess.PIPE, text=True
+            [sys.executable, script, *folders, *options, "--train", run.key], stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
             raise MestError(f"{run.key}: its process ended with code {done.returncode}")
@@ -279,7 +280,7 @@ def run_all(chosen: argparse.Namespace) -> None:
         for done in as_completed(waiting):
             run = waiting[done]
             results["entries"][run.key] = done.result()
-            order = {one.key: number for number, one in enumerate(runs())}
+            order = {one.key: number for number, one in enumerate(every)}
             results["entries"] = dict(
                 sorted(results["entries"].items(), key=lambda item: order.get(item[0], len(order)))
             )
@@ -310,7 +311,7 @@ def main() -> None:
         run = next(run for run in runs() if run.key == chosen.train)
         print(json.dumps(train(run, chosen.runs / run.key.replace(" ", "-").replace(":", ""), chosen.data_folder)))
     else:
-        run_all(chosen)
+        run_all(chosen, runs(), __file__)
 
 
 if __name__ == "__main__":

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mest_compile.assembling import make_step
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import UsageError
 from mest_compile.base.foreign import is_optimizer
 from mest_compile.budgeting import Batches, Choice, choose, runs_here, sampled
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores
-from mest_compile.hardware.target import Target, find_target, is_foreign, obstacle
+from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
-from mest_compile.ir.program import FUNCTIONS, Program
-from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
-from mest_compile.kernels.choosing import choose_knobs, remembered
-from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
 from mest_compile.planning.given import first_masks
 from mest_compile.planning.layers import say_what_stays_dense
-from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.planning.units import with_trainable
 from mest_compile.records.log import Records
 from mest_compile.sparsity import parse_schemes
-from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import sparse_layers
 from mest_compile.sparsity.scheme import Scheme
-from mest_compile.sparsity.schemes.dense import Dense
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +38,6 @@ if TYPE_CHECKING:
     from mest_compile.devices.session import Device
     from mest_compile.operators.losses.loss import Loss
     from mest_compile.operators.optimizers.optimizer import Optimizer
-    from mest_compile.runtime.compiled import Compiled
-    from mest_compile.runtime.runner import Runner
     from mest_compile.runtime.step import TrainStep
 
 # With one thread TVM would pin the calling thread to a core, and every thread that it starts later, torch's too.
@@ -55,8 +45,6 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 # TVM makes half as many workers as there are processors, taking the others for second threads of a core; two real cores
 # would give one.
 os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
-
-Knobs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # program -> call -> what a checkpoint noted of its kernel
 
 
 Planned = tuple[Plan, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]  # with the model's state, and first masks
@@ -263,126 +251,16 @@ def of_machine(records: Records, device: Device | None) -> Records:
     return records.on(backend_of(records.target).machine(records.target))
 
 
-def make_step(
-    plan: Plan,
-    state: Mapping[str, np.ndarray],
-    builder: Builder | None,
-    device: Device | None,
-    knobs: Knobs | None = None,
-    masks: Mapping[str, np.ndarray] | None = None,
-) -> TrainStep:
-    """knobs: of kernels, as a checkpoint noted them; None: the plan's records choose them. masks: as `TrainStep` has
-    them."""
-    from mest_compile.runtime.step import TrainStep
-
-    builder, facts = builder or Builder(), plan.facts
-
-    def dense() -> TrainStep:
-        """The same step with all weights alive, which has the gradient of every weight. Untuned, so that it is the same
-        after a load. A device has room for one step: it runs here, where float16 may be unknown.
-        """
-        where, threads, activations = facts.target, facts.threads, facts.activations
-        if device is not None:
-            where, activations = find_target("local"), "float32"
-            threads = where.cores
-
-        def alive(layer: Layer) -> Layer:
-            forward, transposed = FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations)
-            return Layer(layer.spec, Dense(), 0.0, "gather", forward, transposed, frozen=layer.frozen)
-
-        every = {name: alive(layer) for name, layer in facts.layers.items()}
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-        twin = replace(facts, layers=every, target=where, threads=threads, activations=activations)
-        return make_step(Plan(twin, Records(where)), zeros, builder, None, {})
-
-    with exclusive.COMPILER:
-        compiled = _compile(plan, builder, device, knobs)
-    return TrainStep(compiled, state, dense, masks or {})
-
-
-def _compile(plan: Plan, builder: Builder, device: Device | None, knobs: Knobs | None) -> Compiled:
-    from mest_compile.runtime.compiled import Compiled
-
-    facts, target, threads, programs = plan.facts, plan.target, plan.facts.threads, plan.programs
-    train, predict = programs
-    kind = backend_of(target)
-    kind.check(programs, target)
-    here = device is None and kind.processor and not is_foreign(target)
-    warn_beyond_memory(plan.memory()["total"], target, here)
-    choices = (
-        choose_knobs(programs, facts.layers, target, plan.records) if knobs is None else remembered(programs, knobs)
-    )
-    sources = choosing.sources(programs, target, choices)
-    every = [source for calls in sources.values() for source in calls.values()]
-    functions = {
-        name: ({"train": train, "predict": predict}[program], stages) for name, (program, stages) in FUNCTIONS.items()
-    }
-
-    def symbol(program: Program, call: str) -> str:
-        return sources[program.name][call].symbol
-
-    def library() -> bytes:
-        with exclusive.COMPILER:
-            return kind.link_step(functions, symbol, every, target, builder)
-
-    def kernels() -> dict[str, dict[str, Any]]:
-        built = builder.build(every)
-        return {name: {call: built[source.key] for call, source in calls.items()} for name, calls in sources.items()}
-
-    runner: Callable[[], Runner]
-    if device is not None:
-        from mest_compile.devices.runner import RemoteRunner
-
-        runner = partial(RemoteRunner, device, library(), functions, threads, target)
-    elif kind.processor and (why := obstacle(target)):
-        from mest_compile.runtime.store import StoreRunner
-
-        runner = partial(StoreRunner, target.name, why)
-    else:
-        kind.find_device(target)  # before anything is compiled for it
-        runner = partial(kind.runner, kernels(), functions, target, threads)
-    document = facts.to_json() | {"knobs": choosing.facts(choices)}
-    described = {
-        "target": target.name,
-        "cpu": target.tvm_fields.get("mcpu"),
-        "threads": threads,
-        "seed": facts.seed,
-        "vector": target.vector,
-        "kernels": choosing.origins(choices),
-        "input_shape": list(facts.graph.input_shape),
-        "recomputed": document["recomputed"],
-        "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
-        "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
-        "trainable": facts.graph.trainable(),
-        "frozen": dict(facts.graph.frozen),
-        **({} if plan.chosen is None else {"update_budget": dict(plan.chosen)}),
-        "optimizer": document["optimizer"],
-        "loss": document["loss"],
-        "label_smoothing": getattr(facts.loss, "smoothing", 0.0),
-        "output_shape": list(facts.graph.nodes[-1].shape),
-        "activations": facts.activations,
-        "versions": {
-            name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
-        },
-    }
-    by_call = {(name, call): source for name, calls in sources.items() for call, source in calls.items()}
-    return Compiled(
-        facts, train, predict, document | {"describe": described}, runner, library, by_call, builder, choices["train"]
-    )
-
-
 def check_objects(builder: Builder | None, device: Device | None, records: Records | None) -> None:
     if builder is not None and not isinstance(builder, Builder):
         raise UsageError(
             f"builder is {checks.shown(builder)}; wanted a mest_compile.kernels.cache.Builder, or None for the "
-            "user's cache "
-            "folder"
+            "user's cache folder"
         )
     if records is not None and not isinstance(records, Records):
         raise UsageError(
             f"records is {checks.shown(records)}; wanted a mest_compile.records.log.Records, or None for the "
-            "user's and the "
-            f"shipped ones"
+            "user's and the shipped ones"
         )
     if device is not None:
         from mest_compile.devices.session import Device
@@ -390,6 +268,5 @@ def check_objects(builder: Builder | None, device: Device | None, records: Recor
         if not isinstance(device, Device):
             raise UsageError(
                 f"device is {checks.shown(device)}; wanted mest.rpc(tracker, key), or None for this process; "
-                "what to compile "
-                f"for is told by target"
+                "what to compile for is told by target"
             )

@@ -26,6 +26,7 @@ MARKS = {
         "test_benchmark",
         "test_capacity",
         "test_float16",
+        "test_freezing",
         "test_frozen",
         "test_fuzz",
         "test_interruptions",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +31,9 @@ from mest_compile.cli.options import (
     said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+
+if TYPE_CHECKING:
+    from mest_compile.training.recipe import Recipe
 
 
 def build(
@@ -68,6 +72,13 @@ def build(
     update_budget: UpdateBudget = None,
     data: ChoiceData = None,
     data_folder: DataFolder = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe that the device will train by: memory is planned for its densest phase, and what it freezes "
+            "is built to freeze. Its table [run] counts where no option is given."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -85,6 +96,9 @@ def build(
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
+    from mest_compile.training.fitting import resolved
+    from mest_compile.training.freezer import Freezer
+    from mest_compile.training.recipe import Recipe
 
     given = given_options(context)
     if checkpoint is not None and (
@@ -105,26 +119,43 @@ def build(
                 batch=batch if "batch" in given else None,
             )
         else:
-            shape = (batch, *image_sizes(image))
+            where: dict[str, Any] = {
+                "model": model,
+                "width": width,
+                "batch": batch,
+                "scheme": scheme,
+                "sparsity": sparsity,
+                "distribution": distribution,
+                "loss": loss,
+                "optimizer": optimizer,
+                "memory_budget": memory_budget,
+                "trainable": trainable,
+                "dense_start": dense_start,
+                "update_budget": update_budget,
+            }
+            chosen = None
+            if recipe is not None:
+                chosen = _recipe(recipe, given, seed)
+                said = Recipe.run_options(recipe).items()
+                where |= {name: value for name, value in said if name in where and name not in given}
+            shape = (where.pop("batch"), *image_sizes(image))
+            model, width = where.pop("model"), where.pop("width")
             net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
+            where |= {
+                "scheme": said_schemes(where["scheme"]),
+                "sparsity": said_sparsity(where["sparsity"]),
+                "loss": find_loss(where["loss"]),
+                "optimizer": find_optimizer(where["optimizer"]),
+            }
             options = StepOptions(
-                scheme=said_schemes(scheme),
-                sparsity=said_sparsity(sparsity),
-                distribution=distribution,
-                target=target,
-                threads=threads,
-                seed=seed,
-                loss=find_loss(loss),
-                optimizer=find_optimizer(optimizer),
-                activations=activations,
-                memory_budget=memory_budget,
-                grow_to=grow_to,
-                trainable=trainable,
-                dense_start=dense_start,
-                update_budget=update_budget,
+                **where, target=target, threads=threads, seed=seed, activations=activations, grow_to=grow_to
             )
+            if chosen is not None:
+                options = chosen.step_options(options)
             batches = None if examples is None else sampled(examples, shape, options)
             step = compile_step(net, shape, options, batches=batches)
+            if chosen is not None:
+                Freezer.of_run(resolved(chosen, step), step).prepare(step)
         print_choice(step.describe())
         manifest = step.export(out)
         need = step.memory(at_capacity=True)["total"]
@@ -147,3 +178,15 @@ def build(
             "MiB of memory at its "
             f"densest; on the device: mest-compile train --artifact {out} --data ..."
         )
+
+
+def _recipe(path: Path, given: set[str], seed: int) -> Recipe:
+    """The recipe that a device will train by. Raises UsageError where it contradicts options, or times decide."""
+    from mest_compile.training.recipe import Recipe
+
+    if "grow_to" in given:
+        raise UsageError("the recipe says how dense the model becomes; leave --grow-to out")
+    recipe = Recipe.from_file(path)
+    if recipe.freeze is not None and recipe.freeze.of == "time":
+        raise UsageError('what is to freeze by time is measured where it trains, and built before; give of = "flops"')
+    return replace(recipe, seed=seed) if "seed" in given else recipe

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from mest_compile.base.errors import UsageError
@@ -31,6 +33,10 @@ from mest_compile.cli.options import (
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
+if TYPE_CHECKING:
+    from mest_compile.runtime.step import TrainStep
+    from mest_compile.training.recipe import Recipe
+
 
 def plan(
     model: Model = "resnet32",
@@ -49,11 +55,15 @@ def plan(
     update_budget: UpdateBudget = None,
     data: ChoiceData = None,
     data_folder: DataFolder = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe with a table [freeze]: say also what freezes after which epoch.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compile and time specialized kernels beside the indexed ones, and say for every phase of every layer which is
-    chosen and why; then what trains, and the memory that the step needs.
+    chosen and why; then what trains, and the memory that the step needs, and of a recipe that freezes what is left of a
+    step and its memory by and by.
 
     A built-in model has 10 classes, or with --data image and classes of that. With an --update-budget also what every
     layer costs and matters, and the chosen step's time, predicted and measured.
@@ -62,6 +72,7 @@ def plan(
     from mest_compile.compiling import compile_step
     from mest_compile.models.catalog import build_model
     from mest_compile.options import StepOptions
+    from mest_compile.training.recipe import Recipe
 
     if model.endswith(".onnx") and width is not None:
         raise UsageError(f"an .onnx file has its width already; leave out --width {width}")
@@ -79,11 +90,15 @@ def plan(
     shape, classes = (batch, *image_sizes(image)), 10
     if examples is not None:
         shape, classes = (batch, *examples.images.shape[1:]), examples.outputs
+    chosen_recipe = None if recipe is None else Recipe.from_file(recipe)
+    if chosen_recipe is not None:
+        options = chosen_recipe.step_options(options)
     with stderr_console().status("compiling and timing"):
         net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
         batches = None if examples is None else sampled(examples, shape, options)
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)
+        freezing = [] if chosen_recipe is None else _freezing(step, chosen_recipe)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds
         for one in planned
@@ -100,6 +115,7 @@ def plan(
                 "frozen": facts["frozen"],
                 "memory": memory,
                 "update_budget": facts.get("update_budget"),
+                "freezing": freezing,
                 "calls": [
                     {
                         "layer": one.layer,
@@ -124,6 +140,32 @@ def plan(
         _print_units(choice)
         print_choice(facts)
     print("planned bytes: " + ", ".join(f"{kind} {size}" for kind, size in memory.items()))
+    if freezing:
+        print_table(
+            ["after epoch", "freezes", "spared of a step", "planned bytes"],
+            [[one["epoch"], ", ".join(one["parts"]), f"{one['saved']:.1%}", one["memory_bytes"]] for one in freezing],
+        )
+
+
+def _freezing(step: TrainStep, recipe: Recipe) -> list[dict[str, Any]]:
+    """What freezes when, what that spares of a step, and the bytes that the rest needs at its densest. Raises
+    UsageError."""
+    from mest_compile.training.fitting import resolved
+    from mest_compile.training.freezer import Freezer
+
+    if recipe.freeze is None:
+        raise UsageError("the recipe has no table [freeze], which is what plan reads of one; leave --recipe out")
+
+    def profile() -> dict[str, float]:
+        images, outputs = np.zeros(step.input_shape, np.float32), step.output_shape
+        return step.profile(images, np.zeros((outputs[0], *outputs[2:]), np.int64))
+
+    freezes = Freezer.of_run(resolved(recipe, step), step, profile).freezes
+    before, *memory = step.freezing_memory([one.names for one in freezes])
+    return [{"epoch": 0, "parts": [], "saved": 0.0, "memory_bytes": before}] + [
+        {"epoch": one.epoch, "parts": list(one.parts), "saved": one.saved, "memory_bytes": need}
+        for one, need in zip(freezes, memory, strict=True)
+    ]
 
 
 def _print_units(choice: Mapping[str, Any]) -> None:

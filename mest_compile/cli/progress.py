@@ -81,6 +81,10 @@ class TrainingProgress:
             parts.append(
                 f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s"
             )
+        if (freeze := metrics.get("freeze")) and freeze["now"]:
+            parts.append(f"froze {', '.join(freeze['now'])} in {freeze['seconds']:.2f} s")
+        if freeze and freeze["saved"]:
+            state.append(f"frozen {freeze['saved']:.0%}")
         if sieve := metrics["sieve"]:
             parts.append(f"sieve: {sieve['dropped']} examples dropped, {sieve['returned']} came back")
         if saved := metrics["iterations_saved"]:

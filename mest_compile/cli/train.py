@@ -78,6 +78,10 @@ def train(
     sieve: Annotated[
         float | None, typer.Option(help="Share of the training examples to drop, those forgotten least often.")
     ] = None,
+    freeze: Annotated[
+        float | None,
+        typer.Option(help="Share of the training's operations to save by freezing layers, front to back."),
+    ] = None,
     batch: Batch = 64,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate. Default: the optimizer's, or the artifact's.")
@@ -139,6 +143,7 @@ def train(
     """Train a sparse model; its mask mutates as it learns."""
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.sparsity.schemes.dense import Dense
+    from mest_compile.training.freezing import FreezeRule
     from mest_compile.training.ondevice import Job, check_artifact_options
     from mest_compile.training.recipe import Recipe
     from mest_compile.training.sieve import SieveRule
@@ -189,6 +194,7 @@ def train(
         "lr": lr,
         "seed": seed,
         "sieve": None if sieve is None else SieveRule(drop=sieve),
+        "freeze": None if freeze is None else FreezeRule(freeze),
     }
     if recipe is None:
         chosen = Recipe(**settings)

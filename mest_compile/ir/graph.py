@@ -14,6 +14,7 @@ STATISTICS = ("running_mean", "running_var")  # roles of what no optimizer touch
 # Why a parameter stays as it is. What torch froze, or the caller did, may be asked to train after all.
 FLAG, CHOSEN = "requires_grad=False", "not in trainable"
 BUFFER, CUT = "a buffer", "behind a cut gradient"
+FROZE = "frozen while training"  # by `step.freeze`: it trained before
 
 
 COUNTER = "num_batches_tracked"  # what torch calls a BatchNorm's number of training steps, a buffer of its own
@@ -76,8 +77,8 @@ class Node:
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
             running_mean, running_var
     attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only
-            if it is: it normalises with its running statistics, and keeps them, while the step trains); pools: kernel,
-            stride, padding, avg_pool2d also count_include_pad
+            if it is: it normalises with its running statistics, and keeps them, while the step trains; FROZE where that
+            began while training); pools: kernel, stride, padding, avg_pool2d also count_include_pad
     shape   of the output: (N, C, H, W) or (N, features)
     """
 
@@ -110,7 +111,7 @@ class ForwardGraph:
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
     prepared      what becomes of the input before the nodes see it, one after another
-    frozen        what nodes take as a parameter and no step changes -> why: FLAG, CHOSEN, BUFFER or CUT
+    frozen        what nodes take as a parameter and no step changes -> why: FLAG, CHOSEN, BUFFER, CUT or FROZE
     """
 
     nodes: tuple[Node, ...]

@@ -147,3 +147,10 @@ def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
         program.slot_of[buffer] = slot
         taken[slot].append((first, last))
     program.slots = sizes
+
+
+def functions_of(train: Program, predict: Program, number: int = 0) -> dict[str, tuple[Program, tuple[Stage, ...]]]:
+    """What a step can run, by name: a program and the stages of it. number: of one of several steps in a library, the
+    first being 0; names end with it."""
+    programs = {"train": train, "predict": predict}
+    return {f"{name}{number or ''}": (programs[program], stages) for name, (program, stages) in FUNCTIONS.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mest_compile.hardware.target import Target
@@ -15,6 +16,7 @@ from mest_compile.records.record import Choice
 from mest_compile.sparsity.layer import Layer, live_cells
 
 Choices = dict[str, dict[str, Choice]]  # program name -> call name -> choice
+Kind = tuple[str, Any, int]  # kernel, problem, live cells: equal ones have equal choices
 
 
 def live_of(call: Call, layers: Mapping[str, Layer]) -> int:
@@ -23,17 +25,33 @@ def live_of(call: Call, layers: Mapping[str, Layer]) -> int:
     return live_cells(layer) if layer else 0
 
 
-def choose_knobs(programs: Sequence[Program], layers: Mapping[str, Layer], target: Target, records: Records) -> Choices:
-    """Every call's choice. Equal kernels of layers with equally many live cells have equal ones."""
-    found: dict[tuple[str, Any, int], Choice] = {}
+def kind_of(call: Call, layers: Mapping[str, Layer]) -> Kind:
+    return call.kernel, call.problem, live_of(call, layers)
+
+
+def choose_knobs(
+    programs: Sequence[Program],
+    layers: Mapping[str, Layer],
+    target: Target,
+    records: Records,
+    known: Mapping[Kind, Choice] = MappingProxyType({}),
+) -> Choices:
+    """Every call's choice. Equal kernels of layers with equally many live cells have equal ones; known: those that are
+    made already."""
+    found = dict(known)
 
     def choose(call: Call) -> Choice:
-        kind = (call.kernel, call.problem, live_of(call, layers))
+        kind = kind_of(call, layers)
         if kind not in found:
             found[kind] = records.best(*kind, lambda knobs: _text(call, target, knobs))
         return found[kind]
 
     return {program.name: {call.name: choose(call) for call in program.calls} for program in programs}
+
+
+def made(programs: Sequence[Program], layers: Mapping[str, Layer], choices: Choices) -> dict[Kind, Choice]:
+    """What those choices are of."""
+    return {kind_of(call, layers): choices[program.name][call.name] for program in programs for call in program.calls}
 
 
 def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Choices:

@@ -15,12 +15,14 @@ from typing import Any
 from mest_compile.base.errors import BuildError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, triple_of
-from mest_compile.ir.program import Program, Stage
-from mest_compile.kernels.cache import attempt
+from mest_compile.ir.program import Program, Stage, functions_of
+from mest_compile.kernels import choosing
+from mest_compile.kernels.cache import Builder, attempt
 from mest_compile.kernels.elf import read_library
 from mest_compile.kernels.linkers import find_linker, run_linker, scratch_folder
 from mest_compile.kernels.source import KernelSource
 from mest_compile.lowering.emitting import emit
+from mest_compile.planning.facts import Facts
 
 # What LLVM calls for exp, log, power and tanh of float32, fills and copies; everything else a kernel has within itself.
 MATH = frozenset(
@@ -132,3 +134,25 @@ def link(objects: Sequence[Path], target: Target, scratch: Path, system_calls: C
         ["-shared", "--strip-all", "-z", f"max-page-size={PAGE_BYTES}", *map(str, objects), *beside, "-o", str(made)],
     )
     return made.read_bytes()
+
+
+def link_steps(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+    sources: Mapping[str, Mapping[str, KernelSource]],
+    coming: Sequence[tuple[Facts, Mapping[str, Any]]],
+    target: Target,
+    builder: Builder,
+) -> bytes:
+    """The library of a step, and of those that it will become. sources: program -> call -> kernel of the first."""
+    every, by_program = dict(functions), {id(program): sources for program, _ in functions.values()}
+    for number, (facts, knobs) in enumerate(coming, 1):
+        programs = facts.lower()
+        theirs = choosing.sources(programs, target, choosing.remembered(programs, knobs))
+        by_program |= {id(program): theirs for program in programs}
+        every |= functions_of(*programs, number)
+
+    def symbol(program: Program, call: str) -> str:
+        return by_program[id(program)][program.name][call].symbol
+
+    kernels = [source for program, _ in every.values() for source in by_program[id(program)][program.name].values()]
+    return backend_of(target).link_step(every, symbol, kernels, target, builder)

@@ -59,7 +59,7 @@ class Workers:
         self.share = share or SHARE
         self._hurry = threading.Event()  # somebody waits: no rests
         self.started = False
-        self._requests: Queue[KernelSource] = Queue()
+        self._requests: Queue[KernelSource | None] = Queue()  # None: no more will come
         self._done: Queue[Built] = Queue()
         self._asked: set[str] = set()
         self.processes: list[subprocess.Popen] = []
@@ -123,6 +123,11 @@ class Workers:
             self._done.put(built)
         return list(found.values())
 
+    def dismiss(self) -> None:
+        """Lets the processes end when they have done what they were asked for; nothing is asked of them any more."""
+        for _ in range(self.count):
+            self._requests.put(None)
+
     def close(self) -> None:
         """Ends the processes."""
         processes, self.processes = self.processes, []
@@ -132,7 +137,8 @@ class Workers:
 
     def _refuse(self) -> None:
         while not self._requests.empty():
-            self._done.put(Built(self._requests.get().key, 0.0, "no compile worker is left"))
+            if source := self._requests.get():
+                self._done.put(Built(source.key, 0.0, "no compile worker is left"))
 
     def _pace(self) -> None:
         """Lets the processes run for their share of the time: their priority alone does not keep them from a core on
@@ -167,6 +173,13 @@ class Workers:
         assert process.stdin and process.stdout
         while True:
             source = self._requests.get()
+            if source is None:
+                process.stdin.close()
+                process.wait()
+                process.stdout.close()
+                if process in self.processes:
+                    self.processes.remove(process)
+                return
             answer = ""
             try:
                 process.stdin.write(json.dumps(asdict(source)) + "\n")

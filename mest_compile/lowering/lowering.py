@@ -6,7 +6,7 @@ the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,12 @@ class Lowering:
         recomputed: frozenset[str] = frozenset(),
         activations: str = "float32",
         optimizer: Optimizer = USUAL,
+        parts: Sequence[Collection[str]] = (),
     ):
         self.graph = graph
         self.activations = activations
         self.optimizer = optimizer
-        self.settings = Settings(optimizer, graph.nodes, graph.frozen)
+        self.settings = Settings(optimizer, graph.nodes, graph.frozen, parts)
         self.layers = layers
         self.vector = vector
         self.held = held
@@ -283,11 +284,12 @@ def lower_training(
     loss: Loss = USUAL_LOSS,
     activations: str = "float32",
     optimizer: Optimizer = USUAL,
+    parts: Sequence[Collection[str]] = (),
 ) -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
-    backward pass."""
+    backward pass, `parts` the parameters that have a learning rate of their own."""
     loss.check(graph.nodes[-1].shape)
-    low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer)
+    low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer, parts)
     _start(low)
     low.stage = "backward"
     loss.lower(low, graph.nodes[-1].name)
@@ -366,11 +368,13 @@ def lower(
     loss: Loss = USUAL_LOSS,
     activations: str = "float32",
     optimizer: Optimizer = USUAL,
+    parts: Sequence[Collection[str]] = (),
 ) -> tuple[Program, Program]:
     """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
 
     activations  what values of nodes are stored as, the logits excepted
+    parts        names of parameters that have a learning rate of their own
     """
     held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target.vector, held, recomputed, loss, activations, optimizer)
+    train = lower_training(graph, layers, target.vector, held, recomputed, loss, activations, optimizer, parts)
     return train, lower_prediction(graph, layers, target.vector, held, train.slots, activations)

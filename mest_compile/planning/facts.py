@@ -27,6 +27,8 @@ class Facts:
     layers      weight name -> Layer
     recomputed  nodes whose values the backward pass computes again
     activations  what they are stored as
+    parts       names of the parameters that freeze one after another while the step trains, those that have frozen
+                too: each part has a learning rate of its own
     """
 
     graph: ForwardGraph
@@ -38,11 +40,19 @@ class Facts:
     seed: int
     loss: Loss
     activations: str = "float32"
+    parts: tuple[tuple[str, ...], ...] = ()
 
     def lower(self) -> tuple[Program, Program]:
         """(training step, prediction)."""
         return lower(
-            fuse(self.graph), self.layers, self.target, self.recomputed, self.loss, self.activations, self.optimizer
+            fuse(self.graph),
+            self.layers,
+            self.target,
+            self.recomputed,
+            self.loss,
+            self.activations,
+            self.optimizer,
+            self.parts,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +81,7 @@ class Facts:
             "recomputed": sorted(self.recomputed),
             "loss": self.loss.to_json(),
             "activations": self.activations,
+            **({"parts": _plain(self.parts)} if self.parts else {}),
             "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [
                 {
@@ -144,6 +155,7 @@ class Facts:
             facts["seed"],
             read_loss(facts),
             facts.get("activations", "float32"),
+            _tuples(facts.get("parts", [])),
         )
 
 

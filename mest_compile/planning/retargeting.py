@@ -12,6 +12,7 @@ from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import family_for
 from mest_compile.options import check_activations
 from mest_compile.planning.facts import Facts
+from mest_compile.planning.freezing import thawed
 from mest_compile.planning.layout import choose_sections, choose_vector
 from mest_compile.planning.memory import usually_recomputed
 from mest_compile.planning.plan import Plan
@@ -38,10 +39,9 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
 
     if (tuned := choose_vector(planned(target), target, found)) != target:
         target, found = tuned, found.for_target(tuned)
-    usual = facts.recomputed == usually_recomputed(
-        fuse(facts.graph), facts.target
-    )  # else a memory budget asked for more
-    recomputed = usually_recomputed(fuse(graph), target) if usual else facts.recomputed
+    # Decided when nothing had frozen; not as usual where a memory budget asked for more.
+    usual = facts.recomputed == usually_recomputed(fuse(thawed(facts.graph)), facts.target)
+    recomputed = usually_recomputed(fuse(thawed(graph)), target) if usual else facts.recomputed
     layers = choose_sections(planned(target), target, found, facts.activations)
     threads = facts.threads if target.name == facts.target.name else target.cores
     return Plan(

@@ -8,7 +8,7 @@ uses them, and what comes after the first of these and is in no block: the class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -53,17 +53,25 @@ def _numbered(name: str) -> list[str]:
     return [".".join(parts[: end + 1]) for end in reversed(range(len(parts) - 1)) if parts[end].isdigit()]
 
 
+def block_of(parameter: str, there: Collection[str]) -> str | None:
+    """Which of the blocks `there` a parameter lies in."""
+    return next((part for part in _numbered(parameter) if part in there), None)
+
+
+def matching(graph: ForwardGraph, pattern: str, able: Sequence[str], where: str) -> set[str]:
+    """The parameters among `able` that a pattern means. where: what the pattern was given as. Raises UnknownName,
+    UsageError."""
+    if pattern.startswith(LAST):
+        return _last(graph, pattern, able, where)
+    matched = {name for name in able if fnmatchcase(name, pattern)}
+    if not matched:
+        raise UnknownName(_no_match(graph, pattern, able, where))
+    return matched
+
+
 def _chosen(graph: ForwardGraph, patterns: Sequence[str]) -> ForwardGraph:
     able = [name for name in graph.parameters() if graph.frozen.get(name, FLAG) in (FLAG, CHOSEN)]
-    trained: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith(LAST):
-            trained |= _last(graph, pattern, able)
-            continue
-        matched = {name for name in able if fnmatchcase(name, pattern)}
-        if not matched:
-            raise UnknownName(_no_match(graph, pattern, able))
-        trained |= matched
+    trained = {name for pattern in patterns for name in matching(graph, pattern, able, "trainable")}
     fixed = {name: why for name, why in graph.frozen.items() if name not in able}
     frozen = {name: fixed.get(name, CHOSEN) for name in graph.parameters() if name not in trained}
     nodes = tuple(
@@ -75,31 +83,27 @@ def _chosen(graph: ForwardGraph, patterns: Sequence[str]) -> ForwardGraph:
     return replace(graph, nodes=nodes, frozen=frozen)
 
 
-def _last(graph: ForwardGraph, pattern: str, able: Sequence[str]) -> set[str]:
+def _last(graph: ForwardGraph, pattern: str, able: Sequence[str], where: str) -> set[str]:
     """The parameters that "last:3" means."""
     there, count = blocks(graph), pattern.removeprefix(LAST)
     if not count.isdigit() or not 1 <= int(count) <= len(there):
         has = f"the model has {len(there)} blocks: {', '.join(there)}" if there else "the model has no numbered parts"
-        raise UsageError(f"trainable is {pattern!r}; wanted last: and a number from 1 to {len(there)}, {has}")
+        raise UsageError(f"{where} is {pattern!r}; wanted last: and a number from 1 to {len(there)}, {has}")
     chosen = there[-int(count) :]
-
-    def block_of(name: str) -> str | None:
-        return next((part for part in _numbered(name) if part in there), None)
-
     owners = graph.parameters()
     order = {node.name: place for place, node in enumerate(graph.nodes)}
-    first = min(order[node.name] for name, node in owners.items() if block_of(name) in chosen)
+    first = min(order[node.name] for name, node in owners.items() if block_of(name, there) in chosen)
     return {
         name
         for name in able
-        if block_of(name) in chosen or (block_of(name) is None and order[owners[name].name] > first)
+        if block_of(name, there) in chosen or (block_of(name, there) is None and order[owners[name].name] > first)
     }
 
 
-def _no_match(graph: ForwardGraph, pattern: str, able: Sequence[str]) -> str:
+def _no_match(graph: ForwardGraph, pattern: str, able: Sequence[str], where: str) -> str:
     for name, why in graph.frozen.items():
         if name not in able and fnmatchcase(name, pattern):
-            return f"trainable: {pattern!r} matches {name}, {why}, which cannot train; name others"
+            return f"{where}: {pattern!r} matches {name}, {why}, which cannot train; name others"
     if any(fnmatchcase(name, pattern) for name in graph.state_shapes):
-        return f"trainable: {pattern!r} matches only what the forward pass does not train with; name parameters"
-    return f"trainable: no parameter matches {pattern!r}; there are, for example: {near(pattern, able)}"
+        return f"{where}: {pattern!r} matches only what the forward pass does not train with; name parameters"
+    return f"{where}: no parameter matches {pattern!r}; there are, for example: {near(pattern, able)}"

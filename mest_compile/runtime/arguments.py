@@ -112,6 +112,18 @@ def gradients(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
     return found
 
 
+def rates(lr: Any, usual: float, parts: int) -> list[float]:
+    """The learning rate of each of `parts` parts, and last that of all else. lr: one for all, as many numbers where
+    there are parts, or None for the usual one. Raises InputError."""
+    if not parts or not isinstance(lr, list | tuple):
+        return [usual if lr is None else checks.number("lr", lr, error=InputError)] * (parts + 1)
+    if len(lr) != parts + 1:
+        raise InputError(
+            f"lr has {len(lr)} numbers; wanted one for each of {parts} parts that freeze, and one for all else"
+        )
+    return [checks.number(f"lr[{place}]", rate, error=InputError) for place, rate in enumerate(lr)]
+
+
 def within_range(images: np.ndarray, activations: str) -> None:
     """Raises InputError for what is not finite, also as the step stores images: activations."""
     if not np.isfinite(images).all():

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,20 @@ from mest_compile.hardware.target import needed_features
 from mest_compile.ir.program import Program
 from mest_compile.kernels.elf import read_library
 from mest_compile.planning.facts import Facts
-from mest_compile.runtime.compiled import Compiled
+from mest_compile.runtime.compiled import Compiled, Knobs
 
 FORMAT = "mest-compile artifact 2"
 LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
 
 
-def write(compiled: Compiled, save: Callable[[Path], None], path: str | os.PathLike) -> dict[str, Any]:
-    """Writes a step as an artifact, whole or not at all; returns its manifest. save: writes its state to a file. Raises
-    UsageError, BuildError, NotInstalled.
+def write(
+    compiled: Compiled,
+    save: Callable[[Path], None],
+    path: str | os.PathLike,
+    coming: Sequence[tuple[Facts, Knobs]] = (),
+) -> dict[str, Any]:
+    """Writes a step as an artifact, whole or not at all; returns its manifest. save: writes its state to a file;
+    coming: what the step will become as it freezes. Raises UsageError, BuildError, NotInstalled.
     """
     path = Path(path)
     if compiled.library is None:
@@ -54,7 +59,7 @@ def write(compiled: Compiled, save: Callable[[Path], None], path: str | os.PathL
         )
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path} is there and is no artifact; pass another path")
-    content = compiled.library()
+    content = compiled.library(coming)
     try:
         place = path.resolve()  # where a link leads
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +76,7 @@ def write(compiled: Compiled, save: Callable[[Path], None], path: str | os.PathL
                 "facts": dict(compiled.document),
                 "features": sorted(needed_features(compiled.facts.target)),
                 "functions": _signatures(compiled.train, compiled.predict),
+                **({"coming": [_signatures(*facts.lower()) for facts, _ in coming]} if coming else {}),
                 "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)},
             }
             manifest["digest"] = _digest(manifest)

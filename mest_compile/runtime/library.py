@@ -72,11 +72,14 @@ class LibraryRunner:
 
     module    what `linking.link_step` made, loaded
     programs  what `run` runs, by name: a program and the stages of it
+    number    of the step in the library
     """
 
     uploaded_bytes = 0  # nothing leaves this process
 
-    def __init__(self, module: Any, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int):
+    def __init__(
+        self, module: Any, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int, number: int = 0
+    ):
         import tvm_ffi
 
         self._ffi, self._module = tvm_ffi, module
@@ -84,7 +87,7 @@ class LibraryRunner:
         self._threadpool = tvm_ffi.get_global_func("runtime.config_threadpool")
         self._machine = module["vm_load_executable"]()
         self._machine["vm_initialization"](CPU, 0, POOLED)
-        self._functions = {name: self._machine[name] for name in programs}
+        self._functions = {name: self._machine[f"{name}{number or ''}"] for name in programs}
         self._held: dict[str, tuple[np.ndarray, Any]] = {}  # with the tensor in its memory
         self._arguments: dict[str, list] = {}
 
@@ -101,6 +104,10 @@ class LibraryRunner:
     def get(self, name: str) -> np.ndarray:
         """A copy of the array of that name."""
         return self._held[name][0].copy()
+
+    def spare(self) -> None:
+        """Gives back the arena, which TVM's allocator keeps for the next that wants storages of just these sizes."""
+        self._ffi.get_global_func("vm.builtin.memory_manager.clear")()
 
     def run(self, function: str) -> None:
         """Runs one of `programs`."""

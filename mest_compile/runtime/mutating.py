@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -133,21 +133,40 @@ class Mutating:
         it does not name do not grow."""
         changes: dict[str, Change] = {}
         for name in self.mutating:
-            spec, scheme = self._layers[name].spec, self._layers[name].scheme
-            cells, places = self._state.cells[name], self._state.places[name]
-            score = importance(
-                self._state.get(name),
-                self._state.get(f"{name}:gradient") if importance_lambda else None,
-                importance_lambda,
-            )
-            squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
-            energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
+            spec, scheme, cells = self._layers[name].spec, self._layers[name].scheme, self._state.cells[name]
             live = min(fewest[name], len(cells) // scheme.unit_cells(spec))
-            stay, dead = scheme.prune(spec, cells, energy, live, rng)
+            stay, dead = self._pruned(name, live, importance_lambda, rng)
             wanted = None if gradients is None else scheme.energy(spec, as_conv(gradients[name]))
             new = scheme.grow(spec, cells.take(stay), most.get(name, live), rng, wanted, dead)
             changes[name] = stay, new, self._start_of(name, stay, new, dead, rng)
         return changes  # nothing is changed before all layers were asked, any of which may refuse
+
+    def without_growth(
+        self, names: Collection[str], prune_to: float, importance_lambda: float, rng: np.random.Generator
+    ) -> dict[str, Change]:
+        """What prunes those of the named layers that mutations change to `prune_to`, of all sparse layers together; one
+        that is as sparse already stays as it is. Raises InputError, SparsityError."""
+        fewest = self._units_at(checks.number("prune_to", prune_to, below=1))
+        importance_lambda = checks.number("importance_lambda", importance_lambda)
+        none = np.empty(0, np.int32)
+        return {
+            name: (self._pruned(name, fewest[name], importance_lambda, rng)[0], none, None)
+            for name in self.mutating
+            if name in names
+        }
+
+    def _pruned(
+        self, name: str, fewest: int, importance_lambda: float, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`Scheme.prune` of a layer, by importance, to `fewest` units or as many as it has."""
+        spec, scheme = self._layers[name].spec, self._layers[name].scheme
+        cells, places = self._state.cells[name], self._state.places[name]
+        score = importance(
+            self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda
+        )
+        squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
+        energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
+        return scheme.prune(spec, cells, energy, min(fewest, len(cells) // scheme.unit_cells(spec)), rng)
 
     def _start_of(
         self, name: str, stay: np.ndarray, new: np.ndarray, dead: np.ndarray, rng: np.random.Generator

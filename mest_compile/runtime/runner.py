@@ -63,6 +63,14 @@ class Clocked(Protocol):
 
 
 @runtime_checkable
+class Spares(Protocol):
+    """A runner whose programs keep memory while none of them runs."""
+
+    def spare(self) -> None:
+        """Gives it back; the next run takes it again."""
+
+
+@runtime_checkable
 class Closes(Protocol):
     """A runner on a device that has to be given back."""
 

@@ -100,17 +100,9 @@ def parts_of(
     parts: list[Part] = []
     kept = {name: arrays[f"kept/{name}"].reshape(compiled.graph.state_shapes[name]) for name in state.kept}
     for name in compiled.layers:
-        order = arrays[f"order/{name}"]
-        arranged = state.arranged(name, np.unique(order))
-        parts_of = state.parts(name)
-        if not np.array_equal(
-            order, arranged.order
-        ):  # tuning since then has cut the index otherwise, or a device has other kernels
-            sort = np.argsort(order, kind="stable")
-            there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
-            held |= {part: held[part].reshape(len(order), -1)[there] for part in parts_of}
-        arranged.arrays.update({part: held.pop(part) for part in parts_of})
-        parts.append(partial(install, arranged))
+        own = {part: held.pop(part) for part in state.parts(name)}
+        # Tuning since then may have cut the index otherwise, or a device has other kernels.
+        parts.append(partial(install, state.ordered(name, arrays[f"order/{name}"], own)))
     return [*parts, partial(state.write, held), partial(setattr, state, "kept", kept)]
 
 

@@ -115,7 +115,14 @@ class Specializer:
         self.history: dict[str, LayerTimes] = {}
 
     @classmethod
-    def of(cls, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray], steps: int | None) -> Specializer:
+    def of(
+        cls,
+        compiled: Compiled,
+        runner: Runner,
+        get: Callable[[str], np.ndarray],
+        steps: int | None,
+        workers: Workers | None = None,
+    ) -> Specializer:
         """That of a compiled step. Raises UsageError where its kernels cannot be exchanged."""
         steps = (
             None
@@ -135,7 +142,18 @@ class Specializer:
             compiled.builder,
             steps,
             compiled.facts.threads,
+            workers,
         )
+
+    def successor(self, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray]) -> Specializer:
+        """That of the same step, compiled otherwise, with what was measured so far. What it wants is put in place as it
+        is compiled."""
+        found = Specializer.of(compiled, runner, get, self._steps, self.workers)
+        found._gains, found._failed, found._damaged = self._gains, self._failed, self._damaged
+        found._compile_seconds, found.history = self._compile_seconds, self.history
+        for name in found._places:
+            found.changed(name)
+        return found
 
     def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""

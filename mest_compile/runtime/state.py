@@ -4,7 +4,7 @@ live units, statistics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,22 @@ class Arrangement:
     places: np.ndarray
     order: np.ndarray
     arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copies of all that a step's state consists of, for another step of the same model.
+
+    orders  weight name -> where each cell of the layer's arrays lies in the grid
+    arrays  name -> array: the layers' own
+    dense   suffix as `HeldState.collect` has it -> torch name -> array of what is in no layer
+    kept    as `HeldState` has it
+    """
+
+    orders: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+    dense: dict[str, dict[str, np.ndarray]]
+    kept: dict[str, np.ndarray]
 
 
 class HeldState:
@@ -148,6 +164,37 @@ class HeldState:
             values[new] = start[(np.cumsum(places < 0) - 1).take(index.sort)[new]]
         return Arrangement(name, cells, index.places, cells.take(index.sort), arrays)
 
+    def ordered(self, name: str, order: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Arrangement:
+        """What makes the cells at `order` of the grid the layer's live ones. arrays: the layer's own, in that order;
+        those that are not there are 0."""
+        arranged = self.arranged(name, np.unique(order))
+        if not np.array_equal(order, arranged.order):  # kernels that want it otherwise
+            sort = np.argsort(order, kind="stable")
+            there = sort[np.searchsorted(order, arranged.order, sorter=sort)]
+            arrays = {part: array.reshape(len(order), -1)[there] for part, array in arrays.items()}
+        arranged.arrays.update(arrays)
+        return arranged
+
+    def snapshot(self, states: Sequence[str]) -> Snapshot:
+        """states: names of what the optimizer keeps."""
+        return Snapshot(
+            {name: self.order(name) for name in self.cells},
+            {part: self.get(part) for name in self.cells for part in self.parts(name)},
+            {suffix: dict(self._collect_dense(suffix)) for suffix in ("", ":gradient", *(f":{one}" for one in states))},
+            {name: array.copy() for name, array in self.kept.items()},
+        )
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Makes the state that of a snapshot, as far as this step has places for it; what it lacks is 0."""
+        for name, order in snapshot.orders.items():
+            parts = {part: snapshot.arrays[part] for part in self.parts(name) if part in snapshot.arrays}
+            self.install(self.ordered(name, order, parts))
+        for suffix, arrays in snapshot.dense.items():
+            for buffer in self._dense:
+                if buffer.name + suffix in self.held and arrays.keys() >= set(buffer.parts):
+                    self.put(buffer.name + suffix, np.concatenate([arrays[part].ravel() for part in buffer.parts]))
+        self.kept = {name: snapshot.kept[name] for name in self.kept}
+
     def moved(self, name: str, stay: np.ndarray, new: np.ndarray, start: np.ndarray | None = None) -> Arrangement:
         """`arranged` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that
         died and was drawn again as well.
@@ -231,13 +278,7 @@ class HeldState:
         name and shape, 0 at dead weights. Frozen parameters have weights only.
         """
         found = {} if suffix else {name: array.copy() for name, array in self.kept.items()}
-        for buffer in self._dense:
-            if buffer.name + suffix in self.held:
-                flat, start = self.get(buffer.name + suffix), 0
-                for part in buffer.parts:
-                    size = int(np.prod(self._shapes[part]))
-                    found[part] = flat[start : start + size].reshape(self._shapes[part]).copy()
-                    start += size
+        found |= self._collect_dense(suffix)
         for name, layer in self._layers.items():
             if name + suffix not in self.held:
                 continue
@@ -248,6 +289,16 @@ class HeldState:
             dense = scatter_units(values, self.cells[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(self._shapes[name])
         return found
+
+    def _collect_dense(self, suffix: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(torch name, array) of that suffix of what is in no layer."""
+        for buffer in self._dense:
+            if buffer.name + suffix in self.held:
+                flat, start = self.get(buffer.name + suffix), 0
+                for part in buffer.parts:
+                    size = int(np.prod(self._shapes[part]))
+                    yield part, flat[start : start + size].reshape(self._shapes[part]).copy()
+                    start += size
 
 
 def _counters(train: Program, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

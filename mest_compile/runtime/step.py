@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,23 +14,20 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
-from mest_compile.operators.dropout import draws
-from mest_compile.operators.optimizers.groups import Settings, hyper_name
+from mest_compile.operators.optimizers.groups import hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
-from mest_compile.runtime.feeding import Feeding, prepared
+from mest_compile.runtime.freezing import Freezes, held_by
 from mest_compile.runtime.masked import Masked, set_state
-from mest_compile.runtime.mutating import Mutating
-from mest_compile.runtime.runner import Clocked, Closes, Runner
-from mest_compile.runtime.state import HeldState
+from mest_compile.runtime.runner import Clocked, Closes
 from mest_compile.runtime.telling import Tells
 
 if TYPE_CHECKING:
     from mest_compile.runtime.specializer import LayerTimes, Planned, Specializer
 
 
-class TrainStep(Masked, Tells):
+class TrainStep(Masked, Tells, Freezes):
     """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
     Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C
@@ -38,30 +35,18 @@ class TrainStep(Masked, Tells):
     off this one every call raises UsageError.
     """
 
-    def __init__(
-        self,
-        compiled: Compiled,
-        state: Mapping[str, np.ndarray],
-        dense: Callable[[], TrainStep],
-        masks: Mapping[str, np.ndarray] = {},
-    ):
-        """state: {torch name: array} to start from. dense: compiles the same step with all weights alive. masks:
-        {weight name: (out, in, kh, kw) bool}; those of other layers are taken by magnitude."""
-        self._compiled = compiled
-        self._make_dense = dense
+    def __init__(self, compiled: Compiled, state: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray] = {}):
+        """state: {torch name: array} to start from. masks: {weight name: (out, in, kh, kw) bool}; those of other layers
+        are taken by magnitude."""
         self._specializer: Specializer | None = None
         self._turn, self._changes = threading.RLock(), Changes()
         self._rng = np.random.default_rng(compiled.facts.seed)
-        self._settings = Settings(compiled.optimizer, compiled.graph.nodes, compiled.graph.frozen).listed
         self._updates = 0  # of the parameters since the first weights
         self._from_file = False
-        self._runner = compiled.runner()
-        self._state = HeldState(
-            (compiled.train, compiled.predict), compiled.layers, compiled.graph.state_shapes, self._runner
-        )
-        self._feeding = self._new_feeding(self._runner)
+        self._coming = []
+        runner = compiled.runner()
+        self._be(compiled, runner, held_by(compiled, runner))
         self._state.check(state)
-        self._mutating = Mutating(compiled.layers, compiled.graph.state_shapes, self._state)
         for name, cells in self._mutating.first(state, masks, self._rng):
             self._state.install(self._state.arranged(name, cells))
         self._state.write(self._state.filling(state))
@@ -82,22 +67,22 @@ class TrainStep(Masked, Tells):
         self,
         images: Any,
         labels: Any,
-        lr: float | None = None,
+        lr: float | Sequence[float] | None = None,
         clip_norm: float | None = None,
         ahead: tuple | None = None,
     ) -> StepResult:
         """Forward, backward and update on one batch.
 
         images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), (N, outputs) numbers
-        for mest.MSE, a pair for mest.Distill; numpy or torch. lr: None takes the optimizer's.
+        for mest.MSE, a pair for mest.Distill; numpy or torch. lr: None takes the optimizer's; a list has one for each
+        part of `plan_freezing`, and one for all else.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's
         clip_grad_norm_ does: by NaN where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes
         with these. Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is
         changed then. Raises DeviceLost when the device is gone.
         """
-        rule = self._compiled.optimizer
-        rate = rule.lr if lr is None else checks.number("lr", lr, error=InputError)
+        rates = arguments.rates(lr, self._compiled.optimizer.lr, len(self._compiled.facts.parts))
         bound = (
             None
             if clip_norm is None
@@ -111,7 +96,7 @@ class TrainStep(Masked, Tells):
         with uninterrupted():
             self._updates += 1
             self._state.count_batch()
-            self._put_hyper(self._updates, rate)
+            self._put_hyper(self._updates, rates)
             if bound is None:
                 self._runner.run("train")
             else:
@@ -152,7 +137,7 @@ class TrainStep(Masked, Tells):
 
         They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
         """
-        twin = self._make_dense()
+        twin = self._compiled.dense()
         twin.load_state_dict(self.state_dict())
         found = twin.gradients(images, labels)
         return {name: found[name] for name in self._mutating.mutating}, twin.memory()["total"]
@@ -183,7 +168,7 @@ class TrainStep(Masked, Tells):
         self._feeding.load(images, labels, self._updates + 1)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
-            self._put_hyper(1, 0.0)
+            self._put_hyper(1, [0.0] * (1 + len(self._compiled.facts.parts)))
             yield
         finally:
             self._changes.finish()
@@ -254,22 +239,18 @@ class TrainStep(Masked, Tells):
         """Writes all state to one file, whole or not at all: weights, optimizer state, masks, statistics, the caller's
         `extra` and `arrays`.
         """
-        saving.write(
-            path,
-            dict(self._compiled.document) | {"updates": self._updates},
-            self._state,
-            self._rng,
-            extra or {},
-            arrays or {},
-        )
+        document = dict(self._compiled.document) | {"updates": self._updates}
+        if self._coming:
+            document["coming"] = self._coming
+        saving.write(path, document, self._state, self._rng, extra or {}, arrays or {})
 
     @in_turn
     def export(self, path: str | Path) -> dict[str, Any]:
-        """Writes an artifact, a folder from which a device trains on without a compiler; returns its manifest. Raises
-        MestError."""
+        """Writes an artifact, a folder from which a device trains on without a compiler, and freezes what
+        `plan_freezing` said; returns its manifest. Raises MestError."""
         from mest_compile.runtime import artifact
 
-        return artifact.write(self._compiled, self.save, path)
+        return artifact.write(self._compiled, self.save, path, self._still_coming())
 
     def restore(self, path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Takes all state from a file that a step of the same model and scheme wrote; returns its (extra, arrays).
@@ -280,9 +261,10 @@ class TrainStep(Masked, Tells):
     def _restore(
         self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: str | Path
     ) -> tuple[dict, dict]:
-        saving.check_same(self._compiled.document, facts, path)
         exclusive.check_process()
         with self._turn:
+            self._match(facts)
+            saving.check_same(self._compiled.document, facts, path)
             changed = saving.parts_of(arrays, path, self._compiled, self._state, self._install)
             drawn, updates, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
@@ -313,20 +295,11 @@ class TrainStep(Masked, Tells):
 
     # Internal.
 
-    def _put_hyper(self, count: int, rate: float) -> None:
+    def _put_hyper(self, count: int, rates: Sequence[float]) -> None:
         """The optimizer's scalars of update number `count`, of every group of parameters."""
-        for place, group in enumerate(self._settings):
+        for place, setting in enumerate(self._settings):
             if (name := hyper_name(place)) in self._state.held:
-                self._state.put(name, self._compiled.optimizer.hyper_of(group, count, rate))
-
-    def _new_feeding(self, runner: Runner) -> Feeding:
-        facts = self._compiled.facts
-
-        def prepare(images: np.ndarray) -> np.ndarray:
-            return prepared(images, facts.graph.prepared, self._state.kept)
-
-        drawn = partial(draws, facts.graph, facts.seed)
-        return Feeding(runner, self.input_shape, self.output_shape, facts.loss, facts.activations, prepare, drawn)
+                self._state.put(name, self._compiled.optimizer.hyper_of(setting, count, rates))
 
 
 def _has_no_state() -> NoReturn:

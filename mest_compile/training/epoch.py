@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ from mest_compile.training.sieve import Sieve
 
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no
 # generator's state.
-SHUFFLE, MUTATION, SIEVE, GRADIENT = 0, 1, 2, 3
+SHUFFLE, MUTATION, SIEVE, GRADIENT, FREEZE = 0, 1, 2, 3, 4
 
 
 def train_epoch(
@@ -29,10 +29,12 @@ def train_epoch(
     epoch: int,
     train: Dataset,
     sieve: Sieve | None,
+    rates: Callable[[int, int], float | Sequence[float]],
     progress: Progress,
     diverged: Callable[[str, int], MestError],
 ) -> dict[str, Any]:
-    """Metrics of one pass over what the sieve keeps. diverged: makes the error of a loss that is not finite."""
+    """Metrics of one pass over what the sieve keeps. rates: learning rates of an iteration (from 0) of so many, the
+    last of what never freezes; diverged: makes the error of a loss that is not finite."""
     rng = np.random.default_rng([recipe.seed, epoch, SHUFFLE])
     among = np.flatnonzero(sieve.kept) if sieve else np.arange(len(train))
     count, whole = len(among) // step.batch, len(train) // step.batch
@@ -43,9 +45,10 @@ def train_epoch(
     with closing(batches(train, step.batch, rng, recipe.augment, among)) as prepared:  # type: ignore[type-var]
         shaped = _shaped(step, judge, prepared)
         for index, ((images, given, labels, examples), following) in enumerate(_with_next(shaped)):
-            lr = recipe.lr_at(epoch, index, count)
+            rate = rates(index, count)
+            lr = rate[-1] if isinstance(rate, Sequence) else rate
             called = perf_counter()
-            result = step(images, given, lr=lr, ahead=following and following[:2], **bound)
+            result = step(images, given, lr=rate, ahead=following and following[:2], **bound)
             step_seconds += perf_counter() - called
             if not math.isfinite(result.loss):
                 raise diverged(

@@ -7,6 +7,7 @@ from typing import Any
 from mest_compile.base.errors import SparsityError, UsageError
 from mest_compile.data import Dataset
 from mest_compile.data.sampling import check_shape
+from mest_compile.ir.graph import FROZE
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
@@ -35,7 +36,8 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
     target = target_sparsity(step)
     found = recipe.resolved(target, step.optimizer.lr)
     step.check_room(recipe.densest(target))
-    if found.phases and step.masks().keys() <= step.describe().get("frozen", {}).keys():
+    frozen = {name for name, why in step.describe().get("frozen", {}).items() if why != FROZE}  # from the beginning
+    if found.phases and step.masks().keys() <= frozen:
         raise SparsityError(
             f"the method {found.method!r} mutates, but every sparse layer is frozen; use method 'static'"
         )

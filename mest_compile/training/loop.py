@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mest_compile.operators.losses.loss import read_loss
 from mest_compile.sparsity.distributions import together
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
 from mest_compile.training.fitting import check_data, check_start, resolved
+from mest_compile.training.freezer import Freezer
 from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
@@ -45,9 +47,10 @@ class Trainer:
                 same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
     teacher   of mest.Distill: a function from images to logits, such as another step's `predict`
+    freezer   of a run that goes on: what of the step freezes when; None: as the recipe says
     Raises UsageError where both rates were given and differ, or label_smoothing does, or where the recipe does not fit
-    the step's loss, SparsityError and CapacityError where it does not fit the step. `source` goes into the folder of a
-    run that begins.
+    the step's loss or wants more frozen than can be, SparsityError and CapacityError where it does not fit the step.
+    `source` goes into the folder of a run that begins.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Trainer:
         progress: Progress | None = None,
         specialize: bool = False,
         teacher: Teacher | None = None,
+        freezer: Freezer | None = None,
     ):
         self.step = step
         self.specialize = specialize
@@ -69,6 +73,7 @@ class Trainer:
         output_shape = described.get("output_shape", (step.batch, step.classes))
         self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
         self._sieve: Sieve | None = None
+        self._freezer = freezer or Freezer.of_run(self.recipe, step)
         self._survivors: dict[str, np.ndarray] = {}
         self._first_live: dict[str, int] = {}
         self._idle = recipe.idle()
@@ -101,7 +106,8 @@ class Trainer:
         nothing would be left to train.
         """
         found = resumed(RunFolder(out), step, device, epochs, batch, target)
-        trainer = cls(found.step, found.recipe, out, progress, teacher=teacher)
+        freezer = Freezer.from_json(found.extra.get("freezing"))
+        trainer = cls(found.step, found.recipe, out, progress, teacher=teacher, freezer=freezer)
         trainer._resumed, trainer._stamp = (found.extra, found.arrays), found.stamp
         trainer._begun, trainer._continued, trainer._otherwise = found.begun, found.continued, found.otherwise
         return trainer
@@ -142,7 +148,7 @@ class Trainer:
             f"{self.recipe.method}; "
             f"lr {self.recipe.lr:g}, {self.recipe.lr_schedule}"
         )
-        return "; ".join([line, *self._idle])
+        return "; ".join([line, *self._freezer.about(), *self._idle])
 
     def _alone(self) -> Any:
         """A context in which nobody else trains in the folder."""
@@ -159,8 +165,8 @@ class Trainer:
         return lock
 
     def _fit(self, train: Dataset, test: Dataset) -> Run:
-        log.info(self.about(train, test))
         run, data = self._begin(train, test)
+        log.info(self.about(train, test))
         self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says
         if self.specialize:
             self.step.specialize(self._steps_between_mutations(len(train)))
@@ -184,6 +190,7 @@ class Trainer:
 
     def _epoch(self, run: Run, data: dict[str, Any], train: Dataset, test: Dataset) -> None:
         epoch = len(run.history)
+        frozen = self._freezer.freeze(self.step, self.recipe, epoch)
         mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
         trained = self._train(epoch, train)
         if broken := self.step.not_finite():
@@ -191,7 +198,9 @@ class Trainer:
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
         evaluated: dict[str, Any] = dict.fromkeys((f"test_{metric.name}" for metric in self.judge.metrics), None)
-        evaluated |= self._evaluate(test) if self.recipe.evaluates(epoch) else {"evaluation_seconds": 0.0}
+        evaluated |= (
+            evaluate(self.step, self.judge, test) if self.recipe.evaluates(epoch) else {"evaluation_seconds": 0.0}
+        )
         for name, value in evaluated.items():
             if value is not None and not math.isfinite(value):
                 raise self._diverged(f"{name} is {value} after epoch {epoch + 1}", epoch)
@@ -205,6 +214,7 @@ class Trainer:
             "survival": self._survival(),
             **self._sparsity(),
             "memory_bytes": self.step.memory(),
+            **({"freeze": frozen} if frozen else {}),
         }
         if self.specialize:
             metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
@@ -225,6 +235,10 @@ class Trainer:
         data = {"train": train.describe(), "test": test.describe()}
         run = Run(self.recipe, folder=self.folder.path if self.folder else None)
         self._sieve = Sieve(len(train)) if self.recipe.sieve else None
+        if self.recipe.freeze and not self._freezer:  # by times, for which there must be data
+            profile = partial(self.step.profile, *self._batch(train, np.arange(self.step.batch)))
+            self._freezer = Freezer.of_run(self.recipe, self.step, profile)
+        self._freezer.prepare(self.step)
         self._survivors = {name: mask.ravel() for name, mask in self.step.masks().items()}
         self._first_live = {name: int(mask.sum()) for name, mask in self._survivors.items()}
         if self._resumed is not None:
@@ -269,6 +283,11 @@ class Trainer:
             self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
         return run, data
 
+    def _batch(self, train: Dataset, chosen: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Images of those examples, and what the step takes with them."""
+        images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
+        return images, self.judge.given(images, train.labels[chosen])
+
     def _mutate(self, epoch: int, train: Dataset) -> dict[str, Any] | None:
         phase = self.recipe.mutation_at(epoch)
         if phase is None:
@@ -283,10 +302,8 @@ class Trainer:
             chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(
                 len(train), self.step.batch, replace=False
             )
-            images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
-            gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(
-                images, self.judge.given(images, train.labels[chosen])
-            )
+            batch = self._batch(train, chosen)
+            gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(*batch)
         if self.recipe.starts_dense:
             report = self.step.prune(to=phase.prune_to, **common)
         else:
@@ -333,10 +350,10 @@ class Trainer:
         return said
 
     def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
-        return train_epoch(self.step, self.judge, self.recipe, epoch, train, self._sieve, self.progress, self._diverged)
-
-    def _evaluate(self, test: Dataset) -> dict[str, Any]:
-        return evaluate(self.step, self.judge, test)
+        rates, sieve = partial(self._freezer.rates, self.recipe, epoch), self._sieve
+        return train_epoch(
+            self.step, self.judge, self.recipe, epoch, train, sieve, rates, self.progress, self._diverged
+        )
 
     def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
@@ -360,11 +377,9 @@ class Trainer:
     def _diverged(self, what: str, epochs: int) -> MestError:
         """What came after `epochs` whole ones."""
         whole = f"Epoch {epochs} is the last whole one" if epochs else "No epoch is whole"
-        kept = (
-            f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}"
-            if self.folder
-            else ""
-        )
+        kept = ""
+        if self.folder:
+            kept = f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}"
         return MestError(f"{what}; lower lr or add warmup_epochs. {whole}{kept}")
 
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
@@ -379,6 +394,7 @@ class Trainer:
                 "best": run.best,
                 "history": run.history,
                 "first_live": self._first_live,
+                **({"freezing": self._freezer.to_json()} if self._freezer else {}),
             },
             arrays | (self._sieve.arrays() if self._sieve else {}),
         )

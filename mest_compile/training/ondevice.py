@@ -22,7 +22,7 @@ from mest_compile.training.recipe import Recipe
 
 # Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
 WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "epochs", "as_json"))
-WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "lr", "seed", "out", "recipe"}
+WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "freeze", "lr", "seed", "out", "recipe"}
 
 
 @dataclass(frozen=True, slots=True)

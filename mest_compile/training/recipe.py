@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from mest_compile.base import checks
@@ -18,8 +16,10 @@ from mest_compile.base.errors import MestError, SparsityError, UnknownName, Usag
 from mest_compile.options import AS_GIVEN, StepOptions, find_loss
 from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY, PRUNE_BEGIN, PRUNE_END
 from mest_compile.training.sieve import SieveRule
+from mest_compile.training.tables import KINDS, NUMBERS, RUN_OPTIONS, TABLES, check_keys, read_toml
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
@@ -31,31 +31,6 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-# What a recipe's table [run] may say, and of which type it is.
-RUN_OPTIONS: dict[str, type] = {
-    "model": str,
-    "width": int,
-    "data": str,
-    "scheme": str,
-    "sparsity": float,
-    "distribution": str,
-    "batch": int,
-    "memory_budget": int,
-    "loss": str,
-    "optimizer": str,
-    "trainable": str,
-    "update_budget": str,
-}
-TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
-NUMBERS = ("update_budget",)  # which are a text or a number
-_KINDS = {str: "string", int: "whole number", float: "number"}
-# Keys that are looked for in a recipe and belong elsewhere.
-ELSEWHERE = {
-    key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"
-    for key in ("momentum", "weight_decay", "nesterov")
-} | dict.fromkeys(RUN_OPTIONS, "it belongs into the table [run]")
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A training run's settings; checked when made.
@@ -65,7 +40,8 @@ class Recipe:
                        weights) or "gradual" (prunes a dense model to the step's sparsity)
     lr                 learning rate at its highest; None: the one of the step's optimizer
     lr_schedule        "cosine" from lr to lr_final; "step": a tenth at half and again at three quarters of the epochs;
-                       "constant". It moves with every iteration, not only between epochs.
+                       "constant". It moves with every iteration, not only between epochs. That of what freezes has
+                       ended when it does
     lr_final           where the schedule ends; "step" and "constant" do not go below it
     warmup_epochs      the learning rate first rises linearly over this many epochs; the schedule covers the rest
     mutate_every       epochs between mutations; None: the paper's 5 of 160 epochs, in proportion, at least 1
@@ -76,6 +52,9 @@ class Recipe:
     clip_norm          largest norm of all gradients together, larger ones are scaled down to it; None: no bound
     importance_lambda  weight of |dL/dw| beside |w| in a weight's importance
     sieve              when which examples are dropped; None: all stay
+    freeze             what freezing is to save of the run: parts of the model stop training, front to back, at epochs
+                       at which masks mutate, or every `mutate_every` epochs where they never do; None: all train to the
+                       end
     augment            shift, and mirror
     mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow
                        it
@@ -101,6 +80,7 @@ class Recipe:
     mirror: bool | None = None
     prune_begin: float | None = None
     prune_end: float | None = None
+    freeze: FreezeRule | None = None
 
     def __post_init__(self) -> None:
         for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
@@ -134,6 +114,7 @@ class Recipe:
                 "leave it out"
             )
         self._check_sieve()
+        self._check_freeze()
         self._check_phases()
         self._check_pruning()
 
@@ -160,6 +141,23 @@ class Recipe:
                 f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there "
                 "would be no "
                 f"second one; lower it or leave it out"
+            )
+
+    def _check_freeze(self) -> None:
+        if self.freeze is None:
+            return
+        if not isinstance(self.freeze, FreezeRule):
+            raise UsageError(f"freeze must be a FreezeRule or None, not {checks.shown(self.freeze)}")
+        if self.starts_dense:
+            raise UsageError(
+                f"the method {self.method!r} prunes all layers by and by, and what freezes is pruned no further; use "
+                "method 'em_s', or leave freeze out"
+            )
+        if not any(self.freeze.covers(epoch, self.epochs) for epoch in range(self.warmup_epochs + 1, self.epochs)):
+            raise UsageError(
+                f"nothing would freeze: from {self.freeze.begin:g} to {self.freeze.end:g} of {self.epochs} epochs "
+                f"there is no epoch that begins after the {'warm-up' if self.warmup_epochs else 'first one'}; train "
+                "for more epochs, or leave freeze out"
             )
 
     def _check_phases(self) -> None:
@@ -215,14 +213,14 @@ class Recipe:
         A table [run] in it says on what the recipe is meant to be run, and is no part of the recipe: `run_options`
         reads it.
         """
-        data = _read_toml(path)
+        data = read_toml(path)
         data.pop("run", None)
         return cls.from_dict(data, where=str(path))
 
     @staticmethod
     def run_options(path: str | os.PathLike) -> dict[str, Any]:
         """What the table [run] of a recipe's file says: options of `mest-compile train` by name. Raises UsageError."""
-        table = _read_toml(path).get("run", {})
+        table = read_toml(path).get("run", {})
         if not isinstance(table, Mapping):
             raise UsageError(f'{path}: run must be a table, for example [run] with model = "resnet32"')
         for key, value in table.items():
@@ -237,7 +235,7 @@ class Recipe:
             if table_or_number or (key == "sparsity" and value == AS_GIVEN):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-                raise UsageError(f"{path}, run: {key} must be a {_KINDS[wanted]}, not {value!r}")
+                raise UsageError(f"{path}, run: {key} must be a {KINDS[wanted]}, not {value!r}")
         return dict(table)
 
     @classmethod
@@ -246,20 +244,23 @@ class Recipe:
         wrong values."""
         if not isinstance(data, Mapping):
             raise UsageError(f"{where} is no table of settings: {checks.shown(data)}")
-        _check_keys(cls, data, where)
-        sieve = data.get("sieve")
-        if sieve is not None:
-            if not isinstance(sieve, Mapping):
-                raise UsageError(f"{where}: sieve must be a table, for example [sieve] with drop = 0.15")
-            _check_keys(SieveRule, sieve, f"{where}, sieve")
+        check_keys(cls, data, where)
+        for name, kind, example in ("sieve", SieveRule, "drop = 0.15"), ("freeze", FreezeRule, "share = 0.2"):
+            if (table := data.get(name)) is not None:
+                if not isinstance(table, Mapping):
+                    raise UsageError(f"{where}: {name} must be a table, for example [{name}] with {example}")
+                check_keys(kind, table, f"{where}, {name}")
         phases = data.get("phases", ())
         if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
             raise UsageError(f"{where}: phases must be a list of tables with until_epoch, prune_to and grow_to")
         for phase in phases:
-            _check_keys(Phase, phase, f"{where}, phases")
+            check_keys(Phase, phase, f"{where}, phases")
         try:
-            rule = None if sieve is None else SieveRule(**sieve)
-            return cls(**{**data, "phases": tuple(Phase(**phase) for phase in phases), "sieve": rule})
+            read: dict[str, Any] = {"phases": tuple(Phase(**phase) for phase in phases)}
+            for name, kind in ("sieve", SieveRule), ("freeze", FreezeRule):
+                if data.get(name) is not None:
+                    read[name] = kind(**data[name])
+            return cls(**{**data, **read})
         except MestError as problem:
             raise type(problem)(f"{where}: {problem}") from problem
 
@@ -303,7 +304,8 @@ class Recipe:
     def idle(self) -> list[str]:
         """What this recipe, not yet resolved, asks for and what will never happen; a line each."""
         if METHODS[self.method] is None:
-            given = [name for name in ("mutate_every", "importance_lambda") if getattr(self, name)]
+            idle = ("importance_lambda",) if self.freeze else ("mutate_every", "importance_lambda")
+            given = [name for name in idle if getattr(self, name)]
             return [f"{name} is {getattr(self, name)}, but the method {self.method!r} never mutates" for name in given]
         if self.epochs == 1:
             return [f"the method {self.method!r} mutates between epochs: in 1 epoch it never does"]
@@ -349,6 +351,23 @@ class Recipe:
         begins = epoch in [phase.until_epoch for phase in self.phases]
         return self._phase_of(epoch) if begins or epoch % (self.mutate_every or 1) == 0 else None
 
+    def freezing_epochs(self) -> list[int]:
+        """The epochs (from 0) of a resolved recipe before which parts may freeze. Raises UsageError where there are
+        none."""
+        rule, interval = self.freeze, self._interval()
+        assert rule, "there is something to freeze"
+
+        def pauses(epoch: int) -> bool:
+            return epoch % interval == 0 if METHODS[self.method] is None else self.mutation_at(epoch) is not None
+
+        epochs = range(self.warmup_epochs + 1, self.epochs)
+        if found := [epoch for epoch in epochs if rule.covers(epoch, self.epochs) and pauses(epoch)]:
+            return found
+        raise UsageError(
+            f"nothing would freeze: from {rule.begin:g} to {rule.end:g} of {self.epochs} epochs masks never mutate, "
+            f"with mutate_every {interval}; lower it"
+        )
+
     def meets_target(self, epoch: int) -> bool:
         """Whether the model in `epoch` is as sparse as the final one. EM&S is denser for a while, and
         gradual pruning until its end; such a model is no result."""
@@ -359,37 +378,18 @@ class Recipe:
         """Whether the model is evaluated after `epoch` (counted from 0)."""
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
-    def lr_at(self, epoch: int, iteration: int, iterations: int) -> float:
-        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). Raises UsageError when
-        there is no lr yet."""
+    def lr_at(self, epoch: int, iteration: int, iterations: int, until: int | None = None) -> float:
+        """The learning rate of `iteration` (from 0) of the `iterations` of `epoch` (from 0). until: epochs after which
+        it has ended, and stays there; None: all. Raises UsageError when there is no lr yet."""
         if self.lr is None:
             raise UsageError("the recipe has no lr and no step that has one; give it lr")
         if epoch < self.warmup_epochs:
             return self.lr * (epoch + (iteration + 1) / iterations) / self.warmup_epochs
-        done = (epoch + iteration / iterations - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        end = self.epochs if until is None else until
+        done = min(1.0, (epoch + iteration / iterations - self.warmup_epochs) / (end - self.warmup_epochs))
         if self.lr_schedule == "cosine":
             return self.lr_final + (self.lr - self.lr_final) * LR_SCHEDULES[self.lr_schedule](done)
         return max(self.lr_final, self.lr * LR_SCHEDULES[self.lr_schedule](done))
 
     def _phase_of(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch < phase.until_epoch)
-
-
-def _read_toml(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
-        raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
-
-
-def _check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in data:
-        if key not in fields:
-            hint = ELSEWHERE.get(key) or f"did you mean {get_close_matches(str(key), fields, 1, 0)[0]!r}?"
-            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in data:
-            raise UsageError(f"{where}: the key {name!r} is missing")

@@ -1,5 +1,5 @@
-"""What a run folder shows: five plots and one page that needs nothing else. Reads only; a run that still trains can be
-reported."""
+"""What a run folder shows: up to six plots and one page that needs nothing else. Reads only; a run that still trains
+can be reported."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "train_seconds": sum(metrics["train_seconds"] for metrics in epochs),
         "mutations": sum(metrics["mutation"] is not None for metrics in epochs),
         "mutation_seconds": sum(metrics["mutation"]["seconds"] for metrics in epochs if metrics["mutation"]),
+        "freeze": _freezing(epochs),
         "iterations": sum(metrics["iterations"] for metrics in epochs),
         "iterations_saved": sum(metrics["iterations_saved"] for metrics in epochs),
         "dropped": [drop["dropped"] for drop in drops],
@@ -67,6 +68,21 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "sparsity": last["sparsity"],
         "survival": last["survival"],
         "memory_bytes": last["memory_bytes"],
+    }
+
+
+def _freezing(epochs: Epochs) -> dict[str, Any] | None:
+    """What is frozen after the last of the epochs, and the share of all of them that this has saved; None where nothing
+    ever freezes."""
+    if "freeze" not in epochs[-1]:
+        return None
+    last = epochs[-1]["freeze"]
+    steps = [metrics["iterations"] for metrics in epochs]
+    saved = sum(metrics["freeze"]["saved"] * count for metrics, count in zip(epochs, steps, strict=True))
+    seconds = sum(metrics["freeze"]["seconds"] for metrics in epochs)
+    return {name: last[name] for name in ("parts", "saved", "weights")} | {
+        "saved_overall": saved / sum(steps),
+        "seconds": seconds,
     }
 
 
@@ -86,6 +102,8 @@ def read_epochs(folder: RunFolder) -> Epochs:
         raise StateError(f"{folder.metrics} is damaged: it is not what the checkpoint says; {REMEDY}")
     if any(main_metric(metrics) is not main_metric(epochs[0]) for metrics in epochs):
         raise StateError(f"{folder.metrics} is damaged: its lines are of other metrics; {REMEDY}")
+    if any(("freeze" in epochs[0]) != ("freeze" in metrics) for metrics in epochs):
+        raise StateError(f"{folder.metrics} is damaged: only some of its lines tell of freezing; {REMEDY}")
     if any(epochs[0][name].keys() != metrics[name].keys() for name in ("sparsity", "survival") for metrics in epochs):
         raise StateError(f"{folder.metrics} is damaged: its lines are of other layers; {REMEDY}")
     return epochs
@@ -116,9 +134,14 @@ def _needed(metrics: Mapping[str, Any]) -> dict[str, Callable[[Any], bool]]:
     name = metrics.get("metric", "accuracy")
     if not isinstance(name, str) or name not in METRICS:
         return {"metric": lambda value: False}
-    return {**NEEDED, f"train_{name}": _number, f"test_{name}": lambda value: value is None or _number(value)}
+    frozen = {"freeze": lambda value: _with(value, FREEZE)} if "freeze" in metrics else {}
+    return {**NEEDED, **frozen, f"train_{name}": _number, f"test_{name}": lambda value: value is None or _number(value)}
 
 
+FREEZE: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("parts", "saved", "weights", "seconds"), _number),
+    "now": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
 REMEDY = "mest-compile train --resume writes it anew"
 NEEDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("epoch", "loss", "train_seconds", "iterations", "iterations_saved"), _number),
@@ -193,7 +216,17 @@ def _seconds(axes: Axes, epochs: Epochs) -> None:
                 fontsize="small",
                 va="bottom",
             )
+        if (freeze := metrics.get("freeze")) and freeze["now"]:
+            axes.axvline(metrics["epoch"], color="tab:blue", linestyle=":", linewidth=1)
     axes.set(ylabel="seconds of training in the epoch", ylim=(0, None))
+
+
+def _frozen(axes: Axes, epochs: Epochs) -> None:
+    numbers = [metrics["epoch"] for metrics in epochs]
+    for key, label in (("saved", "of a step"), ("weights", "of the parameters")):
+        axes.step(numbers, [100 * metrics["freeze"][key] for metrics in epochs], where="mid", label=label)
+    axes.set(ylabel="%", ylim=(0, 100))
+    axes.legend()
 
 
 PLOTS: dict[str, tuple[str, Callable[[Axes, Epochs], None]]] = {
@@ -202,12 +235,13 @@ PLOTS: dict[str, tuple[str, Callable[[Axes, Epochs], None]]] = {
     "sparsity": ("Sparsity of each layer", _by_layer("sparsity", "share of weights that are zero")),
     "survival": ("Mask survival: weights live since the start", _by_layer("survival", "share of the first mask")),
     "epoch_seconds": ("Time of an epoch", _seconds),
+    "freeze": ("Frozen: what is spared of a step, and the share of the parameters that stay", _frozen),
 }
 
 
 def _has(name: str, epochs: Epochs) -> bool:
-    """Whether there is anything to draw: a dense model has no layers with a mask."""
-    return name not in epochs[0] or bool(epochs[0][name])
+    """Whether there is anything to draw: a dense model has no layers with a mask, and few runs freeze."""
+    return bool(epochs[0].get(name, name != "freeze"))
 
 
 def _png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
@@ -246,6 +280,7 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ("seconds of training", f"{facts['train_seconds']:.1f}"),
         ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
         ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),
+        *_frozen_rows(facts["freeze"]),
         ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]
@@ -271,6 +306,16 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "",
         ]
     )
+
+
+def _frozen_rows(frozen: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if frozen is None:
+        return []
+    saved = f"{frozen['saved']:.1%} of the last step, {frozen['saved_overall']:.1%} of all steps"
+    return [
+        ("frozen in the end", f"{frozen['parts']} parts, {frozen['weights']:.1%} of the parameters"),
+        ("spared by freezing", f"{saved}; exchanging them took {frozen['seconds']:.2f} s"),
+    ]
 
 
 def _table(rows: Sequence[tuple[object, object]]) -> str:

@@ -201,3 +201,16 @@ def test_the_opencl_page_quotes_the_recorded_times():
         interval = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
         figures = f"{row['step_seconds'] * 1e3:.1f} | {row['baseline_seconds'] * 1e3:.1f} | {interval}"
         assert f"| {row['scheme']} | {figures} |" in page
+
+
+def test_the_page_on_training_a_part_freezes_what_it_says():
+    section = (DOCS / "finetuning.md").read_text().partition("## While it trains")[2].partition("\n## ")[0]
+    frozen_now, planned = re.findall(r"```python\n(.*?)```", section, re.S)
+    shape = (8, 3, 8, 8)
+    step = mest.compile(short_resnet(shape), shape, sparsity=0.5, threads=1)
+    names = {"step": step, "images": np.zeros(shape, np.float32), "labels": np.arange(8)}
+    exec(planned, names)
+    assert np.isfinite(names["result"].loss) and not step.describe()["frozen"]
+    exec(frozen_now, names)
+    assert all(name.startswith(("conv1", "bn1", "layer1")) for name in step.describe()["frozen"])
+    assert {"conv1.weight", "bn1.bias", "layer1.0.conv2.weight"} <= step.describe()["frozen"].keys()

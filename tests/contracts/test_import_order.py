@@ -29,6 +29,7 @@ ORDER = (
     "runtime",
     "devices",
     "budgeting",
+    "assembling",
     "compiling",
     "choosing",
     "opening",

@@ -16,6 +16,7 @@ from test_step import assert_like_torch, make_batches, masked_steps
 from test_tuning import spoilt
 
 import mest_compile as mest
+from mest_compile.base.errors import UsageError
 from mest_compile.devices import probe
 from mest_compile.frontend import import_model
 from mest_compile.hardware.cpu import host_model
@@ -28,6 +29,7 @@ from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import Measure, Record, Records
+from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.tuning.command import Request, tune
@@ -419,3 +421,28 @@ def test_what_is_no_library_is_refused():
         read_library(b"\x7fELF\x02\x01" + bytes(10))
     with pytest.raises(mest.MestError, match="not a whole ELF shared library"):
         read_library(b"#!/bin/sh\n" + bytes(100))
+
+
+def test_a_step_on_the_device_freezes_as_one_here(phone, tmp_path):
+    model = build_model("mlp", SHAPE, 10, 32, 0)
+    steps = [compiled(phone, model=model), compiled(target="local", model=model)]
+    batches = make_batches(SHAPE, 10, 5)
+    parts = list(steps[0].freezing_parts().values())[:2]
+    losses = []
+    for step in steps:
+        step.plan_freezing(parts)
+        losses.append([step(*batch, lr=[0.02, 0.01, 0.02]).loss for batch in batches[:2]])
+        step.save(tmp_path / "before")
+        need = step.memory()["total"]
+        step.freeze("fc1.*")
+        assert step.memory()["total"] < need
+        losses[-1] += [step(*batch, lr=[0.02, 0.01, 0.02]).loss for batch in batches[2:]]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    away, _ = steps
+    away.reconnect()
+    away.restore(tmp_path / "before")  # of before anything froze
+    assert not away.describe()["frozen"] and np.isfinite(away(*batches[2], lr=0.02).loss)
+    data = np.zeros((8, *SHAPE[1:]), np.float32), np.zeros(8, int)
+    with pytest.raises(UsageError, match='of is "time", and a step on another device cannot be profiled'):
+        Trainer(away, Recipe(4, "static", freeze=FreezeRule(0.1, "time"))).fit(data, data)
+    away.close()

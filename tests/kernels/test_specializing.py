@@ -16,6 +16,7 @@ import pytest
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError
+from mest_compile.hardware.target import find_target
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import KernelSource, kernel_source
@@ -23,6 +24,7 @@ from mest_compile.kernels.specializing import Structure, specialized, structure_
 from mest_compile.kernels.workers import Workers
 from mest_compile.lowering.emitting import kernel_name
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.frozen_norm import CopyPart
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.runtime.variants import Choice, Times, choose
 
@@ -300,6 +302,16 @@ def test_a_kernel_that_does_not_compile_is_a_problem_of_its_own(tmp_path):
     assert Builder(tmp_path).has(fine) and not Builder(tmp_path).has(broken)
     with pytest.raises(BuildError):
         Builder(tmp_path).function(broken)
+
+
+def test_workers_that_are_dismissed_end_when_they_have_done_what_they_were_asked(tmp_path):
+    workers = Workers(tmp_path, count=2, share=1.0)
+    source = kernel_source("values.part", CopyPart(8, 0, 8, 0, 8), find_target("local"))
+    workers.ask([source])
+    started = list(workers.processes)
+    workers.dismiss()
+    until(lambda: not workers.processes)
+    assert Builder(tmp_path).has(source) and [process.poll() for process in started] == [0, 0]
 
 
 def test_workers_know_no_torch(tmp_path):

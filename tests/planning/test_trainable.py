@@ -11,6 +11,7 @@ from mest_compile.frontend import from_onnx, from_torch
 from mest_compile.ir.graph import CHOSEN, CUT, FLAG
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
+from mest_compile.planning.freezing import parts_of
 from mest_compile.planning.trainable import blocks, choose_trainable
 
 SHAPE = (2, 3, 16, 16)
@@ -164,3 +165,22 @@ def test_an_onnx_model_takes_patterns(tmp_path):
     step(np.random.default_rng(0).standard_normal((4, 8), np.float32), np.arange(4))
     moved = {name for name, array in step.state_dict().items() if not np.array_equal(array, before[name])}
     assert moved == {*step.describe()["trainable"], "norm.running_mean", "norm.running_var"}
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "wanted"),
+    [
+        ("resnet20", None, ["conv1", "layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2"]),
+        ("resnet20", ("last:2",), ["layer3.1", "layer3.2", "fc"]),
+        ("vgg11", None, ["features.0", "features.4", "features.8", "features.11", "features.15", "features.18"]),
+    ],
+)
+def test_what_freezes_at_once_is_a_block_or_a_layer_with_what_follows_it(name, trainable, wanted):
+    shape = (2, 3, 32, 32)
+    graph, _ = from_torch(build_model(name, shape, 10, 8), shape)
+    graph = choose_trainable(graph, trainable)
+    parts = parts_of(graph)
+    assert list(parts)[: len(wanted)] == wanted
+    assert [one for part in parts.values() for one in part] == graph.trainable()
+    if name == "vgg11":
+        assert parts["features.4"] == ("features.4.weight", "features.5.weight", "features.5.bias")

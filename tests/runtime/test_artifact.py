@@ -15,11 +15,14 @@ import pytest
 import tvm_ffi
 from device import emulated
 from test_step import make_batches
+from test_training import Interrupter, interrupt
 
 import mest_compile as mest
 from mest_compile.base import tensorfile
+from mest_compile.compiling import compile_step
 from mest_compile.data import load
 from mest_compile.models.catalog import build_model
+from mest_compile.options import StepOptions
 from mest_compile.runtime import artifact, checkpoint, library
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
@@ -334,3 +337,63 @@ def test_files_of_arrays_are_safetensors_files(tmp_path):
     for cut in range(0, len(packed), 7):
         with pytest.raises(ValueError):  # noqa: PT011
             tensorfile.unpack(packed[:cut])
+
+
+FROZEN = """
+epochs = 6
+method = "em_s"
+lr = 0.05
+mutate_every = 1
+[freeze]
+share = 0.25
+begin = 0.3
+[run]
+model = "mlp"
+width = 32
+batch = 64
+scheme = "unstructured"
+sparsity = 0.8
+"""
+
+
+def test_an_artifact_freezes_as_it_was_built_to_and_goes_on(mest_compile_command, data, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(FROZEN)
+    built = ["build", "--recipe", recipe, "--image", "1x8x8", "--target", "local", "--threads", 1]
+    ran = mest_compile_command(*built, "--out", tmp_path / "made")
+    assert ran.code == 0, ran.err
+    device, run, split = Device(tmp_path, "here", tmp_path / "made"), tmp_path / "run", load("arrays", data)
+    code, out, err = device.run(
+        "train", "--artifact", device.artifact, "--data-folder", data, *OPTIONS, "--recipe", recipe, "--out", run
+    )
+    assert code == 0, err
+    told = [epoch["freeze"]["now"] for epoch in json.loads(out)["epochs"]]
+    assert [name for names in told for name in names] == ["fc1", "fc2"] and told[0] == []
+    chosen = Recipe.from_file(recipe)
+    options = chosen.step_options(StepOptions("unstructured", 0.8, threads=1))
+    whole = compile_step(build_model("mlp", SHAPE, 10, 32, 0), SHAPE, options)
+    Trainer(whole, chosen, tmp_path / "whole").fit(split.train, split.test)
+    stopped = Trainer(
+        mest.open_artifact(tmp_path / "made", threads=1), chosen, tmp_path / "stopped", Interrupter(5, 3, interrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(split.train, split.test)
+    again = Trainer.resume(tmp_path / "stopped", mest.open_artifact(tmp_path / "made", threads=1))
+    again.fit(split.train, split.test)
+    wanted, _ = checkpoint.read(tmp_path / "whole" / "checkpoint.safetensors")
+    for folder in (run, tmp_path / "stopped"):
+        got, _ = checkpoint.read(folder / "checkpoint.safetensors")
+        assert got.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(got[name], array, name)
+    with pytest.raises(mest.MestError, match="built to freeze other parts, or in another order"):
+        mest.open_artifact(tmp_path / "made").freeze("fc2.*")
+    for options, said in (
+        (["--grow-to", 0.5], "leave --grow-to out"),
+        (["--checkpoint", run / "checkpoint.safetensors"], "leave it out"),
+    ):
+        ran = mest_compile_command(*built, *options, "--out", tmp_path / "no")
+        assert ran.code == 2 and said in ran.err
+    recipe.write_text(FROZEN.replace("begin", 'of = "time"\nbegin'))
+    ran = mest_compile_command(*built, "--out", tmp_path / "no")
+    assert ran.code == 2 and 'give of = "flops"' in ran.err

@@ -261,7 +261,7 @@ def stopping(number, late, problem, calls, real=os.replace):
 @pytest.mark.parametrize("late", [False, True])
 def test_an_export_that_is_stopped_leaves_the_old_artifact_or_the_new_one(problem, late, step, tmp_path, monkeypatch):
     path, library, stopped = tmp_path / "here" / "artifact", step._compiled.library(), 0
-    monkeypatch.setattr(step, "_compiled", replace(step._compiled, library=lambda: library))
+    monkeypatch.setattr(step, "_compiled", replace(step._compiled, library=lambda coming: library))
     step.export(path)
     for number in range(1, 8):
         step(X, Y)

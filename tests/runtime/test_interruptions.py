@@ -184,6 +184,18 @@ def test_an_interrupted_change_is_not_begun_or_finished(change, step, batch, fil
     assert not odd and stopped > places / 2
 
 
+def test_an_interrupted_freeze_is_not_begun_or_finished(step, batch, files):
+    """What is pruned and exchanged goes together; so does thawing it, by restoring."""
+    places = max(4, PLACES // 16)
+
+    def freeze(step, files):
+        step.freeze("0.*,1.*", prune_to=0.7)
+
+    freeze(step, files)  # compiles, which later calls do not: their lines are what places are among
+    stopped, odd = interrupt(step, batch, freeze, files, places, seed=2)
+    assert not odd and stopped > places / 3
+
+
 def test_an_interrupted_profile_gives_the_state_back(step, batch, files):
     step.restore(files[0])
     old = outcome(step, batch)

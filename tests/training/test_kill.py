@@ -33,6 +33,7 @@ drop = 0.1
 after_epoch = 2
 every = 2
 
+{freeze}
 [run]
 model = "mlp"
 width = 512
@@ -53,6 +54,8 @@ def finish(process):
 
 def without_clock(metrics):
     kept = {key: value for key, value in metrics.items() if key not in CLOCKED}
+    if "freeze" in kept:
+        kept["freeze"] = {key: value for key, value in kept["freeze"].items() if key != "seconds"}
     if kept["mutation"]:
         kept["mutation"] = {
             key: value for key, value in kept["mutation"].items() if key not in ("seconds", "reindex_seconds")
@@ -83,13 +86,18 @@ def assert_same(one, other):
             np.testing.assert_array_equal(array, others[name], name)
 
 
-@pytest.mark.parametrize(("scheme", "options"), [("block", []), ("filter", ["--specialize"])])
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, scheme, options):
+FREEZE = "[freeze]\nshare = 0.2\nbegin = 0.3\n"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "freeze"), [("block", [], ""), ("filter", ["--specialize"], FREEZE)], ids=["block", "filter"]
+)
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, scheme, options, freeze):
     seed = random.randrange(2**32)
     print("seed", seed)
     moments = random.Random(seed)
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("{scheme}", scheme))
+    recipe.write_text(RECIPE.replace("{scheme}", scheme).replace("{freeze}", freeze))
     finish(start("--recipe", recipe, "--out", tmp_path / "warm", *options))  # kernels are in the cache from here on
     began = time.perf_counter()
     process = start("--recipe", recipe, "--out", tmp_path / "whole", *options)
@@ -98,6 +106,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, schem
     finish(process)
     seconds, wanted = time.perf_counter() - began, outcome(tmp_path / "whole")
     assert_same(outcome(tmp_path / "warm"), wanted)
+    assert wanted[0][-1].get("freeze", {"parts": 0})["parts"] == (2 if freeze else 0)
     assert wanted[1][0][0]["extra/sieve.kept"].sum() < len(wanted[1][0][0]["extra/sieve.kept"])
 
     kills = torn = runs = 0

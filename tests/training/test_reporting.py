@@ -29,11 +29,12 @@ def finished(tmp_path):
 def test_a_report_is_plots_and_one_page_that_needs_nothing_else(finished):
     facts = write_report(finished)
     out = finished / "report"
-    assert sorted(path.name for path in out.iterdir()) == sorted(["report.html", *(f"{name}.png" for name in PLOTS)])
-    assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.png") for name in PLOTS)]
-    assert all((out / f"{name}.png").read_bytes().startswith(PNG) for name in PLOTS)
+    plots = [name for name in PLOTS if name != "freeze"]  # of which this run has nothing to show
+    assert sorted(path.name for path in out.iterdir()) == sorted(["report.html", *(f"{name}.png" for name in plots)])
+    assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.png") for name in plots)]
+    assert all((out / f"{name}.png").read_bytes().startswith(PNG) for name in plots)
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == len(PLOTS) and not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count('src="data:image/png;base64,') == len(plots) and not re.search(r'(src|href)="(?!data:)', page)
     assert "run &lt;a&gt;" in page and "<a>" not in page
     assert json.loads(json.dumps(facts)) == facts
 
@@ -68,13 +69,17 @@ def test_the_page_shows_the_numbers_of_the_metrics(finished):
 def test_the_plots_show_the_numbers_of_the_metrics(finished):
     lines = read_epochs(RunFolder(finished))
     assert all(metrics["train_accuracy"] > 0 for metrics in lines)
+    for metrics, part in zip(lines, (0, 0, 0, 1, 1, 2), strict=True):
+        now = [f"layer{part}"] if metrics["epoch"] in (4, 6) else []
+        metrics["freeze"] = {"now": now, "parts": part, "saved": 0.2 * part, "weights": 0.1 * part, "seconds": 0.5}
     wanted = {
         "loss": [[metrics["loss"] for metrics in lines]],
         "accuracy": [[100 * metrics[name] for metrics in lines] for name in ("train_accuracy", "test_accuracy")],
         "sparsity": [[metrics["sparsity"]["weight"] for metrics in lines]],
         "survival": [[metrics["survival"]["weight"] for metrics in lines]],
-        "epoch_seconds": [[metrics["train_seconds"] for metrics in lines], [0, 1]],
-    }  # and the line where examples were dropped
+        "epoch_seconds": [[metrics["train_seconds"] for metrics in lines], [0, 1], [0, 1], [0, 1]],
+        "freeze": [[100 * metrics["freeze"][name] for metrics in lines] for name in ("saved", "weights")],
+    }  # and the lines where examples were dropped and layers froze
     for name, (_, draw) in PLOTS.items():
         axes = Figure().add_subplot()
         draw(axes, lines)
@@ -94,7 +99,7 @@ def test_a_plot_changes_with_the_run(finished, tmp_path):
     before, after = (
         {path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("before", "after")
     )
-    assert {name for name in PLOTS if before[name] != after[name]} == {"loss", "survival"}
+    assert {name for name in before if before[name] != after[name]} == {"loss", "survival"}
 
 
 def test_a_run_that_still_trains_can_be_reported(tmp_path):
@@ -140,3 +145,18 @@ def test_the_command_prints_a_line_and_json(finished, mest_compile_command):
     facts = json.loads(mest_compile_command("report", str(finished), "--json").out)
     assert facts["epochs"] == 6 and np.isfinite(facts["loss"])
     assert mest_compile_command("report", str(finished / "no")).code == 1
+
+
+def test_lines_that_tell_of_freezing_in_part_are_damaged(finished):
+    folder = RunFolder(finished)
+    folder.checkpoint.unlink()
+    lines, told = folder.read_metrics(), {"now": [], "parts": 0, "saved": 0.0, "weights": 0.0, "seconds": 0.0}
+    folder.rewrite_metrics([{**metrics, "freeze": told} for metrics in lines])
+    assert write_report(finished)["freeze"]["saved_overall"] == 0
+    for broken, said in (
+        ([lines[0], {**lines[1], "freeze": told}], "only some of its lines tell of freezing"),
+        ([{**lines[0], "freeze": {**told, "saved": "much"}}], "freeze of line 1"),
+    ):
+        folder.rewrite_metrics(broken)
+        with pytest.raises(StateError, match=said):
+            write_report(finished)

@@ -22,6 +22,7 @@ from mest_compile.data import Dataset, as_dataset
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.mutation import Phase, importance
+from mest_compile.training.epoch import evaluate
 from mest_compile.training.fitting import target_sparsity
 from mest_compile.training.loop import Trainer
 from mest_compile.training.metrics import METRICS
@@ -474,7 +475,7 @@ def test_an_answer_that_is_no_number_is_no_right_one():
 
     trainer = Trainer(Lost(), RECIPE)
     data = as_dataset((TEST[0], np.zeros(len(TEST[1]), int)), classes=10)
-    assert trainer._evaluate(data)["test_accuracy"] == 0.0
+    assert evaluate(trainer.step, trainer.judge, data)["test_accuracy"] == 0.0
 
 
 @pytest.fixture(scope="module")

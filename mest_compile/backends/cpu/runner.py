@@ -86,6 +86,11 @@ class LocalRunner:
         self._functions |= {kernel_name(self._prefix, program, call): kernel for call, kernel in kernels.items()}
         self._machine = self._new_machine()
 
+    def spare(self) -> None:
+        """Gives back the arena, which TVM's allocator keeps for the next that wants storages of just these sizes: of
+        every step in this process that does not run now. Those take new ones, without huge pages."""
+        self._tvm.get_global_func("vm.builtin.memory_manager.clear")()
+
     def run(self, function: str) -> None:
         """Runs one of `programs`."""
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._threads)

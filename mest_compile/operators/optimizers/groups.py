@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from mest_compile.base import checks
 from mest_compile.base.errors import SpecError
+from mest_compile.ir.graph import FROZE
 
 LAYERS = ("conv2d", "linear")  # operators whose parameter "weight" is a weight
 
-Setting = tuple[float, float]  # what the learning rate is multiplied by, weight decay
+# What the learning rate is multiplied by, weight decay, and which of the rates it is: the place among the parts that
+# freeze one after another, LAST of all that never does.
+Setting = tuple[float, float, int]
+LAST = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +97,18 @@ class Settings:
     listed  the settings that there are; the optimizer's own is the first
     """
 
-    def __init__(self, rule: Any, nodes: Iterable[_Node], frozen: Collection[str] = ()):
-        """rule: an optimizer; frozen: names of parameters. Raises SpecError for a group that has none which trains."""
+    def __init__(
+        self,
+        rule: Any,
+        nodes: Iterable[_Node],
+        frozen: Mapping[str, str] = MappingProxyType({}),
+        parts: Sequence[Collection[str]] = (),
+    ):
+        """rule: an optimizer; frozen: names of parameters -> why; parts: names of those that freeze one after another.
+        Raises SpecError for a group that never had one which trains."""
         usual: _Rule = rule
-        own = (1.0, usual.weight_decay)
+        own = (1.0, usual.weight_decay, LAST)
+        turn = {name: place for place, part in enumerate(parts) for name in part}
         self._of: dict[str, Setting] = {}
         for node in nodes:
             for role, name in node.params.items():
@@ -106,9 +119,10 @@ class Settings:
                 decay = usual.weight_decay if decays else 0.0
                 if group is not None and group.weight_decay is not None:
                     decay = group.weight_decay
-                self._of[name] = (1.0 if group is None else group.rate, decay)
+                self._of[name] = (1.0 if group is None else group.rate, decay, turn.get(name, LAST))
+        trained = {*self._of, *(name for name, why in frozen.items() if why == FROZE)}
         for group in usual.groups:
-            if not any(map(group.has, self._of)):
+            if not any(map(group.has, trained)):
                 stays = "that trains " if any(map(group.has, frozen)) else ""
                 raise SpecError(
                     f"no parameter {stays}is called {' or '.join(group.names)}, as a group of {type(rule).__name__} "

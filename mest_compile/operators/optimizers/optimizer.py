@@ -19,7 +19,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.base.options import made, plain
 from mest_compile.base.registry import Registry
 from mest_compile.ir.expressions import Expression
-from mest_compile.operators.optimizers.groups import Group, groups_of
+from mest_compile.operators.optimizers.groups import Group, Setting, groups_of
 
 OPTIMIZERS = Registry("optimizer", "mest_compile.operators.optimizers")
 O = TypeVar("O", bound="Optimizer")
@@ -103,11 +103,11 @@ class Optimizer(ABC):
         """The rule's scalars, float32, of update number `count` of the step, the first being 1, at that learning
         rate."""
 
-    def hyper_of(self, group: tuple[float, float], count: int, lr: float) -> np.ndarray:
-        """The same of parameters with (what the rate is multiplied by, their weight decay)."""
-        factor, decay = group
+    def hyper_of(self, setting: Setting, count: int, rates: Sequence[float]) -> np.ndarray:
+        """The same of parameters of a setting, whose rate is one of `rates`."""
+        factor, decay, turn = setting
         own = decay == self.weight_decay  # type: ignore[attr-defined]
-        return (self if own else replace(self, weight_decay=decay)).hyper(count, lr * factor)  # type: ignore[call-arg]
+        return (self if own else replace(self, weight_decay=decay)).hyper(count, rates[turn] * factor)  # type: ignore[call-arg]
 
     @classmethod
     def signature(cls) -> str:

@@ -1,0 +1,59 @@
+"""What stands in a recipe's file: its keys, those of its table [run], and those that belong elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base.errors import UsageError
+
+# What a recipe's table [run] may say, and of which type it is.
+RUN_OPTIONS: dict[str, type] = {
+    "model": str,
+    "width": int,
+    "data": str,
+    "scheme": str,
+    "sparsity": float,
+    "distribution": str,
+    "batch": int,
+    "memory_budget": int,
+    "loss": str,
+    "optimizer": str,
+    "trainable": str,
+    "update_budget": str,
+}
+TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
+NUMBERS = ("update_budget",)  # which are a text or a number
+KINDS = {str: "string", int: "whole number", float: "number"}
+# Keys that are looked for in a recipe and belong elsewhere.
+ELSEWHERE = {
+    key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"
+    for key in ("momentum", "weight_decay", "nesterov")
+} | dict.fromkeys(RUN_OPTIONS, "it belongs into the table [run]")
+
+
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    """Raises UsageError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
+        raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
+
+
+def check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
+    """Whether `data` has the fields of a dataclass. Raises UsageError."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            hint = ELSEWHERE.get(key) or f"did you mean {get_close_matches(str(key), fields, 1, 0)[0]!r}?"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in data:
+            raise UsageError(f"{where}: the key {name!r} is missing")
