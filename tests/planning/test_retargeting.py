@@ -8,7 +8,7 @@ import pytest
 import torch.nn as nn
 
 import mest_compile as mest
-from mest_compile import assembling
+from mest_compile import compiling
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.elf import read_library
 from mest_compile.models.catalog import build_model
@@ -138,7 +138,7 @@ def planned(monkeypatch):
 
     def facts(batch, target, scheme, records=Records, **options):
         with monkeypatch.context() as patched:
-            patched.setattr(assembling, "make_step", lambda plan, *others: plan.facts)
+            patched.setattr(compiling, "make_step", lambda plan, *others: plan.facts)
             shape = (batch, 3, 32, 32)
             options |= {"scheme": scheme, "target": target, "records": records(find_target(target))}
             return mest.compile(build_model("resnet20", shape, 10, 64), shape, sparsity=0.6, **options)
