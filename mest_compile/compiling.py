@@ -25,7 +25,7 @@ from mest_compile.ir.program import FUNCTIONS, Program
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
-from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
 from mest_compile.planning.given import first_masks
@@ -287,8 +287,9 @@ def make_step(
             threads = where.cores
 
         def alive(layer: Layer) -> Layer:
-            forward, transposed = FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations)
-            return Layer(layer.spec, Dense(), 0.0, "gather", forward, transposed, frozen=layer.frozen)
+            kernels = family_for(Dense(), layer.spec, where)
+            forward, transposed = FAMILIES.find(kernels).sections(layer.spec, Dense(), where, activations)
+            return Layer(layer.spec, Dense(), 0.0, kernels, forward, transposed, frozen=layer.frozen)
 
         every = {name: alive(layer) for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}

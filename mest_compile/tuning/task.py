@@ -28,7 +28,7 @@ from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGra
 from mest_compile.records.log import text_digest
 from mest_compile.sparsity.layer import Layer
 
-EXACT = frozenset({"conv", "grad"})  # last words of kernels that only add up products
+EXACT = frozenset({"conv", "grad", "depthwise"})  # words in names of kernels that only add up products
 ROUNDINGS = 64  # float32 roundings that two right answers of other kernels may differ by, at the largest value
 
 
@@ -140,7 +140,7 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
     number = next(number for number, call in enumerate(program.calls) if call.name == task.name)
     call = program.calls[number]
     indices: dict[str, LayerIndex] = {}
-    exact = task.kernel.rpartition(".")[2] in EXACT
+    exact = not EXACT.isdisjoint(task.kernel.split("."))
     arguments = [_argument(buffer, program, layers, indices, exact, rng) for buffer in call.buffers]
     after = _default_answer(task, arguments, builder)
     wanted = {place: array for place, array in enumerate(after) if not np.array_equal(array, arguments[place])}
