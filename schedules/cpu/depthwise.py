@@ -69,10 +69,10 @@ def _spans(size: int, tile: int) -> Iterator[tuple[int, int, int]]:
         yield 1, rest, whole * tile
 
 
-def _reads(taps: Callable[[int, int, int], Iterator[tuple[int, int, int]]], window: Window, tile: Tile) -> Reads:
+def _reads(taps: Callable[[int, int], Iterator[tuple[int, int, int]]], window: Window, tile: Tile) -> Reads:
     """taps: Window.reached or Window.reaching."""
     found: Reads = {}
-    for (ky, a, y), (kx, b, x) in product(taps(0, 0, tile[0]), taps(1, 0, tile[1])):
+    for (ky, a, y), (kx, b, x) in product(taps(0, tile[0]), taps(1, tile[1])):
         found.setdefault((y, x), []).append(((a, b), ky * window.kernel[1] + kx))
     return dict(sorted(found.items()))
 

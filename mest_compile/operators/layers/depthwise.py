@@ -30,21 +30,21 @@ class Window:
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
-    def reached(self, axis: int, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """(tap, place, source pixel) along an axis of `size` result pixels from `start` on; place counts from
-        `start`."""
-        for place in range(size):
+    def reached(self, axis: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """(tap, result pixel, source pixel that it reads by that tap) of the first `size` result pixels of an axis (0 is
+        y)."""
+        for pixel in range(size):
             for tap in range(self.kernel[axis]):
-                at = (start + place) * self.stride[axis] + tap * self.dilation[axis] - self.padding[axis]
-                yield tap, place, at
+                yield tap, pixel, pixel * self.stride[axis] + tap * self.dilation[axis] - self.padding[axis]
 
-    def reaching(self, axis: int, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """The same the other way: (tap, place, result pixel that reads it by that tap) of source pixels."""
-        for place in range(size):
+    def reaching(self, axis: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """The same the other way: (tap, source pixel, result pixel that reads it by that tap) of the first `size` source
+        pixels."""
+        for pixel in range(size):
             for tap in range(self.kernel[axis]):
-                distance = start + place + self.padding[axis] - tap * self.dilation[axis]
+                distance = pixel + self.padding[axis] - tap * self.dilation[axis]
                 if distance % self.stride[axis] == 0:
-                    yield tap, place, distance // self.stride[axis]
+                    yield tap, pixel, distance // self.stride[axis]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +150,18 @@ def depthwise_forward_reference(
 def depthwise_grad_input_reference(
     problem: DepthwiseGradInput, values: np.ndarray, delta: np.ndarray, result: np.ndarray
 ) -> np.ndarray:
-    """The result array in float64, shape `problem.result.shape`; `result` before it, whose halo stays. delta: its halo
-    is not read here."""
-    image, window = problem.result, problem.window
-    inner = delta.astype(np.float64).reshape(problem.delta.shape)[problem.delta.interior]
-    weights = values.astype(np.float64).reshape(-1, window.taps, 1, 1, 1)
+    """The result array in float64, shape `problem.result.shape`; `result` before it, whose halo stays."""
+    image, window, (top, left) = problem.result, problem.window, problem.delta.halo[:2]
+    given = delta.astype(np.float64).reshape(problem.delta.shape)
+    weights = values.astype(np.float64).reshape(-1, window.taps, 1)
     out = result.astype(np.float64).reshape(image.shape)
     total = out[image.interior]
     if not problem.accumulate:
         total[...] = 0
-    rows, columns = (
-        list(window.reached(axis, 0, size)) for axis, size in enumerate((problem.delta.height, problem.delta.width))
-    )
-    for ky, h, y in rows:
-        for kx, w, x in columns:
-            if 0 <= y < image.height and 0 <= x < image.width:
-                given = weights[:, ky * window.kernel[1] + kx, 0, 0] * inner[:, :, h, w]
-                total[:, :, y, x] += given.reshape(image.slices, image.channels, -1, image.vector).sum(2)
+    for ky, y, row in window.reaching(0, image.height):
+        for kx, x, column in window.reaching(1, image.width):
+            read = weights[:, ky * window.kernel[1] + kx] * given[:, :, top + row, left + column]
+            total[:, :, y, x] += read.reshape(image.slices, image.channels, -1, image.vector).sum(2)
     return out
 
 
