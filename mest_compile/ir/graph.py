@@ -95,9 +95,9 @@ class Node:
     inputs  names of the producing nodes; "input" is the graph's input
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
             running_mean, running_var
-    attrs   conv2d: stride, padding, and groups, dilation where they are not 1; batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only
-            if it is: it normalises with its running statistics, and keeps them, while the step trains); pools: kernel,
-            stride, padding, avg_pool2d also count_include_pad
+    attrs   conv2d: stride, padding, and groups, dilation where they are not 1; batch_norm: eps, momentum (torch's:
+            share of the new statistics), evaluating (only if it is: it normalises with its running statistics, and
+            keeps them, while the step trains); pools: kernel, stride, padding, avg_pool2d also count_include_pad
     shape   of the output: (N, C, H, W) or (N, features)
     """
 

@@ -1,5 +1,5 @@
-"""Built-in models: plain torch modules, most for small images, with torchvision's attribute names. torch is imported when one
-is built."""
+"""Built-in models: plain torch modules, most for small images, with torchvision's attribute names. torch is imported
+when one is built."""
 
 from __future__ import annotations
 

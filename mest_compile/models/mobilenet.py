@@ -137,9 +137,7 @@ def _efficientnet_lite0(input_shape: tuple[int, ...], classes: int, width: int) 
     class EfficientNetLite(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv_stem, self.bn1, self.act1 = _normed(
-                input_shape[1], 32, 3, _stem_stride(input_shape), 1, nn.ReLU6
-            )
+            self.conv_stem, self.bn1, self.act1 = _normed(input_shape[1], 32, 3, _stem_stride(input_shape), 1, nn.ReLU6)
             channels = _multiple_of_8(16 * width / 32)
             stages: list[nn.Module] = [nn.Sequential(DepthwiseSeparable(32, channels))]
             for count, kernel, stride, outputs in (

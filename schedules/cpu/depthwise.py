@@ -20,8 +20,8 @@ from mest_compile.operators.layers.depthwise import (
     Window,
 )
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.cpu.rows import array, buffer, loop, narrowed, widened
 from mest_compile.schedules.cpu.gather_grad import halves
+from mest_compile.schedules.cpu.rows import array, buffer, loop, narrowed, widened
 from mest_compile.schedules.cpu.tiles import epilogue_arguments, finished, vectors
 
 Tile = tuple[int, int]
@@ -77,25 +77,38 @@ def _reads(taps: Callable[[int, int], Iterator[tuple[int, int, int]]], window: W
     return dict(sorted(found.items()))
 
 
+def _nothing(rows: int) -> None:
+    pass
+
+
 def _each_tile(
-    text: Text, result: Image, tile: Tile, row: tuple[Callable[[int], None], Callable[[int], None]], body: Callable[[Tile], None]
+    text: Text,
+    result: Image,
+    tile: Tile,
+    body: Callable[[Tile], None],
+    begin: Callable[[int], None] = _nothing,
+    end: Callable[[int], None] = _nothing,
 ) -> None:
-    """Loops over the tiles of a channel: sets `h`, `w`, a tile's first pixel; row: what is written before and behind the
-    tiles of the same rows, and is told how many rows these are."""
+    """Loops over the tiles of a channel: sets `h`, `w`, a tile's first pixel.
+
+    begin, end  write what comes before and behind the tiles of the same rows; they are told how many rows these are
+    """
     for down, rows, top in _spans(result.height, tile[0]):
         with text.nest(f"for y in T.serial({down})"):
             text(f"h: T.let = {top} + y * {rows}")
-            row[0](rows)
+            begin(rows)
             for across, columns, left in _spans(result.width, tile[1]):
                 with text.nest(f"for x in T.serial({across})"):
                     text(f"w: T.let = {left} + x * {columns}")
                     body((rows, columns))
-            row[1](rows)
+            end(rows)
 
 
-def _add_up(text: Text, source: str, image: Image, start: str, reads: Reads, values: str, tile: Tile) -> None:
-    """Adds what a tile reads of a source plane to `sums_<row>`. start: where in it its pixel (0, 0) is; values: where its
-    taps begin."""
+def _add_up(text: Text, source: str, image: Image, start: str, reads: Reads, values: str) -> None:
+    """Adds what a tile reads of a source plane to `sums_<row>`.
+
+    start, values  where the source's pixel (0, 0) and the channel's taps are in their arrays
+    """
     vector, lines = image.vector, []
     for number, ((y, x), readers) in enumerate(reads.items()):
         pixel = f"{source}[{start} + {y * image.row_elems + x * vector} + i]"
@@ -144,9 +157,7 @@ def depthwise_forward(problem: DepthwiseForward, target: Target, tile: Tile | No
             f"write: T.let = result_plane + h * {result.row_elems} + w * {vector}",
         )
         _sums(text, tile, vector, lambda a, b: "bias[c]" if problem.bias else "T.float32(0)")
-        _add_up(
-            text, "source", source, "read", _reads(window.reached, window, tile), f"c * {window.taps}", tile
-        )
+        _add_up(text, "source", source, "read", _reads(window.reached, window, tile), f"c * {window.taps}")
         for a in range(tile[0]):
             lines = []
             for b in range(tile[1]):
@@ -172,7 +183,7 @@ def depthwise_forward(problem: DepthwiseForward, target: Target, tile: Tile | No
             f"source_plane: T.let = plane // {problem.multiplier} * {source.channel_elems} + {source.origin}",
             f"result_plane: T.let = plane * {result.channel_elems} + {result.origin}",
         )
-        _each_tile(text, result, tile or _tile(result, window, (1, 1)), (begin, end), one)
+        _each_tile(text, result, tile or _tile(result, window, (1, 1)), one, begin, end)
     return str(text)
 
 
@@ -199,27 +210,23 @@ def depthwise_grad_input(problem: DepthwiseGradInput, target: Target, tile: Tile
                 f"channel_{m}: T.let = plane * {problem.multiplier} + {m}",
                 f"read_{m}: T.let = channel_{m} * {delta.channel_elems} + {delta.origin} + read",
             )
-            _add_up(text, "delta", delta, f"read_{m}", reads, f"channel_{m} % {delta.channels} * {window.taps}", tile)
+            _add_up(text, "delta", delta, f"read_{m}", reads, f"channel_{m} % {delta.channels} * {window.taps}")
         for a in range(tile[0]):
             stored = [f"{element(a, b)} = {narrowed(result, f'sums_{a}[{b * vector} + i]')}" for b in range(tile[1])]
             vectors(text, [], vector, *stored)
 
     with text.nest(f"for plane in {loop(result.slices * result.channels, result.elems)}"):
         text(f"result_plane: T.let = plane * {result.channel_elems} + {result.origin}")
-        _each_tile(text, result, tile or _tile(result, window, window.stride), (_nothing, _nothing), one)
+        _each_tile(text, result, tile or _tile(result, window, window.stride), one)
     return str(text)
-
-
-def _nothing(rows: int) -> None:
-    pass
 
 
 @schedule("depthwise.grad_weight", device="cpu")
 def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
-    """A thread has channels: sums are the same on any number of them. Those of a row are added up by themselves, so that
-    rounding grows with height + width and not with their product."""
+    """A thread has channels: sums are the same on any number of them. Those of a row are added up by themselves, so
+    that rounding grows with height + width and not with their product."""
     source, delta, window, vector = problem.source, problem.delta, problem.window, problem.delta.vector
-    text = Text(array("source", source), array("delta", delta), buffer("gradients", delta.channels * window.taps))
+    text = Text(buffer("gradients", delta.channels * window.taps), array("source", source), array("delta", delta))
     high, wide = window.kernel
     together = max(1, min(high, (2 * target.registers - 6) // wide))  # rows of taps whose sums are in registers
 
@@ -236,8 +243,8 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
             for number, ((y, x), readers) in enumerate(reads.items()):
                 mine = [(b, *divmod(tap, wide)) for (_, b), tap in readers if first <= tap // wide < first + rows]
                 if mine:
-                    at = f"source[source_row + w * {window.stride[1] * vector} + {y * source.row_elems + x * vector} + i]"
-                    lines.append(f"pixel_{number}: T.let = {widened(source, at)}")
+                    at = f"source_row + w * {window.stride[1] * vector} + {y * source.row_elems + x * vector} + i"
+                    lines.append(f"pixel_{number}: T.let = {widened(source, f'source[{at}]')}")
                 for b, ky, kx in mine:
                     total = f"sums_{ky - first}[{kx * vector} + i]"
                     lines.append(f"{total} = {total} + delta_{b} * pixel_{number}")
@@ -261,9 +268,8 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
             for first in range(0, high, together):
                 taps_of(first, min(together, high - first))
         with text.nest(f"for k in T.serial({window.taps})"):
+            sums = f"total[k * {vector}"
             for half in halves(vector):
-                vectors(
-                    text, [], half, f"total[k * {vector} + i] = total[k * {vector} + i] + total[k * {vector} + {half} + i]"
-                )
-            text(f"gradients[c * {window.taps} + k] = total[k * {vector}]")
+                vectors(text, [], half, f"{sums} + i] = {sums} + i] + {sums} + {half} + i]")
+            text(f"gradients[c * {window.taps} + k] = {sums}]")
     return str(text)

@@ -1,5 +1,5 @@
-"""Depthwise convolution on OpenCL: a thread for each vector of results, which reads its taps; a work-group for each row of
-a channel's taps in the weight gradient.
+"""Depthwise convolution on OpenCL: a thread for each vector of results, which reads its taps; a work-group for each row
+of a channel's taps in the weight gradient.
 
 Neighbouring threads have neighbouring pixels, so that taps of one are in the cache from another's. Nothing is kept in
 registers between results: a channel's weights are few, and a GPU has them in its cache.
@@ -72,9 +72,7 @@ def depthwise_forward(problem: DepthwiseForward, target: Target) -> str:
 @schedule("depthwise.grad_input", device="opencl")
 def depthwise_grad_input(problem: DepthwiseGradInput, target: Target) -> str:
     delta, result, window, vector = problem.delta, problem.result, problem.window, problem.result.vector
-    text = DeviceText(
-        scalars("values", delta.channels * window.taps), image("delta", delta), image("result", result)
-    )
+    text = DeviceText(scalars("values", delta.channels * window.taps), image("delta", delta), image("result", result))
     here = at("result", result)
     with text.each_pixel(result, target.limits.threads):
         text.private("total", 1, vector_type(vector))
@@ -104,7 +102,7 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
     places = delta.slices * pixels
     size = whole_groups(places, target.limits.threads)
     text = DeviceText(
-        image("source", source), image("delta", delta), scalars("gradients", delta.channels * window.taps)
+        scalars("gradients", delta.channels * window.taps), image("source", source), image("delta", delta)
     )
     with text.groups(size, delta.channels, high):
         tap = "block_y" if high > 1 else "0"
@@ -128,7 +126,5 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
                     read = _place(source, f"plane // {problem.multiplier}", row, column)
                     text(f"sums[kx] = sums[kx] + seen[0] * source[{read}]")
         goal = f"gradients[block * {window.taps} + {tap} * {wide} + {{e}}]"
-        totals(
-            text, wide, size, vector, lambda e, value: [f"{goal.format(e=e)} = {value}"], lambda e: f"{e} < {wide}"
-        )
+        totals(text, wide, size, vector, lambda e, value: [f"{goal.format(e=e)} = {value}"], lambda e: f"{e} < {wide}")
     return str(text)

@@ -243,8 +243,6 @@ def part(module):
 
 REFUSED = {
     "sin": (Calls(lambda self, y: torch.sin(y)), ["sin", "forward (Calls)", "supported: add, "]),
-    "depthwise": (part(nn.Conv2d(4, 4, 3, groups=4)), ["grouped or depthwise", "groups=4", "part.weight"]),
-    "dilated": (part(nn.Conv2d(4, 4, 3, dilation=2)), ["dilated", "(2, 2)", "part.weight"]),
     "even kernel, padding same": (part(nn.Conv2d(4, 4, 2, padding="same")), ["'part' (Conv2d)"]),
     "dropout in evaluation too": (
         Calls(lambda self, y: F.dropout(y, 0.3)),

@@ -97,7 +97,8 @@ class Case:
         problem = DepthwiseGradWeight(self.source, self.delta, self.window)
         wanted = depthwise_grad_weight_reference(problem, self.x, self.dy)
         scale = depthwise_grad_weight_reference(problem, np.abs(self.x), np.abs(self.dy))
-        got = call(builder, "depthwise.grad_weight", problem, self.x, self.dy, np.full(wanted.shape, 7, np.float32))[-1]
+        before = np.full(wanted.shape, 7, np.float32)
+        got = call(builder, "depthwise.grad_weight", problem, before, self.x, self.dy)[0]
         assert_close(got, wanted, scale, self.delta.height * self.delta.width * self.delta.lanes)
 
 
@@ -123,9 +124,7 @@ def test_references_are_torchs_convolution_and_its_gradients(case):
     back = depthwise_grad_input_reference(
         DepthwiseGradInput(made.delta, made.dx, window), made.values, made.dy, zeros[1]
     )
-    weights = depthwise_grad_weight_reference(
-        DepthwiseGradWeight(made.source, made.delta, window), made.x, made.dy
-    )
+    weights = depthwise_grad_weight_reference(DepthwiseGradWeight(made.source, made.delta, window), made.x, made.dy)
     for got, wanted in (
         (made.result.unpack(forward).transpose(3, 0, 1, 2), y),
         (made.dx.unpack(back).transpose(3, 0, 1, 2), x.grad),
@@ -194,6 +193,6 @@ def test_rounding_grows_with_rows_and_columns_and_not_with_their_product(builder
     image = Image(1, 64, 64, VECTOR, (0, 0, 0, 0), VECTOR)
     problem = DepthwiseGradWeight(image, image, Window((1, 1)))
     x = np.random.default_rng(0).uniform(0.5, 1.5, image.shape).astype(np.float32)
-    got = call(builder, "depthwise.grad_weight", problem, x, x, np.zeros((1, 1), np.float32))[-1]
+    got = call(builder, "depthwise.grad_weight", problem, np.zeros((1, 1), np.float32), x, x)[0]
     wanted = depthwise_grad_weight_reference(problem, x, x)
     assert abs(got / wanted - 1)[0, 0] < 24 * EPS

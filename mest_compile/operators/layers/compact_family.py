@@ -243,9 +243,7 @@ class CompactFamily(KernelFamily):
                 loads_shared(inputs) if on_rows else 1,
                 caches[0] * target.l1_bytes,
             ),
-            rule(
-                delta, (1, 1), spec.extent, 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes
-            ),
+            rule(delta, (1, 1), spec.extent, 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes),
         )
 
     def _alive(self, layer: Layer, low: Trace, channels: int) -> Buffer:

@@ -31,15 +31,15 @@ class Window:
         return self.kernel[0] * self.kernel[1]
 
     def reached(self, axis: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """(tap, result pixel, source pixel that it reads by that tap) of the first `size` result pixels of an axis (0 is
-        y)."""
+        """(tap, result pixel, source pixel that it reads by that tap) of an axis's first `size` result pixels; 0 is
+        y."""
         for pixel in range(size):
             for tap in range(self.kernel[axis]):
                 yield tap, pixel, pixel * self.stride[axis] + tap * self.dilation[axis] - self.padding[axis]
 
     def reaching(self, axis: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """The same the other way: (tap, source pixel, result pixel that reads it by that tap) of the first `size` source
-        pixels."""
+        """The same the other way: (tap, source pixel, result pixel that reads it by that tap) of the first `size`
+        source pixels."""
         for pixel in range(size):
             for tap in range(self.kernel[axis]):
                 distance = pixel + self.padding[axis] - tap * self.dilation[axis]
@@ -96,8 +96,8 @@ class DepthwiseGradInput:
 class DepthwiseGradWeight:
     """gradients[c, tap] = sum over pixels and examples of delta[c, q] * source[c // multiplier, pixel of the tap].
 
-    Kernel "depthwise.grad_weight": source (source.elems,), delta (delta.elems,), gradients (delta.channels * taps,)
-    float32. Lanes beyond batch are 0 in delta.
+    Kernel "depthwise.grad_weight": gradients (delta.channels * taps,) float32, source (source.elems,), delta
+    (delta.elems,), whose lanes beyond batch are 0.
     """
 
     source: Image
@@ -165,9 +165,7 @@ def depthwise_grad_input_reference(
     return out
 
 
-def depthwise_grad_weight_reference(
-    problem: DepthwiseGradWeight, source: np.ndarray, delta: np.ndarray
-) -> np.ndarray:
+def depthwise_grad_weight_reference(problem: DepthwiseGradWeight, source: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """Gradients (channels, taps) in float64."""
     image = problem.delta
     inner = delta.astype(np.float64).reshape(image.shape)[image.interior]

@@ -55,7 +55,7 @@ class DepthwiseFamily(KernelFamily):
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
         problem = DepthwiseGradWeight(source.image, delta.image, _window(layer.spec))
-        low.call("depthwise.grad_weight", problem, source, delta, gradients, node=node, phase="grad_weight")
+        low.call("depthwise.grad_weight", problem, gradients, source, delta, node=node, phase="grad_weight")
 
     def grad_input(
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
