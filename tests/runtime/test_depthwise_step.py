@@ -12,8 +12,11 @@ from test_step import make_batches
 from torch import nn
 
 import mest_compile as mest
+from mest_compile.frontend import import_model
 from mest_compile.kernels.cache import Builder
 from mest_compile.models.catalog import build_model
+from mest_compile.options import StepOptions
+from mest_compile.planning.plan import plan_step
 from mest_compile.tuning.task import prepare, tasks_of
 
 SHAPE = (8, 3, 8, 8)
@@ -27,17 +30,31 @@ def compiled(**options):
     )
 
 
-@pytest.mark.parametrize(
-    ("scheme", "dense_layers"),
-    [("block", None), ("unstructured", ["conv1", "fc"]), ("filter", ["conv1", "fc"])],
-)
+@pytest.mark.parametrize(("scheme", "dense_layers"), [("block", None), ("unstructured", ["conv1", "fc"])])
 def test_steps_with_a_mutation_between_them_equal_masked_torch(scheme, dense_layers, tmp_path):
     """By default depthwise layers are dense; listed nowhere they are sparse as others, on the gather's kernels."""
     check_steps(scheme, Mobile, SHAPE, dense_layers, RULES["sgd"], tmp_path, threads=1)
-    layers = compiled(scheme=scheme, dense_layers=dense_layers).layers
-    for name in ("first.3", "second.3", "twice"):
-        assert layers[f"{name}.weight"].kernels == ("gather" if dense_layers else "depthwise")
-    assert layers["grouped.weight"].kernels == layers["dilated.weight"].kernels == "gather"
+
+
+def test_layers_run_on_the_kernels_that_take_them():
+    graph, _ = import_model(Mobile(), SHAPE)
+    pattern = ["conv1", "first.0", "first.6", "second.0", "second.3", "second.6", "fc"]
+    for scheme, dense_layers in (
+        ("block", None),
+        ("unstructured", ["fc"]),
+        ("filter", ["fc"]),
+        ("channel", ["fc"]),
+        ("pattern", pattern),
+    ):
+        layers = plan_step(graph, StepOptions(scheme, 0.75, dense_layers=dense_layers)).layers
+        kernels = {name.removesuffix(".weight"): layer.kernels for name, layer in layers.items()}
+        assert kernels["first.3"] == kernels["twice"] == ("gather" if dense_layers else "depthwise"), scheme
+        assert kernels["grouped"] == kernels["dilated"] == "gather", scheme
+        assert kernels["first.0"] == ("compact" if scheme in ("filter", "channel") else "gather")
+    apart = nn.Conv2d(4, 4, 3, dilation=2)
+    graph, _ = import_model(nn.Sequential(nn.Conv2d(3, 4, 1), apart, nn.Flatten(), nn.Linear(64, 5)), SHAPE)
+    for scheme, kernels in (("pattern", "gather"), ("filter", "compact")):
+        assert plan_step(graph, StepOptions(scheme, 0.75)).layers["1.weight"].kernels == kernels
 
 
 @pytest.mark.parametrize("scheme", ["block", "unstructured"])
