@@ -160,10 +160,9 @@ def test_the_benchmarks_page_has_the_recorded_times_of_mobile_nets_measured_so()
     assert page == depthwise.embed(page, depthwise.tables(recorded)), "run python benchmarks/depthwise.py"
     kernels = depthwise.measure_kernels("ds-cnn", (8, 1, 16, 16), rounds=1, working_bytes=0)
     rows = depthwise.kernel_rows(kernels)
-    assert list(rows) == [("64 channels, 8x8", phase) for phase in depthwise.PHASES]
-    assert all(
-        one["bytes"] == 4 * 2 * 64 * 8 * 8 * 8 and min(rows[key].values()) > 0 for one, key in zip(kernels, rows)
-    )
+    assert rows.keys() == {("64 channels, 9x8", phase) for phase in depthwise.PHASES}
+    assert {one["bytes"] for one in kernels} == {4 * 2 * 64 * 9 * 8 * 8}
+    assert min(min(row.values()) for row in rows.values()) > 0
     steps = depthwise.measure_steps("mlp", (8, 1, 4, 4), rounds=1)
     assert steps.keys() == recorded["steps"].keys() and min(map(min, steps.values())) > 0
 
