@@ -66,6 +66,8 @@ def build_model(
         for part in module.modules():
             if isinstance(part, torch.nn.Conv2d):  # as MEST does; linear layers and BatchNorm keep torch's own
                 torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+                with torch.no_grad():  # torch counts all outputs as those of an input, which are one group's
+                    part.weight *= part.groups**0.5
     return module
 
 

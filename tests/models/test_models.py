@@ -129,6 +129,11 @@ def test_convolutions_start_kaiming_normal_fan_out():
     assert weight.std().item() == pytest.approx(want, rel=5 / math.sqrt(2 * weight.numel()))
 
 
+def test_depthwise_convolutions_start_as_wide_as_what_one_input_gives():
+    weight = build_model("mobilenetv1", (1, 3, 32, 32), width=64).blocks[12][0].weight  # 2048 channels
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=5 / math.sqrt(2 * weight.numel()))
+
+
 def test_weights_follow_from_the_seed_and_torch_random_state_stays():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
