@@ -10,8 +10,8 @@ from mest_compile.sparsity.scheme import Scheme
 
 def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]) -> list[str]:
     """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
-    shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and run at
-    the speed of memory.
+    shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and are
+    bound by memory.
     A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
 
     specs: of the graph's layers, in order. schemes: {weight name: Scheme}, of those that have one.
