@@ -19,7 +19,7 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
 from mest_compile.kernels.linking import link_steps
 from mest_compile.kernels.workers import Workers
-from mest_compile.operators.layers.family import FAMILIES
+from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan
@@ -65,8 +65,9 @@ def _dense(facts: Facts, builder: Builder, device: Device | None) -> Callable[[]
             threads = where.cores
 
         def alive(layer: Layer) -> Layer:
-            forward, transposed = FAMILIES.find("gather").sections(layer.spec, Dense(), where, activations)
-            return Layer(layer.spec, Dense(), 0.0, "gather", forward, transposed, frozen=layer.frozen)
+            kernels = family_for(Dense(), layer.spec, where)
+            forward, transposed = FAMILIES.find(kernels).sections(layer.spec, Dense(), where, activations)
+            return Layer(layer.spec, Dense(), 0.0, kernels, forward, transposed, frozen=layer.frozen)
 
         every = {name: alive(layer) for name, layer in facts.layers.items()}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}

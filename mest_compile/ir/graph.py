@@ -25,9 +25,10 @@ class LayerSpec:
     """A trainable convolution or linear layer, every size known when we compile.
 
     name          torch name of its weight: "layer1.0.conv1.weight"
-    weight_shape  (out, in, kh, kw), elements; a linear layer is (out, in, 1, 1)
-    input_shape   (batch, in, h, w), elements; a linear layer is (batch, in, 1, 1)
-    stride, padding  (y, x), pixels
+    weight_shape  (out, in, kh, kw), elements; a linear layer is (out, in, 1, 1); `in` is of one group
+    input_shape   (batch, in, h, w), elements; a linear layer is (batch, in, 1, 1); `in` is of all groups
+    stride, padding, dilation  (y, x), pixels
+    groups        of channels, each convolved by itself
     """
 
     name: str
@@ -35,11 +36,20 @@ class LayerSpec:
     input_shape: tuple[int, int, int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+    dilation: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        if self.weight_shape[1] != self.input_shape[1]:
+        if self.weight_shape[1] * self.groups != self.input_shape[1]:
+            several = f" in each of {self.groups} groups" if self.groups > 1 else ""
             raise SpecError(
-                f"{self.name}: the weight takes {self.weight_shape[1]} channels, the input has {self.input_shape[1]}"
+                f"{self.name}: the weight takes {self.weight_shape[1]} channels{several}, the input has "
+                f"{self.input_shape[1]}"
+            )
+        if self.weight_shape[0] % self.groups:
+            raise SpecError(
+                f"{self.name}: {self.weight_shape[0]} output channels do not fall into {self.groups} groups; wanted a "
+                "multiple"
             )
         if self.weight_elems > MOST_ELEMS:
             raise SpecError(
@@ -49,16 +59,26 @@ class LayerSpec:
         if min(self.output_size) < 1:
             raise SpecError(
                 f"{self.name}: a {self.input_shape[2]}x{self.input_shape[3]} input is too small for "
-                f"a {self.weight_shape[2]}x{self.weight_shape[3]} kernel with padding {self.padding}"
+                f"a {self.extent[0]}x{self.extent[1]} kernel with padding {self.padding}"
             )
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the output, pixels."""
         return tuple(
-            (size + 2 * pad - kernel) // step + 1
-            for size, pad, kernel, step in zip(self.input_shape[2:], self.padding, self.weight_shape[2:], self.stride)
+            (size + 2 * pad - extent) // step + 1
+            for size, pad, extent, step in zip(self.input_shape[2:], self.padding, self.extent, self.stride)
         )  # type: ignore
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) that the taps reach over, pixels: the kernel's size where they are neighbours."""
+        return tuple((taps - 1) * apart + 1 for taps, apart in zip(self.weight_shape[2:], self.dilation))  # type: ignore
+
+    @property
+    def depthwise(self) -> bool:
+        """Every input channel is a group of its own."""
+        return self.groups > 1 and self.weight_shape[1] == 1
 
     @property
     def weight_elems(self) -> int:
@@ -76,9 +96,10 @@ class Node:
     inputs  names of the producing nodes; "input" is the graph's input
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
             running_mean, running_var
-    attrs   conv2d: stride, padding; batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only
-            if it is: it normalises with its running statistics, and keeps them, while the step trains; FROZE where that
-            began while training); pools: kernel, stride, padding, avg_pool2d also count_include_pad
+    attrs   conv2d: stride, padding, and groups, dilation where they are not 1; batch_norm: eps, momentum (torch's:
+            share of the new statistics), evaluating (only if it is: it normalises with its running statistics, and
+            keeps them, while the step trains; FROZE where that began while training); pools: kernel, stride, padding,
+            avg_pool2d also count_include_pad; dropout: p, whole; formula: formula
     shape   of the output: (N, C, H, W) or (N, features)
     """
 

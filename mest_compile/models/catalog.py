@@ -1,5 +1,5 @@
-"""Built-in models: plain torch modules for small images, with torchvision's attribute names. torch is imported when one
-is built."""
+"""Built-in models: plain torch modules, most for small images, with torchvision's attribute names. torch is imported
+when one is built."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import SpecError, UnknownName
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.models.mlp import _mlp
+from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite0, _mobilenetv1, _mobilenetv2
 from mest_compile.models.resnet import _resnet
 from mest_compile.models.vgg import _vgg
 
@@ -65,6 +66,8 @@ def build_model(
         for part in module.modules():
             if isinstance(part, torch.nn.Conv2d):  # as MEST does; linear layers and BatchNorm keep torch's own
                 torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+                with torch.no_grad():  # torch counts all outputs as those of an input, which are one group's
+                    part.weight *= part.groups**0.5
     return module
 
 
@@ -84,7 +87,12 @@ def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes
 
 
 MODELS = {
+    "ds-cnn": Model(_ds_cnn, 64, "DS-CNN, MLPerf Tiny's keyword spotter, for 1x49x10 inputs"),
+    "efficientnet-lite0": Model(_efficientnet_lite0, 32, "EfficientNet-lite0; width scales the blocks alone"),
     "mlp": Model(_mlp, 1024, "three linear layers; width is the hidden size"),
+    "mobilenetv1": Model(_mobilenetv1, 32, "MobileNet; MLPerf Tiny's of a quarter of the channels is width 8"),
+    "mobilenetv2": Model(_mobilenetv2, 32, "MobileNetV2; all channels are multiples of 8"),
+    "resnet8": Model(_resnet((1, 1, 1)), 16, "ResNet-8, MLPerf Tiny's for small images"),
     "resnet20": Model(_resnet((3, 3, 3)), 16, "ResNet-20 for small images"),
     "resnet32": Model(_resnet((5, 5, 5)), 16, "ResNet-32 for small images; the method's paper uses width 32"),
     "resnet18": Model(_resnet((2, 2, 2, 2)), 64, "ResNet-18 with a 3x3 stem"),

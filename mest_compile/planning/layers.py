@@ -38,6 +38,8 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
                     (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
                     tuple(node.attrs.get("stride", (1, 1))),
                     tuple(node.attrs.get("padding", (0, 0))),
+                    node.attrs.get("groups", 1),
+                    tuple(node.attrs.get("dilation", (1, 1))),
                 )
             )
     return specs

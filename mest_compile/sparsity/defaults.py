@@ -10,7 +10,8 @@ from mest_compile.sparsity.scheme import Scheme
 
 def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]) -> list[str]:
     """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
-    shortcuts, the classifier.
+    shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and are
+    bound by memory.
     A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
 
     specs: of the graph's layers, in order. schemes: {weight name: Scheme}, of those that have one.
@@ -23,18 +24,20 @@ def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme
         for name in small
         if (name in schemes and not schemes[name].pointwise) or _is_shortcut(graph, convolutions[name])
     ]
-    return list(dict.fromkeys([first, *left, specs[-1].name]))
+    depthwise = [spec.name for spec in specs if spec.depthwise]
+    return list(dict.fromkeys([first, *left, *depthwise, specs[-1].name]))
 
 
 def _is_shortcut(graph: ForwardGraph, convolution: Node) -> bool:
-    """Whether what it gives is added to what a path of more layers made of the same value."""
+    """Whether what it gives is added to what a path of more layers, which it is none of, made of the same value: not
+    the 1x1 convolution that ends a block of a mobile net, whose result the next block adds to what it makes of it."""
     nodes = {node.name: node for node in graph.nodes}
     starts = _before(convolution.inputs[0], nodes)
     for node in graph.nodes:
         if node.op == "add":
             for mine, others in ((mine, [other for other in node.inputs if other != mine]) for mine in node.inputs):
                 if _before(mine, nodes)[-1] == convolution.name and any(
-                    _layers_between(starts, other, nodes) > 1 for other in others
+                    _layers_between(starts, other, nodes, convolution.name) > 1 for other in others
                 ):
                     return True
     return False
@@ -50,12 +53,12 @@ def _before(name: str, nodes: dict[str, Node]) -> list[str]:
     return found
 
 
-def _layers_between(starts: Sequence[str], end: str, nodes: dict[str, Node]) -> int:
-    """The most layers on a path from one of `starts` to `end`; -1 when there is none."""
+def _layers_between(starts: Sequence[str], end: str, nodes: dict[str, Node], without: str) -> int:
+    """The most layers on a path from one of `starts` to `end` that leaves out a node; -1 when there is none."""
     most = {"input": 0 if "input" in starts else -1}
     for name, node in nodes.items():
         before = max(most[source] for source in node.inputs)
-        passed = before + (node.op in ("conv2d", "linear")) if before >= 0 else -1
+        passed = before + (node.op in ("conv2d", "linear")) if before >= 0 and name != without else -1
         most[name] = max(passed, 0 if name in starts else -1)
         if name == end:
             break

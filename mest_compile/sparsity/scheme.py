@@ -86,11 +86,12 @@ class Scheme(ABC):
     def check(self, layer: LayerSpec) -> None:
         """Raises SparsityError when the layer cannot be cut into this scheme's units."""
         rows, sources = self.block(layer)
-        out, inputs = layer.weight_shape[:2]
+        out, inputs = layer.weight_shape[0] // layer.groups, layer.weight_shape[1]
         if out % rows or inputs % sources:
+            each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
             raise SparsityError(
                 f"{layer.name}: scheme {self} needs multiples of {rows} output and {sources} input channels, the layer "
-                f"has {out} and {inputs}; choose another block, or list the layer in dense_layers"
+                f"has {out} and {inputs}{each}; choose another block, or list the layer in dense_layers"
             )
 
     def grid(self, layer: LayerSpec) -> tuple[int, int, int, int]:

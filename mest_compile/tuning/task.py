@@ -22,13 +22,21 @@ from mest_compile.kernels.arguments import _argument
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import live_of
 from mest_compile.kernels.source import KernelSource, kernel_source, knob_space
+from mest_compile.operators.layers.depthwise import (
+    DepthwiseForward,
+    DepthwiseGradInput,
+    DepthwiseGradWeight,
+    depthwise_forward_reference,
+    depthwise_grad_input_reference,
+    depthwise_grad_weight_reference,
+)
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, gather_conv_reference, gather_grad_reference
 from mest_compile.operators.layers.index import LayerIndex
 from mest_compile.operators.layers.pattern_groups import GroupedConv, GroupedGrad, single_taps
 from mest_compile.records.log import text_digest
 from mest_compile.sparsity.layer import Layer
 
-EXACT = frozenset({"conv", "grad"})  # last words of kernels that only add up products
+EXACT = frozenset({"conv", "grad", "depthwise"})  # words in names of kernels that only add up products
 ROUNDINGS = 64  # float32 roundings that two right answers of other kernels may differ by, at the largest value
 
 
@@ -140,7 +148,7 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
     number = next(number for number, call in enumerate(program.calls) if call.name == task.name)
     call = program.calls[number]
     indices: dict[str, LayerIndex] = {}
-    exact = task.kernel.rpartition(".")[2] in EXACT
+    exact = not EXACT.isdisjoint(task.kernel.split("."))
     arguments = [_argument(buffer, program, layers, indices, exact, rng) for buffer in call.buffers]
     after = _default_answer(task, arguments, builder)
     wanted = {place: array for place, array in enumerate(after) if not np.array_equal(array, arguments[place])}
@@ -183,26 +191,41 @@ def _check_default(task: Task, arguments: Sequence[np.ndarray], after: Sequence[
     if isinstance(problem, GroupedConv | GroupedGrad):
         arguments = [*single_taps(problem, *arguments[:2]), *arguments[2:]]
         problem = problem.gather
-    if not isinstance(problem, GatherConv | GatherGrad) or problem.rows_live:
+    if (reference := _reference(problem, arguments)) is None:
         return
-    lists = 1 if problem.sources_live else 0
-    if isinstance(problem, GatherGrad):
-        pointers, offsets = arguments[:2]
-        got = after[-1]
-        wanted = gather_grad_reference(problem, pointers, offsets, *arguments[2 + lists : 4 + lists]).ravel()
-    else:
-        pointers, offsets, values = arguments[:3]
-        rest = list(range(3 + lists, len(arguments)))
-        bias = arguments[rest.pop(0)] if problem.bias else None
-        ends = problem.epilogue
-        finish = [arguments[rest.pop(0)] for _ in range((2 if ends.residual else 1) if ends else 0)]
-        source, result = arguments[rest[0]], arguments[rest[1]]
-        got, wanted = (
-            after[rest[1]],
-            gather_conv_reference(problem, pointers, offsets, values, source, result, bias, *finish).ravel(),
-        )
-    if not np.array_equal(got, wanted):
+    place, wanted = reference
+    got = after[place]
+    if not np.array_equal(got, wanted.ravel()):
         raise StateError(
             f"the default kernel of {task.kernel} for {task.name} differs from its reference at "
-            f"{np.count_nonzero(got != wanted)} of {wanted.size} elements; nothing can be tuned against it"
+            f"{np.count_nonzero(got != wanted.ravel())} of {wanted.size} elements; nothing can be tuned against it"
         )
+
+
+def _reference(problem: Any, arguments: Sequence[np.ndarray]) -> tuple[int, np.ndarray] | None:
+    """(place of the argument that a kernel's results are in, what they are in float64), of a convolution's kernel."""
+    match problem:
+        case DepthwiseForward():
+            at, others = _others(problem, arguments, 1)
+            return at + 1, depthwise_forward_reference(problem, arguments[0], *arguments[at : at + 2], *others)
+        case DepthwiseGradInput():
+            return 2, depthwise_grad_input_reference(problem, *arguments)
+        case DepthwiseGradWeight():
+            return 0, depthwise_grad_weight_reference(problem, *arguments[1:])
+        case GatherConv(rows_live=0):
+            at, others = _others(problem, arguments, 4 if problem.sources_live else 3)
+            return at + 1, gather_conv_reference(problem, *arguments[:3], *arguments[at : at + 2], *others)
+        case GatherGrad(rows_live=0):
+            at = 3 if problem.sources_live else 2
+            return at + 2, gather_grad_reference(problem, *arguments[:2], *arguments[at : at + 2])
+    return None
+
+
+def _others(
+    problem: DepthwiseForward | GatherConv, arguments: Sequence[np.ndarray], first: int
+) -> tuple[int, list[np.ndarray | None]]:
+    """(place of the source, [bias or None, what an epilogue takes]); first: place of the first of these."""
+    ends = problem.epilogue
+    count = (2 if ends.residual else 1) if ends else 0
+    begin = first + problem.bias
+    return begin + count, [arguments[first] if problem.bias else None, *arguments[begin : begin + count]]

@@ -10,16 +10,17 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import activation_of
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.cpu.rows import narrowed, spelled, widened
+from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
     ONCE,
     TAPS,
     divisors,
+    epilogue_arguments,
+    finished,
     largest_divisor,
     listed,
     prefetch,
@@ -138,7 +139,7 @@ def gather_conv(
         "values_handle: T.handle",
         *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
-        *_epilogue_arguments(problem),
+        *epilogue_arguments(problem),
         f"source: T.Buffer(({source.elems},), '{source.dtype}')",
         f"result: T.Buffer(({result.elems},), '{result.dtype}')",
     ]
@@ -155,30 +156,6 @@ def gather_conv(
         if min(grid_pass.grid) > 0:
             _write_pass(text, problem, index, grid_pass, target, knobs)
     return recorded(text)
-
-
-def _epilogue_arguments(problem: GatherConv) -> list[str]:
-    if problem.epilogue is None:
-        return []
-    residual = problem.epilogue.residual
-    return [
-        f"scaling: T.Buffer(({2 * problem.result.channels},), 'float32')",
-        *([f"residual: T.Buffer(({residual.elems},), '{residual.dtype}')"] if residual else []),
-    ]
-
-
-def _finished(problem: GatherConv, total: str, channel: str, residual: str) -> str:
-    """What becomes of a sum. residual: where the summand of that pixel begins in its image, channel 0."""
-    epilogue = problem.epilogue
-    if epilogue is None:
-        return total
-    value = f"({total} * scaling[{problem.result.channels} + {channel}] + scaling[{channel}])"
-    if epilogue.residual:
-        element = f"residual[{channel} * {epilogue.residual.channel_elems} + {residual}]"
-        value = f"({value} + {widened(epilogue.residual, element)})"
-    if epilogue.activation:
-        value = spelled(activation_of(epilogue.activation).formula, x=value)
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +263,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         else:
             with text.nest(f"for unit in T.serial({count})"):
                 units("unit")
-        done = f"{write} = {narrowed(result, _finished(problem, total, channel, summand))}"
+        done = f"{write} = {narrowed(result, finished(problem, total, channel, summand))}"
         if beside or (problem.epilogue and problem.sections > 1):
             with text.nest(f"if section == {problem.sections - 1}"):
                 each(done)

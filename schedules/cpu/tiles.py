@@ -5,9 +5,11 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.text import Text
+from mest_compile.operators.activation import activation_of
+from mest_compile.operators.layers.depthwise import DepthwiseForward
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.cpu.rows import widened
+from mest_compile.schedules.cpu.rows import spelled, widened
 
 LINE_BYTES = 64  # a cache line of every CPU we know
 LEAST_TILE, MOST_TILE = 4, 28  # accumulators that tuning tries
@@ -79,6 +81,30 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
         *(rows if problem.rows_live else []),
         *([f"sources: T.Buffer(({source.channels},), 'int32')"] if problem.sources_live else []),
     ]
+
+
+def epilogue_arguments(problem: GatherConv | DepthwiseForward) -> list[str]:
+    if problem.epilogue is None:
+        return []
+    residual = problem.epilogue.residual
+    return [
+        f"scaling: T.Buffer(({2 * problem.result.channels},), 'float32')",
+        *([f"residual: T.Buffer(({residual.elems},), '{residual.dtype}')"] if residual else []),
+    ]
+
+
+def finished(problem: GatherConv | DepthwiseForward, total: str, channel: str, residual: str) -> str:
+    """What becomes of a sum. residual: where the summand of that pixel begins in its image, channel 0."""
+    epilogue = problem.epilogue
+    if epilogue is None:
+        return total
+    value = f"({total} * scaling[{problem.result.channels} + {channel}] + scaling[{channel}])"
+    if epilogue.residual:
+        element = f"residual[{channel} * {epilogue.residual.channel_elems} + {residual}]"
+        value = f"({value} + {widened(epilogue.residual, element)})"
+    if epilogue.activation:
+        value = spelled(activation_of(epilogue.activation).formula, x=value)
+    return value
 
 
 def prefetch(

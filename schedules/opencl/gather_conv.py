@@ -14,6 +14,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.activation import activation_of
+from mest_compile.operators.layers.depthwise import DepthwiseForward
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad, Pass
 from mest_compile.schedules.opencl.staging import (
     ACCUMULATORS,
@@ -59,14 +60,14 @@ def listed(problem: GatherConv | GatherGrad, source: Image) -> list[str]:
     ]
 
 
-def epilogue_arguments(problem: GatherConv) -> list[str]:
+def epilogue_arguments(problem: GatherConv | DepthwiseForward) -> list[str]:
     if problem.epilogue is None:
         return []
     residual = problem.epilogue.residual
     return [scalars("scaling", 2 * problem.result.channels), *([image("residual", residual)] if residual else [])]
 
 
-def finished(problem: GatherConv, total: str, channel: str, residual: str) -> str:
+def finished(problem: GatherConv | DepthwiseForward, total: str, channel: str, residual: str) -> str:
     """What becomes of a vector of sums. residual: the place of its summand in channel 0, in vectors."""
     ends, vector = problem.epilogue, problem.result.vector
     if ends is None:
@@ -246,25 +247,28 @@ def _conv_pass(
                     lambda number, run: " and ".join([f"{chunk(number, run)} < {chunks}", *alive]),
                 )
     if problem.statistics and not in_group:
-        statistics_of_result(text, problem, high, wide, target)
+        listed = problem.groups * problem.row_block if problem.rows_live else 0
+        statistics_of_result(text, result, target, listed, f"live_groups[0] * {problem.row_block}")
 
 
-def statistics_of_result(text: DeviceText, problem: GatherConv, high: int, wide: int, target: Target) -> None:
-    """The same by a device kernel of its own: a row has more pixels than a work-group may have threads."""
-    result, vector = problem.result, problem.result.vector
-    rows = problem.groups * problem.row_block if problem.rows_live else result.channels
-    with text.each(result.slices * rows * high, target.limits.threads):
+def statistics_of_result(text: DeviceText, result: Image, target: Target, listed: int = 0, live: str = "") -> None:
+    """The same by a device kernel of its own: a row has more pixels than a work-group may have threads.
+
+    listed  channels in the list of those that are written, the first `live` of them; 0: all are written
+    """
+    rows, vector = listed or result.channels, result.vector
+    with text.each(result.slices * rows * result.height, target.limits.threads):
         text.private("row_sums", 2, vector_type(vector))
         text(
-            f"c: T.let = channels[n % {rows}]" if problem.rows_live else f"c: T.let = n % {rows}",
+            f"c: T.let = channels[n % {rows}]" if listed else f"c: T.let = n % {rows}",
             f"chunk: T.let = n // {rows}",
-            f"row_start: T.let = (chunk // {high} * {result.channels} + c) * {plane_vectors(result)} + "
-            f"(chunk % {high} + {result.halo[0]}) * {result.columns} + {result.halo[1]}",
+            f"row_start: T.let = (chunk // {result.height} * {result.channels} + c) * {plane_vectors(result)} + "
+            f"(chunk % {result.height} + {result.halo[0]}) * {result.columns} + {result.halo[1]}",
             f"row_sums[0] = {zeros(vector)}",
             f"row_sums[1] = {zeros(vector)}",
         )
-        with text.nest(*([f"if n % {rows} < live_groups[0] * {problem.row_block}"] if problem.rows_live else [])):
-            with text.nest(f"for w in T.serial({wide})"):
+        with text.nest(*([f"if n % {rows} < {live}"] if listed else [])):
+            with text.nest(f"for w in T.serial({result.width})"):
                 text(
                     "row_sums[0] = row_sums[0] + result[row_start + w]",
                     "row_sums[1] = row_sums[1] + result[row_start + w] * result[row_start + w]",

@@ -177,7 +177,7 @@ def pattern_conv(
                     lambda number, part: f"{chunk(number, part)} < {chunks}",
                 )
     if gather.statistics and not in_group:
-        statistics_of_result(text, gather, high, wide, target)
+        statistics_of_result(text, gather.result, target)
     return str(text)
 
 

@@ -10,6 +10,7 @@ import torch
 from nets import short_resnet
 from test_schemes_step import RULES, Small, check_steps
 from test_step import make_batches, masked_steps
+from torch import nn
 
 import mest_compile as mest
 from mest_compile.backends.opencl.runner import find_device
@@ -43,6 +44,21 @@ def compiled(scheme, **options):
 )
 def test_steps_with_a_mutation_between_them_equal_masked_torch(scheme, rule, tmp_path):
     check_steps(scheme, lambda: Small(8), (8, 3, 8, 8), None, RULES[rule], tmp_path, target="opencl")
+
+
+def test_depthwise_and_grouped_layers_equal_masked_torch():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.Conv2d(8, 16, 5, 2, 2, groups=8, bias=False), nn.BatchNorm2d(16), nn.ReLU6()),
+        *(nn.Conv2d(16, 8, 3, 1, 2, dilation=2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)),
+    )
+    shape = (8, 3, 8, 8)
+    step = mest.compile(model, shape, scheme="block", sparsity=0.6, target="opencl", optimizer=mest.SGD(lr=0.002))
+    batches = make_batches(shape, 10, 3)
+    wanted, _ = masked_steps(model, step.masks(), batches, 0.002, step.optimizer)
+    assert step.layers["3.weight"].kernels == "depthwise" and list(step.masks()) == ["6.weight"]
+    np.testing.assert_allclose([step(*batch, lr=0.002).loss for batch in batches], wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["pattern", "filter"])

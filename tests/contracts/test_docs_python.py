@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import budget
+import depthwise
 import frozen
 import numpy as np
 import opencl_loads
@@ -152,6 +153,18 @@ def test_frozen_blocks_are_measured_in_turns(monkeypatch):
     assert [row["trained"] for row in rows] == ["all", "last:5", "last:3"]
     assert rows[0]["time_share"] == rows[0]["activations_share"] == 1 > rows[1]["activations_share"]
     assert rows[1]["optimizer_share"] > rows[2]["optimizer_share"]
+
+
+def test_the_benchmarks_page_has_the_recorded_times_of_mobile_nets_measured_so():
+    page, recorded = depthwise.DOCUMENT.read_text(), json.loads(depthwise.FILE.read_text())
+    assert page == depthwise.embed(page, depthwise.tables(recorded)), "run python benchmarks/depthwise.py"
+    kernels = depthwise.measure_kernels("ds-cnn", (8, 1, 16, 16), rounds=1, working_bytes=0)
+    rows = depthwise.kernel_rows(kernels)
+    assert rows.keys() == {("64 channels, 9x8", phase) for phase in depthwise.PHASES}
+    assert {one["bytes"] for one in kernels} == {4 * 2 * 64 * 9 * 8 * 8}
+    assert min(min(row.values()) for row in rows.values()) > 0
+    steps = depthwise.measure_steps("mlp", (8, 1, 4, 4), rounds=1)
+    assert steps.keys() == recorded["steps"].keys() and min(map(min, steps.values())) > 0
 
 
 def test_the_opencl_page_has_the_tables_that_the_plan_gives():

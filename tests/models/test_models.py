@@ -17,6 +17,7 @@ def count(module):
 @pytest.mark.parametrize(
     ("name", "width", "millions"),
     [
+        ("resnet8", 16, 0.08),
         ("resnet20", 16, 0.27),
         ("resnet32", 16, 0.47),
         ("resnet32", 32, 1.86),  # MEST states 1.86 M for its wide ResNet-32
@@ -27,6 +28,54 @@ def count(module):
 )
 def test_parameter_counts_are_the_published_ones(name, width, millions):
     assert count(build_model(name, (1, 3, 32, 32), width=width)) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "parameters"),
+    [
+        ("mobilenetv1", 32, 4_231_976),  # timm's mobilenetv1_100
+        ("mobilenetv2", 32, 3_504_872),  # torchvision's mobilenet_v2
+        ("efficientnet-lite0", 32, 4_652_008),  # timm's efficientnet_lite0
+    ],
+)
+def test_mobile_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):
+    assert count(build_model(name, (1, 3, 224, 224), 1000, width)) == parameters
+
+
+def test_mlperf_tinys_nets_are_its_nets_without_what_batch_normalisation_makes_idle():
+    keywords = build_model("ds-cnn", (1, 1, 49, 10), 12)
+    biases, statistics = 9 * 64, 2 * 9 * 64  # Keras counts running statistics
+    assert count(keywords) + biases + statistics == 24_908
+    sizes = []
+    keywords.blocks.register_forward_hook(lambda part, inputs, output: sizes.append(tuple(output.shape)))
+    assert keywords(torch.randn(2, 1, 49, 10)).shape == (2, 12) and sizes == [(2, 64, 25, 5)]
+    people = build_model("mobilenetv1", (1, 3, 96, 96), 2, 8)
+    channels = [block[3].out_channels for block in people.blocks]
+    assert channels == [16, 32, 32, 64, 64, *[128] * 6, 256, 256] and people.fc.weight.shape == (2, 256)
+
+
+def test_small_images_keep_their_size_in_a_mobile_nets_stem():
+    for name in ("mobilenetv1", "mobilenetv2", "efficientnet-lite0"):
+        strides = [
+            next(part for part in build_model(name, (1, 3, size, size)).modules() if isinstance(part, nn.Conv2d)).stride
+            for size in (32, 64, 96)
+        ]
+        assert strides == [(1, 1), (2, 2), (2, 2)]
+
+
+def test_mobile_nets_have_the_names_of_other_packages():
+    names = set(build_model("mobilenetv2", (1, 3, 96, 96), width=8).state_dict())
+    assert {
+        "features.0.0.weight",
+        "features.1.conv.0.1.running_var",
+        "features.1.conv.1.weight",
+        "features.2.conv.1.0.weight",
+        "features.17.conv.3.bias",
+        "features.18.1.weight",
+        "classifier.1.bias",
+    } <= names
+    names = set(build_model("efficientnet-lite0", (1, 3, 96, 96), width=8).state_dict())
+    assert {"conv_stem.weight", "blocks.0.0.conv_pw.weight", "blocks.6.0.bn3.bias", "bn2.weight"} <= names
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -80,6 +129,11 @@ def test_convolutions_start_kaiming_normal_fan_out():
     assert weight.std().item() == pytest.approx(want, rel=5 / math.sqrt(2 * weight.numel()))
 
 
+def test_depthwise_convolutions_start_as_wide_as_what_one_input_gives():
+    weight = build_model("mobilenetv1", (1, 3, 32, 32), width=64).blocks[12][0].weight  # 2048 channels
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=5 / math.sqrt(2 * weight.numel()))
+
+
 def test_weights_follow_from_the_seed_and_torch_random_state_stays():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -99,7 +153,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_bad_arguments_are_named():
     with pytest.raises(
-        UnknownName, match="no model 'lenet'; there are: mlp, resnet18, resnet20, resnet32, vgg11, vgg19"
+        UnknownName, match="no model 'lenet'; there are: ds-cnn, efficientnet-lite0, mlp, .*, vgg11, vgg19"
     ):
         build_model("lenet", (1, 3, 8, 8))
     with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):

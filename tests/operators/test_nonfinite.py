@@ -9,6 +9,7 @@ from losses import as_tuple, rules
 from optimizers import EVERY
 from test_compact import SHAPES as COMPACT_SHAPES
 from test_compact import row_case, values_of
+from test_depthwise import Case
 from test_gather import TARGET, VECTOR, activation, call, random_problem
 from test_operators import HALO, JOINED, make, pack
 
@@ -26,6 +27,14 @@ from mest_compile.operators.activation import (
     activation_of,
 )
 from mest_compile.operators.layers import bias
+from mest_compile.operators.layers.depthwise import (
+    DepthwiseForward,
+    DepthwiseGradInput,
+    DepthwiseGradWeight,
+    depthwise_forward_reference,
+    depthwise_grad_input_reference,
+    depthwise_grad_weight_reference,
+)
 from mest_compile.operators.layers.gather import (
     GatherConv,
     GatherGrad,
@@ -528,7 +537,7 @@ def spoil(rng, array: np.ndarray, inside: tuple = ...) -> np.ndarray:
     return found
 
 
-def convolved(rng, problem: GatherConv, reference) -> tuple[list, dict]:
+def convolved(rng, problem: GatherConv | DepthwiseForward, reference) -> tuple[list, dict]:
     """(source, result before, statistics if any; what they must be), reference(source, before) gives the result."""
     source = spoil(rng, activation(rng, problem.source), problem.source.interior)
     before = rng.standard_normal(problem.result.shape).astype(problem.result.dtype)
@@ -567,6 +576,27 @@ def gathered(kernel, rng, dtype, live=0.3) -> Iterator:
             delta[0, 0, grad.delta.halo[0], grad.delta.halo[1], 0] = np.inf
             found = gather_grad_reference(grad, *facts, source, delta)
             yield grad, [*facts, source, delta, np.zeros(found.shape, np.float32)], {4: found}
+
+
+@case("depthwise.forward", "depthwise.grad_input", "depthwise.grad_weight")
+def depthwise(kernel, rng, dtype) -> Iterator:
+    made = Case("three results a channel", dtype)
+    values, delta = spoil(rng, made.values), spoil(rng, made.dy, made.delta.interior)
+    source = spoil(rng, made.x, made.source.interior)
+    if kernel.endswith("forward"):
+        problem = DepthwiseForward(made.source, made.result, made.window, statistics=True)
+        arrays, wanted = convolved(
+            rng, problem, lambda source, before: depthwise_forward_reference(problem, values, source, before)
+        )
+        yield problem, [values, *arrays], {1 + place: array for place, array in wanted.items()}
+    elif kernel.endswith("grad_input"):
+        problem, before = DepthwiseGradInput(made.delta, made.dx, made.window), np.zeros(made.dx.shape, np.float32)
+        found = depthwise_grad_input_reference(problem, values, delta, before)
+        yield problem, [values, delta, before], {2: found}
+    else:
+        problem = DepthwiseGradWeight(made.source, made.delta, made.window)
+        found = depthwise_grad_weight_reference(problem, source, delta)
+        yield problem, [np.zeros(found.shape, np.float32), source, delta], {0: found}
 
 
 @case("compact.conv", "compact.grad")

@@ -23,6 +23,7 @@ CPU_ONLY = {
     "test_sections_fit_the_first_level_cache",  # its threads and caches,
     "test_activations_in_float16",  # what it stores them in,
     "test_units_of_neighbouring_taps",
+    "test_tiles_change_speed_alone",
 }  # and the family "pattern", in whose place layers here run on "pattern_groups"
 
 
@@ -83,8 +84,14 @@ def shaped_launch(builder, kernel, problem, *arrays, **knobs):
 
 
 _gather.call = shaped_launch
-_compact = on_opencl("test_compact", test_gather=_gather)
-_nonfinite = on_opencl("test_nonfinite", test_gather=_gather, test_compact=_compact, test_operators=_operators)
+_compact, _depthwise = (on_opencl(name, test_gather=_gather) for name in ("test_compact", "test_depthwise"))
+_nonfinite = on_opencl(
+    "test_nonfinite",
+    test_gather=_gather,
+    test_compact=_compact,
+    test_depthwise=_depthwise,
+    test_operators=_operators,
+)
 
 
 @pytest.fixture
@@ -101,6 +108,7 @@ for _module in (
     _operators,
     _gather,
     _compact,
+    _depthwise,
     _nonfinite,
 ):  # references and comparators are no device's: what runs no kernel is said there
     globals().update(

@@ -14,7 +14,7 @@ from mest_compile.operators.layers.values import carry_over, cells_of, gather_un
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.layer import Layer
 
-CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forward, transposed)
+CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forward, transposed)[, groups, dilation]
     ("unstructured", (6, 5, 3, 3), (7, 9), (1, 1), (1, 1), (2, 4)),
     ("block:4x1", (8, 6, 3, 3), (8, 8), (2, 2), (1, 1), (3, 4)),
     ("block:2x3", (4, 6, 5, 3), (9, 6), (2, 1), (2, 1), (3, 2)),
@@ -22,6 +22,11 @@ CASES = [  # scheme, (out, in, kh, kw), (h, w), stride, padding, (sections forwa
     ("unstructured", (3, 2, 3, 3), (1, 5), (2, 3), (1, 1), (2, 3)),
     ("block:1x4", (3, 8, 2, 2), (6, 5), (3, 2), (0, 1), (4, 1)),
     ("unstructured", (5, 7, 1, 1), (1, 1), (1, 1), (0, 0), (7, 5)),
+    ("unstructured", (6, 2, 3, 3), (7, 9), (2, 1), (1, 1), (6, 6), 3),
+    ("block:4x2", (8, 4, 3, 2), (6, 5), (1, 2), (1, 0), (8, 8), 2),
+    ("unstructured", (8, 1, 3, 3), (5, 6), (2, 2), (1, 1), (4, 8), 4),
+    ("unstructured", (4, 3, 3, 3), (9, 8), (2, 3), (3, 1), (2, 3), 1, (3, 2)),
+    ("block:2x1", (4, 2, 3, 3), (8, 7), (2, 1), (2, 2), (4, 4), 2, (2, 1)),
 ]
 
 
@@ -29,19 +34,22 @@ def pad_image(dense, image):
     return image.pack(dense.transpose(1, 2, 3, 0))
 
 
-@pytest.mark.parametrize(("scheme", "weight_shape", "size", "stride", "padding", "sections"), CASES)
-def test_index_arrays_give_the_convolution_and_both_its_gradients(
-    scheme, weight_shape, size, stride, padding, sections
-):
-    rng = np.random.default_rng(7)
-    spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
+def spec_of(weight_shape, size, stride, padding, sections, groups=1, dilation=(1, 1)):
+    return LayerSpec("w", weight_shape, (3, weight_shape[1] * groups, *size), stride, padding, groups, dilation)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_index_arrays_give_the_convolution_and_both_its_gradients(case):
+    rng, (scheme, *sizes) = np.random.default_rng(7), case
+    spec, sections = spec_of(*sizes), sizes[4]
+    weight_shape, stride = spec.weight_shape, spec.stride
     layer = Layer(spec, parse_scheme(scheme), 0.6, "gather", *sections)
     keep = rng.random(layer.scheme.grid(spec)) < 0.4
     keep[0, 0, 0, 0] = True
     mask = layer.scheme.expand(spec, keep)
     weight = torch.tensor(rng.standard_normal(weight_shape) * mask, requires_grad=True)
     x = torch.tensor(rng.standard_normal(spec.input_shape), requires_grad=True)
-    y = F.conv2d(x, weight, None, stride, padding)
+    y = F.conv2d(x, weight, None, stride, spec.padding, spec.dilation, spec.groups)
     dy = torch.tensor(rng.standard_normal(y.shape))
     y.backward(dy)
 
@@ -77,10 +85,10 @@ def test_index_arrays_give_the_convolution_and_both_its_gradients(
     np.testing.assert_allclose(dense, weight.grad.numpy() * mask, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("scheme", "weight_shape", "size", "stride", "padding", "sections"), CASES)
-def test_units_come_back_from_the_value_array_where_they_were(scheme, weight_shape, size, stride, padding, sections):
-    spec = LayerSpec("w", weight_shape, (3, weight_shape[1], *size), stride, padding)
-    chosen = parse_scheme(scheme)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_units_come_back_from_the_value_array_where_they_were(case):
+    spec, chosen = spec_of(*case[1:]), parse_scheme(case[0])
+    weight_shape = spec.weight_shape
     keep = np.random.default_rng(3).random(chosen.grid(spec)) < 0.5
     dense = np.arange(1, spec.weight_elems + 1, dtype=np.float32).reshape(weight_shape) * chosen.expand(spec, keep)
     order = np.flatnonzero(keep)[::-1]

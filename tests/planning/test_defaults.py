@@ -9,7 +9,9 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.frontend import import_model
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
 from mest_compile.planning.layers import layer_specs, say_what_stays_dense
 from mest_compile.planning.plan import plan_step
@@ -60,6 +62,10 @@ SHORTCUTS = {
         "a = conv3 stem\nb = conv3 a\ns = conv1 b\nc = conv3 stem\nsum = add s c",
         False,
     ),
+    "the last of a block, which the next block adds to its own": (
+        "a = conv3 stem\ns = conv1 a\nn = batch_norm s\nb = conv1 n\nc = conv3 b\nd = conv1 c\nsum = add n d",
+        False,
+    ),
     "whose result is worked on further": (BLOCK + "s = conv1 stem\nz = conv3 s\nsum = add m z", False),
 }
 
@@ -71,6 +77,19 @@ def test_of_1x1_convolutions_those_of_shortcuts_are_dense(case):
     specs = layer_specs(model)
     found = default_dense_layers(model, specs, {spec.name: parse_scheme("unstructured") for spec in specs})
     assert set(found) == {"stem.weight", "fc.weight"} | ({"s.weight"} if dense else set())
+
+
+@pytest.mark.parametrize(("name", "width", "share"), [("mobilenetv2", 32, 0.96), ("mobilenetv1", 8, 0.93)])
+def test_a_mobile_nets_1x1_convolutions_are_sparse_and_its_depthwise_ones_dense(name, width, share):
+    model, _ = import_model(build_model(name, (2, 3, 96, 96), 10, width), (2, 3, 96, 96))
+    layers = plan_step(model, StepOptions("block", 0.9)).layers
+    sparse = {weight for weight, layer in layers.items() if layer.sparsity}
+    pointwise = {weight for weight, layer in layers.items() if layer.spec.weight_shape[2:] == (1, 1)}
+    assert pointwise - sparse == {list(layers)[-1]} and sparse < pointwise
+    elems = {weight: layer.spec.weight_elems for weight, layer in layers.items()}
+    assert sum(elems[weight] for weight in sparse) / sum(elems.values()) == pytest.approx(share, abs=0.01)
+    depthwise = {weight for weight, layer in layers.items() if layer.spec.depthwise}
+    assert {layers[weight].kernels for weight in depthwise} == {"depthwise"} and len(depthwise) in (13, 17)
 
 
 def planned(text, scheme="unstructured", sparsity=0.9, distribution="uniform", dense_layers=None):

@@ -34,6 +34,8 @@ class Every(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.deep = nn.Conv2d(16, 16, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(16)
+        self.each = nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False)
+        self.apart = nn.Conv2d(16, 16, 3, 1, (2, 1), (2, 1), groups=4)
         self.mean = nn.AvgPool2d(2, 1, 1, count_include_pad=False)
         self.late = nn.Conv2d(16, 8, 1)
         self.hidden = nn.Linear(8 * 7 * 4, 24)
@@ -42,7 +44,7 @@ class Every(nn.Module):
     def forward(self, x):
         y = self.pool(nn.functional.hardswish(self.norm(self.conv(x))))
         y = nn.functional.relu(self.norm2(self.deep(y)) + y)
-        y = nn.functional.relu6(self.late(self.mean(y)))
+        y = nn.functional.relu6(self.late(self.mean(self.apart(self.each(y)))))
         return self.head(nn.functional.relu(self.hidden(y.flatten(1))))
 
 

@@ -41,6 +41,9 @@ class CompactFamily(KernelFamily):
     """Rows of a group are listed live channels or neighbours, whichever side of the layer is whole; likewise their
     sources."""
 
+    def takes(self, spec: LayerSpec) -> bool:
+        return spec.groups == 1
+
     def convolve(
         self,
         layer: Layer,
@@ -236,13 +239,11 @@ class CompactFamily(KernelFamily):
             rule(
                 source,
                 spec.stride,
-                spec.weight_shape[2:],
+                spec.extent,
                 loads_shared(inputs) if on_rows else 1,
                 caches[0] * target.l1_bytes,
             ),
-            rule(
-                delta, (1, 1), spec.weight_shape[2:], 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes
-            ),
+            rule(delta, (1, 1), spec.extent, 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes),
         )
 
     def _alive(self, layer: Layer, low: Trace, channels: int) -> Buffer:

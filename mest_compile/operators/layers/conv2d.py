@@ -50,6 +50,11 @@ class Conv2d(Operator):
 
     def onnx(self, node: Node, writer: Writer) -> str:
         attrs = {"strides": node.attrs["stride"], "pads": [*node.attrs["padding"], *node.attrs["padding"]]}
+        attrs |= {
+            name: node.attrs[role]
+            for name, role in (("group", "groups"), ("dilations", "dilation"))
+            if role in node.attrs
+        }
         (x,), weight, bias = writer.inputs(node), writer.weight(node.params["weight"]), writer.parameters(node, "bias")
         if not bias or len(writer.weights[bias[0]].shape) == 1:
             return writer.call("Conv", [x, weight, *bias], node.shape, **attrs)
@@ -66,20 +71,18 @@ class Linear(Conv2d):
         return writer.call("Gemm", inputs, node.shape, transB=1)
 
 
-@reads("relax.nn.conv2d", gives=("conv2d (groups=1, dilation=1)",))
+@reads("relax.nn.conv2d", gives=("conv2d",))
 def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, weight = call.attrs, arguments[1]
     image = reader.activation(arguments[0])
     if not _is_stored(weight):
         raise reader.error("conv2d with a computed weight")
+    how: dict[str, Any] = {"stride": _pair(attrs.strides), "padding": _padding(reader, attrs)}
     if int(attrs.groups) != 1:
-        raise reader.error(f"grouped or depthwise conv2d (groups={int(attrs.groups)}, weight {weight.name})")
+        how["groups"] = int(attrs.groups)
     if _pair(attrs.dilation) != (1, 1):
-        raise reader.error(f"dilated conv2d (dilation={_pair(attrs.dilation)}, weight {weight.name})")
-    padding = _padding(reader, attrs)
-    return reader.add(
-        "conv2d", (image,), _shape(call), {"weight": weight.name}, {"stride": _pair(attrs.strides), "padding": padding}
-    )
+        how["dilation"] = _pair(attrs.dilation)
+    return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, how)
 
 
 @reads("relax.matmul", gives=("linear",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
@@ -149,6 +149,12 @@ class KernelFamily(ABC):
 
     # What a family says.
 
+    forward_kernel: ClassVar[str] = "conv"  # last word of the name of the kernel that its forward pass is
+
+    def takes(self, spec: LayerSpec) -> bool:
+        """Whether its kernels are of such layers."""
+        return spec.groups == 1 and spec.dilation == (1, 1)
+
     @abstractmethod
     def convolve(
         self,
@@ -210,8 +216,15 @@ class KernelFamily(ABC):
 
 
 def family_for(scheme: Scheme, spec: LayerSpec, target: Target) -> str:
-    """Name of the family that runs a layer of that scheme: the first of the scheme's that the device has kernels of."""
-    return next(name for name in scheme.kernels(spec) if backend_of(target).has(f"{name}.conv"))
+    """Name of the family that runs a layer of that scheme: the first of the scheme's that takes it and that the device
+    has kernels of."""
+    backend = backend_of(target)
+
+    def runs(name: str) -> bool:
+        kernels = FAMILIES.find(name)
+        return kernels.takes(spec) and backend.has(f"{name}.{kernels.forward_kernel}")
+
+    return next(filter(runs, scheme.kernels(spec)))
 
 
 def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:

@@ -226,23 +226,21 @@ def gather_conv_reference(
             window = _pixels(flat, problem.source, offsets[unit] + k * distance, grid_pass.grid, problem.source_step)
             for j in range(problem.row_block):
                 out[(slice(None), group * problem.row_block + j, *pixels(grid_pass))] += values[unit, k, j] * window
-    return out if problem.epilogue is None else _finished(problem, out, scaling, residual)
+    return out if problem.epilogue is None else finished(problem.epilogue, problem.result, out, scaling, residual)
 
 
-def _finished(
-    problem: GatherConv, out: np.ndarray, scaling: np.ndarray | None, residual: np.ndarray | None
+def finished(
+    epilogue: Epilogue, image: Image, out: np.ndarray, scaling: np.ndarray | None, residual: np.ndarray | None
 ) -> np.ndarray:
-    """`gather_conv_reference` behind its sums."""
-    assert problem.epilogue is not None and scaling is not None
+    """What an epilogue makes of the sums in `out`, an array of `image`; its halo stays."""
+    assert scaling is not None
     shift, scale = scaling.astype(np.float64).reshape(2, 1, -1, 1, 1, 1)
-    inside = problem.result.interior
-    value = out[inside] * scale + shift
-    if problem.epilogue.residual is not None and residual is not None:
-        image = problem.epilogue.residual
-        value = value + residual.astype(np.float64).reshape(image.shape)[image.interior]
-    if problem.epilogue.activation:
-        value = activation_of(problem.epilogue.activation).forward_reference(value)
-    out[inside] = value
+    value = out[image.interior] * scale + shift
+    if epilogue.residual is not None and residual is not None:
+        value = value + residual.astype(np.float64).reshape(epilogue.residual.shape)[epilogue.residual.interior]
+    if epilogue.activation:
+        value = activation_of(epilogue.activation).forward_reference(value)
+    out[image.interior] = value
     return out
 
 

@@ -58,14 +58,17 @@ def gather_indexer(
     """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
     runs, there_sorted = (
         Runs(spec, forward),
-        None if backward is None else Places.transposed(spec, backward).of_swapped(),
+        None if backward is None else Places.transposed(spec, backward).of_swapped(spec.groups),
     )
 
     def index(cells: np.ndarray) -> LayerIndex:
         row, rest = divide(cells, runs.row_cells)
         sort, pointers = runs.sort(cells)
         rest = rest.take(sort)
-        arrays = {"pointers": pointers, "offsets": runs.offsets.take(rest)}
+        offsets = runs.offsets.take(rest)
+        if runs.starts is not None:
+            offsets += runs.starts.take(row.take(sort))
+        arrays = {"pointers": pointers, "offsets": offsets}
         if there_sorted is not None:  # roles swap: output channels are the source now
             there, arrays["transposed_pointers"], arrays["transposed_offsets"] = there_sorted(row.take(sort), rest)
             arrays["permutation"] = inverse(there)
@@ -76,7 +79,13 @@ def gather_indexer(
 
 @family("gather")
 class GatherFamily(KernelFamily):
-    """Three gathers over the live cells. The input gradient reads a copy of the values in its own order."""
+    """Three gathers over the live cells. The input gradient reads a copy of the values in its own order.
+
+    Groups of channels change which channel a cell means, nothing else.
+    """
+
+    def takes(self, spec: LayerSpec) -> bool:
+        return True
 
     def convolve(
         self,
@@ -160,13 +169,15 @@ class GatherFamily(KernelFamily):
     def sections(
         self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1, 1)
     ) -> tuple[int, int]:
+        if spec.groups > 1:  # a group of result channels reads its own few source channels anyhow
+            return spec.input_shape[1], spec.weight_shape[0]
         rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True)
         return (
-            rule(source, spec.stride, spec.weight_shape[2:], sources, caches[0] * target.l1_bytes),
-            rule(delta, (1, 1), spec.weight_shape[2:], rows, caches[1] * target.l1_bytes),
+            rule(source, spec.stride, spec.extent, sources, caches[0] * target.l1_bytes),
+            rule(delta, (1, 1), spec.extent, rows, caches[1] * target.l1_bytes),
         )
 
     def _index(

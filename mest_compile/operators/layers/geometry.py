@@ -23,21 +23,18 @@ def parity_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def shift(start: int, stride: int, padding: int, taps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for k in
-    range(taps)."""
-    distance = start + padding - np.arange(taps)
-    return distance % stride == 0, distance // stride
+def shift(layer: LayerSpec, axis: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """(does tap k reach inputs `start`, `start + stride`, ...; output minus grid position of tap k) for every k of an
+    axis (0 is y)."""
+    distance = start + layer.padding[axis] - np.arange(layer.weight_shape[2 + axis]) * layer.dilation[axis]
+    return distance % layer.stride[axis] == 0, distance // layer.stride[axis]
 
 
 def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     """`parity_passes` with an empty grid for those that no tap reaches: what is added there is 0."""
 
     def reached(grid_pass: Pass) -> bool:
-        return all(
-            shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])[0].any()
-            for axis in (0, 1)
-        )
+        return all(shift(layer, axis, grid_pass.start[axis])[0].any() for axis in (0, 1))
 
     return tuple(
         grid_pass if reached(grid_pass) else replace(grid_pass, grid=(0, 0)) for grid_pass in parity_passes(layer)
@@ -47,9 +44,9 @@ def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
 def source_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) zero pixels around the input that the forward pass reads."""
     last = [
-        (out - 1) * step + taps - pad - size
-        for out, step, taps, pad, size in zip(
-            layer.output_size, layer.stride, layer.weight_shape[2:], layer.padding, layer.input_shape[2:]
+        (out - 1) * step + extent - pad - size
+        for out, step, extent, pad, size in zip(
+            layer.output_size, layer.stride, layer.extent, layer.padding, layer.input_shape[2:]
         )
     ]
     return layer.padding[0], layer.padding[1], max(0, last[0]), max(0, last[1])
@@ -60,9 +57,7 @@ def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
     halo = [0, 0, 0, 0]
     for grid_pass in parity_passes(layer):
         for axis in (0, 1):
-            reached, by = shift(
-                grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis]
-            )
+            reached, by = shift(layer, axis, grid_pass.start[axis])
             if reached.any():
                 last = grid_pass.grid[axis] - 1 + by[reached].max()
                 halo[axis] = max(halo[axis], int(-by[reached].min()))

@@ -74,7 +74,11 @@ class Places:
             problem,
             [
                 [
-                    (tap, tap // width - layer.padding[0], tap % width - layer.padding[1])
+                    (
+                        tap,
+                        tap // width * layer.dilation[0] - layer.padding[0],
+                        tap % width * layer.dilation[1] - layer.padding[1],
+                    )
                     for tap in range(layer.weight_shape[2] * width)
                 ]
             ],
@@ -86,10 +90,7 @@ class Places:
         """Of an input gradient: problem.source is the output gradient, problem.passes are `parity_passes(layer)`."""
         width, taps, left = layer.weight_shape[3], [], set(range(layer.weight_shape[2] * layer.weight_shape[3]))
         for grid_pass in problem.passes:
-            rows, columns = (
-                shift(grid_pass.start[axis], layer.stride[axis], layer.padding[axis], layer.weight_shape[2 + axis])
-                for axis in (0, 1)
-            )
+            rows, columns = (shift(layer, axis, grid_pass.start[axis]) for axis in (0, 1))
             reached = [
                 (int(rows[1][tap // width]), int(columns[1][tap % width]), tap)
                 for tap in sorted(left)
@@ -111,13 +112,17 @@ class Places:
             offsets[pointers[-1] :] = 0
         return order, pointers, offsets
 
-    def of_swapped(self) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def of_swapped(
+        self, groups: int = 1
+    ) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """`sort` for cells told by their row of the grid, which is a block of source channels here, and their place in
-        that row."""
-        rest_key = (self.group_key[:, None] + self.tap_key).ravel()
-        rest_offset = np.tile(self.tap_offset, len(self.group_key))
+        that row. groups: of the layer's channels; a row's cells are of the result channels of its own."""
+        width, rows = len(self.group_key) // groups, len(self.block_key) // groups
+        row_key = self.block_key + self.group_key.take(np.arange(len(self.block_key)) // rows * width)
+        rest_key = (self.group_key[:width, None] + self.tap_key).ravel()
+        rest_offset = np.tile(self.tap_offset, width)
         return lambda row, rest: self.sort(
-            self.block_key.take(row) + rest_key.take(rest), self.block_offset.take(row) + rest_offset.take(rest)
+            row_key.take(row) + rest_key.take(rest), self.block_offset.take(row) + rest_offset.take(rest)
         )
 
 
@@ -126,13 +131,19 @@ class Runs:
     is sorted.
 
     row_cells  cells of a row of the grid
-    offsets    (row_cells,) int32: the offset of a unit that is the cell there, whatever its row
+    offsets    (row_cells,) int32: the offset of a unit that is the cell there, in a row of the first group of channels
+    starts     (rows,) int32: what a row's offsets are beyond that; None where there is one group
     """
 
     def __init__(self, layer: LayerSpec, problem: GatherConv):
         places = Places.forward(layer, problem)
-        self.offsets = (places.block_offset[:, None] + places.tap_offset).ravel()
+        width = layer.weight_shape[1] // problem.source_block
+        self.offsets = (places.block_offset[:width, None] + places.tap_offset).ravel()
         self.row_cells = len(self.offsets)
+        self.starts: np.ndarray | None = None
+        if layer.groups > 1:
+            rows = problem.groups // layer.groups
+            self.starts = places.block_offset.take(np.arange(problem.groups) // rows * width)
         section_cells = -(-problem.section_channels // problem.source_block) * len(places.tap_offset)
         firsts = np.arange(problem.groups)[:, None] * self.row_cells + np.arange(problem.sections) * section_cells
         self._shape, self._bounds = firsts.shape, np.append(firsts, problem.groups * self.row_cells).astype(np.int32)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mest_compile.ir.program import Activation, Buffer, Program
-from mest_compile.operators.layers.family import family
+from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.gather import Epilogue, GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, expand, inverse, places_of
@@ -23,6 +23,8 @@ class PatternFamily(GatherFamily):
     """The gather with one offset for two taps: half the index, and pixels that both taps read are loaded once. Stride 1
     only, where the input gradient's taps are neighbours as well, in reverse.
     """
+
+    takes = KernelFamily.takes  # the pixels of two taps are neighbours, and all source channels are read
 
     def convolve(
         self,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.ir.program import Activation, Buffer
-from mest_compile.operators.layers.family import family
+from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.gather import Epilogue, GatherGrad
 from mest_compile.operators.layers.gather_family import GatherFamily, forward_problem, gradient_problem
 from mest_compile.operators.layers.index import LayerIndex, Places, divide, expand, inverse, places_of
@@ -68,6 +68,8 @@ def _sorted(
 class PatternGroupsFamily(GatherFamily):
     """The gather with one offset for the taps of a whole kernel, whose places are constants of the code. Stride 1
     only."""
+
+    takes = KernelFamily.takes  # as PatternFamily's
 
     def convolve(
         self,

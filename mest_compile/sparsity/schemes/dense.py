@@ -13,7 +13,7 @@ from mest_compile.sparsity.scheme import Scheme, loads_shared, scheme
 @dataclass(frozen=True, slots=True)
 class Dense(Scheme):
     """Units of 4x1 weights (2x1, 1x1 where channels are odd), so that four output channels share the loads; all of them
-    live."""
+    live. Of a depthwise layer they are single weights, as no two channels share anything."""
 
     name = "dense"
 
@@ -22,7 +22,12 @@ class Dense(Scheme):
         return 0.0
 
     def block(self, layer: LayerSpec) -> tuple[int, int]:
-        return loads_shared(layer.weight_shape[0]), loads_shared(layer.weight_shape[1])
+        if layer.depthwise:
+            return 1, 1
+        return loads_shared(layer.weight_shape[0] // layer.groups), loads_shared(layer.weight_shape[1])
+
+    def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
+        return ("depthwise", "gather") if layer.depthwise else ("gather",)
 
     def fault(self, layer: LayerSpec, mask: np.ndarray) -> str | None:
         return None if mask.all() else f"has {np.count_nonzero(~mask)} zeros, and scheme dense none"

@@ -1,0 +1,80 @@
+"""The depthwise family: every channel by itself, all of its weights alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mest_compile.ir.graph import LayerSpec
+from mest_compile.operators.layers.depthwise import DepthwiseForward, DepthwiseGradInput, DepthwiseGradWeight, Window
+from mest_compile.operators.layers.family import KernelFamily, family
+from mest_compile.operators.layers.index import LayerIndex, places_of
+
+if TYPE_CHECKING:
+    from mest_compile.hardware.target import Target
+    from mest_compile.ir.program import Activation, Buffer, Program
+    from mest_compile.operators.layers.gather import Epilogue
+    from mest_compile.operators.operator import Trace
+    from mest_compile.sparsity.layer import Layer
+    from mest_compile.sparsity.scheme import Scheme
+
+
+def _window(spec: LayerSpec) -> Window:
+    return Window(spec.weight_shape[2:], spec.stride, spec.padding, spec.dilation)
+
+
+@family("depthwise")
+class DepthwiseFamily(KernelFamily):
+    """Three kernels that read a layer's values as torch has them: there is no index and no transposed copy."""
+
+    forward_kernel = "forward"
+
+    def takes(self, spec: LayerSpec) -> bool:
+        return spec.depthwise
+
+    def convolve(
+        self,
+        layer: Layer,
+        source: Activation,
+        result: Activation,
+        others: list[Buffer],
+        statistics: list[Buffer],
+        low: Trace,
+        node: str,
+        phase: str,
+        bias: bool,
+        epilogue: Epilogue | None,
+    ) -> None:
+        problem = DepthwiseForward(source.image, result.image, _window(layer.spec), bias, bool(statistics), epilogue)
+        values = self.hold(layer, low, "", "values")
+        low.call("depthwise.forward", problem, values, *others, source, result, *statistics, node=node, phase=phase)
+
+    def grad_weight(
+        self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
+    ) -> None:
+        problem = DepthwiseGradWeight(source.image, delta.image, _window(layer.spec))
+        low.call("depthwise.grad_weight", problem, gradients, source, delta, node=node, phase="grad_weight")
+
+    def grad_input(
+        self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
+    ) -> None:
+        problem = DepthwiseGradInput(delta.image, target.image, _window(layer.spec), accumulate)
+        values = self.hold(layer, low, "", "values")
+        low.call("depthwise.grad_input", problem, values, delta, target, node=node, phase="grad_input")
+
+    def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
+        def index(cells: np.ndarray) -> LayerIndex:
+            sort = np.arange(len(cells), dtype=np.int32)
+            return LayerIndex(sort, places_of(sort, len(cells)), {})
+
+        return index
+
+    def index_elems(self, layer: Layer, part: str, cells: int) -> int:
+        return 0
+
+    def sections(
+        self, spec: LayerSpec, scheme: Scheme, target: Target, activations: str, caches: tuple[int, int] = (1, 1)
+    ) -> tuple[int, int]:
+        return spec.input_shape[1], spec.weight_shape[0]
