@@ -74,9 +74,22 @@ SPELLINGS = expressions.SPELLINGS | {
 }
 
 
+TANH_IS_ONE = 9.25  # and all above
+
+
 def spelled(expression: Expression, vector: int, **names: str) -> str:
-    """A scalar expression in every lane, of these texts for its variables."""
-    return expression.text(names, lambda value: zeros(vector) if value == 0 else full(number(value), vector), SPELLINGS)
+    """A scalar expression in every lane, of these texts for its variables.
+
+    OpenCL's tanh may fall short of 1 by a few units in the last place, which what is multiplied by 1 - tanh(x)**2 makes
+    large: it is 1 here where float32 has nothing below that.
+    """
+
+    def constant(value: float) -> str:
+        return zeros(vector) if value == 0 else full(number(value), vector)
+
+    near_one = f"T.Select({{0}} < {constant(-TANH_IS_ONE)}, {constant(-1)}, T.tanh({{0}}))"
+    tanh = f"T.Select({{0}} > {constant(TANH_IS_ONE)}, {constant(1)}, {near_one})"
+    return expression.text(names, constant, SPELLINGS | {"tanh": tanh})
 
 
 def finite(value: str, otherwise: str = "T.float32(0)") -> str:

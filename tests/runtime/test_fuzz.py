@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import mest_compile as mest
+from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.scheme import SCHEMES as KNOWN
 
 SCHEMES = [*(name for name in KNOWN.names() if name != "dense"), "block:1x4", "block:4x4", "block:8x1", "block:3x2"]
@@ -20,7 +21,9 @@ def draw(seed: int) -> tuple[nn.Module, tuple[int, int, int, int], str, float]:
     rng = np.random.default_rng(seed)
     scheme = SCHEMES[seed % len(SCHEMES)]
     rows, columns = (
-        (int(part) for part in scheme.split(":")[1].split("x")) if ":" in scheme else (4 if scheme == "block" else 1, 1)
+        (int(part) for part in scheme.split(":")[1].split("x"))
+        if ":" in scheme
+        else (4 if scheme == "block" else 1, 4 if scheme == "nm" else 1)
     )
     source, out = (int(rng.integers(1, 14 // block + 2)) * block for block in (columns, rows))
     taps = (3, 3) if scheme == "pattern" else tuple(int(rng.integers(1, 5)) for _ in "yx")
@@ -31,7 +34,9 @@ def draw(seed: int) -> tuple[nn.Module, tuple[int, int, int, int], str, float]:
     high, wide = ((extent + 2 * pad - tap) // step + 1 for extent, pad, tap, step in zip(size, padding, taps, stride))
     model = nn.Sequential(nn.Conv2d(2, source, 1), conv, nn.Flatten(), nn.Linear(out * high * wide, 5))
     low, most = (0.56, 0.99) if scheme == "pattern" else (0.0, 0.99)
-    return model, (batch, 2, *size), scheme, float(rng.choice([low, rng.uniform(low, most), most]))
+    sparsity = float(rng.choice([low, rng.uniform(low, most), most]))
+    fixed = parse_scheme(scheme).fixed
+    return model, (batch, 2, *size), scheme, sparsity if fixed is None else fixed
 
 
 @pytest.mark.parametrize("seed", range(27))
