@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.base import checks
 from mest_compile.base.errors import SpecError, UnknownName
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.models.gated import _efficientnet_b0, _mobilenetv3_small
 from mest_compile.models.mlp import _mlp
 from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite0, _mobilenetv1, _mobilenetv2
 from mest_compile.models.resnet import _resnet
@@ -88,10 +89,12 @@ def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes
 
 MODELS = {
     "ds-cnn": Model(_ds_cnn, 64, "DS-CNN, MLPerf Tiny's keyword spotter, for 1x49x10 inputs"),
+    "efficientnet-b0": Model(_efficientnet_b0, 32, "EfficientNet-B0 with squeeze-and-excitation"),
     "efficientnet-lite0": Model(_efficientnet_lite0, 32, "EfficientNet-lite0; width scales the blocks alone"),
     "mlp": Model(_mlp, 1024, "three linear layers; width is the hidden size"),
     "mobilenetv1": Model(_mobilenetv1, 32, "MobileNet; MLPerf Tiny's of a quarter of the channels is width 8"),
     "mobilenetv2": Model(_mobilenetv2, 32, "MobileNetV2; all channels are multiples of 8"),
+    "mobilenetv3-small": Model(_mobilenetv3_small, 16, "MobileNetV3-small with squeeze-and-excitation"),
     "resnet8": Model(_resnet((1, 1, 1)), 16, "ResNet-8, MLPerf Tiny's for small images"),
     "resnet20": Model(_resnet((3, 3, 3)), 16, "ResNet-20 for small images"),
     "resnet32": Model(_resnet((5, 5, 5)), 16, "ResNet-32 for small images; the method's paper uses width 32"),

@@ -36,6 +36,8 @@ def test_parameter_counts_are_the_published_ones(name, width, millions):
         ("mobilenetv1", 32, 4_231_976),  # timm's mobilenetv1_100
         ("mobilenetv2", 32, 3_504_872),  # torchvision's mobilenet_v2
         ("efficientnet-lite0", 32, 4_652_008),  # timm's efficientnet_lite0
+        ("mobilenetv3-small", 16, 2_542_856),  # torchvision's mobilenet_v3_small
+        ("efficientnet-b0", 32, 5_288_548),  # torchvision's efficientnet_b0
     ],
 )
 def test_mobile_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):

@@ -74,6 +74,26 @@ def test_a_mobilenetv2_equals_masked_torch(scheme):
         assert np.abs(array - wanted[name]).max() <= 1e-6 * max(1, np.abs(wanted[name]).max()), name
 
 
+@pytest.mark.parametrize(("name", "first"), [("mobilenetv3-small", (0, 1, 4)), ("efficientnet-b0", (0, 1, 2))])
+def test_a_net_with_gates_equals_masked_torch(name, first):
+    """Its stem and a block or stage of each kind; without dropout, which torch draws otherwise."""
+    shape = (8, 3, 16, 16)
+    model = build_model(name, shape, width=16)
+    model.features = nn.Sequential(*(model.features[place] for place in first))
+    if name == "mobilenetv3-small":
+        model.features[2].block[0][0] = nn.Conv2d(16, 96, 1, bias=False)
+    out = list(model.features.modules())[-1].num_features
+    model.classifier = nn.Sequential(nn.Linear(out, 12), nn.Hardswish(), nn.Linear(12, 10))
+    step = mest.compile(model, shape, scheme="unstructured", sparsity=0.75, optimizer=RULES["sgd"], threads=1)
+    assert len(step.masks()) >= 6
+    twin = MaskedTorch(model.double(), step.masks(), step.optimizer)
+    for images, labels in make_batches(shape, 10, 4):
+        assert step(images, labels).loss == pytest.approx(twin.step(images.astype(np.float64), labels), rel=1e-5)
+    wanted = {name: array.numpy() for name, array in twin.model.state_dict().items()}
+    for key, array in step.state_dict().items():
+        assert np.abs(array - wanted[key]).max() <= 1e-5 * max(1, np.abs(wanted[key]).max()), key
+
+
 def frozen_front(model):
     """Depthwise layers that end with a normalisation, that a gradient passes through, and one that trains alone."""
     for name, parameter in model.named_parameters():
