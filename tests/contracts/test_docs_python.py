@@ -127,7 +127,8 @@ def test_pruned_models_are_measured_in_turns(monkeypatch):
 
 def test_the_finetuning_page_keeps_to_its_budgets(capsys):
     page, rng = (DOCS / "finetuning.md").read_text(), np.random.default_rng(0)
-    code = re.findall(r"```python\n(.*?)```", page, re.S)[1].replace("(16, 3, 96, 96)", "(8, 16)")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "update_budget" in block)
+    code = code.replace("(16, 3, 96, 96)", "(8, 16)")
     images, labels = rng.standard_normal((32, 16)).astype(np.float32), rng.integers(0, 10, 32)
     known = {"mest": mest, "model": build_model("mlp", (8, 16), 10, 8), "images": images, "labels": labels}
     exec(compile(code.replace("0.5", "1.0"), "docs/finetuning.md", "exec"), known)
