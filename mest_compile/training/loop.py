@@ -120,7 +120,7 @@ class Trainer:
         somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
         training ends, the checkpoint of the last whole epoch stays.
         """
-        kind = self.step.loss.labels
+        kind = self.judge.loss.labels
         train = as_dataset(train_set, classes=self.step.classes, name="training set", **kind)
         test = as_dataset(test_set, like=train, name="test set", **kind)
         check_data(self.step, self.judge, train)
