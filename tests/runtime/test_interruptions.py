@@ -60,6 +60,14 @@ def files(step, batch, tmp_path_factory):
     return folder / "first", folder / "second"
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C, which is ignored in what a shell runs in the background."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 class Interruption:
     """Presses Ctrl-C when a call comes to the `place`-th line of our own code."""
 
