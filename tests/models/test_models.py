@@ -155,7 +155,8 @@ def test_every_parameter_gets_a_gradient():
 
 def test_bad_arguments_are_named():
     with pytest.raises(
-        UnknownName, match="no model 'lenet'; there are: ds-cnn, efficientnet-lite0, mlp, .*, vgg11, vgg19"
+        UnknownName,
+        match="no model 'lenet'; there are: ds-cnn, efficientnet-b0, efficientnet-lite0, mlp, .*, vgg11, vgg19",
     ):
         build_model("lenet", (1, 3, 8, 8))
     with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):
