@@ -11,7 +11,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import SpecError, UnknownName
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.models.gated import _efficientnet_b0, _mobilenetv3_small
-from mest_compile.models.mlp import _mlp
+from mest_compile.models.mlp import _autoencoder, _mlp
 from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite0, _mobilenetv1, _mobilenetv2
 from mest_compile.models.resnet import _resnet
 from mest_compile.models.vgg import _vgg
@@ -40,8 +40,8 @@ def build_model(
     """A built-in model with fresh weights. The same arguments give the same weights; torch's random state stays as it
     was.
 
-    input_shape  (N, C, H, W), `mlp` also (N, features); N is not used
-    width        channels of the first stage (`mlp`: hidden features); None: the model's own
+    input_shape  (N, C, H, W), nets of linear layers also (N, features); N is not used
+    width        channels of the first stage, or hidden features; None: the model's own
     Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory).
     """
     if not isinstance(name, str) or name not in MODELS:
@@ -53,9 +53,10 @@ def build_model(
     )
     classes, seed = checks.whole("classes", classes, 1, error=SpecError), checks.whole("seed", seed)
     input_shape = checks.shape("input_shape", input_shape, SpecError)
-    if len(input_shape) not in ((2, 4) if name == "mlp" else (4,)):
+    of_features = name in OF_FEATURES
+    if len(input_shape) not in ((2, 4) if of_features else (4,)):
         raise SpecError(
-            f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if name == 'mlp' else ''}, got "
+            f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if of_features else ''}, got "
             f"{input_shape}"
         )
     import torch
@@ -87,7 +88,10 @@ def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes
     checks.memory(FLOAT_BYTES * elems, f"{name} with a width of {width}")
 
 
+OF_FEATURES = ("autoencoder", "mlp")  # they take (N, features) as well
+
 MODELS = {
+    "autoencoder": Model(_autoencoder, 128, "MLPerf Tiny's anomaly detector; classes are what it gives back, 640"),
     "ds-cnn": Model(_ds_cnn, 64, "DS-CNN, MLPerf Tiny's keyword spotter, for 1x49x10 inputs"),
     "efficientnet-b0": Model(_efficientnet_b0, 32, "EfficientNet-B0 with squeeze-and-excitation"),
     "efficientnet-lite0": Model(_efficientnet_lite0, 32, "EfficientNet-lite0; width scales the blocks alone"),
@@ -98,7 +102,8 @@ MODELS = {
     "resnet8": Model(_resnet((1, 1, 1)), 16, "ResNet-8, MLPerf Tiny's for small images"),
     "resnet20": Model(_resnet((3, 3, 3)), 16, "ResNet-20 for small images"),
     "resnet32": Model(_resnet((5, 5, 5)), 16, "ResNet-32 for small images; the method's paper uses width 32"),
-    "resnet18": Model(_resnet((2, 2, 2, 2)), 64, "ResNet-18 with a 3x3 stem"),
+    "resnet18": Model(_resnet((2, 2, 2, 2)), 64, "ResNet-18; of images below 64 pixels with a 3x3 stem"),
+    "resnet50": Model(_resnet((3, 4, 6, 3), True), 64, "ResNet-50; of images below 64 pixels with a 3x3 stem"),
     "vgg11": Model(_vgg((1, 1, 2, 2, 2)), 64, "VGG-11 with BatchNorm and one linear classifier"),
     "vgg19": Model(_vgg((2, 2, 4, 4, 4)), 64, "VGG-19 with BatchNorm and one linear classifier"),
 }

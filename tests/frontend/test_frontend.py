@@ -357,7 +357,7 @@ def test_two_outputs_are_refused():
 
 
 def test_unknown_names_and_files_are_named(tmp_path):
-    with pytest.raises(UnknownName, match="no model 'resnet21'; there are: ds-cnn, "):
+    with pytest.raises(UnknownName, match="no model 'resnet21'; there are: autoencoder, ds-cnn, "):
         import_model("resnet21", (2, 3, 8, 8))
     with pytest.raises(DataError, match="missing.onnx"):
         import_model(str(tmp_path / "missing.onnx"), (2, 3, 8, 8))

@@ -33,6 +33,8 @@ def test_parameter_counts_are_the_published_ones(name, width, millions):
 @pytest.mark.parametrize(
     ("name", "width", "parameters"),
     [
+        ("resnet18", 64, 11_689_512),  # torchvision's resnet18
+        ("resnet50", 64, 25_557_032),  # torchvision's resnet50
         ("mobilenetv1", 32, 4_231_976),  # timm's mobilenetv1_100
         ("mobilenetv2", 32, 3_504_872),  # torchvision's mobilenet_v2
         ("efficientnet-lite0", 32, 4_652_008),  # timm's efficientnet_lite0
@@ -40,7 +42,7 @@ def test_parameter_counts_are_the_published_ones(name, width, millions):
         ("efficientnet-b0", 32, 5_288_548),  # torchvision's efficientnet_b0
     ],
 )
-def test_mobile_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):
+def test_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):
     assert count(build_model(name, (1, 3, 224, 224), 1000, width)) == parameters
 
 
@@ -54,6 +56,27 @@ def test_mlperf_tinys_nets_are_its_nets_without_what_batch_normalisation_makes_i
     people = build_model("mobilenetv1", (1, 3, 96, 96), 2, 8)
     channels = [block[3].out_channels for block in people.blocks]
     assert channels == [16, 32, 32, 64, 64, *[128] * 6, 256, 256] and people.fc.weight.shape == (2, 256)
+
+
+def test_mlperf_tinys_autoencoder_is_its_autoencoder():
+    module = build_model("autoencoder", (1, 640), 640)
+    assert count(module) == 267_928 and [part.out_features for part in module if isinstance(part, nn.Linear)] == [
+        *[128] * 4,
+        8,
+        *[128] * 4,
+        640,
+    ]
+    assert module(torch.randn(3, 640)).shape == (3, 640)
+
+
+def test_large_images_shrink_by_four_in_a_resnets_stem():
+    sizes = []
+    for size in (32, 64, 96):
+        module = build_model("resnet50", (1, 3, size, size), width=4).eval()
+        module.layer1.register_forward_hook(lambda part, inputs, output: sizes.append(tuple(output.shape)))
+        module(torch.randn(1, 3, size, size))
+    assert sizes == [(1, 16, 32, 32), (1, 16, 16, 16), (1, 16, 24, 24)]
+    assert build_model("resnet50", (1, 3, 64, 64), width=4).layer2[0].conv2.stride == (2, 2)
 
 
 def test_small_images_keep_their_size_in_a_mobile_nets_stem():
@@ -156,7 +179,7 @@ def test_every_parameter_gets_a_gradient():
 def test_bad_arguments_are_named():
     with pytest.raises(
         UnknownName,
-        match="no model 'lenet'; there are: ds-cnn, efficientnet-b0, efficientnet-lite0, mlp, .*, vgg11, vgg19",
+        match="no model 'lenet'; there are: autoencoder, ds-cnn, efficientnet-b0, .*, mlp, .*, vgg11, vgg19",
     ):
         build_model("lenet", (1, 3, 8, 8))
     with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):
