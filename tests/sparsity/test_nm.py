@@ -121,6 +121,11 @@ def test_the_sparsity_follows_from_the_scheme():
             parse_scheme(text)
 
 
+def test_beyond_its_own_sparsity_a_scheme_keeps_the_share_that_is_asked_for():
+    layer = LayerSpec("conv", (10, 16, 1, 1), (2, 16, 6, 6))
+    assert [parse_scheme("3:4").live_units(layer, sparsity) for sparsity in (0.25, 0.4, 0.8)] == [120, 96, 32]
+
+
 @pytest.mark.parametrize("text", ["1:3", "2:3", "1:6", "5:6"])
 def test_rounding_of_the_sparsity_of_all_layers_does_not_move_a_full_mask(text):
     scheme, layer = parse_scheme(text), LayerSpec("a", (400, 600, 3, 3), (2, 600, 6, 6))

@@ -144,6 +144,25 @@ def test_a_sparsity_is_converted_to_units_exactly_once(name, sparsity):
     assert scheme.live_units(spec(8, 8, 3), 0.9999) == (8 if name == "pattern" else 1)
 
 
+def test_a_dense_layer_lives_whole_whatever_its_kernels_sides():
+    dense = parse_scheme("dense")
+    wide = LayerSpec("wide", (8, 12, 3, 5), (2, 12, 6, 6), (1, 1), (1, 2))
+    assert dense.live_cells(wide, 0.0) * dense.cell_elems(wide) == 8 * 12 * 3 * 5
+    depthwise = LayerSpec("deep", (6, 1, 5, 3), (2, 6, 6, 6), (1, 1), (2, 1), groups=6)
+    assert dense.block(depthwise) == (1, 1) and dense.live_units(depthwise, 0.0) == 6 * 15
+
+
+def test_what_is_offered_in_the_place_of_a_scheme_has_at_most_sixteen_weights_a_block_and_whole_vectors_a_group():
+    assert {str(one) for one in parse_scheme("block").variants()} == {
+        f"block:{rows}x{columns}"
+        for rows, columns in [
+            *[(1, 2), (1, 4), (1, 8), (1, 16), (2, 1), (2, 2), (2, 4), (2, 8)],
+            *[(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (16, 1)],
+        ]
+    }
+    assert {str(one) for one in parse_scheme("nm").variants()} == {"2:4", "1:4", "1:2", "4:8", "2:8", "1:8"}
+
+
 def test_a_block_scores_the_norm_of_its_four_weights():
     importance = np.zeros(CONV.weight_shape)
     importance[4:8, 2, 1, 0] = [1, 2, 2, 4]
@@ -300,5 +319,6 @@ def test_erk_counts_the_kernels_sides_as_well_as_the_channels(live):
 
 def test_uniform_gives_every_layer_the_same():
     assert distribute("uniform", [CONV], 0.9) == {"conv": 0.9}
+    assert distribute("uniform", [CONV], 0.0) == {"conv": 0.0}
     with pytest.raises(UnknownName, match="erk, uniform"):
         distribute("magic", [CONV], 0.9)
