@@ -1,5 +1,11 @@
 """Every error a caller can meet. Each message says what was wanted, what came and what to do."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 
 class MestError(Exception):
     """Base of all errors that are the caller's to mend. `exit_code` is what the command line returns."""
@@ -25,8 +31,32 @@ class SpecError(UsageError):
     """Facts about a model or layer that contradict each other."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something of a model that cannot be trained here.
+
+    what      it is: "max_pool2d with ceil_mode=True", or a whole sentence where it is no operator
+    where     in the model: "in layer 'act' (GELU)"; "" where nobody knows
+    operator  name that the model's author called; "" where it is no operator
+    """
+
+    what: str
+    where: str = ""
+    operator: str = ""
+
+    @property
+    def layer(self) -> str:
+        """The module's dotted path or the ONNX node's name; "" outside of any."""
+        found = re.match("in (?:layer|node) '(.*?)'", self.where)
+        return found[1] if found else ""
+
+
 class UnsupportedOperator(MestError):
-    """The model holds an operator that has no training form here."""
+    """The model holds operators that have no training form here. `refused`: each of them, in the model's order."""
+
+    def __init__(self, message: str, refused: Sequence[Refusal] = ()):
+        super().__init__(message)
+        self.refused = tuple(refused) or (Refusal(message),)
 
 
 class SparsityError(UsageError):

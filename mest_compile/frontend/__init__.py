@@ -9,6 +9,7 @@ import numpy as np
 
 from mest_compile.base.errors import SpecError
 from mest_compile.base.foreign import is_module
+from mest_compile.frontend.refusals import Refusals
 from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[F
             "a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
             f"got {type(module).__name__}"
         )
-    return read_module(module, _checked(input_shape))
+    refusals = Refusals()
+    found = read_module(module, _checked(input_shape), refusals)
+    refusals.check()
+    return found
 
 
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -70,7 +74,10 @@ def from_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGr
     """As `import_model`, from an .onnx file. Initializer names are the torch names that torch.onnx.export kept."""
     from mest_compile.frontend.onnx_import import read_onnx
 
-    return read_onnx(path, _checked(input_shape))
+    refusals = Refusals()
+    found = read_onnx(path, _checked(input_shape), refusals)
+    refusals.check()
+    return found
 
 
 def _checked(input_shape: Any) -> tuple[int, ...]:

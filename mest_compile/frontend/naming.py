@@ -10,6 +10,7 @@ from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.ir.graph import Node, Preparation
 
 INPUT = "input"  # what nodes call the graph's input
+REFUSED = "refused"  # drafts and nodes of what cannot be trained; attrs: operator, and error, why, if it says so first
 PREPARE = "prepare"  # drafts of what the model does to its input first; attrs: step, a Preparation
 # What a step calls its own arrays; it holds a parameter under the parameter's name.
 TAKEN = ("images", "labels", "loss", "correct", "logits", "hyper")
@@ -26,19 +27,23 @@ class Draft:
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
-def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
-    """The drafts that the logits, at place `last`, need. Raises SpecError, UnsupportedOperator."""
-    needed, pending = set(), [last]
+def needed(drafts: Sequence[Draft], last: Sequence[int]) -> list[int]:
+    """Places of the drafts that those at the places `last` need, and theirs; in topological order, in which they are
+    made."""
+    found, pending = set(), list(last)
     while pending:
         index = pending.pop()
-        if index >= 0 and index not in needed:
-            needed.add(index)
+        if index >= 0 and index not in found:
+            found.add(index)
             pending.extend(drafts[index].inputs)
-    order = sorted(needed)  # drafts are made in topological order, so the logits come last
+    return sorted(found)
+
+
+def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
+    """The drafts that the logits, at place `last`, need. Raises SpecError."""
+    order = needed(drafts, [last])
     if not any(drafts[index].op in ("conv2d", "linear") for index in order):
         raise SpecError("there is nothing to train: the model's output depends on no convolution and no linear layer")
-    _check_parameters([name for index in order for name in drafts[index].params.values()])
-
     layers = {
         index: drafts[index].params["weight"].removesuffix(".weight")
         for index in order
@@ -95,8 +100,10 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def _check_parameters(used: list[str]) -> None:
-    """used: the parameters and statistics of all nodes, one after another."""
+def check_parameters(drafts: Sequence[Draft], last: int) -> None:
+    """Raises UnsupportedOperator where two operators that the logits need share a parameter, SpecError for names that
+    a step cannot have."""
+    used = [name for index in needed(drafts, [last]) for name in drafts[index].params.values()]
     seen: set[str] = set()
     for name in used:
         if name in seen:

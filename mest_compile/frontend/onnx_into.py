@@ -10,6 +10,7 @@ import numpy as np
 
 from mest_compile.base.errors import StateError
 from mest_compile.frontend.onnx_import import load_model, read_as_stored
+from mest_compile.frontend.refusals import Refusals
 from mest_compile.ir.graph import ForwardGraph
 
 
@@ -19,7 +20,9 @@ def written_into(path: str | Path, graph: ForwardGraph, state: Mapping[str, np.n
     graph  of the model that the state is of
     Raises StateError where the file holds another model, DataError, UnsupportedOperator.
     """
-    theirs, stored, transposed = read_as_stored(path, graph.input_shape)
+    refusals = Refusals()
+    theirs, stored, transposed = read_as_stored(path, graph.input_shape, refusals)
+    refusals.check()
     if (theirs.nodes, theirs.prepared) != (graph.nodes, graph.prepared):
         pairs = zip(graph.nodes, theirs.nodes, strict=False)
         odd = next((node.name for node, other in pairs if node != other), "the number of operators")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
-from mest_compile.frontend.relax_graph import unsupported
+from mest_compile.frontend.refusals import unsupported
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")
 FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
@@ -38,6 +38,11 @@ def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarra
     _same_to_pads(model)
     state = _state(graph)
     return state, {ours: name for name, ours in _rename(graph).items()}
+
+
+def opset(model: Any) -> int:
+    """Version of ONNX's own operators that the model is written in."""
+    return max((int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx")), default=1)
 
 
 def where(node: Any) -> str:
@@ -159,11 +164,11 @@ def _same_to_pads(model: Any) -> None:
         return next((item.s.decode() for item in node.attribute if item.name == "auto_pad"), "NOTSET")
 
     padded = [node for node in model.graph.node if node.op_type in WINDOWS and auto_pad(node) != "NOTSET"]
-    shapes = _shapes(model) if padded else {}
+    known = shapes(model) if padded else {}
     for node in padded:
         how, attributes = auto_pad(node), {item.name: list(item.ints) for item in node.attribute if item.ints}
-        kernel = attributes.get("kernel_shape") or list(shapes.get(node.input[1], ())[2:])
-        image = shapes.get(node.input[0], ())[2:]
+        kernel = attributes.get("kernel_shape") or list(known.get(node.input[1], ())[2:])
+        image = known.get(node.input[0], ())[2:]
         if not kernel or len(kernel) != len(image):
             raise SpecError(
                 f"auto_pad={how} {where(node)} needs a known size of its input: export the model with explicit pads"
@@ -181,14 +186,14 @@ def _same_to_pads(model: Any) -> None:
         node.attribute.extend([*kept, helper.make_attribute("pads", [total // 2 for total in totals] * 2)])
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Every value's shape as far as ONNX infers it; 0 for sizes that it does not know."""
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Every value's shape, of those that ONNX infers whole."""
     from onnx import shape_inference
 
-    graph = shape_inference.infer_shapes(model).graph
+    graph = shape_inference.infer_shapes(model, data_prop=True).graph
     known = {
         value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in [*graph.input, *graph.value_info]
+        for value in [*graph.input, *graph.value_info, *graph.output]
     }
     known = {name: shape for name, shape in known.items() if all(shape)}
     return known | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}

@@ -6,7 +6,7 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.base.registry import Registry
-from mest_compile.frontend.naming import PREPARE, Draft, name_nodes, split_prepared
+from mest_compile.frontend.naming import PREPARE, REFUSED, Draft, check_parameters, name_nodes, needed, split_prepared
+from mest_compile.frontend.refusals import SUPPORTED, Origin, Refusals, unsupported
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
 from mest_compile.ir.wording import as_text
 
-SUPPORTED = Registry("supported operator", "mest_compile.operators")
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -39,19 +39,7 @@ def reads(*names: str, gives: tuple[str, ...] = ()) -> Callable[[R], R]:
     return register
 
 
-def unsupported(what: str, where: str = "") -> UnsupportedOperator:
-    """The error for an operator that has no training form here; `where` names the layer, for instance "in layer
-    'act'"."""
-    return UnsupportedOperator(
-        f"{what}{' ' + where if where else ''} cannot be trained here; supported: {', '.join(SUPPORTED.names())}"
-    )
-
-
-def dropout_error(p: float, where: str) -> UnsupportedOperator:
-    return UnsupportedOperator(
-        f"dropout with p={p} {where} trains differently from how it evaluates, which is not supported: "
-        "set p to 0 or remove it"
-    )
+RANKS = (2, 4)  # of activations
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Refused:
-    """A value that no training operator gives; an error only when the logits depend on it."""
+    """A side result that no training operator gives; an error only when it is used."""
 
     error: UnsupportedOperator
 
@@ -115,32 +103,21 @@ def read_main(
     function: Any,
     parameters: Mapping[str, str],
     state_shapes: Mapping[str, tuple[int, ...]],
-    places: Mapping[str, str],
+    origins: Mapping[str, Origin],
+    refusals: Refusals,
     may_transpose: bool = False,
-    written: Mapping[str, str] | None = None,
 ) -> tuple[ForwardGraph, set[str]]:
     """The Relax function as a ForwardGraph, and the names of the linear weights that it holds as (in, out).
 
     parameters     Relax parameter -> torch name
     state_shapes   every parameter and buffer by torch name, in torch's order
-    places         Relax variable -> where in the model it is made ("in layer 'act' (GELU)"), for error messages
+    origins        Relax variable -> where in the model it is from
     may_transpose  a linear weight may be stored as (in, out); `state_shapes` then still holds it that way, the graph
                    does not
-    written        Relax variable -> the operator that the model's author wrote, where it is made of several
-    Raises UnsupportedOperator, SpecError.
+    refusals       where what is refused goes; the graph then has nodes REFUSED in its places
+    Raises UnsupportedOperator where there is no graph for what is refused, SpecError.
     """
-    return Reader(parameters, state_shapes, places, may_transpose, written or {}).read(function)
-
-
-def check_finite(graph: ForwardGraph, state: Mapping[str, np.ndarray]) -> None:
-    """Raises SpecError when a weight that the graph uses is NaN or infinite."""
-    used = [name for node in graph.nodes for name in node.params.values()]
-    for name in used + [step.operand for step in graph.prepared if isinstance(step.operand, str)]:
-        if wrong := np.count_nonzero(~np.isfinite(state[name])):
-            raise SpecError(
-                f"{wrong} of {state[name].size} values of {name} are NaN or infinite: load a state from before it "
-                "diverged"
-            )
+    return Reader(parameters, state_shapes, origins, refusals, may_transpose).read(function)
 
 
 class Reader:
@@ -150,24 +127,26 @@ class Reader:
         self,
         parameters: Mapping[str, str],
         state_shapes: Mapping[str, tuple[int, ...]],
-        places: Mapping[str, str],
+        origins: Mapping[str, Origin],
+        refusals: Refusals,
         may_transpose: bool,
-        written: Mapping[str, str],
     ):
         self.parameters = parameters
         self.state_shapes = dict(state_shapes)
-        self.places = places
+        self.origins = origins
         self.may_transpose = may_transpose
         self.transposed: set[str] = set()
         self.drafts: list[Draft] = []
         self.values: dict[Any, Any] = {}
-        self.written = written
+        self.refusals = refusals
+        self.refused: set[tuple[str, str]] = set()  # operators made of several that are refused, and where
+        self.lost: set[Value] = set()  # stand-ins that no reader knows what to do with
         self.detached: set[str] = set()  # parameters whose gradient forward cuts
         self.forms: dict[Value, Mapping[Value, np.ndarray]] = {}  # of activations that are functions of others
         self.trees: dict[Value, Mapping[Value, Expression]] = {}
         self.spelled: dict[tuple[Value, str], Value] = {}
         self.prepared: dict[tuple[Value, Preparation], Value] = {}
-        self.where = self.name = ""
+        self.where = self.name = self.called = self.trouble = ""
 
     def read(self, function: Any) -> tuple[ForwardGraph, set[str]]:
         from tvm import relax
@@ -184,14 +163,29 @@ class Reader:
             known = var.name in self.parameters
             self.values[var] = Parameter(self.parameters[var.name]) if known else Fixed()
         bindings = [binding for block in function.body.blocks for binding in block.bindings]
-        for binding, where in zip(bindings, self._wheres(bindings), strict=True):
-            self.where, self.name = where, self.written.get(binding.var.name, "")
+        for binding, origin in zip(bindings, self._origins(bindings), strict=True):
+            self.where, self.called, self.trouble = origin.where, origin.operator, origin.trouble
+            self.name = origin.operator if origin.several else ""
             if isinstance(binding, relax.VarBinding):
                 self.values[binding.var] = self._value(binding.value)
             else:
-                self.values[binding.var] = Refused(self.error(type(binding).__name__))
+                self.values[binding.var] = self._stand_in(binding.var, [], self.error(type(binding).__name__))
 
         result = self._value(function.body.body)
+        for index in needed(self.drafts, [one.draft for one in _sources(_flat([result]))]):
+            if (error := self.drafts[index].attrs.get("error")) is not None:
+                self.refusals.add(error)
+        try:
+            return self._graph(result, input_shape)
+        except UnsupportedOperator as error:
+            self.refusals.add(error)
+            self.refusals.check()
+            raise
+        except SpecError:
+            self.refusals.check()  # which may be why
+            raise
+
+    def _graph(self, result: Any, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, set[str]]:
         if isinstance(result, tuple) and len(result) == 1:
             result = result[0]
         if isinstance(result, tuple):
@@ -202,18 +196,20 @@ class Reader:
                 f"logits of shape ({input_shape[0]}, classes) are wanted, or maps of them, the model gives "
                 f"{logits.shape}: end it with flatten and a linear layer"
             )
+        with self.refusals.noted():
+            check_parameters(self.drafts, logits.draft)
         prepared, nodes = split_prepared(name_nodes(self.drafts, logits.draft))
         graph = ForwardGraph(nodes, input_shape, self.state_shapes, prepared)
         cut = dict.fromkeys((name for name in graph.parameters() if name in self.detached), CUT)
         return replace(graph, frozen=cut), self.transposed
 
-    def _wheres(self, bindings: list) -> list[str]:
-        """The place of each binding. An operator's helper bindings come before the one that its place is known for."""
-        wheres, where = [], ""
+    def _origins(self, bindings: list) -> list[Origin]:
+        """Of each binding. An operator's helper bindings come before the one whose origin is known."""
+        origins, origin = [], Origin()
         for binding in reversed(bindings):
-            where = self.places.get(binding.var.name, where)
-            wheres.append(where)
-        return wheres[::-1]
+            origin = self.origins.get(binding.var.name, origin)
+            origins.append(origin)
+        return origins[::-1]
 
     def _value(self, expr: Any) -> Any:
         from tvm import ir, relax
@@ -223,21 +219,43 @@ class Reader:
         if isinstance(expr, relax.Tuple):
             return tuple(self._value(item) for item in expr.fields)
         if isinstance(expr, relax.TupleGetItem):
-            whole = self._value(expr.tuple_value)
-            return whole if isinstance(whole, Refused) else whole[expr.index]
+            return self._value(expr.tuple_value)[expr.index]
         if not isinstance(expr, relax.Call):
             return Fixed(_number(expr), _array(expr))
         name = expr.op.name if isinstance(expr.op, ir.Op) else str(expr.op)
         arguments = [self._value(item) for item in expr.args]
-        for item in arguments:
-            if isinstance(item, Refused):
-                return item
-        if name not in READERS.load():
-            return Refused(self.error(name.removeprefix("relax.").removeprefix("nn.")))
+        operands = _flat(arguments)
+        short = name.removeprefix("relax.").removeprefix("nn.")
+        self.called = self.called or short
         try:
+            if side := [item.error for item in operands if isinstance(item, Refused)]:
+                raise side[0]
+            if name not in READERS.load():
+                raise self.error(f"{self.called} ({self.trouble})" if self.trouble else self.called)
+            if not self.lost.isdisjoint(item for item in operands if isinstance(item, Value)):
+                return self._stand_in(expr, operands)
             return READERS[name](self, expr, arguments)
         except UnsupportedOperator as error:
-            return Refused(error)
+            return self._stand_in(expr, operands, error)
+
+    def _stand_in(self, expr: Any, operands: list, error: UnsupportedOperator | None = None) -> Any:
+        """In the place of a value that no operator gives, so that what comes after it is read as if one did. error: why
+        none does; None: what was refused before is why."""
+        if error is not None and self.name:
+            error = None if (self.name, self.where) in self.refused else error
+            self.refused.add((self.name, self.where))
+        sources = _sources(operands)
+
+        def made(kind: Any) -> Any:
+            if hasattr(kind, "fields"):
+                return tuple(made(field) for field in kind.fields)
+            shape = tuple(int(size) for size in getattr(kind, "shape", None) or ())
+            value = self.add(REFUSED, tuple(sources), shape, attrs={"error": error, "operator": self.called})
+            if len(shape) not in RANKS or not sources or str(kind.dtype) != "float32":
+                self.lost.add(value)
+            return value
+
+        return made(expr.ty)
 
     def place(self) -> str:
         """Where in the model the walk is, as well as is known."""
@@ -245,7 +263,10 @@ class Reader:
         return self.where or (f"after layer {layers[-1]!r}" if layers else "before the first layer")
 
     def error(self, what: str) -> UnsupportedOperator:
-        return unsupported(what, self.place())
+        """That this cannot be trained, by the name that the model's author wrote."""
+        if self.name and self.name.lower() not in what.lower():
+            what = f"{self.name} ({what.removesuffix(',')})"
+        return unsupported(what, self.place(), self.name or self.called)
 
     def activation(self, value: Any) -> Value:
         """The value, which must be an activation. Raises UnsupportedOperator."""
@@ -308,6 +329,20 @@ def _shape(var: Any) -> tuple[int, ...]:
         raise SpecError(
             f"every size must be known when the model is compiled; {var.name} has shape {var.ty.shape}"
         ) from error
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """Those in tuples, too."""
+    return [item for value in values for item in (_flat(value) if isinstance(value, tuple) else [value])]
+
+
+def _sources(values: Iterable[Any]) -> list[Value]:
+    """The activations among them, and those that formulas are of."""
+    return [
+        one
+        for value in values
+        for one in ([value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else [])
+    ]
 
 
 def _number(expr: Any) -> float | None:

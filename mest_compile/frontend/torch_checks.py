@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
-from mest_compile.frontend.relax_graph import dropout_error, unsupported
+from mest_compile.frontend.refusals import Refusals, dropout_error, unsupported
 from mest_compile.ir.graph import BUFFER, CUT, FLAG, STATISTICS, ForwardGraph
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def check_module(module: torch.nn.Module) -> None:
+def check_module(module: torch.nn.Module, refusals: Refusals) -> None:
     """Refuses what cannot be read at all, and what would not run in a compiled step. Raises SpecError,
     UnsupportedOperator."""
     import torch
@@ -73,7 +73,8 @@ def check_module(module: torch.nn.Module) -> None:
             and part.track_running_stats
             and part.momentum is None
         ):
-            raise unsupported("batch_norm with momentum=None (a cumulative average)", f"in layer {name!r}")
+            what = "batch_norm with momentum=None (a cumulative average)"
+            refusals.add(unsupported(what, f"in layer {name!r}", "batch_norm"))
         for hooks, kind in _HOOKS.items():
             if found := getattr(part, hooks, None):
                 raise _hook_error(kind, here, next(iter(found.values())))
@@ -181,10 +182,12 @@ def _told(graph: ForwardGraph) -> set[str]:
     return found
 
 
-def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) -> None:
-    """Refuses the arguments that decomposition or TVM's importer drops without a word. Raises SpecError,
-    UnsupportedOperator."""
+def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray], refusals: Refusals) -> None:
+    """Refuses the arguments that decomposition or TVM's importer drops without a word. Raises SpecError."""
     import torch
+
+    def refuse(operator: str, more: str, node: Any) -> None:
+        refusals.add(unsupported(operator + more, place(node), operator))
 
     needed = _needed(program.graph)
     used = {node.name for node in needed if node.op == "placeholder"}
@@ -199,16 +202,16 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray]) ->
         given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | dict(node.kwargs)
         if "dropout" in name:
             if given.get("p", 0) > 0:
-                raise dropout_error(given["p"], place(node))
+                refusals.add(dropout_error(given["p"], place(node)))
         elif torch.Tag.nondeterministic_seeded in node.target.tags and node in needed and "attention" not in name:
-            raise unsupported(f"{name.split('.')[0]}, which draws random numbers,", place(node))
+            refuse(name.split(".")[0], ", which draws random numbers,", node)
         operation = name.split(".")[0].rstrip("_")
         if operation in ("add", "sub", "rsub") and given.get("alpha", 1) != 1:
-            raise unsupported(f"{operation} with alpha={given['alpha']}", place(node))
+            refuse(operation, f" with alpha={given['alpha']}", node)
         if operation == "selu":
-            raise unsupported("selu", place(node))
+            refuse("selu", "", node)
         if name.startswith("avg_pool2d") and given.get("divisor_override") is not None:
-            raise unsupported(f"avg_pool2d with divisor_override={given['divisor_override']}", place(node))
+            refuse("avg_pool2d", f" with divisor_override={given['divisor_override']}", node)
         if name.startswith("max_pool2d") and not given.get("stride"):
             _set_argument(node, "stride", given["kernel_size"])  # torch's default; TVM takes it for an empty list
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
-from mest_compile.frontend.relax_graph import check_finite, read_main, unsupported
+from mest_compile.frontend.refusals import Origin, Refusals, check_finite
+from mest_compile.frontend.relax_graph import read_main
 from mest_compile.frontend.torch_checks import (
     check_before_decomposition,
     check_float32,
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 _TRACE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
+_CONVERTER_ERRORS = (ValueError, TypeError, AssertionError, LookupError, AttributeError, RuntimeError)
 
 
-def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+def read_module(
+    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The module's forward pass and a copy of its state by torch name, with masks that are attached to it multiplied in
     (`torch_masks`). The module is left as it was.
 
@@ -40,16 +44,19 @@ def read_module(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[
 
     input_shape  (N, C, H, W) or (N, features)
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
+    refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises UnsupportedOperator, SpecError.
     """
     from mest_compile.frontend.torch_masks import plainly
 
     with plainly(unwrapped(module)):
-        return _read(module, input_shape)
+        return _read(module, input_shape, refusals)
 
 
-def _read(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
-    check_module(module)
+def _read(
+    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+    check_module(module, refusals)
     module = unwrapped(module)
     state = read_state(module)
     with _kept_as_it_was(module), warnings.catch_warnings():
@@ -57,16 +64,16 @@ def _read(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[Forwar
         module.eval()
         with marked(module):
             program = _export(module, input_shape, state)
-        check_before_decomposition(program, state)
+        check_before_decomposition(program, state, refusals)
         program = program.run_decompositions()
-        check_unchanged(program)
-    with _kept_as_it_was(module):
+        with refusals.noted():
+            check_unchanged(program)
+    evaluating, drops = set[str](), list[bool]()
+    with _kept_as_it_was(module), refusals.noted():
         evaluating, drops = check_training(module, input_shape)
-    function, places, written = _to_relax(program, drops)
+    function, origins = _to_relax(program, dict(enumerate(drops)))
     parameters = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target in state}
-    graph, _ = read_main(
-        function, parameters, {name: array.shape for name, array in state.items()}, places, written=written
-    )
+    graph, _ = read_main(function, parameters, {name: array.shape for name, array in state.items()}, origins, refusals)
     check_finite(graph, state)
     return freeze(graph, module, evaluating), state
 
@@ -110,17 +117,16 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _to_relax(program: Any, drops: Sequence[bool]) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """The Relax main function of the decomposed program, the place in the model of each variable, and torch's operator
-    that was decomposed into it and others.
+def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, Origin]]:
+    """The Relax main function of the decomposed program, and where each variable is from.
 
-    drops  whether each dropout drops while the model trains, in the order of their calls
+    What the importer does not take is a call of a function that there is none of, which no reader reads.
+    drops  whether each dropout drops while the model trains, as far as that is known
     The program's signature is changed: its buffers are parameters afterwards.
     """
     from torch.export.graph_signature import InputKind
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
-    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
     # The importer keeps parameters as inputs and turns buffers into constants without a name. The running statistics
     # are ours to update, so they go in as parameters. Non-persistent buffers are not state and stay constants.
@@ -128,21 +134,23 @@ def _to_relax(program: Any, drops: Sequence[bool]) -> tuple[Any, dict[str, str],
         if spec.kind is InputKind.BUFFER and spec.persistent and program.state_dict[spec.target].is_floating_point():
             spec.kind = InputKind.PARAMETER
 
-    places: dict[str, str] = {}
-    written: dict[str, str] = {}
-
+    origins: dict[str, Origin] = {}
     unwrapped: dict[str, Any] = {}  # the importer's own conversions
 
     def remember(name: str) -> Callable[[Any, Any], Any]:
         def convert(node: Any, importer: Any) -> Any:
             if not unwrapped:
                 unwrapped.update(importer.create_convert_map())
-            value = unwrapped[name](node)
+            trouble = ""
+            try:
+                value = unwrapped[name](node) if name in unwrapped else _nothing(node, importer)
+            except _CONVERTER_ERRORS as error:
+                value, trouble = _nothing(node, importer), f"TVM: {_first_line(error)}"
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, relax.Var):
-                    places.setdefault(item.name, place(node))
-                    if original := _decomposed(node):
-                        written[item.name] = original
+                    original = _decomposed(node)
+                    origin = Origin(place(node), original or name.split(".")[0], bool(original), trouble)
+                    origins.setdefault(item.name, origin)
             return value
 
         return convert
@@ -153,28 +161,44 @@ def _to_relax(program: Any, drops: Sequence[bool]) -> tuple[Any, dict[str, str],
     def drop(node: Any, importer: Any) -> Any:
         source, p, name, number = node.args
         value = importer.env[source]
-        if not drops[number]:
+        if not drops.get(number, True):
             return value
         dropped = importer.block_builder.emit(relax.op.nn.dropout(value, p))
-        written[dropped.name], places[dropped.name] = name, place(node)
+        origins[dropped.name] = Origin(place(node), name, True)
         return importer.block_builder.emit(relax.TupleGetItem(dropped, 0))
 
     own = {CUT: cut, DROP: drop}
-    known = {**ExportedProgramImporter().convert_map, **own}
-    called = {node.target.__name__: node for node in program.graph.nodes if node.op == "call_function"}
-    for name, node in called.items():
-        if name not in known:
-            raise unsupported(name.split(".")[0], place(node))
+    names = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
     try:
         module = from_exported_program(
             program,
             keep_params_as_input=True,
             run_ep_decomposition=False,
-            custom_convert_map={name: remember(name) for name in called} | own,
+            custom_convert_map={name: remember(name) for name in names} | own,
         )
-    except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError) as error:
+    except _CONVERTER_ERRORS as error:
         raise UnsupportedOperator(f"TVM cannot import the model: {_first_line(error)}") from error
-    return module["main"], places, written
+    return module["main"], origins
+
+
+def _nothing(node: Any, importer: Any) -> Any:
+    """A value of the type of torch's, from what that is made of, that nothing makes."""
+    from tvm import relax
+
+    sources = [importer.env[source] for source in node.all_input_nodes]
+    return importer.block_builder.emit(
+        relax.op.call_pure_packed(
+            "unknown", *[one for one in sources if isinstance(one, relax.Expr)], ty_args=_type(node.meta.get("val"))
+        )
+    )
+
+
+def _type(value: Any) -> Any:
+    from tvm import relax
+
+    if isinstance(value, tuple | list):
+        return relax.TupleType([_type(item) for item in value])
+    return relax.TensorType([int(size) for size in value.shape], str(value.dtype).removeprefix("torch."))
 
 
 def _decomposed(node: Any) -> str:

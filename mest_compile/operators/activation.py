@@ -14,7 +14,7 @@ import numpy as np
 
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import SUPPORTED
+from mest_compile.frontend.refusals import SUPPORTED
 from mest_compile.ir.expressions import Expression, Variable, erf, exp, log, maximum, minimum, select, tanh
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image

@@ -238,7 +238,7 @@ BRANCH = helper.make_graph(
         (
             one({"w": numbers(CLASSES, 11)}),
             UnsupportedOperator,
-            "TVM cannot import Gemm of the ONNX model.*LHS x has shape",
+            "Gemm .TVM: .*LHS x has shape.* in node 'y' cannot",
         ),
         (
             one({"w": numbers(CLASSES, 12)}, [gemm("nothing w")]),
