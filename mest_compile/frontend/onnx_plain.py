@@ -16,6 +16,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.refusals import unsupported
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")
+ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min")
 FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
 
 
@@ -87,10 +88,10 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
 def _weights_to_initializers(graph: Any) -> None:
     """Constant nodes of rank 1 and more, and Identity of an initializer, become initializers under their output's
     name."""
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     held = {tensor.name: tensor for tensor in graph.initializer}
-    rest = []
+    rest, weighed = [], {name for node in graph.node if node.op_type not in ARITHMETIC for name in node.input}
     for node in graph.node:
         tensor = None
         if node.op_type == "Identity" and node.input[0] in held:
@@ -98,6 +99,10 @@ def _weights_to_initializers(graph: Any) -> None:
             tensor.CopyFrom(held[node.input[0]])
         elif node.op_type == "Constant":
             tensor = _constant(node, numpy_helper)
+            if tensor is not None and node.output[0] not in weighed and all(size == 1 for size in tensor.dims):
+                del tensor.dims[:]  # the 2 of 2 * x, which has axes in some exporters' files
+                node.attribute[0].CopyFrom(helper.make_attribute("value", tensor))
+                tensor = None
         if tensor is None:
             rest.append(node)
             continue

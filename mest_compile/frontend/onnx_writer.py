@@ -117,13 +117,20 @@ class Writer:
         sizes = (-1, *[1] * axes)
         if isinstance(operand, tuple):
             return self.constant(np.array(operand, np.float32).reshape(sizes), "number a channel")
-        held = self._state[operand]
-        if len(held.shape) > axes and held.size == held.shape[-axes - 1]:
-            return self.weight(operand)
-        shape = self.constant(np.array(sizes), "channels")
-        name = self.call("Reshape", [self.weight(operand), shape], ())
-        self.sizes[name] = (held.size, *sizes[1:]), "float"
-        return name
+        return self.shaped(operand, (self._state[operand].size, *sizes[1:]))
+
+    def shaped(self, name: str, sizes: Sequence[int]) -> str:
+        """The initializer of that torch name with these axes, as far as it needs them to be spread over a value."""
+
+        def needed(shape: Sequence[int]) -> list[int]:
+            return list(shape)[next((place for place, size in enumerate(shape) if size != 1), len(shape)) :]
+
+        if needed(self._state[name].shape) == needed(sizes):
+            return self.weight(name)
+        shape = self.constant(np.array(sizes), f"sizes of {name}")
+        made = self.call("Reshape", [self.weight(name), shape], ())
+        self.sizes[made] = tuple(sizes), "float"
+        return made
 
     def expression(self, formula: Expression, values: Mapping[str, str], shape: tuple[int, ...]) -> str:
         """The value of a formula, element by element. values: {variable: what it is here}, each of that shape."""

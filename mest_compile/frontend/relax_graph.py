@@ -77,6 +77,14 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """An activation on its way to an operator that spreads it itself, over what it has one element along."""
+
+    value: Value
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Formula:
     """A function of one activation on its way to being one, element by element: the x + 3 of a hardswish.
 
@@ -274,6 +282,8 @@ class Reader:
             return self.prepare(value.base, *value.prepared)
         if isinstance(value, Formula) and value.trees and not value.compares:
             return self.formula(value)
+        if isinstance(value, Spread):
+            return self.add("combine", (value.value,), value.shape, attrs={"formula": "x0", "strides": ()})
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):

@@ -75,6 +75,9 @@ class Lowering:
         """Whether the step changes the node's parameter of that role; False where there is none."""
         return role in node.params and node.params[role] not in self.graph.frozen
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
     def layer(self, node: Node) -> Layer:
         return self.layers[node.params["weight"]]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, reads
+from mest_compile.frontend.relax_graph import Parameter, Reader, Value, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
-from mest_compile.operators.formulas import channel_step, combined, related
+from mest_compile.operators.formulas import operation
 from mest_compile.operators.operator import Operator, Trace, operator
 
 
@@ -56,32 +56,17 @@ class Add(Operator):
 @reads("relax.add", gives=("add",))
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
-    if all(isinstance(one, Value | Formula) for one in arguments) and not related(reader, left, right):
-        left, right = reader.activation(left), reader.activation(right)
-    if isinstance(left, Value) and isinstance(right, Value):
-        if left.shape != right.shape:
-            raise reader.error(f"add of different shapes, {left.shape} and {right.shape},")
+    if isinstance(left, Value) and isinstance(right, Value) and left.shape == right.shape:
         return reader.add("add", (left, right), left.shape)
-    if (prepared := channel_step(reader, "add", arguments)) is not None:
-        return prepared
-    if any(isinstance(argument, Formula | Fixed) for argument in arguments):
-        return combined(reader, "add", left, right)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
     if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
-        layer = reader.drafts[value.draft]
-        held = (
-            (1, prod(reader.state_shapes[bias.name]), 1, 1)
-            if bias.form == "channel"
-            else reader.state_shapes[bias.name]
-        )
+        layer, held = reader.drafts[value.draft], reader.shape_of(bias)
         # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
         wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
-        fits = (
-            bias.form in ("", "channel") and held == wanted[len(wanted) - len(held) :] and prod(held) == value.shape[1]
-        )
+        fits = held == wanted[len(wanted) - len(held) :] and prod(held) == value.shape[1]
         if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
             # A second draft of the same layer: should its result without the bias be used as well, the shared weight is
             # noticed.
             reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))
             return Value(len(reader.drafts) - 1, value.shape)
-    raise reader.error("add of a parameter that is no bias of a layer")
+    return operation(reader, "add", left, right, _shape(call))

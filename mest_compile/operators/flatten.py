@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, _shape, reads
+from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Spread, _shape, reads
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -70,6 +70,16 @@ class Unflatten(Operator):
     def onnx(self, node: Node, writer: Writer) -> str:
         shape = writer.constant(np.array((0, -1, 1, 1)), "one pixel")
         return writer.call("Reshape", [*writer.inputs(node), shape], node.shape)
+
+
+@reads("relax.broadcast_to")
+def read_broadcast_to(reader: Reader, call: Any, arguments: list) -> Any:
+    """What spreads operands does it itself."""
+    value, shape = arguments[0], _shape(call)
+    if isinstance(value, Parameter | Fixed):
+        return value
+    value = reader.activation(value)
+    return value if value.shape == shape else Spread(value, shape)
 
 
 @reads(

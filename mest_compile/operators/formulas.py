@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Value, _single, reads
-from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, apply, exp, scalar, select
+from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Spread, Value, _shape, _single, reads
+from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, Variable, apply, exp, scalar, select, sqrt
 from mest_compile.ir.graph import Preparation
 from mest_compile.ir.wording import COMPARISONS
 from mest_compile.operators.activation import ACTIVATIONS, POINTS, X
+from mest_compile.operators.combine import NAMES, combination
 
 STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
 MOST_PARTS = 100  # of a formula that is written down: longer ones are no activations that anybody means
+POWERS = {2: X * X, 3: X * X * X, 1: X, 0.5: sqrt(X), -0.5: 1 / sqrt(X), -1: 1 / X, -2: 1 / (X * X)}
 ROUNDING = 1e-6  # relative and absolute: a file's constants are float32, and 0.16666667 is not a sixth
 
 
@@ -53,6 +55,9 @@ def combined(
     if not found:
         raise reader.error(f"{written} of two activations")
     trees = _trees(reader, operation, operands, numbers, formula, shared)
+    for base in shared:
+        if trees.get(base) == X and not reader.is_input(base):  # 0 + x and x * 1
+            return base
     for base in sorted(found, key=lambda base: -base.draft):
         for row in ACTIVATIONS.load().values():
             if np.allclose(row.formula.evaluate(x=POINTS), found[base], ROUNDING, ROUNDING, equal_nan=True):
@@ -102,17 +107,27 @@ def related(reader: Reader, a: Any, b: Any) -> bool:
     return not _forms(reader, a).keys().isdisjoint(_forms(reader, b))
 
 
-def product(reader: Reader, a: Value, b: Value) -> Value | Formula | Fixed:
-    """An activation or a formula where both are functions of one, else their product. Raises UnsupportedOperator."""
-    if a.shape != b.shape:
-        a, b = (b, a) if a.shape[2:] == (1, 1) else (a, b)
-        if a.shape[:2] != b.shape[:2] or b.shape[2:] != (1, 1) or len(a.shape) != 4:
-            raise reader.error(f"multiply of {a.shape} and {b.shape}, which are no map and a number a channel,")
-        return reader.add("multiply", (a, b), a.shape)
-    found = combined(reader, "multiply", a, b) if related(reader, a, b) else None
-    if isinstance(found, Value) or (isinstance(found, Formula) and found.trees):
-        return found
-    return reader.add("multiply", (a, b), a.shape)
+def operation(reader: Reader, name: str, a: Any, b: Any, shape: tuple[int, ...]) -> Value | Formula | Fixed:
+    """Of two operands, of which one at least is an activation, a formula or the model's input. Raises
+    UnsupportedOperator."""
+    a, b = (one.value if isinstance(one, Spread) else one for one in (a, b))
+    if (prepared := channel_step(reader, name, (a, b))) is not None:
+        return prepared
+    together = [isinstance(one, Value | Formula) for one in (a, b)]
+    if not any(isinstance(one, Parameter) for one in (a, b)):
+        if not all(together):
+            return combined(reader, name, a, b)
+        if related(reader, a, b):
+            found = combined(reader, name, a, b)
+            if not isinstance(found, Formula) or found.trees or found.base:
+                return found
+    elif not any(together):
+        raise reader.error(f"{reader.name or name} of a parameter and what is no activation")
+    held = [one if isinstance(one, Parameter) else reader.activation(one) for one in (a, b)]
+    values = [one for one in held if isinstance(one, Value)]
+    if name == "add" and [one.shape for one in values] == [shape, shape]:
+        return reader.add("add", (values[0], values[1]), shape)  # which batch_norm may take in
+    return combination(reader, apply(name, *map(Variable, NAMES[:2])), held, shape)
 
 
 def _prepared(
@@ -184,24 +199,35 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.less",
     "relax.greater_equal",
     "relax.less_equal",
-    gives=("multiply",),
+    gives=("subtract", "multiply", "divide", "maximum", "minimum"),
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
-    operation = call.op.name.removeprefix("relax.")
-    operation = {"greater_equal": "at_least", "less_equal": "at_most"}.get(operation, operation)
-    if (prepared := channel_step(reader, operation, arguments)) is not None:
-        return prepared
-    if operation == "multiply" and all(isinstance(one, Value | Formula) for one in arguments):
-        a, b = arguments
-        if all(isinstance(one, Value) for one in arguments) or not related(reader, a, b):
-            return product(reader, reader.activation(a), reader.activation(b))
-    return combined(reader, operation, *_constant_first(arguments, call.op.name))
+    name = call.op.name.removeprefix("relax.")
+    name = {"greater_equal": "at_least", "less_equal": "at_most"}.get(name, name)
+    arguments = _constant_first(arguments, call.op.name)
+    if len(arguments) == 2 and name not in COMPARISONS:
+        return operation(reader, name, arguments[0], arguments[1], _shape(call))
+    return combined(reader, name, *arguments)
 
 
 @reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh")
 def read_row(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.rpartition(".")[2]
     return combined(reader, name, *arguments, formula=ACTIVATIONS.find(name).formula)
+
+
+@reads("relax.power")
+def read_power(reader: Reader, call: Any, arguments: list) -> Any:
+    value, exponent = arguments
+    formula = POWERS.get(exponent.number) if isinstance(exponent, Fixed) and exponent.number else None
+    if formula is None:
+        raise reader.error("power with an exponent that is none of " + ", ".join(map(str, POWERS)))
+    return combined(reader, "power", value, formula=formula)
+
+
+@reads("relax.rsqrt")
+def read_rsqrt(reader: Reader, call: Any, arguments: list) -> Any:
+    return combined(reader, "rsqrt", *arguments, formula=POWERS[-0.5])
 
 
 @reads("relax.nn.leakyrelu")
@@ -234,6 +260,25 @@ def read_call_tir(reader: Reader, call: Any, arguments: list) -> Any:
     if not re.fullmatch(r"(maximum|minimum)\d*", name):
         raise reader.error(name)
     return combined(reader, name.rstrip("0123456789"), *_constant_first(list(arguments[1]), name))
+
+
+@reads("relax.stack")
+def read_stack(reader: Reader, call: Any, arguments: list) -> Any:
+    """Of what ONNX's Max and Min are taken of: a tuple."""
+    if int(call.attrs.axis) != 0:
+        raise reader.error("stack")
+    return arguments[0]
+
+
+@reads("relax.max", "relax.min")
+def read_extremes(reader: Reader, call: Any, arguments: list) -> Any:
+    name = call.op.name.removeprefix("relax.")
+    if not isinstance(arguments[0], tuple):
+        raise reader.error(name)
+    found, *others = arguments[0]
+    for other in others:
+        found = operation(reader, f"{name}imum", found, other, _shape(call))
+    return found
 
 
 @reads("relax.isnan")

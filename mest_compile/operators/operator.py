@@ -55,6 +55,9 @@ class Trace(Protocol):
     def trains(self, node: Node, role: str) -> bool:
         """Whether the step changes the node's parameter of that role; False where there is none."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the value of `name`: (N, C, H, W) or (N, features)."""
+
     def layer(self, node: Node) -> Layer:
         """The layer of a convolution or linear node."""
 

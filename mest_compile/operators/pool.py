@@ -243,7 +243,7 @@ def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
     return reader.add(op, (image,), shape, attrs=pool)
 
 
-@reads("relax.nn.adaptive_avg_pool2d")
+@reads("relax.nn.adaptive_avg_pool2d", gives=("global average pooling",))
 def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
     image, shape = reader.activation(arguments[0]), _shape(call)
     if shape[2:] == (1, 1):
@@ -257,13 +257,3 @@ def read_adaptive_avg_pool2d(reader: Reader, call: Any, arguments: list) -> Any:
         shape,
         attrs={"kernel": window, "stride": window, "padding": (0, 0), "count_include_pad": True},
     )
-
-
-@reads("relax.mean", gives=("global average pooling",))
-def read_mean(reader: Reader, call: Any, arguments: list) -> Any:
-    image = reader.activation(arguments[0])
-    rank = len(image.shape)
-    axes = range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
-    if rank != 4 or list(axes) != [2, 3]:
-        raise reader.error(f"mean over axes {tuple(axes)}, which are not height and width,")
-    return reader.add("global_avg_pool", (image,), _shape(call))

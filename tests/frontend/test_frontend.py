@@ -15,11 +15,25 @@ from mest_compile.base.errors import DataError, SpecError, UnknownName, Unsuppor
 from mest_compile.frontend import from_onnx, from_torch, import_model
 from mest_compile.models.catalog import build_model, model_names
 from mest_compile.operators.activation import ACTIVATIONS, activation_of
+from mest_compile.operators.combine import NAMES, formula_of
 from mest_compile.planning.layers import layer_specs
 from mest_compile.sparsity.defaults import default_dense_layers
 
 
-def run_node(node, state, x, other):
+def combined(node, state, inputs):
+    """What a formula gives, of its parameters as `strides` lays them over (C, H, W)."""
+    shape = (*node.shape[1:], 1, 1)[:3]
+    held = [
+        np.lib.stride_tricks.as_strided(state[name], shape, [4 * stride for stride in strides])
+        for name, strides in zip(node.params.values(), node.attrs["strides"], strict=True)
+    ]
+    arrays = [*(one.numpy() for one in inputs), *(one.reshape(node.shape[1:]) for one in held)]
+    made = formula_of(node.attrs["formula"]).evaluate(**dict(zip(NAMES, arrays, strict=False)))
+    return torch.from_numpy(np.broadcast_to(made, node.shape).astype(np.float32))
+
+
+def run_node(node, state, inputs):
+    x, other = inputs[0], inputs[-1]
     held = {role: torch.from_numpy(state[name]) for role, name in node.params.items()}
     a = node.attrs
     return {
@@ -39,7 +53,8 @@ def run_node(node, state, x, other):
         "flatten": lambda: x.flatten(1),
         "dropout": lambda: x,
         "unflatten": lambda: x[:, :, None, None],
-        "multiply": lambda: x * other,
+        "combine": lambda: combined(node, state, inputs),
+        "reduce": lambda: x.sum(a["axes"], keepdim=True) * a["scale"],
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
         "formula": lambda: torch.from_numpy(activation_of(a["formula"]).forward_reference(x.numpy())).float(),
     }[node.op]()
@@ -49,7 +64,7 @@ def run_graph(graph, state, images):
     """The graph in evaluation mode, node by node. Output shapes are checked on the way."""
     values = {"input": images}
     for node in graph.nodes:
-        y = run_node(node, state, values[node.inputs[0]], values[node.inputs[-1]])
+        y = run_node(node, state, [values[name] for name in node.inputs])
         assert tuple(y.shape) == node.shape, node
         values[node.name] = y
     return y
@@ -257,8 +272,7 @@ REFUSED = {
     "selu, which TVM reads as elu": (part(nn.SELU()), ["selu in layer 'part' (SELU)"]),
     "divisor": (part(nn.AvgPool2d(2, divisor_override=3)), ["divisor_override=3", "'part'"]),
     "ceil mode": (part(nn.MaxPool2d(3, 2, ceil_mode=True)), ["max_pool2d with ceil_mode", "'part'"]),
-    "multiply": (Calls(lambda self, y: y * y.mean(1, keepdim=True)), ["mean over axes (1,)"]),
-    "broadcast": (Calls(lambda self, y: y + y.mean((2, 3), keepdim=True)), ["add of different shapes"]),
+    "over examples": (Calls(lambda self, y: y * y.mean(0, keepdim=True)), ["mean of (2, 4, 8, 8) over axes (0,)"]),
     "no affine": (part(nn.BatchNorm2d(4, affine=False)), ["batch_norm", "'part'"]),
     "no statistics": (part(nn.BatchNorm2d(4, track_running_stats=False)), ["'part' (BatchNorm2d)"]),
     "cumulative": (part(nn.BatchNorm2d(4, momentum=None)), ["momentum=None", "'part'"]),

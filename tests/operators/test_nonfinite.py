@@ -16,7 +16,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, dropout, flatten, frozen_norm, multiply, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
     ACTIVATIONS,
@@ -195,20 +195,24 @@ def pointwise(kernel, rng, dtype) -> Iterator:
         yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
 
 
-@case("multiply.forward", "multiply.backward")
-def products(kernel, rng, dtype) -> Iterator:
+@case("combine.forward", "combine.backward")
+def combinations(kernel, rng, dtype) -> Iterator:
     shape, other = shapes(dtype)
-    one = make(9, 1, 1, 7, dtype=dtype)
-    for second in other, one:
-        a, b, dy = draw(rng, shape), draw(rng, second), draw(rng, shape)
-        left, right, room = pack(shape, a, 0), pack(second, b, 0), pack(shape, dy, 0)
-        if kernel == "multiply.forward":
-            wanted = {2: (shape, multiply.forward_reference(a, b))}
-            yield multiply.Multiply(shape, second, shape), [left, right, room], wanted
+    one, weights = make(9, 1, 1, 7, dtype=dtype), combine.Weights(9, (1, 0, 0))
+    for second in other, one, weights:
+        held = isinstance(second, combine.Weights)
+        a, dy = draw(rng, shape), draw(rng, shape)
+        b = salted(rng, rng.standard_normal(9)) if held else draw(rng, second)
+        left, right, room = pack(shape, a, 0), b if held else pack(second, b, 0), pack(shape, dy, 0)
+        if kernel == "combine.forward":
+            problem = combine.Combine("(x0 * x1)", (shape, second), shape)
+            yield problem, [left, right, room], {2: (shape, combine.forward_reference(problem, a, b))}
         else:
-            da, db = multiply.backward_reference(dy, a, b)
-            problem = multiply.MultiplyBackward(shape, shape, second, shape, second)
-            yield problem, [room, left, right, left, right], {3: (shape, da), 4: (second, db)}
+            goals = combine.Goal(0, shape), combine.Goal(1, second)
+            problem = combine.CombineBackward("(x0 * x1)", shape, (shape, second), goals)
+            da, db = combine.backward_reference(problem, dy, a, b)
+            wanted = {3: (shape, da), 4: db if held else (second, db)}
+            yield problem, [room, left, right, left, right], wanted
 
 
 @case("dropout.forward")

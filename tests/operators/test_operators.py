@@ -17,7 +17,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, dropout, flatten, frozen_norm, multiply, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -571,28 +571,104 @@ def test_pool_of_a_wrong_size_is_refused():
         pool.Pool(make(3, 8, 8, 8), make(3, 6, 6, 8), (2, 2), (2, 2), (2, 2))
 
 
-@some_shapes
-@pytest.mark.parametrize("gate", [True, False])
-def test_multiply(run, rng, shape, gate):
-    pixels = (1, 1) if gate else (shape.height, shape.width)
-    other = make(shape.channels, *pixels, shape.batch, (1, 0, 0, 1), dtype=shape.dtype)
-    a, b, dy, before = (draw(rng, image) for image in (shape, other, shape, other))
-    y = run("multiply.forward", multiply.Multiply(shape, other, shape), pack(shape, a), pack(other, b), pack(shape, dy))
-    assert_close(unpack(shape, y[2]), multiply.forward_reference(a, b), terms=1, stored=shape)
-    da, db = multiply.backward_reference(dy, a, b)
-    for accumulate in (False, False), (True, True):
-        problem = multiply.MultiplyBackward(shape, shape, other, shape, other, accumulate)
-        arrays = [pack(shape, dy, 0), pack(shape, a), pack(other, b), pack(shape, a, 0), pack(other, before, 0)]
-        got = run("multiply.backward", problem, *arrays)
-        wanted = [one + (held if accumulate[0] else 0) for one, held in ((da, a), (db, before))]
-        assert_close(unpack(shape, got[3], gradient=True), wanted[0], terms=2, stored=shape)
-        assert_close(unpack(other, got[4], gradient=True), wanted[1], terms=30, stored=other)
-    only = multiply.MultiplyBackward(shape, None, other, shape, None)
-    got = run("multiply.backward", only, pack(shape, dy, 0), pack(other, b), pack(shape, a, 0))[2]
-    assert_close(unpack(shape, got, gradient=True), da, terms=1, stored=shape)
-    only = multiply.MultiplyBackward(shape, shape, None, None, other)
-    got = run("multiply.backward", only, pack(shape, dy, 0), pack(shape, a), pack(other, before, 0))[2]
-    assert_close(unpack(other, got, gradient=True), db, terms=30, stored=other)
+def spread_over(shape, text):
+    """The operand of a shape that a word says: "chw" an image of its size, "c" one with a pixel a channel, "C" a weight
+    a channel."""
+    sizes = dict(zip("chw", (shape.channels, shape.height, shape.width), strict=True))
+    if text.islower() or text == "-":
+        own = {axis: size if axis in text else 1 for axis, size in sizes.items()}
+        return make(own["c"], own["h"], own["w"], shape.batch, (1, 0, 0, 1), dtype=shape.dtype)
+    strides, elems = [], 1
+    for axis in "whc":
+        strides.insert(0, elems if axis.upper() in text else 0)
+        elems *= sizes[axis] if axis.upper() in text else 1
+    return combine.Weights(elems, tuple(strides))
+
+
+COMBINATIONS = [  # formula, operands
+    ("(x0 * x1)", ("chw", "c")),
+    ("(x0 * x1)", ("chw", "chw")),
+    ("(x0 - x1)", ("c", "chw")),
+    ("(x0 / x1)", ("chw", "hw")),
+    ("((x0 * x1) + x2)", ("chw", "C", "C")),
+    ("(x0 * x1)", ("chw", "CHW")),
+    ("(x0 + x1)", ("chw", ".")),
+    ("(x0 * x1)", ("w", "HW")),
+    ("maximum(x0, x1)", ("chw", "-")),
+]
+some_combinations = pytest.mark.parametrize(
+    ("shape", "formula", "kinds"),
+    [
+        pytest.param(shape, *case, id=f"{SOME[shape]}-{case[0]}-{'-'.join(case[1])}")
+        for place, shape in enumerate(SOME)
+        for case in (COMBINATIONS if shape in FEW or place == 1 else COMBINATIONS[::4])
+    ],
+)
+
+
+@some_combinations
+def test_combine(run, rng, shape, formula, kinds):
+    layouts = tuple(spread_over(shape, kind) for kind in kinds)
+
+    def drawn(layout):
+        """Away from 0, by which a formula divides."""
+        if isinstance(layout, combine.Weights):
+            return (2 + rng.random(layout.elems)).astype(np.float32)
+        return as_stored(layout, 2 + rng.random((layout.channels, layout.height, layout.width, layout.batch)))
+
+    def packed(layout, values):
+        return values if isinstance(layout, combine.Weights) else pack(layout, values, 1)
+
+    operands, y_image = [drawn(layout) for layout in layouts], other_halo(shape)
+    arrays = [packed(*one) for one in zip(layouts, operands, strict=True)]
+    dy, start = draw(rng, shape), draw(rng, shape)
+    for accumulate in (False, True):
+        problem = combine.Combine(formula, layouts, y_image, accumulate)
+        got = run("combine.forward", problem, *arrays, pack(y_image, start))[-1]
+        wanted = combine.forward_reference(problem, *operands) + (start if accumulate else 0)
+        assert_close(unpack(y_image, got), wanted, terms=4, stored=y_image)
+    summed = [place for place, one in enumerate(layouts) if not all(combine.kept(one, shape))]
+    same = {combine.kept(layouts[place], shape) for place in summed[:1]}
+    goals = [
+        place
+        for place, one in enumerate(layouts)
+        if all(combine.kept(one, shape)) or {combine.kept(one, shape)} == same
+    ]
+    for accumulate in (False, True):
+        made = tuple(combine.Goal(place, layouts[place], accumulate) for place in goals)
+        problem = combine.CombineBackward(formula, shape, layouts, made)
+        before = [operands[place] if accumulate else 0 for place in goals]
+        room = [
+            pack(layouts[place], operands[place], 0)
+            if place not in summed or isinstance(layouts[place], Image)
+            else operands[place]
+            for place in goals
+        ]
+        results = run("combine.backward", problem, pack(shape, dy, 0), *arrays, *room)[-len(goals) :]
+        references = combine.backward_reference(problem, dy, *operands)
+        for place, got, wanted, held in zip(goals, results, references, before, strict=True):
+            layout, many = layouts[place], dy.size // np.size(wanted)
+            terms = 4 + 4 * np.sqrt(many) * (many > 1)
+            if isinstance(layout, combine.Weights):
+                assert_close(got, wanted + held, terms=terms, scale=np.abs(wanted).max() + 3)
+            else:
+                assert_close(unpack(layout, got, gradient=True), wanted + held, terms, stored=layout)
+    if isinstance(layouts[-1], Image):
+        only = combine.CombineBackward("(x0 + x1)", shape, (None, None), (combine.Goal(1, layouts[-1]),))
+        got = run("combine.backward", only, pack(shape, dy, 0), pack(layouts[-1], operands[-1], 0))[-1]
+        assert_close(
+            unpack(layouts[-1], got, gradient=True),
+            combine.backward_reference(only, dy, None, None)[0],
+            60,
+            stored=layouts[-1],
+        )
+
+
+def test_sums_over_different_axes_are_several_calls():
+    shape = SHAPES[0]
+    goals = (combine.Goal(0, spread_over(shape, "c")), combine.Goal(1, spread_over(shape, "C")))
+    with pytest.raises(AssertionError, match="different axes"):
+        combine.CombineBackward("(x0 * x1)", shape, (None, None), goals)
 
 
 @some_shapes

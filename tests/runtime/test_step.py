@@ -79,7 +79,8 @@ def masked_steps(model, masks, batches, lr, optimizer):
         loss.backward()
         for name, mask in masks.items():
             parameters[name].grad *= torch.from_numpy(mask)
-        first = first or {name: parameter.grad.numpy().copy() for name, parameter in parameters.items()}
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        first = first or {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
         rule.step()
         losses.append(loss.item())
     return losses, first

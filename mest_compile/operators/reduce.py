@@ -1,0 +1,82 @@
+"""Sums and means of each example over channels, rows or columns; what is summed over keeps its axis, with one element.
+
+Its kernels are those of `combine`: a sum is the gradient of what is spread, and its gradient is spread.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from mest_compile.frontend.onnx_writer import Writer
+from mest_compile.frontend.relax_graph import Reader, Value, _shape, reads
+from mest_compile.ir.expressions import Variable
+from mest_compile.ir.graph import Node
+from mest_compile.ir.wording import as_text
+from mest_compile.operators.activation import X
+from mest_compile.operators.combine import NAMES, Combine, CombineBackward, Goal, combination
+from mest_compile.operators.formulas import combined
+from mest_compile.operators.operator import Operator, Trace, operator
+
+
+@operator("reduce")
+class Reduce(Operator):
+    """attrs: axes, of (N, C, H, W), that the sum goes over; scale, which it is multiplied by."""
+
+    def forward(self, node: Node, low: Trace) -> None:
+        x, y = low.value(node.inputs[0]), low.output(node)
+        problem = CombineBackward(_scaled(node), x.image, (None,), (Goal(0, y.image),))
+        low.call("combine.backward", problem, x, y)
+
+    def backward(self, node: Node, low: Trace) -> None:
+        if low.needs_gradient(node.inputs[0]):
+            dy = low.gradient(node)
+            dx, accumulate = low.contribute(node.inputs[0])
+            low.call("combine.forward", Combine(_scaled(node), (dy.image,), dx.image, accumulate), dy, dx)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        axes = writer.constant(np.array(node.attrs["axes"]), "axes")
+        total = writer.call("ReduceSum", [*writer.inputs(node), axes], node.shape, keepdims=1)
+        return writer.expression(Variable("x") * node.attrs["scale"], {"x": total}, node.shape)
+
+
+def _scaled(node: Node) -> str:
+    return as_text(Variable(NAMES[0]) * node.attrs["scale"])
+
+
+@reads("relax.mean", "relax.sum", gives=("mean", "sum"))
+def read_reduction(reader: Reader, call: Any, arguments: list) -> Any:
+    image, name = reader.activation(arguments[0]), call.op.name.removeprefix("relax.")
+    axes, shape = _axes(call, image), _shape(call)
+    if name == "mean" and axes == (2, 3) and len(image.shape) == 4:
+        return reader.add("global_avg_pool", (image,), shape)
+    return reduced(reader, name, image, axes, shape)
+
+
+@reads("relax.variance")
+def read_variance(reader: Reader, call: Any, arguments: list) -> Any:
+    image, shape = reader.activation(arguments[0]), _shape(call)
+    axes = _axes(call, image)
+    mean = reduced(reader, "mean", image, axes, shape)
+    names = [Variable(name) for name in NAMES[:2]]
+    away = combination(reader, names[0] - names[1], [image, mean], image.shape)
+    square = reader.activation(combined(reader, "square", away, formula=X * X))
+    return reduced(reader, "mean", square, axes, shape)
+
+
+def reduced(reader: Reader, name: str, image: Value, axes: tuple[int, ...], shape: tuple[int, ...]) -> Value:
+    """The "sum" or "mean" of an activation. Raises UnsupportedOperator unless that keeps its axes."""
+    kept = tuple(1 if axis in axes else size for axis, size in enumerate(image.shape))
+    if len(image.shape) != 4 or 0 in axes or shape != kept:
+        raise reader.error(
+            f"{name} of {image.shape} over axes {axes} to {shape}, which keeps no image with keepdim=True,"
+        )
+    scale = 1 / prod(image.shape[axis] for axis in axes) if name == "mean" else 1.0
+    return reader.add("reduce", (image,), shape, attrs={"axes": axes, "scale": scale})
+
+
+def _axes(call: Any, image: Value) -> tuple[int, ...]:
+    rank = len(image.shape)
+    return tuple(range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis))
