@@ -16,6 +16,7 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, TargetError, UsageError
 from mest_compile.base.foreign import is_module, is_optimizer
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, target_names
 from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.operators.losses import cross_entropy
@@ -274,6 +275,11 @@ def check_activations(activations: str, target: Target) -> None:
     """Whether a target can store values so. Raises UsageError, TargetError."""
     if not isinstance(activations, str) or activations not in ACTIVATIONS:
         raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
+    if activations not in backend_of(target).activations:
+        raise TargetError(
+            f"target {target.name!r} has no kernels that store activations as {activations}: processors have; leave "
+            "activations at float32"
+        )
     if activations == "float16" and not target.float16:
         able = ", ".join(name for name in target_names() if find_target(name).float16)
         raise TargetError(

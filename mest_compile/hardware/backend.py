@@ -53,12 +53,14 @@ class Backend(ABC):
     device_type  DLPack's number of the kind
     tuner       name of the runner that tunes kernels on this machine's device of the kind
     processor   whether it is one: what runs on a machine's processor, torch and artifacts, runs there
+    activations  what its kernels store values between layers as
     """
 
     suffix: ClassVar[str]
     device_type: ClassVar[int]
     tuner: ClassVar[str]
     processor: ClassVar[bool]
+    activations: ClassVar[tuple[str, ...]]
 
     # Planning.
 

@@ -84,6 +84,11 @@ def host_cpu() -> tuple[str, int]:
     )
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine has AVX512-BF16, which no CPU has without the instructions of x86-64-v4."""
+    return _AVX512 | {"avx512_bf16"} <= _cpu_flags()
+
+
 def _cpu_flags() -> set[str]:
     """The features that the kernel lists of this machine's first processor."""
     return cpu_features(CPUINFO.read_text())

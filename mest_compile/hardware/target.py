@@ -17,12 +17,16 @@ from mest_compile.hardware.cpu import (
     LINUX_NAMES_OF_ARM,
     NARROW,
     cache_bytes,
+    has_bfloat16,
     host_cpu,
     host_machine,
     joined,
     lacking_features,
 )
 from mest_compile.hardware.host import cores
+
+BFLOAT16 = "+avx512bf16"  # LLVM's name of the instructions
+BFLOAT16_LANES = 32  # in 512 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class Target:
     host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
     float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be
              stored so
+    bfloat16  whether it has AVX512-BF16: sums of products of pairs of bfloat16, which steps use that store activations
+             so
     """
 
     name: str
@@ -87,6 +93,7 @@ class Target:
     cycle_model: str | None = None
     host_triple: str | None = None
     float16: bool = False
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.vector < 1 or self.vector & (self.vector - 1):
@@ -118,6 +125,20 @@ class Target:
         would stay empty."""
         wasteful = self.vector > 8 and 0 < batch % self.vector <= self.vector // 2
         return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
+
+    def storing(self, activations: str) -> Target:
+        """This device as steps use it that store activations so: of two bytes a register holds twice as many, and code
+        may have the instructions that only they want. As it is where it has none."""
+        used = self.tvm_fields.get("mattr", [])
+        if activations != "bfloat16" or not self.bfloat16 or BFLOAT16 in used:
+            return self
+        llvm = {**dict(self.llvm), "mattr": (*used, BFLOAT16)}
+        return replace(self, vector=BFLOAT16_LANES, llvm=tuple(sorted(llvm.items())))
+
+    @property
+    def pairs(self) -> bool:
+        """Whether its code has instructions for sums of products of pairs of bfloat16."""
+        return BFLOAT16 in self.tvm_fields.get("mattr", [])
 
     @property
     def tvm_fields(self) -> dict[str, Any]:
@@ -214,6 +235,7 @@ def _read(name: str, text: str) -> Target:
             cycle_model=fields.get("cycle_model"),
             host_triple=fields.get("host_triple"),
             float16=fields.get("float16", False),
+            bfloat16=fields.get("bfloat16", False),
         )
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(
@@ -235,6 +257,7 @@ def _complete_from_host(target: Target) -> Target:
         l2_bytes=cache_bytes(2) or target.l2_bytes,
         cores=cores(),
         float16=cpu not in NARROW,
+        bfloat16=has_bfloat16(),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.ir.layouts.layout import to_stored
 from mest_compile.ir.program import Buffer, Call, Program
 from mest_compile.operators.layers.family import FAMILIES, masked_elems
 from mest_compile.operators.layers.index import LayerIndex
@@ -30,7 +31,7 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
     if buffer.image is not None:
         image = buffer.image
         return image.pack(
-            rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype)
+            to_stored(rng.standard_normal((image.channels, image.height, image.width, image.batch)), image.dtype)
         )
     elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
     return rng.standard_normal(elems).astype(np.float32)
@@ -62,7 +63,7 @@ def _argument(
     if buffer.image:
         image = buffer.image
         return image.pack(
-            _whole(rng, (image.channels, image.height, image.width, image.batch)).astype(image.dtype)
+            to_stored(_whole(rng, (image.channels, image.height, image.width, image.batch)), image.dtype)
         ).ravel()
     if buffer.elems is None:
         order, there = indices[name].sort, indices[name].arrays.get("transposed_from")

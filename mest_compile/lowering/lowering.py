@@ -14,6 +14,7 @@ import numpy as np
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory
 from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.layers.family import FAMILIES
@@ -107,9 +108,8 @@ class Lowering:
 
     def output(self, node: Node) -> Activation:
         """A new buffer for the node's value, with the halo that its consumers read."""
-        # Logits are few, and the loss exponentiates them.
-        dtype = "float32" if node.name == self.graph.nodes[-1].name else self.activations
-        self._values[node.name] = _buffer_of(node.name, self._image(node.name, self.value_halo(node.name), dtype))
+        image = self._image(node.name, self.value_halo(node.name), self.activations)
+        self._values[node.name] = _buffer_of(node.name, image)
         return self._values[node.name]
 
     def value_halo(self, name: str) -> tuple[int, int, int, int]:
@@ -142,15 +142,14 @@ class Lowering:
         name = self._root(name)
         if name in self._gradients:
             return self._gradients[name], True
-        self._gradients[name] = _buffer_of(f"{name}.gradient", self._image(name, self.gradient_halo(name)))
+        self._gradients[name] = _buffer_of(f"{name}.gradient", self._gradient_image(name))
         return self._gradients[name], False
 
     def adopt(self, name: str, buffer: Activation) -> bool:
         """Takes a finished buffer as the first contribution to the gradient of `name`, without a copy; False if it
         cannot be."""
         name = self._root(name)
-        wanted = self._image(name, self.gradient_halo(name))
-        if name in self._gradients or buffer.image != wanted:
+        if name in self._gradients or buffer.image != self._gradient_image(name):
             return False
         self._gradients[name] = buffer
         return True
@@ -235,15 +234,20 @@ class Lowering:
             name = self._aliases[name]
         return name
 
-    def _image(self, name: str, halo: tuple[int, int, int, int], dtype: str = "float32") -> Image:
+    def _gradient_image(self, name: str) -> Image:
+        return self._image(name, self.gradient_halo(name), gradients_of(self.activations))
+
+    def _image(self, name: str, halo: tuple[int, int, int, int], dtype: str) -> Image:
         shape = self._shapes[name]
+        if name == self._root(self.graph.nodes[-1].name):  # logits are few, and the loss exponentiates them
+            dtype = "float32"
         batch, channels = shape[:2]
         height, width = shape[2:] if len(shape) == 4 else (1, 1)
         return Image(channels, height, width, batch, halo, self.vector, dtype)
 
 
 def _buffer_of(name: str, image: Image) -> Activation:
-    return Activation(name, image.elems, image.dtype, "arena", image)
+    return Activation(name, image.elems, image.array_dtype, "arena", image)
 
 
 def _start(low: Lowering) -> Activation:

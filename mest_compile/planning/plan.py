@@ -77,7 +77,7 @@ def plan_step(
     vector   examples of a slice, whatever the records say; None: as they say
     Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
     """
-    target = find_target(options.target).for_batch(graph.input_shape[0])
+    target = find_target(options.target).storing(options.activations).for_batch(graph.input_shape[0])
     graph = choose_trainable(graph, options.trainable)
     found, layers = records(target), plan_layers(graph, options, target)
     wide = choose_vector(layers, target, found) if vector is None else widened(target, vector)

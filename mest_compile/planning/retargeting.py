@@ -25,8 +25,8 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     examples. threads: as they were, on another target its cores. Raises UsageError, TargetError.
     """
     batch = checks.whole("batch", batch, 1)
-    target = target.for_batch(batch)
     check_activations(facts.activations, target)
+    target = target.storing(facts.activations).for_batch(batch)
     graph = _with_batch(facts.graph, batch)
     found = records(target)
 

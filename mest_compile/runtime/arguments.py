@@ -11,6 +11,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import InputError, MestError, StateError
 from mest_compile.base.foreign import is_tensor
 from mest_compile.ir.graph import COUNTER
+from mest_compile.ir.layouts.layout import LARGEST
 
 _NO_NUMBERS = "cSUMmO"  # kinds of types: complex, texts, dates, objects
 
@@ -130,8 +131,8 @@ def within_range(images: np.ndarray, activations: str) -> None:
         raise InputError(
             f"{np.count_nonzero(~np.isfinite(images))} image values are NaN or infinite; clean the data first"
         )
-    most = float(np.finfo(activations).max)
-    if activations != "float32" and (largest := float(np.abs(images).max())) > most:
+    most = LARGEST.get(activations, np.inf)
+    if (largest := float(np.abs(images).max())) > most:
         raise InputError(
             f'image values go up to {largest:g} in magnitude; activations="{activations}" holds {most:g} at '
             "most: scale the "

@@ -65,7 +65,7 @@ def tune(
     time_limit  seconds from now
     """
     started, deadline = monotonic(), Deadline.after(time_limit)
-    target = find_target(request.options.target).for_batch(request.input_shape[0])
+    target = find_target(request.options.target).storing(request.options.activations).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
     if kind.whole_steps and (why := obstacle(target)):
         raise UsageError(

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.records.knob import Knob
+from mest_compile.schedules.cpu.gather_sizes import KNOBS, PIXELS, pick_tile, rows_and_pixels
+from mest_compile.schedules.cpu.pairs import add_pair, back, order_of, pairs, set_rounded, set_words, turn
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
-    LEAST_TILE,
-    MOST_TILE,
-    ONCE,
     TAPS,
-    divisors,
     epilogue_arguments,
     finished,
     largest_divisor,
@@ -28,92 +24,6 @@ from mest_compile.schedules.cpu.tiles import (
     vectors,
     widen,
     widens_once,
-)
-
-ACCUMULATORS = (
-    0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
-)
-PIXELS = 8  # of a row: what sections are cut for
-STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
-
-
-def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[int, int, int]:
-    """(grid rows, grid columns, slices) of a register tile, each a divisor; the product is at most `accumulators`.
-
-    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are
-    not in cache).
-    """
-    fits = [
-        (high, wide, deep)
-        for high in divisors(grid[0])
-        for wide in divisors(grid[1])
-        for deep in divisors(slices)
-        if high * wide * deep <= accumulators
-    ]
-    return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
-
-
-def section_channels(
-    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
-) -> int:
-    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in
-    `cache_bytes`, usually the first-level cache, so that all groups of result channels read it from there. Sections of
-    a layer are of about the same size.
-
-    kernel  (height, width) of the taps, pixels
-    """
-    patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
-    blocks = source.channels // source_block
-    sections = -(-blocks // max(cache_bytes // patch_bytes // source_block, 1))
-    return -(-blocks // sections) * source_block
-
-
-def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int]]:
-    """Tiles of more accumulators than a target has registers for are among them where it may have more: with AVX-512
-    there are 32 registers, half of them unused by what the rules choose."""
-    grids = _grids(problem)
-    if len(grids) != 1:
-        return []
-    (grid,) = grids
-    # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
-    return [
-        (rows, high, wide, deep)
-        for rows in ([problem.row_block] if problem.rows_live else divisors(problem.row_block))
-        for high in divisors(grid[0])[:2]
-        for wide in divisors(grid[1])
-        for deep in divisors(problem.result.slices)[:3]
-        if LEAST_TILE <= rows * high * wide * deep <= MOST_TILE
-        and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
-    ]
-
-
-def _runs(problem: GatherConv, target: Target) -> list[int]:
-    widest = max((grid[1] for grid in _grids(problem)), default=1)
-    return [pixels for pixels in (1, 8, 16, 32) if pixels <= widest]
-
-
-def _grids(problem: GatherConv) -> set[tuple[int, int]]:
-    """Those that are not empty."""
-    return {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
-
-
-KNOBS = (
-    ONCE,
-    Knob(
-        "tile",
-        None,
-        "(rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and "
-        "the slices; None: chosen from the sizes",
-        _tiles,
-    ),
-    Knob(
-        "run",
-        None,
-        "pixels of a row that a group passes over before the next group comes; None: chosen from the sizes",
-        _runs,
-    ),
-    Knob("together", 1, "units per round of the innermost loop", (2, 4)),
-    Knob("prefetch", "both", "what is asked for ahead", ("source", "result", "none")),
 )
 
 
@@ -140,8 +50,8 @@ def gather_conv(
         *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
         *epilogue_arguments(problem),
-        f"source: T.Buffer(({source.elems},), '{source.dtype}')",
-        f"result: T.Buffer(({result.elems},), '{result.dtype}')",
+        f"source: T.Buffer(({source.elems},), '{source.array_dtype}')",
+        f"result: T.Buffer(({result.elems},), '{result.array_dtype}')",
     ]
     if problem.statistics:
         elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.vector
@@ -152,6 +62,10 @@ def gather_conv(
         "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
         f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
     )
+    if pairs(target, source):
+        set_words(text, problem.unit[0], problem.row_block)
+    elif source.dtype == "bfloat16":
+        set_rounded(text, block)
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
             _write_pass(text, problem, index, grid_pass, target, knobs)
@@ -170,12 +84,9 @@ class _Knobs:
 def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> None:
     """The loops of one pass over its grid of result pixels."""
     source, result, vector = problem.source, problem.result, problem.result.vector
-    accumulators = max(int(target.registers * ACCUMULATORS), 1)
-    rows = largest_divisor(problem.row_block, accumulators)
-    rows, high, wide, deep = knobs.tile or (
-        rows,
-        *pick_tile(grid_pass.grid, result.slices, max(accumulators // rows, 1)),
-    )
+    paired = pairs(target, source)
+    rows, most = rows_and_pixels(problem, target)
+    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid_pass.grid, result.slices, most))
     parts = problem.row_block // rows
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
@@ -191,8 +102,9 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     groups = "live_groups[0]" if problem.rows_live else problem.groups
     start = f"bias[{channel}]" if problem.bias else "T.float32(0)"
     reads, distance = problem.unit
+    weights = "rounded" if source.dtype == "bfloat16" else "values"
     value = (
-        f"values[(pointers[{cell}] + %unit) * {reads * problem.row_block} + k * {problem.row_block}"
+        f"{weights}[(pointers[{cell}] + %unit) * {reads * problem.row_block} + k * {problem.row_block}"
         f" + part % {parts} * {rows} + %j]"
     )
     total = f"sums_%j[((a * {wide} + c) * {deep} + v) * {vector} + i]"
@@ -216,7 +128,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
     # Between sections sums stay float32: where the result is narrower, beside it.
     stretch_elems = problem.groups * parts * run * rows * high * wide * deep * vector
-    beside = problem.sections > 1 and result.dtype != "float32"
+    beside = problem.sections > 1 and (paired or result.dtype != "float32")
     partial = (
         write
         if not beside
@@ -235,9 +147,37 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         for j in range(rows):
             vectors(text, [("a", high), ("c", wide), ("v", deep)], vector, body.replace("%j", str(j)))
 
+    def pair(*units: str) -> None:
+        """The sums of a unit, or of two that read one source each."""
+        place = f"((a * {wide} + c) * {deep} + v) * {vector}"
+        each_pair = -(-reads // 2)
+        for q in range(each_pair):
+            sources = (
+                [(unit, 0) for unit in units]
+                if reads == 1
+                else [(units[0], k) for k in (2 * q, 2 * q + 1) if k < reads]
+            )
+            places = [
+                f"offsets[pointers[{cell}] + {unit}] + {k * distance} + {pixel(source, problem.source_step)}"
+                for unit, k in sources
+            ]
+            first = (
+                f"((pointers[{cell}] + {units[0]}) * {each_pair} + {q}) * {problem.row_block} + part % {parts} * {rows}"
+            )
+            words = [f"words[{first} + {j}]" for j in range(rows)]
+            if len(places) == 1:
+                words = [f"{word} % T.uint32(65536)" for word in words]
+            loops = [("a", high), ("c", wide), ("v", deep)]
+            add_pair(text, loops, vector, places, place, words)
+
     def units(unit: str) -> None:
         with text.nest(f"for k in T.unroll({reads})"):
             each(f"{total} = {total} + {value} * {read}".replace("%unit", unit))
+
+    def reorder(order: list[int]) -> None:
+        if paired and order != sorted(order):
+            for j in range(rows):
+                turn(text, f"sums_{j}", high * wide * deep, vector, order)
 
     def tile() -> None:
         """The sums of a tile over a section's units."""
@@ -247,14 +187,25 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         begin = f"{total} = {widened(result, write) if problem.accumulate else start}"
         if problem.accumulate and not beside:
             each(begin)
+            reorder(order_of(vector))
         else:
             with text.nest("if section == 0"):
                 each(begin)
+                if problem.accumulate:
+                    reorder(order_of(vector))
             if problem.sections > 1:
                 with text.nest("else"):
                     each(f"{total} = {partial}")
         count, several = f"(pointers[{cell} + 1] - pointers[{cell}])", knobs.together
-        if several > 1:
+        if paired and reads == 1:
+            with text.nest(f"for two in T.serial({count} // 2)"):
+                pair("two * 2", "(two * 2 + 1)")
+            with text.nest(f"for odd in T.serial({count} % 2)"):
+                pair(f"({count} - 1)")
+        elif paired:
+            with text.nest(f"for unit in T.serial({count})"):
+                pair("unit")
+        elif several > 1:
             with text.nest(f"for round in T.serial({count} // {several})"):
                 for unit in range(several):
                     units(f"(round * {several} + {unit})")
@@ -266,10 +217,12 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         done = f"{write} = {narrowed(result, finished(problem, total, channel, summand))}"
         if beside or (problem.epilogue and problem.sections > 1):
             with text.nest(f"if section == {problem.sections - 1}"):
+                reorder(back(vector))
                 each(done)
             with text.nest("else"):
                 each(f"{partial} = {total}")
         else:
+            reorder(back(vector))
             each(done)
 
     expected = -(-problem.rows_live // problem.row_block) or problem.groups

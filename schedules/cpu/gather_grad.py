@@ -11,6 +11,7 @@ from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.records.knob import Knob
+from mest_compile.schedules.cpu.pairs import SUMS, dot, pairs, run_of
 from mest_compile.schedules.cpu.rows import widened
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
@@ -103,7 +104,7 @@ KNOBS = (
 
 def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
     """(rows, reads) of a unit that pass together."""
-    most = max(target.registers - 4, 1)
+    most = SUMS if pairs(target, problem.source, problem.delta) else max(target.registers - 4, 1)
     rows = largest_divisor(problem.row_block, most)
     return rows, largest_divisor(problem.unit[0], most // rows)
 
@@ -126,6 +127,8 @@ def gather_grad(
     follows from the target's cores, so results are the same on any number of threads.
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
+    paired = pairs(target, source, delta)
+    lanes = vector // 2 if paired else vector  # of a vector of sums
     most = max(target.registers - 4, 1)
     rows, depth = _shared(problem, target)
     reads, distance = problem.unit
@@ -139,6 +142,8 @@ def gather_grad(
         # More than eight units gain nothing; sixteen spill (64x16x16 in docs/arm.md's model: 39% of the multiply-add
         # floor, eight 59%).
         most_units = max(min((target.registers - 2 * rows) // (each + 2 * depth), 8), 1)
+    if paired:
+        most_units = max(SUMS // each, 1)
     most_units = several or most_units
     sizes = _batches(most_units)
     block = reads * problem.row_block
@@ -158,7 +163,7 @@ def gather_grad(
 
     def together(units: int, first: str) -> None:
         """Adds one strip's share of `units` units from `first` on."""
-        total = f"sums_%u[(k * {rows} + j) * {vector} + i]"
+        total = f"sums_%u[(k * {rows} + j) * {lanes} + i]"
         weight = (
             f"((chunk * units + {first} + %u) * {block} + (layer * {depth} + k) * {problem.row_block} + "
             f"part * {rows} + j)"
@@ -167,29 +172,38 @@ def gather_grad(
             f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
             f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i"
         )
-        read = f"offsets[{first} + %u] + " + place
-        if copied:
-            read = f"wide[{read.replace('%s', f'section * -{section_elems}')}]"
-        else:
-            read = widened(source, f"source[{read.replace('%s', f'z * {source.slice_elems}')}]")
-        row = f"(group * {problem.row_block} + part * {rows} + j)"
-        against = widened(
-            delta,
-            f"delta[{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
-            f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i]",
+        where = f"offsets[{first} + %u] + " + place.replace(
+            "%s", f"section * -{section_elems}" if copied else f"z * {source.slice_elems}"
         )
+        read = f"wide[{where}]" if copied else widened(source, f"source[{where}]")
+        row = f"(group * {problem.row_block} + part * {rows} + j)"
+        there = (
+            f"{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
+            f" + z * {delta.slice_elems} + (y * {high} + a) * {delta.row_elems} + (x * {wide} + c) * {vector} + i"
+        )
+        against = widened(delta, f"delta[{there}]")
         loops = [("k", depth), ("j", rows)]
 
         def per_unit(loops: list[tuple[str, int]], body: str) -> None:
             """What a row reads of delta is used by all units at once. Each has an array of its own: larger ones are not
             in registers."""
-            vectors(text, loops, vector, *(body.replace("%u", str(unit)) for unit in range(units)))
+            vectors(text, loops, lanes, *(body.replace("%u", str(unit)) for unit in range(units)))
 
-        text(*(f"sums_{unit} = T.alloc_buffer(({each * vector},), 'float32')" for unit in range(units)))
-        per_unit(loops, f"{total} = scratch[{weight} * {vector} + i]")
+        def add() -> None:
+            if not paired:
+                per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")
+                return
+            at = f"source[{run_of(where, vector)}]"
+            with text.nest(*(f"for {name} in T.unroll({extent})" for name, extent in [("c", wide), *loops])):
+                text(f"d: T.let = T.reinterpret('uint32x{lanes}', delta[{run_of(there, vector)}])")
+                sums = f"sums_%u[T.ramp((k * {rows} + j) * {lanes}, 1, {lanes})]"
+                text(*(dot(lanes, sums, at, "d").replace("%u", str(unit)) for unit in range(units)))
+
+        text(*(f"sums_{unit} = T.alloc_buffer(({each * lanes},), 'float32')" for unit in range(units)))
+        per_unit(loops, f"{total} = scratch[{weight} * {lanes} + i]")
         with text.nest(f"for a in T.serial({high})"):
-            per_unit([("c", wide), *loops], f"{total} = {total} + {against} * {read}")
-        per_unit(loops, f"scratch[{weight} * {vector} + i] = {total}")
+            add()
+        per_unit(loops, f"scratch[{weight} * {lanes} + i] = {total}")
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {
@@ -245,13 +259,13 @@ def gather_grad(
         f" + next_x * {wide * vector}",
     ]
     mine = f"T.min({share}, {strips_each} - chunk * {share})"
-    of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {vector} + i]" for owner in range(chunks))
-    text(f"scratch = T.alloc_buffer(({chunks} * units * {block * vector},), 'float32')")
+    of_owners = " + ".join(f"scratch[({owner} * units * {block} + weight) * {lanes} + i]" for owner in range(chunks))
+    text(f"scratch = T.alloc_buffer(({chunks} * units * {block * lanes},), 'float32')")
     with text.nest(f"for chunk in T.parallel({chunks})"):
         if copied:
             text(f"wide = T.alloc_buffer(({min(section_elems, source.slice_elems)},), 'float32')")
         with text.nest(f"for weight in T.serial(units * {block})"):
-            vectors(text, [], vector, f"scratch[(chunk * units * {block} + weight) * {vector} + i] = T.float32(0)")
+            vectors(text, [], lanes, f"scratch[(chunk * units * {block} + weight) * {lanes} + i] = T.float32(0)")
         with text.nest(f"for section, turn in T.grid({problem.sections}, {mine})"):
             text(f"strip: T.let = chunk * {share} + turn", *where, *then, *starts)
             if copied:
@@ -265,9 +279,9 @@ def gather_grad(
                 with text.nest(f"for layer, part in T.grid({layers}, {parts})"):
                     strips()
     with text.nest(f"for weight in T.parallel(units * {block})"):
-        text(f"total = T.alloc_buffer(({vector},), 'float32')")
-        vectors(text, [], vector, f"total[i] = {of_owners}")
-        for half in halves(vector):
+        text(f"total = T.alloc_buffer(({lanes},), 'float32')")
+        vectors(text, [], lanes, f"total[i] = {of_owners}")
+        for half in halves(lanes):
             vectors(text, [], half, f"total[i] = total[i] + total[{half} + i]")
         text("gradients[weight] = total[0]")
     return recorded(text)
@@ -280,8 +294,8 @@ def _begun(problem: GatherGrad) -> Text:
         f"pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32')",
         "offsets_handle: T.handle",
         *listed(problem, source),
-        f"source: T.Buffer(({source.elems},), '{source.dtype}')",
-        f"delta: T.Buffer(({delta.elems},), '{delta.dtype}')",
+        f"source: T.Buffer(({source.elems},), '{source.array_dtype}')",
+        f"delta: T.Buffer(({delta.elems},), '{delta.array_dtype}')",
         "gradients_handle: T.handle",
     )
     text(

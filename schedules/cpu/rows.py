@@ -25,17 +25,26 @@ def buffer(name: str, elems: int, dtype: str = "float32") -> str:
 
 def array(name: str, image: Image) -> str:
     """An argument of the kernel: the elements of an image."""
-    return buffer(name, image.elems, image.dtype)
+    return buffer(name, image.elems, image.array_dtype)
 
 
 def widened(image: Image, element: str) -> str:
     """The float32 that is computed with for an element of an array of `image`."""
+    if image.dtype == "bfloat16":
+        return f'T.reinterpret("float32", T.cast({element}, "uint32") << T.uint32(16))'
     return element if image.dtype == "float32" else f'T.cast({element}, "float32")'
 
 
 def narrowed(image: Image, value: str) -> str:
     """A float32 as an array of `image` stores it, rounded to nearest."""
+    if image.dtype == "bfloat16":
+        return to_bfloat16(value)
     return value if image.dtype == "float32" else f'T.cast({value}, "{image.dtype}")'
+
+
+def to_bfloat16(value: str) -> str:
+    """The bits of a float32 that is rounded to nearest."""
+    return f'T.call_intrin("uint16", "mest.to_bfloat16", {value})'
 
 
 def spelled(expression: Expression, **names: str) -> str:

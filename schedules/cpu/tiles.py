@@ -29,7 +29,8 @@ def widens_once(source: Image, target: Target, once: bool | None = None) -> bool
     cycles on Neoverse N1, by LLVM's model), it is made up for by few reads; on x86 conversions run beside the
     multiply-adds, and the smaller source is near.
     """
-    return source.dtype != "float32" and (is_neon(source.vector, target) if once is None else once)
+    slow = is_neon(source.vector, target)
+    return source.dtype != "float32" and not target.pairs and (slow if once is None else once)
 
 
 ONCE = Knob(
@@ -37,7 +38,7 @@ ONCE = Knob(
     None,
     "whether a source that is not stored in float32 is widened slice by slice before it is read; None: chosen by the "
     "target",
-    lambda problem, target: () if problem.source.dtype == "float32" else (True, False),
+    lambda problem, target: () if problem.source.dtype == "float32" or target.pairs else (True, False),
 )
 
 
@@ -89,7 +90,7 @@ def epilogue_arguments(problem: GatherConv | DepthwiseForward) -> list[str]:
     residual = problem.epilogue.residual
     return [
         f"scaling: T.Buffer(({2 * problem.result.channels},), 'float32')",
-        *([f"residual: T.Buffer(({residual.elems},), '{residual.dtype}')"] if residual else []),
+        *([f"residual: T.Buffer(({residual.elems},), '{residual.array_dtype}')"] if residual else []),
     ]
 
 

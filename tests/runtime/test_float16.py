@@ -234,7 +234,7 @@ def test_a_step_mutates_and_gives_dense_gradients():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"activations": "bfloat16"}, "wanted 'float32' or 'float16'"),
+        ({"activations": "float8"}, "wanted 'float32' or 'float16' or 'bfloat16'"),
         ({"target": "mali"}, "target 'mali' has no instructions .* one of: .*cortex-a76"),
         ({"target": replace(find_target("avx2"), float16=False)}, "target 'avx2' has no"),
     ],

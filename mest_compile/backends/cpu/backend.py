@@ -12,9 +12,10 @@ from mest_compile.hardware.backend import Backend, Functions, backend
 from mest_compile.hardware.cpu import host_model
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.ir.program import Program
 from mest_compile.kernels.source import SCHEDULES, object_code
-from mest_compile.schedules.cpu.gather_conv import section_channels
+from mest_compile.schedules.cpu.gather_sizes import section_channels
 from mest_compile.schedules.cpu.tiles import widens_once
 
 
@@ -24,6 +25,7 @@ class CpuBackend(Backend):
     device_type = 1
     tuner = "local"
     processor = True
+    activations = ACTIVATIONS
 
     def has(self, kernel: str) -> bool:
         return f"cpu/{kernel}" in SCHEDULES.load()
@@ -41,10 +43,10 @@ class CpuBackend(Backend):
         return True
 
     def key_parts(self, target: Target, checked: bool) -> list[Any]:
-        from mest_compile.backends.cpu import intrinsics
+        from mest_compile.backends.cpu import bfloat16, intrinsics
         from mest_compile.backends.cpu.code import PASSES
 
-        return [PASSES, intrinsics.KEY, checked]
+        return [PASSES, intrinsics.KEY, bfloat16.KEY, checked]
 
     def compile(self, text: str, symbol: str, target: Target, checked: bool = True) -> Any:
         from mest_compile.backends.cpu.code import compile_cpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mest_compile.backends.cpu.bfloat16 import helped
 from mest_compile.backends.cpu.intrinsics import teach_tvm
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.reader import parse
@@ -48,5 +49,5 @@ def compile_cpu(text: str, symbol: str, target: Target, checked: bool = True) ->
         passes.append(getattr(getattr(tvm, family).transform, each)(*_ARGUMENTS.get(name, ())))
     if not checked:
         passes.append(tvm.tirx.transform.SkipAssert())
-    module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({symbol: parse(text, symbol)}))
+    module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({symbol: helped(parse(text, symbol), text, target)}))
     return tvm.get_global_func("target.build.llvm")(module, device.host)

@@ -11,6 +11,8 @@ import threading
 from functools import cache
 from typing import Any
 
+from mest_compile.backends.cpu import bfloat16
+
 # exp(r) - 1 - r over r * r, for |r| up to half of ln 2, lowest power first.
 EXP = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.00836874544620514, 0.001381453825160861)
 # ln 2 in two parts, so that a product of a whole number and the first is exact.
@@ -141,5 +143,6 @@ def _teach() -> None:
     import tvm
 
     tvm.ir.register_op_attr("tirx.erf", "TVectorizable", True)
+    bfloat16.teach_tvm()
     for name in ("exp", "tanh", "erf"):
         tvm.tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(name), level=BEFORE_TVMS)

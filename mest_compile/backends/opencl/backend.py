@@ -22,6 +22,7 @@ class OpenclBackend(Backend):
     device_type = 4
     tuner = "opencl"
     processor = False
+    activations = ("float32",)
 
     def has(self, kernel: str) -> bool:
         return f"opencl/{kernel}" in SCHEDULES.load()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mest_compile.ir.layouts.layout import ITEM_BYTES
+from mest_compile.ir.layouts.layout import BITS, ITEM_BYTES
 from mest_compile.ir.problem import ASIDE, SIZE
 
 
@@ -33,6 +33,11 @@ class Image:
     @property
     def item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
+
+    @property
+    def array_dtype(self) -> str:
+        """Type of its arrays, which NumPy and TVM know."""
+        return BITS if self.dtype == "bfloat16" else self.dtype
 
     @property
     def slices(self) -> int:

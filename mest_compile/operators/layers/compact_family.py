@@ -15,6 +15,7 @@ import numpy as np
 
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
@@ -233,7 +234,7 @@ class CompactFamily(KernelFamily):
         rule = backend_of(target).section_channels
         on_rows = scheme.spans[0] == 1
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
-        delta = image_of(spec, gradient_halo(spec), target.vector, True)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True, gradients_of(activations))
         out, inputs = spec.weight_shape[:2]
         return (
             rule(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import rounded
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.operators.activation import activation_of
 
@@ -79,6 +80,7 @@ class GatherConv:
     1: it reads source_block channels. More than 1 only where source_block is 1.
     rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with
     live channels: a row listed twice in a group, with equal values, is written twice alike.
+    A source in bfloat16 is multiplied by values that are rounded to that.
     `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of
     source_block. Groups without units, and sections without units, are legal: their results are the start value.
     """
@@ -219,6 +221,8 @@ def gather_conv_reference(
             start = np.zeros(problem.result.channels) if bias is None else bias.astype(np.float64)
             out[(slice(None), slice(None), *pixels(grid_pass))] = start[:, None, None, None]
     depth, distance = problem.unit
+    if problem.source.dtype == "bfloat16":
+        values = rounded(values, "bfloat16")
     values = values.astype(np.float64).reshape(-1, depth, problem.row_block)
     for index, group, unit in _units_of(problem, pointers):
         grid_pass = problem.passes[index]

@@ -11,6 +11,7 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
@@ -174,7 +175,7 @@ class GatherFamily(KernelFamily):
         rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
-        delta = image_of(spec, gradient_halo(spec), target.vector, True)
+        delta = image_of(spec, gradient_halo(spec), target.vector, True, gradients_of(activations))
         return (
             rule(source, spec.stride, spec.extent, sources, caches[0] * target.l1_bytes),
             rule(delta, (1, 1), spec.extent, rows, caches[1] * target.l1_bytes),

@@ -1,0 +1,114 @@
+"""What the sizes of a sparse convolution decide on a CPU: its register tile, the sections of its index, and what tuning
+may choose instead."""
+
+from __future__ import annotations
+
+from mest_compile.hardware.target import Target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.records.knob import Knob
+from mest_compile.schedules.cpu.pairs import pairs
+from mest_compile.schedules.cpu.tiles import LEAST_TILE, MOST_TILE, ONCE, divisors, largest_divisor
+
+ACCUMULATORS = (
+    0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
+)
+PIXELS = 8  # of a row: what sections are cut for
+STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
+
+
+def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[int, int, int]:
+    """(grid rows, grid columns, slices) of a register tile, each a divisor; the product is at most `accumulators`.
+
+    Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are
+    not in cache).
+    """
+    fits = [
+        (high, wide, deep)
+        for high in divisors(grid[0])
+        for wide in divisors(grid[1])
+        for deep in divisors(slices)
+        if high * wide * deep <= accumulators
+    ]
+    return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
+
+
+def rows_and_pixels(problem: GatherConv, target: Target) -> tuple[int, int]:
+    """Of a register tile whose sums are accumulators: rows of a group, and the most pixels for each of them."""
+    accumulators = max(int(target.registers * ACCUMULATORS), 1)
+    rows = largest_divisor(problem.row_block, accumulators)
+    most = max(accumulators // rows, 1)
+    if pairs(target, problem.source):
+        most = min(most, STACK_BYTES // 2 // (problem.result.vector * FLOAT_BYTES))
+    return rows, most
+
+
+def section_channels(
+    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+) -> int:
+    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in
+    `cache_bytes`, usually the first-level cache, so that all groups of result channels read it from there. Sections of
+    a layer are of about the same size.
+
+    kernel  (height, width) of the taps, pixels
+    """
+    patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
+    blocks = source.channels // source_block
+    sections = -(-blocks // max(cache_bytes // patch_bytes // source_block, 1))
+    return -(-blocks // sections) * source_block
+
+
+def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int]]:
+    """Tiles of more accumulators than a target has registers for are among them where it may have more: with AVX-512
+    there are 32 registers, half of them unused by what the rules choose."""
+    grids = _grids(problem)
+    if len(grids) != 1:
+        return []
+    (grid,) = grids
+    # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
+    registers = 2 if pairs(target, problem.source) else 1  # of a vector of sums
+    return [
+        (rows, high, wide, deep)
+        for rows in ([problem.row_block] if problem.rows_live else divisors(problem.row_block))
+        for high in divisors(grid[0])[:2]
+        for wide in divisors(grid[1])
+        for deep in divisors(problem.result.slices)[:3]
+        if LEAST_TILE <= rows * high * wide * deep * registers <= MOST_TILE
+        and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
+    ]
+
+
+def _runs(problem: GatherConv, target: Target) -> list[int]:
+    widest = max((grid[1] for grid in _grids(problem)), default=1)
+    return [pixels for pixels in (1, 8, 16, 32) if pixels <= widest]
+
+
+def _grids(problem: GatherConv) -> set[tuple[int, int]]:
+    """Those that are not empty."""
+    return {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
+
+
+KNOBS = (
+    ONCE,
+    Knob(
+        "tile",
+        None,
+        "(rows of the group, grid rows, grid columns, slices) of a register tile, divisors of the group, the grid and "
+        "the slices; None: chosen from the sizes",
+        _tiles,
+    ),
+    Knob(
+        "run",
+        None,
+        "pixels of a row that a group passes over before the next group comes; None: chosen from the sizes",
+        _runs,
+    ),
+    Knob(
+        "together",
+        1,
+        "units per round of the innermost loop",
+        lambda problem, target: () if pairs(target, problem.source) else (2, 4),
+    ),
+    Knob("prefetch", "both", "what is asked for ahead", ("source", "result", "none")),
+)
