@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
@@ -34,7 +35,7 @@ class Lowering:
         self,
         graph: ForwardGraph,
         layers: Mapping[str, Layer],
-        vector: int,
+        target: Target,
         held: dict[str, Buffer],
         training: bool,
         recomputed: frozenset[str] = frozenset(),
@@ -47,7 +48,7 @@ class Lowering:
         self.optimizer = optimizer
         self.settings = Settings(optimizer, graph.nodes, graph.frozen, parts)
         self.layers = layers
-        self.vector = vector
+        self.target = target
         self.held = held
         self.training = training
         self.calls: list[Call] = []
@@ -63,7 +64,15 @@ class Lowering:
         self._moving = graph.moving()
         self._shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
 
-    # What operators ask about the graph.
+    # What operators ask about the graph, and the device.
+
+    def node(self, name: str) -> Node | None:
+        """The node that gives the value `name`; None: it is the model's input."""
+        return self._nodes.get(name)
+
+    def has(self, kernel: str) -> bool:
+        """Whether the device has that kernel."""
+        return backend_of(self.target).has(kernel)
 
     def consumers(self, name: str) -> list[Node]:
         return [node for node in self.graph.nodes if name in node.inputs]
@@ -243,7 +252,7 @@ class Lowering:
             dtype = "float32"
         batch, channels = shape[:2]
         height, width = shape[2:] if len(shape) == 4 else (1, 1)
-        return Image(channels, height, width, batch, halo, self.vector, dtype)
+        return Image(channels, height, width, batch, halo, self.target.vector, dtype)
 
 
 def _buffer_of(name: str, image: Image) -> Activation:
@@ -285,7 +294,7 @@ def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
 def lower_training(
     graph: ForwardGraph,
     layers: Mapping[str, Layer],
-    vector: int,
+    target: Target,
     held: dict[str, Buffer],
     recomputed: frozenset[str] = frozenset(),
     loss: Loss = USUAL_LOSS,
@@ -296,7 +305,7 @@ def lower_training(
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
     backward pass, `parts` the parameters that have a learning rate of their own."""
     loss.check(graph.nodes[-1].shape)
-    low = Lowering(graph, layers, vector, held, True, recomputed, activations, optimizer, parts)
+    low = Lowering(graph, layers, target, held, True, recomputed, activations, optimizer, parts)
     _start(low)
     low.stage = "backward"
     loss.lower(low, graph.nodes[-1].name)
@@ -351,13 +360,13 @@ def _bound(low: Lowering) -> None:
 def lower_prediction(
     graph: ForwardGraph,
     layers: Mapping[str, Layer],
-    vector: int,
+    target: Target,
     held: dict[str, Buffer],
     slots: Sequence[int],
     activations: str = "float32",
 ) -> Program:
     """The forward pass with running statistics, in the training program's memory."""
-    low = Lowering(graph, layers, vector, held, training=False, activations=activations)
+    low = Lowering(graph, layers, target, held, training=False, activations=activations)
     logits = _start(low)
     assert logits.image
     outputs = int(np.prod(graph.nodes[-1].shape))
@@ -383,5 +392,5 @@ def lower(
     parts        names of parameters that have a learning rate of their own
     """
     held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target.vector, held, recomputed, loss, activations, optimizer, parts)
-    return train, lower_prediction(graph, layers, target.vector, held, train.slots, activations)
+    train = lower_training(graph, layers, target, held, recomputed, loss, activations, optimizer, parts)
+    return train, lower_prediction(graph, layers, target, held, train.slots, activations)

@@ -21,8 +21,9 @@ from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _sing
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
-from mest_compile.ir.program import Activation, Buffer
+from mest_compile.ir.program import Buffer
 from mest_compile.operators.activation import activation_of
+from mest_compile.operators.chain import chain_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -206,8 +207,7 @@ class BatchNorm(Operator):
         return low.gradient_halo(node.inputs[0]) if alone and low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
 
     def forward(self, node: Node, low: Trace) -> None:
-        z, y = low.value(node.inputs[0]), low.output(node)
-        residual = low.value(node.inputs[1]) if len(node.inputs) == 2 else None
+        z = low.value(node.inputs[0])
         channels, eps = z.image.channels, node.attrs["eps"]
         moments = low.temporary(f"{node.name}.moments", 3 * channels)
         running = low.parameter(node, "running_mean"), low.parameter(node, "running_var")
@@ -237,19 +237,18 @@ class BatchNorm(Operator):
             )
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
-        self._normalise(node, low, z, moments, residual, y)
+        chain = chain_of(node, low)
+        if chain is None or chain.before is not node:
+            self._normalise(node, low)
 
     def recompute(self, node: Node, low: Trace) -> None:
         """y once more from z and the moments, which are kept."""
-        z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
-        self._normalise(
-            node, low, z, low.temporary(f"{node.name}.moments", 3 * z.image.channels), residual, low.output(node)
-        )
+        self._normalise(node, low)
 
     @staticmethod
-    def _normalise(
-        node: Node, low: Trace, z: Activation, moments: Buffer, residual: Activation | None, y: Activation
-    ) -> None:
+    def _normalise(node: Node, low: Trace) -> None:
+        z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
+        moments, y = low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.output(node)
         alive, read = _flags(node, low)
         problem = BatchNormForward(
             z.image,
@@ -272,6 +271,10 @@ class BatchNorm(Operator):
         )
 
     def backward(self, node: Node, low: Trace) -> None:
+        if (chain := chain_of(node, low)) and chain.behind is node:  # the convolution before it takes dy as it is
+            adopted = low.adopt(node.inputs[0], low.gradient(node))
+            assert adopted, "nothing else is before a normalisation in a chain"
+            return
         activation, added = node.attrs.get("activation"), len(node.inputs) == 2
         dy, wanted = low.gradient(node), low.needs_gradient(node.inputs[0])
         trained = [role for role in AFFINE if low.trains(node, role)]

@@ -44,7 +44,13 @@ class Trace(Protocol):
     training: bool
     optimizer: Optimizer
 
-    # The graph.
+    # The graph, and the device.
+
+    def node(self, name: str) -> Node | None:
+        """The node that gives the value `name`; None: it is the model's input."""
+
+    def has(self, kernel: str) -> bool:
+        """Whether the device has that kernel."""
 
     def consumers(self, name: str) -> Sequence[Node]:
         """Nodes that read the value of `name`."""

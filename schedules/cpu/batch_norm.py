@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mest_compile.hardware.target import Target
-from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.activation import activation_of
@@ -19,6 +18,7 @@ from mest_compile.operators.batch_norm import (
     BatchNormRunning,
 )
 from mest_compile.records.knob import Knob
+from mest_compile.schedules.cpu.norms import NormGradient, facts, finite, normalised, set_facts
 from mest_compile.schedules.cpu.rows import (
     UNROLL,
     Body,
@@ -29,7 +29,6 @@ from mest_compile.schedules.cpu.rows import (
     each_row,
     fenced,
     fetch,
-    fold,
     frame_row,
     loop,
     narrowed,
@@ -37,7 +36,6 @@ from mest_compile.schedules.cpu.rows import (
     spelled,
     walk_row,
     widened,
-    zero,
 )
 
 
@@ -62,11 +60,6 @@ def _store_moments(text: Text, problem: BatchNormMoments, mean: str, squares: st
         f'{number(problem.eps, "float64")}), "float32")',
         f'moments[{2 * channels} + c] = T.cast({squares} * {number(1 / (count - 1), "float64")}, "float32")',
     )
-
-
-def _finite(value: str) -> str:
-    """0 in the place of NaN and infinity: distances from these would be NaN where the sum of the values is infinite."""
-    return f'T.Select(T.abs({value}) < T.float32("inf"), {value}, T.float32(0))'
 
 
 def _add_distances(text: Text, chunks: Chunks) -> None:
@@ -109,7 +102,7 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
         text("near[0] = T.float32(0)")
         with text.nest(f"for i in T.serial({UNROLL * vector})"):
             text("near[0] = near[0] + sample[i]")
-        text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")', f"near[0] = {_finite('near[0]')}")
+        text(f'near[0] = near[0] / T.cast({chunks.values("first", "1")}, "float32")', f"near[0] = {finite('near[0]')}")
         _add_distances(text, chunks)
         text(
             f'values: T.let = T.cast({chunks.values("first", "rows")}, "float64")',
@@ -169,7 +162,7 @@ def _moments_of_sums(problem: BatchNormMoments) -> str:
             text.local("chunk_sums", 2, "float64")
             text(
                 'near[0] = T.cast(sums[0], "float32")',
-                f"near[0] = {_finite('near[0]')}",
+                f"near[0] = {finite('near[0]')}",
                 "n: T.let = 0",
                 "first: T.let = 0",
                 f"rows: T.let = {problem.z.slices * problem.z.height}",
@@ -210,24 +203,6 @@ def batch_norm_frozen(problem: BatchNormFrozen, target: Target) -> str:
     return str(text)
 
 
-def _facts(channels: int) -> list[str]:
-    return [buffer("moments", 3 * channels), buffer("affine", 2 * channels)]
-
-
-def _set_facts(text: Text, channels: int) -> None:
-    text(
-        "mean: T.let = moments[c]",
-        f"scale: T.let = affine[{channels} + c] * moments[{channels} + c]",
-        "shift: T.let = affine[c]",
-    )
-
-
-def _normalised(z: str) -> str:
-    """Before residual and activation; forward and backward use this one form, so that they agree on where a ReLU is
-    positive."""
-    return f"(({z} - mean) * scale + shift)"
-
-
 @contextmanager
 def _if(text: Text, flag: str | None, wanted: bool = True) -> Iterator[None]:
     """What follows is for channels that the flag names, or for the others; for all without a flag."""
@@ -243,26 +218,6 @@ def _kinds(problem: BatchNormForward | BatchNormBackward) -> list[tuple[bool, st
     return [(True, "alive"), (False, "alive")] if problem.alive else [(True, None)]
 
 
-def _set_spread(text: Text, image: Image) -> None:
-    """What dz takes of a channel: scale * (dy - near) - (distance * slope + rest). `joined`: the sums, a bound of dy.
-
-    Before a constant z, only what all elements of dz have in common counts, and the mean of dy, as one float32 or two
-    subtracted in turn, rounds alike in all. `near`, in steps as coarse as the largest dy's, is subtracted exactly, and
-    `rest` where the product with scale is rounded, otherwise in each element."""
-    share, size = 1 / (image.batch * image.height * image.width), 'T.cast(joined[2], "float32")'
-    mean = f"(joined[0] * {number(share, 'float64')})"
-    for name in "near", "rest", "slope":
-        text.local(name, 1)
-    text(
-        f'near[0] = T.cast({mean}, "float32")',
-        f"rest[0] = near[0] + {size}",
-        f'near[0] = T.Select(T.abs(rest[0]) < T.float32("inf"), rest[0] - {size}, near[0])',
-        f'rest[0] = T.cast(T.cast(scale, "float64") * ({mean} - T.cast(near[0], "float64")), "float32")',
-        f"rest[0] = {_finite('rest[0]')}",
-        f"slope[0] = scale * (sums[{image.channels} + c] * {number(share)} * moments[{image.channels} + c])",
-    )
-
-
 # Cores fetch what is read along a row by themselves, but lines that are to be written some ask for only when they are:
 # on a Xeon with 2 MiB of second-level cache a pass takes a sixth less time.
 AHEAD = Knob("ahead", 0, "bytes that what is read along a row, or written, is asked for ahead", (512, 1024, 2048))
@@ -273,12 +228,12 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int) ->
     row = activation_of(problem.activation) if problem.activation else None
     images = {"z": problem.z, **({"residual": problem.residual} if problem.residual else {}), "y": problem.y}
     arguments = {name: array(name, image) for name, image in images.items()}
-    text = Text(arguments.pop("z"), *_facts(problem.z.channels), *arguments.values(), *_flags(problem, "alive", "read"))
+    text = Text(arguments.pop("z"), *facts(problem.z.channels), *arguments.values(), *_flags(problem, "alive", "read"))
 
     def rows(there: bool) -> None:
         def body(at: str, slot: str, live: str | None) -> list[str]:
             z = widened(problem.z, f"z[z_row + {at}]") if there else "T.float32(0)"
-            value = _normalised(z) + (
+            value = normalised(z) + (
                 f" + {widened(problem.residual, f'residual[residual_row + {at}]')}" if problem.residual else ""
             )
             return [f"y[y_row + {at}] = {narrowed(problem.y, spelled(row.formula, x=value) if row else value)}"]
@@ -291,7 +246,7 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int) ->
         )
 
     with each_row(text, images), _if(text, "read" if problem.read else None):
-        _set_facts(text, problem.z.channels)
+        set_facts(text, problem.z.channels)
         for there, flag in _kinds(problem):
             with _if(text, flag, there):
                 rows(there)
@@ -301,58 +256,33 @@ def batch_norm_forward(problem: BatchNormForward, target: Target, ahead: int) ->
 
 @schedule("batch_norm.backward", device="cpu", knobs=(AHEAD,))
 def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int) -> str:
-    """A channel's sums, then its gradient, while the channel is still in cache.
-
-    Sums are float32 vectors within a slice, float64 over slices; that of dy itself over UNROLL vectors already. What
-    the sums read, and what the gradient is written to, is asked for ahead.
-    """
-    image, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
+    """A channel's sums, then its gradient, while the channel is still in cache. What the sums read, and what the
+    gradient is written to, is asked for ahead."""
+    image, channels = problem.dy, problem.dy.channels
     row = activation_of(problem.activation) if problem.activation else None
-    rows, width = Chunks(image), UNROLL * problem.dy.vector
     images = {"dy": image, "z": problem.z, **({"y": problem.y} if problem.y else {})}
     target_name, target_image = ("dy", image) if problem.in_place else ("dz", problem.dz)
     text = Text(
         array("dy", image),
         array("z", problem.z),
-        *_facts(channels),
+        *facts(channels),
         *([array("y", problem.y)] if problem.y else []),
         buffer("sums", 2 * channels),
         *([array("dz", problem.dz)] if problem.dz else []),
         *_flags(problem, "alive", "read"),
     )
+    norm = NormGradient(text, image, problem.z, None if problem.y else row)
 
-    def dy(at: str) -> str:
-        return widened(image, f"dy[dy_row + {at}]")
-
-    def z_there(at: str) -> str:
-        return widened(problem.z, f"z[z_row + {at}]")
-
-    def gradient(at: str, z: str) -> str:
-        """dy, before the activation where that is not done in place."""
-        return spelled(row.gradient, x=_normalised(z), dy=dy(at)) if row and not problem.y else dy(at)
-
-    def add_up(there: bool) -> None:
-        def add(at: str, slot: str, live: str | None) -> list[str]:
-            mask = []
-            if problem.y and row:
-                kept = fenced(spelled(row.gradient, x=widened(problem.y, f"y[y_row + {at}]"), dy=dy(at)))
-                mask = [f"dy[dy_row + {at}] = {narrowed(image, kept)}"]
-            z = z_there(at) if there else "T.float32(0)"
-            product = f"partial[{slot}] = partial[{slot}] + {gradient(at, z)} * ({z} - mean)"
-            return [*mask, f"few[i] = few[i] + {gradient(at, z)}", *([product] if there else [])]
-
-        add_few = ['whole[i] = whole[i] + T.cast(few[i], "float64")', "few[i] = T.float32(0)"]
-        with text.nest(f"for s in T.serial({image.slices})"):
-            zero(text, "partial", width, vector)
-            with text.nest(f"for r in T.serial({image.height})"):
-                rows.set_row(text, f"s * {image.height} + r", images)
-                walk_row(text, image, add, fetch(ahead, images if there else {"dy": image}), add_few)
-            fold(text, 1, vector)
+    def mask(at: str) -> list[str]:
+        """dy becomes, in place, what it is before the activation."""
+        if not problem.y or not row:
+            return []
+        kept = fenced(spelled(row.gradient, x=widened(problem.y, f"y[y_row + {at}]"), dy=norm.dy_at(at)))
+        return [f"dy[dy_row + {at}] = {narrowed(image, kept)}"]
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
         assert target_image
-        z = z_there(at)
-        value = f"(scale * ({gradient(at, z)} - near[0]) - (({z} - mean) * slope[0] + rest[0]))"
+        value = norm.spread(at)
         element = f"{target_name}[{target_name}_row + {at}]"
         if problem.accumulate:
             value = f"{widened(target_image, element)} + {value}"
@@ -364,33 +294,22 @@ def batch_norm_backward(problem: BatchNormBackward, target: Target, ahead: int) 
 
     def write(body: Body) -> None:
         result = {"dz": problem.dz} if problem.dz else {}
-        with text.nest(f"for r in T.serial({rows.all_rows})"):
-            rows.set_row(text, "r", {"dy": image, "z": problem.z, **result})
+        with text.nest(f"for r in T.serial({norm.rows.all_rows})"):
+            norm.rows.set_row(text, "r", {"dy": image, "z": problem.z, **result})
             walk_row(text, image, body, fetch(ahead, result, "dz"))
             if problem.dz and not problem.accumulate:
                 frame_row(text, "dz", problem.dz)
 
     with text.nest(f"for c in {loop(channels, image.elems)}"):
-        _set_facts(text, channels)
-        text.local("partial", width)
-        text.local("joined", 3, "float64")
-        for name, dtype in ("few", "float32"), ("whole", "float64"), ("total", "float64"):
-            text.local(name, vector, dtype)
-            zero(text, name, vector, vector, dtype)
+        set_facts(text, channels)
+        norm.begin()
         with _if(text, "read" if problem.read else None):
             for there, flag in _kinds(problem):
                 with _if(text, flag, there):
-                    add_up(there)
-        for s, part in enumerate(("whole[i]", "total[i]", "T.abs(whole[i])")):  # the last is hardly below any dy
-            text(f"joined[{s}] = T.float64(0)")
-            with text.nest(f"for i in T.serial({vector})"):
-                text(f"joined[{s}] = joined[{s}] + {part}")
-        text(
-            'sums[c] = T.cast(joined[0], "float32")',
-            f'sums[{channels} + c] = T.cast(joined[1] * T.cast(moments[{channels} + c], "float64"), "float32")',
-        )
+                    norm.add_up(images, mask, fetch(ahead, images if there else {"dy": image}), there)
+        norm.join()
         if target_image:
-            _set_spread(text, image)
+            norm.set_spread()
             with _if(text, "alive" if problem.alive else None):
                 with _if(text, "read" if problem.read else None):
                     write(spread)

@@ -36,7 +36,7 @@ def _columns(width: int, step: int, most: int) -> int:
     return min(-(-width // tiles // step) * step, -(-width // step) * step)
 
 
-def _tile(result: Image, window: Window, step: tuple[int, int]) -> Tile:
+def tile_of(result: Image, window: Window, step: tuple[int, int]) -> Tile:
     rows = step[0] if step[0] > 1 or window.taps > LARGE or result.height % 2 else 2
     return rows, _columns(result.width, step[1], 8)
 
@@ -69,7 +69,7 @@ def _spans(size: int, tile: int) -> Iterator[tuple[int, int, int]]:
         yield 1, rest, whole * tile
 
 
-def _reads(taps: Callable[[int, int], Iterator[tuple[int, int, int]]], window: Window, tile: Tile) -> Reads:
+def reads_of(taps: Callable[[int, int], Iterator[tuple[int, int, int]]], window: Window, tile: Tile) -> Reads:
     """taps: Window.reached or Window.reaching."""
     found: Reads = {}
     for (ky, a, y), (kx, b, x) in product(taps(0, tile[0]), taps(1, tile[1])):
@@ -77,17 +77,17 @@ def _reads(taps: Callable[[int, int], Iterator[tuple[int, int, int]]], window: W
     return dict(sorted(found.items()))
 
 
-def _nothing(rows: int) -> None:
+def nothing(rows: int) -> None:
     pass
 
 
-def _each_tile(
+def each_tile(
     text: Text,
     result: Image,
     tile: Tile,
     body: Callable[[Tile], None],
-    begin: Callable[[int], None] = _nothing,
-    end: Callable[[int], None] = _nothing,
+    begin: Callable[[int], None] = nothing,
+    end: Callable[[int], None] = nothing,
 ) -> None:
     """Loops over the tiles of a channel: sets `h`, `w`, a tile's first pixel.
 
@@ -104,7 +104,7 @@ def _each_tile(
             end(rows)
 
 
-def _add_up(text: Text, source: str, image: Image, start: str, reads: Reads, values: str) -> None:
+def add_up(text: Text, source: str, image: Image, start: str, reads: Reads, values: str) -> None:
     """Adds what a tile reads of a source plane to `sums_<row>`.
 
     start, values  where the source's pixel (0, 0) and the channel's taps are in their arrays
@@ -119,7 +119,7 @@ def _add_up(text: Text, source: str, image: Image, start: str, reads: Reads, val
     vectors(text, [], vector, *lines)
 
 
-def _sums(text: Text, tile: Tile, vector: int, first: Callable[[int, int], str]) -> None:
+def start_sums(text: Text, tile: Tile, vector: int, first: Callable[[int, int], str]) -> None:
     """Declares `sums_<row>`, an array for each as LLVM takes only small ones into registers, and starts them."""
     for a in range(tile[0]):
         text.local(f"sums_{a}", tile[1] * vector)
@@ -139,7 +139,29 @@ def depthwise_forward(problem: DepthwiseForward, target: Target, tile: Tile | No
         *([buffer("statistics", statistics)] if problem.statistics else []),
     )
 
+    with text.nest(f"for plane in {loop(result.slices * result.channels, result.elems)}"):
+        text(
+            f"c: T.let = plane % {result.channels}",
+            f"source_plane: T.let = plane // {problem.multiplier} * {source.channel_elems} + {source.origin}",
+            f"result_plane: T.let = plane * {result.channel_elems} + {result.origin}",
+        )
+        write_plane(text, problem, "source", tile)
+    return str(text)
+
+
+def write_plane(
+    text: Text,
+    problem: DepthwiseForward,
+    name: str,
+    tile: Tile | None,
+    ready: Callable[[int], None] = nothing,
+) -> None:
+    """Writes the results of channel `c` at `result_plane` from the pixels at `source_plane` of the array `name`. ready:
+    writes what comes before so many rows of them are written."""
+    source, result, window, vector = problem.source, problem.result, problem.window, problem.result.vector
+
     def begin(rows: int) -> None:
+        ready(rows)
         if problem.statistics:
             text.local("moments", 2 * rows * vector)
             vectors(text, [("m", 2 * rows)], vector, f"moments[m * {vector} + i] = T.float32(0)")
@@ -156,8 +178,8 @@ def depthwise_forward(problem: DepthwiseForward, target: Target, tile: Tile | No
             f"read: T.let = source_plane + h * {window.stride[0] * source.row_elems} + w * {window.stride[1] * vector}",
             f"write: T.let = result_plane + h * {result.row_elems} + w * {vector}",
         )
-        _sums(text, tile, vector, lambda a, b: "bias[c]" if problem.bias else "T.float32(0)")
-        _add_up(text, "source", source, "read", _reads(window.reached, window, tile), f"c * {window.taps}")
+        start_sums(text, tile, vector, lambda a, b: "bias[c]" if problem.bias else "T.float32(0)")
+        add_up(text, name, source, "read", reads_of(window.reached, window, tile), f"c * {window.taps}")
         for a in range(tile[0]):
             lines = []
             for b in range(tile[1]):
@@ -177,14 +199,7 @@ def depthwise_forward(problem: DepthwiseForward, target: Target, tile: Tile | No
                     lines += [f"{part} = {part} + {stored}", f"{square} = {square} + {stored} * {stored}"]
             vectors(text, [], vector, *lines)
 
-    with text.nest(f"for plane in {loop(result.slices * result.channels, result.elems)}"):
-        text(
-            f"c: T.let = plane % {result.channels}",
-            f"source_plane: T.let = plane // {problem.multiplier} * {source.channel_elems} + {source.origin}",
-            f"result_plane: T.let = plane * {result.channel_elems} + {result.origin}",
-        )
-        _each_tile(text, result, tile or _tile(result, window, (1, 1)), one, begin, end)
-    return str(text)
+    each_tile(text, result, tile or tile_of(result, window, (1, 1)), one, begin, end)
 
 
 @schedule("depthwise.grad_input", device="cpu", knobs=(TILE,))
@@ -203,48 +218,58 @@ def depthwise_grad_input(problem: DepthwiseGradInput, target: Target, tile: Tile
             return f"result[write + {a * result.row_elems + b * vector} + i]"
 
         before = (lambda a, b: widened(result, element(a, b))) if problem.accumulate else (lambda a, b: "T.float32(0)")
-        _sums(text, tile, vector, before)
-        reads = _reads(window.reaching, window, tile)
+        start_sums(text, tile, vector, before)
+        reads = reads_of(window.reaching, window, tile)
         for m in range(problem.multiplier):
             text(
                 f"channel_{m}: T.let = plane * {problem.multiplier} + {m}",
                 f"read_{m}: T.let = channel_{m} * {delta.channel_elems} + {delta.origin} + read",
             )
-            _add_up(text, "delta", delta, f"read_{m}", reads, f"channel_{m} % {delta.channels} * {window.taps}")
+            add_up(text, "delta", delta, f"read_{m}", reads, f"channel_{m} % {delta.channels} * {window.taps}")
         for a in range(tile[0]):
             stored = [f"{element(a, b)} = {narrowed(result, f'sums_{a}[{b * vector} + i]')}" for b in range(tile[1])]
             vectors(text, [], vector, *stored)
 
     with text.nest(f"for plane in {loop(result.slices * result.channels, result.elems)}"):
         text(f"result_plane: T.let = plane * {result.channel_elems} + {result.origin}")
-        _each_tile(text, result, tile or _tile(result, window, window.stride), one)
+        each_tile(text, result, tile or tile_of(result, window, window.stride), one)
     return str(text)
 
 
-@schedule("depthwise.grad_weight", device="cpu")
-def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
-    """A thread has channels: sums are the same on any number of them. Those of a row are added up by themselves, so
-    that rounding grows with height + width and not with their product."""
-    source, delta, window, vector = problem.source, problem.delta, problem.window, problem.delta.vector
-    text = Text(buffer("gradients", delta.channels * window.taps), array("source", source), array("delta", delta))
-    high, wide = window.kernel
-    together = max(1, min(high, (2 * target.registers - 6) // wide))  # rows of taps whose sums are in registers
+def start_taps(text: Text, window: Window, vector: int) -> None:
+    """Starts `total`, the weight gradient of a channel by lanes."""
+    text.local("total", window.taps * vector)
+    vectors(text, [("k", window.taps)], vector, f"total[k * {vector} + i] = T.float32(0)")
 
-    def taps_of(first: int, rows: int) -> None:
+
+def add_taps(
+    text: Text,
+    window: Window,
+    source: Image,
+    delta: Image,
+    target: Target,
+    arrays: tuple[str, str] = ("source", "delta"),
+) -> None:
+    """Adds a row's share to `total`. arrays: the names of what `source_row` and `delta_row` say the first elements
+    of."""
+    vector, (high, wide) = delta.vector, window.kernel
+    together = max(1, min(high, (2 * target.registers - 6) // wide))  # rows of taps whose sums are in registers
+    for first in range(0, high, together):
+        rows = min(together, high - first)
         text(*(f"sums_{ky} = T.alloc_buffer(({wide * vector},), 'float32')" for ky in range(rows)))
         for ky in range(rows):
             vectors(text, [("k", wide)], vector, f"sums_{ky}[k * {vector} + i] = T.float32(0)")
         for across, columns, left in _spans(delta.width, _columns(delta.width, 1, 4)):
             lines = [
-                f"delta_{b}: T.let = {widened(delta, f'delta[delta_row + w * {vector} + {b * vector} + i]')}"
+                f"delta_{b}: T.let = {widened(delta, f'{arrays[1]}[delta_row + w * {vector} + {b * vector} + i]')}"
                 for b in range(columns)
             ]
-            reads = _reads(window.reached, window, (1, columns))
+            reads = reads_of(window.reached, window, (1, columns))
             for number, ((y, x), readers) in enumerate(reads.items()):
                 mine = [(b, *divmod(tap, wide)) for (_, b), tap in readers if first <= tap // wide < first + rows]
                 if mine:
                     at = f"source_row + w * {window.stride[1] * vector} + {y * source.row_elems + x * vector} + i"
-                    lines.append(f"pixel_{number}: T.let = {widened(source, f'source[{at}]')}")
+                    lines.append(f"pixel_{number}: T.let = {widened(source, f'{arrays[0]}[{at}]')}")
                 for b, ky, kx in mine:
                     total = f"sums_{ky - first}[{kx * vector} + i]"
                     lines.append(f"{total} = {total} + delta_{b} * pixel_{number}")
@@ -255,9 +280,24 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
             total = f"total[({(first + ky) * wide} + k) * {vector} + i]"
             vectors(text, [("k", wide)], vector, f"{total} = {total} + sums_{ky}[k * {vector} + i]")
 
+
+def store_taps(text: Text, window: Window, vector: int) -> None:
+    """Stores the weight gradient of channel `c`."""
+    with text.nest(f"for k in T.serial({window.taps})"):
+        sums = f"total[k * {vector}"
+        for half in halves(vector):
+            vectors(text, [], half, f"{sums} + i] = {sums} + i] + {sums} + {half} + i]")
+        text(f"gradients[c * {window.taps} + k] = {sums}]")
+
+
+@schedule("depthwise.grad_weight", device="cpu")
+def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
+    """A thread has channels: sums are the same on any number of them. Those of a row are added up by themselves, so
+    that rounding grows with height + width and not with their product."""
+    source, delta, window, vector = problem.source, problem.delta, problem.window, problem.delta.vector
+    text = Text(buffer("gradients", delta.channels * window.taps), array("source", source), array("delta", delta))
     with text.nest(f"for c in {loop(delta.channels, delta.elems)}"):
-        text.local("total", window.taps * vector)
-        vectors(text, [("k", window.taps)], vector, f"total[k * {vector} + i] = T.float32(0)")
+        start_taps(text, window, vector)
         with text.nest(f"for s, h in T.grid({delta.slices}, {delta.height})"):
             text(
                 f"delta_row: T.let = (s * {delta.channels} + c) * {delta.channel_elems} + {delta.origin} + h * "
@@ -265,11 +305,6 @@ def depthwise_grad_weight(problem: DepthwiseGradWeight, target: Target) -> str:
                 f"source_row: T.let = (s * {source.channels} + c // {problem.multiplier}) * {source.channel_elems} + "
                 f"{source.origin} + h * {window.stride[0] * source.row_elems}",
             )
-            for first in range(0, high, together):
-                taps_of(first, min(together, high - first))
-        with text.nest(f"for k in T.serial({window.taps})"):
-            sums = f"total[k * {vector}"
-            for half in halves(vector):
-                vectors(text, [], half, f"{sums} + i] = {sums} + i] + {sums} + {half} + i]")
-            text(f"gradients[c * {window.taps} + k] = {sums}]")
+            add_taps(text, window, source, delta, target)
+        store_taps(text, window, vector)
     return str(text)

@@ -259,13 +259,13 @@ def zero(text: Text, name: str, elems: int, vector: int, dtype: str = "float32")
         text(f"{name}[j * {vector} + i] = T.{dtype}(0)")
 
 
-def fold(text: Text, sums: int, vector: int) -> None:
+def fold(text: Text, sums: int, vector: int, of: str = "") -> None:
     """Adds the float32 `partial` (sums, UNROLL, vector) to the float64 `total` (sums, vector), which holds all rows so
-    far."""
+    far. of: what their names end with."""
     with text.nest(f"for s in T.unroll({sums})", f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({vector})"):
         text(
-            f"total[s * {vector} + i] = total[s * {vector} + i] + T.cast(partial[s * {UNROLL * vector} + j * "
-            f'{vector} + i], "float64")'
+            f"total{of}[s * {vector} + i] = total{of}[s * {vector} + i] + T.cast(partial{of}[s * {UNROLL * vector} + "
+            f'j * {vector} + i], "float64")'
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _padding, _pair, _shape, reads
 from mest_compile.ir.graph import Node
+from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
 from mest_compile.operators.layers.geometry import gradient_halo, source_halo
 from mest_compile.operators.operator import Operator, Trace, operator
@@ -29,7 +30,9 @@ class Conv2d(Operator):
         return source_halo(low.layer(node).spec)
 
     def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
-        return gradient_halo(low.layer(node).spec) if low.needs_gradient(node.inputs[0]) else (0, 0, 0, 0)
+        if chain_of(node, low) or not low.needs_gradient(node.inputs[0]):
+            return (0, 0, 0, 0)
+        return gradient_halo(low.layer(node).spec)
 
     def forward(self, node: Node, low: Trace) -> None:
         _kernels(node, low).forward(node, low)

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.ir.graph import LayerSpec
+from mest_compile.operators.batch_norm import AFFINE
+from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.depthwise import DepthwiseForward, DepthwiseGradInput, DepthwiseGradWeight, Window
 from mest_compile.operators.layers.family import KernelFamily, family
 from mest_compile.operators.layers.index import LayerIndex, places_of
+from mest_compile.operators.layers.normed_depthwise import NormedDepthwiseBackward, NormedDepthwiseForward
 
 if TYPE_CHECKING:
     from mest_compile.hardware.target import Target
+    from mest_compile.ir.graph import Node
     from mest_compile.ir.program import Activation, Buffer, Program
     from mest_compile.operators.layers.gather import Epilogue
     from mest_compile.operators.operator import Trace
@@ -25,6 +29,11 @@ def _window(spec: LayerSpec) -> Window:
     return Window(spec.weight_shape[2:], spec.stride, spec.padding, spec.dilation)
 
 
+def _facts(norm: Node, low: Trace) -> tuple[Buffer, Buffer]:
+    """(moments, affine) of a normalisation in a chain."""
+    return low.temporary(f"{norm.name}.moments", 3 * norm.shape[1]), low.parameter(norm, *AFFINE)
+
+
 @family("depthwise")
 class DepthwiseFamily(KernelFamily):
     """Three kernels that read a layer's values as torch has them: there is no index and no transposed copy."""
@@ -33,6 +42,47 @@ class DepthwiseFamily(KernelFamily):
 
     def takes(self, spec: LayerSpec) -> bool:
         return spec.depthwise
+
+    def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
+        chain = chain_of(node, low)
+        if chain is None:
+            super()._convolve(node, low, result, statistics, phase)
+            return
+        layer, source = low.layer(node), low.value(chain.before.inputs[0])
+        activation = chain.before.attrs["activation"]
+        problem = NormedDepthwiseForward(source.image, result.image, _window(layer.spec), activation, bool(statistics))
+        arrays = self.hold(layer, low, "", "values"), *_facts(chain.before, low), source, result, *statistics
+        low.call("normed_depthwise.forward", problem, *arrays, node=node.name, phase=phase)
+
+    def backward(self, node: Node, low: Trace) -> None:
+        chain = chain_of(node, low)
+        if chain is None:
+            super().backward(node, low)
+            return
+        layer, source = low.layer(node), low.value(chain.before.inputs[0])
+        z, dy = low.value(node.name), low.gradient(node)
+        dz, accumulate = low.contribute(chain.before.inputs[0])
+        assert not accumulate, "nobody else reads what a chain does"
+        before, behind = (norm.attrs["activation"] for norm in (chain.before, chain.behind))
+        problem = NormedDepthwiseBackward(
+            source.image, z.image, dy.image, dz.image, _window(layer.spec), before, behind
+        )
+        low.call(
+            "normed_depthwise.backward",
+            problem,
+            self.hold(layer, low, "", "values"),
+            *_facts(chain.before, low),
+            source,
+            *_facts(chain.behind, low),
+            z,
+            dy,
+            self.hold(layer, low, "gradient", "gradients"),
+            *(low.parameter_gradient(norm, *AFFINE) for norm in (chain.before, chain.behind)),
+            dz,
+            node=node.name,
+            phase="backward",
+        )
+        self.update(layer, True, low, f"{layer.spec.name}.update")
 
     def convolve(
         self,
