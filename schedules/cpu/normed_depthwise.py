@@ -23,9 +23,10 @@ from mest_compile.schedules.cpu.depthwise import (
     write_plane,
 )
 from mest_compile.schedules.cpu.norms import NormGradient, activated, facts, set_facts
-from mest_compile.schedules.cpu.rows import array, buffer, frame_row, loop, narrowed, set_rows, walk_row, widened
+from mest_compile.schedules.cpu.rows import array, buffer, fetch, frame_row, loop, narrowed, set_rows, walk_row, widened
 from mest_compile.schedules.cpu.tiles import vectors
 
+AHEAD_BYTES = 0
 BEFORE, BEHIND = "_before", "_behind"  # what names of the two normalisations end with
 
 
@@ -58,7 +59,7 @@ def _take_rows(text: Text, source: Image, padded: Image, window: Window, rows: i
             z = widened(source, f"source[source_row + {at}]")
             return [f"taken[taken_row + {at}] = {activated(z, row, BEFORE)}"]
 
-        walk_row(text, source, body)
+        walk_row(text, source, body, fetch(AHEAD_BYTES, {"source": source}))
 
 
 @schedule("normed_depthwise.forward", device="cpu")
@@ -130,20 +131,20 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
         )
         start_sums(text, tile, vector, lambda a, b: "T.float32(0)")
         add_up(text, "delta", padded_delta, "read", reads_of(window.reaching, window, tile), f"c * {window.taps}")
-        for a in range(tile[0]):
-            where = f"dz[write + {a * dz.row_elems}"
-            vectors(
-                text,
-                [],
-                vector,
-                *(
-                    f"{where} + {b * vector} + i] = {narrowed(dz, f'sums_{a}[{b * vector} + i]')}"
-                    for b in range(tile[1])
-                ),
+        text(f"taken_from: T.let = source_plane + h * {source.row_elems} + w * {vector}")
+        places = [
+            (
+                f"dz[write + {a * dz.row_elems + b * vector} + i]",
+                f"source[taken_from + {a * source.row_elems + b * vector} + i]",
+                f"sums_{a}[{b * vector} + i]",
             )
+            for a in range(tile[0])
+            for b in range(tile[1])
+        ]
+        vectors(text, [], vector, *before.add_tile(places))
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
-        value = before.spread(at)
+        value = before.spread(at, told=True)
         return [f"dz[dz_row + {at}] = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
 
     with text.nest(f"for c in {loop(channels, source.elems)}"):
@@ -156,6 +157,7 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
         _make_plane(text, "taken", padded)
         _make_plane(text, "delta", padded_delta)
         start_taps(text, window, vector)
+        before.begin()
         with text.nest(f"for s in T.serial({dy.slices})"):
             text(
                 f"plane: T.let = s * {channels} + c",
@@ -167,10 +169,10 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
                 _take_rows(text, source, padded, window, 1, _row(problem.before))
                 text(f"source_row: T.let = {padded.origin} + h * {window.stride[0] * padded.row_elems}")
                 add_taps(text, window, padded, padded_delta, target, ("taken", "delta"))
+            before.begin_slice()
             each_tile(text, dz, tile_of(dz, window, window.stride), one)
+            before.end_slice()
         store_taps(text, window, vector)
-        before.begin()
-        before.add_up({"dz": dz, "source": source})
         before.join()
         before.set_spread()
         with text.nest(f"for r in T.serial({before.rows.all_rows})"):

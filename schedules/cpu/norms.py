@@ -85,6 +85,30 @@ class NormGradient:
             self.text.local(f"{name}{of}", vector, dtype)
             zero(self.text, f"{name}{of}", vector, vector, dtype)
 
+    def begin_slice(self) -> None:
+        zero(self.text, f"partial{self.of}", UNROLL * self.dy.vector, self.dy.vector)
+
+    def end_slice(self) -> None:
+        fold(self.text, 1, self.dy.vector, self.of)
+
+    def add_tile(self, places: Sequence[tuple[str, str, str]]) -> list[str]:
+        """Statements on a vector of lanes `i`: sets elements of dy to what they are before the activation, and adds them
+        up. places: (element of dy, of z, the gradient behind the activation as float32) of each."""
+        of, lines = self.of, [f"few{self.of}[i] = T.float32(0)"]
+        for number, (dy, z, value) in enumerate(places):
+            part = f"partial{of}[{number % UNROLL * self.dy.vector} + i]"
+            lines += [f"z_{number}: T.let = {widened(self.z, z)}", f"value_{number}: T.let = {value}"]
+            gradient = f"value_{number}"
+            if self.row:
+                gradient = spelled(self.row.gradient, x=normalised(f"z_{number}", of), dy=gradient)
+            lines += [
+                f"gradient_{number}: T.let = {gradient}",
+                f"{dy} = gradient_{number}",
+                f"few{of}[i] = few{of}[i] + gradient_{number}",
+                f"{part} = {part} + gradient_{number} * (z_{number} - mean{of})",
+            ]
+        return [*lines, f'whole{of}[i] = whole{of}[i] + T.cast(few{of}[i], "float64")']
+
     def add_up(
         self,
         images: Mapping[str, Image],
@@ -108,11 +132,11 @@ class NormGradient:
 
         add_few = [f'whole{of}[i] = whole{of}[i] + T.cast(few{of}[i], "float64")', f"few{of}[i] = T.float32(0)"]
         with self.text.nest(f"for s in T.serial({self.dy.slices})"):
-            zero(self.text, f"partial{of}", UNROLL * vector, vector)
+            self.begin_slice()
             with self.text.nest(f"for r in T.serial({self.dy.height})"):
                 self.rows.set_row(self.text, f"s * {self.dy.height} + r", dict(images))
                 walk_row(self.text, self.dy, add, fetched, add_few)
-            fold(self.text, 1, vector, of)
+            self.end_slice()
 
     def join(self) -> None:
         """Stores the channel's sums."""
@@ -149,7 +173,8 @@ class NormGradient:
             f"slope{of}[0] = scale{of} * (sums{of}[{channels} + c] * {number(share)} * moments{of}[{channels} + c])",
         )
 
-    def spread(self, at: str) -> str:
-        """An element of dz."""
+    def spread(self, at: str, told: bool = False) -> str:
+        """An element of dz. told: whether dy is already what it is before the activation."""
         of, z = self.of, self.z_at(at)
-        return f"(scale{of} * ({self.gradient(at, z)} - near{of}[0]) - (({z} - mean{of}) * slope{of}[0] + rest{of}[0]))"
+        gradient = self.dy_at(at) if told else self.gradient(at, z)
+        return f"(scale{of} * ({gradient} - near{of}[0]) - (({z} - mean{of}) * slope{of}[0] + rest{of}[0]))"
