@@ -16,7 +16,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
     ACTIVATIONS,
@@ -213,6 +213,27 @@ def combinations(kernel, rng, dtype) -> Iterator:
             da, db = combine.backward_reference(problem, dy, a, b)
             wanted = {3: (shape, da), 4: db if held else (second, db)}
             yield problem, [room, left, right, left, right], wanted
+
+
+@case("norm.forward", "norm.backward", "norm.parameters")
+def norms(kernel, rng, dtype) -> Iterator:
+    """Of one example all is NaN; the others have none of it."""
+    shape, _ = shapes(dtype)
+    x, dy = rng.standard_normal((2, 9, 6, 5, 7)).astype(dtype).astype(np.float32)
+    x[3, 2, 1, 4] = np.nan
+    weight, bias = rng.standard_normal((2, 9)).astype(np.float32)
+    moments = norm.moments_reference(x, shape, 3, True, 1e-5).astype(np.float32)
+    dx, dweight, dbias = norm.backward_reference(dy, x, 3, True, 1e-5, weight)
+    there, up = pack(shape, x, 0), pack(shape, dy, 0)
+    if kernel == "norm.forward":
+        wanted = norm.forward_reference(x, 3, True, 1e-5, weight, bias)
+        problem = norm.Norm(shape, shape, 3, True, 1e-5, True, True)
+        yield problem, [there, weight, bias, moments, up], {4: (shape, wanted)}
+    elif kernel == "norm.backward":
+        problem = norm.NormBackward(shape, shape, shape, 3, True, True)
+        yield problem, [up, there, weight, moments, up], {4: (shape, dx)}
+    else:
+        yield norm.NormParameters(shape, shape, 3, True), [up, there, moments, weight, bias], {3: dweight, 4: dbias}
 
 
 @case("dropout.forward")

@@ -17,7 +17,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -662,6 +662,70 @@ def test_combine(run, rng, shape, formula, kinds):
             60,
             stored=layouts[-1],
         )
+
+
+NORMS = {"groups": (3, True), "whole": (1, True), "channels": (1, False), "instances": (0, True)}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@some_shapes
+def test_norm(run, rng, shape, kind):
+    """Far from 0, with and without weight and bias."""
+    shape = dataclasses.replace(shape, channels=6)
+    groups, pixels = NORMS[kind]
+    groups = groups or shape.channels
+    if norm.count_of(shape, groups, pixels) == 1:
+        return
+    x, dy, start = draw(rng, shape, 3.0), draw(rng, shape), draw(rng, shape)
+    weight, bias = np.add(rng.standard_normal((2, shape.channels)), [[1], [0]]).astype(np.float32)
+    room = np.zeros(norm.moments_elems(shape, groups, pixels), np.float32)
+    y_image = other_halo(shape)
+    for held in ({"weight": weight, "bias": bias}, {}):
+        problem = norm.Norm(shape, y_image, groups, pixels, 1e-5, **dict.fromkeys(held, True))
+        *_, moments, y = run("norm.forward", problem, pack(shape, x), *held.values(), room, pack(y_image, start))
+        wanted = norm.forward_reference(x, groups, pixels, 1e-5, held.get("weight"), held.get("bias"))
+        assert_close(unpack(y_image, y), wanted, terms=40, stored=y_image)
+        told = norm.moments_reference(x, shape, groups, pixels, 1e-5)
+        assert_close(moments.reshape(told.shape) * (told != 0), told, terms=40)
+        dx, dweight, dbias = norm.backward_reference(dy, x, groups, pixels, 1e-5, held.get("weight"))
+        # A gradient is a difference of terms as large as this, of two values hardly any of it is left.
+        parts = 2 * np.abs(norm.normal_reference(x, groups, pixels, 1e-5)[1] * dy).max() * np.abs(weight).max()
+        arrays = [pack(shape, dy, 0), pack(shape, x)]
+        for accumulate in (False, True) if held else (False,):
+            back = norm.NormBackward(shape, shape, y_image, groups, pixels, bool(held), accumulate)
+            got = run("norm.backward", back, *arrays, *([weight] if held else []), moments, pack(y_image, start, 0))[-1]
+            wanted = dx + (start if accumulate else 0)
+            assert_close(unpack(y_image, got, gradient=True), wanted, 20, scale=parts, stored=y_image)
+    sums = [np.zeros(shape.channels, np.float32) for _ in range(2)]
+    parameters = norm.NormParameters(shape, shape, groups, pixels)
+    got = run("norm.parameters", parameters, *arrays, moments, *sums)[-2:]
+    for have, wanted in zip(got, (dweight, dbias), strict=True):
+        assert_close(have, wanted, terms=40, scale=np.sqrt(dy[0].size) * 4)
+    only = dataclasses.replace(parameters, weight=False)
+    assert_close(run("norm.parameters", only, arrays[0], sums[0])[-1], dbias, 40, scale=np.sqrt(dy[0].size) * 4)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_references_agree_with_torch(rng, kind):
+    import torch
+    from torch.nn import functional
+
+    groups, pixels = NORMS[kind]
+    x, dy = rng.standard_normal((2, 6, 4, 3, 5))
+    weight, bias = rng.standard_normal((2, 6))
+    tensors = [torch.from_numpy(one).requires_grad_() for one in (x, weight, bias)]
+    theirs = tensors[0].permute(3, 0, 1, 2)
+    if pixels:
+        y = functional.group_norm(theirs, groups or 6, *tensors[1:], 1e-3)
+    else:
+        y = functional.layer_norm(theirs.permute(0, 2, 3, 1), (6,), *tensors[1:], 1e-3).permute(0, 3, 1, 2)
+    y = y.permute(1, 2, 3, 0)
+    y.backward(torch.from_numpy(dy))
+    ours = norm.forward_reference(x, groups or 6, pixels, 1e-3, weight, bias)
+    np.testing.assert_allclose(ours, y.detach().numpy(), rtol=1e-9, atol=1e-9)
+    gradients = norm.backward_reference(dy, x, groups or 6, pixels, 1e-3, weight)
+    for have, wanted in zip(gradients, tensors, strict=True):
+        np.testing.assert_allclose(have, wanted.grad.numpy(), rtol=1e-9, atol=1e-9)
 
 
 def test_sums_over_different_axes_are_several_calls():
