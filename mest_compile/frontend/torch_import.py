@@ -148,8 +148,7 @@ def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, O
                 value, trouble = _nothing(node, importer), f"TVM: {_first_line(error)}"
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, relax.Var):
-                    original = _decomposed(node)
-                    origin = Origin(place(node), original or name.split(".")[0], bool(original), trouble)
+                    origin = Origin(place(node), *_called(node), trouble)
                     origins.setdefault(item.name, origin)
             return value
 
@@ -201,8 +200,11 @@ def _type(value: Any) -> Any:
     return relax.TensorType([int(size) for size in value.shape], str(value.dtype).removeprefix("torch."))
 
 
-def _decomposed(node: Any) -> str:
-    """The operator that the author of the model called and that became `node` and others; "" where it is `node`
-    itself."""
-    original, called = (str(found).split(".")[1:2] for found in (node.meta.get("original_aten", ""), node.target))
-    return "".join(original) if original != called else ""
+def _called(node: Any) -> tuple[str, bool]:
+    """(the operator that the author of the model called, whether `node` is one of several that it was decomposed
+    into)."""
+    made = node.target.__name__.split(".")[0]
+    sources = node.meta.get("from_node") or []
+    target = str(sources[0].target).split(".") if sources else []
+    called = target[1].rstrip("_") if target[:1] == ["aten"] else made
+    return called, called != made

@@ -275,7 +275,7 @@ def test_what_is_no_formula_is_refused(text):
 
 
 REFUSED = {
-    "LogSigmoid": (part(nn.LogSigmoid()), "^log_sigmoid_forward in layer 'part' .LogSigmoid. cannot"),
+    "LogSigmoid": (part(nn.LogSigmoid()), "^log_sigmoid in layer 'part' .LogSigmoid. cannot"),
     "a far bound": (Calls(lambda self, y: y.clamp(0, 1e300)), "minimum of a constant"),
     "a comparison": (Calls(lambda self, y: (y > 0) * y), "supported"),
     "two activations": (
