@@ -77,8 +77,8 @@ def to_onnx(step: TrainStep, path: str | Path, opset: int | None = None, into: s
         model = written_into(into, step.graph, state)
     else:
         opset = onnx_writer.OPSET if opset is None else onnx_writer.check_opset(opset)
-        writer = onnx_writer.Writer(state)
-        writer.prepare(step.graph.prepared, step.input_shape)
+        writer = onnx_writer.Writer(state, step.input_shape)
+        writer.prepare(step.graph.prepared)
         for node in step.graph.nodes:
             writer.operator(node, OPERATORS.find(node.op).onnx)
         model = writer.model(step.graph, opset)

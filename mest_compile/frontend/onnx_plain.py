@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
+from mest_compile.frontend.onnx_folding import factors_to_constants, fold_sizes, shapes
 from mest_compile.frontend.refusals import unsupported
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")
@@ -30,11 +31,12 @@ def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarra
     for node in graph.node:
         node.name = node.name or " ".join(node.output)
     _refuse_foreign(graph)
-    _weights_to_initializers(graph)
+    _weights_to_initializers(graph, factors_to_constants(graph))
     data = _data_input(graph, input_shape)
     del graph.input[:]
     graph.input.append(data)
     _numbers_to_constants(graph)
+    fold_sizes(model)
     _sums_to_additions(graph)
     _same_to_pads(model)
     state = _state(graph)
@@ -85,9 +87,9 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
     return inputs[0]
 
 
-def _weights_to_initializers(graph: Any) -> None:
-    """Constant nodes of rank 1 and more, and Identity of an initializer, become initializers under their output's
-    name."""
+def _weights_to_initializers(graph: Any, others: set[str]) -> None:
+    """Constant nodes of rank 1 and more that are none of the others, and Identity of an initializer, become
+    initializers under their output's name."""
     from onnx import TensorProto, helper, numpy_helper
 
     held = {tensor.name: tensor for tensor in graph.initializer}
@@ -97,7 +99,7 @@ def _weights_to_initializers(graph: Any) -> None:
         if node.op_type == "Identity" and node.input[0] in held:
             tensor = TensorProto()
             tensor.CopyFrom(held[node.input[0]])
-        elif node.op_type == "Constant":
+        elif node.op_type == "Constant" and node.output[0] not in others:
             tensor = _constant(node, numpy_helper)
             if tensor is not None and node.output[0] not in weighed and all(size == 1 for size in tensor.dims):
                 del tensor.dims[:]  # the 2 of 2 * x, which has axes in some exporters' files
@@ -183,25 +185,11 @@ def _same_to_pads(model: Any) -> None:
             0 if how == "VALID" else max(0, (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size)
             for size, width, step, apart in zip(image, kernel, strides, dilations, strict=True)
         ]
-        if odd := [total for total in totals if total % 2]:
-            sides = f"{odd[0] // 2} on one side and {odd[0] // 2 + 1} on the other"
-            raise unsupported(f"{node.op_type} with auto_pad={how}, which pads {sides},", where(node))
+        less, more = [total // 2 for total in totals], [-(-total // 2) for total in totals]
+        pads = [*more, *less] if how == "SAME_LOWER" else [*less, *more]
         kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
         del node.attribute[:]
-        node.attribute.extend([*kept, helper.make_attribute("pads", [total // 2 for total in totals] * 2)])
-
-
-def shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Every value's shape, of those that ONNX infers whole."""
-    from onnx import shape_inference
-
-    graph = shape_inference.infer_shapes(model, data_prop=True).graph
-    known = {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in [*graph.input, *graph.value_info, *graph.output]
-    }
-    known = {name: shape for name, shape in known.items() if all(shape)}
-    return known | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        node.attribute.extend([*kept, helper.make_attribute("pads", pads)])
 
 
 def _state(graph: Any) -> dict[str, np.ndarray]:

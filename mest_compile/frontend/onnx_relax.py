@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tvm import relax
-from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, get_constant
 
-from mest_compile.frontend.onnx_plain import opset, shapes, where
+from mest_compile.frontend.onnx_converters import OWN
+from mest_compile.frontend.onnx_folding import shapes
+from mest_compile.frontend.onnx_plain import opset, where
 from mest_compile.frontend.refusals import Origin, unsupported
 
 # What TVM's converters raise; its own errors are RuntimeErrors.
@@ -53,7 +55,11 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
         node, why = next(self.pending), ""
         try:
-            made = super()._convert_operator(op_name, inputs, attrs, opset)
+            if op_name in OWN:
+                others = [one and get_constant(one, [self._nodes, self._params]) for one in list(inputs)[1:]]
+                made = self.bb.normalize(OWN[op_name](inputs[0], others, attrs))
+            else:
+                made = super()._convert_operator(op_name, inputs, attrs, opset)
         except CONVERTER_ERRORS as error:
             why = "" if isinstance(error, NotImplementedError) else trouble(error, self.names)
             made = self._nothing(node, inputs, error)

@@ -40,11 +40,13 @@ def onnx_name(operation: str) -> str:
 
 
 class Writer:
-    """Collects the nodes of a graph, of which `state` has the weights by torch name."""
+    """Collects the nodes of a graph whose input has that shape and whose weights `state` has by torch name."""
 
-    def __init__(self, state: Mapping[str, np.ndarray]):
+    def __init__(self, state: Mapping[str, np.ndarray], input_shape: tuple[int, ...]):
         self.nodes: list[Any] = []
-        self.sizes: dict[str, tuple[tuple[str | int, ...], str]] = {}  # value -> (shape, kind)
+        self.sizes: dict[str, tuple[tuple[str | int, ...], str]] = {  # value -> (shape, kind)
+            INPUT: (("N", *input_shape[1:]), "float")
+        }
         self.weights: dict[str, np.ndarray] = {}  # those that are read
         self.values = {INPUT: INPUT}  # name of a node of the ForwardGraph -> of its value
         self._state = state
@@ -57,9 +59,10 @@ class Writer:
         self._path = node.name
         self.values[node.name] = write(node, self)
 
-    def prepare(self, steps: Sequence[Preparation], shape: tuple[int, ...]) -> None:
-        """Lets the operators see the input, of that shape, after these steps."""
+    def prepare(self, steps: Sequence[Preparation]) -> None:
+        """Lets the operators see the input after these steps."""
         self._path = PREPARE
+        shape = self.shape(INPUT)
         for step in steps:
             value, operand = self.values[INPUT], self._channels(step.operand, len(shape) - 2)
             inputs = [operand, value] if step.swapped else [value, operand]
@@ -68,6 +71,10 @@ class Writer:
     def inputs(self, node: Node) -> list[str]:
         """The values that it reads."""
         return [self.values[name] for name in node.inputs]
+
+    def shape(self, value: str) -> tuple[Any, ...]:
+        """Of a value, the batch first."""
+        return self.sizes[value][0]
 
     def parameters(self, node: Node, *roles: str) -> list[str]:
         """Its initializers of those roles, as far as it has them."""
@@ -163,7 +170,6 @@ class Writer:
             shape, kind = sizes[name]
             return helper.make_tensor_value_info(name, _kinds()[kind], list(shape))
 
-        sizes[INPUT] = ("N", *graph.input_shape[1:]), "float"
         made = helper.make_graph(
             self.nodes,
             "mest-compile",

@@ -155,6 +155,7 @@ class Reader:
         self.spelled: dict[tuple[Value, str], Value] = {}
         self.prepared: dict[tuple[Value, Preparation], Value] = {}
         self.where = self.name = self.called = self.trouble = ""
+        self.input_shape: tuple[int, ...] = ()
 
     def read(self, function: Any) -> tuple[ForwardGraph, set[str]]:
         from tvm import relax
@@ -165,7 +166,7 @@ class Reader:
             raise SpecError(
                 f"a model with one input is wanted, this one has {len(inputs)}: {', '.join(var.name for var in inputs)}"
             )
-        input_shape = _shape(inputs[0])
+        input_shape = self.input_shape = _shape(inputs[0])
         self.values[inputs[0]] = Value(-1, input_shape)
         for var in rest:
             known = var.name in self.parameters
@@ -301,6 +302,11 @@ class Reader:
             self.forms[self.spelled[key]], self.trees[self.spelled[key]] = value.forms, value.trees
         return self.spelled[key]
 
+    def source(self, value: Value) -> Value:
+        """What the operator of a value reads first."""
+        place = self.drafts[value.draft].inputs[0]
+        return Value(place, self.drafts[place].shape if place >= 0 else self.input_shape)
+
     def is_input(self, value: Any) -> bool:
         """Whether it is the model's input, prepared or not."""
         return isinstance(value, Value) and (value.draft < 0 or self.drafts[value.draft].op == PREPARE)
@@ -374,12 +380,11 @@ def _pair(values: Any) -> tuple[int, int]:
     return first, second
 
 
-def _padding(reader: Reader, attrs: Any) -> tuple[int, int]:
-    """(y, x) of Relax's (top, left, bottom, right)."""
-    top, left, bottom, right = (int(value) for value in attrs.padding)
-    if (top, left) != (bottom, right):
-        raise reader.error(f"asymmetric padding (top {top}, left {left}, bottom {bottom}, right {right})")
-    return top, left
+def padding_attrs(sides: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """(top, left, bottom, right) pixels as nodes have them: `padding`, and `padding_end` where that is another."""
+    top, left, bottom, right = (int(side) for side in sides)
+    end = {} if (top, left) == (bottom, right) else {"padding_end": (bottom, right)}
+    return {"padding": (top, left), **end}
 
 
 def _is_stored(*values: Any) -> bool:

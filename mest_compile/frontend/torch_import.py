@@ -65,7 +65,7 @@ def _read(
         with marked(module):
             program = _export(module, input_shape, state)
         check_before_decomposition(program, state, refusals)
-        program = program.run_decompositions()
+        program = program.run_decompositions(_decompositions())
         with refusals.noted():
             check_unchanged(program)
     evaluating, drops = set[str](), list[bool]()
@@ -113,6 +113,19 @@ def _export(module: torch.nn.Module, input_shape: tuple[int, ...], state: Mappin
     ) from failure
 
 
+def _decompositions() -> Any:
+    """Torch's, without those of operators that are converted whole."""
+    import torch
+
+    from mest_compile.frontend.torch_converters import WHOLE
+
+    table = torch.export.default_decompositions()
+    for name in WHOLE:
+        operator, overload = name.split(".")
+        table.pop(getattr(getattr(torch.ops.aten, operator), overload))
+    return table
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -128,6 +141,8 @@ def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, O
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
 
+    from mest_compile.frontend.torch_converters import converters
+
     # The importer keeps parameters as inputs and turns buffers into constants without a name. The running statistics
     # are ours to update, so they go in as parameters. Non-persistent buffers are not state and stay constants.
     for spec in program.graph_signature.input_specs:
@@ -135,12 +150,12 @@ def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, O
             spec.kind = InputKind.PARAMETER
 
     origins: dict[str, Origin] = {}
-    unwrapped: dict[str, Any] = {}  # the importer's own conversions
+    unwrapped: dict[str, Any] = {}  # conversions
 
     def remember(name: str) -> Callable[[Any, Any], Any]:
         def convert(node: Any, importer: Any) -> Any:
             if not unwrapped:
-                unwrapped.update(importer.create_convert_map())
+                unwrapped.update(importer.create_convert_map() | converters(importer))
             trouble = ""
             try:
                 value = unwrapped[name](node) if name in unwrapped else _nothing(node, importer)

@@ -27,8 +27,10 @@ class LayerSpec:
     name          torch name of its weight: "layer1.0.conv1.weight"
     weight_shape  (out, in, kh, kw), elements; a linear layer is (out, in, 1, 1); `in` is of one group
     input_shape   (batch, in, h, w), elements; a linear layer is (batch, in, 1, 1); `in` is of all groups
-    stride, padding, dilation  (y, x), pixels
+    stride, dilation  (y, x), pixels
+    padding       (y, x) pixels of zeros above and left of the input
     groups        of channels, each convolved by itself
+    padding_end   (y, x) pixels of zeros below and right of it; None: as many as `padding`
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerSpec:
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
     dilation: tuple[int, int] = (1, 1)
+    padding_end: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.weight_shape[1] * self.groups != self.input_shape[1]:
@@ -66,8 +69,10 @@ class LayerSpec:
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the output, pixels."""
         return tuple(
-            (size + 2 * pad - extent) // step + 1
-            for size, pad, extent, step in zip(self.input_shape[2:], self.padding, self.extent, self.stride)
+            (size + pad + end - extent) // step + 1
+            for size, pad, end, extent, step in zip(
+                self.input_shape[2:], self.padding, self.padding_end or self.padding, self.extent, self.stride
+            )
         )  # type: ignore
 
     @property
@@ -96,10 +101,10 @@ class Node:
     inputs  names of the producing nodes; "input" is the graph's input
     params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
             running_mean, running_var
-    attrs   conv2d: stride, padding, and groups, dilation where they are not 1; batch_norm: eps, momentum (torch's:
-            share of the new statistics), evaluating (only if it is: it normalises with its running statistics, and
-            keeps them, while the step trains; FROZE where that began while training); pools: kernel, stride, padding,
-            avg_pool2d also count_include_pad; dropout: p, whole; formula: formula
+    attrs   conv2d: stride, padding, padding_end where it is another, and groups, dilation where they are not 1;
+            batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only if it is: it normalises
+            with its running statistics, and keeps them, while the step trains; FROZE where that began while training);
+            pools: fields of operators.pool.Pool, none where adaptive; others: as their operators say
     shape   of the output: (N, C, H, W) or (N, features)
     """
 

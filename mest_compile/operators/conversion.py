@@ -1,4 +1,5 @@
-"""Activations between NCHW at the model's border and our layout inside it, and copies from one halo to another."""
+"""Activations between NCHW at the model's border and our layout inside it, copies from one halo to another, and copies
+of parts."""
 
 from __future__ import annotations
 
@@ -45,6 +46,48 @@ class ImageCopy:
     accumulate: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Elements of an image, each (channel, row, column): the first, and how far one is from the next."""
+
+    start: tuple[int, int, int] = (0, 0, 0)
+    step: tuple[int, int, int] = (1, 1, 1)
+
+    def index(self, size: tuple[int, int, int]) -> tuple[slice, ...]:
+        """Of `size` elements in an array (C, H, W, N)."""
+        return tuple(
+            slice(first, first + (count - 1) * step + 1, step)
+            for first, step, count in zip(self.start, self.step, size, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """Kernel "image.part": source (source.elems,), result (result.elems,). What one grid has becomes the other's.
+
+    size        (channels, rows, columns) of both grids
+    taken, put  the grids in source and in result
+    accumulate  result += source, there
+    fill        what the other elements of the result become; None: they stay
+    """
+
+    source: Image
+    result: Image
+    size: tuple[int, int, int]
+    taken: Grid = Grid()
+    put: Grid = Grid()
+    accumulate: bool = False
+    fill: float | None = None
+
+    def __post_init__(self) -> None:
+        assert not self.accumulate or self.fill is None, "what is there cannot be added to and filled"
+        for image, grid in (self.source, self.taken), (self.result, self.put):
+            ends = [part.stop for part in grid.index(self.size)]
+            assert min(grid.start) >= 0 and all(
+                end <= most for end, most in zip(ends, (image.channels, image.height, image.width), strict=True)
+            ), f"{grid} of {self.size} elements leaves {image}"
+
+
 def import_reference(images: np.ndarray) -> np.ndarray:
     """(C, H, W, N) of images (N, C, H, W)."""
     return np.moveaxis(images, 0, -1)
@@ -53,3 +96,11 @@ def import_reference(images: np.ndarray) -> np.ndarray:
 def export_reference(source: np.ndarray) -> np.ndarray:
     """(N, C, H, W) of source (C, H, W, N)."""
     return np.moveaxis(source, -1, 0)
+
+
+def part_reference(problem: ImagePart, source: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """(C, H, W, N) of source and result, in float64."""
+    out = result.astype(np.float64) if problem.fill is None else np.full(result.shape, problem.fill)
+    there, taken = problem.put.index(problem.size), source[problem.taken.index(problem.size)]
+    out[there] = out[there] + taken if problem.accumulate else taken
+    return out

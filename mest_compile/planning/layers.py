@@ -40,6 +40,7 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
                     tuple(node.attrs.get("padding", (0, 0))),
                     node.attrs.get("groups", 1),
                     tuple(node.attrs.get("dilation", (1, 1))),
+                    node.attrs.get("padding_end"),
                 )
             )
     return specs

@@ -6,8 +6,19 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
-from mest_compile.schedules.cpu.rows import array, buffer, each_row, frame_row, loop, narrowed, pointwise, widened
+from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ImagePart, ZeroHalo
+from mest_compile.schedules.cpu.rows import (
+    array,
+    buffer,
+    each_row,
+    frame_row,
+    loop,
+    narrowed,
+    number,
+    pointwise,
+    walk_row,
+    widened,
+)
 
 
 @schedule("image.import", device="cpu")
@@ -84,3 +95,27 @@ def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
 @schedule("image.copy", device="cpu")
 def image_copy(problem: ImageCopy, target: Target) -> str:
     return pointwise({"source": problem.source, "result": problem.result}, "result", "{source}", problem.accumulate)
+
+
+@schedule("image.part", device="cpu")
+def image_part(problem: ImagePart, target: Target) -> str:
+    source, result, (channels, rows, columns) = problem.source, problem.result, problem.size
+    text = Text(array("source", source), array("result", result))
+    if problem.fill is not None and problem.size != (result.channels, result.height, result.width):
+        fill = narrowed(result, number(problem.fill))
+        with each_row(text, {"result": result}):
+            walk_row(text, result, lambda at, slot, live: [f"result[result_row + {at}] = {fill}"])
+    turns = result.slices * channels * rows
+    with text.nest(f"for turn in {loop(turns, turns * columns * result.vector)}"):
+        text(f"plane: T.let = turn // {rows}", f"h: T.let = turn % {rows}")
+        for name, image, grid in ("source", source, problem.taken), ("result", result, problem.put):
+            (first, row, column), (apart, down, _) = grid.start, grid.step
+            place = f"plane // {channels} * {image.channels} + plane % {channels} * {apart} + {first}"
+            left = image.origin + row * image.row_elems + column * image.vector
+            text(f"{name}_row: T.let = ({place}) * {image.channel_elems} + h * {down * image.row_elems} + {left}")
+        with text.nest(f"for w in T.serial({columns})", f"for i in T.vectorized({result.vector})"):
+            element = f"result[result_row + w * {problem.put.step[2] * result.vector} + i]"
+            value = widened(source, f"source[source_row + w * {problem.taken.step[2] * source.vector} + i]")
+            value = f"{widened(result, element)} + {value}" if problem.accumulate else value
+            text(f"{element} = {narrowed(result, value)}")
+    return str(text)

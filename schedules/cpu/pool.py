@@ -11,30 +11,24 @@ from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.pool import AvgPoolBackward, GlobalPool, MaxPoolBackward, Pool
 from mest_compile.schedules.cpu.rows import array, each_row, loop, narrowed, number, widened
+from mest_compile.schedules.windows import corner_and_end, most, share
 
 
 def _set_window(text: Text, problem: Pool) -> None:
     """Sets, for the result pixel (h, w), the window's corner (`top`, `left`) in the image and its size (`tall`,
     `wide`)."""
-    for corner, size, pixel, axis, extent in (
-        ("top", "tall", "h", 0, problem.x.height),
-        ("left", "wide", "w", 1, problem.x.width),
-    ):
-        kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
-        if padding:
-            text(
-                f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
-                f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}",
-            )
-        else:
-            text(f"{corner}: T.let = {pixel} * {stride}")
+    for axis, (corner, size, pixel) in enumerate((("top", "tall", "h"), ("left", "wide", "w"))):
+        first, end = corner_and_end(problem, axis, pixel)
+        text(f"{corner}: T.let = {first}")
+        if not problem.fits(axis):
+            text(f"{size}: T.let = {end} - {corner}")
 
 
 @contextmanager
 def _each_tap(text: Text, problem: Pool) -> Iterator[None]:
     """Loops `ky`, `kx` over the window that `_set_window` found."""
     loops = [
-        f"for {name} in " + (f"T.serial({size})" if problem.padding[axis] else f"T.unroll({problem.kernel[axis]})")
+        f"for {name} in " + (f"T.unroll({most(problem, axis)})" if problem.fits(axis) else f"T.serial({size})")
         for axis, (name, size) in enumerate((("ky", "tall"), ("kx", "wide")))
     ]
     with text.nest(*loops):
@@ -54,12 +48,7 @@ def _pixel(name: str, image: Image) -> str:
 
 def _share(problem: Pool) -> str:
     """What each value of an average counts."""
-    if problem.count_include_pad or not any(problem.padding):
-        return number(1 / (problem.kernel[0] * problem.kernel[1]))
-    tall, wide = (
-        (size if problem.padding[axis] else str(problem.kernel[axis])) for axis, size in enumerate(("tall", "wide"))
-    )
-    return f'(T.float32(1) / T.cast({tall} * {wide}, "float32"))'
+    return share(problem, ("h", "w"), ("tall", "wide"), number)
 
 
 # Bytes. Where more is computed of a tap, fewer taps are under way at once; rows as long as this are asked for as far
@@ -70,9 +59,10 @@ AHEAD = 1024
 
 def _ask_ahead(text: Text, problem: Pool) -> None:
     """Asks for what a window AHEAD of this one has in rows that the window above it did not have."""
-    x, rows = problem.x, min(problem.kernel[0], problem.stride[0])
-    if x.width * x.vector * x.item_bytes < AHEAD:
+    x = problem.x
+    if problem.kernel is None or x.width * x.vector * x.item_bytes < AHEAD:
         return
+    rows = min(problem.kernel[0], problem.stride[0])
     place = f"(top + {problem.kernel[0] - rows} + row) * {x.row_elems} + left * {x.vector} + {AHEAD // x.item_bytes}"
     element = f"x[plane * {x.channel_elems} + {x.origin} + {place}]"
     with text.nest(f"for row in T.unroll({rows})"):
@@ -164,7 +154,7 @@ def max_pool_backward(problem: MaxPoolBackward, target: Target) -> str:
                 "winner[i] = 0",
                 f"value[i] = {widened(problem.dy, _pixel('dy', problem.dy))}",
             )
-        number_of = f"ky * {problem.forward.kernel[1]} + kx"
+        number_of = f"ky * {most(problem.forward, 1)} + kx"
         with _each_tap(text, problem.forward), text.nest(vector):
             text(
                 f"winner[i] = T.Select({tap} <= best[i], winner[i], {number_of})",

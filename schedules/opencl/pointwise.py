@@ -13,11 +13,21 @@ from mest_compile.operators.activation import (
     activation_of,
 )
 from mest_compile.operators.add import AddForward
-from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ZeroHalo
+from mest_compile.operators.conversion import Grid, ImageCopy, ImageExport, ImageImport, ImagePart, ZeroHalo
 from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.opencl.sums import ChannelSums
-from mest_compile.schedules.opencl.text import DeviceText, at, image, plane_vectors, scalars, spelled, zeros
+from mest_compile.schedules.opencl.text import (
+    DeviceText,
+    at,
+    full,
+    image,
+    number,
+    plane_vectors,
+    scalars,
+    spelled,
+    zeros,
+)
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, target: Target, accumulate: bool = False) -> str:
@@ -59,6 +69,33 @@ def image_copy(problem: ImageCopy, target: Target) -> str:
     return pointwise(
         {"source": problem.source, "result": problem.result}, "result", "{source}", target, problem.accumulate
     )
+
+
+@schedule("image.part", device="opencl")
+def image_part(problem: ImagePart, target: Target) -> str:
+    source, result, (channels, rows, columns) = problem.source, problem.result, problem.size
+    text = DeviceText(image("source", source), image("result", result))
+    if problem.fill is not None and problem.size != (result.channels, result.height, result.width):
+        with text.each_pixel(result, target.limits.threads):
+            text(f"{at('result', result)} = {full(number(problem.fill), result.vector)}")
+    with text.each(result.slices * channels * rows * columns, target.limits.threads):
+        text(
+            f"plane: T.let = n // {rows * columns}",
+            f"h: T.let = n % {rows * columns} // {columns}",
+            f"w: T.let = n % {columns}",
+        )
+
+        def element(name: str, layout: Image, grid: Grid) -> str:
+            (first, row, column), (apart, down, right) = grid.start, grid.step
+            place = f"plane // {channels} * {layout.channels} + plane % {channels} * {apart} + {first}"
+            pixel = (
+                f"(h * {down} + {row + layout.halo[0]}) * {layout.columns} + w * {right} + {column + layout.halo[1]}"
+            )
+            return f"{name}[({place}) * {plane_vectors(layout)} + {pixel}]"
+
+        here, value = element("result", result, problem.put), element("source", source, problem.taken)
+        text(f"{here} = {here} + {value}" if problem.accumulate else f"{here} = {value}")
+    return str(text)
 
 
 def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: Target) -> str:

@@ -21,6 +21,7 @@ from mest_compile.schedules.opencl.text import (
     vector_type,
     zeros,
 )
+from mest_compile.schedules.windows import corner_and_end, holding, share
 
 _AXES = (("h", "top", "tall", 0), ("w", "left", "wide", 1))  # pixel, window's corner, window's size
 
@@ -28,12 +29,9 @@ _AXES = (("h", "top", "tall", 0), ("w", "left", "wide", 1))  # pixel, window's c
 def _set_window(text: DeviceText, problem: Pool, pixels: tuple[str, str]) -> None:
     """Sets, for a result pixel, the window's corner (`top`, `left`) in the image and its size (`tall`, `wide`) within
     the image."""
-    for (_, corner, size, axis), pixel, extent in zip(_AXES, pixels, (problem.x.height, problem.x.width), strict=True):
-        kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
-        text(
-            f"{corner}: T.let = T.max({pixel} * {stride} - {padding}, 0)",
-            f"{size}: T.let = T.min({pixel} * {stride} + {kernel - padding}, {extent}) - {corner}",
-        )
+    for (_, corner, size, axis), pixel in zip(_AXES, pixels, strict=True):
+        first, end = corner_and_end(problem, axis, pixel)
+        text(f"{corner}: T.let = {first}", f"{size}: T.let = {end} - {corner}")
 
 
 def _tap(name: str, layout: Image) -> str:
@@ -43,11 +41,9 @@ def _tap(name: str, layout: Image) -> str:
     )
 
 
-def _share(problem: Pool) -> str:
+def _share(problem: Pool, pixels: tuple[str, str]) -> str:
     """What each value of an average counts."""
-    if problem.count_include_pad or not any(problem.padding):
-        return number(1 / (problem.kernel[0] * problem.kernel[1]))
-    return '(T.float32(1) / T.cast(tall * wide, "float32"))'
+    return share(problem, pixels, ("tall", "wide"), number)
 
 
 def _forward(problem: Pool, start: str, step: str, last: str, target: Target) -> str:
@@ -74,7 +70,8 @@ def max_pool_forward(problem: Pool, target: Target) -> str:
 @schedule("avg_pool2d.forward", device="opencl")
 def avg_pool_forward(problem: Pool, target: Target) -> str:
     vector = problem.x.vector
-    return _forward(problem, zeros(vector), "value[0] + {}", f"value[0] * {full(_share(problem), vector)}", target)
+    part = full(_share(problem, ("h", "w")), vector)
+    return _forward(problem, zeros(vector), "value[0] + {}", f"value[0] * {part}", target)
 
 
 @contextmanager
@@ -82,13 +79,9 @@ def _each_window_of(text: DeviceText, problem: Pool) -> Iterator[None]:
     """Loops `oy`, `ox` over the result pixels whose windows hold the pixel (h, w), in reading order; sets their
     windows."""
     loops = []
-    for (pixel, _, _, axis), name, extent in zip(_AXES, ("y", "x"), (problem.y.height, problem.y.width), strict=True):
-        kernel, stride, padding = problem.kernel[axis], problem.stride[axis], problem.padding[axis]
-        text(
-            f"first_{name}: T.let = T.max({pixel} + {padding + stride - kernel}, 0) // {stride}",
-            f"count_{name}: T.let = T.max(T.min(({pixel} + {padding}) // {stride}, {extent - 1}) - first_{name} "
-            "+ 1, 0)",
-        )
+    for (pixel, _, _, axis), name in zip(_AXES, ("y", "x"), strict=True):
+        first, last = holding(problem, axis, pixel)
+        text(f"first_{name}: T.let = {first}", f"count_{name}: T.let = T.max({last} - first_{name} + 1, 0)")
         loops.append(f"for k{name}_window in T.serial(count_{name})")
     with text.nest(*loops):
         text("oy: T.let = first_y + ky_window", "ox: T.let = first_x + kx_window")
@@ -142,8 +135,9 @@ def avg_pool_backward(problem: AvgPoolBackward, target: Target) -> str:
     with text.each_pixel(dx, target.limits.threads):
         text.private("total", 1, vector_type(vector))
         text(f"total[0] = {zeros(vector)}")
+        part = _share(problem.forward, ("oy", "ox"))
         with _each_window_of(text, problem.forward):
-            text(f"total[0] = total[0] + {_result('dy', problem.dy)} * {full(_share(problem.forward), vector)}")
+            text(f"total[0] = total[0] + {_result('dy', problem.dy)} * {full(part, vector)}")
         _store(text, problem)
     return str(text)
 

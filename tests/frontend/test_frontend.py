@@ -13,7 +13,9 @@ from torch import nn
 
 from mest_compile.base.errors import DataError, SpecError, UnknownName, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch, import_model
+from mest_compile.ir.layouts.batch import Image
 from mest_compile.models.catalog import build_model, model_names
+from mest_compile.operators import pool, resize
 from mest_compile.operators.activation import ACTIVATIONS, activation_of
 from mest_compile.operators.combine import NAMES, formula_of
 from mest_compile.planning.layers import layer_specs
@@ -38,16 +40,35 @@ def run_node(node, state, inputs):
     a = node.attrs
     return {
         "conv2d": lambda: F.conv2d(
-            x, held["weight"], held.get("bias"), a["stride"], a["padding"], a.get("dilation", 1), a.get("groups", 1)
+            F.pad(x, around(a)),
+            held["weight"],
+            held.get("bias"),
+            a["stride"],
+            0,
+            a.get("dilation", 1),
+            a.get("groups", 1),
         ),
         "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
         "batch_norm": lambda: F.batch_norm(
             x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]
         ),
         "add": lambda: x + other,
-        "max_pool2d": lambda: F.max_pool2d(x, a["kernel"], a["stride"], a["padding"]),
-        "avg_pool2d": lambda: F.avg_pool2d(
-            x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]
+        "max_pool2d": lambda: pooled(node, x, pool.max_forward_reference),
+        "avg_pool2d": lambda: pooled(node, x, pool.avg_forward_reference),
+        "concat": lambda: torch.cat(inputs, a["axis"]),
+        "slice": lambda: x[
+            (
+                slice(None),
+                *(
+                    slice(first, first + (size - 1) * step + 1, step)
+                    for first, step, size in zip(a["start"], a["step"], node.shape[1:], strict=False)
+                ),
+            )
+        ],
+        "pad": lambda: F.pad(
+            x,
+            [side for both in zip(a["after"], a["before"], strict=True) for side in both][: 2 * x.ndim - 2][::-1],
+            value=a["fill"],
         ),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
@@ -55,9 +76,28 @@ def run_node(node, state, inputs):
         "unflatten": lambda: x[:, :, None, None],
         "combine": lambda: combined(node, state, inputs),
         "reduce": lambda: x.sum(a["axes"], keepdim=True) * a["scale"],
+        "resize": lambda: by_reference(
+            node, x, lambda images, array: resize.forward_reference(resize.Resize(*images, **a), array)
+        ),
         **{name: lambda name=name: function_of(name)(x) for name in ACTIVATIONS.load()},
         "formula": lambda: torch.from_numpy(activation_of(a["formula"]).forward_reference(x.numpy())).float(),
     }[node.op]()
+
+
+def around(attrs):
+    """Padding as F.pad has it."""
+    (top, left), (bottom, right) = attrs["padding"], attrs.get("padding_end", attrs["padding"])
+    return left, right, top, bottom
+
+
+def by_reference(node, x, reference):
+    """reference: of kernels, (the images of x and of the value, x (C, H, W, N)) -> the value (C, H, W, N)."""
+    images = [Image(*shape[1:], shape[0]) for shape in (x.shape, node.shape)]
+    return torch.from_numpy(reference(images, x.permute(1, 2, 3, 0).numpy())).float().permute(3, 0, 1, 2)
+
+
+def pooled(node, x, reference):
+    return by_reference(node, x, lambda images, array: reference(pool.Pool(*images, **node.attrs), array))
 
 
 def run_graph(graph, state, images):
@@ -260,7 +300,6 @@ def part(module):
 
 REFUSED = {
     "sin": (Calls(lambda self, y: torch.sin(y)), ["sin", "forward (Calls)", "supported: add, "]),
-    "even kernel, padding same": (part(nn.Conv2d(4, 4, 2, padding="same")), ["'part' (Conv2d)"]),
     "dropout in evaluation too": (
         Calls(lambda self, y: F.dropout(y, 0.3)),
         ["dropout with p=0.3", "forward (Calls)", "set p to 0 or remove it"],
@@ -271,8 +310,19 @@ REFUSED = {
     "alpha of rsub": (Calls(lambda self, y: torch.rsub(y, 1, alpha=3)), ["rsub with alpha=3"]),
     "selu, which TVM reads as elu": (part(nn.SELU()), ["selu in layer 'part' (SELU)"]),
     "divisor": (part(nn.AvgPool2d(2, divisor_override=3)), ["divisor_override=3", "'part'"]),
-    "ceil mode": (part(nn.MaxPool2d(3, 2, ceil_mode=True)), ["max_pool2d with ceil_mode", "'part'"]),
     "over examples": (Calls(lambda self, y: y * y.mean(0, keepdim=True)), ["mean of (2, 4, 8, 8) over axes (0,)"]),
+    "dilated pool": (part(nn.MaxPool2d(3, 2, dilation=2)), ["dilated max_pool2d", "'part'"]),
+    "slice of the batch": (Calls(lambda self, y: y[:1]), ["slice from (2, 4, 8, 8) to (1, 4, 8, 8)"]),
+    "concat of the batch": (Calls(lambda self, y: torch.cat([y, y])), ["concat", "along axis 0"]),
+    "infinite pad": (Calls(lambda self, y: F.pad(y, (1, 1), value=-torch.inf)), ["pad with -inf"]),
+    "bicubic": (part(nn.Upsample(scale_factor=2, mode="bicubic")), ["'part' (Upsample)"]),
+    "antialias": (
+        Calls(lambda self, y: F.interpolate(y, scale_factor=0.5, mode="bilinear", antialias=True)),
+        ["upsample_bilinear2d with antialias=True"],
+    ),
+    "reflect": (part(nn.ReflectionPad2d(1)), ["reflection_pad2d", "'part'"]),
+    "replicate": (part(nn.ReplicationPad2d(1)), ["replication_pad2d", "'part'"]),
+    "refused within a concat": (Calls(lambda self, y: torch.cat([y, torch.sin(y)], 1)[:, :4]), ["sin in"]),
     "no affine": (part(nn.BatchNorm2d(4, affine=False)), ["batch_norm", "'part'"]),
     "no statistics": (part(nn.BatchNorm2d(4, track_running_stats=False)), ["'part' (BatchNorm2d)"]),
     "cumulative": (part(nn.BatchNorm2d(4, momentum=None)), ["momentum=None", "'part'"]),
@@ -281,13 +331,10 @@ REFUSED = {
         ["part.weight", "two operators", "shared"],
     ),
     "data dependent": (Calls(lambda self, y: y if y.sum() > 0 else -y), ["torch.export"]),
-    "uneven pool": (part(nn.AdaptiveAvgPool2d(3)), ["'part' (AdaptiveAvgPool2d)"]),
-    "slice": (Calls(lambda self, y: y[:, :, 1:]), ["slice"]),
     "parameter": (Calls(lambda self, y: y + self.part.weight.mean(), part=nn.Conv2d(4, 4, 1)), ["supported"]),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name_and_place(case):
     module, words = REFUSED[case]

@@ -286,12 +286,72 @@ def test_what_cannot_be_read_is_one_line_on_no_stream(tmp_path, capfd, facts, er
         (node("MaxPool", "x", "a", kernel_shape=[2, 2], auto_pad="SAME_LOWER"), 9),
     ],
 )
-def test_auto_pad_that_pads_unevenly_is_refused(tmp_path, window, size):
-    path = write(tmp_path, *images(window), shape=(2, 3, size, size))
-    with pytest.raises(
-        UnsupportedOperator, match="auto_pad=SAME_.*, which pads 0 on one side and 1 on the other, in node 'a'"
-    ):
-        from_onnx(path, (2, 3, size, size))
+def test_auto_pad_may_pad_unevenly(tmp_path, window, size):
+    graph, _ = assert_reads_right(write(tmp_path, *images(window), shape=(2, 3, size, size)), (2, 3, size, size))
+    upper = graph.nodes[0].op == "conv2d"
+    sides = [graph.nodes[0].attrs[name] for name in ("padding", "padding_end")]
+    assert sides == ([(0, 0), (1, 1)] if upper else [(1, 1), (0, 0)])
+
+
+def factors(*values):
+    return {"s": np.array([1, 1, *values], np.float32)}
+
+
+SIZED = {
+    "nearest": (node("Resize", "x", "a"), factors(2, 3)),
+    "nearest of torch": (
+        node("Resize", "x", "a", nearest_mode="floor", coordinate_transformation_mode="asymmetric"),
+        factors(2, 1.5),
+    ),
+    "nearest of fewer": (node("Resize", "x", "a", nearest_mode="round_prefer_ceil"), factors(0.5, 1)),
+    "halves": (node("Resize", "x", "a"), factors(0.5, 0.5)),
+    "linear": (node("Resize", "x", "a", mode="linear"), factors(2, 1.25)),
+    "corners": (
+        node("Resize", "x", "a", mode="linear", coordinate_transformation_mode="align_corners"),
+        factors(2, 1 / 3),
+    ),
+    "asymmetric": (
+        node("Resize", "x", "a", mode="linear", coordinate_transformation_mode="asymmetric"),
+        factors(1.5, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("given", ["scales", "sizes"])
+@pytest.mark.parametrize("case", SIZED)
+def test_images_are_resized_as_onnx_does(tmp_path, case, given):
+    window, held = SIZED[case]
+    nodes, weights = images(window)
+    by = held["s"] if given == "scales" else np.int64([2, 3, *np.floor(9 * held["s"][2:])])
+    window.input[:] = ["x", "", "s"] if given == "scales" else ["x", "", "", "s"]
+    _, state = assert_reads_right(write(tmp_path, nodes, weights | {"s": by}, IMAGES), IMAGES)
+    assert "s" not in state
+
+
+def test_upsample_of_old_files(tmp_path):
+    nodes, weights = images(node("Upsample", "x s", "a", mode="nearest"))
+    graph, state = from_onnx(write(tmp_path, nodes, weights | factors(2, 3), IMAGES, opset=9), IMAGES)
+    x = torch.from_numpy(numbers(*IMAGES))
+    wanted = torch.nn.functional.interpolate(x, scale_factor=(2, 3)).mean((2, 3)) @ torch.from_numpy(weights["w"]).T
+    np.testing.assert_allclose(run_graph(graph, state, x), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (node("Resize", "x  s", "a", mode="cubic"), "resize with method cubic"),
+        (node("Resize", "x  s", "a", nearest_mode="ceil"), "resize with .*rounded by ceil"),
+        (node("Resize", "x  s", "a", mode="linear", antialias=1), "Resize of the ONNX model.*antialias"),
+        (node("Pad", "x q", "a", mode="reflect"), "pad with reflect"),
+    ],
+)
+def test_resizing_and_padding_otherwise_is_refused(tmp_path, window, said):
+    nodes, weights = images(window)
+    if window.op_type == "Resize":
+        window.input[:] = ["x", "", "s"]
+    others = factors(2, 2) | {"q": np.int64([0, 0, 1, 1, 0, 0, 1, 1])}
+    with pytest.raises(UnsupportedOperator, match=said):
+        from_onnx(write(tmp_path, nodes, weights | others, IMAGES, opset=18), IMAGES)
 
 
 def sparse(name, weight, linear):

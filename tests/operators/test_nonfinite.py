@@ -16,7 +16,7 @@ from test_operators import HALO, JOINED, make, pack
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool, resize
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
     ACTIVATIONS,
@@ -308,6 +308,31 @@ def pools(kernel, rng, dtype) -> Iterator:
                     [pack(result, dy, 0), pack(shape, start, 0)],
                     {1: (shape, pool.avg_backward_reference(problem, dy) + before)},
                 )
+
+
+@case("image.part")
+def image_parts(kernel, rng, dtype) -> Iterator:
+    shape, other = make(9, 6, 5, 7, (1, 1, 1, 1), dtype), make(9, 4, 8, 7, (0, 1, 0, 0), dtype)
+    x, before = draw(rng, shape), draw(rng, other)
+    grids = image.Grid((1, 0, 1), (2, 2, 1)), image.Grid((0, 1, 0), (1, 1, 2))
+    for how in {"accumulate": True}, {"fill": 0.0}:
+        problem = image.ImagePart(shape, other, (4, 3, 4), *grids, **how)
+        yield problem, [pack(shape, x), pack(other, before)], {1: (other, image.part_reference(problem, x, before))}
+
+
+@case("resize.forward", "resize.backward")
+def resized(kernel, rng, dtype) -> Iterator:
+    shape = make(9, 6, 6, 7, (1, 1, 1, 1), dtype)
+    larger = replace(shape, height=12, width=9, halo=(0, 0, 0, 0))
+    for linear, coordinates in (False, "asymmetric"), (True, "half_pixel"):
+        scale = (0.5, float(np.float32(6) / np.float32(9)))
+        problem = resize.Resize(shape, larger, linear, coordinates, "floor", scale)
+        x, dy = draw(rng, shape), draw(rng, larger)
+        if kernel.endswith("forward"):
+            yield problem, [pack(shape, x), pack(larger, dy)], {1: (larger, resize.forward_reference(problem, x))}
+        elif not linear:
+            wanted = resize.backward_reference(problem, dy)
+            yield problem, [pack(larger, dy, 0), pack(shape, x, 0)], {1: (shape, wanted)}
 
 
 @case("global_avg_pool.forward", "global_avg_pool.backward")

@@ -17,7 +17,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool
+from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool, resize
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -171,6 +171,30 @@ def test_copy_moves_to_another_halo(run, rng, shape, accumulate):
     assert np.array_equal(
         unpack(result, got, gradient=True), as_stored(result, values + start) if accumulate else values
     )
+
+
+def grids():
+    """(size, grid in the large image, grid in the small one) of channels, of rows and columns with steps, of all."""
+    return {
+        "channels": ((2, 9, 8), image.Grid((3, 0, 0)), image.Grid()),
+        "steps": ((3, 4, 3), image.Grid((1, 1, 2), (2, 2, 2)), image.Grid((0, 1, 0), (1, 1, 2))),
+        "crop": ((6, 4, 5), image.Grid((0, 2, 1)), image.Grid((1, 0, 3))),
+    }
+
+
+@pytest.mark.parametrize("name", grids())
+@pytest.mark.parametrize("dtype", dict.fromkeys(layout.dtype for layout in SHAPES))
+def test_parts_of_images(run, rng, name, dtype):
+    size, grid, other = grids()[name]
+    large, small = make(6, 9, 8, 12, (2, 0, 1, 3), dtype), make(7, 9, 8, 12, (0, 1, 0, 0), dtype)
+    for source, result, taken, put in (large, small, grid, other), (small, large, other, grid):
+        x, before = draw(rng, source), draw(rng, result)
+        for how in {}, {"accumulate": True}, {"fill": 0.0}, {"fill": -1.5}:
+            problem = image.ImagePart(source, result, size, taken, put, **how)
+            got = run("image.part", problem, pack(source, x, 0), pack(result, before, 0))[1]
+            wanted = as_stored(result, image.part_reference(problem, x, before))
+            gradient = "fill" not in how or not how["fill"]
+            assert np.array_equal(unpack(result, got, gradient=gradient), wanted), how
 
 
 # Batch normalisation
@@ -487,18 +511,26 @@ POOLS = {
     "overlap": ((3, 3), (2, 2), (1, 1)),
     "gaps": ((2, 1), (3, 2), (1, 0)),
     "dense": ((3, 2), (1, 1), (0, 1)),
+    "beyond": ((3, 2), (2, 3), (1, 0), (0, 1)),
+    "rounded up": ((3, 4), (2, 3), (0, 1), None),
+    "adaptive": (None, None, None),
 }
 pools = pytest.mark.parametrize("window", list(POOLS.values()), ids=list(POOLS))
 pool_shapes = pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[4:6]], ids=[NAMES[0], *NAMES[4:6]])
 
 
 def pool_case(shape, window, count_include_pad=True):
-    height, width = (
-        (size + 2 * pad - kernel) // step + 1
-        for size, kernel, step, pad in zip((shape.height, shape.width), *window, strict=True)
-    )
-    result = dataclasses.replace(other_halo(shape), height=height, width=width)
-    return pool.Pool(shape, result, *window, count_include_pad)
+    """window: kernel, stride, padding, padding at the end; None there: with windows that leave the image."""
+    kernel, stride, padding, *end = window
+    if kernel is None:
+        return pool.Pool(shape, dataclasses.replace(other_halo(shape), height=5, width=shape.width * 2 // 3))
+    sizes = []
+    for axis, size in enumerate((shape.height, shape.width)):
+        spare = size + padding[axis] + (end[0] if end and end[0] else padding)[axis] - kernel[axis]
+        count = -(-spare // stride[axis]) if end == [None] else spare // stride[axis]
+        sizes.append(count + 1 - (end == [None] and count * stride[axis] >= size + padding[axis]))
+    result = dataclasses.replace(other_halo(shape), height=sizes[0], width=sizes[1])
+    return pool.Pool(shape, result, kernel, stride, padding, count_include_pad, end[0] if end else None)
 
 
 @pools
@@ -523,7 +555,7 @@ def test_max_pool(run, rng, shape, window):
         for shape in (SHAPES[0], *SHAPES[4:6])
         for name in POOLS
         for counted in (False, True)
-        if counted or (name != "2x2" and shape == SHAPES[0])
+        if counted or (name not in ("2x2", "adaptive") and shape == SHAPES[0])
     ],
 )
 def test_avg_pool(run, rng, shape, window, count_include_pad):
@@ -547,14 +579,25 @@ def test_pool_references_agree_with_torch(rng, window, count_include_pad):
     shape = SHAPES[0]
     problem = pool_case(shape, window, count_include_pad)
     x, dy = draw(rng, shape).round(0), draw(rng, problem.y)
+    kernel, step, pad, *end = window
     for kind in ("max", "avg"):
         source = torch.from_numpy(x.astype(np.float64)).requires_grad_()
-        nchw, kernel, step, pad = source.permute(3, 0, 1, 2), *window
-        y = (
-            functional.max_pool2d(nchw, kernel, step, pad)
-            if kind == "max"
-            else functional.avg_pool2d(nchw, kernel, step, pad, count_include_pad=count_include_pad)
-        )
+        nchw = source.permute(3, 0, 1, 2)
+        if kernel is None:
+            adaptive = functional.adaptive_max_pool2d if kind == "max" else functional.adaptive_avg_pool2d
+            y = adaptive(nchw, problem.counts)
+        else:
+            if end and end[0]:  # a maximum and a mean that does not count padding are those of the image alone
+                if kind == "avg" and not count_include_pad:
+                    continue
+                around = (pad[1], end[0][1], pad[0], end[0][0])
+                nchw = functional.pad(nchw, around, value=-np.inf if kind == "max" else 0)
+            how = {"padding": 0 if end and end[0] else pad, "ceil_mode": end == [None]}
+            y = (
+                functional.max_pool2d(nchw, kernel, step, **how)
+                if kind == "max"
+                else functional.avg_pool2d(nchw, kernel, step, **how, count_include_pad=count_include_pad)
+            )
         y.permute(1, 2, 3, 0).backward(torch.from_numpy(dy.astype(np.float64)))
         forward = pool.max_forward_reference(problem, x) if kind == "max" else pool.avg_forward_reference(problem, x)
         backward = (
@@ -564,11 +607,111 @@ def test_pool_references_agree_with_torch(rng, window, count_include_pad):
         np.testing.assert_allclose(backward, source.grad.numpy(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 3), (2, 3), (4, 3), (3, 1)])
+def test_as_many_windows_as_torch_has(kernel, stride, padding):
+    import torch
+    from torch.nn import functional
+
+    for size in range(1, 12):
+        for ceil_mode in (False, True):
+            try:
+                y = functional.avg_pool2d(torch.zeros(1, 1, size, size), kernel, stride, padding, ceil_mode)
+            except RuntimeError:
+                continue
+            x = make(1, size, size, 1)
+            made = dataclasses.replace(x, height=y.shape[2], width=y.shape[3])
+            problem = pool.Pool(x, made, (kernel, kernel), (stride, stride), (padding, padding))
+            assert all(first < end for first, end, _ in (problem.window(0, place) for place in range(made.height)))
+            with pytest.raises(SpecError, match="gives"):
+                dataclasses.replace(problem, y=dataclasses.replace(made, height=made.height + 2))
+
+
 def test_pool_of_a_wrong_size_is_refused():
     with pytest.raises(SpecError, match="gives 4x4, not 5x4"):
         pool.Pool(make(3, 8, 8, 8), make(3, 5, 4, 8), (2, 2), (2, 2))
     with pytest.raises(SpecError, match="more than half"):
         pool.Pool(make(3, 8, 8, 8), make(3, 6, 6, 8), (2, 2), (2, 2), (2, 2))
+
+
+RESIZES = {  # height, width, linear, coordinates, rounding, scale where the sizes do not tell it
+    "twice": (34, 34, False, "asymmetric", "floor"),
+    "twice between": (34, 34, True, "half_pixel", "floor"),
+    "corners": (23, 9, True, "align_corners", "floor"),
+    "nearest of fewer": (6, 29, False, "asymmetric", "floor"),
+    "exact": (12, 40, False, "half_pixel", "round_prefer_ceil"),
+    "halves go before": (8, 51, False, "half_pixel", "round_prefer_floor"),
+    "a factor": (25, 42, True, "half_pixel", "floor", (1.5, 2.5)),
+    "of fewer": (5, 1, True, "half_pixel", "floor"),
+    "a pixel": (1, 1, True, "align_corners", "floor"),
+}
+
+
+def resize_case(name, shape):
+    height, width, linear, coordinates, rounding, *factors = RESIZES[name]
+    result = dataclasses.replace(other_halo(shape), height=height, width=width)
+    pairs = [(shape.height, height), (shape.width, width)]
+    scale = tuple(float(np.float32(size) / np.float32(count)) for size, count in pairs)
+    if coordinates == "align_corners":
+        scale = tuple(float(np.float32(size - 1) / np.float32(max(count - 1, 1))) for size, count in pairs)
+    if factors:
+        scale = tuple(float(np.float32(1 / factor)) for factor in factors[0])
+    return resize.Resize(shape, result, linear, coordinates, rounding, scale)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [(shape, name) for name in RESIZES for shape in (SHAPES[0], *SHAPES[5:6] * (name == "a factor"))]
+)
+def test_resize(run, rng, shape, name):
+    problem = resize_case(name, shape)
+    dy_image, dx_image = (dataclasses.replace(one, dtype="float32") for one in (problem.y, other_halo(shape)))
+    x, dy, start = draw(rng, shape), draw(rng, dy_image), draw(rng, dx_image)
+    y = run("resize.forward", problem, pack(shape, x), pack(problem.y, dy))[1]
+    terms = 8 + problem.linear * shape.width  # a compiler that joins product and sum moves a place by a rounding of it
+    assert_close(unpack(problem.y, y), resize.forward_reference(problem, x), terms, stored=problem.y)
+    for accumulate in (False, True) if name in ("twice between", "a factor") else (False,):
+        backward = dataclasses.replace(problem, x=dx_image, y=dy_image, accumulate=accumulate)
+        got = run("resize.backward", backward, pack(dy_image, dy, 0), pack(dx_image, start, 0))[1]
+        wanted = resize.backward_reference(problem, dy) + (start if accumulate else 0)
+        assert_close(unpack(dx_image, got, gradient=True), wanted, 20 + terms)
+
+
+@pytest.mark.parametrize("name", [name for name in RESIZES if name != "halves go before"])
+def test_resize_references_agree_with_torch(rng, name):
+    import torch
+    from torch.nn import functional
+
+    shape = SHAPES[0]
+    problem = resize_case(name, shape)
+    x, dy = draw(rng, shape), draw(rng, problem.y)
+    *_, linear, coordinates, rounding = RESIZES[name][:5]
+    mode = "bilinear" if linear else "nearest" if rounding == "floor" else "nearest-exact"
+    how = {"scale_factor": RESIZES[name][5]} if len(RESIZES[name]) > 5 else {"size": RESIZES[name][:2]}
+    corners = {"align_corners": coordinates == "align_corners"} if linear else {}
+    source = torch.from_numpy(x).requires_grad_()  # float32, whose places torch's float64 does not have
+    y = functional.interpolate(source.permute(3, 0, 1, 2), **how, mode=mode, **corners).permute(1, 2, 3, 0)
+    y.backward(torch.from_numpy(dy))
+    exact = {"rtol": 0, "atol": 8 * EPS * shape.width if linear else 0}  # a place is off by a rounding of the last one
+    np.testing.assert_allclose(resize.forward_reference(problem, x), y.detach().numpy(), **exact)
+    np.testing.assert_allclose(resize.backward_reference(problem, dy), source.grad.numpy(), rtol=0, atol=5e-5)
+
+
+def test_nearest_pixels_are_torchs_for_all_sizes():
+    import torch
+    from torch.nn import functional
+
+    for size in range(1, 50, 3):
+        line = torch.arange(size, dtype=torch.float32).reshape(1, 1, 1, size)
+        for count in (*range(1, 60), 41 * size):
+            x, y = make(1, 1, size, 1), make(1, 1, count, 1)
+            scale = float(np.float32(size) / np.float32(count))
+            for mode, how in (
+                ("nearest", ("asymmetric", "floor")),
+                ("nearest-exact", ("half_pixel", "round_prefer_ceil")),
+            ):
+                wanted = functional.interpolate(line, size=(1, count), mode=mode).flatten().numpy()
+                found, *_ = resize.Resize(x, y, False, *how, (1.0, scale)).taps(1)
+                assert np.array_equal(found, wanted), (size, count, mode)
 
 
 def spread_over(shape, text):

@@ -118,12 +118,12 @@ def test_every_operator_is_written_or_says_why_not():
 
 def test_an_operator_that_cannot_be_written_is_named():
     with pytest.raises(UnsupportedOperator, match="odd 'layer' cannot be written to ONNX: its file does not say how"):
-        Operator().onnx(Node("odd", "layer", (), (1, 2)), Writer({}))
+        Operator().onnx(Node("odd", "layer", (), (1, 2)), Writer({}, (1, 2)))
 
 
 def alone(formula, x):
     """The formula as a file of its own, run by onnxruntime."""
-    writer = Writer({})
+    writer = Writer({}, x.shape)
     act = Node("act", "act", ("input",), x.shape)
     writer.operator(act, lambda node, writer: writer.expression(formula, {"x": "input"}, node.shape))
     model = writer.model(ForwardGraph((act,), x.shape, {}), 17)

@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _padding, _pair, _shape, reads
+from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _pair, _shape, padding_attrs, reads
 from mest_compile.ir.graph import Node
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
 from mest_compile.operators.layers.geometry import gradient_halo, source_halo
 from mest_compile.operators.operator import Operator, Trace, operator
+from mest_compile.operators.pad import without_padding
 
 if TYPE_CHECKING:
     from mest_compile.ir.program import Buffer
@@ -52,7 +53,8 @@ class Conv2d(Operator):
         return _kernels(node, low).read(node, low)
 
     def onnx(self, node: Node, writer: Writer) -> str:
-        attrs = {"strides": node.attrs["stride"], "pads": [*node.attrs["padding"], *node.attrs["padding"]]}
+        start = node.attrs["padding"]
+        attrs = {"strides": node.attrs["stride"], "pads": [*start, *node.attrs.get("padding_end", start)]}
         attrs |= {
             name: node.attrs[role]
             for name, role in (("group", "groups"), ("dilations", "dilation"))
@@ -80,7 +82,9 @@ def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     image = reader.activation(arguments[0])
     if not _is_stored(weight):
         raise reader.error("conv2d with a computed weight")
-    how: dict[str, Any] = {"stride": _pair(attrs.strides), "padding": _padding(reader, attrs)}
+    image, around = without_padding(reader, image)
+    sides = [int(size) + more for size, more in zip(attrs.padding, around, strict=True)]
+    how: dict[str, Any] = {"stride": _pair(attrs.strides), **padding_attrs(sides)}
     if int(attrs.groups) != 1:
         how["groups"] = int(attrs.groups)
     if _pair(attrs.dilation) != (1, 1):

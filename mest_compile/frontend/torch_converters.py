@@ -1,0 +1,59 @@
+"""Conversions of our own from torch to Relax, where TVM's importer has none or leaves out what torch computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+# Operators that torch's decompositions would take apart beyond recognition.
+WHOLE = (
+    "_upsample_nearest_exact2d.vec",
+    "upsample_bicubic2d.vec",
+    "reflection_pad2d.default",
+    "replication_pad2d.default",
+)
+
+
+def _upsample(method: str, coordinates: str, rounding: str) -> Callable[[Any, Any], Any]:
+    def convert(node: Any, importer: Any) -> Any:
+        """Arguments: value, size or None, of bilinear ones whether corners are aligned, factors or None. Sizes do not
+        tell a factor that gives no whole ones: `roi` ends with their reciprocals, as torch computes with them."""
+        aligned = method == "linear" and node.args[2]
+        steps = [float(np.float32(1 / factor)) for factor in node.args[-1] or ()]
+        resized = relax.op.image.resize2d(
+            importer.env[node.args[0]],
+            relax.ShapeExpr([int(size) for size in node.meta["val"].shape[2:]]),
+            roi=[0.0, 0.0, *(steps or [0.0, 0.0])],
+            layout="NCHW",
+            method=method,
+            coordinate_transformation_mode="align_corners" if aligned else coordinates,
+            rounding_method=rounding,
+        )
+        return importer.block_builder.emit(resized)
+
+    return convert
+
+
+def _adaptive_max_pool2d(node: Any, importer: Any) -> Any:
+    """(the mean's operator, whose reader is told what was called, no indices)."""
+    pooled = relax.op.nn.adaptive_avg_pool2d(
+        importer.env[node.args[0]], [int(size) for size in node.meta["val"][0].shape[2:]]
+    )
+    return importer.block_builder.emit(pooled), None
+
+
+def converters(importer: Any) -> dict[str, Callable[[Any], Any]]:
+    """{name of an operator of torch: its conversion, of a node}, as TVM's importer has its own."""
+    return {name: partial(convert, importer=importer) for name, convert in CONVERTERS.items()}
+
+
+CONVERTERS: dict[str, Callable[..., Any]] = {
+    "upsample_nearest2d.vec": _upsample("nearest_neighbor", "asymmetric", "floor"),
+    "_upsample_nearest_exact2d.vec": _upsample("nearest_neighbor", "half_pixel", "round_prefer_ceil"),
+    "upsample_bilinear2d.vec": _upsample("linear", "half_pixel", "floor"),
+    "adaptive_max_pool2d.default": _adaptive_max_pool2d,
+}

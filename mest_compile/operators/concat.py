@@ -1,0 +1,62 @@
+"""Activations one behind another: channels, rows or columns of the result are those of its inputs in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mest_compile.frontend.onnx_writer import Writer
+from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.ir.graph import Node
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.conversion import Grid, ImagePart
+from mest_compile.operators.operator import Operator, Trace, operator
+
+
+def extents(image: Image) -> tuple[int, int, int]:
+    return image.channels, image.height, image.width
+
+
+@operator("concat")
+class Concat(Operator):
+    """attrs: axis, 1 for channels, 2 for rows, 3 for columns; sizes, the inputs' along it. A copy an input."""
+
+    def forward(self, node: Node, low: Trace) -> None:
+        values = [low.value(name) for name in node.inputs]
+        y = low.output(node)
+        for x, grid in zip(values, _grids(node), strict=True):
+            low.call("image.part", ImagePart(x.image, y.image, extents(x.image), put=grid), x, y)
+
+    def backward(self, node: Node, low: Trace) -> None:
+        dy = low.gradient(node)
+        for name, grid in zip(node.inputs, _grids(node), strict=True):
+            if low.needs_gradient(name):
+                dx, accumulate = low.contribute(name)
+                problem = ImagePart(dy.image, dx.image, extents(dx.image), grid, accumulate=accumulate)
+                low.call("image.part", problem, dy, dx)
+
+    def onnx(self, node: Node, writer: Writer) -> str:
+        return writer.call("Concat", writer.inputs(node), node.shape, axis=node.attrs["axis"])
+
+
+def _grids(node: Node) -> Iterator[Grid]:
+    """Where each input lies in the result."""
+    first = 0
+    for size in node.attrs["sizes"]:
+        start = [0, 0, 0]
+        start[node.attrs["axis"] - 1] = first
+        yield Grid((start[0], start[1], start[2]))
+        first += size
+
+
+@reads("relax.concat", gives=("concat",))
+def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
+    values = [reader.activation(value) for value in arguments[0]]
+    shape = _shape(call)
+    axis = (0 if call.attrs.axis is None else int(call.attrs.axis)) % len(shape)
+    if len(values) == 1:
+        return values[0]
+    if len(shape) not in (2, 4) or axis == 0:
+        raise reader.error(f"concat of values of shape {values[0].shape} along axis {axis}")
+    sizes = tuple(value.shape[axis] for value in values)
+    return reader.add("concat", tuple(values), shape, attrs={"axis": axis, "sizes": sizes})
