@@ -14,8 +14,10 @@ import pytest
 from activations import function_of
 
 from mest_compile.base.errors import SpecError
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.kernels.source import kernel_source
 from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool, resize
 from mest_compile.operators import conversion as image
@@ -43,10 +45,12 @@ SHAPES = [
     make(16, 8, 8, 64, (0, 1, 0, 1)),
 ]
 SHAPES += [dataclasses.replace(SHAPES[place], dtype="float16") for place in (0, 2, 4) if TARGET.float16]
+if "bfloat16" in backend_of(TARGET).activations:
+    SHAPES.append(dataclasses.replace(SHAPES[2], dtype="bfloat16"))
 NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}-{shape.dtype}" for shape in SHAPES]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 SOME = dict(zip(SHAPES[2:5] + SHAPES[6:], NAMES[2:5] + NAMES[6:], strict=True))
-FEW = [SHAPES[2], *SHAPES[6:7]]  # one layout of each type
+FEW = [shape for shape in SHAPES if dataclasses.replace(shape, dtype="float32") == SHAPES[2]]  # one of each type
 some_shapes = pytest.mark.parametrize("shape", SOME, ids=SOME.values())
 
 
@@ -76,18 +80,23 @@ def run(builder):
 
 def pack(layout: Image, values: np.ndarray, dead: float = 7.5) -> np.ndarray:
     """The flat array of values (C, H, W, N): `dead` in lanes without an example, HALO around it."""
-    return layout.pack(values.astype(layout.dtype), dead, HALO).ravel()
+    return to_stored(layout.pack(values, dead, HALO), layout.dtype).ravel()
+
+
+def room(layout: Image, value: float) -> np.ndarray:
+    """A flat array that holds one value."""
+    return to_stored(np.full(layout.elems, value), layout.dtype)
 
 
 def as_stored(layout: Image, values: np.ndarray) -> np.ndarray:
     """float32 values as an array of `layout` holds them."""
-    return values.astype(np.float32).astype(layout.dtype).astype(np.float32)
+    return rounded(values.astype(np.float32), layout.dtype).astype(np.float32)
 
 
 def unpack(layout: Image, flat: np.ndarray, gradient: bool = False, halo: float = HALO) -> np.ndarray:
     """(C, H, W, N) float32, after a look at what a kernel must leave alone; `halo` is what must be around it."""
-    assert flat.dtype == layout.dtype
-    array = flat.reshape(layout.shape).astype(np.float32)
+    assert flat.dtype == layout.array_dtype
+    array = to_float(flat.reshape(layout.shape)).astype(np.float32)
     values, dead = layout.unpack(array).copy(), layout.unpack(array, empty_lanes=True)[..., layout.batch :].copy()
     assert np.isfinite(dead).all()
     if gradient:
@@ -103,14 +112,13 @@ def draw(rng, layout: Image, mean: float = 0.0) -> np.ndarray:
 
 def assert_close(got, wanted, terms: int = 4, scale=None, stored: Image | None = None, stores: int = 1):
     """Equal to `terms` roundings of float32 at the size of the largest wanted value, or of `scale`; where `stored` is
-    an image in float16 also to `stores` roundings of that, half a unit in the last place each.
+    an image in two bytes also to `stores` roundings of that, half a unit in the last place each.
     """
     assert got.shape == wanted.shape
     limit = terms * EPS * (np.abs(wanted).max() if scale is None else scale)
-    if stored and stored.dtype == "float16":
-        limit += stores * (
-            np.finfo(np.float16).eps / 2 * (np.abs(wanted) if stores == 1 else np.abs(wanted).max()) + 2.0**-25
-        )
+    if stored and stored.dtype != "float32":
+        half_ulp, least = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0)}[stored.dtype]
+        limit += stores * (half_ulp * (np.abs(wanted) if stores == 1 else np.abs(wanted).max()) + least)
     worst = np.abs(got - wanted)
     assert (worst <= limit).all(), f"off by {worst.max()}, allowed {np.max(limit)}"  # not true of NaN
 
@@ -125,6 +133,9 @@ def test_assert_close_notices_one_wrong_element_and_nan():
     got[2, 3] = 1.0006  # a float16 is off by half of 2^-10 at most
     with pytest.raises(AssertionError):
         assert_close(got, wanted, stored=make(1, 3, 4, 1, dtype="float16"))
+    got[2, 3] = 1.005  # a bfloat16 by half of 2^-7
+    with pytest.raises(AssertionError):
+        assert_close(got, wanted, stored=make(1, 3, 4, 1, dtype="bfloat16"))
 
 
 # Images
@@ -133,7 +144,7 @@ def test_assert_close_notices_one_wrong_element_and_nan():
 @shapes
 def test_import_gives_the_batch_innermost_and_repeats_the_last_example(run, rng, shape):
     images = rng.standard_normal((shape.batch, shape.channels, shape.height, shape.width)).astype(np.float32)
-    got = run("image.import", image.ImageImport(shape), images, np.full(shape.elems, HALO, shape.dtype))[1]
+    got = run("image.import", image.ImageImport(shape), images, room(shape, HALO))[1]
     assert np.array_equal(unpack(shape, got), as_stored(shape, image.import_reference(images)))
     lanes = shape.unpack(got, empty_lanes=True)
     assert np.array_equal(
@@ -209,7 +220,7 @@ def norm_case(rng, shape, mean=0.5):
 @pytest.mark.parametrize("mean", [0.5, 3000.0, 1e5])
 @shapes
 def test_moments_are_the_batch_statistics(run, rng, shape, mean):
-    z = draw(rng, shape, min(mean, 3000.0) if shape.dtype == "float16" else mean)
+    z = draw(rng, shape, min(mean, {"float16": 3000.0, "bfloat16": 300.0}.get(shape.dtype, mean)))
     got = run(
         "batch_norm.moments",
         batch_norm.BatchNormMoments(shape, 1e-5),
@@ -317,6 +328,8 @@ def test_batch_norm_backward(run, rng, shape, added, activation):
     )
     source = as_stored(y_image, y) if y_image else batch_norm.forward_reference(z, moments, weight, offset)
     masked, sums, dz = batch_norm.backward_reference(dy, z, moments, weight, activation, source)
+    if y_image:  # the rest is made of what was stored
+        _, sums, dz = batch_norm.backward_reference(as_stored(dy_image, masked), z, moments, weight, None, source)
 
     arguments = [pack(dy_image, dy, 0), pack(shape, z), moments, np.stack([offset, weight])]
     facts = [*arguments, *([pack(y_image, y)] if y_image else []), np.zeros(2 * shape.channels, np.float32)]
@@ -467,7 +480,7 @@ def test_activation(run, rng, shape, name):
     y = run(f"{name}.forward", ActivationForward(other, shape), pack(other, x, -1), pack(shape, x))[1]
     assert_close(unpack(shape, y), row.forward_reference(x), stored=shape)
     source = (shape, y) if row.from_result else (other, pack(other, x, -1))
-    wanted = row.backward_reference(dy, source[0].unpack(source[1].astype(np.float32)))
+    wanted = row.backward_reference(dy, source[0].unpack(to_float(source[1]).astype(np.float32)))
     for accumulate in (False, True):
         problem = ActivationBackward(shape, source[0], other, accumulate)
         got = run(f"{name}.backward", problem, pack(shape, dy, 0), source[1], pack(other, start, 0))[2]
@@ -489,7 +502,7 @@ def test_flatten_and_back(run, rng, shape):
         "flatten.forward",
         flatten.Flatten(shape, flat_image),
         pack(shape, x, 0),
-        np.full(flat_image.elems, 3, shape.dtype),
+        room(flat_image, 3),
     )[1]
     assert np.array_equal(unpack(flat_image, y), flatten.forward_reference(x))
     for accumulate in (False, True):
