@@ -354,11 +354,11 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 
 def _sources(values: Iterable[Any]) -> list[Value]:
     """The activations among them, and those that formulas are of."""
-    return [
-        one
-        for value in values
-        for one in ([value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else [])
-    ]
+    found: list[Value] = []
+    for value in values:
+        value = value.value if isinstance(value, Spread) else value
+        found += [value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else []
+    return found
 
 
 def _number(expr: Any) -> float | None:

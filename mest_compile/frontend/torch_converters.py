@@ -15,6 +15,8 @@ WHOLE = (
     "upsample_bicubic2d.vec",
     "reflection_pad2d.default",
     "replication_pad2d.default",
+    "instance_norm.default",
+    "prelu.default",
 )
 
 
@@ -46,6 +48,21 @@ def _adaptive_max_pool2d(node: Any, importer: Any) -> Any:
     return importer.block_builder.emit(pooled), None
 
 
+def _instance_norm(node: Any, importer: Any) -> Any:
+    """A group_norm of as many groups as channels."""
+    image, weight, bias, _, _, own, _, eps, _ = node.args
+    if not own:
+        raise NotImplementedError("instance_norm by running statistics, which training would not use")
+    value, shape = importer.env[image], node.meta["val"].shape
+    affine = [
+        importer.env[one] if one is not None else relax.const(np.full(shape[1], usual, np.float32))
+        for one, usual in ((weight, 1), (bias, 0))
+    ]
+    axes = list(range(2, len(shape)))
+    normed = relax.op.nn.group_norm(value, *affine, num_groups=int(shape[1]), channel_axis=1, axes=axes, epsilon=eps)
+    return importer.block_builder.emit(normed)
+
+
 def converters(importer: Any) -> dict[str, Callable[[Any], Any]]:
     """{name of an operator of torch: its conversion, of a node}, as TVM's importer has its own."""
     return {name: partial(convert, importer=importer) for name, convert in CONVERTERS.items()}
@@ -56,4 +73,5 @@ CONVERTERS: dict[str, Callable[..., Any]] = {
     "_upsample_nearest_exact2d.vec": _upsample("nearest_neighbor", "half_pixel", "round_prefer_ceil"),
     "upsample_bilinear2d.vec": _upsample("linear", "half_pixel", "floor"),
     "adaptive_max_pool2d.default": _adaptive_max_pool2d,
+    "instance_norm.default": _instance_norm,
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -234,6 +236,19 @@ def read_rsqrt(reader: Reader, call: Any, arguments: list) -> Any:
 def read_leaky_relu(reader: Reader, call: Any, arguments: list) -> Any:
     slope = _single(call.attrs.alpha)
     return combined(reader, "leaky_relu", *arguments, formula=select(X > 0, X, slope * X))
+
+
+@reads("relax.nn.prelu", gives=("prelu",))
+def read_prelu(reader: Reader, call: Any, arguments: list) -> Any:
+    """Its slope is a parameter: one number, or one a channel."""
+    value, slope = reader.activation(arguments[0]), arguments[1]
+    if not isinstance(slope, Parameter) or len(reader.shape_of(slope)) != 1:
+        raise reader.error("prelu whose slope is no parameter of one number a channel,")
+    x, weight = map(Variable, NAMES[:2])
+    sizes = (prod(reader.shape_of(slope)), *[1] * (len(value.shape) - 2))
+    return combination(
+        reader, select(x > 0, x, weight * x), [value, replace(slope, form="shaped", shape=sizes)], value.shape
+    )
 
 
 @reads("relax.negative")

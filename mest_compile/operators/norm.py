@@ -1,4 +1,5 @@
-"""Normalisation of each example by itself: over groups of channels and their pixels (group_norm, instance_norm), or over groups of channels pixel by pixel (layer_norm of channels; a token is a pixel).
+"""Normalisation of each example by itself: over groups of channels and their pixels (group_norm, instance_norm), or
+over groups of channels pixel by pixel (layer_norm of channels; a token is a pixel).
 
 y = weight * (x - mean) * inverse_deviation + bias; weight and bias are one number a channel, either may be missing.
 `moments` is (2, slices, groups, pixels or 1, vector) float32: mean and 1 / sqrt(biased variance + eps).
