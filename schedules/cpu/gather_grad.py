@@ -11,6 +11,7 @@ from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.records.knob import Knob
+from mest_compile.schedules.cpu.norms import activated, facts, row_of, set_facts
 from mest_compile.schedules.cpu.pairs import SUMS, dot, pairs, run_of
 from mest_compile.schedules.cpu.rows import widened
 from mest_compile.schedules.cpu.tiles import (
@@ -107,7 +108,7 @@ KNOBS = (
 
 def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
     """(rows, reads) of a unit that pass together."""
-    most = SUMS if pairs(target, problem.source, problem.delta) else max(target.registers - 4, 1)
+    most = SUMS if pairs(target, problem, problem.source, problem.delta) else max(target.registers - 4, 1)
     rows = largest_divisor(problem.row_block, most)
     return rows, largest_divisor(problem.unit[0], most // rows)
 
@@ -115,6 +116,7 @@ def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
 @schedule("pattern.grad", device="cpu", knobs=KNOBS)
 @schedule("compact.grad", device="cpu", knobs=KNOBS)
 @schedule("gather.grad", device="cpu", knobs=KNOBS)
+@schedule("gather.normed_grad", device="cpu", knobs=KNOBS)
 def gather_grad(
     problem: GatherGrad,
     target: Target,
@@ -130,7 +132,7 @@ def gather_grad(
     follows from the target's cores, so results are the same on any number of threads.
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
-    paired = pairs(target, source, delta)
+    paired = pairs(target, problem, source, delta)
     lanes = vector // 2 if paired else vector  # of a vector of sums
     most = max(target.registers - 4, 1)
     rows, depth = _shared(problem, target)
@@ -179,6 +181,11 @@ def gather_grad(
             "%s", f"section * -{section_elems}" if copied else f"z * {source.slice_elems}"
         )
         read = f"wide[{where}]" if copied else widened(source, f"source[{where}]")
+        if problem.norm:
+            read = activated(read, row_of(problem.norm.activation), "_%u")
+            for unit in range(units):
+                channel = f"T.truncdiv(offsets[{first} + {unit}], {source.channel_elems})"
+                set_facts(text, source.channels, channel=channel, ends=f"_{unit}")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
         there = (
             f"{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
@@ -297,6 +304,7 @@ def _begun(problem: GatherGrad) -> Text:
         f"pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32')",
         "offsets_handle: T.handle",
         *listed(problem, source),
+        *(facts(source.channels) if problem.norm else []),
         f"source: T.Buffer(({source.elems},), '{source.array_dtype}')",
         f"delta: T.Buffer(({delta.elems},), '{delta.array_dtype}')",
         "gradients_handle: T.handle",

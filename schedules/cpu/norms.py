@@ -9,8 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import Activation
+from mest_compile.operators.activation import Activation, activation_of
 from mest_compile.schedules.cpu.rows import UNROLL, Chunks, buffer, fold, number, spelled, walk_row, widened, zero
+
+
+def row_of(name: str | None) -> Activation | None:
+    """The activation behind a normalisation, if there is one."""
+    return activation_of(name) if name else None
 
 
 def facts(channels: int, of: str = "") -> list[str]:
@@ -18,12 +23,12 @@ def facts(channels: int, of: str = "") -> list[str]:
     return [buffer(f"moments{of}", 3 * channels), buffer(f"affine{of}", 2 * channels)]
 
 
-def set_facts(text: Text, channels: int, of: str = "") -> None:
-    """Sets what `normalised` names, for channel `c`."""
+def set_facts(text: Text, channels: int, of: str = "", channel: str = "c", ends: str = "") -> None:
+    """Sets what `normalised` names, for a channel. ends: what these names end with beside `of`."""
     text(
-        f"mean{of}: T.let = moments{of}[c]",
-        f"scale{of}: T.let = affine{of}[{channels} + c] * moments{of}[{channels} + c]",
-        f"shift{of}: T.let = affine{of}[c]",
+        f"mean{of}{ends}: T.let = moments{of}[{channel}]",
+        f"scale{of}{ends}: T.let = affine{of}[{channels} + {channel}] * moments{of}[{channels} + {channel}]",
+        f"shift{of}{ends}: T.let = affine{of}[{channel}]",
     )
 
 
@@ -92,20 +97,20 @@ class NormGradient:
         fold(self.text, 1, self.dy.vector, self.of)
 
     def add_tile(self, places: Sequence[tuple[str, str, str]]) -> list[str]:
-        """Statements on a vector of lanes `i`: sets elements of dy to what they are before the activation, and adds them
-        up. places: (element of dy, of z, the gradient behind the activation as float32) of each."""
+        """Statements on a vector of lanes `i`: sets elements of dy to what they are before the activation, and adds
+        them up. places: (element of dy, of z, the gradient behind the activation as float32) of each."""
         of, lines = self.of, [f"few{self.of}[i] = T.float32(0)"]
-        for number, (dy, z, value) in enumerate(places):
-            part = f"partial{of}[{number % UNROLL * self.dy.vector} + i]"
-            lines += [f"z_{number}: T.let = {widened(self.z, z)}", f"value_{number}: T.let = {value}"]
-            gradient = f"value_{number}"
+        for place, (dy, z, value) in enumerate(places):
+            part = f"partial{of}[{place % UNROLL * self.dy.vector} + i]"
+            lines += [f"z_{place}: T.let = {widened(self.z, z)}", f"value_{place}: T.let = {value}"]
+            gradient = f"value_{place}"
             if self.row:
-                gradient = spelled(self.row.gradient, x=normalised(f"z_{number}", of), dy=gradient)
+                gradient = spelled(self.row.gradient, x=normalised(f"z_{place}", of), dy=gradient)
             lines += [
-                f"gradient_{number}: T.let = {gradient}",
-                f"{dy} = gradient_{number}",
-                f"few{of}[i] = few{of}[i] + gradient_{number}",
-                f"{part} = {part} + gradient_{number} * (z_{number} - mean{of})",
+                f"gradient_{place}: T.let = {gradient}",
+                f"{dy} = gradient_{place}",
+                f"few{of}[i] = few{of}[i] + gradient_{place}",
+                f"{part} = {part} + gradient_{place} * (z_{place} - mean{of})",
             ]
         return [*lines, f'whole{of}[i] = whole{of}[i] + T.cast(few{of}[i], "float64")']
 
@@ -118,7 +123,7 @@ class NormGradient:
     ) -> None:
         """Adds up the channel `c`. images: what is read, by name; first: statements before an element is; there:
         whether z is, else it is 0."""
-        of, vector = self.of, self.dy.vector
+        of = self.of
 
         def add(at: str, slot: str, live: str | None) -> list[str]:
             z = self.z_at(at) if there else "T.float32(0)"

@@ -10,7 +10,6 @@ from test_float16 import Rounded, Shallow
 from test_step import Odd, make_batches, masked_steps
 
 import mest_compile as mest
-from mest_compile.base.errors import TargetError
 from mest_compile.hardware.target import find_target
 from mest_compile.lowering.fusing import fuse
 
