@@ -59,7 +59,6 @@ class Lowering:
         self._gradients: dict[str, Activation] = {}
         self._temporaries: dict[str, Buffer] = {}
         self._aliases: dict[str, str] = {}
-        self._stand_ins: dict[str, str] = {}
         self._touched: set[Buffer] = set()
         self._updates: dict[Buffer, Buffer] = {}
         self._moving = graph.moving()
@@ -110,7 +109,7 @@ class Lowering:
 
     def value(self, name: str) -> Activation:
         """Forward value of a node. In the backward pass one that was not kept is computed again, once."""
-        name = self._root(self._stand_ins.get(self._root(name), name))
+        name = self._root(name)
         if self.stage == "backward" and name in self._recomputed:
             self._recomputed.remove(name)
             OPERATORS.find(self._nodes[name].op).recompute(self._nodes[name], self)
@@ -128,10 +127,6 @@ class Lowering:
         readers = [node for node in self.consumers(name) if node.inputs[0] == name]
         halos = [OPERATORS.find(node.op).source_halo(node, self) for node in readers]
         return tuple(max(sides) for sides in zip(*halos)) if halos else (0, 0, 0, 0)  # type: ignore[return-value]
-
-    def stand_in(self, node: Node, source: str) -> None:
-        """The node's value is nowhere: who asks for it is given that of `source`, and knows."""
-        self._stand_ins[node.name] = source
 
     def alias(self, node: Node, source: str) -> None:
         """The node's value is that of `source`; so is its gradient."""

@@ -23,7 +23,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Buffer
 from mest_compile.operators.activation import activation_of
-from mest_compile.operators.chain import chain_of, is_read_as_it_comes
+from mest_compile.operators.chain import chain_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -237,14 +237,16 @@ class BatchNorm(Operator):
             )
         else:
             low.call("batch_norm.frozen", BatchNormFrozen(channels, eps), *running, moments)
-        self.recompute(node, low)
+        chain = chain_of(node, low)
+        if chain is None or chain.before is not node:
+            self._normalise(node, low)
 
     def recompute(self, node: Node, low: Trace) -> None:
-        """y, in the backward pass once more, from z and the moments, which are kept; nowhere, where who reads it
-        normalises z."""
-        if is_read_as_it_comes(node, low):
-            low.stand_in(node, node.inputs[0])
-            return
+        """y once more from z and the moments, which are kept."""
+        self._normalise(node, low)
+
+    @staticmethod
+    def _normalise(node: Node, low: Trace) -> None:
         z, residual = low.value(node.inputs[0]), low.value(node.inputs[1]) if len(node.inputs) == 2 else None
         moments, y = low.temporary(f"{node.name}.moments", 3 * z.image.channels), low.output(node)
         alive, read = _flags(node, low)
@@ -320,11 +322,6 @@ class BatchNorm(Operator):
 def _is_split(node: Node, low: Trace) -> bool:
     """Whether one of bias and weight trains and the other does not: they then lie apart, and side by side in a copy."""
     return low.trains(node, "bias") != low.trains(node, "weight")
-
-
-def facts_of(node: Node, low: Trace) -> tuple[Buffer, Buffer]:
-    """(moments, affine): what normalises."""
-    return low.temporary(f"{node.name}.moments", 3 * node.shape[1]), _affine(node, low)
 
 
 def _affine(node: Node, low: Trace) -> Buffer:

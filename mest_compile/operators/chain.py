@@ -44,32 +44,6 @@ def chain_of(node: Node, low: Trace) -> Chain | None:
     return None
 
 
-POINTWISE = ("gather.normed_conv", "gather.normed_grad")
-READS = 2  # of an element of what a 1x1 convolution takes, on average, up to where normalising it each time is cheaper
-
-
-def norm_read_by(node: Node, low: Trace) -> Node | None:
-    """The normalisation before a 1x1 convolution which that does itself, wherever it reads: few of its weights live, so
-    that it reads little more than a pass over memory would."""
-    norm = low.node(node.inputs[0])
-    if node.op != "conv2d" or norm is None or norm.op != "batch_norm" or node.attrs.get("folded"):
-        return None
-    layer, alone = low.layer(node), low.consumers(norm.name) == [node] and len(norm.inputs) == 1
-    if not alone or layer.kernels != "gather" or norm.attrs.get("evaluating") or layer.spec.groups > 1:
-        return None
-    spec, (rows, sources) = layer.spec, layer.scheme.block(layer.spec)
-    plain = spec.weight_shape[2:] == (1, 1) and spec.stride == (1, 1) and spec.padding == (0, 0) and sources == 1
-    few = (1 - layer.sparsity) * spec.weight_shape[0] / rows <= READS
-    whole = low.written(norm.inputs[0]) is None and spec.output_size != (1, 1)
-    return norm if plain and few and whole and all(map(low.has, POINTWISE)) else None
-
-
-def is_read_as_it_comes(norm: Node, low: Trace) -> bool:
-    """Whether who reads the value of a normalisation normalises what that takes itself."""
-    chain, reader = chain_of(norm, low), _only(low.consumers(norm.name))
-    return (chain is not None and chain.before is norm) or (reader is not None and norm_read_by(reader, low) is norm)
-
-
 def _only(nodes: Sequence[Node]) -> Node | None:
     return nodes[0] if len(nodes) == 1 else None
 

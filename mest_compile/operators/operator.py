@@ -84,9 +84,6 @@ class Trace(Protocol):
     def value_halo(self, name: str) -> Halo:
         """Zero pixels that the consumers of `name` read around its value."""
 
-    def stand_in(self, node: Node, source: str) -> None:
-        """The node's value is nowhere: who asks for it is given that of `source`, and knows."""
-
     def alias(self, node: Node, source: str) -> None:
         """The node's value is that of `source`; so is its gradient."""
 

@@ -212,10 +212,10 @@ def _reference(problem: Any, arguments: Sequence[np.ndarray]) -> tuple[int, np.n
             return 2, depthwise_grad_input_reference(problem, *arguments)
         case DepthwiseGradWeight():
             return 0, depthwise_grad_weight_reference(problem, *arguments[1:])
-        case GatherConv(rows_live=0, norm=None):
+        case GatherConv(rows_live=0):
             at, others = _others(problem, arguments, 4 if problem.sources_live else 3)
             return at + 1, gather_conv_reference(problem, *arguments[:3], *arguments[at : at + 2], *others)
-        case GatherGrad(rows_live=0, norm=None):
+        case GatherGrad(rows_live=0):
             at = 3 if problem.sources_live else 2
             return at + 2, gather_grad_reference(problem, *arguments[:2], *arguments[at : at + 2])
     return None

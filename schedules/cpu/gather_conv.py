@@ -11,7 +11,6 @@ from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.schedules.cpu.gather_sizes import KNOBS, PIXELS, ROW, pick_tile, rows_and_pixels
-from mest_compile.schedules.cpu.norms import activated, facts, row_of, set_facts
 from mest_compile.schedules.cpu.pairs import add_pair, back, order_of, pairs, set_rounded, set_words, turn
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
@@ -31,7 +30,6 @@ from mest_compile.schedules.cpu.tiles import (
 @schedule("pattern.conv", device="cpu", knobs=KNOBS)
 @schedule("compact.conv", device="cpu", knobs=KNOBS)
 @schedule("gather.conv", device="cpu", knobs=KNOBS)
-@schedule("gather.normed_conv", device="cpu", knobs=KNOBS)
 def gather_conv(
     problem: GatherConv,
     target: Target,
@@ -52,7 +50,6 @@ def gather_conv(
         *listed(problem, source),
         *([f"bias: T.Buffer(({result.channels},), 'float32')"] if problem.bias else []),
         *epilogue_arguments(problem),
-        *(facts(source.channels) if problem.norm else []),
         f"source: T.Buffer(({source.elems},), '{source.array_dtype}')",
         f"result: T.Buffer(({result.elems},), '{result.array_dtype}')",
     ]
@@ -178,12 +175,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
 
     def units(unit: str) -> None:
         with text.nest(f"for k in T.unroll({reads})"):
-            taken = read
-            if problem.norm:
-                of = f"T.truncdiv(offsets[pointers[{cell}] + {unit}], {source.channel_elems})"
-                set_facts(text, source.channels, channel=of)
-                taken = activated(read, row_of(problem.norm.activation))
-            each(f"{total} = {total} + {value} * {taken}".replace("%unit", unit))
+            each(f"{total} = {total} + {value} * {read}".replace("%unit", unit))
 
     def reorder(order: list[int]) -> None:
         if paired and order != sorted(order):

@@ -11,7 +11,6 @@ from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.records.knob import Knob
-from mest_compile.schedules.cpu.norms import activated, facts, row_of, set_facts
 from mest_compile.schedules.cpu.pairs import SUMS, dot, pairs, run_of
 from mest_compile.schedules.cpu.rows import widened
 from mest_compile.schedules.cpu.tiles import (
@@ -116,7 +115,6 @@ def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
 @schedule("pattern.grad", device="cpu", knobs=KNOBS)
 @schedule("compact.grad", device="cpu", knobs=KNOBS)
 @schedule("gather.grad", device="cpu", knobs=KNOBS)
-@schedule("gather.normed_grad", device="cpu", knobs=KNOBS)
 def gather_grad(
     problem: GatherGrad,
     target: Target,
@@ -181,11 +179,6 @@ def gather_grad(
             "%s", f"section * -{section_elems}" if copied else f"z * {source.slice_elems}"
         )
         read = f"wide[{where}]" if copied else widened(source, f"source[{where}]")
-        if problem.norm:
-            read = activated(read, row_of(problem.norm.activation), "_%u")
-            for unit in range(units):
-                channel = f"T.truncdiv(offsets[{first} + {unit}], {source.channel_elems})"
-                set_facts(text, source.channels, channel=channel, ends=f"_{unit}")
         row = f"(group * {problem.row_block} + part * {rows} + j)"
         there = (
             f"{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
@@ -304,7 +297,6 @@ def _begun(problem: GatherGrad) -> Text:
         f"pointers: T.Buffer(({problem.sections * problem.groups + 1},), 'int32')",
         "offsets_handle: T.handle",
         *listed(problem, source),
-        *(facts(source.channels) if problem.norm else []),
         f"source: T.Buffer(({source.elems},), '{source.array_dtype}')",
         f"delta: T.Buffer(({delta.elems},), '{delta.array_dtype}')",
         "gradients_handle: T.handle",

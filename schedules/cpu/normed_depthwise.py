@@ -7,7 +7,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import Activation
+from mest_compile.operators.activation import Activation, activation_of
 from mest_compile.operators.layers.depthwise import DepthwiseForward, Window
 from mest_compile.operators.layers.normed_depthwise import NormedDepthwiseBackward, NormedDepthwiseForward
 from mest_compile.schedules.cpu.depthwise import (
@@ -22,12 +22,16 @@ from mest_compile.schedules.cpu.depthwise import (
     tile_of,
     write_plane,
 )
-from mest_compile.schedules.cpu.norms import NormGradient, activated, facts, row_of, set_facts
-from mest_compile.schedules.cpu.rows import array, buffer, fetch, frame_row, loop, set_rows, walk_row, widened
+from mest_compile.schedules.cpu.norms import NormGradient, activated, facts, set_facts
+from mest_compile.schedules.cpu.rows import array, buffer, fetch, frame_row, loop, narrowed, set_rows, walk_row, widened
 from mest_compile.schedules.cpu.tiles import vectors
 
 AHEAD_BYTES = 0
 BEFORE, BEHIND = "_before", "_behind"  # what names of the two normalisations end with
+
+
+def _row(name: str | None) -> Activation | None:
+    return activation_of(name) if name else None
 
 
 def _make_plane(text: Text, name: str, image: Image) -> None:
@@ -73,7 +77,7 @@ def normed_depthwise_forward(problem: NormedDepthwiseForward, target: Target) ->
 
     def ready(rows: int) -> None:
         text(f"source_plane: T.let = number * {source.channel_elems} + {source.origin}")
-        _take_rows(text, source, padded, problem.window, rows, row_of(problem.activation))
+        _take_rows(text, source, padded, problem.window, rows, _row(problem.activation))
         text(f"source_plane: T.let = {padded.origin}")
 
     with text.nest(f"for number in {loop(result.slices * result.channels, result.elems)}"):
@@ -104,8 +108,8 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
         buffer(f"sums{BEHIND}", 2 * channels),
         array("dz", dz),
     )
-    behind = NormGradient(text, dy, z, row_of(problem.behind), ("dy", "z"), BEHIND)
-    before = NormGradient(text, dz, source, row_of(problem.before), ("dz", "source"), BEFORE)
+    behind = NormGradient(text, dy, z, _row(problem.behind), ("dy", "z"), BEHIND)
+    before = NormGradient(text, dz, source, _row(problem.before), ("dz", "source"), BEFORE)
 
     def give_row() -> None:
         """Row `h` of what comes back through the normalisation behind."""
@@ -162,7 +166,7 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
             )
             with text.nest(f"for h in T.serial({dy.height})"):
                 give_row()
-                _take_rows(text, source, padded, window, 1, row_of(problem.before))
+                _take_rows(text, source, padded, window, 1, _row(problem.before))
                 text(f"source_row: T.let = {padded.origin} + h * {window.stride[0] * padded.row_elems}")
                 add_taps(text, window, padded, padded_delta, target, ("taken", "delta"))
             before.begin_slice()

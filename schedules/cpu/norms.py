@@ -9,13 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.text import Text
-from mest_compile.operators.activation import Activation, activation_of
+from mest_compile.operators.activation import Activation
 from mest_compile.schedules.cpu.rows import UNROLL, Chunks, buffer, fold, number, spelled, walk_row, widened, zero
-
-
-def row_of(name: str | None) -> Activation | None:
-    """The activation behind a normalisation, if there is one."""
-    return activation_of(name) if name else None
 
 
 def facts(channels: int, of: str = "") -> list[str]:
@@ -23,12 +18,12 @@ def facts(channels: int, of: str = "") -> list[str]:
     return [buffer(f"moments{of}", 3 * channels), buffer(f"affine{of}", 2 * channels)]
 
 
-def set_facts(text: Text, channels: int, of: str = "", channel: str = "c", ends: str = "") -> None:
-    """Sets what `normalised` names, for a channel. ends: what these names end with beside `of`."""
+def set_facts(text: Text, channels: int, of: str = "") -> None:
+    """Sets what `normalised` names, for channel `c`."""
     text(
-        f"mean{of}{ends}: T.let = moments{of}[{channel}]",
-        f"scale{of}{ends}: T.let = affine{of}[{channels} + {channel}] * moments{of}[{channels} + {channel}]",
-        f"shift{of}{ends}: T.let = affine{of}[{channel}]",
+        f"mean{of}: T.let = moments{of}[c]",
+        f"scale{of}: T.let = affine{of}[{channels} + c] * moments{of}[{channels} + c]",
+        f"shift{of}: T.let = affine{of}[c]",
     )
 
 

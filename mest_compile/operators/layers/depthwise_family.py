@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mest_compile.ir.graph import LayerSpec
-from mest_compile.operators.batch_norm import AFFINE, facts_of
+from mest_compile.operators.batch_norm import AFFINE
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.depthwise import DepthwiseForward, DepthwiseGradInput, DepthwiseGradWeight, Window
 from mest_compile.operators.layers.family import KernelFamily, family
@@ -29,6 +29,11 @@ def _window(spec: LayerSpec) -> Window:
     return Window(spec.weight_shape[2:], spec.stride, spec.padding, spec.dilation)
 
 
+def _facts(norm: Node, low: Trace) -> tuple[Buffer, Buffer]:
+    """(moments, affine) of a normalisation in a chain."""
+    return low.temporary(f"{norm.name}.moments", 3 * norm.shape[1]), low.parameter(norm, *AFFINE)
+
+
 @family("depthwise")
 class DepthwiseFamily(KernelFamily):
     """Three kernels that read a layer's values as torch has them: there is no index and no transposed copy."""
@@ -43,10 +48,10 @@ class DepthwiseFamily(KernelFamily):
         if chain is None:
             super()._convolve(node, low, result, statistics, phase)
             return
-        layer, source = low.layer(node), low.value(chain.before.name)
+        layer, source = low.layer(node), low.value(chain.before.inputs[0])
         activation = chain.before.attrs["activation"]
         problem = NormedDepthwiseForward(source.image, result.image, _window(layer.spec), activation, bool(statistics))
-        arrays = self.hold(layer, low, "", "values"), *facts_of(chain.before, low), source, result, *statistics
+        arrays = self.hold(layer, low, "", "values"), *_facts(chain.before, low), source, result, *statistics
         low.call("normed_depthwise.forward", problem, *arrays, node=node.name, phase=phase)
 
     def backward(self, node: Node, low: Trace) -> None:
@@ -54,7 +59,7 @@ class DepthwiseFamily(KernelFamily):
         if chain is None:
             super().backward(node, low)
             return
-        layer, source = low.layer(node), low.value(chain.before.name)
+        layer, source = low.layer(node), low.value(chain.before.inputs[0])
         z, dy = low.value(node.name), low.gradient(node)
         dz, accumulate = low.contribute(chain.before.inputs[0])
         assert not accumulate, "nobody else reads what a chain does"
@@ -66,9 +71,9 @@ class DepthwiseFamily(KernelFamily):
             "normed_depthwise.backward",
             problem,
             self.hold(layer, low, "", "values"),
-            *facts_of(chain.before, low),
+            *_facts(chain.before, low),
             source,
-            *facts_of(chain.behind, low),
+            *_facts(chain.behind, low),
             z,
             dy,
             self.hold(layer, low, "gradient", "gradients"),

@@ -46,16 +46,6 @@ class Epilogue:
     residual: Image | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A normalisation before a convolution, whose kernels read what it takes and normalise that themselves.
-
-    activation  name of the one behind it; None: none
-    """
-
-    activation: str | None = None
-
-
 def _groups(channels: int, row_block: int, rows_live: int) -> int:
     """Groups of rows; of listed rows there may be one more, when the live and the dead ones both end in a group that is
     not full."""
@@ -86,8 +76,6 @@ class GatherConv:
       no accumulate,
                  and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the
                  row's results
-    norm: source is what a normalisation takes, and kernel "gather.normed_conv" has two more arguments before it,
-    moments and affine as batch_norm has them. Only where units are of one pixel of one channel, and without a halo.
     taps: a unit reads that many pixels of a row, each by its own value, which stands where the source channel's would;
     1: it reads source_block channels. More than 1 only where source_block is 1.
     rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with
@@ -111,7 +99,6 @@ class GatherConv:
     rows_live: int = field(default=0, metadata=SIZE)
     sources_live: int = field(default=0, metadata=SIZE)
     epilogue: Epilogue | None = field(default=None, metadata=ASIDE)
-    norm: Norm | None = field(default=None, metadata=ASIDE)
 
     def __post_init__(self) -> None:
         assert not (self.epilogue and (self.statistics or self.accumulate)), (
@@ -146,7 +133,6 @@ class GatherGrad:
     source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel,
     result channel]. Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch
     are 0 in it.
-    norm: as GatherConv has it, kernel "gather.normed_grad".
     """
 
     source: Image
@@ -158,7 +144,6 @@ class GatherGrad:
     taps: int = 1
     rows_live: int = field(default=0, metadata=SIZE)
     sources_live: int = field(default=0, metadata=SIZE)
-    norm: Norm | None = field(default=None, metadata=ASIDE)
 
     @property
     def groups(self) -> int:

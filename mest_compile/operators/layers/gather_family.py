@@ -13,10 +13,8 @@ from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
-from mest_compile.operators.batch_norm import facts_of
-from mest_compile.operators.chain import norm_read_by
 from mest_compile.operators.layers.family import KernelFamily, family
-from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Norm, Pass
+from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
 from mest_compile.operators.operator import Trace
@@ -29,13 +27,7 @@ if TYPE_CHECKING:
 
 
 def forward_problem(
-    layer: Layer,
-    source: Image,
-    result: Image,
-    bias: bool,
-    statistics: bool,
-    epilogue: Epilogue | None = None,
-    norm: Norm | None = None,
+    layer: Layer, source: Image, result: Image, bias: bool, statistics: bool, epilogue: Epilogue | None = None
 ) -> GatherConv:
     rows, sources = layer.scheme.block(layer.spec)
     return GatherConv(
@@ -49,7 +41,6 @@ def forward_problem(
         bias=bias,
         statistics=statistics,
         epilogue=epilogue,
-        norm=norm,
     )
 
 
@@ -87,13 +78,6 @@ def gather_indexer(
     return index
 
 
-def _norm(name: str, low: Trace) -> tuple[Norm | None, tuple[Buffer, ...]]:
-    """(how the node's kernels normalise what they read, what they take for it)."""
-    node = low.node(name)
-    norm = norm_read_by(node, low) if node else None
-    return (Norm(norm.attrs["activation"]), facts_of(norm, low)) if norm else (None, ())
-
-
 @family("gather")
 class GatherFamily(KernelFamily):
     """Three gathers over the live cells. The input gradient reads a copy of the values in its own order.
@@ -117,15 +101,13 @@ class GatherFamily(KernelFamily):
         bias: bool,
         epilogue: Epilogue | None,
     ) -> None:
-        norm, facts = _norm(node, low)
-        problem = forward_problem(layer, source.image, result.image, bias, bool(statistics), epilogue, norm)
+        problem = forward_problem(layer, source.image, result.image, bias, bool(statistics), epilogue)
         low.call(
-            "gather.normed_conv" if norm else "gather.conv",
+            "gather.conv",
             problem,
             *self._index(layer, problem, low),
             self.hold(layer, low, "", "values"),
             *others,
-            *facts,
             source,
             result,
             *statistics,
@@ -137,14 +119,11 @@ class GatherFamily(KernelFamily):
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
         rows, sources = layer.scheme.block(layer.spec)
-        norm, facts = _norm(node, low)
-        section = layer.section_channels
-        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, section, norm=norm)
+        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
         low.call(
-            "gather.normed_grad" if norm else "gather.grad",
+            "gather.grad",
             problem,
             *self._index(layer, problem, low),
-            *facts,
             source,
             delta,
             gradients,
