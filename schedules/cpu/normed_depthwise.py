@@ -3,6 +3,8 @@ lies between the kernels' steps is a plane of a slice in its caches."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
@@ -26,12 +28,15 @@ from mest_compile.schedules.cpu.norms import NormGradient, activated, facts, set
 from mest_compile.schedules.cpu.rows import array, buffer, fetch, frame_row, loop, narrowed, set_rows, walk_row, widened
 from mest_compile.schedules.cpu.tiles import vectors
 
-AHEAD_BYTES = 0
 BEFORE, BEHIND = "_before", "_behind"  # what names of the two normalisations end with
 
 
 def _row(name: str | None) -> Activation | None:
     return activation_of(name) if name else None
+
+
+def _next_channel(name: str, image: Image) -> list[str]:
+    return fetch(image.channel_elems * image.item_bytes, {name: image})
 
 
 def _make_plane(text: Text, name: str, image: Image) -> None:
@@ -59,7 +64,7 @@ def _take_rows(text: Text, source: Image, padded: Image, window: Window, rows: i
             z = widened(source, f"source[source_row + {at}]")
             return [f"taken[taken_row + {at}] = {activated(z, row, BEFORE)}"]
 
-        walk_row(text, source, body, fetch(AHEAD_BYTES, {"source": source}))
+        walk_row(text, source, body)
 
 
 @schedule("normed_depthwise.forward", device="cpu")
@@ -92,10 +97,12 @@ def normed_depthwise_forward(problem: NormedDepthwiseForward, target: Target) ->
 @schedule("normed_depthwise.backward", device="cpu")
 def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) -> str:
     """The sums of the normalisation behind; slice by slice its gradient and what the convolution took, row by row the
-    weights' gradient of them, then what the convolution's input has; the sums of the normalisation before, and dz."""
-    source, z, dy, dz, window = problem.source, problem.z, problem.dy, problem.dz, problem.window
+    weights' gradient of them, then that of what the convolution took and the sums of the normalisation before; dz."""
+    source, z, dy, window = problem.source, problem.z, problem.dy, problem.window
     channels, vector = dy.channels, dy.vector
     padded, padded_delta = problem.padded, problem.padded_delta
+    inner = replace(source, channels=1, halo=(0, 0, 0, 0), dtype="float32")  # the gradient of a channel, before
+    name, dz = ("dz", problem.dz) if problem.dz else ("source", source)
     text = Text(
         buffer("values", channels * window.taps),
         *facts(channels, BEFORE),
@@ -106,13 +113,16 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
         buffer("gradients", channels * window.taps),
         buffer(f"sums{BEFORE}", 2 * channels),
         buffer(f"sums{BEHIND}", 2 * channels),
-        array("dz", dz),
+        *([array("dz", problem.dz)] if problem.dz else []),
     )
     behind = NormGradient(text, dy, z, _row(problem.behind), ("dy", "z"), BEHIND)
-    before = NormGradient(text, dz, source, _row(problem.before), ("dz", "source"), BEFORE)
+    before = NormGradient(
+        text, replace(inner, channels=channels), source, _row(problem.before), ("inner", "source"), BEFORE
+    )
 
     def give_row() -> None:
-        """Row `h` of what comes back through the normalisation behind."""
+        """Row `h` of what comes back through the normalisation behind. Of small images the next channel's is asked for,
+        as the taps' sums leave memory idle: 12x12 and 6x6 take a tenth less time, 24x24 a tenth more (Zen 4)."""
         set_rows(text, {"dy": dy, "z": z})
         text(f"delta_row: T.let = {padded_delta.origin} + h * {padded_delta.row_elems}")
 
@@ -120,21 +130,23 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
             value = behind.spread(at)
             return [f"delta[delta_row + {at}] = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
 
-        walk_row(text, dy, body)
+        small = dy.slices * dy.channel_elems * dy.item_bytes <= target.l1_bytes
+        asked = {"dy": dy, "z": z} if small else {}
+        walk_row(text, dy, body, [line for name, image in asked.items() for line in _next_channel(name, image)])
 
     def one(tile: Tile) -> None:
         """A tile of the gradient of what the convolution took."""
         start = f"{padded_delta.origin} + h // {window.stride[0]} * {padded_delta.row_elems}"
         text(
             f"read: T.let = {start} + w // {window.stride[1]} * {vector}",
-            f"write: T.let = dz_plane + h * {dz.row_elems} + w * {vector}",
+            f"write: T.let = s * {inner.slice_elems} + h * {inner.row_elems} + w * {vector}",
+            f"taken_from: T.let = source_plane + h * {source.row_elems} + w * {vector}",
         )
         start_sums(text, tile, vector, lambda a, b: "T.float32(0)")
         add_up(text, "delta", padded_delta, "read", reads_of(window.reaching, window, tile), f"c * {window.taps}")
-        text(f"taken_from: T.let = source_plane + h * {source.row_elems} + w * {vector}")
         places = [
             (
-                f"dz[write + {a * dz.row_elems + b * vector} + i]",
+                f"inner[write + {a * inner.row_elems + b * vector} + i]",
                 f"source[taken_from + {a * source.row_elems + b * vector} + i]",
                 f"sums_{a}[{b * vector} + i]",
             )
@@ -145,7 +157,8 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
 
     def spread(at: str, slot: str, live: str | None) -> list[str]:
         value = before.spread(at, told=True)
-        return [f"dz[dz_row + {at}] = " + (f"T.Select({live}, {value}, T.float32(0))" if live else value)]
+        made = f"T.Select({live}, {value}, T.float32(0))" if live else value
+        return [f"{name}[{name}_row + {at}] = {narrowed(dz, made)}"]
 
     with text.nest(f"for c in {loop(channels, source.elems)}"):
         set_facts(text, channels, BEFORE)
@@ -156,13 +169,13 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
         behind.set_spread()
         _make_plane(text, "taken", padded)
         _make_plane(text, "delta", padded_delta)
+        text.local("inner", inner.elems)
         start_taps(text, window, vector)
         before.begin()
         with text.nest(f"for s in T.serial({dy.slices})"):
             text(
                 f"plane: T.let = s * {channels} + c",
                 f"source_plane: T.let = plane * {source.channel_elems} + {source.origin}",
-                f"dz_plane: T.let = plane * {dz.channel_elems} + {dz.origin}",
             )
             with text.nest(f"for h in T.serial({dy.height})"):
                 give_row()
@@ -170,12 +183,13 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
                 text(f"source_row: T.let = {padded.origin} + h * {window.stride[0] * padded.row_elems}")
                 add_taps(text, window, padded, padded_delta, target, ("taken", "delta"))
             before.begin_slice()
-            each_tile(text, dz, tile_of(dz, window, window.stride), one)
+            each_tile(text, inner, tile_of(inner, window, window.stride), one)
             before.end_slice()
         store_taps(text, window, vector)
         before.join()
         before.set_spread()
         with text.nest(f"for r in T.serial({before.rows.all_rows})"):
-            before.rows.set_row(text, "r", {"dz": dz, "source": source})
-            walk_row(text, dz, spread)
+            before.rows.set_row(text, "r", {"source": source, **({"dz": problem.dz} if problem.dz else {})})
+            text(f"inner_row: T.let = r * {inner.row_elems}")
+            walk_row(text, source, spread)
     return str(text)

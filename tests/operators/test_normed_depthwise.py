@@ -57,8 +57,9 @@ class Chain:
             self.gradient,
         )
 
-    def backward_problem(self):
-        return NormedDepthwiseBackward(self.source, self.z, self.dy, self.dz, self.window, self.before, self.behind)
+    def backward_problem(self, in_place=False):
+        dz = None if in_place else self.dz
+        return NormedDepthwiseBackward(self.source, self.z, self.dy, dz, self.window, self.before, self.behind)
 
     def backward(self, builder):
         """(gradients, sums before, sums behind, dz's array)."""
@@ -66,7 +67,13 @@ class Chain:
         room = [np.full((channels, self.window.taps), 7, np.float32), *(np.full((2, channels), 7, np.float32),) * 2]
         start = np.full(self.dz.shape, 7, np.float32)
         arrays = *self.backward_arrays(), *room, start
-        return call(builder, "normed_depthwise.backward", problem, *arrays)[len(arrays) - 4 :]
+        *sums, dz = call(builder, "normed_depthwise.backward", problem, *arrays)[len(arrays) - 4 :]
+        if self.source.dtype == "float32":  # in the source's place
+            after = call(builder, "normed_depthwise.backward", self.backward_problem(True), *arrays[:-1])
+            for one, other in zip(sums, after[len(arrays) - 4 :], strict=True):
+                assert np.array_equal(one, other)
+            assert np.array_equal(self.dz.unpack(dz, True), self.source.unpack(after[3], True))
+        return *sums, dz
 
     def check_backward(self, builder):
         *sums, dz = self.backward(builder)

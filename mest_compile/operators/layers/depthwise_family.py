@@ -61,11 +61,11 @@ class DepthwiseFamily(KernelFamily):
             return
         layer, source = low.layer(node), low.value(chain.before.inputs[0])
         z, dy = low.value(node.name), low.gradient(node)
-        dz, accumulate = low.contribute(chain.before.inputs[0])
-        assert not accumulate, "nobody else reads what a chain does"
+        name = chain.before.inputs[0]  # nobody else reads its value, or contributes to its gradient
+        dz = None if low.adopt(name, source) else low.contribute(name)[0]
         before, behind = (norm.attrs["activation"] for norm in (chain.before, chain.behind))
         problem = NormedDepthwiseBackward(
-            source.image, z.image, dy.image, dz.image, _window(layer.spec), before, behind
+            source.image, z.image, dy.image, dz.image if dz else None, _window(layer.spec), before, behind
         )
         low.call(
             "normed_depthwise.backward",
@@ -78,7 +78,7 @@ class DepthwiseFamily(KernelFamily):
             dy,
             self.hold(layer, low, "gradient", "gradients"),
             *(low.parameter_gradient(norm, *AFFINE) for norm in (chain.before, chain.behind)),
-            dz,
+            *([dz] if dz else []),
             node=node.name,
             phase="backward",
         )

@@ -59,19 +59,19 @@ class NormedDepthwiseBackward:
     Kernel "normed_depthwise.backward", arguments in order, all flat:
       values      (channels * taps,) float32
       moments, affine  of the normalisation before
-      source      (source.elems,): what that takes
+      source      (source.elems,): what that takes; it becomes dz where that is no argument
       moments, affine  of the normalisation behind
       z           (z.elems,): what that takes
       dy          (dy.elems,): the gradient of what that gives, behind its activation
       gradients   (channels * taps,) float32: of the values
       sums, sums  (2, channels) float32: of affine, before and behind, as batch_norm has them
-      dz          (dz.elems,): the gradient of the source; its halo is not touched
+      dz          (dz.elems,), only if `dz`: the gradient of the source; its halo is not touched
     """
 
     source: Image
     z: Image
     dy: Image
-    dz: Image
+    dz: Image | None
     window: Window
     before: str | None = None
     behind: str | None = None
