@@ -15,9 +15,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from mest_compile.frontend.torch_depth import shown
+
 CUTS = ("detach", "detach_", "data")  # functions and attributes of tensors
-# Functions that drop while they train, as torch's modules call them.
-DROPOUTS = ("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_")
+# Functions that drop while they train, as torch's modules call them, and torch_depth's.
+DROPOUTS = (
+    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_"),
+    *("drop_path", "drop_batch"),
+)
 CUT, DROP = "cut.default", "drop.default"  # as torch.export names our operators
 
 
@@ -65,7 +70,8 @@ def marked(module: torch.nn.Module) -> Iterator[None]:
 
     module.forward = marking
     try:
-        yield
+        with shown(module):
+            yield
     finally:
         module.forward = forward
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, dropping, name_of
+from mest_compile.frontend.torch_depth import shown
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[lis
         warnings.simplefilter("ignore")
         values = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
         images = fake.from_tensor(torch.zeros(input_shape, dtype=torch.float32, device="cpu"))
-        with _watched(module) as stack:
+        with shown(module), _watched(module) as stack:
             recorder = _recorder(stack, {id(value): name for name, value in values.items()} | {id(images): "input"})
             try:
                 with fake, recorder:

@@ -22,7 +22,9 @@ from mest_compile.operators.operator import Halo, Operator, Trace, operator
 # bits. Source: Wellons, "Prospecting for hash functions", 2018, the one with two rounds and least bias.
 SHIFTS, FACTORS = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
 DIGITS = 24  # of a drawn number that are compared: what a float32 has
-WHOLE = ("dropout1d", "dropout2d", "dropout3d", "feature_dropout")  # drop whole channels
+# What a function of torch's, or of frontend/torch_depth.py, drops as a whole; others drop single elements.
+WHOLE = dict.fromkeys(("dropout1d", "dropout2d", "dropout3d", "feature_dropout"), "channel")
+WHOLE |= {"drop_path": "example", "drop_batch": "batch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +33,14 @@ class Dropout:
     else 0 (NaN where x is not finite, as torch has it). The gradient takes the same way.
 
     p           share that is dropped, 0 < p <= 1
-    whole       channels of an example are dropped whole
+    whole       what is dropped as a whole: of an example an "element" or a "channel", or an "example", or the "batch"
     accumulate  y += instead
     """
 
     x: Image
     y: Image
     p: float
-    whole: bool = False
+    whole: str = "element"
     accumulate: bool = False
 
     @property
@@ -77,9 +79,10 @@ def draws(graph: ForwardGraph, seed: int, update: int) -> dict[str, np.ndarray]:
     return found
 
 
-def stays(draw: int, shape: tuple[int, ...], p: float, whole: bool = False) -> np.ndarray:
+def stays(draw: int, shape: tuple[int, ...], p: float, whole: str = "element") -> np.ndarray:
     """Which elements of a value (N, C, H, W) or (N, C) stay, bool. draw: of the int32 that `draws` gave."""
-    covered = shape[:2] + (1,) * (len(shape) - 2) if whole else shape
+    axes = {"element": len(shape), "channel": 2, "example": 1, "batch": 0}[whole]
+    covered = shape[:axes] + (1,) * (len(shape) - axes)
     places = np.arange(np.prod(covered), dtype=np.uint32).reshape(covered)
     drawn = mixed(places ^ np.int64(draw).astype(np.uint32)) >> np.uint32(32 - DIGITS)
     return np.broadcast_to(drawn >= round(p * 2**DIGITS), shape)
@@ -93,7 +96,7 @@ def reference(problem: Dropout, draw: int, x: np.ndarray) -> np.ndarray:
 
 @operator("dropout")
 class DropoutOperator(Operator):
-    """attrs: p, whole (only if it is)."""
+    """attrs: p, whole (only if it is not "element")."""
 
     def source_halo(self, node: Node, low: Trace) -> Halo:
         return (0, 0, 0, 0) if low.training else low.value_halo(node.name)
@@ -129,6 +132,6 @@ def _held(node: Node, low: Trace) -> Any:
 def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
     value, p = reader.activation(arguments[0]), _single(call.attrs.rate)
     if p:
-        attrs = {"p": p} | ({"whole": True} if reader.name in WHOLE else {})
+        attrs = {"p": p} | ({"whole": WHOLE[reader.name]} if reader.name in WHOLE else {})
         value = reader.add("dropout", (value,), value.shape, attrs=attrs)
     return value, Refused(reader.error("dropout's mask used as a value"))

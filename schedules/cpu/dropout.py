@@ -17,11 +17,18 @@ def dropout_forward(problem: Dropout, target: Target) -> str:
     with each_row(text, {"x": x, "y": y}):
         text('key: T.let = T.cast(draw[0], "uint32")')
         pixels = x.height * x.width
-        example = f"(plane // {x.channels} * {x.vector} + i) * {x.channels} + c"
+        example = f"(plane // {x.channels} * {x.vector} + i)"
+        channel = f"({example} * {x.channels} + c)"
 
         def body(at: str, slot: str, live: str | None) -> list[str]:
             pixel = f"h * {x.width} + ({at}) // {x.vector}"
-            place = example if problem.whole else f"({example}) * {pixels} + {pixel}"
+            places = {
+                "element": f"{channel} * {pixels} + {pixel}",
+                "channel": channel,
+                "example": example,
+                "batch": "0",
+            }
+            place = places[problem.whole]
             kept = f"T.Select(bits >= T.uint32({problem.threshold}), {number(problem.scale)}, T.float32(0))"
             value = f"{widened(x, f'x[x_row + {at}]')} * {kept}"
             before = f"{widened(y, f'y[y_row + {at}]')} + " if problem.accumulate else ""

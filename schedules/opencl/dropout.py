@@ -13,13 +13,16 @@ from mest_compile.schedules.opencl.text import DeviceText, at, full, image, numb
 def dropout_forward(problem: Dropout, target: Target) -> str:
     x, y, vector = problem.x, problem.y, problem.x.vector
     text = DeviceText(scalars("draw", 1, "int32"), image("x", x), image("y", y))
-    each = 1 if problem.whole else x.height * x.width
+    # Of an example: how many numbers it draws, and which of them its pixel takes.
+    each, mine = {
+        "element": (x.channels * x.height * x.width, f"(c * {x.height} + h) * {x.width} + w"),
+        "channel": (x.channels, "c"),
+        "example": (1, "0"),
+        "batch": (0, "0"),
+    }[problem.whole]
     with text.each_pixel(y, target.limits.threads):
-        first = f"(plane // {x.channels} * {vector * x.channels} + c) * {each}" + (
-            "" if problem.whole else (f" + h * {x.width} + w")
-        )
-        first, stride = f'T.cast({first}, "uint32")', x.channels * each
-        place = f"T.Ramp({first}, T.uint32({stride}), {vector})" if vector > 1 else first
+        first = f'T.cast(plane // {x.channels} * {vector * each} + {mine}, "uint32")'
+        place = f"T.Ramp({first}, T.uint32({each}), {vector})" if vector > 1 and each else full(first, vector)
 
         def whole(value: int) -> str:
             return full(f"T.uint32({value})", vector)

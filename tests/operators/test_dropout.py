@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import mest_compile as mest
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch
-from mest_compile.operators.dropout import draws, stays
+from mest_compile.operators.dropout import WHOLE, draws, stays
 
 BATCH = (6, 3, 9, 9)
 SEED = 3
@@ -45,25 +45,131 @@ def drawn(graph, monkeypatch):
     nodes = [node for node in graph.nodes if node.op == "dropout"]
     called = [0]
 
+    def kept(x, p, name):
+        update, place = divmod(called[0], len(nodes))
+        called[0] += 1
+        (draw,) = draws(graph, SEED, update + 1)[f"{nodes[place].name}:draw"]
+        return torch.tensor(stays(int(draw), tuple(x.shape), p, WHOLE.get(name, "element")).copy()) / (1 - p)
+
     def like(name):
         def drop(x, p, training, inplace=False):
             if not training or not p:
                 return x
-            update, place = divmod(called[0], len(nodes))
-            called[0] += 1
-            (draw,) = draws(graph, SEED, update + 1)[f"{nodes[place].name}:draw"]
-            kept = torch.tensor(stays(int(draw), tuple(x.shape), p, name == "dropout2d").copy())
-            return x.mul_(kept / (1 - p)) if inplace else x * (kept / (1 - p))
+            return x.mul_(kept(x, p, name)) if inplace else x * kept(x, p, name)
 
         return drop
 
     for name in "dropout", "dropout2d":
         monkeypatch.setattr(F, name, like(name))
+    for kind in StochasticDepth, DropPath, SomeDropPath:
+        monkeypatch.setattr(
+            kind,
+            "forward",
+            lambda self, x: (
+                x * kept(x, self.share, "drop_batch" if self.whole else "drop_path")
+                if self.training and self.share
+                else x
+            ),
+        )
+
+
+class StochasticDepth(nn.Module):
+    """As torchvision has it."""
+
+    def __init__(self, p, mode):
+        super().__init__()
+        self.p, self.mode, self.share, self.whole = p, mode, p, mode == "batch"
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0:
+            return x
+        size = [x.shape[0]] + [1] * (x.ndim - 1) if self.mode == "row" else [1] * x.ndim
+        noise = torch.empty(size, dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.p)
+        return x * noise.div_(1.0 - self.p)
+
+
+class DropPath(nn.Module):
+    """As timm has it."""
+
+    def __init__(self, drop_prob=0.0, scale_by_keep=True):
+        super().__init__()
+        self.drop_prob, self.scale_by_keep, self.share, self.whole = drop_prob, scale_by_keep, drop_prob, False
+
+    def forward(self, x):
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        noise = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * (noise.div_(keep) if keep > 0.0 and self.scale_by_keep else noise)
+
+
+class SomeDropPath(nn.Module):
+    """As models of transformers have it."""
+
+    def __init__(self, drop_prob=None):
+        super().__init__()
+        self.drop_prob, self.share, self.whole = drop_prob, drop_prob or 0.0, False
+
+    def forward(self, x):
+        if not self.drop_prob or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        noise = keep + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
+        return x.div(keep) * noise.floor_()
+
+
+class Depths(nn.Module):
+    """Blocks that are skipped, with a gate in each, as EfficientNets have them; features too, and parts that never
+    are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, bias=False), nn.Linear(8, 5)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.wide = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) for _ in range(3))
+        self.gates = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.depths = nn.ModuleList([StochasticDepth(0.25, "row"), DropPath(0.5), StochasticDepth(0.5, "batch")])
+        self.features, self.never = SomeDropPath(0.25), nn.ModuleList([DropPath(0.0), SomeDropPath()])
+
+    def forward(self, x):
+        x = F.silu(self.norms[0](self.stem(x)))
+        for norm, wide, gate, depth in zip(self.norms[1:], self.wide, self.gates, self.depths, strict=True):
+            y = norm(wide(x))
+            x = x + depth(y * torch.sigmoid(gate(F.adaptive_avg_pool2d(y, 1))))
+        x = x.mean((2, 3))
+        return self.last(x + self.features(F.silu(self.never[1](self.never[0](x)))))
+
+
+def test_stochastic_depth_is_read_as_what_it_drops():
+    model = Depths()
+    before = torch.get_rng_state()
+    nodes = [node for node in graph_of(model).nodes if node.op == "dropout"]
+    assert [(node.attrs["p"], node.attrs["whole"]) for node in nodes] == [
+        (0.25, "example"),
+        (0.5, "example"),
+        (0.5, "batch"),
+        (0.25, "example"),
+    ]
+    assert torch.equal(torch.get_rng_state(), before) and not any("forward" in vars(part) for part in model.modules())
+    model.depths[0].eval()
+    assert sum(node.op == "dropout" for node in graph_of(model).nodes) == 3
+
+
+@pytest.mark.parametrize("odd", [DropPath(0.5, scale_by_keep=False), StochasticDepth(0.5, "column")])
+def test_what_only_looks_like_stochastic_depth_is_refused(odd):
+    """The second drops all of a batch together, and does not say that."""
+    model = Depths()
+    model.depths[1] = odd
+    with pytest.raises(UnsupportedOperator, match=r"in training mode the model does .* 'depths.1'"):
+        graph_of(model)
 
 
 def test_how_it_is_read():
     nodes = [node for node in graph_of(Dropping()).nodes if node.op == "dropout"]
-    assert [node.attrs for node in nodes] == [{"p": 0.25, "whole": True}, *({"p": p} for p in (0.3, 0.3, 0.5, 0.1))]
+    assert [node.attrs for node in nodes] == [
+        {"p": 0.25, "whole": "channel"},
+        *({"p": p} for p in (0.3, 0.3, 0.5, 0.1)),
+    ]
     assert len({node.name for node in nodes}) == 5
     last = graph_of(Dropping()).nodes[-1]
     assert last.op == "linear" and last.inputs == (nodes[-1].name,) and nodes[-1].inputs == (nodes[-2].name,)
@@ -76,12 +182,14 @@ def test_what_does_not_train_does_not_drop():
     assert sum(node.op == "dropout" for node in graph_of(model.eval()).nodes) == 5
 
 
-@pytest.mark.parametrize("target", ["local", "opencl"])
-def test_three_steps_equal_torchs_that_drops_the_same(target, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "target"), [(Dropping, "local"), (Dropping, "opencl"), (Depths, "local"), (Depths, "opencl")]
+)
+def test_three_steps_equal_torchs_that_drops_the_same(kind, target, monkeypatch, tmp_path):
     if target == "opencl":
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")
     torch.manual_seed(0)
-    model, optimizer = Dropping(), mest.SGD(lr=0.05, momentum=0.9)
+    model, optimizer = kind(), mest.SGD(lr=0.05, momentum=0.9)
     named = {"scheme": "unstructured", "sparsity": 0.5, "dense_layers": ["last"], "seed": SEED}
     step = mest.compile(model, BATCH, optimizer=optimizer, target=target, **named)
     batches = make_batches(BATCH, 5, 3)
@@ -109,7 +217,7 @@ def test_updates_names_and_seeds_draw_differently_and_evenly():
         spread = np.sqrt(0.25 * 0.75 / np.prod([first.shape[axis] for axis in axes]))
         assert abs(first.mean(axes) - 0.75).max() < 5 * spread
     assert abs((first & second).mean() - 0.75**2) < 0.01
-    whole = stays(found[0], (64, 32, 8, 8), 0.25, whole=True)
+    whole = stays(found[0], (64, 32, 8, 8), 0.25, whole="channel")
     assert (whole == whole[:, :, :1, :1]).all() and abs(whole.mean() - 0.75) < 0.05
 
 

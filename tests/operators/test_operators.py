@@ -892,7 +892,9 @@ def test_sums_over_different_axes_are_several_calls():
 
 
 @some_shapes
-@pytest.mark.parametrize(("p", "whole"), [(0.25, False), (0.3, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("p", "whole"), [(0.25, "element"), (0.3, "channel"), (1.0, "element"), (0.5, "example"), (0.5, "batch")]
+)
 def test_dropout(run, rng, shape, p, whole):
     x, before, drawn = draw(rng, shape), draw(rng, shape), np.array([-12345], np.int32)
     for accumulate in (False, True):
