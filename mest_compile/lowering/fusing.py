@@ -95,7 +95,7 @@ def _fold(graph: ForwardGraph) -> ForwardGraph:
     for node in graph.nodes:
         node = replace(node, inputs=tuple(renamed.get(source, source) for source in node.inputs))
         placed[node.name] = node
-        if node.op != "batch_norm" or not node.attrs.get("evaluating"):
+        if node.op != "batch_norm" or not node.attrs.get("evaluating") or "weight" not in node.params:
             continue
         layer, activation = layers.get(node.inputs[0]), node.attrs["activation"]
         stays = node.params["weight"] in graph.frozen and node.params["bias"] in graph.frozen

@@ -25,6 +25,7 @@ from mest_compile.ir.program import Buffer
 from mest_compile.operators.activation import activation_of
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
+from mest_compile.operators.norm import changes_nothing
 from mest_compile.operators.operator import Operator, Trace, operator
 
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most
@@ -32,6 +33,7 @@ from mest_compile.operators.operator import Operator, Trace, operator
 # second look at z costs them nothing.
 FAR = 64
 AFFINE = ("bias", "weight")  # roles, in the order of `affine`
+ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,14 @@ def backward_reference(
 
 @operator("batch_norm")
 class BatchNorm(Operator):
-    """Inputs: z and, where an addition was fused, the residual. attrs: eps, momentum, activation."""
+    """Inputs: z and, where an addition was fused, the residual. params: ROLES, or without weight and bias, which are 1
+    and 0 then; attrs: eps, momentum, activation."""
+
+    def constants(self, node: Node) -> dict[str, np.ndarray]:
+        if "weight" in node.params:
+            return {}
+        channels = node.shape[1]
+        return {f"{node.name}:affine": np.repeat(np.array([0, 1], np.float32), channels)}
 
     def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         """That of its input's gradient where it can take its place: convolutions write it, nobody else needs it."""
@@ -315,7 +324,10 @@ class BatchNorm(Operator):
             pass_on(low, node.inputs[1], dy)
 
     def onnx(self, node: Node, writer: Writer) -> str:
-        held = [writer.weight(node.params[role]) for role in ("weight", "bias", "running_mean", "running_var")]
+        held = [writer.weight(node.params[role]) for role in ROLES if role in node.params]
+        if len(held) < len(ROLES):
+            bias, weight = self.constants(node)[f"{node.name}:affine"].reshape(2, -1)
+            held = [writer.constant(weight, "ones"), writer.constant(bias, "zeros"), *held]
         return writer.call("BatchNormalization", [*writer.inputs(node), *held], node.shape, epsilon=node.attrs["eps"])
 
 
@@ -325,6 +337,8 @@ def _is_split(node: Node, low: Trace) -> bool:
 
 
 def _affine(node: Node, low: Trace) -> Buffer:
+    if "weight" not in node.params:
+        return low.hold(f"{node.name}:affine", 2 * node.shape[1], "batch")
     if not _is_split(node, low):
         return low.parameter(node, *AFFINE)
     return low.temporary(f"{node.name}.affine", 2 * node.shape[1])
@@ -348,10 +362,12 @@ def _flags(node: Node, low: Trace) -> tuple[Buffer | None, Buffer | None]:
 def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs = call.attrs
     image = reader.activation(arguments[0])
-    if int(attrs.axis) != 1 or not _is_stored(*arguments[1:]):
-        raise reader.error("batch_norm without its own weight, bias and running statistics")
-    roles = ("weight", "bias", "running_mean", "running_var")
-    params = {role: parameter.name for role, parameter in zip(roles, arguments[1:], strict=True)}
+    given = dict(zip(ROLES, arguments[1:], strict=True))
+    if all(changes_nothing(given[role], role) for role in AFFINE):
+        given = {role: held for role, held in given.items() if role not in AFFINE}
+    if int(attrs.axis) != 1 or not _is_stored(*given.values()):
+        raise reader.error("batch_norm without running statistics, or of numbers that are no parameters of its own")
+    params = {role: parameter.name for role, parameter in given.items()}
     normalised = reader.add(
         "batch_norm",
         (image,),

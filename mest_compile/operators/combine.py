@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Parameter, Reader, Value
+from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value
 from mest_compile.ir.expressions import Expression, Variable
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -156,8 +157,12 @@ def _by_name(
 
 @operator("combine")
 class Combination(Operator):
-    """Inputs: the formula's first operands; params: the others, each under its variable. attrs: formula, strides (of
-    each parameter)."""
+    """Inputs: the formula's first operands; params: the next, each under its variable. attrs: formula; constants: the
+    last operands, flat, only if there are some; strides (of each parameter and constant)."""
+
+    def constants(self, node: Node) -> dict[str, np.ndarray]:
+        held = enumerate(node.attrs.get("constants", ()))
+        return {_constant(node, place): np.array(one, np.float32) for place, one in held}
 
     def forward(self, node: Node, low: Trace) -> None:
         operands, buffers = _operands(node, low, NAMES)
@@ -189,7 +194,7 @@ class Combination(Operator):
                 goals.append(Goal(place, activation.image, accumulate))
                 results.append(activation)
             else:
-                goals.append(Goal(place, _weights(node, low, place - len(node.inputs))))
+                goals.append(Goal(place, _weights(node, low)[place - len(node.inputs)]))
                 results.append(low.parameter_gradient(node, NAMES[place]))  # type: ignore[arg-type]
         if goals:
             problem = CombineBackward(formula, dy.image, operands, tuple(goals))
@@ -197,44 +202,68 @@ class Combination(Operator):
 
     def onnx(self, node: Node, writer: Writer) -> str:
         values = dict(zip(NAMES, writer.inputs(node), strict=False))
-        for (role, name), strides in zip(node.params.items(), node.attrs["strides"], strict=True):
-            sizes = [size if stride else 1 for size, stride in zip(node.shape[1:], strides, strict=False)]
-            values[role] = writer.shaped(name, sizes)
+        sizes = [
+            [size if stride else 1 for size, stride in zip(node.shape[1:], strides, strict=False)]
+            for strides in node.attrs["strides"]
+        ]
+        held = [writer.shaped(name, size) for name, size in zip(node.params.values(), sizes, strict=False)]
+        fixed = zip(self.constants(node).values(), sizes[len(held) :], strict=True)
+        held += [writer.constant(one.reshape(size), "constant") for one, size in fixed]
+        values |= dict(zip(NAMES[len(values) :], held, strict=False))
         return writer.expression(formula_of(node.attrs["formula"]), values, node.shape)
 
 
-def combination(reader: Reader, formula: Expression, operands: Sequence[Value | Parameter], shape: Shape) -> Value:
-    """The value of a formula of NAMES, one for each operand, which has that shape. Raises UnsupportedOperator.
+def combination(
+    reader: Reader, formula: Expression, operands: Sequence[Value | Parameter | Fixed], shape: Shape
+) -> Value:
+    """The value of a formula of NAMES, one for each operand, which has that shape; constants are arrays. Raises
+    UnsupportedOperator.
 
     Axes are lined up from the last one, as torch does it, and spread where they have one element or are not there.
     """
     values = tuple(dict.fromkeys(one for one in operands if isinstance(one, Value)))
     held = tuple(dict.fromkeys(one for one in operands if isinstance(one, Parameter)))
-    sizes = [reader.shape_of(one) for one in held]
+    fixed = [one for one in operands if isinstance(one, Fixed)]
+    arrays = [np.asarray(one.array, np.float32) for one in fixed]
+    sizes = [reader.shape_of(one) for one in held] + [array.shape for array in arrays]
     shapes = [value.shape for value in values] + sizes
     fits = values and len(shape) in (2, 4) and all(len(value.shape) == len(shape) for value in values)
     fits = fits and all(len(size) < len(shape) or (len(size) == len(shape) and size[0] == 1) for size in sizes)
     if not fits or np.broadcast_shapes(*shapes) != shape:
         raise reader.error(f"{reader.name or 'an operation'} of shapes {' and '.join(map(str, shapes))}")
-    variable = {one: Variable(name) for name, one in zip(NAMES, (*values, *held), strict=False)}
-    formula = formula.of(**{name: variable[one] for name, one in zip(NAMES, operands, strict=False)})
-    params = {variable[one].name: one.name for one in held}
-    strides = tuple(_strides(reader, one, size, len(shape)) for one, size in zip(held, sizes, strict=True))
-    return reader.add("combine", values, shape, params, {"formula": as_text(formula), "strides": strides})
+    places = {id(one): place for place, one in enumerate([*values, *held, *fixed])}
+    firsts = {one: places[id(one)] for one in (*values, *held)}  # what comes twice is one operand
+    mine = [places[id(one)] if isinstance(one, Fixed) else firsts[one] for one in operands]
+    formula = formula.of(**{name: Variable(NAMES[place]) for name, place in zip(NAMES, mine, strict=False)})
+    params = {NAMES[len(values) + place]: one.name for place, one in enumerate(held)}
+    strides = tuple(
+        _strides(size, len(shape), isinstance(one, Parameter) and one.form == "transposed")
+        for one, size in zip([*held, *fixed], sizes, strict=True)
+    )
+    attrs: dict[str, Any] = {"formula": as_text(formula), "strides": strides}
+    if arrays:
+        attrs["constants"] = tuple(tuple(map(float, array.ravel())) for array in arrays)
+    return reader.add("combine", values, shape, params, attrs)
 
 
-def _strides(reader: Reader, parameter: Parameter, sizes: Shape, rank: int) -> tuple[int, ...]:
-    """As Weights has them, of a parameter that is spread over values of that many axes; sizes: its own axes."""
-    array = np.empty(reader.state_shapes[parameter.name], np.int8)
-    array = array.T if parameter.form == "transposed" else array.reshape(sizes)
+def _strides(sizes: Shape, rank: int, transposed: bool) -> tuple[int, ...]:
+    """As Weights has them, of an array with these axes, in memory turned round, that is spread over values of so many
+    axes."""
+    array = np.empty(sizes[::-1], np.int8).T if transposed else np.empty(sizes, np.int8)
     along = [stride if size > 1 else 0 for stride, size in zip(array.strides, array.shape, strict=True)]
     behind = [0, 0, 0, *along][-(rank - 1) :]
     return (*behind, 0, 0)[:3]
 
 
-def _weights(node: Node, low: Trace, place: int) -> Weights:
-    name = list(node.params.values())[place]
-    return Weights(prod(low.graph.state_shapes[name]), node.attrs["strides"][place])
+def _constant(node: Node, place: int) -> str:
+    return f"{node.name}:constant {place}"
+
+
+def _weights(node: Node, low: Trace) -> list[Weights]:
+    """Layouts of its parameters and constants."""
+    elems = [prod(low.graph.state_shapes[name]) for name in node.params.values()]
+    elems += map(len, node.attrs.get("constants", ()))
+    return [Weights(*facts) for facts in zip(elems, node.attrs["strides"], strict=True)]
 
 
 def _operands(node: Node, low: Trace, read: Collection[str]) -> tuple[tuple[Operand | None, ...], list[Buffer]]:
@@ -247,16 +276,21 @@ def _operands(node: Node, low: Trace, read: Collection[str]) -> tuple[tuple[Oper
             value = low.value(source)
             layouts[-1] = value.image
             buffers.append(value)
-    for place, role in enumerate(node.params):
-        layouts.append(_weights(node, low, place) if role in read else None)
-        buffers += [low.parameter(node, role)] if role in read else []
+    count = len(node.inputs)
+    for name, weights in zip(NAMES[count:], _weights(node, low), strict=False):
+        layouts.append(weights if name in read else None)
+        if name in read and name in node.params:
+            buffers.append(low.parameter(node, name))
+        elif name in read:
+            constant = _constant(node, len(layouts) - 1 - count - len(node.params))
+            buffers.append(low.hold(constant, weights.elems, "batch"))
     return tuple(layouts), buffers
 
 
 def _own_axes(node: Node, low: Trace, place: int) -> Kept:
     """As `kept` has it, of the operand at that place."""
     if place >= len(node.inputs):
-        channels, rows, columns = (stride != 0 for stride in _weights(node, low, place - len(node.inputs)).strides)
+        channels, rows, columns = (stride != 0 for stride in _weights(node, low)[place - len(node.inputs)].strides)
         return False, channels, rows, columns
     shape = low.shape(node.inputs[place])
     sizes = zip((*shape[1:], 1, 1)[:3], (*node.shape[1:], 1, 1)[:3], strict=True)

@@ -34,6 +34,8 @@ def combined(
 ) -> Value | Formula | Fixed:
     """The result of an operation of `ir.expressions`, or of a formula of x that is called so, on activations, formulas
     and numbers. Raises UnsupportedOperator."""
+    if (constant := _of_constants(operation, operands, formula)) is not None:
+        return constant
     numbers = [operand.number if isinstance(operand, Fixed) else None for operand in operands]
     forms = [
         None if number is not None else _forms(reader, operand)
@@ -44,8 +46,6 @@ def combined(
         with np.errstate(all="ignore"):
             return formula.evaluate(x=given[0]) if formula else OPERATIONS[operation].numpy(*given)
 
-    if None not in numbers:
-        return Fixed(float(compute(*numbers)))
     shared = [base for base in next(filter(None, forms)) if all(form is None or base in form for form in forms)]
     found = {
         base: compute(*(number if form is None else form[base] for number, form in zip(numbers, forms, strict=True)))
@@ -73,6 +73,16 @@ def combined(
     return Formula(
         found, names, error, *_prepared(reader, operation, operands, numbers), trees, operation in COMPARISONS
     )
+
+
+def _of_constants(operation: str, operands: Sequence[Any], formula: Expression | None) -> Fixed | None:
+    """What the operation makes of constants; None where there are others."""
+    given = [one.array if one.number is None else one.number for one in operands if isinstance(one, Fixed)]
+    if len(given) < len(operands) or any(one is None for one in given):
+        return None
+    with np.errstate(all="ignore"):
+        found = formula.evaluate(x=given[0]) if formula else OPERATIONS[operation].numpy(*given)
+    return Fixed(float(found)) if np.ndim(found) == 0 else Fixed(array=np.asarray(found, np.float32))
 
 
 def _elu(values: np.ndarray) -> Expression | None:
@@ -110,13 +120,14 @@ def related(reader: Reader, a: Any, b: Any) -> bool:
 
 
 def operation(reader: Reader, name: str, a: Any, b: Any, shape: tuple[int, ...]) -> Value | Formula | Fixed:
-    """Of two operands, of which one at least is an activation, a formula or the model's input. Raises
+    """Of two operands: constants, or one at least is an activation, a formula or the model's input. Raises
     UnsupportedOperator."""
     a, b = (one.value if isinstance(one, Spread) else one for one in (a, b))
     if (prepared := channel_step(reader, name, (a, b))) is not None:
         return prepared
     together = [isinstance(one, Value | Formula) for one in (a, b)]
-    if not any(isinstance(one, Parameter) for one in (a, b)):
+    held = [isinstance(one, Parameter) or (isinstance(one, Fixed) and one.array is not None) for one in (a, b)]
+    if not any(held) or all(isinstance(one, Fixed) for one in (a, b)):
         if not all(together):
             return combined(reader, name, a, b)
         if related(reader, a, b):
@@ -125,11 +136,11 @@ def operation(reader: Reader, name: str, a: Any, b: Any, shape: tuple[int, ...])
                 return found
     elif not any(together):
         raise reader.error(f"{reader.name or name} of a parameter and what is no activation")
-    held = [one if isinstance(one, Parameter) else reader.activation(one) for one in (a, b)]
-    values = [one for one in held if isinstance(one, Value)]
+    given = [one if mine else reader.activation(one) for one, mine in zip((a, b), held, strict=True)]
+    values = [one for one in given if isinstance(one, Value)]
     if name == "add" and [one.shape for one in values] == [shape, shape]:
         return reader.add("add", (values[0], values[1]), shape)  # which batch_norm may take in
-    return combination(reader, apply(name, *map(Variable, NAMES[:2])), held, shape)
+    return combination(reader, apply(name, *map(Variable, NAMES[:2])), given, shape)
 
 
 def _prepared(
@@ -294,6 +305,14 @@ def read_extremes(reader: Reader, call: Any, arguments: list) -> Any:
     for other in others:
         found = operation(reader, f"{name}imum", found, other, _shape(call))
     return found
+
+
+@reads("relax.full")
+def read_full(reader: Reader, call: Any, arguments: list) -> Any:
+    number = arguments[1].number if isinstance(arguments[1], Fixed) else None
+    if number is None:
+        raise reader.error("full of a value that is no constant")
+    return Fixed(array=np.full(_shape(call), number, np.float32))
 
 
 @reads("relax.isnan")

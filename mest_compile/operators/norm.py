@@ -186,15 +186,19 @@ def _moments(node: Node, low: Trace, x: Image) -> Buffer:
     return low.temporary(f"{node.name}.moments", elems)
 
 
+def changes_nothing(value: Any, role: str) -> bool:
+    """Whether it is a constant, 1 as a "weight", 0 as a "bias"."""
+    return isinstance(value, Fixed) and value.array is not None and bool(np.all(value.array == (role == "weight")))
+
+
 def normalised(reader: Reader, image: Value, groups: int, pixels: bool, eps: float, affine: dict[str, Any]) -> Value:
     """`image` normalised. affine: {"weight": ..., "bias": ...}, parameters of one number a channel, or constants that
     change nothing. Raises UnsupportedOperator."""
     params = {}
     for role, held in affine.items():
-        usual = isinstance(held, Fixed) and held.array is not None and np.all(held.array == (role == "weight"))
         if isinstance(held, Parameter) and reader.shape_of(held) == (image.shape[1],):
             params[role] = held.name
-        elif not usual:
+        elif not changes_nothing(held, role):
             raise reader.error(f"{reader.name or 'a norm'} whose {role} is not one parameter a channel,")
     attrs = {"groups": groups, "pixels": pixels, "eps": _single(eps)}
     return reader.add("norm", (image,), image.shape, params, attrs)

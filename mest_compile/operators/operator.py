@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.onnx_writer import Writer
@@ -162,6 +164,10 @@ class Operator:
     def read(self, node: Node, low: Trace) -> Buffer | None:
         """Flags (channels,) of the channels of its input that it reads; None: all."""
         return None
+
+    def constants(self, node: Node) -> dict[str, np.ndarray]:
+        """{held buffer: what it holds from the start, flat}."""
+        return {}
 
     def forward(self, node: Node, low: Trace) -> None:
         """Records the forward pass."""

@@ -66,10 +66,17 @@ def with_frozen(facts: Facts, names: Collection[str], parts: Sequence[Sequence[s
         raise SpecError("nothing would be left to train; leave the classifier out of what freezes")
     chosen = set(names)
 
+    before = graph.moving()
+    behind = replace(graph, frozen={**graph.frozen, **dict.fromkeys(names, FROZE)}).moving()
+
     def evaluating(node: Node) -> bool:
-        mine = {node.params[role] for role in ("weight", "bias")} if node.op == "batch_norm" else set()
-        stays = mine <= chosen | graph.frozen.keys() and not node.attrs.get("evaluating")
-        return bool(mine & chosen) and stays
+        """A BatchNorm of which nothing trains any longer; nor before it, where it has nothing that could."""
+        if node.op != "batch_norm" or node.attrs.get("evaluating"):
+            return False
+        mine = {node.params[role] for role in ("weight", "bias") if role in node.params}
+        if not mine:
+            return node.inputs[0] in before and node.inputs[0] not in behind
+        return bool(mine & chosen) and mine <= chosen | graph.frozen.keys()
 
     nodes = tuple(
         replace(node, attrs={**node.attrs, "evaluating": FROZE}) if evaluating(node) else node for node in graph.nodes

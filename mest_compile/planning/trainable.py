@@ -13,7 +13,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from mest_compile.base.errors import SpecError, UnknownName, UsageError
-from mest_compile.ir.graph import CHOSEN, FLAG, ForwardGraph
+from mest_compile.ir.graph import CHOSEN, FLAG, ForwardGraph, Node
 from mest_compile.planning.patterns import near
 
 LAST = "last:"
@@ -74,11 +74,15 @@ def _chosen(graph: ForwardGraph, patterns: Sequence[str]) -> ForwardGraph:
     trained = {name for pattern in patterns for name in matching(graph, pattern, able, "trainable")}
     fixed = {name: why for name, why in graph.frozen.items() if name not in able}
     frozen = {name: fixed.get(name, CHOSEN) for name in graph.parameters() if name not in trained}
+    moving = replace(graph, frozen=frozen).moving()
+
+    def stays(node: Node) -> bool:
+        """A BatchNorm of which nothing trains; nor before it, where it has nothing that could."""
+        mine = {node.params[role] for role in ("weight", "bias") if role in node.params}
+        return node.op == "batch_norm" and not (mine & trained if mine else node.inputs[0] in moving)
+
     nodes = tuple(
-        replace(node, attrs={**node.attrs, "evaluating": True})
-        if node.op == "batch_norm" and not {node.params["weight"], node.params["bias"]} & trained
-        else node
-        for node in graph.nodes
+        replace(node, attrs={**node.attrs, "evaluating": True}) if stays(node) else node for node in graph.nodes
     )
     return replace(graph, nodes=nodes, frozen=frozen)
 

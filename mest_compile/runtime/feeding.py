@@ -23,6 +23,7 @@ class Feeding:
     activations  what the step stores images as
     prepare      what the model does to images first
     draws        of an update's number: what decides what its dropouts drop
+    constants    name -> what of the model's own stays as it is
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Feeding:
         activations: str,
         prepare: Callable[[np.ndarray], np.ndarray],
         draws: Callable[[int], Mapping[str, np.ndarray]],
+        constants: Mapping[str, np.ndarray],
     ):
         self._runner, self._prepare, self._draws = runner, prepare, draws
         self._input_shape, self._output_shape = input_shape, output_shape
         self._loss, self._activations = loss, activations
         self._ahead: tuple[Any, Any] | None = None
-        for name, array in loss.constants(output_shape).items():
+        for name, array in {**loss.constants(output_shape), **constants}.items():
             runner.put(name, array)
 
     def load(self, images: Any, labels: Any, update: int) -> None:

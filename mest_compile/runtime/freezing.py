@@ -17,6 +17,7 @@ from mest_compile.base.interrupts import uninterrupted
 from mest_compile.hardware.host import give_memory_back
 from mest_compile.ir.graph import FROZE
 from mest_compile.operators.dropout import draws
+from mest_compile.operators.operator import OPERATORS
 from mest_compile.operators.optimizers.groups import Setting, Settings
 from mest_compile.options import trainable_patterns
 from mest_compile.planning.facts import Facts
@@ -220,7 +221,11 @@ class Freezes:
             return prepared(images, graph.prepared, self._state.kept)
 
         shapes = tuple(graph.input_shape), tuple(graph.nodes[-1].shape)
-        return Feeding(runner, *shapes, facts.loss, facts.activations, prepare, partial(draws, graph, facts.seed))
+        constants: dict[str, np.ndarray] = {}
+        for node in graph.nodes:
+            constants |= OPERATORS.find(node.op).constants(node)
+        drawn = partial(draws, graph, facts.seed)
+        return Feeding(runner, *shapes, facts.loss, facts.activations, prepare, drawn, constants)
 
 
 def held_by(compiled: Compiled, runner: Runner) -> HeldState:

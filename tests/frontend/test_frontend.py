@@ -25,9 +25,10 @@ from mest_compile.sparsity.defaults import default_dense_layers
 def combined(node, state, inputs):
     """What a formula gives, of its parameters as `strides` lays them over (C, H, W)."""
     shape = (*node.shape[1:], 1, 1)[:3]
+    fixed = [np.array(one, np.float32) for one in node.attrs.get("constants", ())]
     held = [
-        np.lib.stride_tricks.as_strided(state[name], shape, [4 * stride for stride in strides])
-        for name, strides in zip(node.params.values(), node.attrs["strides"], strict=True)
+        np.lib.stride_tricks.as_strided(array, shape, [4 * stride for stride in strides])
+        for array, strides in zip([*map(state.get, node.params.values()), *fixed], node.attrs["strides"], strict=True)
     ]
     arrays = [*(one.numpy() for one in inputs), *(one.reshape(node.shape[1:]) for one in held)]
     made = formula_of(node.attrs["formula"]).evaluate(**dict(zip(NAMES, arrays, strict=False)))
@@ -50,7 +51,7 @@ def run_node(node, state, inputs):
         ),
         "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
         "batch_norm": lambda: F.batch_norm(
-            x, held["running_mean"], held["running_var"], held["weight"], held["bias"], eps=a["eps"]
+            x, held["running_mean"], held["running_var"], held.get("weight"), held.get("bias"), eps=a["eps"]
         ),
         "add": lambda: x + other,
         "max_pool2d": lambda: pooled(node, x, pool.max_forward_reference),
@@ -323,7 +324,6 @@ REFUSED = {
     "reflect": (part(nn.ReflectionPad2d(1)), ["reflection_pad2d", "'part'"]),
     "replicate": (part(nn.ReplicationPad2d(1)), ["replication_pad2d", "'part'"]),
     "refused within a concat": (Calls(lambda self, y: torch.cat([y, torch.sin(y)], 1)[:, :4]), ["sin in"]),
-    "no affine": (part(nn.BatchNorm2d(4, affine=False)), ["batch_norm", "'part'"]),
     "no statistics": (part(nn.BatchNorm2d(4, track_running_stats=False)), ["'part' (BatchNorm2d)"]),
     "cumulative": (part(nn.BatchNorm2d(4, momentum=None)), ["momentum=None", "'part'"]),
     "called twice": (

@@ -142,8 +142,27 @@ class Spreading(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
+class Constants(nn.Module):
+    """Numbers that are no parameters: of a BatchNorm without any, buffers that are state and such that are not, what is
+    made of constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)
+        self.inner, self.flat = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, affine=False)
+        self.last = nn.Linear(8, 5)
+        self.register_buffer("kept", torch.rand(8) + 0.5)
+        self.register_buffer("made", torch.rand(8, 1, 1) + 0.5, persistent=False)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x))) * self.kept.view(-1, 1, 1)
+        x = x * (self.made * 2 - 1) + torch.ones(7, 7) / 4
+        return self.last(torch.tanh(self.flat(self.inner(x.mean((2, 3))))))
+
+
 NETS = {"scaled": (Scaled, "torch", "local"), "scaled from onnx": (Scaled, "onnx", "local")}
 NETS |= {"scaled on opencl": (Scaled, "torch", "opencl"), "spreading": (Spreading, "torch", "local")}
+NETS |= {"constants": (Constants, "torch", "local"), "constants on opencl": (Constants, "torch", "opencl")}
 NETS |= {"spreading from onnx": (Spreading, "onnx", "local"), "spreading on opencl": (Spreading, "torch", "opencl")}
 
 
@@ -161,7 +180,8 @@ def test_three_steps_of_scales_and_spreads_equal_torchs(case, tmp_path):
     source = export(model, batch, tmp_path / "net.onnx", **KEEP) if way == "onnx" else model
     graph, state = import_model(source, batch)
     images = torch.randn(batch)
-    np.testing.assert_allclose(run_graph(graph, state, images), model(images).detach(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(run_graph(graph, state, images), model.eval()(images).detach(), rtol=0, atol=1e-4)
+    model.train()
     named = {"scheme": "block", "sparsity": 0.5, "dense_layers": ["last", "gate"][: 1 + (kind is Spreading)]}
     step = mest.compile(source, batch, optimizer=optimizer, target=target, **named)
     batches = make_batches(batch, 5, 3)
@@ -172,7 +192,11 @@ def test_three_steps_of_scales_and_spreads_equal_torchs(case, tmp_path):
         assert relative(found[key], wanted) < 1e-4, key
     np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], losses, rtol=1e-5)
     assert_like_torch(step, model, batches[0][0])
-    if way == "onnx":
+    if kind is Constants:
+        step.save(tmp_path / "checkpoint")
+        again = mest.load(tmp_path / "checkpoint")
+        assert again(*batches[0]).loss == step(*batches[0]).loss
+    if way == "onnx" or case == "constants":
         mest.to_onnx(step, tmp_path / "out.onnx")
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
         session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
