@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and the plug-ins that come with the package
     from mest_compile.base.errors import MestError as MestError
     from mest_compile.budgeting import Choice as Choice
+    from mest_compile.checking import check as check
     from mest_compile.choosing import choose_trainable as choose_trainable
     from mest_compile.compiling import compile as compile
     from mest_compile.devices.session import rpc as rpc
@@ -48,6 +49,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "compile": "mest_compile.compiling",
+    "check": "mest_compile.checking",
     "choose_trainable": "mest_compile.choosing",
     "Choice": "mest_compile.budgeting",
     "load": "mest_compile.opening",

@@ -22,6 +22,7 @@ from mest_compile.kernels.workers import Workers
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.memory import warn_beyond_memory
+from mest_compile.planning.layers import sparsity_of_all
 from mest_compile.planning.plan import Plan
 from mest_compile.records.log import Records
 from mest_compile.sparsity.layer import Layer
@@ -164,6 +165,7 @@ def _compile(
         "recomputed": document["recomputed"],
         "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
         "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
+        "sparsity_of_all": sparsity_of_all(facts.layers),
         "trainable": facts.graph.trainable(),
         "frozen": dict(facts.graph.frozen),
         **({} if plan.chosen is None else {"update_budget": dict(plan.chosen)}),

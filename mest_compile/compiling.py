@@ -24,7 +24,7 @@ from mest_compile.kernels.cache import Builder
 from mest_compile.operators.optimizers.from_torch import check_trains
 from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
 from mest_compile.planning.given import first_masks
-from mest_compile.planning.layers import say_what_stays_dense
+from mest_compile.planning.layers import say_what_stays_dense, why_dense
 from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.planning.units import with_trainable
 from mest_compile.records.log import Records
@@ -181,7 +181,7 @@ def compile_step(
     if theirs is not None:
         check_trains(theirs, trained_parameters(model), plan.facts.graph.trainable())
     if options.sparse:
-        say_what_stays_dense(plan.layers)
+        say_what_stays_dense(plan.layers, why_dense(plan.facts.graph, options, plan.layers))
     return make_step(plan, state, builder, device, None, _at_first(plan, masks, options))
 
 

@@ -8,11 +8,13 @@ import typer
 
 from mest_compile.cli.options import (
     Activations,
-    BuiltIn,
     Distribution,
+    Image,
+    Model,
     Scheme,
     Sparsity,
     Width,
+    image_sizes,
     said_schemes,
     said_sparsity,
 )
@@ -21,8 +23,9 @@ from mest_compile.cli.output import Json, print_json, print_table, stderr_consol
 
 def analyze(
     target: Annotated[str, typer.Option(help="ARM target name or TOML file.")] = "cortex-a76",
-    model: BuiltIn = "resnet32",
+    model: Model = "resnet32",
     width: Width = None,
+    image: Image = "3x32x32",
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
@@ -34,15 +37,15 @@ def analyze(
     kernels.
 
     Kernels run under emulation; a cycle is one of LLVM's model of the core's pipeline. There are no caches in it and no
-    branch predictor, and no device has confirmed it. Model: 32x32 images of 3 channels, 10 classes.
+    branch predictor, and no device has confirmed it. A model has 10 classes.
     """
     from mest_compile.devices.cycles import VERSION
     from mest_compile.frontend import import_model
     from mest_compile.measuring.analysis import PHASES, analyse
-    from mest_compile.models.catalog import build_model
+    from mest_compile.models.sources import find_model
     from mest_compile.options import StepOptions
 
-    shape = (batch, 3, 32, 32)
+    shape = (batch, *image_sizes(image))
     options = StepOptions(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -50,7 +53,7 @@ def analyze(
         target=target,
         activations=activations,
     )
-    graph, _ = import_model(build_model(model, shape, 10, width, 0), shape)
+    graph, _ = import_model(find_model(model, shape, width=width), shape)
     with stderr_console().status("emulating") as status:
         found = analyse(
             graph,

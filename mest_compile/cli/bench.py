@@ -14,12 +14,14 @@ from mest_compile.cli.options import (
     Batch,
     BuiltIn,
     Distribution,
+    Image,
     Scheme,
     Seed,
     Sparsity,
     TargetName,
     Width,
     given_options,
+    image_sizes,
     said_schemes,
     said_sparsity,
 )
@@ -33,6 +35,7 @@ def bench(
     context: typer.Context,
     model: BuiltIn = "resnet32",
     width: Width = None,
+    image: Image = "3x32x32",
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -60,7 +63,7 @@ def bench(
 ) -> None:
     """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.
 
-    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. The rivals torch and torch-compile are dense,
+    The model has 10 classes; SGD with momentum. The rivals torch and torch-compile are dense,
     channels_last.
     """
     from mest_compile.measuring.case import Case
@@ -69,7 +72,7 @@ def bench(
         raise UsageError(
             f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
         )
-    case = Case(model, (batch, 3, 32, 32), width).but(
+    case = Case(model, (batch, *image_sizes(image)), width).but(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
         distribution=distribution,

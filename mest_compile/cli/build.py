@@ -17,6 +17,7 @@ from mest_compile.cli.options import (
     Distribution,
     Image,
     Model,
+    Pretrained,
     Scheme,
     Sparsity,
     TargetName,
@@ -41,6 +42,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
     model: Model = "resnet20",
     width: Width = None,
+    pretrained: Pretrained = False,
     image: Image = "3x32x32",
     classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
     batch: Batch = 64,
@@ -93,7 +95,7 @@ def build(
     import mest_compile as mest
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.catalog import build_model
+    from mest_compile.models.sources import find_model
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
     from mest_compile.training.fitting import resolved
@@ -107,8 +109,8 @@ def build(
         raise UsageError(
             f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model"
         )
-    if model.endswith(".onnx") and (others := sorted(given & {"width", "classes"})):
-        raise UsageError(f"an .onnx file has its {others[0]} already; leave out --{others[0]}")
+    if model.endswith(".onnx") and "classes" in given:
+        raise UsageError("an .onnx file has its classes already; leave out --classes")
     examples = chosen_by(update_budget, data, data_folder, find_loss(loss))
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
@@ -140,7 +142,7 @@ def build(
                 where |= {name: value for name, value in said if name in where and name not in given}
             shape = (where.pop("batch"), *image_sizes(image))
             model, width = where.pop("model"), where.pop("width")
-            net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
+            net = find_model(model, shape, classes, width, seed, pretrained)
             where |= {
                 "scheme": said_schemes(where["scheme"]),
                 "sparsity": said_sparsity(where["sparsity"]),

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     from mest_compile.operators.losses.loss import Loss
     from mest_compile.sparsity import scheme as schemes
 
-BuiltIn = Annotated[str, typer.Option(help="Built-in model.")]
-Model = Annotated[str, typer.Option(help="Built-in model, or a path to an .onnx file.")]
+BuiltIn = Annotated[str, typer.Option(help="Built-in model, timm:NAME, torchvision:NAME or file.py:FACTORY.")]
+Model = Annotated[
+    str, typer.Option(help="Built-in model, timm:NAME, torchvision:NAME, file.py:FACTORY, or a path to an .onnx file.")
+]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained", help="Begin with the weights that timm or torchvision have, and a new classifier."),
+]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
-Image = Annotated[str, typer.Option(help="Channels x height x width of the images.")]
+Image = Annotated[str, typer.Option(help="Channels x height x width of the images, or the number of features.")]
 Batch = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 Scheme = Annotated[
     str,
@@ -140,11 +146,14 @@ def said_schemes(said: Any) -> schemes.Scheme | dict[str, schemes.Scheme]:
 
 
 def image_sizes(text: str) -> tuple[int, ...]:
-    """(channels, height, width). Raises UsageError."""
+    """(channels, height, width) or (features,). Raises UsageError."""
     try:
         sizes = tuple(int(part) for part in text.split("x"))
     except ValueError:
         sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise UsageError(f"--image is {text!r}; wanted channels x height x width, such as 3x32x32")
+    if len(sizes) not in (1, 3) or min(sizes) < 1:
+        raise UsageError(
+            f"--image is {text!r}; wanted channels x height x width, such as 3x32x32, or a number of features, such as "
+            "20"
+        )
     return sizes

@@ -18,6 +18,7 @@ from mest_compile.cli.options import (
     Distribution,
     Image,
     Model,
+    Pretrained,
     Scheme,
     Seed,
     Sparsity,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 def plan(
     model: Model = "resnet32",
     width: Width = None,
+    pretrained: Pretrained = False,
     image: Image = "3x32x32",
     batch: Batch = 64,
     scheme: Scheme = "block",
@@ -65,17 +67,15 @@ def plan(
     chosen and why; then what trains, and the memory that the step needs, and of a recipe that freezes what is left of a
     step and its memory by and by.
 
-    A built-in model has 10 classes, or with --data image and classes of that. With an --update-budget also what every
+    A model has 10 classes, or with --data image and classes of that. With an --update-budget also what every
     layer costs and matters, and the chosen step's time, predicted and measured.
     """
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.catalog import build_model
+    from mest_compile.models.sources import find_model
     from mest_compile.options import StepOptions
     from mest_compile.training.recipe import Recipe
 
-    if model.endswith(".onnx") and width is not None:
-        raise UsageError(f"an .onnx file has its width already; leave out --width {width}")
     options = StepOptions(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -94,7 +94,7 @@ def plan(
     if chosen_recipe is not None:
         options = chosen_recipe.step_options(options)
     with stderr_console().status("compiling and timing"):
-        net = model if model.endswith(".onnx") else build_model(model, shape, classes, width, seed)
+        net = find_model(model, shape, classes, width, seed, pretrained)
         batches = None if examples is None else sampled(examples, shape, options)
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)
@@ -111,6 +111,7 @@ def plan(
             {
                 "steps_between_mutations": steps_between_mutations,
                 "saved_seconds_a_step": saved,
+                "sparsity_of_all": facts["sparsity_of_all"],
                 "trainable": facts["trainable"],
                 "frozen": facts["frozen"],
                 "memory": memory,
@@ -134,6 +135,7 @@ def plan(
         [[one.layer.removesuffix(".weight"), one.phase, one.choice.variant, one.choice.why] for one in planned],
     )
     print(f"\n{chosen} of {len(planned)} kernels specialized, which saves {saved * 1e3:.2f} ms a step")
+    print(f"sparsity of all weights of convolutions and linear layers together: {facts['sparsity_of_all']:.3f}")
     trained, frozen = facts["trainable"], facts["frozen"]
     print(f"{len(trained)} of {len(trained) + len(frozen)} parameters train: {', '.join(_parts(trained, frozen))}")
     if (choice := facts.get("update_budget")) is not None:

@@ -16,6 +16,7 @@ from mest_compile.cli.options import (
     Batch,
     Distribution,
     Model,
+    Pretrained,
     Scheme,
     Sparsity,
     TargetName,
@@ -52,6 +53,7 @@ class Request:
     recipe: Recipe
     options: StepOptions
     width: int | None = None
+    pretrained: bool = False
     data_folder: Path | None = None
     batch: int = 64
     teacher: Path | None = None
@@ -65,6 +67,7 @@ def train(
     context: typer.Context,
     model: Model = "resnet20",
     width: Width = None,
+    pretrained: Pretrained = False,
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder, arrays.")] = "digits",
     data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     scheme: Scheme = "block",
@@ -164,6 +167,7 @@ def train(
     where: dict[str, Any] = {
         "model": model,
         "width": width,
+        "pretrained": pretrained,
         "data": data,
         "batch": batch,
         "scheme": scheme,
@@ -249,7 +253,8 @@ def start_run(request: Request) -> Run:
 
     console = stderr_console()
     scheme, target = request.options.scheme_text.replace(":", ""), find_target(request.options.target)
-    folder = RunFolder(request.out or _new_folder(f"{Path(request.model).stem}-{scheme}"))
+    name = Path(request.model).stem.replace(":", "-")
+    folder = RunFolder(request.out or _new_folder(f"{name}-{scheme}"))
     folder.require_free()
     _check_target(target, find_device(request.tracker, request.key))
     teacher = None if request.teacher is None else mest.load(request.teacher).predict
@@ -330,15 +335,11 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
 def _compile(request: Request, split: Split, teacher: Any) -> Any:
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.catalog import build_model
+    from mest_compile.models.sources import find_model
 
     shape = (request.batch, *split.train.images.shape[1:])
     options = request.recipe.step_options(request.options)
-    model: Any = request.model
-    if not request.model.endswith(".onnx"):
-        model = build_model(request.model, shape, split.train.outputs, request.width, options.seed)
-    elif request.width is not None:
-        raise UsageError(f"an .onnx file has its width already; leave out --width {request.width}")
+    model = find_model(request.model, shape, split.train.outputs, request.width, options.seed, request.pretrained)
     batches = None if options.update_budget is None else sampled(split.train, shape, options, teacher)
     return compile_step(model, shape, options, find_device(request.tracker, request.key), batches=batches)
 

@@ -13,13 +13,15 @@ from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import (
     Activations,
     Batch,
-    BuiltIn,
     Distribution,
+    Image,
+    Model,
     Scheme,
     Seed,
     Sparsity,
     TargetName,
     Width,
+    image_sizes,
     said_schemes,
     said_sparsity,
 )
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 
 def tune(
     target: TargetName = "local",
-    model: BuiltIn = "resnet32",
+    model: Model = "resnet32",
     width: Width = None,
+    image: Image = "3x32x32",
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -83,8 +86,7 @@ def tune(
     """Search the fastest kernels for a device.
 
     Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes
-    on where it was. `mest.compile` and the other commands then use the best records. Model: 32x32 images of 3 channels,
-    10 classes.
+    on where it was. `mest.compile` and the other commands then use the best records. A model has 10 classes.
     """
     began = monotonic()
     from mest_compile.options import StepOptions
@@ -109,7 +111,7 @@ def tune(
         seed=seed,
         activations=activations,
     )
-    request = Request(model, (batch, 3, 32, 32), width, chosen, runner, widths, log)
+    request = Request(model, (batch, *image_sizes(image)), width, chosen, runner, widths, log)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     left = None if time_limit is None else max(0.0, time_limit - (monotonic() - began))
     with TuningProgress(stderr_console()) as progress:

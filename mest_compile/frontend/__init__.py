@@ -17,24 +17,29 @@ if TYPE_CHECKING:
 
 
 def import_model(
-    model: torch.nn.Module | str | Path, input_shape: tuple[int, ...]
+    model: torch.nn.Module | str | Path, input_shape: tuple[int, ...], refusals: Refusals | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
-    model        torch.nn.Module, a path that ends in .onnx, or the name of a built-in model
+    model        torch.nn.Module, a path that ends in .onnx, or a model's name: see models.sources
     input_shape  (N, C, H, W) or (N, features)
+    refusals     where goes what cannot be trained, in whose places the graph then has nodes that nothing compiles, as
+                 far as there is a graph without it; None: it is raised
     Raises UnknownName, UnsupportedOperator, SpecError, DataError.
     """
     if isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
-        return from_onnx(model, input_shape)
+        return from_onnx(model, input_shape, refusals)
     if isinstance(model, str):
-        from mest_compile.models.catalog import build_model
+        from mest_compile.models.sources import find_model
 
-        return from_torch(build_model(model, _checked(input_shape)), input_shape)
-    return from_torch(model, input_shape)
+        model = find_model(model, _checked(input_shape))
+        assert not isinstance(model, str)
+    return from_torch(model, input_shape, refusals)
 
 
-def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+def from_torch(
+    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals | None = None
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `import_model`, from a torch module, which is left as it was."""
     import torch
 
@@ -45,9 +50,10 @@ def from_torch(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[F
             "a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
             f"got {type(module).__name__}"
         )
-    refusals = Refusals()
-    found = read_module(module, _checked(input_shape), refusals)
-    refusals.check()
+    noted = Refusals() if refusals is None else refusals
+    found = read_module(module, _checked(input_shape), noted)
+    if refusals is None:
+        noted.check()
     return found
 
 
@@ -70,13 +76,16 @@ def attached_to(model: Any) -> list[str]:
     return [name for name, one in attached_masks(unwrapped(model)).items() if one.prunes]
 
 
-def from_onnx(path: str | Path, input_shape: tuple[int, ...]) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+def from_onnx(
+    path: str | Path, input_shape: tuple[int, ...], refusals: Refusals | None = None
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `import_model`, from an .onnx file. Initializer names are the torch names that torch.onnx.export kept."""
     from mest_compile.frontend.onnx_import import read_onnx
 
-    refusals = Refusals()
-    found = read_onnx(path, _checked(input_shape), refusals)
-    refusals.check()
+    noted = Refusals() if refusals is None else refusals
+    found = read_onnx(path, _checked(input_shape), noted)
+    if refusals is None:
+        noted.check()
     return found
 
 

@@ -62,6 +62,10 @@ class Refusals:
         except UnsupportedOperator as error:
             self.add(error)
 
+    def words(self) -> str:
+        """Of the error that `check` raises; "" when there are none."""
+        return str(_error(self.found)) if self.found else ""
+
     def check(self) -> None:
         """Raises UnsupportedOperator when there are any."""
         if self.found:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mest_compile.base.errors import UsageError
 from mest_compile.hardware.host import cores
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.options import StepOptions
@@ -25,8 +26,8 @@ def usual() -> StepOptions:
 class Case:
     """What both sides compute: a step on random images.
 
-    model        a built-in model's name, or a folder with a torch.export program of the model in training mode and our
-                 compiled step
+    model        a model's name, see models.sources, or a folder with a torch.export program of it in training mode and
+                 our compiled step
     input_shape  (N, C, H, W) or (N, features), elements
     width        channels of the first stage; None is the model's own
     options      of our step. Threads, seed, optimizer and loss are the other side's as well; dense contestants ignore
@@ -55,10 +56,15 @@ class Case:
         return images, rng.integers(0, self.classes, self.input_shape[0])
 
     def network(self) -> torch.nn.Module:
-        """The built-in model, with the weights that every contestant starts from."""
-        from mest_compile.models.catalog import build_model
+        """The model, with the weights that every contestant starts from. Raises UsageError for an .onnx file."""
+        from mest_compile.models.sources import find_model
 
-        return build_model(self.model, self.input_shape, self.classes, self.width, self.options.seed)
+        found = find_model(self.model, self.input_shape, self.classes, self.width, self.options.seed)
+        if isinstance(found, str):
+            raise UsageError(
+                f"model is {found!r}; the other side cannot train an .onnx file: give it as a torch.nn.Module"
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, the options beside the rest; `from_json` gives an equal case back."""

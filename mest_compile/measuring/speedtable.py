@@ -19,7 +19,6 @@ from mest_compile.measuring.benchmark import compare
 from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import PROGRAM, STEP, find_interpreter
 from mest_compile.measuring.table import Row, SpeedTable
-from mest_compile.models.catalog import MODELS, model_names
 from mest_compile.sparsity import parse_scheme
 
 if TYPE_CHECKING:
@@ -88,12 +87,9 @@ def speed_table(
     )
     say = progress or (lambda what, done, total: None)
     if device is not None:
-        if isinstance(model, str):
-            _check_name(model)
         return _on_device(model, case, pairs, replace(device, early=False), repeats, say)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, str):
-            _check_name(model)
             case = replace(case, model=model)
             case.network()  # says what is wrong with it
         else:
@@ -182,15 +178,6 @@ def _facts(model: str | torch.nn.Module, case: Case, baseline: str, repeats: int
         "threads": case.threads,
         "repeats": repeats,
     }
-
-
-def _check_name(model: str) -> None:
-    if model not in MODELS:
-        raise UsageError(
-            f"model is {model!r}; wanted a built-in name ({', '.join(model_names())}) or a torch.nn.Module. The "
-            "baseline "
-            "cannot train an .onnx file"
-        )
 
 
 def _export(model: torch.nn.Module, case: Case, baseline: str, folder: Path) -> int:

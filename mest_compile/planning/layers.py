@@ -11,7 +11,7 @@ from mest_compile.base.errors import SparsityError, SpecError, UsageError
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
 from mest_compile.operators.layers.family import FAMILIES, family_for
-from mest_compile.options import StepOptions
+from mest_compile.options import AS_GIVEN, StepOptions
 from mest_compile.planning.patterns import by_layer, check_counts, weight_name
 from mest_compile.sparsity.defaults import default_dense_layers
 from mest_compile.sparsity.distributions import distribute, together
@@ -127,19 +127,51 @@ def _shares(
     return share
 
 
-def say_what_stays_dense(layers: Mapping[str, Layer]) -> None:
+def why_dense(graph: ForwardGraph, options: StepOptions, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """{weight name: why} of the layers that have no mask, in their order. options: as the caller said them."""
+    schemes = {
+        name: scheme for name, (scheme, _) in layer_schemes([one.spec for one in layers.values()], options).items()
+    }
+    named = {weight_name(name, list(layers), "dense_layers") for name in options.dense_layers or ()}
+    usual = {}
+    if options.dense_layers is None:
+        usual = default_dense_layers(graph, [layer.spec for layer in layers.values()], schemes)
+    found = {}
+    for name in layers.keys() - masked_layers(layers).keys():
+        if graph.frozen.get(name) == BUFFER:
+            found[name] = BUFFER
+        elif name in named:
+            found[name] = "dense_layers names it"
+        elif isinstance(schemes.get(name), Dense):
+            found[name] = "scheme dense"
+        elif options.sparsity == AS_GIVEN:
+            found[name] = "no weight of it is 0"
+        else:
+            found[name] = usual.get(name, "no sparsity is given for it")
+    return {name: found[name] for name in layers if name in found}
+
+
+def say_what_stays_dense(layers: Mapping[str, Layer], why: Mapping[str, str]) -> None:
     """A line in the log where a model that was to be sparse has no sparse layer, or less than half of its weights in
-    such."""
+    such. why: as `why_dense` has it."""
     sparse = masked_layers(layers)
     elems = {name: layer.spec.weight_elems for name, layer in layers.items()}
     inside, every = (sum(elems[name] for name in some) for some in (sparse, layers))
     if 2 * inside < every:
-        dense = ", ".join(name for name in layers if name not in sparse)
+        groups: dict[str, list[str]] = {}
+        for name, reason in why.items():
+            groups.setdefault(reason, []).append(name)
+        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
         log.warning(
             "%s of the weights are in sparse layers, so that the sparsity of all is %.3f; dense are: %s. "
-            "dense_layers says "
-            "which are",
+            "dense_layers says which are",
             f"{inside / every:.0%}" if inside else "none",
-            together({name: layer.sparsity for name, layer in layers.items()}, elems),
-            dense,
+            sparsity_of_all(layers),
+            listed,
         )
+
+
+def sparsity_of_all(layers: Mapping[str, Layer]) -> float:
+    """Of all weights of convolutions and linear layers together, dense ones too."""
+    elems = {name: layer.spec.weight_elems for name, layer in layers.items()}
+    return together({name: layer.sparsity for name, layer in layers.items()}, elems)

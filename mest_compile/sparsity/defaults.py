@@ -8,8 +8,10 @@ from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
 from mest_compile.sparsity.scheme import Scheme
 
 
-def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]) -> list[str]:
-    """Weight names of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
+def default_dense_layers(
+    graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]
+) -> dict[str, str]:
+    """{weight name: why} of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
     shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and are
     bound by memory.
     A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
@@ -19,13 +21,16 @@ def default_dense_layers(graph: ForwardGraph, specs: Sequence[LayerSpec], scheme
     convolutions = {node.params["weight"]: node for node in graph.nodes if node.op == "conv2d"}
     first = next(iter(convolutions), specs[-1].name)
     small = [spec.name for spec in specs if spec.name in convolutions and spec.weight_shape[2:] == (1, 1)]
-    left = [
-        name
-        for name in small
-        if (name in schemes and not schemes[name].pointwise) or _is_shortcut(graph, convolutions[name])
-    ]
-    depthwise = [spec.name for spec in specs if spec.depthwise]
-    return list(dict.fromkeys([first, *left, *depthwise, specs[-1].name]))
+    found = {first: "the first convolution"}
+    for name in small:
+        if name in schemes and not schemes[name].pointwise:
+            found.setdefault(name, f"{schemes[name]} has no 1x1 units")
+        elif _is_shortcut(graph, convolutions[name]):
+            found.setdefault(name, "a shortcut")
+    for spec in specs:
+        if spec.depthwise:
+            found.setdefault(spec.name, "depthwise")
+    return {**found, specs[-1].name: "the last layer"}
 
 
 def _is_shortcut(graph: ForwardGraph, convolution: Node) -> bool:
@@ -47,7 +52,7 @@ def _before(name: str, nodes: dict[str, Node]) -> list[str]:
     """A value and those before it that normalisation, activations and pools made it of, up to a layer, an addition or
     the input."""
     found = [name]
-    while name in nodes and nodes[name].op not in ("conv2d", "linear", "add"):
+    while name in nodes and nodes[name].inputs and nodes[name].op not in ("conv2d", "linear", "add"):
         name = nodes[name].inputs[0]
         found.append(name)
     return found
@@ -57,7 +62,7 @@ def _layers_between(starts: Sequence[str], end: str, nodes: dict[str, Node], wit
     """The most layers on a path from one of `starts` to `end` that leaves out a node; -1 when there is none."""
     most = {"input": 0 if "input" in starts else -1}
     for name, node in nodes.items():
-        before = max(most[source] for source in node.inputs)
+        before = max((most[source] for source in node.inputs), default=-1)
         passed = before + (node.op in ("conv2d", "linear")) if before >= 0 and name != without else -1
         most[name] = max(passed, 0 if name in starts else -1)
         if name == end:

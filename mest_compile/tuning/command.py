@@ -17,7 +17,7 @@ from mest_compile.frontend import import_model
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
-from mest_compile.models.catalog import build_model
+from mest_compile.models.sources import find_model
 from mest_compile.options import StepOptions
 from mest_compile.planning.layout import VECTOR, section_knobs, step_facts
 from mest_compile.planning.plan import plan_step
@@ -49,7 +49,7 @@ class Request:
     log: Path | None = None
 
     def network(self) -> Any:
-        return build_model(self.model, self.input_shape, 10, self.width, self.options.seed)
+        return find_model(self.model, self.input_shape, 10, self.width, self.options.seed)
 
 
 def tune(

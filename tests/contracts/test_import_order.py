@@ -29,6 +29,7 @@ ORDER = (
     "runtime",
     "devices",
     "budgeting",
+    "checking",
     "assembling",
     "compiling",
     "choosing",

@@ -446,7 +446,7 @@ def test_first_convolution_downsamples_and_classifier_stay_dense():
         "layer3.0.downsample.0.weight",
     ]
     graph, _ = import_model("mlp", (2, 20))
-    assert default_dense_layers(graph, layer_specs(graph), {}) == ["fc3.weight"]
+    assert default_dense_layers(graph, layer_specs(graph), {}) == {"fc3.weight": "the last layer"}
 
 
 def test_importing_the_frontend_loads_neither_torch_nor_tvm():

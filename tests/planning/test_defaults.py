@@ -13,7 +13,7 @@ from mest_compile.frontend import import_model
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
-from mest_compile.planning.layers import layer_specs, say_what_stays_dense
+from mest_compile.planning.layers import layer_specs, say_what_stays_dense, why_dense
 from mest_compile.planning.plan import plan_step
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.defaults import default_dense_layers
@@ -96,27 +96,36 @@ def planned(text, scheme="unstructured", sparsity=0.9, distribution="uniform", d
     return plan_step(graph(text), StepOptions(scheme, sparsity, distribution, dense_layers)).layers
 
 
+def say(text, *options):
+    """What the log says of them."""
+    layers = planned(text, *options)
+    say_what_stays_dense(layers, why_dense(graph(text), StepOptions(*(options or ("unstructured",))), layers))
+    return layers
+
+
 POINTWISE = "stem = conv3 input\na = conv1 stem\nb = conv1 a\nc = conv3 b"
 
 
 def test_a_scheme_for_3x3_kernels_leaves_pointwise_convolutions_and_the_log_says_so(caplog):
-    layers = planned(POINTWISE, "pattern")
-    assert {name for name, layer in layers.items() if layer.sparsity} == {"c.weight"}
     with caplog.at_level(logging.WARNING):
-        say_what_stays_dense(layers)
+        layers = say(POINTWISE, "pattern")
+    assert {name for name, layer in layers.items() if layer.sparsity} == {"c.weight"}
     [line] = caplog.messages
     assert line.startswith("42% of the weights are in sparse layers, so that the sparsity of all is 0.381; dense are: ")
-    assert "dense are: stem.weight, a.weight, b.weight, fc.weight. " in line
+    assert (
+        "dense are: stem.weight (the first convolution); a.weight, b.weight (pattern has no 1x1 units); "
+        "fc.weight (the last layer). " in line
+    )
 
 
 def test_a_model_that_comes_out_dense_says_so_and_one_that_is_sparse_says_nothing(caplog):
     with caplog.at_level(logging.WARNING):
-        say_what_stays_dense(planned("stem = conv3 input"))
+        say("stem = conv3 input")
         assert caplog.messages.pop().startswith(
             "none of the weights are in sparse layers, so that the sparsity of all is 0.000; dense"
         )
         caplog.clear()
-        say_what_stays_dense(planned("stem = conv1 input\nb = conv3 stem"))
+        say("stem = conv1 input\nb = conv3 stem")
         assert not caplog.messages
 
 

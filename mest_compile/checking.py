@@ -1,0 +1,204 @@
+"""mest.check: what of a model would be taken, sparse, dense, frozen and refused, without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mest_compile.base import checks, exclusive
+from mest_compile.base.errors import Refusal, UnsupportedOperator, UsageError
+from mest_compile.frontend import import_model
+from mest_compile.frontend.naming import REFUSED
+from mest_compile.frontend.refusals import Refusals
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.operators.losses.cross_entropy import CrossEntropy
+from mest_compile.options import StepOptions, find_loss, find_optimizer
+from mest_compile.planning.facts import read_facts
+from mest_compile.planning.given import first_masks
+from mest_compile.planning.layers import plan_layers, sparsity_of_all, why_dense
+from mest_compile.planning.plan import Plan, plan_step
+from mest_compile.planning.retargeting import retargeted
+from mest_compile.planning.trainable import choose_trainable
+from mest_compile.records.log import Records
+from mest_compile.runtime import checkpoint
+from mest_compile.sparsity import parse_schemes
+from mest_compile.sparsity.layer import Layer
+from mest_compile.sparsity.schemes.dense import Dense
+
+BATCHES = (1, 8, 16, 32, 64)  # whose memory is told
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedLayer:
+    """A convolution, a linear layer, or an operator that is refused.
+
+    name          torch path of the layer
+    kind          "conv2d 3x3", "depthwise 3x3", "linear", or the refused operator as its author called it
+    output_shape  with the batch
+    state         "sparse", "dense" or "refused"
+    sparsity      share of its weights that are zero
+    why           it is dense or refused
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    state: str
+    weights: int = 0
+    live_weights: int = 0
+    sparsity: float = 0.0
+    frozen: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What becomes of a model.
+
+    layers    in the model's order
+    refused   all that keeps it from being compiled; empty: it is taken
+    words     of the error that `mest.compile` would raise
+    sparsity  of all weights of convolutions and linear layers together, dense ones too
+    memory    {examples of a step: planned bytes on the target}, of a model that is taken
+    """
+
+    input_shape: tuple[int, ...]
+    target: str
+    layers: tuple[CheckedLayer, ...]
+    refused: tuple[Refusal, ...]
+    words: str
+    sparsity: float
+    memory: Mapping[int, int]
+
+    @property
+    def taken(self) -> bool:
+        return not self.refused
+
+    @property
+    def weights(self) -> int:
+        """Of convolutions and linear layers."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def live_weights(self) -> int:
+        return sum(layer.live_weights for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        counted = {"taken": self.taken, "weights": self.weights, "live_weights": self.live_weights}
+        return counted | {**asdict(self), "memory": {str(batch): need for batch, need in self.memory.items()}}
+
+
+def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
+    """What `mest.compile` would make of a model, in seconds, whether it takes it or not.
+
+    model, input_shape  as in `compile`; or the path of a checkpoint, which has its shape and options already
+    options             those of `compile` that decide what is sparse and what trains
+    Raises MestError for what is wrong with the call, and where there is no forward pass to look at.
+    """
+    if isinstance(model, str | Path) and str(model).endswith(".safetensors"):
+        if options:
+            raise UsageError(f"the checkpoint {model} has its {next(iter(options))} already; leave it out")
+        return _of_checkpoint(model)
+    taken = {**options, "optimizer": find_optimizer(options.get("optimizer"), model)}
+    try:
+        said = StepOptions(
+            **{
+                **taken,
+                "scheme": parse_schemes(options.get("scheme", "block")),
+                "loss": find_loss(options.get("loss", CrossEntropy())),
+            }
+        )
+    except TypeError as problem:
+        raise UsageError(f"{problem}; check takes the options of mest.compile that decide about layers") from problem
+    exclusive.this_process()
+    shape, refusals = checks.shape("input_shape", input_shape), Refusals()
+    try:
+        with exclusive.COMPILER:
+            graph, state = import_model(model, shape, refusals)
+    except UnsupportedOperator as error:
+        return Check(shape, str(said.target), (), error.refused, str(error), 0.0, {})
+    if refusals.found:
+        graph = choose_trainable(graph, said.trainable)
+        layers = plan_layers(graph, first_masks(model, graph, state, said)[0], find_target(said.target))
+        return _check(graph, layers, why_dense(graph, said, layers), str(said.target), refusals, {})
+    plan = plan_step(graph, first_masks(model, graph, state, said)[0], Records.of)
+    return _check(
+        plan.facts.graph,
+        plan.layers,
+        why_dense(plan.facts.graph, said, plan.layers),
+        plan.target.name,
+        refusals,
+        _memory(plan),
+    )
+
+
+def _of_checkpoint(path: str | Path) -> Check:
+    _, document = checkpoint.read(path)
+    facts = read_facts(document, f"checkpoint {path}")
+    return _check(
+        facts.graph, facts.layers, {}, facts.target.name, Refusals(), _memory(Plan(facts, Records(facts.target)))
+    )
+
+
+def _memory(plan: Plan) -> dict[int, int]:
+    return {batch: retargeted(plan.facts, plan.target, batch).memory()["total"] for batch in BATCHES}
+
+
+def _check(
+    graph: ForwardGraph,
+    layers: Mapping[str, Layer],
+    dense: Mapping[str, str],
+    target: str,
+    refusals: Refusals,
+    memory: Mapping[int, int],
+) -> Check:
+    rows = []
+    for node in graph.nodes:
+        if node.op == REFUSED and node.attrs["error"] is not None:
+            error: UnsupportedOperator = node.attrs["error"]
+            rows += [
+                CheckedLayer(one.layer, one.operator, node.shape, "refused", why=one.what) for one in error.refused
+            ]
+        elif node.op in ("conv2d", "linear"):
+            rows.append(_row(node, layers[node.params["weight"]], dense))
+    shown = {(row.name, row.kind) for row in rows}
+    rows += [
+        CheckedLayer(one.layer, one.operator, (), "refused", why=one.what)
+        for one in refusals.found
+        if (one.layer, one.operator) not in shown
+    ]
+    return Check(
+        graph.input_shape,
+        target,
+        tuple(rows),
+        tuple(refusals.found),
+        refusals.words(),
+        sparsity_of_all(layers),
+        dict(memory),
+    )
+
+
+def _row(node: Node, layer: Layer, dense: Mapping[str, str]) -> CheckedLayer:
+    spec, name = layer.spec, layer.spec.name
+    units = layer.scheme.live_units(spec, layer.sparsity)
+    live = units * layer.scheme.unit_cells(spec) * layer.scheme.cell_elems(spec)
+    kind = "linear" if node.op == "linear" else f"{'depthwise' if spec.depthwise else 'conv2d'} {_kernel(spec)}"
+    return CheckedLayer(
+        name.removesuffix(".weight"),
+        kind,
+        node.shape,
+        "dense" if isinstance(layer.scheme, Dense) else "sparse",
+        spec.weight_elems,
+        live,
+        layer.sparsity,
+        layer.frozen,
+        dense.get(name, ""),
+    )
+
+
+def _kernel(spec: Any) -> str:
+    return "x".join(map(str, spec.weight_shape[2:]))

@@ -1,0 +1,100 @@
+"""`mest-compile check`: which layers of a model would be sparse, dense, frozen or refused, without compiling."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mest_compile.cli.options import (
+    Batch,
+    Distribution,
+    Image,
+    Pretrained,
+    Scheme,
+    Sparsity,
+    TargetName,
+    Trainable,
+    Width,
+    given_options,
+    image_sizes,
+    said_schemes,
+    said_sparsity,
+)
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+
+
+def check(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Built-in model, timm:NAME, torchvision:NAME, file.py:FACTORY, or a path to an .onnx file or to a "
+            "checkpoint (.safetensors)."
+        ),
+    ],
+    width: Width = None,
+    pretrained: Pretrained = False,
+    image: Image = "3x32x32",
+    classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
+    batch: Batch = 64,
+    scheme: Scheme = "block",
+    sparsity: Sparsity = None,
+    distribution: Distribution = "uniform",
+    target: TargetName = "local",
+    trainable: Trainable = None,
+    as_json: Json = False,
+) -> None:
+    """Say of every layer of a model whether it would be sparse, dense and why, frozen, or refused; all that is refused;
+    live weights, and planned memory by batch. Nothing is compiled.
+
+    The exit code is 0 when the model is taken, and 1 when something of it is refused.
+    """
+    import mest_compile as mest
+    from mest_compile.base.errors import UsageError
+    from mest_compile.models.sources import find_model
+
+    with stderr_console().status("reading the model"):
+        if model.endswith(".safetensors"):
+            if others := sorted(given_options(context) - {"model", "as_json"}):
+                raise UsageError(f"the checkpoint has its --{others[0]} already; leave it out")
+            found = mest.check(model, ())
+        else:
+            shape = (batch, *image_sizes(image))
+            found = mest.check(
+                find_model(model, shape, classes, width, pretrained=pretrained),
+                shape,
+                scheme=said_schemes(scheme),
+                sparsity=said_sparsity(sparsity),
+                distribution=distribution,
+                target=target,
+                trainable=trainable,
+            )
+    if as_json:
+        print_json(found.to_dict())
+        raise typer.Exit(0 if found.taken else 1)
+    print_table(
+        ["layer", "operator", "output", "weights", "sparsity", "state", "why"],
+        [
+            [
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.output_shape[1:])),
+                layer.weights or "",
+                f"{layer.sparsity:.3f}" if layer.state == "sparse" else "",
+                f"{layer.state}, frozen" if layer.frozen else layer.state,
+                layer.why,
+            ]
+            for layer in found.layers
+        ],
+    )
+    states = [layer.state for layer in found.layers]
+    print(
+        f"\n{states.count('sparse')} layers sparse, {states.count('dense')} dense; {found.live_weights} of "
+        f"{found.weights} weights live, a sparsity of {found.sparsity:.3f}"
+    )
+    if found.memory:
+        told = ", ".join(f"{need / 2**20:.1f} MiB at batch {batch}" for batch, need in found.memory.items())
+        print(f"planned memory on {found.target}: {told}")
+    print("taken: it can be trained" if found.taken else f"refused: {found.words}")
+    raise typer.Exit(0 if found.taken else 1)

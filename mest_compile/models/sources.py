@@ -1,0 +1,197 @@
+"""A model by the name that users give it: a built-in one's, timm:NAME, torchvision:NAME, file.py:FACTORY, or an .onnx
+file's path."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mest_compile.base import checks
+from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
+from mest_compile.models.catalog import build_model, model_names
+
+if TYPE_CHECKING:
+    import torch
+
+NAMED = 6  # names that an error offers
+
+
+def find_model(
+    name: str,
+    input_shape: Sequence[int],
+    classes: int = 10,
+    width: int | None = None,
+    seed: int = 0,
+    pretrained: bool = False,
+) -> torch.nn.Module | str:
+    """The module, with fresh weights that the seed decides or with the package's pretrained ones; torch's random state
+    stays as it was. Of an .onnx file its path, which `mest.compile` takes as it is.
+
+    name         built-in, or a package's model that gets a classifier for `classes`; or file.py:FACTORY, a function
+                 that is given those of `input_shape`, `classes` and `width` that it has arguments for, or a module
+    input_shape  (N, C, H, W) or (N, features)
+    Raises UnknownName, UsageError, SpecError, BudgetError, NotInstalled where the package is missing, DataError where a
+    file cannot be run or pretrained weights cannot be had.
+    """
+    if not isinstance(name, str):
+        raise UnknownName(f"no model {checks.shown(name)}; wanted a name")
+    source, _, rest = name.partition(":")
+    own = not (source in _PACKAGES and rest) and ".py:" not in name
+    if width is not None and (name.endswith(".onnx") or source in _PACKAGES):
+        what = "an .onnx file" if name.endswith(".onnx") else name
+        raise UsageError(f"{what} has its width already; leave out --width {width}")
+    if pretrained and own:
+        raise UsageError(
+            f"pretrained weights are those of timm and torchvision models; leave --pretrained out of {name}"
+        )
+    if name.endswith(".onnx"):
+        return name
+    if own and name not in model_names():
+        raise UnknownName(
+            f"no model {name!r}; there are: {', '.join(model_names())}; or timm:NAME, torchvision:NAME, "
+            "file.py:FACTORY, a file.onnx"
+        )
+    if own:
+        return build_model(name, tuple(input_shape), classes, width, seed)
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source in _PACKAGES:
+            return _PACKAGES[source](rest, input_shape, classes, pretrained)
+        return _from_file(name, input_shape, classes, width)
+
+
+def _timm(name: str, input_shape: Sequence[int], classes: int, pretrained: bool) -> torch.nn.Module:
+    timm = _package("timm")
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    return _loaded(
+        f"timm:{name}",
+        pretrained,
+        lambda: timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=input_shape[1]),
+    )
+
+
+def _torchvision(name: str, input_shape: Sequence[int], classes: int, pretrained: bool) -> torch.nn.Module:
+    models = _package("torchvision").models
+    if name not in (there := models.list_models(module=models)):
+        raise _unknown("torchvision", name, there)
+    if input_shape[1] != 3:
+        raise SpecError(f"torchvision:{name} takes images of 3 channels, the input has {input_shape[1]}")
+    if not pretrained:
+        quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # they warn if nobody says so
+        return models.get_model(name, weights=None, num_classes=classes, **quiet)
+    net = _loaded(f"torchvision:{name}", True, lambda: models.get_model(name, weights="DEFAULT"))
+    return _with_classifier(net, name, classes)
+
+
+_PACKAGES: dict[str, Callable[[str, Sequence[int], int, bool], Any]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _with_classifier(net: torch.nn.Module, name: str, classes: int) -> torch.nn.Module:
+    """With a new last layer, of as many outputs."""
+    import torch
+
+    layers = [(path, part) for path, part in net.named_modules() if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)]
+    path, last = layers[-1]
+    if isinstance(last, torch.nn.Linear):
+        new: torch.nn.Module = torch.nn.Linear(last.in_features, classes)
+    elif last.kernel_size == (1, 1):
+        new = torch.nn.Conv2d(last.in_channels, classes, 1)
+    else:
+        raise SpecError(f"torchvision:{name} ends with {path}, which is no classifier that can be replaced")
+    parent, _, child = path.rpartition(".")
+    setattr(net.get_submodule(parent), child, new)
+    return net
+
+
+def _loaded(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        raise DataError(
+            f"the pretrained weights of {name} cannot be had: {_first_line(error)}; leave --pretrained out for fresh "
+            "ones"
+        ) from error
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == name:
+            raise NotInstalled(
+                f"models of {name} need that package, which is not installed: pip install {name}"
+            ) from error
+        raise NotInstalled(f"{name} needs the package {error.name}, which is not installed") from error
+    except (ImportError, RuntimeError, OSError) as error:  # compiled for another torch, for instance
+        raise NotInstalled(
+            f"{name} is installed and cannot be imported ({_first_line(error)}): install the version that belongs to "
+            "this torch"
+        ) from error
+
+
+def _unknown(package: str, name: str, there: Sequence[str]) -> UnknownName:
+    start = name.partition("_")[0]
+    alike = [one for one in there if start and one.startswith(start)][:NAMED]
+    return UnknownName(
+        f"{package} has no model {name!r}" + (f"; it has: {', '.join(alike)}" if alike else "") + "; "
+        f"{package}'s own list has all {len(there)}"
+    )
+
+
+def _from_file(name: str, input_shape: Sequence[int], classes: int, width: int | None) -> torch.nn.Module:
+    import torch
+
+    path, _, factory = name.rpartition(":")
+    module = _run(Path(path))
+    made = getattr(module, factory, None)
+    if not callable(made):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownName(f"{path} has no function {factory!r}; it has: {', '.join(there[:NAMED]) or 'none'}")
+    if isinstance(made, torch.nn.Module):
+        return made
+    takes = inspect.signature(made).parameters
+    given: dict[str, Any] = {"input_shape": tuple(input_shape), "classes": classes, "width": width}
+    if width is not None and "width" not in takes:
+        raise UsageError(f"{name} takes no width; leave out --width {width}, or give the function that argument")
+    try:
+        net = made(**{key: value for key, value in given.items() if key in takes and value is not None})
+    except MestError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise DataError(f"{name} failed with {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(net, torch.nn.Module):
+        raise SpecError(f"{name} gives a {type(net).__name__}; wanted a torch.nn.Module")
+    return net
+
+
+def _run(path: Path) -> ModuleType:
+    """The Python file as a module; what lies beside it can be imported in it."""
+    if not path.is_file():
+        raise DataError(f"no file {path}; wanted file.py:FACTORY, a function of it that gives a torch.nn.Module")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        raise DataError(f"{path} failed with {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.absolute().parent))
+    return module
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
