@@ -26,11 +26,17 @@ onnxruntime_training() {
     "$folder/onnxruntime-training/bin/python" -c "import onnxruntime.training.artifacts"
 }
 
-for name in "${@:-sparseprop onnxruntime-training}"; do
+coverage() {  # no environment of its own: packages that benchmarks/coverage.py puts behind those of the one it runs in, and its torch
+    rm -rf "$folder/coverage"
+    "$python" -m pip install --quiet --no-deps --target "$folder/coverage" timm==1.0.31 torchvision==0.28.0
+    "$python" -m pip install --quiet --upgrade --target "$folder/coverage" transformers==5.24.0
+}
+
+for name in "${@:-sparseprop onnxruntime-training coverage}"; do
     for one in $name; do
         case $one in
-            sparseprop | onnxruntime-training) "${one//-/_}" ;;
-            *) echo "no environment $one; there are: sparseprop onnxruntime-training" >&2; exit 2 ;;
+            sparseprop | onnxruntime-training | coverage) "${one//-/_}" ;;
+            *) echo "no environment $one; there are: sparseprop onnxruntime-training coverage" >&2; exit 2 ;;
         esac
         echo "$folder/$one"
     done

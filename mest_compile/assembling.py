@@ -21,8 +21,8 @@ from mest_compile.kernels.linking import link_steps
 from mest_compile.kernels.workers import Workers
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.planning.facts import Facts
-from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.layers import sparsity_of_all
+from mest_compile.planning.memory import warn_beyond_memory
 from mest_compile.planning.plan import Plan
 from mest_compile.records.log import Records
 from mest_compile.sparsity.layer import Layer

@@ -13,7 +13,8 @@ KINDS = ("mest_compile/backends/", "schedules/")
 
 def modules(*folders: str) -> dict[str, str]:
     """{path: text}."""
-    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    rivals = ROOT / "benchmarks" / "environments"  # of others, where benchmarks/environments.sh puts them
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if rivals not in path.parents]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 

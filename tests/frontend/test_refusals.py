@@ -80,8 +80,8 @@ def test_what_the_logits_do_not_need_is_not():
 
 
 def test_operators_made_of_several_are_refused_once_by_the_name_that_was_called():
-    error = refused(Calls(lambda self, y: nn.functional.glu(y.cumsum(2), 1).repeat(1, 2, 1, 1)))
-    assert [one.operator for one in error.refused][:2] == ["cumsum", "glu"]
+    error = refused(Calls(lambda self, y: y.cumsum(2).logsumexp(1, keepdim=True) + y))
+    assert [one.operator for one in error.refused][:2] == ["cumsum", "logsumexp"]
     assert len({(one.operator, one.where) for one in error.refused}) == len(error.refused)
 
 
