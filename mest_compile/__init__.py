@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.exporting import to_onnx as to_onnx
     from mest_compile.exporting import to_safetensors as to_safetensors
     from mest_compile.exporting import to_torch as to_torch
+    from mest_compile.finetuning.tuning import finetune as finetune
     from mest_compile.hardware.target import Target as Target
     from mest_compile.ir.graph import LayerSpec as LayerSpec
     from mest_compile.measuring.speedtable import speed_table as speed_table
+    from mest_compile.models.inputs import Inputs as Inputs
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
     from mest_compile.operators.losses.bce import BCE as BCE
@@ -58,6 +60,8 @@ _HOME = {
     "to_safetensors": "mest_compile.exporting",
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
+    "finetune": "mest_compile.finetuning.tuning",
+    "Inputs": "mest_compile.models.inputs",
     "Group": "mest_compile.operators.optimizers.groups",
     "LayerSpec": "mest_compile.ir.graph",
     "Recipe": "mest_compile.training.recipe",

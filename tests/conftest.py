@@ -25,6 +25,7 @@ MARKS = {
         "test_artifact",
         "test_benchmark",
         "test_capacity",
+        "test_finetune",
         "test_float16",
         "test_freezing",
         "test_frozen",

@@ -24,6 +24,7 @@ from mest_compile.cli import (
     devices,
     doctor,
     export,
+    finetune,
     listing,
     plan,
     report,
@@ -42,6 +43,7 @@ app = typer.Typer(
 
 for command in (
     train.train,
+    finetune.finetune,
     report.report,
     bench.bench,
     check.check,

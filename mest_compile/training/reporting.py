@@ -284,11 +284,11 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]
-    parts = [f"<h1>{html.escape(str(Path(facts['folder']).resolve().name))}</h1>", _table(rows)]
+    parts = [f"<h1>{html.escape(str(Path(facts['folder']).resolve().name))}</h1>", table(rows)]
     if counts := facts["forgetting_counts"]:
         parts += [
             "<h2>Forgetting events when examples were last dropped</h2>",
-            _table([("events", "examples"), *counts.items()]),
+            table([("events", "examples"), *counts.items()]),
         ]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
@@ -318,6 +318,7 @@ def _frozen_rows(frozen: dict[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def _table(rows: Sequence[tuple[object, object]]) -> str:
-    lines = (f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(lines)}</table>"
+def table(rows: Sequence[tuple[object, ...]]) -> str:
+    """As HTML, whatever the cells hold."""
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

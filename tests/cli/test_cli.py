@@ -56,6 +56,7 @@ def test_version(mest_compile_command):
     "name",
     [
         "train",
+        "finetune",
         "bench",
         "table",
         "analyze",

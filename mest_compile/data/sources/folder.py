@@ -48,7 +48,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
 
 
-def _open(path: Path) -> Any:
+def open_image(path: Path) -> Any:
     from PIL import Image
 
     try:
@@ -61,7 +61,7 @@ def _common_form(paths: list[Path]) -> tuple[str, tuple[int, int]]:
     """(Pillow mode, (width, height)) of all images, from their headers alone."""
     grey, size = True, None
     for path in paths:
-        with _open(path) as image:
+        with open_image(path) as image:
             if image.mode.startswith(DEEP_MODES):
                 raise DataError(
                     f"{path} has more than 8 bits a pixel (mode {image.mode}), which would be cut off; save it "
@@ -81,7 +81,7 @@ def _common_form(paths: list[Path]) -> tuple[str, tuple[int, int]]:
 def _read(files: list[tuple[Path, int]], mode: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(files), len(mode), size[1], size[0]), np.uint8)
     for slot, (path, _) in zip(images, files, strict=True):
-        with _open(path) as image:
+        with open_image(path) as image:
             try:
                 pixels = np.asarray(image.convert(mode))
             except (OSError, SyntaxError, ValueError) as problem:  # what Pillow raises on truncated and on damaged data

@@ -1,0 +1,246 @@
+"""Photos of any size as labelled images of the size that a net wants: from folders, a CSV file, arrays, a torch
+Dataset."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base.errors import DataError
+from mest_compile.base.foreign import is_picture
+from mest_compile.data.dataset import Dataset, Split
+from mest_compile.data.examples import Array, Examples, array_of, labels_of
+from mest_compile.data.sources.folder import DEEP_MODES, SUFFIXES, open_image
+from mest_compile.models.inputs import Inputs
+
+TEST_SHARE = 0.2  # of each class, where there is no test part
+TRAIN, TESTS = "train", ("test", "val", "valid", "validation")  # names of folders
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Labelled images, split, and what they are called.
+
+    split    uint8 images (n, C, H, W), pixels as they are: a net does the rest
+    classes  their names, in the order of labels
+    files    of the test images, where they were; numbers of examples where they were in no files
+    """
+
+    split: Split
+    classes: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Examples as they were found, not yet read. read: the image of a place."""
+
+    read: Callable[[int], Any]
+    labels: np.ndarray
+    files: tuple[str, ...]
+
+    def only(self, places: np.ndarray) -> _Part:
+        return _Part(
+            lambda place: self.read(int(places[place])),
+            self.labels[places],
+            tuple(self.files[place] for place in places),
+        )
+
+
+def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0) -> Pictures:
+    """Pictures of a folder, a CSV file, a pair (images, labels), a torch Dataset, or a `Split`, cut and resized as
+    `inputs` says.
+
+    train  a folder of folders, one a class, or with train/ and test/ (val/) in it that are such; a CSV file whose lines
+           are file and label, files relative to it, with or without a line of names first; uint8 arrays (n, C, H, W),
+           (n, H, W) or (n, H, W, C), or a torch Dataset of them or of Pillow's images, and labels
+    test   the same; None: a fifth of every class, at least one, drawn by seed
+    Raises DataError.
+    """
+    if isinstance(train, Split):
+        train, test = ((part.images, part.labels) for part in (train.train, train.test))
+    part, names = _found(train, None)
+    if test is None and isinstance(train, str | Path) and (Path(train) / TRAIN).is_dir():
+        test = next((Path(train) / name for name in TESTS if (Path(train) / name).is_dir()), None)
+    if test is None:
+        drawn = _stratified(part.labels, np.random.default_rng(seed), names)
+        part, tested = part.only(np.flatnonzero(~drawn)), part.only(np.flatnonzero(drawn))
+    else:
+        tested, _ = _found(test, names)
+    counts = np.bincount(part.labels, minlength=len(names))
+    if empty := [name for name, count in zip(names, counts) if count == 0]:
+        raise DataError(f"there is no image to train on of class {empty[0]!r}; give some, or leave the class out")
+    if len(names) < 2:
+        raise DataError(f"there is one class, {names[0]!r}; wanted two or more: a folder of images for each")
+    plain = np.zeros(inputs.channels, np.float32), np.ones(inputs.channels, np.float32)
+    read = Dataset(_images(part, inputs), part.labels, len(names), *plain, "pictures")
+    kept = Dataset(_images(tested, inputs), tested.labels, len(names), *plain, "pictures test")
+    return Pictures(Split(read, kept), tuple(names), tested.files)
+
+
+def fitted(picture: Any, inputs: Inputs) -> np.ndarray:
+    """(C, height, width) uint8 of one of Pillow's images, cut and resized, bicubic."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture).convert("L" if inputs.channels == 1 else "RGB")
+    width_height = inputs.size[1], inputs.size[0]
+    box = inputs.window(*picture.size)
+    if box != (0, 0, *picture.size):
+        picture = picture.crop(box)
+    if picture.size != width_height:
+        picture = picture.resize(width_height, Image.Resampling.BICUBIC)
+    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+
+
+def read_picture(path: str | os.PathLike, inputs: Inputs) -> np.ndarray:
+    """The same of a file. Raises DataError."""
+    with open_image(Path(path)) as picture:
+        if picture.mode.startswith(DEEP_MODES):
+            raise DataError(
+                f"{path} has more than 8 bits a pixel (mode {picture.mode}), which would be cut off; save it with "
+                "8 bits"
+            )
+        try:
+            return fitted(picture, inputs)
+        except (OSError, SyntaxError, ValueError) as problem:  # what Pillow raises on truncated and on damaged data
+            raise DataError(f"{path} is damaged ({problem}); get it again or remove it") from problem
+
+
+def _images(part: _Part, inputs: Inputs) -> np.ndarray:
+    images = np.empty((len(part.labels), inputs.channels, *inputs.size), np.uint8)
+    for place in range(len(images)):
+        found = part.read(place)
+        images[place] = read_picture(found, inputs) if isinstance(found, Path) else fitted(found, inputs)
+    return images
+
+
+def _stratified(labels: np.ndarray, rng: np.random.Generator, names: Sequence[str]) -> np.ndarray:
+    """(n,) bool, TEST_SHARE of every class's examples, at least one."""
+    drawn = np.zeros(len(labels), bool)
+    for label, name in enumerate(names):
+        mine = np.flatnonzero(labels == label)
+        if len(mine) < 2:
+            raise DataError(
+                f"class {name!r} has {len(mine)} images; wanted 2 or more, of which some are kept for the test, or a "
+                "test part of your own"
+            )
+        drawn[rng.permutation(mine)[: max(1, round(TEST_SHARE * len(mine)))]] = True
+    return drawn
+
+
+def _found(data: Any, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
+    """Examples and names of classes. names: those of the training part, which a test part is told in."""
+    if isinstance(data, str | Path):
+        return _of_files(Path(data), names)
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Array):
+        return _of_arrays(data[0], data[1], names)
+    if isinstance(data, Examples):
+        return _of_dataset(data, names)
+    raise DataError(
+        f"a data set is a folder, a CSV file, (images, labels) arrays or a torch Dataset, not {type(data).__name__}"
+    )
+
+
+def _of_files(path: Path, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
+    listed = list(_of_csv(path) if path.is_file() else _of_folder(path))
+    there = sorted({name for _, name in listed})
+    if names is not None and (unknown := sorted(set(there) - set(names))):
+        raise DataError(f"{path} has the class {unknown[0]!r}, which is not trained on")
+    if not listed:
+        raise DataError(f"{path} has no {', '.join(SUFFIXES)} files in folders, one a class")
+    order = list(names or there)
+    files = [file for file, _ in listed]
+    labels = np.array([order.index(name) for _, name in listed], np.int64)
+    return _Part(files.__getitem__, labels, tuple(map(str, files))), order
+
+
+def _of_folder(path: Path) -> Iterator[tuple[Path, str]]:
+    if not path.is_dir():
+        raise DataError(f"no folder or CSV file {path}; give a folder with a folder of images for each class")
+    for folder in sorted((path / TRAIN if (path / TRAIN).is_dir() else path).iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            for file in sorted(folder.iterdir()):
+                if file.suffix.lower() in SUFFIXES:
+                    yield file, folder.name
+
+
+def _of_csv(path: Path) -> Iterator[tuple[Path, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as opened:
+            rows = [row for row in csv.reader(opened) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); wanted a CSV file of file and label") from problem
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2 or not row[1].strip():
+            raise DataError(f"{path}, line {number}: wanted a file and its label with a comma between them")
+        file = path.parent / row[0].strip()
+        if number == 1 and not file.exists():  # names of the columns
+            continue
+        if not file.is_file():
+            raise DataError(f"{path}, line {number}: no file {file}")
+        yield file, row[1].strip()
+
+
+def _of_arrays(images: Any, labels: Any, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
+    from PIL import Image
+
+    array, numbers = array_of(images, "the images"), labels_of(labels, "arrays")
+    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise DataError(
+            f"images must be uint8 pixels (n, C, H, W), (n, H, W) or (n, H, W, C), not {array.shape} {array.dtype}; a "
+            "net that was trained on photos scales them itself"
+        )
+    if array.ndim == 4 and array.shape[3] not in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim == 4 and array.shape[3] not in (1, 3):
+        raise DataError(f"images must have 1 or 3 channels, not shape {images.shape}")
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if len(array) != len(numbers):
+        raise DataError(f"there are {len(array)} images and {len(numbers)} labels; wanted as many")
+
+    def read(place: int) -> Any:
+        return Image.fromarray(np.ascontiguousarray(array[place]))
+
+    return _Part(read, numbers, tuple(f"example {place}" for place in range(len(array)))), _numbered(numbers, names)
+
+
+def _of_dataset(data: Examples, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
+    """Its images are read twice, for labels and where they are used, so that not all of them are in memory as they
+    are."""
+    from PIL import Image
+
+    def read(place: int) -> Any:
+        image = data[place][0]
+        if is_picture(image):
+            return image
+        array = array_of(image, f"the image of example {place}")
+        if array.dtype != np.uint8:
+            raise DataError(
+                f"the image of example {place} is {array.dtype}; wanted uint8 pixels or one of Pillow's images: leave "
+                "transforms that scale it out"
+            )
+        array = array if array.ndim == 2 else array.transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+    numbers = labels_of(np.array([int(data[place][1]) for place in range(len(data))], np.int64), "the data set")
+    said = getattr(data, "classes", None)  # as torchvision's ImageFolder names them
+    if names is None and isinstance(said, list | tuple) and len(said) > numbers.max(initial=-1):
+        names = [str(name) for name in said]
+    return _Part(read, numbers, tuple(f"example {place}" for place in range(len(data)))), _numbered(numbers, names)
+
+
+def _numbered(labels: np.ndarray, names: Sequence[str] | None) -> list[str]:
+    if not len(labels) or labels.min() < 0:
+        raise DataError("labels must be numbers of classes from 0 on, of one example or more")
+    if names is None:
+        return [str(label) for label in range(int(labels.max()) + 1)]
+    if labels.max() >= len(names):
+        raise DataError(f"labels go to {labels.max()}, and there are {len(names)} classes to train on")
+    return list(names)

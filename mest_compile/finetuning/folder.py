@@ -1,0 +1,136 @@
+"""The files of a fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mest_compile import exporting
+from mest_compile.base.errors import NotInstalled, StateError, UsageError
+from mest_compile.base.files import write_json
+from mest_compile.data.pictures import Pictures
+from mest_compile.finetuning.job import Job
+from mest_compile.finetuning.page import worst, write_page
+from mest_compile.finetuning.timing import Clock
+from mest_compile.models.inputs import Inputs
+
+if TYPE_CHECKING:
+    from mest_compile.runtime.step import TrainStep
+
+
+class TunedFolder:
+    """finetune.json (what was asked)  head/, blocks/ (runs of the classifier and of the last blocks)
+    features/, pooled/ (what the frozen part gives; gone when all is done)
+
+    checkpoint.safetensors (the whole net, for `mest.load`; its extra says classes and inputs)
+    weights.safetensors (torch's names)  model.onnx  artifact/ (where it was asked for)
+    result.json (accuracy, by class, confusion matrix, seconds)  report.html
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.asked = path / "finetune.json"
+        self.head, self.blocks = path / "head", path / "blocks"
+        self.features, self.pooled = path / "features", path / "pooled"
+        self.checkpoint, self.weights = path / "checkpoint.safetensors", path / "weights.safetensors"
+        self.onnx, self.artifact = path / "model.onnx", path / "artifact"
+        self.result, self.page = path / "result.json", path / "report.html"
+
+    def check(self, job: Job, resume: bool) -> None:
+        """Before anything is done: that nothing is there, or that what is there was asked for likewise. Raises
+        UsageError, StateError."""
+        if resume and self.read() != job.to_json():
+            raise StateError(
+                f"{self.path} was asked for otherwise ({self.asked.name} says how); give the same to go on, or another "
+                "--out"
+            )
+        if not resume and self.asked.exists():
+            raise UsageError(f"{self.path} already holds a run; pass --resume or another --out")
+
+    def begin(self, job: Job) -> None:
+        """Writes what is asked. Raises UsageError where the folder cannot be written."""
+        try:
+            for folder in (self.path, self.features, self.pooled):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.asked, job.to_json())
+        except OSError as problem:
+            raise UsageError(f"cannot write to {self.path}: {problem.strerror}; pass another --out") from problem
+
+    def read(self) -> dict[str, Any]:
+        """What was asked. Raises StateError where there is nothing, or it is damaged."""
+        try:
+            found = json.loads(self.asked.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise StateError(f"{self.path} holds no fine-tuning that can be gone on with ({problem})") from problem
+        if not isinstance(found, dict):
+            raise StateError(f"{self.asked} is damaged: it holds no table")
+        return found
+
+    def finish(
+        self,
+        job: Job,
+        step: TrainStep,
+        inputs: Inputs,
+        pictures: Pictures,
+        logits: np.ndarray,
+        verdict: dict[str, Any],
+        head_accuracy: float,
+        clock: Clock,
+    ) -> None:
+        """Writes all that is left of the work, and removes what only it needed."""
+        told = {"classes": list(pictures.classes), "inputs": inputs.to_json()}
+        step.save(self.checkpoint, {"finetuned": told})
+        exporting.to_safetensors(step, self.weights)
+        try:
+            exporting.to_onnx(step, self.onnx)
+        except NotInstalled:
+            self.onnx.unlink(missing_ok=True)  # the package onnx is not needed for the rest
+        if job.artifact:
+            step.export(self.artifact)
+            write_json(self.artifact / "inputs.json", told)
+        result = {
+            **verdict,
+            "head_accuracy": head_accuracy,
+            "sparsity": step.sparsity(),
+            "trainable": step.graph.trainable(),
+            "seconds": {**clock.seconds, "total": clock.total},
+            **told,
+        }
+        write_json(self.result, {**result, "by_class": verdict["classes"]})
+        self._write_page(step, pictures, logits, verdict, head_accuracy, clock)
+        for folder in (self.features, self.pooled):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_page(
+        self,
+        step: TrainStep,
+        pictures: Pictures,
+        logits: np.ndarray,
+        verdict: dict[str, Any],
+        head_accuracy: float,
+        clock: Clock,
+    ) -> None:
+        test, names = pictures.split.test, pictures.classes
+        shown = [
+            (
+                test.images[place],
+                f"{pictures.files[place]}: {names[test.labels[place]]}, called {names[called]}, {sure:.0%}",
+            )
+            for place, called, sure in worst(logits, test.labels)
+        ]
+        sparse = step.sparsity()
+        rows = [
+            ("accuracy", f"{verdict['accuracy']:.2%} of {verdict['examples']} test images"),
+            ("accuracy with the classifier alone trained", f"{head_accuracy:.2%}"),
+            ("images to train on", str(len(pictures.split.train))),
+            (
+                "sparse layers",
+                f"{len(sparse)}, {min(sparse.values()):.3f} to {max(sparse.values()):.3f}" if sparse else "none",
+            ),
+            *((f"seconds of {part}", f"{seconds:.1f}") for part, seconds in clock.seconds.items()),
+        ]
+        write_page(self.page, self.path.resolve().name, rows, verdict, shown)

@@ -1,0 +1,115 @@
+"""The net that is fine-tuned: a pretrained one as a graph, which takes pixels and tells the user's classes apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mest_compile.base import checks
+from mest_compile.base.errors import SpecError, UnknownName, UsageError
+from mest_compile.base.foreign import is_module
+from mest_compile.frontend import import_model
+from mest_compile.ir.graph import ForwardGraph, Node, Preparation
+from mest_compile.models.catalog import MODELS, build_model
+from mest_compile.models.inputs import Inputs
+from mest_compile.models.pretrained import PRETRAINED, classes_in, load_weights, pretrained_model, read_weights
+
+MOMENTUM = 0.1  # torch's own; at the 0.01 of TensorFlow's nets 200 steps leave an eighth of the old statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """graph: of a batch of pixels 0 to 255, which it scales itself; state: its weights by torch name; head: names of
+    the classifier's parameters."""
+
+    graph: ForwardGraph
+    state: Mapping[str, np.ndarray]
+    inputs: Inputs
+    head: tuple[str, ...]
+
+
+def wanted_inputs(model: Any, inputs: Inputs | None, weights: Any, image: tuple[int, int, int] | None) -> Inputs:
+    """How photos become the net's images. image: (channels, height, width), where they are to have another size. Raises
+    UsageError where nobody says how its pixels were scaled."""
+    if inputs is None:
+        if weights is not None or not isinstance(model, str) or model not in PRETRAINED:
+            raise UsageError(
+                "nobody says how the net's images were scaled: give inputs=mest.Inputs(size, crop, mean, std), on the "
+                "command line --image, --mean and --std, in pixels 0 to 255"
+            )
+        inputs = PRETRAINED[model].inputs
+    if image is None:
+        return inputs
+    if image[0] != inputs.channels:
+        raise UsageError(f"the net takes {inputs.channels} channels, not {image[0]}; give {inputs.channels}xHxW")
+    return replace(inputs, size=image[1:])
+
+
+def prepared_net(model: Any, inputs: Inputs, batch: int, classes: int, weights: str | Path | None = None) -> Net:
+    """A net for images of `inputs` and so many classes; where it told others apart, its classifier begins at 0.
+
+    model    name of a pretrained net; with `weights`, a file, of any built-in one; torch.nn.Module; .onnx file
+    Raises UnknownName, UsageError, SpecError, and what loading and importing do.
+    """
+    shape = (batch, inputs.channels, *inputs.size)
+    graph, state = import_model(_loaded(model, shape, weights), shape)
+    graph, state, head = _with_classes(graph, state, classes)
+    graph = replace(graph, nodes=tuple(map(_quicker, graph.nodes)))
+    scaled = (Preparation("subtract", inputs.mean), Preparation("divide", inputs.std))
+    return Net(replace(graph, prepared=(*scaled, *graph.prepared)), state, inputs, head)
+
+
+def _quicker(node: Node) -> Node:
+    """With running statistics that follow new images within one fine-tuning."""
+    if node.op != "batch_norm":
+        return node
+    return replace(node, attrs={**node.attrs, "momentum": max(MOMENTUM, node.attrs["momentum"])})
+
+
+def _loaded(model: Any, shape: tuple[int, ...], weights: str | Path | None) -> Any:
+    if is_module(model) or isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
+        if weights is not None:
+            raise UsageError(f"the model has its weights already; leave weights {weights} out")
+        return model
+    if not isinstance(model, str):
+        raise UsageError(
+            f"a pretrained net's name, a torch.nn.Module or an .onnx file is wanted, got {type(model).__name__}"
+        )
+    if weights is None:
+        if model in MODELS and model not in PRETRAINED:
+            raise UsageError(
+                f"{model} comes without weights; give a file of them (--weights), or one of: {', '.join(PRETRAINED)}"
+            )
+        return pretrained_model(model, shape)[0]
+    if model not in MODELS:
+        raise UnknownName(f"no model {checks.shown(model)}; there are: {', '.join(sorted(MODELS))}")
+    module = build_model(model, shape, classes_in(build_model(model, shape), read_weights(weights)) or 1)
+    load_weights(module, weights)
+    return module
+
+
+def _with_classes(
+    graph: ForwardGraph, state: Mapping[str, np.ndarray], classes: int
+) -> tuple[ForwardGraph, dict[str, np.ndarray], tuple[str, ...]]:
+    """The same net with so many outputs. Raises SpecError where it does not end with a linear layer."""
+    last = graph.nodes[-1]
+    if last.op != "linear":
+        raise SpecError(
+            f"the net ends with {last.op} in {last.name}; wanted a linear layer, an output a class, which can be "
+            "replaced: leave what comes behind it out"
+        )
+    roles = {role: last.params[role] for role in ("weight", "bias") if role in last.params}
+    shared = [name for name in roles.values() if sum(name in node.params.values() for node in graph.nodes) > 1]
+    if shared:
+        raise SpecError(f"{shared[0]} is also used by another layer, so that the classifier cannot be replaced")
+    if last.shape[1] == classes:
+        return graph, dict(state), tuple(roles.values())
+    sizes = {roles[role]: (classes, *graph.state_shapes[roles[role]][1:]) for role in roles}
+    nodes = (*graph.nodes[:-1], replace(last, shape=(last.shape[0], classes)))
+    changed = replace(graph, nodes=nodes, state_shapes={**graph.state_shapes, **sizes})
+    fresh = {name: np.zeros(shape, np.float32) for name, shape in sizes.items()}
+    return changed, {**state, **fresh}, tuple(roles.values())

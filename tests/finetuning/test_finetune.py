@@ -1,0 +1,215 @@
+"""mest.finetune: what it leaves, that it goes on where it was stopped, what it refuses."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny import CLASSES, INPUTS, Tiny, pictures, scaled, tiny
+from torch import nn
+
+import mest_compile as mest
+from mest_compile.base.errors import BudgetError, StateError, UsageError
+from mest_compile.finetuning.stages import _Enough, _Watch, gone
+from mest_compile.finetuning.timing import SAVING_SECONDS, Clock, epochs_within
+from mest_compile.finetuning.watching import Quiet
+from mest_compile.runtime import checkpoint
+from mest_compile.training.run import Silent
+
+TRAIN, TEST = pictures(48), pictures(30, seed=1)
+
+
+def tune(out, builder, **given):
+    usual = {"inputs": INPUTS, "batch": 8, "epochs": 4, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
+    return mest.finetune(tiny(), TRAIN, test=TEST, out=out, builder=builder, **{**usual, **given})
+
+
+class Stops(Quiet):
+    """Ctrl-C in a stage, or when some epochs of it are over."""
+
+    def __init__(self, stage, epochs=0):
+        self._stage, self._epochs, self._now = stage, epochs, ""
+
+    def on_stage(self, what):
+        self._now = what
+        if what == self._stage and not self._epochs:
+            raise KeyboardInterrupt
+
+    def of_training(self, step):
+        watch = self
+
+        class Counts(Silent):
+            def on_epoch(self, metrics):
+                if (watch._now, metrics["epoch"]) == (watch._stage, watch._epochs):
+                    raise KeyboardInterrupt
+
+        return Counts()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, builder):
+    return tune(tmp_path_factory.mktemp("tuned"), builder, artifact=True)
+
+
+def test_what_trains_is_sparse_and_what_is_frozen_stays_as_it_was(tuned):
+    before, after = tiny().state_dict(), tuned.step.state_dict()
+    trained = {name for name in before if name.startswith(("blocks.2.", "fc."))}
+    frozen = [name for name in before if name not in trained]
+    assert all(np.array_equal(before[name].numpy(), after[name]) for name in frozen)
+    assert set(tuned.step.graph.trainable()) == {
+        name for name in trained if "running" not in name and "num" not in name
+    }
+    assert tuned.step.sparsity() == {"blocks.2.0.weight": 0.5, "blocks.2.3.weight": 0.5}
+    assert after["fc.weight"].shape == (CLASSES, 8) and np.abs(after["blocks.2.4.bias"]).max() > 0
+
+
+def test_its_files_are_the_same_net_for_pixels(tuned, builder):
+    images = TEST[0]
+    logits = tuned.step.predict(images)
+    model = Tiny().eval()
+    model.fc = nn.Linear(8, CLASSES)
+    model.load_state_dict(
+        {
+            name: torch.from_numpy(array)
+            for name, array in load_file(tuned.folder / "weights.safetensors").items()
+            if ":" not in name
+        }
+    )
+    with torch.no_grad():
+        assert np.allclose(model(torch.tensor(scaled(images), dtype=torch.float32)), logits, atol=1e-3)
+    session = onnxruntime.InferenceSession(tuned.folder / "model.onnx")
+    assert np.allclose(session.run(None, {"input": images.astype(np.float32)})[0], logits, atol=1e-3)
+    loaded = mest.load(tuned.folder / "checkpoint.safetensors", builder=builder)
+    assert np.array_equal(loaded.predict(images), logits)
+    assert np.array_equal(mest.open_artifact(tuned.folder / "artifact").predict(images), logits)
+    told = checkpoint.read(tuned.folder / "checkpoint.safetensors")[1]["extra"]["finetuned"]
+    assert told == json.loads((tuned.folder / "artifact" / "inputs.json").read_text())
+    assert told == {"classes": ["0", "1", "2"], "inputs": INPUTS.to_json()}
+
+
+def test_it_tells_how_good_it_is(tuned):
+    right = tuned.step.predict(TEST[0]).argmax(1) == TEST[1]
+    result = json.loads((tuned.folder / "result.json").read_text())
+    assert tuned.accuracy == result["accuracy"] == right.mean() > 0.8
+    assert np.trace(result["confusion"]) == right.sum() and np.sum(result["confusion"]) == len(right)
+    assert {"reading", "compiling", "features", "total"} <= result["seconds"].keys()
+    page = (tuned.folder / "report.html").read_text()
+    assert page.count("<figure>") == min(12, (~right).sum()) and "By class" in page
+    assert not (tuned.folder / "features").exists()
+    shown = tuned.predict([Image.fromarray(image.transpose(1, 2, 0)) for image in TEST[0][:5]])
+    answers = tuned.step.predict(TEST[0][:5]).argmax(1)
+    assert [name for name, _ in shown] == [str(one) for one in answers] and all(
+        1 / 3 < share <= 1 for _, share in shown
+    )
+
+
+def test_what_was_stopped_goes_on_bit_for_bit(tuned, tmp_path, builder):
+    stops = (
+        ("computing features", 0),
+        ("training the classifier", 2),
+        ("training the last blocks", 1),
+        ("training the last blocks", 3),
+        ("writing files", 0),
+    )
+    for number, stop in enumerate(stops):
+        with pytest.raises(KeyboardInterrupt):
+            tune(tmp_path, builder, resume=number > 0, watch=Stops(*stop))
+    with pytest.raises(UsageError, match="already holds a run; pass --resume"):
+        tune(tmp_path, builder)
+    found = tune(tmp_path, builder, resume=True)
+    wanted = tuned.step.state_dict()
+    assert all(np.array_equal(value, wanted[name]) for name, value in found.step.state_dict().items())
+    assert found.verdict == tuned.verdict and found.head_accuracy == tuned.head_accuracy
+
+
+def test_a_run_goes_on_as_it_was_asked_for(tmp_path, builder):
+    with pytest.raises(StateError, match="holds no fine-tuning"):
+        tune(tmp_path, builder, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, builder, watch=Stops("computing features"))
+    with pytest.raises(StateError, match="was asked for otherwise"):
+        tune(tmp_path, builder, resume=True, epochs=5)
+
+
+def test_the_classifier_alone_and_the_whole_net_can_train(tmp_path, builder):
+    head = tune(tmp_path / "head", builder, trainable="fc.*")
+    assert head.step.graph.trainable() == ["fc.weight", "fc.bias"] and not (tmp_path / "head" / "blocks").exists()
+    assert head.accuracy == head.head_accuracy and not head.step.sparsity()
+    whole = tune(tmp_path / "whole", builder, trainable="*", epochs=1, scheme="dense", sparsity=None)
+    run = json.loads((tmp_path / "whole" / "blocks" / "run.json").read_text())
+    assert not whole.step.graph.frozen and run["data"]["train"]["shape"] == [3, 12, 12]
+
+
+def test_steps_of_few_examples_keep_statistics(tmp_path, builder):
+    found = tune(tmp_path, builder, batch=3, epochs=1)
+    assert found.step.graph.trainable() == ["blocks.2.0.weight", "blocks.2.3.weight", "fc.weight", "fc.bias"]
+    before, after = tiny().state_dict(), found.step.state_dict()
+    assert np.array_equal(before["blocks.2.1.running_mean"].numpy(), after["blocks.2.1.running_mean"])
+
+
+def test_augmented_images_go_through_the_whole_net(tmp_path, builder):
+    found = tune(tmp_path, builder, augment=True, epochs=1)
+    run = json.loads((tmp_path / "blocks" / "run.json").read_text())
+    assert run["data"]["train"]["shape"] == [3, 12, 12] and found.step.sparsity()
+
+
+def test_a_budget_chooses_what_trains(tmp_path, builder):
+    found = tune(tmp_path, builder, trainable=None, update_budget=0.6, epochs=1)
+    choice = found.step.describe()["update_budget"]
+    chosen = {name for unit in choice["units"] if unit["chosen"] for name in unit["parameters"]}
+    assert set(found.step.graph.trainable()) == chosen and 0 < len(chosen) < len(found.step.graph.parameters())
+
+
+def test_a_time_limit_plans_epochs(tmp_path, builder):
+    tune(tmp_path / "long", builder, seconds=6.0, epochs=100000, patience=2)
+    assert 1 <= json.loads((tmp_path / "long" / "blocks" / "recipe.json").read_text())["epochs"] < 100000
+    with pytest.raises(BudgetError, match="the time limit leaves .* give more time"):
+        tune(tmp_path / "short", builder, seconds=3.0)
+
+
+def test_training_ends_when_there_is_no_time_for_another_epoch():
+    metrics = {"test_accuracy": 0.5, "train_seconds": 1.0, "evaluation_seconds": 0.5}
+    clock = Clock(60.0)
+    watch = _Watch(Silent(), [], None, clock)
+    watch.on_epoch(metrics)  # it goes on
+    clock.limit_seconds = SAVING_SECONDS + 1.4
+    with pytest.raises(_Enough):
+        watch.on_epoch(metrics)
+    clock.seconds["compiling"] = 1.0  # does not count
+    watch.on_epoch(metrics)
+
+
+def test_epochs_within_a_limit():
+    assert epochs_within(10.0, 2.0, 30) == 5 and epochs_within(1000.0, 2.0, 30) == 30
+    assert epochs_within(float("inf"), 2.0, 30) == 30
+    with pytest.raises(BudgetError, match=r"leaves 1.0 s .* an epoch takes 2.0 s"):
+        epochs_within(1.0, 2.0, 30)
+
+
+def test_training_ends_when_it_gets_no_better():
+    def history(*scores):
+        return [{"test_accuracy": score} for score in scores]
+
+    assert not gone(history(0.1, 0.3, 0.2), 2) and gone(history(0.1, 0.3, 0.2, 0.3), 2)
+    assert not gone(history(0.3, 0.2), None) and not gone([], 1)
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path, builder):
+    class Ends(Tiny):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    for model, given, error, message in (
+        (tiny(), {"inputs": None}, UsageError, "nobody says how the net's images were scaled"),
+        ("resnet8", {"weights": None}, UsageError, "resnet8 comes without weights"),
+        (tiny(), {"weights": "a.safetensors"}, UsageError, "has its weights already"),
+        (Ends().eval(), {}, mest.MestError, "softmax"),
+        (tiny(), {"image": (1, 12, 12)}, UsageError, "takes 3 channels, not 1"),
+        (tiny(), {"epochs": 0}, UsageError, "epochs is 0"),
+        (tiny(), {"inputs": 3}, UsageError, "wanted mest.Inputs"),
+    ):
+        with pytest.raises(error, match=message):
+            mest.finetune(model, TRAIN, out=tmp_path / "out", **{"inputs": INPUTS, "builder": builder, **given})

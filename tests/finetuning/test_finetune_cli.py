@@ -1,0 +1,72 @@
+"""`mest-compile finetune` on a small net with weights from a file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mest_compile.models.catalog import build_model
+
+OPTIONS = (
+    "--from",
+    "resnet8",
+    "--image",
+    "3x8x8",
+    "--mean",
+    "120,120,120",
+    "--std",
+    "60,60,60",
+    "--trainable",
+    "last:1",
+)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, colour in (("cats", 0), ("dogs", 2)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 150, (9, 11, 3))
+            pixels[..., colour] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_photos_become_a_model(mest_compile_command, photos, tmp_path):
+    weights, out = tmp_path / "weights.pt", tmp_path / "mine"
+    torch.save(build_model("resnet8", (1, 3, 8, 8), 5, seed=4).state_dict(), weights)
+    data = ("--data-folder", photos, "--weights", weights)
+    done = mest_compile_command(
+        "finetune", *OPTIONS, *data, "--epochs", 2, "--batch", 8, "--threads", 1, "--out", out, "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.document["folder"] == str(out) and set(done.document["classes"]) == {"cats", "dogs"}
+    assert "training the last blocks" in done.err and "epoch 2/2" in done.err
+    assert {"report.html", "model.onnx", "weights.safetensors"} <= {path.name for path in out.iterdir()}
+    again = mest_compile_command("finetune", "--resume", out, "--json")
+    assert again.document["classes"] == done.document["classes"], again.err
+    result = json.loads((out / "result.json").read_text())
+    assert result["accuracy"] == done.document["accuracy"] and result["sparsity"]
+    exported = mest_compile_command("export", out, "--format", "torch", "--out", tmp_path / "net.pt")
+    assert exported.code == 0 and torch.load(tmp_path / "net.pt", weights_only=True)["fc.weight"].shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give --data-folder"),
+        (("--data-folder", "nowhere"), "no folder or CSV file nowhere"),
+        (("--data-folder", ".", "--mean", "1,2,3"), "--image, --mean and --std together"),
+        (("--data-folder", ".", "--image", "3x8x8", "--mean", "a", "--std", "1"), "--mean is 'a'; wanted numbers"),
+        (("--resume", "runs/mine", "--epochs", "3"), "leave out --epochs"),
+        (("--resume", "runs/mine"), "holds no fine-tuning"),
+        (("--data-folder", ".", "--from", "vgg11"), "nobody says how the net's images were scaled"),
+    ],
+)
+def test_misuse_is_told_before_anything_is_done(mest_compile_command, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = mest_compile_command("finetune", *arguments)
+    assert done.code in (1, 2) and said in done.err and done.err.count("\n") <= 2 and not list(tmp_path.iterdir())
