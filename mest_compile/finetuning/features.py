@@ -41,7 +41,7 @@ class Extractor:
         facts, target = plan.facts, plan.target
         self.graph = graph = between(facts.graph, start, end)
         layers = {name: layer for name, layer in facts.layers.items() if name in graph.state_shapes}
-        program = lower_prediction(fuse(graph), layers, target.vector, {}, (), facts.activations)
+        program = lower_prediction(fuse(graph), layers, target, {}, (), facts.activations)
         kind = backend_of(target)
         kind.find_device(target)
         with exclusive.COMPILER:

@@ -62,7 +62,7 @@ def gather_conv(
         "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
         f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
     )
-    if pairs(target, problem, source):
+    if pairs(target, source):
         set_words(text, problem.unit[0], problem.row_block)
     elif source.dtype == "bfloat16":
         set_rounded(text, block)
@@ -84,7 +84,7 @@ class _Knobs:
 def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> None:
     """The loops of one pass over its grid of result pixels."""
     source, result, vector = problem.source, problem.result, problem.result.vector
-    paired = pairs(target, problem, source)
+    paired = pairs(target, source)
     rows, most = rows_and_pixels(problem, target)
     rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid_pass.grid, result.slices, most))
     parts = problem.row_block // rows

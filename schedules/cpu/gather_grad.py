@@ -107,7 +107,7 @@ KNOBS = (
 
 def _shared(problem: GatherGrad, target: Target) -> tuple[int, int]:
     """(rows, reads) of a unit that pass together."""
-    most = SUMS if pairs(target, problem, problem.source, problem.delta) else max(target.registers - 4, 1)
+    most = SUMS if pairs(target, problem.source, problem.delta) else max(target.registers - 4, 1)
     rows = largest_divisor(problem.row_block, most)
     return rows, largest_divisor(problem.unit[0], most // rows)
 
@@ -130,7 +130,7 @@ def gather_grad(
     follows from the target's cores, so results are the same on any number of threads.
     """
     source, delta, vector = problem.source, problem.delta, problem.delta.vector
-    paired = pairs(target, problem, source, delta)
+    paired = pairs(target, source, delta)
     lanes = vector // 2 if paired else vector  # of a vector of sums
     most = max(target.registers - 4, 1)
     rows, depth = _shared(problem, target)

@@ -40,7 +40,7 @@ def rows_and_pixels(problem: GatherConv, target: Target) -> tuple[int, int]:
     accumulators = max(int(target.registers * ACCUMULATORS), 1)
     rows = largest_divisor(problem.row_block, accumulators)
     most = max(accumulators // rows, 1)
-    if pairs(target, problem, problem.source):
+    if pairs(target, problem.source):
         most = min(most, STACK_BYTES // 2 // (problem.result.vector * FLOAT_BYTES))
     return rows, most
 
@@ -68,7 +68,7 @@ def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int
         return []
     (grid,) = grids
     # A row that is listed twice must be read and written by one tile, or what the first wrote is added to once more.
-    registers = 2 if pairs(target, problem, problem.source) else 1  # of a vector of sums
+    registers = 2 if pairs(target, problem.source) else 1  # of a vector of sums
     return [
         (rows, high, wide, deep)
         for rows in ([problem.row_block] if problem.rows_live else divisors(problem.row_block))
@@ -109,7 +109,7 @@ KNOBS = (
         "together",
         1,
         "units per round of the innermost loop",
-        lambda problem, target: () if pairs(target, problem, problem.source) else (2, 4),
+        lambda problem, target: () if pairs(target, problem.source) else (2, 4),
     ),
     Knob("prefetch", "both", "what is asked for ahead", ("source", "result", "none")),
 )

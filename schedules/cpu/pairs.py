@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.text import Text
-from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.schedules.cpu.rows import to_bfloat16
 from mest_compile.schedules.cpu.tiles import vectors
 
@@ -22,14 +21,9 @@ WORDS = 8  # of 128 bits
 LANES = 16  # that weights are rounded at once
 
 
-def pairs(target: Target, problem: GatherConv | GatherGrad, *images: Image) -> bool:
-    """Whether a problem's products, of elements of these images, or of one and weights, are made so. What is normalised
-    while it is read is float32 by then."""
-    return (
-        target.pairs
-        and problem.norm is None
-        and all(image.dtype == "bfloat16" and image.vector >= WORDS for image in images)
-    )
+def pairs(target: Target, *images: Image) -> bool:
+    """Whether products of elements of these images, or of one and weights, are made so."""
+    return target.pairs and all(image.dtype == "bfloat16" and image.vector >= WORDS for image in images)
 
 
 def halves_of(vector: int) -> tuple[list[int], list[int]]:
