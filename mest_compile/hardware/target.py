@@ -122,8 +122,9 @@ class Target:
 
     def for_batch(self, batch: int) -> Target:
         """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more
-        would stay empty."""
-        wasteful = self.vector > 8 and 0 < batch % self.vector <= self.vector // 2
+        would stay empty. A register that is filled by 16 of two bytes is so from 9 on."""
+        least = 16 if self.pairs and batch > 8 else 8
+        wasteful = self.vector > least and 0 < batch % self.vector <= self.vector // 2
         return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self
 
     def storing(self, activations: str) -> Target:

@@ -23,7 +23,7 @@ def footprint(
     live_units   weight name -> units in the layer's value array; beside the kernels' arrays a step keeps what
                  `kept_bytes` says
     activations  what the forward pass keeps for the backward pass; workspace: the rest of the arena, and what kernels
-                 allocate: partial sums of the weight gradient of the largest layer, vector lanes times threads' shares
+                 allocate: partial sums of the weight gradient of the largest layer, lanes of sums times threads' shares
                  of every live weight, and copies in float32 of what is stored in less
     """
     found = dict.fromkeys(KINDS, 0)
@@ -43,7 +43,8 @@ def footprint(
         ),
         default=0,
     )
-    kernels = (most_live * target.vector + _copied_elems(train, target)) * target.cores * ITEM_BYTES["float32"]
+    lanes = target.vector // 2 if target.pairs else target.vector  # of sums
+    kernels = (most_live * lanes + _copied_elems(train, target)) * target.cores * ITEM_BYTES["float32"]
     found["workspace"] = arena_bytes - found["activations"] + kernels
     return found | {"total": sum(found.values())}
 

@@ -17,6 +17,7 @@ import numpy as np
 from mest_compile.base.errors import StateError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target
+from mest_compile.ir.layouts.layout import BITS, rounded, to_float
 from mest_compile.ir.program import Call, Program
 from mest_compile.kernels.arguments import _argument
 from mest_compile.kernels.cache import Builder
@@ -114,7 +115,7 @@ class Arrays:
     def check(self, after: Sequence[np.ndarray]) -> str | None:
         """As Task.check."""
         for place, array in enumerate(after):
-            wanted = self.wanted.get(place, self.arguments[place])
+            array, wanted = map(to_float, (array, self.wanted.get(place, self.arguments[place])))
             wrong = ~(
                 np.abs(array - wanted) <= self.allowed * max(float(np.abs(wanted).max(initial=0)), 1e-30)
             )  # not true of NaN
@@ -187,18 +188,20 @@ def _default_answer(task: Task, arguments: Sequence[np.ndarray], builder: Builde
 
 def _check_default(task: Task, arguments: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> None:
     """Compares an answer with the float64 reference, for kernels whose rows are not listed."""
-    problem = task.problem
+    problem, arguments = task.problem, [to_float(array) for array in arguments]
     if isinstance(problem, GroupedConv | GroupedGrad):
         arguments = [*single_taps(problem, *arguments[:2]), *arguments[2:]]
         problem = problem.gather
     if (reference := _reference(problem, arguments)) is None:
         return
     place, wanted = reference
-    got = after[place]
-    if not np.array_equal(got, wanted.ravel()):
+    got, wanted = to_float(after[place]), wanted.ravel()
+    if after[place].dtype == BITS:
+        wanted = rounded(wanted, "bfloat16")
+    if not np.array_equal(got, wanted):
         raise StateError(
             f"the default kernel of {task.kernel} for {task.name} differs from its reference at "
-            f"{np.count_nonzero(got != wanted.ravel())} of {wanted.size} elements; nothing can be tuned against it"
+            f"{np.count_nonzero(got != wanted)} of {wanted.size} elements; nothing can be tuned against it"
         )
 
 

@@ -21,7 +21,7 @@ def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
     """Numbers as arrays of that type hold them, rounded to the nearest, ties to even."""
     if dtype != "bfloat16":
         return values.astype(dtype)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = bits + 0x7FFF + (bits >> 16 & 1) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(BITS)
 
