@@ -78,7 +78,7 @@ def compile(
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
     model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
-    input_shape    (N, C, H, W) or (N, features); N is the batch of every step
+    input_shape    (N, C, H, W), (N, C, L) or (N, features); N is the batch of every step
     scheme         name, "name:arguments" or a scheme object; or {layer name or shell pattern: one of these}. A layer's
                    own name beats patterns, and of these the first that matches counts; "dense" leaves layers dense
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1; None: 0.9, or the only one that the

@@ -48,12 +48,14 @@ def is_number(value: Any) -> bool:
 
 
 def shape(name: str, value: Any, error: type[MestError] = UsageError) -> tuple[int, ...]:
-    """`value` as (N, C, H, W) or (N, features), sizes of 1 or more. Raises `error`."""
+    """`value` as (N, C, H, W), (N, C, L) or (N, features), sizes of 1 or more. Raises `error`."""
     sizes = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
-    if len(sizes) not in (2, 4) or any(
+    if len(sizes) not in (2, 3, 4) or any(
         isinstance(size, bool) or not isinstance(size, Integral) or size < 1 for size in sizes
     ):
-        raise error(f"{name} is {shown(value)}; wanted (N, C, H, W) or (N, features), whole numbers of 1 or more")
+        raise error(
+            f"{name} is {shown(value)}; wanted (N, C, H, W), (N, C, L) or (N, features), whole numbers of 1 or more"
+        )
     return tuple(map(int, sizes))
 
 

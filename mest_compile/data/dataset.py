@@ -200,9 +200,9 @@ def as_dataset(
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
-          -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel,
-          (features,) as 1x1 images. Floating point becomes float32. Labels are whole numbers of 0 or more, one an
-          example or one a pixel, and `ignored` where there is none.
+          -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel, which
+          a step of series (C, L) takes as such, (features,) as 1x1 images. Floating point becomes float32. Labels are
+          whole numbers of 0 or more, one an example or one a pixel, and `ignored` where there is none.
     numbers  labels are numbers instead, one or several an example
     classes, like  as in Dataset.of
     A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.

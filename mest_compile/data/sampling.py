@@ -17,7 +17,8 @@ from mest_compile.data.examples import turned
 def check_shape(dataset: Dataset, input_shape: tuple[int, ...]) -> None:
     """Raises InputError when a step of that input shape does not take such images."""
     wanted, found = tuple(input_shape[1:]), dataset.images.shape[1:]
-    if wanted != found and wanted != (prod(found),):
+    series = len(wanted) == 2 and found == (1, *wanted)  # (n, C, L), which a data set holds as (n, 1, C, L)
+    if not series and wanted != found and wanted != (prod(found),):
         raise InputError(
             f"the step takes images of shape {wanted}, {dataset.name} has {found}"
             + (turned(found, wanted) or f"; compile with input_shape=({input_shape[0]}, {', '.join(map(str, found))})")

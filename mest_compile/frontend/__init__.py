@@ -22,7 +22,7 @@ def import_model(
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
     model        torch.nn.Module, a path that ends in .onnx, or a model's name: see models.sources
-    input_shape  (N, C, H, W) or (N, features)
+    input_shape  (N, C, H, W), (N, C, L) or (N, features)
     refusals     where goes what cannot be trained, in whose places the graph then has nodes that nothing compiles, as
                  far as there is a graph without it; None: it is raised
     Raises UnknownName, UnsupportedOperator, SpecError, DataError.
@@ -94,6 +94,8 @@ def _checked(input_shape: Any) -> tuple[int, ...]:
         shape = tuple(int(size) for size in input_shape)
     except (TypeError, ValueError):
         shape = ()
-    if len(shape) not in (2, 4) or min(shape) < 1:
-        raise SpecError(f"input_shape is (N, C, H, W) or (N, features), every size 1 or more; got {input_shape!r}")
+    if len(shape) not in (2, 3, 4) or min(shape) < 1:
+        raise SpecError(
+            f"input_shape is (N, C, H, W), (N, C, L) or (N, features), every size 1 or more; got {input_shape!r}"
+        )
     return shape

@@ -27,7 +27,8 @@ def read_onnx(
 
     Export with `torch.onnx.export(model.eval(), x, path, dynamo=False, do_constant_folding=False)`; otherwise BatchNorm
     is folded into the convolutions, and stays so.
-    input_shape  (N, C, H, W) or (N, features); N may differ from the exported one unless the file fixes it in a reshape
+    input_shape  (N, C, H, W), (N, C, L) or (N, features); N may differ from the exported one unless the file fixes it
+                 in a reshape
     refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises DataError when the file cannot be read, UnsupportedOperator, SpecError.
     """

@@ -67,6 +67,9 @@ class Writer:
             value, operand = self.values[INPUT], self._channels(step.operand, len(shape) - 2)
             inputs = [operand, value] if step.swapped else [value, operand]
             self.values[INPUT] = self.call(onnx_name(step.operation), inputs, shape)
+        if len(shape) == 3:  # which operators see as images of one row
+            row = (*shape[:2], 1, shape[2])
+            self.values[INPUT] = self.call("Unsqueeze", [self.values[INPUT], self.axis(2)], row)
 
     def inputs(self, node: Node) -> list[str]:
         """The values that it reads."""
@@ -116,6 +119,23 @@ class Writer:
             helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array, name))
         )
         return name
+
+    def turned(self, weight: str) -> str:
+        """The initializer's transpose, of two axes."""
+        name = self.call("Transpose", [weight], (), perm=(1, 0))
+        self.sizes[name] = self._state[weight].shape[::-1], "float"
+        return name
+
+    def squeezed(self, value: str) -> str:
+        """(N, C, L) of an image (N, C, 1, L)."""
+        name = self.call("Squeeze", [value, self.axis(2)], ())
+        (batch, channels, _, length), kind = self.sizes[value]
+        self.sizes[name] = (batch, channels, length), kind
+        return name
+
+    def axis(self, number: int) -> str:
+        """One axis, as Squeeze and Unsqueeze take it."""
+        return self.constant(np.array([number]), f"axis {number}")
 
     def _channels(self, operand: float | tuple[float, ...] | str, axes: int) -> str:
         """A number a channel, with so many axes behind it. operand: as Preparation has it."""

@@ -7,30 +7,38 @@ reshape + add, a max pool of torch carries an index output. The reader folds the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.base.registry import Registry
+from mest_compile.frontend.arranging import Arranger
 from mest_compile.frontend.naming import PREPARE, REFUSED, Draft, check_parameters, name_nodes, needed, split_prepared
 from mest_compile.frontend.refusals import SUPPORTED, Origin, Refusals, unsupported
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Refused, Seen, Spread, Value, View
+from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
 from mest_compile.ir.wording import as_text
 
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
+POINTWISE: set[str] = set()  # Relax operators that do the same to every element, wherever it lies
 R = TypeVar("R", bound=Callable[..., Any])
 
 
-def reads(*names: str, gives: tuple[str, ...] = ()) -> Callable[[R], R]:
+def reads(*names: str, gives: tuple[str, ...] = (), pointwise: bool = False) -> Callable[[R], R]:
     """Function decorator: the function (reader, call, arguments) -> value reads these Relax operators.
 
-    gives  what people know them as, for the list of what is supported
+    gives      what people know them as, for the list of what is supported
+    pointwise  they do the same to every element: the function gets call and arguments as values lie, whatever their
+               axes are
     """
 
     def register(function: R) -> R:
+        if pointwise:
+            POINTWISE.update(names)
         for registry, entries in (READERS, names), (SUPPORTED, gives):
             for name in entries:
                 registry.add(name, function)
@@ -39,72 +47,7 @@ def reads(*names: str, gives: tuple[str, ...] = ()) -> Callable[[R], R]:
     return register
 
 
-RANKS = (2, 4)  # of activations
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter on its way to its operator. `form` is "" as stored, "transposed", "channel": reshaped to
-    (1, C, 1, 1), or "shaped": to `shape`."""
-
-    name: str
-    form: str = ""
-    shape: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A constant of the graph: a number, a shape, an array without a name. `number` of a single number, `array` of
-    others."""
-
-    number: float | None = None
-    array: np.ndarray | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A side result that no training operator gives; an error only when it is used."""
-
-    error: UnsupportedOperator
-
-
-@dataclass(frozen=True)
-class Value:
-    """An activation: the index of the draft that makes it, -1 for the graph's input."""
-
-    draft: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """An activation on its way to an operator that spreads it itself, over what it has one element along."""
-
-    value: Value
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A function of one activation on its way to being one, element by element: the x + 3 of a hardswish.
-
-    forms  the activation that it is a function of, or several where one is a function of the other -> its values at
-           certain points
-    names  of the operators that it is made of
-    trees  the same activations, as far as the function is short enough to be written down -> what it computes of x
-    error  why no training operator can take it as it is
-    compares  whether it is true or false, not a number
-    base, prepared  the model's input, as far as it is prepared by then, and what was done to it since; None where it is
-           a function of something else
-    """
-
-    forms: Mapping[Value, np.ndarray]
-    names: tuple[str, ...]
-    error: UnsupportedOperator
-    base: Value | None = None
-    prepared: tuple[Preparation, ...] = ()
-    trees: Mapping[Value, Expression] = field(default_factory=dict)
-    compares: bool = False
+RANKS = (2, 3, 4)  # of values that readers know
 
 
 def read_main(
@@ -128,7 +71,7 @@ def read_main(
     return Reader(parameters, state_shapes, origins, refusals, may_transpose).read(function)
 
 
-class Reader:
+class Reader(Arranger):
     """Walks the bindings of one Relax function."""
 
     def __init__(
@@ -139,6 +82,7 @@ class Reader:
         refusals: Refusals,
         may_transpose: bool,
     ):
+        super().__init__()
         self.parameters = parameters
         self.state_shapes = dict(state_shapes)
         self.origins = origins
@@ -166,8 +110,9 @@ class Reader:
             raise SpecError(
                 f"a model with one input is wanted, this one has {len(inputs)}: {', '.join(var.name for var in inputs)}"
             )
-        input_shape = self.input_shape = _shape(inputs[0])
-        self.values[inputs[0]] = Value(-1, input_shape)
+        input_shape = _shape(inputs[0])
+        self.input_shape = as_image(input_shape)
+        self.values[inputs[0]] = self.viewed(Value(-1, self.input_shape), Arrangement.plain(input_shape))
         for var in rest:
             known = var.name in self.parameters
             self.values[var] = Parameter(self.parameters[var.name]) if known else Fixed()
@@ -199,12 +144,13 @@ class Reader:
             result = result[0]
         if isinstance(result, tuple):
             raise SpecError(f"a model that returns the logits alone is wanted, this one returns {len(result)} values")
-        logits = self.activation(result)
-        if len(logits.shape) not in (2, 4) or logits.shape[0] != input_shape[0]:
+        shape = result.shape if isinstance(result, Seen) else ()
+        if shape and (len(shape) not in (2, 4) or shape[0] != input_shape[0]):
             raise SpecError(
                 f"logits of shape ({input_shape[0]}, classes) are wanted, or maps of them, the model gives "
-                f"{logits.shape}: end it with flatten and a linear layer"
+                f"{shape}: end it with flatten and a linear layer"
             )
+        logits = self.activation(result)
         with self.refusals.noted():
             check_parameters(self.drafts, logits.draft)
         prepared, nodes = split_prepared(name_nodes(self.drafts, logits.draft))
@@ -243,6 +189,8 @@ class Reader:
                 raise self.error(f"{self.called} ({self.trouble})" if self.trouble else self.called)
             if not self.lost.isdisjoint(item for item in operands if isinstance(item, Value)):
                 return self._stand_in(expr, operands)
+            if name in POINTWISE:
+                return self.pointwise(READERS[name], expr, arguments)
             return READERS[name](self, expr, arguments)
         except UnsupportedOperator as error:
             return self._stand_in(expr, operands, error)
@@ -259,9 +207,12 @@ class Reader:
             if hasattr(kind, "fields"):
                 return tuple(made(field) for field in kind.fields)
             shape = tuple(int(size) for size in getattr(kind, "shape", None) or ())
-            value = self.add(REFUSED, tuple(sources), shape, attrs={"error": error, "operator": self.called})
-            if len(shape) not in RANKS or not sources or str(kind.dtype) != "float32":
-                self.lost.add(value)
+            known = len(shape) in RANKS and sources and str(kind.dtype) == "float32"
+            lies = as_image(shape) if known else shape
+            value = self.add(REFUSED, tuple(sources), lies, attrs={"error": error, "operator": self.called})
+            if known:
+                return self.viewed(value, Arrangement.plain(shape))
+            self.lost.add(value)
             return value
 
         return made(expr.ty)
@@ -284,13 +235,24 @@ class Reader:
         if isinstance(value, Formula) and value.trees and not value.compares:
             return self.formula(value)
         if isinstance(value, Spread):
-            return self.add("combine", (value.value,), value.shape, attrs={"formula": "x0", "strides": ()})
+            source = self.activation(value.value)
+            if len(source.shape) != len(value.shape):
+                raise self.error(f"broadcast from {source.shape} to {value.shape}")
+            return self.add("combine", (source,), value.shape, attrs={"formula": "x0", "strides": ()})
+        if isinstance(value, View):
+            if len(value.shape) not in (2, 4):
+                raise self.error(f"{self.called} of a value of shape {value.shape}")
+            return self.plainly(value)
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
             kind = {Parameter: "a parameter", Fixed: "a constant"}.get(type(value), "a tuple")
             raise self.error(f"{kind} used as an activation")
         return value
+
+    def seen(self, value: Any) -> Any:
+        """The value, which must be an activation or a formula of one, whatever its axes. Raises UnsupportedOperator."""
+        return value if isinstance(value, View | Formula) else self.activation(value)
 
     def formula(self, value: Formula) -> Value:
         """A formula that nothing was made of as an activation, made once: of the first activation that it is one of,
@@ -322,9 +284,8 @@ class Reader:
     def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
         """In the form that it has."""
         held = self.state_shapes[parameter.name]
-        return {"": held, "transposed": held[::-1], "channel": (1, *held, 1, 1), "shaped": parameter.shape}[
-            parameter.form
-        ]
+        kinds = {"": held, "transposed": held[::-1], "channel": (1, *held, 1, 1)}
+        return kinds.get(parameter.form, parameter.shape)
 
     def add(
         self,
@@ -357,6 +318,7 @@ def _sources(values: Iterable[Any]) -> list[Value]:
     found: list[Value] = []
     for value in values:
         value = value.value if isinstance(value, Spread) else value
+        value = value.bare if isinstance(value, View) else value
         found += [value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else []
     return found
 
@@ -381,8 +343,10 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def padding_attrs(sides: Iterable[int]) -> dict[str, tuple[int, int]]:
-    """(top, left, bottom, right) pixels as nodes have them: `padding`, and `padding_end` where that is another."""
-    top, left, bottom, right = (int(side) for side in sides)
+    """(top, left, bottom, right) pixels, or (left, right), as nodes have them: `padding`, and `padding_end` where that is
+    another."""
+    pixels = [int(side) for side in sides]
+    top, left, bottom, right = pixels if len(pixels) == 4 else (0, pixels[0], 0, pixels[1])
     end = {} if (top, left) == (bottom, right) else {"padding_end": (bottom, right)}
     return {"padding": (top, left), **end}
 

@@ -42,7 +42,7 @@ def read_module(
     What trains is what torch would train: parameters say so by `requires_grad`, BatchNorms by their mode, where the
     model's parts are not all in one, and forward by where it cuts the gradient.
 
-    input_shape  (N, C, H, W) or (N, features)
+    input_shape  (N, C, H, W), (N, C, L) or (N, features)
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
     refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises UnsupportedOperator, SpecError.

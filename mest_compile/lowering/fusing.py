@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import STATISTICS, ForwardGraph, Node
 from mest_compile.operators.activation import activation_in, activation_of
 
@@ -118,14 +119,10 @@ def _partial_readers_first(graph: ForwardGraph) -> ForwardGraph:
     that it reads."""
 
     def partial(node: Node) -> bool:
-        return (
-            node.op == "conv2d"
-            and len(node.inputs) == 1
-            and any(
-                step > taps
-                for step, taps in zip(node.attrs["stride"], graph.state_shapes[node.params["weight"]][2:], strict=True)
-            )
-        )
+        if node.op != "conv2d" or len(node.inputs) > 1:
+            return False
+        taps = image_shape(graph.state_shapes[node.params["weight"]])[2:]
+        return any(step > width for step, width in zip(node.attrs["stride"], taps, strict=True))
 
     nodes = [node for node in graph.nodes if not partial(node)]
     for node in filter(partial, graph.nodes):

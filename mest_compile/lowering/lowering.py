@@ -13,6 +13,7 @@ import numpy as np
 
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
+from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import gradients_of
@@ -250,8 +251,7 @@ class Lowering:
         shape = self._shapes[name]
         if name == self._root(self.graph.nodes[-1].name):  # logits are few, and the loss exponentiates them
             dtype = "float32"
-        batch, channels = shape[:2]
-        height, width = shape[2:] if len(shape) == 4 else (1, 1)
+        batch, channels, height, width = image_shape(shape)
         return Image(channels, height, width, batch, halo, self.target.vector, dtype)
 
 

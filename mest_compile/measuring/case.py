@@ -28,7 +28,7 @@ class Case:
 
     model        a model's name, see models.sources, or a folder with a torch.export program of it in training mode and
                  our compiled step
-    input_shape  (N, C, H, W) or (N, features), elements
+    input_shape  (N, C, H, W), (N, C, L) or (N, features), elements
     width        channels of the first stage; None is the model's own
     options      of our step. Threads, seed, optimizer and loss are the other side's as well; dense contestants ignore
                  what is said of sparsity, all but ours what is said of memory

@@ -51,7 +51,7 @@ def speed_table(
 
     model        a built-in model's name, or a torch.nn.Module (then the baseline is torch or torch-compile, which run
                  it as torch.export sees it in training mode; the module is left unchanged)
-    input_shape  (N, C, H, W) or (N, features)
+    input_shape  (N, C, H, W), (N, C, L) or (N, features)
     baseline     a contestant: torch (dense, channels_last), torch-compile, sparseprop, onnxruntime-training, mest-dense
                  (our step with all weights alive). None: torch, and on a device, an OpenCL one here too, mest-dense,
                  which alone runs there

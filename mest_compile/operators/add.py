@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Parameter, Reader, Value, _shape, reads
+from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.frontend.values import Parameter, Value
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
@@ -53,7 +54,7 @@ class Add(Operator):
         return writer.call("Add", writer.inputs(node), node.shape)
 
 
-@reads("relax.add", gives=("add",))
+@reads("relax.add", gives=("add",), pointwise=True)
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
     if isinstance(left, Value) and isinstance(right, Value) and left.shape == right.shape:

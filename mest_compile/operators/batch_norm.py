@@ -17,7 +17,9 @@ import numpy as np
 
 from mest_compile.base.errors import SpecError
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Reader, Refused, _is_stored, _single, reads
+from mest_compile.frontend.relax_graph import Reader, _is_stored, _single, reads
+from mest_compile.frontend.values import Refused
+from mest_compile.ir.arrangement import Arrangement
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
@@ -361,7 +363,7 @@ def _flags(node: Node, low: Trace) -> tuple[Buffer | None, Buffer | None]:
 @reads("relax.nn.batch_norm", gives=("batch_norm",))
 def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs = call.attrs
-    image = reader.activation(arguments[0])
+    image = reader.image(arguments[0])
     given = dict(zip(ROLES, arguments[1:], strict=True))
     if all(changes_nothing(given[role], role) for role in AFFINE):
         given = {role: held for role, held in given.items() if role not in AFFINE}
@@ -376,4 +378,4 @@ def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
         {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)},
     )
     statistics = Refused(reader.error("batch_norm's running statistics used as values"))
-    return normalised, statistics, statistics
+    return reader.viewed(normalised, Arrangement.plain(arguments[0].shape)), statistics, statistics

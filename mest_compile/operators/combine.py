@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value
+from mest_compile.frontend.relax_graph import Reader
+from mest_compile.frontend.values import Fixed, Parameter, Value
 from mest_compile.ir.expressions import Expression, Variable
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -206,7 +207,8 @@ class Combination(Operator):
             [size if stride else 1 for size, stride in zip(node.shape[1:], strides, strict=False)]
             for strides in node.attrs["strides"]
         ]
-        held = [writer.shaped(name, size) for name, size in zip(node.params.values(), sizes, strict=False)]
+        each = zip(node.params.values(), sizes, node.attrs["strides"], strict=False)
+        held = [_written(writer, name, size, strides) for name, size, strides in each]
         fixed = zip(self.constants(node).values(), sizes[len(held) :], strict=True)
         held += [writer.constant(one.reshape(size), "constant") for one, size in fixed]
         values |= dict(zip(NAMES[len(values) :], held, strict=False))
@@ -237,7 +239,9 @@ def combination(
     formula = formula.of(**{name: Variable(NAMES[place]) for name, place in zip(NAMES, mine, strict=False)})
     params = {NAMES[len(values) + place]: one.name for place, one in enumerate(held)}
     strides = tuple(
-        _strides(size, len(shape), isinstance(one, Parameter) and one.form == "transposed")
+        one.strides
+        if isinstance(one, Parameter) and one.form == "laid"
+        else _strides(size, len(shape), isinstance(one, Parameter) and one.form == "transposed")
         for one, size in zip([*held, *fixed], sizes, strict=True)
     )
     attrs: dict[str, Any] = {"formula": as_text(formula), "strides": strides}
@@ -253,6 +257,17 @@ def _strides(sizes: Shape, rank: int, transposed: bool) -> tuple[int, ...]:
     along = [stride if size > 1 else 0 for stride, size in zip(array.strides, array.shape, strict=True)]
     behind = [0, 0, 0, *along][-(rank - 1) :]
     return (*behind, 0, 0)[:3]
+
+
+def _written(writer: Writer, name: str, sizes: list[int], strides: Shape) -> str:
+    """A parameter that is spread over the axes behind the batch, whose numbers lie in the order of their strides."""
+    order = sorted(range(len(sizes)), key=lambda axis: -strides[axis] if strides[axis] else -axis)
+    varying = [axis for axis in order if strides[axis]]
+    if varying == sorted(varying):
+        return writer.shaped(name, sizes)
+    lies = [sizes[axis] for axis in order]
+    perm = [order.index(axis) for axis in range(len(sizes))]
+    return writer.call("Transpose", [writer.shaped(name, lies)], tuple(sizes), perm=perm)
 
 
 def _constant(node: Node, place: int) -> str:

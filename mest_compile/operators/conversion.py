@@ -12,9 +12,8 @@ from mest_compile.ir.layouts.batch import Image
 
 @dataclass(frozen=True, slots=True)
 class ImageImport:
-    """Kernel "image.import": images (N, C, H, W) float32, result (result.elems,). Lanes without an example repeat the
-    last one:
-    what the network makes of them is finite where that is.
+    """Kernel "image.import": images (N, C, H, W) or as a step takes them, float32, result (result.elems,). Lanes
+    without an example repeat the last one: what the network makes of them is finite where that is.
     """
 
     result: Image

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Parameter, Reader, reads
+from mest_compile.frontend.relax_graph import Reader, reads
+from mest_compile.frontend.values import Parameter
 from mest_compile.ir.graph import Node
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
 
@@ -29,7 +30,7 @@ class Detach(Operator):
         return value
 
 
-@reads("relax.grad.no_grad", gives=("detach",))
+@reads("relax.grad.no_grad", gives=("detach",), pointwise=True)
 def read_no_grad(reader: Reader, call: Any, arguments: list) -> Any:
     value = arguments[0]
     if isinstance(value, Parameter):

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Reader, Refused, _single, reads
+from mest_compile.frontend.relax_graph import Reader, _single, reads
+from mest_compile.frontend.values import Refused
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -128,7 +129,7 @@ def _held(node: Node, low: Trace) -> Any:
     return low.hold(_draw(node), 1, "batch", "int32")
 
 
-@reads("relax.nn.dropout", gives=("dropout",))
+@reads("relax.nn.dropout", gives=("dropout",), pointwise=True)
 def read_dropout(reader: Reader, call: Any, arguments: list) -> Any:
     value, p = reader.activation(arguments[0]), _single(call.attrs.rate)
     if p:

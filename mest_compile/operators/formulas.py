@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Fixed, Formula, Parameter, Reader, Spread, Value, _shape, _single, reads
+from mest_compile.frontend.relax_graph import Reader, _shape, _single, reads
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Spread, Value
 from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, Variable, apply, exp, scalar, select, sqrt
 from mest_compile.ir.graph import Preparation
 from mest_compile.ir.wording import COMPARISONS
@@ -213,6 +214,7 @@ def _forms(reader: Reader, operand: Any) -> Mapping[Value, np.ndarray]:
     "relax.greater_equal",
     "relax.less_equal",
     gives=("subtract", "multiply", "divide", "maximum", "minimum"),
+    pointwise=True,
 )
 def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.removeprefix("relax.")
@@ -223,13 +225,13 @@ def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, name, *arguments)
 
 
-@reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh")
+@reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh", pointwise=True)
 def read_row(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.rpartition(".")[2]
     return combined(reader, name, *arguments, formula=ACTIVATIONS.find(name).formula)
 
 
-@reads("relax.power")
+@reads("relax.power", pointwise=True)
 def read_power(reader: Reader, call: Any, arguments: list) -> Any:
     value, exponent = arguments
     formula = POWERS.get(exponent.number) if isinstance(exponent, Fixed) and exponent.number else None
@@ -238,12 +240,12 @@ def read_power(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, "power", value, formula=formula)
 
 
-@reads("relax.rsqrt")
+@reads("relax.rsqrt", pointwise=True)
 def read_rsqrt(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, "rsqrt", *arguments, formula=POWERS[-0.5])
 
 
-@reads("relax.nn.leakyrelu")
+@reads("relax.nn.leakyrelu", pointwise=True)
 def read_leaky_relu(reader: Reader, call: Any, arguments: list) -> Any:
     slope = _single(call.attrs.alpha)
     return combined(reader, "leaky_relu", *arguments, formula=select(X > 0, X, slope * X))
@@ -262,24 +264,24 @@ def read_prelu(reader: Reader, call: Any, arguments: list) -> Any:
     )
 
 
-@reads("relax.negative")
+@reads("relax.negative", pointwise=True)
 def read_negative(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, "subtract", Fixed(0.0), *arguments)
 
 
-@reads("relax.nn.relu")
+@reads("relax.nn.relu", pointwise=True)
 def read_relu(reader: Reader, call: Any, arguments: list) -> Any:
     return combined(reader, "maximum", Fixed(0.0), *arguments)
 
 
-@reads("relax.clip")
+@reads("relax.clip", pointwise=True)
 def read_clip(reader: Reader, call: Any, arguments: list) -> Any:
     value, low, high = arguments
     found = value if low.number == -math.inf else combined(reader, "maximum", low, value)
     return found if high.number == math.inf else combined(reader, "minimum", high, found)
 
 
-@reads("relax.call_tir")
+@reads("relax.call_tir", pointwise=True)
 def read_call_tir(reader: Reader, call: Any, arguments: list) -> Any:
     """ONNX's Clip, which TVM computes by functions of its own: `maximum`, `minimum1`."""
     name = call.args[0].name_hint
@@ -323,7 +325,7 @@ def read_isnan(reader: Reader, call: Any, arguments: list) -> Any:
     return Fixed(float(math.isnan(arguments[0].number)))
 
 
-@reads("relax.where")
+@reads("relax.where", pointwise=True)
 def read_where(reader: Reader, call: Any, arguments: list) -> Any:
     condition, chosen, other = arguments
     if isinstance(condition, Formula):

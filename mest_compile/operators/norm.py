@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Fixed, Parameter, Reader, Value, _single, reads
+from mest_compile.frontend.relax_graph import Reader, _single, reads
+from mest_compile.frontend.values import Fixed, Parameter, Value
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE

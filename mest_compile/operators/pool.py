@@ -11,6 +11,7 @@ import numpy as np
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _pair, _shape, padding_attrs, reads
+from mest_compile.ir.arrangement import Arrangement, image_shape
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Operator, Trace, operator
@@ -288,17 +289,28 @@ class GlobalAvgPool(Operator):
         return pooled if len(node.shape) == 4 else writer.call("Flatten", [pooled], node.shape)
 
 
-@reads("relax.nn.max_pool2d", "relax.nn.avg_pool2d", gives=("max_pool2d", "avg_pool2d"))
+@reads(
+    "relax.nn.max_pool2d",
+    "relax.nn.avg_pool2d",
+    "relax.nn.max_pool1d",
+    "relax.nn.avg_pool1d",
+    gives=("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"),
+)
 def read_pool(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.")
-    image, shape = reader.activation(arguments[0]), _shape(call)
-    kernel, stride = _pair(attrs.pool_size), _pair(attrs.strides)
-    if _pair(attrs.dilation) != (1, 1):
-        raise reader.error(f"dilated {op} (dilation={_pair(attrs.dilation)})")
+    attrs, op = call.attrs, call.op.name.removeprefix("relax.nn.").replace("1d", "2d")
+    image, shape = reader.image(arguments[0]), image_shape(_shape(call))
+    kernel, stride, dilation = _pixels(attrs.pool_size), _pixels(attrs.strides), _pixels(attrs.dilation)
+    if dilation != (1, 1):
+        raise reader.error(f"dilated {call.op.name.rpartition('.')[2]} (dilation={dilation})")
     pool: dict[str, Any] = {"kernel": kernel, "stride": stride, **padding_attrs(attrs.padding)}
     if op == "avg_pool2d":
         pool["count_include_pad"] = bool(attrs.count_include_pad)
-    return reader.add(op, (image,), shape, attrs=pool)
+    return reader.viewed(reader.add(op, (image,), shape, attrs=pool), Arrangement.plain(_shape(call)))
+
+
+def _pixels(sizes: Any) -> tuple[int, int]:
+    """(y, x) of one or two sizes."""
+    return _pair((1, *sizes) if len(sizes) == 1 else sizes)
 
 
 @reads("relax.nn.adaptive_avg_pool2d", gives=("global average pooling",))

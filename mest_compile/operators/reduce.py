@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Reader, Value, _shape, reads
+from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.frontend.values import Value, View
+from mest_compile.ir.arrangement import Arrangement, merged, whole
 from mest_compile.ir.expressions import Variable
 from mest_compile.ir.graph import Node
 from mest_compile.ir.wording import as_text
@@ -48,11 +50,35 @@ def _scaled(node: Node) -> str:
 
 @reads("relax.mean", "relax.sum", gives=("mean", "sum"))
 def read_reduction(reader: Reader, call: Any, arguments: list) -> Any:
-    image, name = reader.activation(arguments[0]), call.op.name.removeprefix("relax.")
-    axes, shape = _axes(call, image), _shape(call)
+    name, shape = call.op.name.removeprefix("relax."), _shape(call)
+    if isinstance(arguments[0], View) and name == "mean":
+        return _mean(reader, call, arguments[0])
+    image = reader.activation(arguments[0])
+    axes = _axes(call, image)
     if name == "mean" and axes == (2, 3) and len(image.shape) == 4:
         return reader.add("global_avg_pool", (image,), shape)
     return reduced(reader, name, image, axes, shape)
+
+
+def _mean(reader: Reader, call: Any, value: View) -> Any:
+    """Over all pixels, once those axes are what pixels are made of."""
+    arrangement, dims = value.arrangement, whole(value.bare.shape)
+    over, rank = _axes(call, value), len(value.shape)
+    summed, left = ([arrangement.axes[k] for k in range(rank) if (k in over) is chosen] for chosen in (True, False))
+    pixels, channels = (merged(part for axis in axes for part in axis) for axes in (summed, left))
+    if any(part.dim == "N" for part in pixels) or 0 in over:
+        raise reader.error(f"mean of {value.shape} over axes {over}, which are not of one example,")
+    if not pixels:
+        return reader.reshaped(value, _shape(call))
+    source = reader.activation(value.bare)
+    if sorted(pixels) != sorted(dims["H"] + dims["W"]):
+        inside = tuple(part for part in channels if part.dim != "N")
+        image = {"N": dims["N"], "C": inside, "H": (), "W": pixels}
+        source, arrangement = reader.lay(value, image), arrangement.moved(image)
+    dims, kept = whole(source.shape), [k for k in range(rank) if call.attrs.keepdims or k not in over]
+    result = Arrangement(tuple(() if k in over else arrangement.axes[k] for k in kept))
+    shape = source.shape[:2] if result.axes == (dims["N"], dims["C"]) else (*source.shape[:2], 1, 1)
+    return reader.viewed(reader.add("global_avg_pool", (source,), shape), result)
 
 
 @reads("relax.variance")
@@ -77,6 +103,6 @@ def reduced(reader: Reader, name: str, image: Value, axes: tuple[int, ...], shap
     return reader.add("reduce", (image,), shape, attrs={"axes": axes, "scale": scale})
 
 
-def _axes(call: Any, image: Value) -> tuple[int, ...]:
+def _axes(call: Any, image: Value | View) -> tuple[int, ...]:
     rank = len(image.shape)
     return tuple(range(rank) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis))

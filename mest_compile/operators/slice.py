@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Reader, Value, _shape, reads
+from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.frontend.values import Value
 from mest_compile.ir.graph import Node
 from mest_compile.operators.concat import extents
 from mest_compile.operators.conversion import Grid, ImagePart

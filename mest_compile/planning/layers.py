@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, SpecError, UsageError
 from mest_compile.hardware.target import Target
+from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.options import AS_GIVEN, StepOptions
@@ -30,12 +31,11 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
     for node in graph.nodes:
         if node.op in ("conv2d", "linear"):
             weight, source = graph.state_shapes[node.params["weight"]], shapes[node.inputs[0]]
-            pad = (1,) * (4 - len(weight))
             specs.append(
                 LayerSpec(
                     node.params["weight"],
-                    (*weight, *pad),  # type: ignore[arg-type]
-                    (*source, *(1,) * (4 - len(source))),  # type: ignore[arg-type]
+                    image_shape(weight),
+                    image_shape(source),
                     tuple(node.attrs.get("stride", (1, 1))),
                     tuple(node.attrs.get("padding", (0, 0))),
                     node.attrs.get("groups", 1),

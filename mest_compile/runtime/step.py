@@ -73,9 +73,9 @@ class TrainStep(Masked, Tells, Freezes):
     ) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W) float32; labels as the loss takes them: (N,) int in [0, classes), (N, outputs) numbers
-        for mest.MSE, a pair for mest.Distill; numpy or torch. lr: None takes the optimizer's; a list has one for each
-        part of `plan_freezing`, and one for all else.
+        images (N, C, H, W), (N, C, L) or (N, features) float32, as the step was compiled for; labels as the loss takes
+        them: (N,) int in [0, classes), (N, outputs) numbers for mest.MSE, a pair for mest.Distill; numpy or torch.
+        lr: None takes the optimizer's; a list has one for each part of `plan_freezing`, and one for all else.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's
         clip_grad_norm_ does: by NaN where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes

@@ -36,7 +36,7 @@ class Tells:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(N, C, H, W) or (N, features)."""
+        """(N, C, H, W), (N, C, L) or (N, features)."""
         return tuple(self._compiled.graph.input_shape)
 
     @property

@@ -33,6 +33,11 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
             f"{step.asked_lr:g}; "
             f"leave one of the two out"
         )
+    if recipe.augment and len(step.input_shape) == 3:
+        raise UsageError(
+            f"augmentation shifts images, and the step takes {step.input_shape}, which have no rows; set augment = "
+            "false in the recipe"
+        )
     target = target_sparsity(step)
     found = recipe.resolved(target, step.optimizer.lr)
     step.check_room(recipe.densest(target))

@@ -1,4 +1,4 @@
-"""Elementwise kernels, flatten and the gradient of a bias, on a CPU."""
+"""Elementwise kernels and the gradient of a bias, on a CPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from mest_compile.operators.activation import (
     activation_of,
 )
 from mest_compile.operators.add import AddForward
-from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.cpu.rows import (
     Chunks,
     array,
     buffer,
     channel_sums,
-    each_row,
-    narrowed,
     pointwise,
     spelled,
     widened,
@@ -49,31 +46,6 @@ for each in (*ACTIVATIONS.load(), FORMULA):
 @schedule("add.forward", device="cpu")
 def add_forward(problem: AddForward, target: Target) -> str:
     return pointwise({"a": problem.a, "b": problem.b, "y": problem.y}, "y", "{a} + {b}")
-
-
-def _flatten(problem: Flatten, names: tuple[str, str], accumulate: bool = False) -> str:
-    """The last of `names` becomes the first for every vector: "x" and "y" are the image and the flat one."""
-    x, y = problem.x, problem.y
-    images = {"x": x, "y": y}
-    text = Text(*(array(name, images[name]) for name in names))
-    with each_row(text, {"x": x}):
-        pixel = f"(n * {x.width} + w) * {y.channel_elems} + {y.origin}"
-        with text.nest(f"for w in T.serial({x.width})", f"for i in T.vectorized({x.vector})"):
-            elements = {"x": f"x[x_row + w * {x.vector} + i]", "y": f"y[{pixel} + i]"}
-            source, result = (widened(images[name], elements[name]) for name in names)
-            made = f"{result} + {source}" if accumulate else source
-            text(f"{elements[names[1]]} = {narrowed(images[names[1]], made)}")
-    return str(text)
-
-
-@schedule("flatten.forward", device="cpu")
-def flatten_forward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("x", "y"))
-
-
-@schedule("flatten.backward", device="cpu")
-def flatten_backward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("y", "x"), problem.accumulate)
 
 
 @schedule("bias.gradient", device="cpu")

@@ -1,4 +1,4 @@
-"""Elementwise kernels, flatten and the gradient of a bias, on OpenCL."""
+"""Elementwise kernels and the gradient of a bias, on OpenCL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mest_compile.operators.activation import (
 )
 from mest_compile.operators.add import AddForward
 from mest_compile.operators.conversion import Grid, ImageCopy, ImageExport, ImageImport, ImagePart, ZeroHalo
-from mest_compile.operators.flatten import Flatten
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.schedules.opencl.sums import ChannelSums
 from mest_compile.schedules.opencl.text import (
@@ -96,27 +95,6 @@ def image_part(problem: ImagePart, target: Target) -> str:
         here, value = element("result", result, problem.put), element("source", source, problem.taken)
         text(f"{here} = {here} + {value}" if problem.accumulate else f"{here} = {value}")
     return str(text)
-
-
-def _flatten(problem: Flatten, names: tuple[str, str], statement: str, target: Target) -> str:
-    """`statement` for every vector: {x} and {y} are its elements in the image and in the flat one."""
-    x, y = problem.x, problem.y
-    images = {"x": x, "y": y}
-    text = DeviceText(*(image(name, images[name]) for name in names))
-    with text.each_pixel(x, target.limits.threads):
-        flat = f"y[n * {plane_vectors(y)} + {y.halo[0] * y.columns + y.halo[1]}]"
-        text(statement.format(x=at("x", x), y=flat))
-    return str(text)
-
-
-@schedule("flatten.forward", device="opencl")
-def flatten_forward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("x", "y"), "{y} = {x}", target)
-
-
-@schedule("flatten.backward", device="opencl")
-def flatten_backward(problem: Flatten, target: Target) -> str:
-    return _flatten(problem, ("y", "x"), "{x} = {x} + {y}" if problem.accumulate else "{x} = {y}", target)
 
 
 @schedule("bias.gradient", device="opencl")

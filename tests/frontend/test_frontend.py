@@ -38,6 +38,8 @@ def combined(node, state, inputs):
 def run_node(node, state, inputs):
     x, other = inputs[0], inputs[-1]
     held = {role: torch.from_numpy(state[name]) for role, name in node.params.items()}
+    if held.get("weight") is not None and held["weight"].ndim == 3:  # of a convolution of one row
+        held["weight"] = held["weight"][:, :, None]
     a = node.attrs
     return {
         "conv2d": lambda: F.conv2d(
@@ -49,7 +51,7 @@ def run_node(node, state, inputs):
             a.get("dilation", 1),
             a.get("groups", 1),
         ),
-        "linear": lambda: F.linear(x, held["weight"], held.get("bias")),
+        "linear": lambda: F.linear(x.movedim(1, -1), held["weight"], held.get("bias")).movedim(-1, 1),
         "batch_norm": lambda: F.batch_norm(
             x, held["running_mean"], held["running_var"], held.get("weight"), held.get("bias"), eps=a["eps"]
         ),
@@ -73,6 +75,7 @@ def run_node(node, state, inputs):
         ),
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
+        "rearrange": lambda: rearranged(node, x),
         "dropout": lambda: x,
         "unflatten": lambda: x[:, :, None, None],
         "combine": lambda: combined(node, state, inputs),
@@ -101,9 +104,22 @@ def pooled(node, x, reference):
     return by_reference(node, x, lambda images, array: reference(pool.Pool(*images, **node.attrs), array))
 
 
+def rearranged(node, x):
+    """By indices of its own: every part counts up within its dimension, the last fastest."""
+    places = {dim: torch.zeros(1, dtype=torch.long) for dim in "CHW"}
+    for axis, name in enumerate(("channels", "rows", "columns")):
+        for number, part in enumerate(parts := node.attrs[name]):
+            apart = int(np.prod([other.size for other in parts[number + 1 :]]))
+            size = int(np.prod([other.size for other in parts]))
+            digit = torch.arange(size) // apart % part.size * part.stride
+            places[part.dim] = places[part.dim] + digit.reshape([-1 if k == axis else 1 for k in range(3)])
+    x = x.reshape(*x.shape, *[1] * (4 - x.ndim))
+    return x[:, places["C"], places["H"], places["W"]].reshape(node.shape)
+
+
 def run_graph(graph, state, images):
     """The graph in evaluation mode, node by node. Output shapes are checked on the way."""
-    values = {"input": images}
+    values = {"input": images[:, :, None] if images.ndim == 3 else images}
     for node in graph.nodes:
         y = run_node(node, state, [values[name] for name in node.inputs])
         assert tuple(y.shape) == node.shape, node
@@ -360,7 +376,8 @@ def test_tied_weights_are_refused():
         (nn.Identity(), (2, 3), "nothing to train"),
         (nn.Linear(5, 4).double(), (2, 5), "weight is float64: call model.float"),
         (nn.Linear(5, 4), (2, 0), "every size 1 or more"),
-        (nn.Linear(5, 4), (2, 3, 5), r"\(N, C, H, W\) or \(N, features\)"),
+        (nn.Linear(5, 4), (2, 3, 5, 5, 5), r"\(N, C, H, W\), \(N, C, L\) or \(N, features\)"),
+        (nn.Linear(5, 4), (2, 3, 5), r"logits of shape \(2, classes\) .* the model gives \(2, 3, 4\)"),
         (nn.Linear(5, 4), None, "input_shape is"),
         (42, (2, 5), "a torch.nn.Module, a path .* got int"),
     ],

@@ -389,7 +389,7 @@ def test_what_is_no_trainable_module_is_one_line(make, words):
 
 
 def test_a_buffer_that_is_no_state_is_refused_as_a_weight():
-    with pytest.raises(UnsupportedOperator, match="permute_dims in the model's own forward"):
+    with pytest.raises(UnsupportedOperator, match="linear with a weight that is no parameter in the model's"):
         from_torch(FixedWeight(persistent=False), SHAPE)
 
 

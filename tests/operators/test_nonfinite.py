@@ -14,11 +14,12 @@ from test_gather import TARGET, VECTOR, activation, call, random_problem
 from test_operators import HALO, JOINED, make, pack
 
 from mest_compile.hardware.backend import backend_of
+from mest_compile.ir.arrangement import whole
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import rounded, to_float
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool, resize
+from mest_compile.operators import add, batch_norm, combine, dropout, frozen_norm, norm, pool, rearrange, resize
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
     ACTIVATIONS,
@@ -53,7 +54,7 @@ CONVOLUTIONS = ("gather", "compact", "pattern", "pattern_groups", "depthwise")
 DTYPES = {"float32": KERNELS, **({"float16": KERNELS} if TARGET.float16 else {})}
 if "bfloat16" in backend_of(TARGET).activations:  # of convolutions in test_bfloat16
     DTYPES["bfloat16"] = [name for name in KERNELS if name.partition(".")[0] not in CONVOLUTIONS]
-KEEP_SIGNS = {"image.import", "image.export", "flatten.forward", "relu.forward"}
+KEEP_SIGNS = {"image.import", "image.export", "rearrange.forward", "relu.forward"}
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, np.nan, np.inf, -np.inf, -0.0], np.float32)
 FORMULA_TEXT = "select(x > 0.5, x * tanh(x), maximum(-2.0, x) / 3.0 - 1.0)"
 # kernel -> function(rng, dtype) that yields (problem, arrays, {number of an array: what it must be afterwards})
@@ -157,8 +158,7 @@ def shapes(dtype: str) -> tuple[Image, Image]:
     "image.export",
     "image.zero_halo",
     "image.copy",
-    "flatten.forward",
-    "flatten.backward",
+    "rearrange.forward",
     "add.forward",
 )
 def pointwise(kernel, rng, dtype) -> Iterator:
@@ -184,20 +184,12 @@ def pointwise(kernel, rng, dtype) -> Iterator:
         yield image.ZeroHalo(shape), [here], {0: np.where(before == HALO, 0, before)}
     elif kernel == "image.copy":
         yield image.ImageCopy(shape, other, True), [here, there], {1: (other, x + start)}
-    elif kernel.startswith("flatten"):
-        flat = make(9 * 30, 1, 1, 7, dtype=dtype)
-        if kernel == "flatten.forward":
-            yield (
-                flatten.Flatten(shape, flat),
-                [here, np.zeros(flat.elems, flat.array_dtype)],
-                {1: (flat, flatten.forward_reference(x))},
-            )
-        else:
-            yield (
-                flatten.Flatten(shape, flat, True),
-                [pack(flat, flatten.forward_reference(x), 0), room],
-                {1: (shape, x + start)},
-            )
+    elif kernel == "rearrange.forward":
+        dims = whole((1, 9, 6, 5))
+        turned = make(5, 9, 6, 7, (1, 0, 0, 1), dtype)
+        problem = rearrange.Rearrange(shape, turned, dims["W"], dims["C"], dims["H"])
+        room = pack(turned, draw(rng, turned), 0)
+        yield problem, [here, room], {1: (turned, rearrange.reference(problem, x))}
     elif kernel == "add.forward":
         yield add.AddForward(shape, other, shape), [here, there, room], {2: (shape, add.forward_reference(x, start))}
 

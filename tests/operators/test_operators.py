@@ -16,10 +16,11 @@ from activations import function_of
 from mest_compile.base.errors import SpecError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
+from mest_compile.ir.arrangement import cut, inverse, merged, size_of, whole
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, combine, dropout, flatten, frozen_norm, norm, pool, resize
+from mest_compile.operators import add, batch_norm, combine, dropout, frozen_norm, norm, pool, rearrange, resize
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -463,7 +464,7 @@ def test_batch_norm_references_agree_with_torch(rng, added, activation):
         np.testing.assert_allclose(have, wanted.numpy(), rtol=1e-9, atol=1e-9)
 
 
-# Activations, addition, flatten, bias
+# Activations, addition, rearranged images, bias
 
 
 @pytest.mark.parametrize(
@@ -494,20 +495,55 @@ def test_add(run, rng, shape):
     assert_close(unpack(shape, got), add.forward_reference(a, b), terms=1, stored=shape)
 
 
-@some_shapes
-def test_flatten_and_back(run, rng, shape):
-    flat_image = make(shape.channels * shape.height * shape.width, 1, 1, shape.batch, dtype=shape.dtype)
-    x, start = draw(rng, shape), draw(rng, shape)
-    y = run(
-        "flatten.forward",
-        flatten.Flatten(shape, flat_image),
-        pack(shape, x, 0),
-        room(flat_image, 3),
-    )[1]
-    assert np.array_equal(unpack(flat_image, y), flatten.forward_reference(x))
+ARRANGED = {  # axes of a rearranged image, of those of the image
+    "flattened": lambda c, h, w: (c + h + w, (), ()),
+    "turned": lambda c, h, w: (w, h, c),
+    "patches for channels": lambda c, h, w: (h[:1] + c + w[:1], h[1:], w[1:]),
+    "shuffled": lambda c, h, w: (c[::-1], (), h + w),
+}
+
+
+@pytest.mark.parametrize("how", ARRANGED)
+@pytest.mark.parametrize("shape", [make(6, 4, 9, 7, (1, 0, 2, 1)), *SHAPES[7:8]], ids=str)
+def test_rearranged_and_back(run, rng, shape, how):
+    """Both ways, into another halo, and added to what is there; of float16 too."""
+    dims = whole((1, shape.channels, shape.height, shape.width))
+    split = {dim: cut(dims[dim], (2, size_of(dims[dim]) // 2)) for dim in "CH"}
+    split["W"] = cut(dims["W"], (size_of(dims["W"]) // 3, 3)) if shape.width % 3 == 0 else [(), dims["W"]]
+    pieces = [sum(split[dim], ()) for dim in "CHW"]
+    channels, rows, columns = map(merged, ARRANGED[how](*pieces))
+    sizes = [size_of(axis) for axis in (channels, rows, columns)]
+    there = make(*sizes, shape.batch, (1, 2, 0, 1), dtype=shape.dtype)
+    x, start = draw(rng, shape), draw(rng, there)
+    problem = rearrange.Rearrange(shape, there, channels, rows, columns)
+    wanted = rearrange.reference(problem, x)
+    assert np.array_equal(np.sort(wanted, None), np.sort(x, None)) and np.array_equal(
+        wanted[..., 0].ravel(), by_numpy(x[..., 0], pieces, (channels, rows, columns))
+    )
     for accumulate in (False, True):
-        got = run("flatten.backward", flatten.Flatten(shape, flat_image, accumulate), y, pack(shape, start, 0))[1]
-        assert np.array_equal(unpack(shape, got, gradient=True), as_stored(shape, x + start) if accumulate else x)
+        problem = dataclasses.replace(problem, accumulate=accumulate)
+        y = run("rearrange.forward", problem, pack(shape, x, 0), pack(there, start, 0))[1]
+        assert np.array_equal(
+            unpack(there, y, gradient=True), as_stored(there, wanted + start) if accumulate else wanted
+        )
+    back = inverse({"C": channels, "H": rows, "W": columns})
+    problem = rearrange.Rearrange(there, shape, back["C"], back["H"], back["W"])
+    got = run("rearrange.forward", problem, pack(there, wanted, 0), pack(shape, x * 0, 0))[1]
+    assert np.array_equal(unpack(shape, got, gradient=True), x)
+
+
+def by_numpy(x, pieces, axes):
+    """The same by a reshape and a transposition; x (C, H, W), whose dimensions are those pieces."""
+    parts = [part for piece in pieces for part in piece]
+    order = [part for axis in axes for whole_part in axis for part in parts_of(whole_part, parts)]
+    return x.reshape([part.size for part in parts]).transpose([parts.index(part) for part in order]).ravel()
+
+
+def parts_of(joined, parts):
+    """Of the parts those that make the joined one, in order."""
+    ends = range(joined.stride, joined.stride * joined.size)
+    inside = [part for part in parts if part.dim == joined.dim and part.stride in ends]
+    return sorted(inside, key=lambda part: -part.stride)
 
 
 @some_shapes

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.frontend.onnx_writer import Writer
-from mest_compile.frontend.relax_graph import Parameter, Reader, _is_stored, _pair, _shape, padding_attrs, reads
+from mest_compile.frontend.relax_graph import Reader, _is_stored, _pair, _shape, padding_attrs, reads
+from mest_compile.frontend.values import Fixed, Parameter
+from mest_compile.ir.arrangement import Arrangement, image_shape, whole
 from mest_compile.ir.graph import Node
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
@@ -53,14 +55,19 @@ class Conv2d(Operator):
         return _kernels(node, low).read(node, low)
 
     def onnx(self, node: Node, writer: Writer) -> str:
-        start = node.attrs["padding"]
-        attrs = {"strides": node.attrs["stride"], "pads": [*start, *node.attrs.get("padding_end", start)]}
-        attrs |= {
-            name: node.attrs[role]
-            for name, role in (("group", "groups"), ("dilations", "dilation"))
-            if role in node.attrs
-        }
         (x,), weight, bias = writer.inputs(node), writer.weight(node.params["weight"]), writer.parameters(node, "bias")
+        series = len(writer.weights[weight].shape) == 3  # of one row, as ONNX convolves those that have no rows
+        start = node.attrs["padding"]
+        sides = [*start[series:], *node.attrs.get("padding_end", start)[series:]]
+        attrs = {"strides": node.attrs["stride"][series:], "pads": sides}
+        if "groups" in node.attrs:
+            attrs["group"] = node.attrs["groups"]
+        if "dilation" in node.attrs:
+            attrs["dilations"] = node.attrs["dilation"][series:]
+        if series:
+            row = (*node.shape[:2], node.shape[3])
+            made = writer.call("Conv", [writer.squeezed(x), weight, *bias], row, **attrs)
+            return writer.call("Unsqueeze", [made, writer.axis(2)], node.shape)
         if not bias or len(writer.weights[bias[0]].shape) == 1:
             return writer.call("Conv", [x, weight, *bias], node.shape, **attrs)
         # A bias with the axes of an image, which came from an ONNX file, is none of Conv's.
@@ -69,11 +76,19 @@ class Conv2d(Operator):
 
 @operator("linear")
 class Linear(Conv2d):
-    """A 1x1 convolution of a 1x1 image."""
+    """A 1x1 convolution, of one pixel or more."""
 
     def onnx(self, node: Node, writer: Writer) -> str:
         inputs = [*writer.inputs(node), *writer.parameters(node, "weight", "bias")]
-        return writer.call("Gemm", inputs, node.shape, transB=1)
+        if len(node.shape) == 2:
+            return writer.call("Gemm", inputs, node.shape, transB=1)
+        (value, weight, *bias), (batch, outputs, *pixels) = inputs, node.shape
+        held, last = writer.weights[weight].shape, (batch, *pixels, outputs)
+        value = writer.call("Transpose", [value], (batch, *pixels, held[1]), perm=(0, 2, 3, 1))
+        value = writer.call("MatMul", [value, writer.turned(weight)], last)
+        if bias:
+            value = writer.call("Add", [value, *bias], last)
+        return writer.call("Transpose", [value], node.shape, perm=(0, 3, 1, 2))
 
 
 @reads("relax.nn.conv2d", gives=("conv2d",))
@@ -92,24 +107,37 @@ def read_conv2d(reader: Reader, call: Any, arguments: list) -> Any:
     return reader.add("conv2d", (image,), _shape(call), {"weight": weight.name}, how)
 
 
+@reads("relax.nn.conv1d", gives=("conv1d",))
+def read_conv1d(reader: Reader, call: Any, arguments: list) -> Any:
+    """A convolution of one row."""
+    attrs, weight = call.attrs, arguments[1]
+    image, shape = reader.image(arguments[0]), _shape(call)
+    if not _is_stored(weight):
+        raise reader.error("conv1d with a computed weight")
+    how: dict[str, Any] = {"stride": (1, int(attrs.strides[0])), **padding_attrs(attrs.padding)}
+    if int(attrs.groups) != 1:
+        how["groups"] = int(attrs.groups)
+    if int(attrs.dilation[0]) != 1:
+        how["dilation"] = (1, int(attrs.dilation[0]))
+    made = reader.add("conv2d", (image,), image_shape(shape), {"weight": weight.name}, how)
+    return reader.viewed(made, Arrangement.plain(shape))
+
+
 @reads("relax.matmul", gives=("linear",))
 def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
-    features, weight = reader.activation(arguments[0]), arguments[1]
+    """A linear layer on the last axis; one of several pixels convolves them one by one."""
+    value, weight = arguments
     if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:
-        raise reader.error("matmul of two activations")
-    if len(features.shape) != 2:
-        raise reader.error(f"linear on an input of shape {features.shape}, which is not (N, features),")
+        reader.seen(value)
+        kind = "no parameter" if isinstance(weight, Fixed) else "computed"
+        raise reader.error(f"linear with a weight that is {kind}")
+    features, arrangement = reader.channels_last(reader.seen(value))
     if weight.form == "" and weight.name not in reader.transposed:
         if not reader.may_transpose:
             raise reader.error(f"matmul with {weight.name} stored as (in, out)")
         reader.transposed.add(weight.name)
         reader.state_shapes[weight.name] = reader.state_shapes[weight.name][::-1]
-    return reader.add("linear", (features,), _shape(call), {"weight": weight.name})
-
-
-@reads("relax.permute_dims")
-def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
-    value = arguments[0]
-    if _is_stored(value) and len(reader.state_shapes[value.name]) == 2:
-        return Parameter(value.name, "transposed")
-    raise reader.error("permute_dims")
+    outputs = reader.state_shapes[weight.name][0]
+    shape = (features.shape[0], outputs, *features.shape[2:])
+    made = reader.add("linear", (features,), shape, {"weight": weight.name})
+    return reader.viewed(made, Arrangement((*arrangement.axes[:-1], whole(shape)["C"])))
