@@ -343,8 +343,8 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def padding_attrs(sides: Iterable[int]) -> dict[str, tuple[int, int]]:
-    """(top, left, bottom, right) pixels, or (left, right), as nodes have them: `padding`, and `padding_end` where that is
-    another."""
+    """(top, left, bottom, right) pixels, or (left, right), as nodes have them: `padding`, and `padding_end` where that
+    is another."""
     pixels = [int(side) for side in sides]
     top, left, bottom, right = pixels if len(pixels) == 4 else (0, pixels[0], 0, pixels[1])
     end = {} if (top, left) == (bottom, right) else {"padding_end": (bottom, right)}

@@ -19,7 +19,18 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import rounded, to_float
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.kernels.specializing import structure_of
-from mest_compile.operators import add, batch_norm, combine, dropout, frozen_norm, norm, pool, rearrange, resize
+from mest_compile.operators import (
+    add,
+    attention,
+    batch_norm,
+    combine,
+    dropout,
+    frozen_norm,
+    norm,
+    pool,
+    rearrange,
+    resize,
+)
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
     ACTIVATIONS,
@@ -233,6 +244,30 @@ def norms(kernel, rng, dtype) -> Iterator:
         yield problem, [up, there, weight, moments, up], {4: (shape, dx)}
     else:
         yield norm.NormParameters(shape, shape, 3, True), [up, there, moments, weight, bias], {3: dweight, 4: dbias}
+
+
+@case("attention.forward", "attention.backward")
+def attentions(kernel, rng, dtype) -> Iterator:
+    q, k = make(4, 2, 3, 7, (1, 0, 0, 1), dtype), make(4, 2, 2, 7, dtype=dtype)
+    problem = attention.Attention(q, k, k, q, 2, 0.5)
+    values = [draw(rng, image) for image in (q, k, k)]
+    y, sums = attention.forward_reference(problem, *values)
+    given = [pack(image, value, 0) for image, value in zip((q, k, k), values, strict=True)]
+    if kernel == "attention.forward":
+        room = pack(q, values[0], 0), np.zeros(problem.sums_elems, np.float32)
+        yield problem, [*given, *room], {3: (q, y)}
+        return
+    lanes = np.zeros((*sums.shape[:3], q.lanes))
+    lanes[..., : q.batch] = sums
+    held = np.moveaxis(lanes.reshape(*sums.shape[:3], q.slices, q.vector), 3, 0).astype(np.float32)
+    dy, dq, dk = (replace(image, dtype="float32") for image in (q, q, k))
+    upstream, rooms = draw(rng, dy), [pack(image, draw(rng, image), 0) for image in (dq, dk, dk)]
+    gradients = attention.backward_reference(problem, upstream, *values)
+    yield (
+        attention.AttentionBackward(problem, dy, dq, dk, dk),
+        [pack(dy, upstream, 0), *given, pack(q, y, 0), held, *rooms],
+        dict(zip((6, 7, 8), zip((dq, dk, dk), gradients, strict=True), strict=True)),
+    )
 
 
 @case("dropout.forward")

@@ -20,7 +20,18 @@ from mest_compile.ir.arrangement import cut, inverse, merged, size_of, whole
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.kernels.source import kernel_source
-from mest_compile.operators import add, batch_norm, combine, dropout, frozen_norm, norm, pool, rearrange, resize
+from mest_compile.operators import (
+    add,
+    attention,
+    batch_norm,
+    combine,
+    dropout,
+    frozen_norm,
+    norm,
+    pool,
+    rearrange,
+    resize,
+)
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
 from mest_compile.operators.layers import bias
@@ -551,6 +562,60 @@ def test_bias_gradient(run, rng, shape):
     dy = draw(rng, shape)
     got = run("bias.gradient", bias.BiasGradient(shape), pack(shape, dy, 0), np.zeros(shape.channels, np.float32))[1]
     assert_close(got, bias.gradient_reference(dy), terms=20, scale=np.sqrt(dy[0].size))
+
+
+# Attention
+
+ATTENTIONS = {  # heads, channels of a head in q and k, in v; (rows, width) of q, of k; groups; causal
+    "patches": (2, 5, 5, (3, 3), (3, 3), 1, False),
+    "windows": (3, 4, 2, (1, 6), (1, 5), 4, False),
+    "causal": (1, 3, 4, (1, 7), (1, 7), 1, True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", *(["float16"] if TARGET.float16 else [])])
+@pytest.mark.parametrize("how", ATTENTIONS)
+def test_attention(run, rng, how, dtype):
+    heads, depth, width, (rows, columns), (key_rows, key_columns), groups, causal = ATTENTIONS[how]
+    batch = 1 if how == "windows" else TARGET.vector + 3
+    q = make(heads * depth, groups * rows, columns, batch, (1, 0, 2, 1), dtype)
+    k = make(heads * depth, groups * key_rows, key_columns, batch, (0, 1, 0, 0), dtype)
+    v = dataclasses.replace(k, channels=heads * width, halo=(0, 0, 0, 2))
+    y = dataclasses.replace(q, channels=heads * width, halo=(2, 0, 0, 0))
+    problem = attention.Attention(q, k, v, y, heads, 0.7, (rows, key_rows), causal)
+    values = [2 * draw(rng, q), 2 * draw(rng, k), draw(rng, v)]
+    given = [pack(image, value) for image, value in zip((q, k, v), values, strict=True)]
+    wanted, sums = attention.forward_reference(problem, *values)
+    got, found = run("attention.forward", problem, *given, pack(y, wanted), np.zeros(problem.sums_elems, np.float32))[
+        3:
+    ]
+    terms = 8 * depth + problem.tokens[1]
+    assert_close(unpack(y, got), wanted, terms, stored=y)
+    lanes = found.reshape(q.slices, heads, q.height, q.width, q.vector)
+    lanes = np.moveaxis(lanes, 0, 3).reshape(heads, q.height, q.width, -1)
+    assert np.isfinite(lanes).all()
+    assert_close(lanes[..., :batch], sums, terms, scale=np.abs(sums).max() + 1)
+    dy, gradients = (
+        dataclasses.replace(y, dtype="float32", halo=(0, 1, 1, 0)),
+        [dataclasses.replace(image, dtype="float32", halo=(1, 0, 0, 1)) for image in (q, k, v)],
+    )
+    upstream, starts = draw(rng, dy), [draw(rng, image) for image in gradients]
+    stored = unpack(y, got)  # from which, rounded, the backward pass begins
+    wanted = attention.backward_reference(problem, upstream, *values)
+    for chosen, accumulate in ((0, 1, 2), (False, True, False)), ((1,), (False, True, False)), ((0, 2), (True,) * 3):
+        images = [image if place in chosen else None for place, image in enumerate(gradients)]
+        backward = attention.AttentionBackward(problem, dy, *images, accumulate)
+        results = run(
+            "attention.backward",
+            backward,
+            *(pack(dy, upstream, 0), *given, pack(y, stored), found),
+            *(pack(gradients[place], starts[place], 0) for place in chosen),
+        )[6:]
+        for place, result in zip(chosen, results, strict=True):
+            limit = wanted[place] + (starts[place] if accumulate[place] else 0)
+            image = gradients[place]
+            slack = {"stored": dataclasses.replace(image, dtype=dtype), "stores": 2 * heads * width}
+            assert_close(unpack(image, result, gradient=True), limit, 4 * terms, **slack)
 
 
 # Pools
