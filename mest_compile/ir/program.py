@@ -22,6 +22,10 @@ FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: 
 }
 
 
+# How often a phase of a layer multiplies every live weight with the pixels that read it.
+PRODUCTS = {"forward": 1, "recompute": 1, "grad_input": 1, "grad_weight": 1, "backward": 2}
+
+
 @dataclass(eq=False, slots=True)
 class Buffer:
     """A flat array on the device.
@@ -65,8 +69,8 @@ class Call:
     """One kernel call. `name` is unique in its step ("layer1.0.conv1.forward"); equal (kernel, problem) share one
     compiled kernel.
 
-    phase  of a convolution or linear layer: "forward", "recompute", "grad_input", "grad_weight", "grad_bias"; "" for
-           other calls
+    phase  of a convolution or linear layer: "forward", "recompute", "grad_input", "grad_weight", "grad_bias", or
+           "backward" where one kernel has both gradients; "" for other calls
     """
 
     name: str

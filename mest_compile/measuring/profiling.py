@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mest_compile.ir.program import PRODUCTS
+
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
-PHASES = ("forward", "recompute", "grad_input", "grad_weight", "grad_bias")  # how operators name the calls of a layer
+PHASES = (*PRODUCTS, "grad_bias")  # how operators name the calls of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class LayerTime:
 
     def gflops(self, phase: str) -> float:
         """Useful operations a second of a phase, 1e9/s."""
-        return self.flop / self.seconds[phase] / 1e9
+        return PRODUCTS[phase] * self.flop / self.seconds[phase] / 1e9
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,13 @@ from typing import Any
 
 from mest_compile.base.errors import SpecError, UnknownName
 from mest_compile.ir.graph import FROZE, ForwardGraph, Node
-from mest_compile.ir.program import Program
+from mest_compile.ir.program import PRODUCTS, Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.optimizers.groups import LAYERS
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
 from mest_compile.planning.trainable import block_of, blocks, matching
 from mest_compile.sparsity.layer import Layer, live_cells
-
-WORK = ("forward", "recompute", "grad_input", "grad_weight")  # phases of a layer that are counted as operations
 
 
 def parts_of(graph: ForwardGraph) -> dict[str, tuple[str, ...]]:
@@ -122,11 +120,12 @@ def thawed(graph: ForwardGraph) -> ForwardGraph:
 
 def operations(program: Program, layers: Mapping[str, Layer]) -> int:
     """Multiplications and additions of a training step's convolutions and linear layers, at the sparsity that they are
-    compiled for: 2 * live weights * output pixels * examples a phase."""
+    compiled for: 2 * live weights * output pixels * examples a
+    phase, twice that where one has both gradients."""
     return sum(
-        2 * live_cells(layer) * layer.scheme.cell_elems(layer.spec) * _pixels(layer)
+        2 * PRODUCTS[call.phase] * live_cells(layer) * layer.scheme.cell_elems(layer.spec) * _pixels(layer)
         for call in program.calls
-        if call.phase in WORK and (layer := layers.get(call.layer)) is not None
+        if call.phase in PRODUCTS and (layer := layers.get(call.layer)) is not None
     )
 
 

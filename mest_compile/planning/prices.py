@@ -9,7 +9,7 @@ from math import log
 from typing import Any
 
 from mest_compile.ir.layouts.layout import ITEM_BYTES
-from mest_compile.ir.program import FUNCTIONS, Buffer, Call
+from mest_compile.ir.program import FUNCTIONS, PRODUCTS, Buffer, Call
 from mest_compile.operators.layers.family import held_cells, masked_elems
 from mest_compile.planning.plan import Plan
 
@@ -17,7 +17,6 @@ from mest_compile.planning.plan import Plan
 # Cortex-A76 starts two multiply-adds of four floats, and a byte a cycle beyond its caches. Ours, and rough: of
 # the nets of docs/finetuning.md shares of steps come out near measured ones, but for a 7x7 stem's.
 FLOP_A_BYTE = 8
-MULTIPLYING = ("forward", "recompute", "grad_input", "grad_weight")  # phases of a layer
 
 
 def calls_of(plan: Plan) -> list[Call]:
@@ -122,9 +121,9 @@ class CountedPrices(Prices):
 
 
 def _flop(call: Call, plan: Plan) -> int:
-    if call.layer not in plan.layers or call.phase not in MULTIPLYING:
+    if call.layer not in plan.layers or call.phase not in PRODUCTS:
         return 0
     layer = plan.layers[call.layer]
     height, width = layer.spec.output_size
     live = layer.scheme.live_cells(layer.spec, layer.sparsity) * layer.scheme.cell_elems(layer.spec)
-    return 2 * live * height * width * layer.spec.input_shape[0]
+    return 2 * PRODUCTS[call.phase] * live * height * width * layer.spec.input_shape[0]

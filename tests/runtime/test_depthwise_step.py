@@ -74,6 +74,32 @@ def test_a_mobilenetv2_equals_masked_torch(scheme):
         assert np.abs(array - wanted[name]).max() <= 1e-6 * max(1, np.abs(wanted[name]).max()), name
 
 
+def kernels_of(model, shape, **options):
+    graph, _ = import_model(model, shape)
+    plan = plan_step(graph, StepOptions("block", 0.75, **options))
+    return plan, [[call.kernel for call in program.calls] for program in plan.programs]
+
+
+def test_a_chain_is_where_all_of_it_trains_and_the_device_has_it():
+    """Then what lies between is in no buffer, and the gradient takes the place of what the chain reads."""
+    shape = (8, 3, 16, 16)
+    model = build_model("mobilenetv2", shape, width=8)
+    plan, (train, predict) = kernels_of(model, shape)
+    chains = sum(layer.spec.depthwise for layer in plan.layers.values()) - 1  # a shortcut reads what the first one does
+    assert train.count("normed_depthwise.backward") == train.count("normed_depthwise.forward") == chains > 10
+    assert predict.count("normed_depthwise.forward") == chains and train.count("depthwise.grad_weight") == 1
+    assert all(call.problem.dz is None for call in plan.train.calls if call.kernel == "normed_depthwise.backward")
+    names = {buffer.name for buffer in plan.train.buffers()}
+    assert "features.2.conv.0.1" not in names and "features.2.conv.0.0" in names
+    _, elsewhere = kernels_of(model, shape, target="mali")
+    assert not any("normed" in name for names in elsewhere for name in names)
+    for norm in (model.features[2].conv[1][1], model.features[3].conv[0][1]):  # behind the one, before the other
+        norm.weight.requires_grad_(False)
+    _, (train, predict) = kernels_of(model, shape)
+    assert train.count("normed_depthwise.backward") == predict.count("normed_depthwise.forward") == chains - 2
+    assert train.count("depthwise.grad_weight") == 3
+
+
 @pytest.mark.parametrize(("name", "first"), [("mobilenetv3-small", (0, 1, 4)), ("efficientnet-b0", (0, 1, 2))])
 def test_a_net_with_gates_equals_masked_torch(name, first):
     """Its stem and a block or stage of each kind; without dropout, which torch draws otherwise."""
