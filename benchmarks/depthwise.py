@@ -1,6 +1,6 @@
-"""Depthwise kernels and a whole step of MobileNetV2: `python benchmarks/depthwise.py measure` times them in turns with
-torch's and with copies of the same bytes, in results/depthwise.json, and writes the tables of docs/benchmarks.md;
-without `measure` the tables alone. One thread, processor time, two minutes.
+"""Whole steps of mobile nets, and depthwise chains alone: `python benchmarks/depthwise.py measure [net ...]` times them
+in turns with torch's, and chains with copies of the same bytes, into results/depthwise.json, and writes the tables of
+docs/benchmarks.md; without `measure` the tables alone. One thread, processor time, ten minutes.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -25,18 +27,27 @@ from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.frontend import import_model
 from mest_compile.hardware.target import find_target
-from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.measuring.benchmark import machine
 from mest_compile.models.catalog import build_model
+from mest_compile.operators.layers.normed_depthwise import NormedDepthwiseBackward, NormedDepthwiseForward
 from mest_compile.options import StepOptions
 from mest_compile.planning.plan import plan_step
 
 FILE, DOCUMENT = RESULTS / "depthwise.json", HERE.parent / "docs" / "benchmarks.md"
 embed = partial(documents.embed, what="depthwise")
-MODEL, SHAPE, SCHEME, SPARSITY = "mobilenetv2", (32, 3, 96, 96), "block", 0.9
-PHASES = ("forward", "grad_input", "grad_weight")
+SCHEME, SPARSITY = "block", 0.9
+NETS = {  # model, input, how many times as fast as torch's fastest it is to be
+    "mobilenetv2": ("mobilenetv2", (32, 3, 96, 96), 3.5),
+    "efficientnet-lite0": ("efficientnet-lite0", (32, 3, 96, 96), 3.5),
+    "mobilenetv3-small": ("mobilenetv3-small", (32, 3, 96, 96), 2.5),
+    "mobilenetv2 of 224x224": ("mobilenetv2", (8, 3, 224, 224), 3.5),
+    "ds-cnn": ("ds-cnn", (32, 1, 49, 10), 3.0),
+    "resnet50 of 32x32": ("resnet50", (32, 3, 32, 32), 4.5),
+}
+CHAINS = "mobilenetv2"  # whose
+PHASES = ("forward", "backward")
 TORCH = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 WORKING_BYTES = 48 * 2**20  # of arrays that take turns: more than second-level caches hold
 ROUNDS = 9
@@ -74,75 +85,75 @@ def _ours(call: Any, builder: Builder, count: int) -> Callable[[], None]:
 
 def _taps(problem: Any) -> int:
     """Of all channels of a layer."""
-    result = getattr(problem, "delta", None) or problem.result
-    return result.channels * problem.window.taps
+    return problem.source.channels * problem.window.taps
 
 
-def _torchs(kernel: str, problem: Any, layout: torch.memory_format, count: int) -> Callable[[], None]:
-    wide, narrow = sides(problem)
-    window = problem.window
+def _torchs(problem: Any, layout: torch.memory_format, count: int) -> Callable[[], None]:
+    """Normalisation, ReLU6, convolution, normalisation, ReLU6: forward up to what the last normalisation takes, or all
+    of the way back."""
+    from torch import nn
 
-    def image(layout_of: Image) -> torch.Tensor:
-        sizes = (layout_of.batch, layout_of.channels, layout_of.height, layout_of.width)
-        return torch.ones(sizes).to(memory_format=layout)
-
-    weight = torch.ones(narrow.channels, 1, *window.kernel)
-    how = window.stride, window.padding, window.dilation
-    if kernel.endswith("forward"):
-        return _each(
-            lambda x: torch.nn.functional.conv2d(x, weight, None, *how, wide.channels),
-            [(image(wide),) for _ in range(count)],
-        )
-    mask = [kernel.endswith("grad_input"), kernel.endswith("grad_weight"), False]
+    image, window = problem.source, problem.window
+    convolution = nn.Conv2d(
+        image.channels, image.channels, window.kernel, window.stride, window.padding, groups=image.channels, bias=False
+    )
+    net = nn.Sequential(nn.BatchNorm2d(image.channels), nn.ReLU6(), convolution)
+    net = net.to(memory_format=layout).train()
+    inputs = [
+        torch.ones(image.batch, image.channels, image.height, image.width).to(memory_format=layout).requires_grad_()
+        for _ in range(count)
+    ]
+    if isinstance(problem, NormedDepthwiseForward):
+        return _each(net, [(x,) for x in inputs])
+    behind = nn.Sequential(nn.BatchNorm2d(image.channels), nn.ReLU6()).train()
+    outputs = [behind(net(x)) for x in inputs]
+    gradients = [torch.ones_like(y) for y in outputs]
     return _each(
-        lambda dy, x: torch.ops.aten.convolution_backward(
-            dy, x, weight, None, *how, False, [0, 0], wide.channels, mask
-        ),
-        [(image(narrow), image(wide)) for _ in range(count)],
+        lambda y, dy: torch.autograd.backward(y, dy, retain_graph=True), list(zip(outputs, gradients, strict=True))
     )
 
 
-def sides(problem: Any) -> tuple[Image, Image]:
-    """The images of a layer's input and output, whatever the phase."""
-    source = problem.source if hasattr(problem, "source") else problem.result
-    return source, problem.delta if hasattr(problem, "delta") else problem.result
-
-
-def measure_kernels(
-    model: str = MODEL, shape: tuple[int, ...] = SHAPE, rounds: int = ROUNDS, working_bytes: int = WORKING_BYTES
-) -> list[dict[str, Any]]:
-    """Of every distinct depthwise kernel of a step: seconds of one call, ours, torch's in both layouts, and of a copy
-    of as many bytes as its images have without their halos."""
+def measure_chains(rounds: int = ROUNDS, working_bytes: int = WORKING_BYTES) -> list[dict[str, Any]]:
+    """Of every distinct depthwise chain of a step: seconds of one call, ours, torch's in both layouts, and of a copy of
+    as many bytes as it reads and writes at least."""
     torch.set_num_threads(1)
+    model, shape, _ = NETS[CHAINS]
     graph, _ = import_model(build_model(model, shape), shape)
     calls = {
-        (call.kernel, call.problem): call
+        call.problem: call
         for call in plan_step(graph, StepOptions(SCHEME, SPARSITY)).train.calls
-        if call.kernel.startswith("depthwise.") and call.phase in PHASES
+        if isinstance(call.problem, NormedDepthwiseForward | NormedDepthwiseBackward) and call.phase in PHASES
     }
     builder, found = Builder(), []
-    for (kernel, problem), call in calls.items():
-        wide, narrow = sides(problem)
-        pixels = sum(image.channels * image.height * image.width * image.batch for image in (wide, narrow))
-        count = max(2, working_bytes // (pixels * 4))
-        copies = [(np.ones(pixels // 2, np.float32), np.ones(pixels // 2, np.float32)) for _ in range(count)]
+    for problem, call in calls.items():
+        back = isinstance(problem, NormedDepthwiseBackward)
+        result = problem.z if back else problem.result
+        wide, narrow = (one.channels * one.height * one.width * one.batch for one in (problem.source, result))
+        elems = 2 * (wide + narrow) if back else wide + narrow  # z and dz, z and dy; or z and z
+        count = max(2, working_bytes // (elems * 4))
+        copies = [(np.ones(elems // 2, np.float32), np.ones(elems // 2, np.float32)) for _ in range(count)]
         runs = {"ours": _ours(call, builder, count), "copy": _each(np.copyto, copies)}
-        runs |= {name: _torchs(kernel, problem, layout, count) for name, layout in TORCH.items()}
+        runs |= {name: _torchs(problem, layout, count) for name, layout in TORCH.items()}
         seconds = {name: [one / count for one in each] for name, each in timed(runs, rounds).items()}
-        size = (wide.channels, wide.height, wide.width)
+        size = (problem.source.channels, problem.source.height, problem.source.width)
         facts = {"phase": call.phase, "input": size, "kernel": problem.window.kernel, "stride": problem.window.stride}
-        found.append({**facts, "bytes": 4 * pixels, "seconds": seconds})
+        found.append({**facts, "bytes": 4 * elems, "seconds": seconds})
     return found
 
 
-def measure_steps(model: str = MODEL, shape: tuple[int, ...] = SHAPE, rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of whole steps: ours, and dense torch's in both layouts and under bfloat16 autocast."""
-    import mest_compile as mest
-
+def steps_of(net: str) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """What builds a step of each side: ours, and dense torch's in both layouts and under bfloat16 autocast."""
     torch.set_num_threads(1)
+    model, shape, _ = NETS[net]
     rng = np.random.default_rng(0)
     images, labels = rng.standard_normal(shape, np.float32), rng.integers(0, 10, shape[0])
-    step = mest.compile(build_model(model, shape), shape, scheme=SCHEME, sparsity=SPARSITY, threads=1)
+
+    def ours(activations: str) -> Callable[[], Any]:
+        import mest_compile as mest
+
+        how = {"scheme": SCHEME, "sparsity": SPARSITY, "threads": 1, "activations": activations}
+        step = mest.compile(build_model(model, shape), shape, **how)
+        return lambda: step(images, labels, lr=0.01)
 
     def dense(layout: torch.memory_format, autocast: bool) -> Callable[[], None]:
         net = build_model(model, shape).to(memory_format=layout).train()
@@ -158,20 +169,56 @@ def measure_steps(model: str = MODEL, shape: tuple[int, ...] = SHAPE, rounds: in
 
         return go
 
-    runs = {"ours": lambda: step(images, labels, lr=0.01)}
-    runs |= {name: dense(layout, False) for name, layout in TORCH.items()}
-    return timed(runs | {"bfloat16 autocast": dense(torch.channels_last, True)}, rounds)
+    sides = {"ours": partial(ours, "float32"), "ours, bfloat16": partial(ours, "bfloat16")}
+    sides |= {name: partial(dense, layout, False) for name, layout in TORCH.items()}
+    return sides | {"bfloat16 autocast": partial(dense, torch.channels_last, True)}
+
+
+def measure_steps(net: str, rounds: int = 5) -> dict[str, list[float]]:
+    return timed({name: build() for name, build in steps_of(net).items()}, rounds)
+
+
+def resident(line: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since it was last cleared."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(entry.split()[1]) for entry in status if entry.startswith(line)) * 1024
+
+
+def step_peak(net: str, side: str) -> int:
+    """Bytes that a process holds at most while it runs two steps, beside what it held when it had imported what it
+    uses."""
+    import mest_compile as mest
+
+    small = (2, 4, 8, 8)
+    tiny = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(256, 4))
+    mest.compile(tiny, small, threads=1)(np.ones(small, np.float32), np.zeros(2, np.int64))
+    torch.nn.functional.cross_entropy(tiny(torch.ones(small)), torch.zeros(2, dtype=torch.int64)).backward()
+    before = resident("VmRSS")
+    step = steps_of(net)[side]()
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    step()
+    return resident("VmHWM") - before
+
+
+def measure_peaks(net: str) -> dict[str, int]:
+    """Each in a process of its own, with kernels compiled before."""
+    command = [sys.executable, __file__, "peak", net]
+    return {
+        side: int(subprocess.run([*command, side], capture_output=True, check=True, text=True).stdout.split()[-1])
+        for side in steps_of(net)
+    }
 
 
 def ratio(upper: Sequence[float], lower: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(upper, lower, strict=True))
 
 
-def kernel_rows(kernels: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+def chain_rows(chains: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
     """(layer, phase) -> milliseconds of a call, its share of a copy's speed, how many times torch's better layout takes
     as long."""
     found = {}
-    for one in kernels:
+    for one in chains:
         channels, height, width = one["input"]
         stride = f", stride {one['stride'][0]}" if one["stride"][0] > 1 else ""
         name, seconds = f"{channels} channels, {height}x{width}{stride}", one["seconds"]
@@ -185,34 +232,56 @@ def kernel_rows(kernels: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str
 
 def tables(results: dict[str, Any]) -> str:
     """Markdown."""
-    rows, steps = kernel_rows(results["kernels"]), results["steps"]
-    lines = ["| layer | forward | input gradient | weight gradient |", "|---|---:|---:|---:|"]
+    rivals = (*TORCH, "bfloat16 autocast")
+    columns = " | ".join(f"torch, {name}" for name in rivals)
+    lines = [
+        f"| net | ours, ms | {columns} | wanted | bfloat16 stored | memory |",
+        "|---|" + "---:|" * (len(rivals) + 4),
+    ]
+    for net, found in results["nets"].items():
+        _, shape, goal = NETS[net]
+        seconds, peaks = found["seconds"], found["peaks"]
+        times = [ratio(seconds[name], seconds["ours"]) for name in rivals]
+        half = min(ratio(seconds[name], seconds["ours, bfloat16"]) for name in rivals)
+        memory = peaks["ours"] / min(peaks[name] for name in rivals)
+        told = " | ".join(f"{one:.2f}" for one in times)
+        lines.append(
+            f"| {net.partition(' ')[0]}, {'x'.join(map(str, shape))} | {statistics.median(seconds['ours']) * 1e3:.0f} "
+            f"| {told} | {goal} | {half:.2f} | {memory:.2f} |"
+        )
+    rows = chain_rows(results.get("chains", []))
+    lines += ["", "| chain | forward | backward |", "|---|---:|---:|"]
     for name in dict.fromkeys(layer for layer, _ in rows):
         cells = [rows.get((name, phase)) for phase in PHASES]
         told = [f"{one['milliseconds']:.2f}, {one['of_copy']:.2f}, {one['torch']:.1f}" if one else "-" for one in cells]
         lines.append(f"| {name} | {' | '.join(told)} |")
-    lines += ["", "| a whole step | ms | times ours |", "|---|---:|---:|"]
-    for name, seconds in steps.items():
-        said = "ours, `block`, 90%" if name == "ours" else f"dense torch, {name}"
-        lines.append(f"| {said} | {statistics.median(seconds) * 1e3:.0f} | {ratio(seconds, steps['ours']):.2f} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["measure"])
+    parser.add_argument("what", nargs="?", choices=["measure", "peak"])
+    parser.add_argument("names", nargs="*", metavar="net", help="nets, all by default; of `peak` a net and a side")
+    arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     try:
-        if parser.parse_args().what:
-            results = {
+        if arguments.what == "peak":
+            print(step_peak(*arguments.names))
+            return 0
+        if arguments.what:
+            results |= {
                 "command": "python benchmarks/depthwise.py measure",
-                "case": {"model": MODEL, "input_shape": SHAPE, "scheme": SCHEME, "sparsity": SPARSITY, "threads": 1},
+                "case": {"scheme": SCHEME, "sparsity": SPARSITY, "threads": 1},
                 "machine": machine(),
                 "versions": {name: metadata.version(name) for name in ("apache-tvm", "torch", "numpy")},
-                "kernels": measure_kernels(),
-                "steps": measure_steps(),
             }
-            write_json(FILE, results)
+            for net in arguments.names or NETS:
+                found = {"seconds": measure_steps(net), "peaks": measure_peaks(net)}
+                results["nets"] = results.get("nets", {}) | {net: found}
+                write_json(FILE, results)
+            if not arguments.names:
+                results["chains"] = measure_chains()
+                write_json(FILE, results)
     except MestError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
