@@ -11,6 +11,7 @@ from test_compact import SHAPES as COMPACT_SHAPES
 from test_compact import row_case, values_of
 from test_depthwise import Case
 from test_gather import TARGET, VECTOR, activation, call, random_problem
+from test_normed_depthwise import Chain
 from test_operators import HALO, JOINED, make, pack
 
 from mest_compile.hardware.backend import backend_of
@@ -56,14 +57,16 @@ from mest_compile.operators.layers.gather import (
     gather_conv_reference,
     gather_grad_reference,
 )
+from mest_compile.operators.layers.normed_depthwise import normed_depthwise_backward_reference
 from mest_compile.operators.losses import cross_entropy as loss
 from mest_compile.operators.optimizers import optimizer
 
 EPS = np.finfo(np.float32).eps
 KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))
-CONVOLUTIONS = ("gather", "compact", "pattern", "pattern_groups", "depthwise")
+CONVOLUTIONS = ("gather", "compact", "pattern", "pattern_groups", "depthwise", "normed_depthwise")
 DTYPES = {"float32": KERNELS, **({"float16": KERNELS} if TARGET.float16 else {})}
 if "bfloat16" in backend_of(TARGET).activations:  # of convolutions in test_bfloat16
+    # and of chains in test_normed_depthwise
     DTYPES["bfloat16"] = [name for name in KERNELS if name.partition(".")[0] not in CONVOLUTIONS]
 KEEP_SIGNS = {"image.import", "image.export", "rearrange.forward", "relu.forward"}
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, np.nan, np.inf, -np.inf, -0.0], np.float32)
@@ -678,6 +681,23 @@ def depthwise(kernel, rng, dtype) -> Iterator:
         problem = DepthwiseGradWeight(made.source, made.delta, made.window)
         found = depthwise_grad_weight_reference(problem, source, delta)
         yield problem, [np.zeros(found.shape, np.float32), source, delta], {0: found}
+
+
+@case("normed_depthwise.forward", "normed_depthwise.backward")
+def chained(kernel, rng, dtype) -> Iterator:
+    made = Chain("3x3", dtype)
+    made.x = spoil(rng, made.x, made.source.interior)
+    before = np.zeros(made.z.shape, dtype)
+    if kernel.endswith("forward"):
+        arrays = [made.values, made.moments, made.affine, made.x, before]
+        yield made.problem(), arrays, {4: made.forward_reference(before)}
+        return
+    made.gradient[:, 0] = spoil(rng, made.gradient[:, 0])
+    arrays, problem = made.backward_arrays(), made.backward_problem()
+    *found, dz = normed_depthwise_backward_reference(problem, *arrays)
+    room = [np.zeros(array.shape, np.float32) for array in found]
+    wanted = {8 + place: array for place, array in enumerate(found)} | {11: (made.dz, dz)}
+    yield problem, [*arrays, *room, np.zeros(made.dz.shape, np.float32)], wanted
 
 
 @case("compact.conv", "compact.grad")

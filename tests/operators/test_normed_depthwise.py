@@ -1,13 +1,17 @@
 """Depthwise convolutions between two normalisations: against their float64 references, these against torch, and against
 the kernels they stand for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_depthwise import CASES, Case
-from test_gather import EPS, activation, call
+from test_gather import EPS, TARGET, activation, call
 
+from mest_compile.hardware.backend import backend_of
+from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.operators import batch_norm
 from mest_compile.operators.layers.normed_depthwise import (
     NormedDepthwiseBackward,
@@ -20,6 +24,7 @@ NAMES = [
     name for name, (channels, _, _, _, _, _, batch) in CASES.items() if channels[1] == 1 and name != "3x3 of a pixel"
 ]
 EPSILON = 1e-3
+STORED = [name for name in backend_of(TARGET).activations if name != "float16" or TARGET.float16]
 
 
 class Chain:
@@ -29,12 +34,12 @@ class Chain:
         self.source, self.z = made.image((1, 0, 2, 0), False, dtype), made.image((0, 0, 0, 1), True, dtype)
         self.dy, self.dz = made.image((0, 1, 0, 0), True), made.image((0, 0, 1, 1), False)
         self.before, self.behind = before, behind
-        self.x, self.gradient = activation(self.rng, self.source), activation(self.rng, self.dy, gradient=True)
+        x = activation(self.rng, replace(self.source, dtype="float32"))
+        self.x, self.gradient = rounded(x, dtype), activation(self.rng, self.dy, gradient=True)
         channels = self.source.channels
         self.moments = batch_norm.moments_reference(self.source.unpack(self.x), EPSILON).astype(np.float32)
         self.affine, self.affine_behind = (self.rng.standard_normal((2, channels)).astype(np.float32) for _ in "ab")
-        y = self.forward_reference(np.zeros(self.z.shape, dtype))
-        self.zs = y.astype(dtype)
+        self.zs = rounded(self.forward_reference(np.zeros(self.z.shape)), dtype)
         self.moments_behind = batch_norm.moments_reference(self.z.unpack(self.zs), EPSILON).astype(np.float32)
 
     def problem(self, statistics=False):
@@ -66,7 +71,8 @@ class Chain:
         channels, problem = self.dy.channels, self.backward_problem()
         room = [np.full((channels, self.window.taps), 7, np.float32), *(np.full((2, channels), 7, np.float32),) * 2]
         start = np.full(self.dz.shape, 7, np.float32)
-        arrays = *self.backward_arrays(), *room, start
+        arrays = [*self.backward_arrays(), *room, start]
+        arrays[3], arrays[6] = to_stored(self.x, self.source.dtype), to_stored(self.zs, self.z.dtype)
         *sums, dz = call(builder, "normed_depthwise.backward", problem, *arrays)[len(arrays) - 4 :]
         if self.source.dtype == "float32":  # in the source's place
             after = call(builder, "normed_depthwise.backward", self.backward_problem(True), *arrays[:-1])
@@ -144,13 +150,17 @@ def test_kernels_give_what_their_references_give(builder, name):
     made.check_backward(builder)
 
 
-def test_activations_on_both_sides_and_float16_change_nothing_else(builder):
+def test_activations_on_both_sides_change_nothing_else(builder):
     Chain("3x3 of stride 2", before="hardswish", behind="relu").check_backward(builder)
     Chain("3x3, odd sizes, lanes without example", before=None, behind="relu6").check_backward(builder)
-    made = Chain("3x3", "float16", behind="hardswish")
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in ("float16", "bfloat16") if dtype in STORED])
+def test_what_is_stored_in_two_bytes_is_rounded_once(builder, dtype):
+    made = Chain("3x3", dtype, behind="hardswish")
     made.check_backward(builder)
-    got = call(
-        builder, "normed_depthwise.forward", made.problem(), made.values, made.moments, made.affine, made.x, made.zs
-    )[4]
+    arrays = made.values, made.moments, made.affine, *(to_stored(array, dtype) for array in (made.x, made.zs))
+    got = to_float(call(builder, "normed_depthwise.forward", made.problem(), *arrays)[4])
     wanted = made.forward_reference(made.zs)
-    assert np.abs(got - wanted).max() <= 1e-3 * np.abs(wanted).max()
+    half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    assert np.abs(got - wanted).max() <= 1.01 * half_ulp * np.abs(wanted).max()
