@@ -42,7 +42,10 @@ def bench(
     distribution: Distribution = "uniform",
     threads: Annotated[int, typer.Option(help="Threads of each side.", min=1)] = 1,
     target: TargetName = "local",
-    vs: Annotated[str, typer.Option(help="Rival: torch, torch-compile, sparseprop or onnxruntime-training.")] = "torch",
+    vs: Annotated[
+        str,
+        typer.Option(help="Rival: torch, torch-bf16, torch-best, torch-compile, sparseprop or onnxruntime-training."),
+    ] = "torch",
     rival_python: Annotated[
         Path | None,
         typer.Option(

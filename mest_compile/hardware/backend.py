@@ -70,9 +70,16 @@ class Backend(ABC):
 
     @abstractmethod
     def section_channels(
-        self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+        self,
+        source: Image,
+        source_step: tuple[int, int],
+        kernel: tuple[int, int],
+        unit: tuple[int, int],
+        target: Target,
+        caches: int = 1,
     ) -> int:
-        """How many source channels a section of a gather's index has, of which a tile may read `cache_bytes`."""
+        """How many source channels a section of a gather's index has, of which a tile may read so many first-level
+        caches full. unit: (result channels, source channels) that share what they read, are read together."""
 
     def widens_once(self, source: Image, target: Target) -> bool:
         """Whether a kernel makes a float32 copy of what it reads of a source that is stored in less."""

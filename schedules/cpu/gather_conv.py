@@ -10,7 +10,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.schedules.cpu.gather_sizes import KNOBS, PIXELS, ROW, pick_tile, rows_and_pixels
+from mest_compile.schedules.cpu.gather_sizes import KNOBS, pick_tile, rows_and_pixels, run_pixels
 from mest_compile.schedules.cpu.pairs import add_pair, back, order_of, pairs, set_rounded, set_words, turn
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
@@ -90,15 +90,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     parts = problem.row_block // rows
     down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
 
-    # Where a section of an example slice stays in the second-level cache, a group passes over several tiles before the
-    # next group comes:
-    # its weights are at hand, and the loop's length is foreseen. Images from memory want their prefetches spread more
-    # evenly.
-    near = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes <= target.l2_bytes
-    # A tap that reads the pixel itself shares nothing with its neighbours' and has whole rows: fewer, longer stretches
-    # of memory at a time.
-    pixels = ROW if not any(source.halo) else PIXELS if near else 1
-    run = largest_divisor(across, max((knobs.run or pixels) // wide, 1))
+    run = largest_divisor(across, max((knobs.run or run_pixels(problem, target)) // wide, 1))
 
     cell = f"({index * problem.sections * problem.groups} + section * {problem.groups} + part // {parts})"
     channel = f"channels[part * {rows} + %j]" if problem.rows_live else f"(part * {rows} + %j)"

@@ -14,6 +14,7 @@ from mest_compile.schedules.cpu.tiles import LEAST_TILE, MOST_TILE, ONCE, diviso
 ACCUMULATORS = (
     0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
 )
+SHARING = 4  # results of a group that make it worth it that a load comes from farther away
 PIXELS = 8  # of a row: what sections are cut for
 ROW = 48  # pixels of a row at a time: 16 to 96 channels of 48x48 take 1.9 ms and not 3.2 with 4 (Zen 4)
 STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
@@ -46,18 +47,43 @@ def rows_and_pixels(problem: GatherConv, target: Target) -> tuple[int, int]:
 
 
 def section_channels(
-    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+    source: Image,
+    source_step: tuple[int, int],
+    kernel: tuple[int, int],
+    unit: tuple[int, int],
+    target: Target,
+    caches: int,
 ) -> int:
-    """Source channels of a section, a multiple of `source_block`: what a tile of 1 x 8 pixels reads of them fits in
-    `cache_bytes`, usually the first-level cache, so that all groups of result channels read it from there. Sections of
-    a layer are of about the same size.
+    """Source channels of a section, a multiple of the unit's: what a tile of 1 x 8 pixels reads of them fits in so many
+    first-level caches, so that all groups of result channels read it from there. Sections of a layer are of about the
+    same size. Tiles of pairs have 4 pixels at most; where several results share what is read the second-level cache is
+    near enough, and there are no sections (Zen 4, block:4x1: forward a tenth faster).
 
     kernel  (height, width) of the taps, pixels
+    unit    (result channels, source channels)
     """
+    paired, source_block = pairs(target, source), unit[1]
+    if paired and unit[0] >= SHARING:
+        return source.channels
+    cache_bytes = caches * target.l1_bytes * (2 if paired else 1)
     patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
     blocks = source.channels // source_block
     sections = -(-blocks // max(cache_bytes // patch_bytes // source_block, 1))
     return -(-blocks // sections) * source_block
+
+
+def run_pixels(problem: GatherConv, target: Target) -> int:
+    """Pixels of a row that a group passes over before the next group comes. Where a section of an example slice stays
+    in the second-level cache these are several tiles: its weights are at hand, and the loop's length is foreseen.
+    Images from memory want their prefetches spread more evenly. A tap that reads the pixel itself shares nothing with
+    its neighbours' and has whole rows: fewer, longer stretches of memory at a time."""
+    source = problem.source
+    if not any(source.halo):
+        return ROW
+    if pairs(target, source):
+        return 2 * PIXELS if problem.row_block >= SHARING else 1
+    near = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes <= target.l2_bytes
+    return PIXELS if near else 1
 
 
 def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int]]:

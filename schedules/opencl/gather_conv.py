@@ -45,7 +45,12 @@ MOST_PIECES = 4  # groups of channels that a work-group computes one after anoth
 
 
 def section_channels(
-    source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+    source: Image,
+    source_step: tuple[int, int],
+    kernel: tuple[int, int],
+    unit: tuple[int, int],
+    target: Target,
+    caches: int,
 ) -> int:
     """All source channels are one section: a GPU hides the way to memory behind other work-groups, not in a cache."""
     return source.channels

@@ -362,10 +362,10 @@ def test_sections_fit_the_first_level_cache():
     section_channels = backend_of(TARGET).section_channels
     for size, channels in ((32, 32), (16, 64), (8, 128), (8, 12)):
         image = Image(channels, size, size, 64, (1, 1, 1, 1), VECTOR)
-        count = section_channels(image, (1, 1), (3, 3), 4, TARGET.l1_bytes)
+        count = section_channels(image, (1, 1), (3, 3), (1, 4), TARGET)
         assert count % 4 == 0
         assert 4 <= count <= channels
-    assert section_channels(image, (1, 1), (31, 31), 4, TARGET.l1_bytes) == 4  # at least one unit
+    assert section_channels(image, (1, 1), (31, 31), (1, 4), TARGET) == 4  # at least one unit
 
 
 @pytest.mark.parametrize("change", ["one element", "shape", "nan"])

@@ -28,9 +28,15 @@ class OpenclBackend(Backend):
         return f"opencl/{kernel}" in SCHEDULES.load()
 
     def section_channels(
-        self, source: Image, source_step: tuple[int, int], kernel: tuple[int, int], source_block: int, cache_bytes: int
+        self,
+        source: Image,
+        source_step: tuple[int, int],
+        kernel: tuple[int, int],
+        unit: tuple[int, int],
+        target: Target,
+        caches: int = 1,
     ) -> int:
-        return section_channels(source, source_step, kernel, source_block, cache_bytes)
+        return section_channels(source, source_step, kernel, unit, target, caches)
 
     def check(self, programs: Iterable[Program], target: Target) -> None:
         from mest_compile.backends.opencl.code import check_buffers

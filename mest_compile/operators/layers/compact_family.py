@@ -241,10 +241,18 @@ class CompactFamily(KernelFamily):
                 source,
                 spec.stride,
                 spec.extent,
-                loads_shared(inputs) if on_rows else 1,
-                caches[0] * target.l1_bytes,
+                (LISTED_ROWS, loads_shared(inputs)) if on_rows else (loads_shared(out), 1),
+                target,
+                caches[0],
             ),
-            rule(delta, (1, 1), spec.extent, 1 if on_rows else loads_shared(out), caches[1] * target.l1_bytes),
+            rule(
+                delta,
+                (1, 1),
+                spec.extent,
+                (loads_shared(inputs), 1) if on_rows else (LISTED_ROWS, loads_shared(out)),
+                target,
+                caches[1],
+            ),
         )
 
     def _alive(self, layer: Layer, low: Trace, channels: int) -> Buffer:

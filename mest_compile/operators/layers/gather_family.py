@@ -177,8 +177,8 @@ class GatherFamily(KernelFamily):
         source = image_of(spec, source_halo(spec), target.vector, False, activations)
         delta = image_of(spec, gradient_halo(spec), target.vector, True, gradients_of(activations))
         return (
-            rule(source, spec.stride, spec.extent, sources, caches[0] * target.l1_bytes),
-            rule(delta, (1, 1), spec.extent, rows, caches[1] * target.l1_bytes),
+            rule(source, spec.stride, spec.extent, (rows, sources), target, caches[0]),
+            rule(delta, (1, 1), spec.extent, (sources, rows), target, caches[1]),
         )
 
     def _index(
