@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -35,31 +35,31 @@ DATA, MODEL, BATCH, EPOCHS, SEEDS = "fashion-mnist", "resnet20", 64, 2, (0, 1, 2
 ROUNDS = 9
 
 
-def accuracy() -> dict[str, Any]:
+def accuracy(names: Sequence[str] = ACTIVATIONS, data: str = DATA, epochs: int = EPOCHS) -> dict[str, Any]:
     """Test accuracy of every seed and what the batches' losses were at the end."""
     import mest_compile as mest
     from mest_compile.compiling import compile_step
     from mest_compile.data import load
     from mest_compile.models.catalog import build_model
 
-    split = load(DATA)
+    split = load(data)
     shape = (BATCH, *split.train.images.shape[1:])
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ACTIVATIONS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in SEEDS:
         for name, runs in found.items():
-            recipe = mest.Recipe(epochs=EPOCHS, method="em_s", lr=0.1, seed=seed)
+            recipe = mest.Recipe(epochs=epochs, method="em_s", lr=0.1, seed=seed)
             options = recipe.step_options(StepOptions(threads=1, activations=name))
             step = compile_step(build_model(MODEL, shape, 10, None, seed), shape, options)
             run = mest.Trainer(step, recipe).fit(split.train, split.test)
             runs.append({"seed": seed, "test_accuracy": run.test_accuracy, "loss": run.history[-1]["loss"]})
             print(f"seed {seed}, {name}: {run.test_accuracy:.4f}", file=sys.stderr)
     return {
-        "data": DATA,
+        "data": data,
         "model": MODEL,
         "scheme": "block:4x1",
         "sparsity": 0.9,
         "method": "em_s",
-        "epochs": EPOCHS,
+        "epochs": epochs,
         "runs": found,
     }
 
@@ -99,6 +99,20 @@ def modelled() -> dict[str, Any]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {"accuracy": accuracy, "speed": speed, "cycles": modelled}
 
 
+def accuracies(trained: dict[str, Any]) -> list[str]:
+    """Lines of what `accuracy` found."""
+    lines = [
+        "",
+        f"| {trained['model']}, {trained['data']}, {trained['epochs']} epochs | test accuracy of seeds "
+        f"{', '.join(str(run['seed']) for run in trained['runs']['float32'])} | mean |",
+        "|---|---|---:|",
+    ]
+    for name, runs in trained["runs"].items():
+        found = [run["test_accuracy"] for run in runs]
+        lines.append(f"| {name} | {', '.join(f'{one:.2%}' for one in found)} | {statistics.mean(found):.2%} |")
+    return lines
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: what is gained on this machine, then accuracy, then modelled cycles."""
     lines = [
@@ -118,16 +132,7 @@ def table(results: dict[str, Any]) -> str:
             )
             + " |"
         )
-    trained = results["accuracy"]
-    lines += [
-        "",
-        f"| {trained['model']}, {trained['data']}, {trained['epochs']} epochs | test accuracy of seeds "
-        f"{', '.join(str(run['seed']) for run in trained['runs']['float32'])} | mean |",
-        "|---|---|---:|",
-    ]
-    for name, runs in trained["runs"].items():
-        found = [run["test_accuracy"] for run in runs]
-        lines.append(f"| {name} | {', '.join(f'{one:.2%}' for one in found)} | {statistics.mean(found):.2%} |")
+    lines += accuracies(results["accuracy"])
     lines += [
         "",
         f"| modelled cycles, {results['cycles']['target']} | forward | input gradient | weight gradient | all |",

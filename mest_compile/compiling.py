@@ -110,7 +110,8 @@ def compile(
                    no bound without one
     activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target
                    can; everything is computed in float32, and weights, gradients, optimizer state, statistics and
-                   logits stay float32
+                   logits stay float32. "bfloat16": these values and their gradients are, rounded to 8 bits, and so are
+                   weights where they are multiplied; CPUs with AVX512-BF16 multiply pairs of them at once
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and
                    the shipped ones; Records(target) has none

@@ -63,7 +63,8 @@ ChoiceData = Annotated[
 DataFolder = Annotated[Path | None, typer.Option(help="Where the data set's files are.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, and of all else that is drawn.")]
 Activations = Annotated[
-    str, typer.Option(help="What values between layers are stored as: float32, or float16 where the target can.")
+    str,
+    typer.Option(help="What values between layers are stored as: float32, bfloat16, or float16 where the target can."),
 ]
 
 

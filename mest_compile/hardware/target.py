@@ -98,6 +98,11 @@ class Target:
     def __post_init__(self) -> None:
         if self.vector < 1 or self.vector & (self.vector - 1):
             raise TargetError(f"target {self.name!r}: vector is {self.vector} floats; wanted a power of two")
+        if self.bfloat16 and not (triple := self.tvm_fields.get("mtriple") or host_machine()).startswith("x86"):
+            raise TargetError(
+                f"target {self.name!r}: bfloat16 says that its CPU has AVX512-BF16, which x86 CPUs may have, and it is "
+                f"for {triple}; leave the line out"
+            )
 
     @property
     def vectors(self) -> tuple[int, ...]:

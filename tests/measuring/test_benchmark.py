@@ -19,6 +19,7 @@ from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import (
     CONTESTANTS,
     ENVIRONMENTS,
+    TORCHS,
     find_interpreter,
     torch_model,
     unstructured_masks,
@@ -204,6 +205,14 @@ def test_our_own_rivals_are_the_same_step_but_for_what_they_are_named_for(monkey
     }
     for name, (tuned, differs) in named.items():
         assert asked(name) == (replace(ours, **differs), tuned), name
+
+
+def test_the_best_torch_is_one_of_its_ways():
+    plain, half = (CONTESTANTS[name].build(SMALL).step() for name in ("torch", "torch-bf16"))
+    assert plain != half == pytest.approx(plain, rel=0.02)
+    best = CONTESTANTS["torch-best"].build(SMALL)
+    (note,) = best.notes
+    assert note.partition(": ")[2] in TORCHS and best.step() == pytest.approx(plain, rel=0.02)
 
 
 def test_a_rival_that_has_another_optimizer_or_loss_is_refused():

@@ -117,6 +117,11 @@ def test_only_steps_in_bfloat16_are_compiled_for_its_instructions():
     assert [used.for_batch(batch).vector for batch in (64, 33, 48, 16, 9, 5)] == [32, 16, 16, 16, 16, 8]
 
 
+def test_a_target_that_cannot_have_them_is_refused():
+    with pytest.raises(TargetError, match="AVX512-BF16, which x86 CPUs may have, and it is for aarch64"):
+        replace(find_target("cortex-a76"), bfloat16=True)
+
+
 def test_a_device_without_kernels_for_it_says_so():
     with pytest.raises(TargetError, match="target 'mali' has no kernels that store activations as bfloat16"):
         compiled("mali", Shallow(), (16, 3, 8, 8))
