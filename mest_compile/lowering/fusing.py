@@ -1,6 +1,6 @@
 """Makes the forward graph cheap to differentiate: joins batch_norm with the addition and the activation that follow it,
-lets a convolution end with a batch_norm that stays as it is, and puts strided 1x1 convolutions first among a value's
-consumers.
+lets a convolution end with a batch_norm that stays as it is, makes combinations of combinations one, and puts strided
+1x1 convolutions first among a value's consumers.
 
 The joined operator has one backward pass over memory instead of three, and saves nothing for the activation. A
 convolution that reads only some pixels has an input gradient only there: when it is the last to contribute, as the
@@ -15,6 +15,7 @@ from dataclasses import replace
 from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import STATISTICS, ForwardGraph, Node
 from mest_compile.operators.activation import activation_in, activation_of
+from mest_compile.operators.combine import joined
 
 
 def fuse(graph: ForwardGraph) -> ForwardGraph:
@@ -24,7 +25,7 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
 
     Behind an addition only an activation whose slope follows from its result: the sum, which others need, is not kept.
     """
-    graph = _without_idle_cuts(graph)
+    graph = _join(_without_idle_cuts(graph))
     nodes = [
         replace(node, attrs={**node.attrs, "activation": None}) if node.op == "batch_norm" else node
         for node in graph.nodes
@@ -67,6 +68,22 @@ def fuse(graph: ForwardGraph) -> ForwardGraph:
         uses[joined.name] = uses[node.name]
         order[joined.name] = order[node.name]
     return _partial_readers_first(_fold(replace(graph, nodes=tuple(placed.values()))))
+
+
+def _join(graph: ForwardGraph) -> ForwardGraph:
+    """`graph` with every combination that one other alone reads, and that is as large, as a part of that one: a scale
+    and a shift are one pass. Constants keep their places in memory, which go by their nodes' names."""
+    uses = Counter(source for node in graph.nodes for source in node.inputs)
+    placed: dict[str, Node] = {}
+    for node in graph.nodes:
+        for source in node.inputs if node.op == "combine" else ():
+            inner = placed.get(source)
+            alone = inner is not None and inner.op == "combine" and uses[source] == 1 and inner.shape == node.shape
+            if inner and alone and not any("constants" in one.attrs for one in (inner, node)):
+                del placed[source]
+                node = joined(inner, node)
+        placed[node.name] = node
+    return replace(graph, nodes=tuple(placed.values()))
 
 
 def _without_idle_cuts(graph: ForwardGraph) -> ForwardGraph:

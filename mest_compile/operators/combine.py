@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -248,6 +248,26 @@ def combination(
     if arrays:
         attrs["constants"] = tuple(tuple(map(float, array.ravel())) for array in arrays)
     return reader.add("combine", values, shape, params, attrs)
+
+
+def joined(inner: Node, outer: Node) -> Node:
+    """`outer` with what `inner` computes in the place of its value."""
+
+    def listed(node: Node) -> list[tuple[str, Any]]:
+        return [*((name, ()) for name in node.inputs), *zip(node.params.values(), node.attrs["strides"], strict=True)]
+
+    every = dict.fromkeys([one for one in listed(outer) if one[0] != inner.name] + listed(inner))
+    inputs = [one for one in every if not one[1]]
+    params = [one for one in every if one[1]]
+    known: dict[tuple[str, Any], Expression] = {
+        one: Variable(name) for name, one in zip(NAMES, inputs + params, strict=False)
+    }
+    for node in inner, outer:
+        variables = {name: known[one] for name, one in zip(NAMES, listed(node), strict=False)}
+        known[node.name, ()] = formula_of(node.attrs["formula"]).of(**variables)
+    attrs = {"formula": as_text(known[outer.name, ()]), "strides": tuple(strides for _, strides in params)}
+    roles = {NAMES[len(inputs) + place]: name for place, (name, _) in enumerate(params)}
+    return replace(outer, inputs=tuple(name for name, _ in inputs), params=roles, attrs=attrs)
 
 
 def _strides(sizes: Shape, rank: int, transposed: bool) -> tuple[int, ...]:

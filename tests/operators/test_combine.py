@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import mest_compile as mest
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.frontend import from_torch, import_model
+from mest_compile.lowering.fusing import fuse
+from mest_compile.operators.combine import formula_of
 
 BATCH = (6, 3, 9, 9)
 
@@ -158,6 +160,20 @@ class Constants(nn.Module):
         x = F.relu(self.norm(self.stem(x))) * self.kept.view(-1, 1, 1)
         x = x * (self.made * 2 - 1) + torch.ones(7, 7) / 4
         return self.last(torch.tanh(self.flat(self.inner(x.mean((2, 3))))))
+
+
+def test_a_scale_and_a_shift_are_one_pass():
+    graph, _ = from_torch(Scaled(), BATCH)
+    after = [node for node in fuse(graph).nodes if node.op == "combine"]
+    assert sum(node.op == "combine" for node in graph.nodes) == 9
+    assert [len(node.params) for node in after] == [4, 1, 1, 1, 2]
+    numbers = dict.fromkeys(("x0", "x1", "x2", "x3", "x4"), 0.0) | {"x0": 5.0}
+    held = dict(zip(after[0].params.values(), after[0].params, strict=True))
+    numbers |= {
+        held[name]: value for name, value in zip(("flat", "shift", "channel", "positions"), (2, 3, 10, 1), strict=True)
+    }
+    assert formula_of(after[0].attrs["formula"]).evaluate(**numbers) == (2 * 5 + 3) * 10 + 1
+    assert not {name for node in after for name in node.inputs} - {node.name for node in fuse(graph).nodes}
 
 
 NETS = {"scaled": (Scaled, "torch", "local"), "scaled from onnx": (Scaled, "onnx", "local")}
