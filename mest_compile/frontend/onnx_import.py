@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import DataError, UnsupportedOperator
+from mest_compile.frontend.onnx_exporters import upgrade
 from mest_compile.frontend.onnx_masks import densify
-from mest_compile.frontend.onnx_plain import plain
+from mest_compile.frontend.onnx_plain import opset, plain
 from mest_compile.frontend.onnx_writer import load_onnx_package
 from mest_compile.frontend.refusals import Origin, Refusals, check_finite
 from mest_compile.frontend.relax_graph import read_main
@@ -41,6 +42,7 @@ def read_as_stored(
 ) -> tuple[ForwardGraph, dict[str, np.ndarray], set[str]]:
     """The same, and the names of the weights that the file holds transposed."""
     model = load_model(path)
+    model = upgrade(model, opset(model))
     state, names = plain(model, input_shape)
     function, origins = _to_relax(model, input_shape, names)
     parameters = {ours: name for ours, name in names.items() if name in state}

@@ -13,6 +13,16 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import SpecError
+from mest_compile.frontend.onnx_exporters import (
+    TO_CHANNELS_FIRST,
+    cancel_transpositions,
+    drop_last_softmax,
+    give_channels_first,
+    plain_constants,
+    plain_gemms,
+    say_what_was_folded,
+    takes_channels_last,
+)
 from mest_compile.frontend.onnx_folding import factors_to_constants, fold_sizes, shapes
 from mest_compile.frontend.refusals import unsupported
 
@@ -24,17 +34,23 @@ FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
 def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Rewrites `model` in place; returns (weights by their own name, name of ours -> the value's own name).
 
-    input_shape  of the one input that is no initializer, whose sizes it sets
+    input_shape  of the one input that is no initializer, whose sizes it sets; (N, C, H, W) where the file has
+                 (N, H, W, C), too
     Raises SpecError, UnsupportedOperator.
     """
     graph = model.graph
     for node in graph.node:
         node.name = node.name or " ".join(node.output)
     _refuse_foreign(graph)
+    say_what_was_folded(graph)
+    drop_last_softmax(graph)
+    plain_gemms(graph)
+    plain_constants(graph)
     _weights_to_initializers(graph, factors_to_constants(graph))
     data = _data_input(graph, input_shape)
     del graph.input[:]
     graph.input.append(data)
+    cancel_transpositions(graph)
     _numbers_to_constants(graph)
     fold_sizes(model)
     _sums_to_additions(graph)
@@ -75,6 +91,9 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
     shape = inputs[0].type.tensor_type.shape
     declared = [dim.dim_value or None for dim in shape.dim]  # None where the size is free
     known = inputs[0].type.tensor_type.HasField("shape")
+    if len(input_shape) == 4 and takes_channels_last(graph, inputs[0].name):
+        give_channels_first(graph, inputs[0].name)
+        declared = [declared[axis] for axis in TO_CHANNELS_FIRST] if len(declared) == 4 else declared
     if known and (
         len(declared) != len(input_shape)
         or any(want not in (None, size) for want, size in zip(declared[1:], input_shape[1:], strict=True))
