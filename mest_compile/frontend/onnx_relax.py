@@ -56,12 +56,15 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         node, why = next(self.pending), ""
         try:
             if op_name in OWN:
-                others = [one and get_constant(one, [self._nodes, self._params]) for one in list(inputs)[1:]]
+                held = [self._nodes, self._params]
+                others = [None if one is None else get_constant(one, held) for one in list(inputs)[1:]]
                 made = self.bb.normalize(OWN[op_name](inputs[0], others, attrs))
             else:
                 made = super()._convert_operator(op_name, inputs, attrs, opset)
         except CONVERTER_ERRORS as error:
-            why = "" if isinstance(error, NotImplementedError) else trouble(error, self.names)
+            why = trouble(error, self.names)
+            if op_name in OWN or isinstance(error, NotImplementedError):
+                why = str(error) if op_name in OWN else ""
             made = self._nothing(node, inputs, error)
         if isinstance(made, relax.Call) and not isinstance(made.ty, relax.ShapeType):
             made = self.bb.emit(made)

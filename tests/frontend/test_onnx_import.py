@@ -259,16 +259,6 @@ BRANCH = helper.make_graph(
             UnsupportedOperator,
             "a sparse Constant in node 'w'",
         ),
-        (
-            one({"w": numbers(CLASSES, 12), "b": numbers(1)}, [gemm()]),
-            UnsupportedOperator,
-            "a parameter that is no bias",
-        ),
-        (
-            one({"w": numbers(CLASSES, 12), "b": numbers(ROWS, CLASSES)}, [gemm()]),
-            UnsupportedOperator,
-            "a parameter that is no bias",
-        ),
     ],
 )
 def test_what_cannot_be_read_is_one_line_on_no_stream(tmp_path, capfd, facts, error, words):
@@ -277,6 +267,11 @@ def test_what_cannot_be_read_is_one_line_on_no_stream(tmp_path, capfd, facts, er
         from_onnx(path, (ROWS, 12))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("sizes", [(1,), (CLASSES,), (1, CLASSES)])
+def test_what_a_gemm_adds_may_be_spread(tmp_path, sizes):
+    assert_reads_right(write(tmp_path, [gemm()], {"w": numbers(CLASSES, 12), "b": numbers(*sizes)}))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +336,7 @@ def test_upsample_of_old_files(tmp_path):
     [
         (node("Resize", "x  s", "a", mode="cubic"), "resize with method cubic"),
         (node("Resize", "x  s", "a", nearest_mode="ceil"), "resize with .*rounded by ceil"),
-        (node("Resize", "x  s", "a", mode="linear", antialias=1), "Resize of the ONNX model.*antialias"),
+        (node("Resize", "x  s", "a", mode="linear", antialias=1), "^Resize .antialias.* in node 'a'"),
         (node("Pad", "x q", "a", mode="reflect"), "pad with reflect"),
     ],
 )
