@@ -17,7 +17,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.frontend.arranging import Arranger
 from mest_compile.frontend.naming import PREPARE, REFUSED, Draft, check_parameters, name_nodes, needed, split_prepared
 from mest_compile.frontend.refusals import SUPPORTED, Origin, Refusals, unsupported
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Refused, Seen, Spread, Value, View
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Refused, Scores, Seen, Spread, Value, View
 from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
@@ -208,6 +208,7 @@ class Reader(Arranger):
                 return tuple(made(field) for field in kind.fields)
             shape = tuple(int(size) for size in getattr(kind, "shape", None) or ())
             known = len(shape) in RANKS and sources and str(kind.dtype) == "float32"
+            known = known and shape[0] == self.input_shape[0]
             lies = as_image(shape) if known else shape
             value = self.add(REFUSED, tuple(sources), lies, attrs={"error": error, "operator": self.called})
             if known:
@@ -246,7 +247,8 @@ class Reader(Arranger):
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
-            kind = {Parameter: "a parameter", Fixed: "a constant"}.get(type(value), "a tuple")
+            kinds = {Parameter: "a parameter", Fixed: "a constant", Scores: "products of queries and keys"}
+            kind = kinds.get(type(value), "a tuple")
             raise self.error(f"{kind} used as an activation")
         return value
 
@@ -316,10 +318,11 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 def _sources(values: Iterable[Any]) -> list[Value]:
     """The activations among them, and those that formulas are of."""
     found: list[Value] = []
-    for value in values:
-        value = value.value if isinstance(value, Spread) else value
-        value = value.bare if isinstance(value, View) else value
-        found += [value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else []
+    for given in values:
+        for value in (given.q, given.k) if isinstance(given, Scores) else (given,):
+            value = value.value if isinstance(value, Spread) else value
+            value = value.bare if isinstance(value, View) else value
+            found += [value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else []
     return found
 
 

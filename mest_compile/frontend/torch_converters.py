@@ -17,6 +17,7 @@ WHOLE = (
     "replication_pad2d.default",
     "instance_norm.default",
     "prelu.default",
+    "scaled_dot_product_attention.default",
 )
 
 
@@ -63,6 +64,27 @@ def _instance_norm(node: Any, importer: Any) -> Any:
     return importer.block_builder.emit(normed)
 
 
+def _attention(node: Any, importer: Any) -> Any:
+    """Of (N, heads, tokens, channels), which Relax has in another order."""
+    named = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | node.kwargs
+    if named.get("attn_mask") is not None:
+        raise NotImplementedError("a mask")
+    if named.get("dropout_p"):
+        raise NotImplementedError(f"dropout_p={named['dropout_p']}, set it to 0")
+    if named.get("enable_gqa"):
+        raise NotImplementedError("enable_gqa=True")
+    values = [importer.env[one] for one in node.args[:3]]
+    if len(values[0].ty.shape) != 4:
+        raise NotImplementedError(f"values of {len(values[0].ty.shape)} axes, 4 are wanted")
+    emit = importer.block_builder.emit
+    turned = [emit(relax.op.permute_dims(value, (0, 2, 1, 3))) for value in values]
+    scale = named.get("scale")
+    scale = float(int(values[0].ty.shape[-1])) ** -0.5 if scale is None else float(scale)
+    masked = "TopLeft" if named.get("is_causal") else None
+    found = emit(relax.op.nn.attention(*turned, scale=scale, causal_mask=masked))
+    return emit(relax.op.permute_dims(found, (0, 2, 1, 3)))
+
+
 def converters(importer: Any) -> dict[str, Callable[[Any], Any]]:
     """{name of an operator of torch: its conversion, of a node}, as TVM's importer has its own."""
     return {name: partial(convert, importer=importer) for name, convert in CONVERTERS.items()}
@@ -74,4 +96,5 @@ CONVERTERS: dict[str, Callable[..., Any]] = {
     "upsample_bilinear2d.vec": _upsample("linear", "half_pixel", "floor"),
     "adaptive_max_pool2d.default": _adaptive_max_pool2d,
     "instance_norm.default": _instance_norm,
+    "scaled_dot_product_attention.default": _attention,
 }

@@ -169,6 +169,8 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
             if name == "batch_norm":
                 training, arguments, named = _evaluating(arguments, named)
                 mean = names.get(id(arguments[1] if len(arguments) > 1 else named.get("running_mean")), "")
+            if name == "multi_head_attention_forward" and not _attention_dropout(arguments, named):
+                named = {**named, "training": False}  # which decides about dropout alone
             cut = any(tensor.requires_grad for tensor in tensors) and (name in CUTS or not torch.is_grad_enabled())
             drops = False
             shown = "" if name in DROPOUTS else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))
@@ -216,6 +218,12 @@ def _evaluating(arguments: tuple, named: dict[str, Any]) -> tuple[bool, tuple, d
     if len(arguments) > place:
         return training, (*arguments[:place], False, *arguments[place + 1 :]), named
     return training, arguments, {**named, "training": False}
+
+
+def _attention_dropout(arguments: tuple, named: dict[str, Any]) -> float:
+    """The p of F.multi_head_attention_forward."""
+    place = 10
+    return float(arguments[place] if len(arguments) > place else named.get("dropout_p", 0.0))
 
 
 @contextmanager

@@ -99,4 +99,24 @@ class Spread:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Products of queries and keys on their way to an attention.
+
+    q, k         (..., tokens, channels of a head)
+    arrangement  as that of a value; keys are its part "K"
+    shares       they went through a softmax
+    """
+
+    q: Value | View
+    k: Value | View
+    scale: float
+    arrangement: Arrangement
+    shares: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.arrangement.shape
+
+
 Seen = Value | Formula | View

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.relax_graph import Reader, _shape, _single, reads
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Spread, Value
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Scores, Spread, Value
 from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, Variable, apply, exp, scalar, select, sqrt
 from mest_compile.ir.graph import Preparation
 from mest_compile.ir.wording import COMPARISONS
 from mest_compile.operators.activation import ACTIVATIONS, POINTS, X
+from mest_compile.operators.attention import scaled
 from mest_compile.operators.combine import NAMES, combination
 
 STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
@@ -220,6 +221,8 @@ def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.removeprefix("relax.")
     name = {"greater_equal": "at_least", "less_equal": "at_most"}.get(name, name)
     arguments = _constant_first(arguments, call.op.name)
+    if any(isinstance(one, Scores) for one in arguments):
+        return scaled(reader, name, *arguments)
     if len(arguments) == 2 and name not in COMPARISONS:
         return operation(reader, name, arguments[0], arguments[1], _shape(call))
     return combined(reader, name, *arguments)

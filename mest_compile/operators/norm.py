@@ -221,3 +221,15 @@ def read_instance_norm(reader: Reader, call: Any, arguments: list) -> Any:
         raise reader.error(f"{reader.name or 'instance_norm'} over axes {[int(axis) for axis in attrs.axes]}")
     affine = dict(zip(ROLES, arguments[1:], strict=True))
     return normalised(reader, image, image.shape[1], True, attrs.epsilon, affine)
+
+
+@reads("relax.nn.layer_norm", gives=("layer_norm",))
+def read_layer_norm(reader: Reader, call: Any, arguments: list) -> Any:
+    """Over the last axis, which are then the channels of an image: pixel by pixel."""
+    attrs, value = call.attrs, reader.seen(arguments[0])
+    axes = [int(axis) % len(value.shape) for axis in attrs.axes]
+    if axes != [len(value.shape) - 1]:
+        raise reader.error(f"layer_norm of {value.shape} over axes {axes}, which are not the last one,")
+    image, arrangement = reader.channels_last(value)
+    affine = dict(zip(ROLES, arguments[1:], strict=True))
+    return reader.viewed(normalised(reader, image, 1, False, attrs.epsilon, affine), arrangement)

@@ -7,15 +7,15 @@ otherwise than it lies: a linear layer one pixel, a convolution behind a pixel s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _shape, reads
-from mest_compile.frontend.values import Fixed, Parameter, Spread
-from mest_compile.ir.arrangement import Axis, Part, inverse, whole
+from mest_compile.frontend.values import Fixed, Parameter, Scores, Spread
+from mest_compile.ir.arrangement import Arrangement, Axis, Part, inverse, whole
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -161,7 +161,15 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
         return Parameter(value.name, "channel") if channel else Parameter(value.name, "shaped", shape)
     if isinstance(value, Fixed) and value.array is not None:
         return Fixed(array=value.array.reshape(shape))
+    if isinstance(value, Scores):
+        return _seen_as(reader, value, value.arrangement.reshaped(shape))
     return reader.reshaped(reader.seen(value), shape)
+
+
+def _seen_as(reader: Reader, scores: Scores, arrangement: Arrangement | None) -> Scores:
+    if arrangement is None:
+        raise reader.error(f"reshape of attention's scores {scores.shape}")
+    return replace(scores, arrangement=arrangement)
 
 
 def _repeated(reader: Reader, weight: Parameter, shape: tuple[int, ...]) -> Parameter:
@@ -178,7 +186,7 @@ def read_broadcast_to(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if isinstance(value, Parameter) and value.form == "transposed":
         return _repeated(reader, value, shape)
-    if isinstance(value, Parameter | Fixed):
+    if isinstance(value, Parameter | Fixed) or (isinstance(value, Scores) and value.shape == shape):
         return value
     value = reader.seen(value)
     return value if value.shape == shape else Spread(value, shape)

@@ -8,7 +8,8 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Value
+from mest_compile.frontend.values import Fixed, Value, View
+from mest_compile.ir.arrangement import Arrangement, merged, size_of, whole
 from mest_compile.ir.graph import Node
 from mest_compile.operators.concat import extents
 from mest_compile.operators.conversion import Grid, ImagePart
@@ -61,25 +62,80 @@ def part(reader: Reader, image: Value, start: list[int], step: list[int], shape:
 
 @reads("relax.strided_slice", gives=("slice",))
 def read_strided_slice(reader: Reader, call: Any, arguments: list) -> Any:
-    image, shape = reader.activation(arguments[0]), _shape(call)
+    value, shape = reader.seen(arguments[0]), _shape(call)
     axes, begins, steps = ([int(one.number) for one in arguments[place]] for place in (1, 2, 4))
-    start, step = [0] * len(image.shape), [1] * len(image.shape)
+    start, step = [0] * len(value.shape), [1] * len(value.shape)
     for axis, begin, by in zip(axes, begins, steps, strict=True):
-        size = image.shape[axis]
+        size = value.shape[axis]
         start[axis], step[axis] = min(begin + size if begin < 0 else begin, size), by
     if min(step) < 1:
         raise reader.error(f"slice with step {min(step)}")
-    return part(reader, image, start, step, shape)
+    if isinstance(value, View):
+        return _range(reader, value, start, step, shape)
+    return part(reader, reader.activation(value), start, step, shape)
+
+
+def _range(reader: Reader, value: View, start: list[int], step: list[int], shape: tuple[int, ...]) -> Any:
+    """A range of one axis of a view: where that is no dimension's slowest part, it is laid so."""
+    (axis, *more) = [k for k in range(len(shape)) if shape[k] != value.shape[k]] or [0]
+    if more or step[axis] > 1:
+        raise reader.error(f"slice from {value.shape} to {shape}")
+    if shape == value.shape:
+        return value
+    arrangement, dims = value.arrangement, whole(value.bare.shape)
+    chosen = arrangement.axes[axis]
+    if not chosen or chosen[0].dim == "N":
+        raise reader.error(f"slice from {value.shape} to {shape}, which is of examples,")
+    source = reader.activation(value.bare)
+    outer = len(chosen) == 1 and chosen[0].size * chosen[0].stride == size_of(dims[chosen[0].dim])
+    if not outer:
+        parts = [part for k, one in enumerate(arrangement.axes) if k != axis for part in one]
+        pixels = any(part.dim == "C" for part in chosen) is False
+        behind = {dim: merged(part for part in parts if part.dim == dim) for dim in "CHW"}
+        image = {**behind, "N": dims["N"], "C": chosen + behind["C"]}
+        if pixels:
+            image = {"N": dims["N"], "C": behind["C"], "H": (), "W": chosen + behind["H"] + behind["W"]}
+        source, arrangement = reader.lay(value, image), arrangement.moved(image)
+        chosen = arrangement.axes[axis]
+    (whole_part,) = chosen
+    dim, by = "NCHW".index(whole_part.dim), whole_part.stride
+    sizes, first = list(source.shape), [0] * len(source.shape)
+    sizes[dim], first[dim] = shape[axis] * by, start[axis] * by
+    found = part(reader, source, first, [1] * len(sizes), tuple(sizes))
+    axes = list(arrangement.axes)
+    axes[axis] = merged([whole_part._replace(size=shape[axis])])
+    return reader.viewed(found, Arrangement(tuple(axes)))
+
+
+@reads("relax.take")
+def read_take(reader: Reader, call: Any, arguments: list) -> Any:
+    """One place of an axis, which goes: x[:, 0]."""
+    value, index = reader.seen(arguments[0]), arguments[1]
+    number = index.number if isinstance(index, Fixed) else None
+    if number is None or call.attrs.axis is None:
+        raise reader.error("take of places that are no constant")
+    axis = int(call.attrs.axis) % len(value.shape)
+    place = int(number) + (value.shape[axis] if number < 0 else 0)
+    start, shape = [0] * len(value.shape), list(value.shape)
+    start[axis], shape[axis] = place, 1
+    view = value if isinstance(value, View) else View(value, reader.arrangement(value))
+    found = _range(reader, view, start, [1] * len(shape), tuple(shape))
+    return reader.reshaped(found, tuple(shape[:axis] + shape[axis + 1 :]))
 
 
 @reads("relax.split", gives=("split", "chunk"))
 def read_split(reader: Reader, call: Any, arguments: list) -> Any:
-    image = reader.activation(arguments[0])
+    value = reader.seen(arguments[0])
+    image = value if isinstance(value, View) else reader.activation(value)
     axis, first, parts = int(call.attrs.axis) % len(image.shape), 0, []
     for kind in call.ty.fields:
         shape = tuple(int(size) for size in kind.shape)
         start = [0] * len(shape)
         start[axis] = first
-        parts.append(part(reader, image, start, [1] * len(shape), shape))
+        steps = [1] * len(shape)
+        if isinstance(image, View):
+            parts.append(_range(reader, image, start, steps, shape))
+        else:
+            parts.append(part(reader, image, start, steps, shape))
         first += shape[axis]
     return tuple(parts)

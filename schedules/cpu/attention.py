@@ -145,6 +145,17 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
     lanes = f"for i in T.vectorized({vector})"
     more = dict(zip(("dq", "dk", "dv"), problem.accumulate, strict=True))
 
+    # What is summed over all queries is rounded once, where it is stored in two bytes.
+    found = (("dk", dk, forward.depth), ("dv", dv, forward.width))
+    aside = [(name, image, channels) for name, image, channels in found if image and image.dtype != "float32"]
+
+    def over(channels: int) -> tuple[str, str]:
+        return f"for c, kr, kw in T.grid({channels}, {forward.rows[1]}, {k.width})", lanes
+
+    def summed(name: str, image: Image) -> str:
+        place = f"sum_{name}[(c * {keys} + kr * {k.width} + kw) * {vector} + i]"
+        return _at(name, image, "kr", "kw") if image.dtype == "float32" else place
+
     def tile(row: str, column: str, many: int) -> None:
         each = f"for j in T.unroll({many})", lanes
         zero(text, "due", QUERIES * vector, vector)
@@ -170,7 +181,7 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
                 )
 
         _tiles(text, forward.rows[1], k.width, KEYS, "k", score)
-        over = f"for kr, kw in T.grid({forward.rows[1]}, {k.width})"
+        all_keys = f"for kr, kw in T.grid({forward.rows[1]}, {k.width})"
 
         def place(name: str, query: str | int = "j") -> str:
             return f"{name}[((kr * {k.width} + kw) * {QUERIES} + {query}) * {vector} + i]"
@@ -178,20 +189,21 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
         if dq:
             with text.nest(f"for c in T.serial({forward.depth})"):
                 zero(text, "score", QUERIES * vector, vector)
-                with text.nest(over, *each):
+                with text.nest(all_keys, *each):
                     product = f"{place('dscores')} * {_read('k', k, 'kr', 'kw')}"
                     text(f"score[j * {vector} + i] = score[j * {vector} + i] + {product}")
                 with text.nest(*each):
                     here = _at("dq", dq, row, f"{column} + j")
-                    before = f"{here} + " if more["dq"] else ""
-                    text(f"{here} = {before}score[j * {vector} + i]")
+                    total = f"score[j * {vector} + i]"
+                    total = f"{widened(dq, here)} + {total}" if more["dq"] else total
+                    text(f"{here} = {narrowed(dq, total)}")
         for name, image, source, held, channels in (
             ("dk", dk, "dscores", "q", forward.depth),
             ("dv", dv, "shares", "dy", forward.width),
         ):
             if image:
-                with text.nest(f"for c in T.serial({channels})", over, lanes):
-                    here, held_image = _at(name, image, "kr", "kw"), given[held]
+                with text.nest(*over(channels)):
+                    here, held_image = summed(name, image), given[held]
                     terms = (
                         f"{place(source, j)} * {_read(held, held_image, row, f'{column} + {j}')}" for j in range(many)
                     )
@@ -206,9 +218,16 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
             ("due", QUERIES),
         ):
             text.local(name, elems * vector)
-        for name, image, channels in (("dk", dk, forward.depth), ("dv", dv, forward.width)):
-            if image and not more[name]:
-                with text.nest(f"for c, kr, kw in T.grid({channels}, {forward.rows[1]}, {k.width})", lanes):
-                    text(f"{_at(name, image, 'kr', 'kw')} = T.float32(0)")
+        for name, _, channels in aside:
+            text.local(f"sum_{name}", channels * keys * vector)
+        for name, image, channels in found:
+            if image and not (more[name] and image.dtype == "float32"):
+                with text.nest(*over(channels)):
+                    text(f"{summed(name, image)} = T.float32(0)")
         _tiles(text, forward.rows[0], q.width, QUERIES, "q", tile)
+        for name, image, channels in aside:
+            with text.nest(*over(channels)):
+                here = _at(name, image, "kr", "kw")
+                total = f"{widened(image, here)} + {summed(name, image)}" if more[name] else summed(name, image)
+                text(f"{here} = {narrowed(image, total)}")
     return str(text)

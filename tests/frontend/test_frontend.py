@@ -76,6 +76,8 @@ def run_node(node, state, inputs):
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
         "rearrange": lambda: rearranged(node, x),
+        "attention": lambda: attended(node, *inputs),
+        "norm": lambda: normed(node, x, held.get("weight"), held.get("bias")),
         "dropout": lambda: x,
         "unflatten": lambda: x[:, :, None, None],
         "combine": lambda: combined(node, state, inputs),
@@ -102,6 +104,32 @@ def by_reference(node, x, reference):
 
 def pooled(node, x, reference):
     return by_reference(node, x, lambda images, array: reference(pool.Pool(*images, **node.attrs), array))
+
+
+def normed(node, x, weight, bias):
+    """By group_norm, of a value or pixel by pixel."""
+    groups, eps = node.attrs["groups"], node.attrs["eps"]
+    if node.attrs["pixels"]:
+        return F.group_norm(x, groups, weight, bias, eps)
+    return (
+        F.group_norm(x.movedim(1, -1).reshape(-1, x.shape[1]), groups, weight, bias, eps)
+        .reshape(x.movedim(1, -1).shape)
+        .movedim(-1, 1)
+    )
+
+
+def attended(node, *inputs):
+    """By torch's function; each group of rows is one batch of heads."""
+    heads, (queries, keys) = node.attrs["heads"], node.attrs["rows"]
+
+    def grouped(x, rows):
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, heads, channels // heads, height // rows, rows * width)
+        return x.permute(0, 3, 1, 4, 2)
+
+    q, k, v = (grouped(x, rows) for x, rows in zip(inputs, (queries, keys, keys), strict=True))
+    y = F.scaled_dot_product_attention(q, k, v, scale=node.attrs["scale"], is_causal=node.attrs.get("causal", False))
+    return y.permute(0, 2, 4, 1, 3).reshape(node.shape)
 
 
 def rearranged(node, x):

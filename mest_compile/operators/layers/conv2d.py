@@ -10,6 +10,7 @@ from mest_compile.frontend.relax_graph import Reader, _is_stored, _pair, _shape,
 from mest_compile.frontend.values import Fixed, Parameter
 from mest_compile.ir.arrangement import Arrangement, image_shape, whole
 from mest_compile.ir.graph import Node
+from mest_compile.operators.attention import product
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
 from mest_compile.operators.layers.geometry import gradient_halo, source_halo
@@ -128,9 +129,9 @@ def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
     """A linear layer on the last axis; one of several pixels convolves them one by one."""
     value, weight = arguments
     if not isinstance(weight, Parameter) or len(reader.state_shapes[weight.name]) != 2:
-        reader.seen(value)
-        kind = "no parameter" if isinstance(weight, Fixed) else "computed"
-        raise reader.error(f"linear with a weight that is {kind}")
+        if isinstance(weight, Fixed):
+            raise reader.error("linear with a weight that is no parameter")
+        return product(reader, value, weight)
     features, arrangement = reader.channels_last(reader.seen(value))
     if weight.form == "" and weight.name not in reader.transposed:
         if not reader.may_transpose:

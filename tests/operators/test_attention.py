@@ -1,0 +1,191 @@
+"""Attention in whole nets, however it is written."""
+
+import numpy as np
+import pytest
+import torch
+from test_frontend import KEEP, assert_same, export, run_graph
+from test_step import make_batches, masked_steps, relative
+from torch import nn
+from torch.nn import functional as F
+
+import mest_compile as mest
+from mest_compile.base.errors import UnsupportedOperator
+from mest_compile.frontend import from_onnx, from_torch
+
+SHAPE = (3, 3, 12, 8)
+
+
+class Block(nn.Module):
+    """A transformer's: attention and two linear layers, each behind a norm, added to what they read."""
+
+    def __init__(self, attend, width=8, **layers):
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down, self.attend = nn.Linear(width, 12), nn.Linear(12, width), attend
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        x = x + self.attend(self, self.first(x))
+        return x + self.down(F.gelu(self.up(self.second(x))))
+
+
+def at_once(self, x, heads=2):
+    """timm's: one linear layer for all three."""
+    batch, tokens, width = x.shape
+    q, k, v = self.qkv(x).reshape(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def written_out(self, x, heads=4):
+    """transformers': three layers, a product and a softmax."""
+    batch, tokens, width = x.shape
+    q, k, v = (f(x).view(batch, tokens, heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+    shares = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1)
+    return self.proj((shares @ v).permute(0, 2, 1, 3).reshape(batch, tokens, width))
+
+
+def causal(self, x):
+    """One head, of which no token sees those behind it."""
+    q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)[:, 0]
+
+
+def in_windows(self, x, heads=2):
+    """Swin's: of 3x2 patches each column is a window."""
+    batch, tokens, width = x.shape
+    x = x.view(batch, 3, 2, width).transpose(1, 2).reshape(batch * 2, 3, width)
+    q, k, v = self.qkv(x).view(batch * 2, 3, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    x = (F.softmax(q * 0.7 @ k.transpose(-2, -1), -1) @ v).transpose(1, 2).reshape(batch * 2, 3, width)
+    return self.proj(x).view(batch, 2, 3, width).transpose(1, 2).reshape(batch, tokens, width)
+
+
+def torchs(self, x):
+    return self.heads(x, x, x, need_weights=False)[0]
+
+
+def linears(**sizes):
+    return {name: nn.Linear(8, size) for name, size in sizes.items()}
+
+
+WAYS = {
+    "at once": lambda: Block(at_once, **linears(qkv=24, proj=8)),
+    "written out": lambda: Block(written_out, **linears(query=8, key=8, value=8, proj=8)),
+    "causal": lambda: Block(causal, **linears(qkv=24)),
+    "in windows": lambda: Block(in_windows, **linears(qkv=24, proj=8)),
+    "torch's": lambda: Block(torchs, heads=nn.MultiheadAttention(8, 2, batch_first=True)),
+}
+
+
+class Encoder(nn.Module):
+    """Patches, positions, blocks, a norm, the mean of all tokens."""
+
+    def __init__(self, *ways):
+        super().__init__()
+        self.stem, self.positions = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 6, 8))
+        self.blocks = nn.Sequential(*(WAYS[way]() for way in ways))
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2) + self.positions
+        return self.last(self.norm(self.blocks(x)).mean(1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_graph_is_the_model(way):
+    torch.manual_seed(0)
+    module = Encoder(way)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    (node,) = [node for node in graph.nodes if node.op == "attention"]
+    assert node.attrs.get("causal", False) == (way == "causal")
+    assert not [other for other in graph.nodes if other.op == "rearrange"] or way == "in windows"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["at once", "written out", "in windows"])
+def test_a_file_says_the_same(way, tmp_path):
+    torch.manual_seed(0)
+    module = Encoder(way).eval()
+    graph, state = from_onnx(export(module, SHAPE, tmp_path / "net.onnx", **KEEP), SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+    images = torch.randn(SHAPE)
+    np.testing.assert_allclose(run_graph(graph, state, images), module(images).detach(), rtol=0, atol=1e-5)
+
+
+STEPS = [
+    (("at once", "in windows"), "local", "unstructured"),
+    (("written out", "causal"), "local", "block:2x1"),
+    (("written out", "causal"), "opencl", "block:2x1"),
+]
+
+
+@pytest.mark.parametrize(("ways", "target", "scheme"), STEPS)
+def test_three_steps_equal_torchs(ways, target, scheme, tmp_path):
+    if target == "opencl":
+        pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+    torch.manual_seed(0)
+    model, optimizer = Encoder(*ways), mest.SGD(lr=0.01, momentum=0.9)
+    named = {"scheme": scheme, "sparsity": 0.5, "dense_layers": ["last"]}
+    step = mest.compile(model, SHAPE, optimizer=optimizer, target=target, **named)
+    batches = make_batches(SHAPE, 5, 3)
+    found = step.gradients(*batches[0])
+    losses, gradients = masked_steps(model, step.masks(), batches, 0.01, optimizer)
+    for key, wanted in gradients.items():
+        if not key.endswith("key.bias"):  # which moves all scores of a query alike: its gradient is rounding
+            assert relative(found[key], wanted) < 1e-4, key
+    np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], losses, rtol=1e-5)
+    model.eval()
+    wanted = model(torch.from_numpy(batches[0][0])).detach().numpy()
+    assert relative(step.predict(batches[0][0]), wanted) < 1e-4
+    if target == "local":
+        mest.to_onnx(step, tmp_path / "out.onnx")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"input": batches[0][0]})
+        assert relative(logits, wanted) < 1e-4
+
+
+def test_a_value_that_is_all_three():
+    """Gradients of a value that stands in three places are added up."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)[:, None]
+            return self.last(F.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+    torch.manual_seed(0)
+    model = Net()
+    step = mest.compile(model, SHAPE, scheme="dense", sparsity=0)
+    ((images, labels),) = make_batches(SHAPE, 5, 1)
+    found = step.gradients(images, labels)
+    F.cross_entropy(model(torch.from_numpy(images)), torch.from_numpy(labels)).backward()
+    for name, parameter in model.named_parameters():
+        assert relative(found[name], parameter.grad.numpy()) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("attend", "words"),
+    [
+        (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6)), "a mask"),
+        (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
+        (lambda q: q.softmax(-1), "softmax that is of no attention"),
+        (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax that is of no attention"),
+        (lambda q: (q @ q.transpose(-1, -2)) @ q, "matmul of .* which is no attention"),
+    ],
+)
+def test_what_is_not_supported_is_refused(attend, words):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.last(attend(self.stem(x).flatten(2).transpose(1, 2)[:, None])[:, 0].mean(1))
+
+    with pytest.raises(UnsupportedOperator, match=words):
+        from_torch(Net(), SHAPE)
