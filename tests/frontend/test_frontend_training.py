@@ -428,7 +428,7 @@ def test_biases_keep_the_shape_they_were_given():
     assert state["channel"].shape == (4, 1, 1) and state["row"].shape == (1, 3)
 
 
-def test_a_number_is_no_bias():
+def test_a_number_is_no_bias_but_trains():
     class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -437,5 +437,5 @@ def test_a_number_is_no_bias():
         def forward(self, x):
             return self.layer(x) + self.shift
 
-    with pytest.raises(UnsupportedOperator, match="a parameter that is no bias"):
-        from_torch(Shifted(), SHAPE)
+    graph, _ = from_torch(Shifted(), SHAPE)
+    assert [dict(node.params) for node in graph.nodes] == [{"weight": "layer.weight"}, {"x1": "shift"}]
