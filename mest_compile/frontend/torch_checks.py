@@ -210,6 +210,8 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray], re
             refuse(operation, f" with alpha={given['alpha']}", node)
         if operation == "selu":
             refuse("selu", "", node)
+        if operation == "pad" and given.get("mode", "constant") != "constant":
+            refuse("pad", f" with mode={given['mode']!r}", node)
         if operation.endswith("_aa"):
             refuse(operation.strip("_").removesuffix("_aa"), " with antialias=True", node)
         if name.startswith("avg_pool2d") and given.get("divisor_override") is not None:

@@ -12,9 +12,6 @@ from tvm import relax
 # Operators that torch's decompositions would take apart beyond recognition.
 WHOLE = (
     "_upsample_nearest_exact2d.vec",
-    "upsample_bicubic2d.vec",
-    "reflection_pad2d.default",
-    "replication_pad2d.default",
     "instance_norm.default",
     "prelu.default",
     "scaled_dot_product_attention.default",
