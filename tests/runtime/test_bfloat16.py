@@ -139,3 +139,23 @@ def test_kernels_are_tuned_by_exact_answers(tmp_path):
         wrong = [found.wanted.get(at, array).copy() for at, array in enumerate(found.arguments)]
         wrong[place][wanted.size // 2] = to_stored(np.array(9.0), "bfloat16") if wanted.dtype == "uint16" else 9
         assert "not" in found.check(wrong)
+
+
+def block_of_a_mobile_net():
+    nn = torch.nn
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
+    layers += [nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+    layers += [nn.Conv2d(32, 32, 3, 2, 1, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+    layers += [nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_depthwise_nets_train_so(way):
+    """Losses differ from float32's by rounding; what a chain of operators keeps to itself is not rounded."""
+    torch.manual_seed(0)
+    shape, model = (16, 3, 12, 12), block_of_a_mobile_net()
+    step, full = (compiled(WAYS[way], model, shape, activations=kind) for kind in KINDS)
+    assert {call.kernel for call in step.program.calls} >= {"normed_depthwise.forward", "normed_depthwise.backward"}
+    batches = make_batches(shape, 10, 3)
+    np.testing.assert_allclose([step(*one).loss for one in batches], [full(*one).loss for one in batches], rtol=0.03)
