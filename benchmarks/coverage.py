@@ -1,13 +1,14 @@
 """Which of 160 models that people use are taken, and what the others are refused for.
 
     benchmarks/environments.sh coverage
-    python benchmarks/coverage.py [--only PATTERN] [--verify] [--table]
+    python benchmarks/coverage.py [--only PATTERN] [--verify]
 
 writes benchmarks/results/coverage.json and the table in docs/models.md: 30 classifiers and 3 segmentation nets of
 torchvision, 82 models of timm, 14 of transformers from small random configs, 31 nets of benchmarks/boards.py, with
 random weights and 10 classes. Every model is imported in a process of its own; a run goes on where one of the same
 versions was stopped.
---verify also trains the smallest model of every family that is taken for three steps beside torch.
+--verify also trains the smallest model of every family that is taken for three steps beside torch, in float32 and in
+float64, with the same masks and without dropping: as far as torch in float64 says, one is as good as the other.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ HERE = Path(__file__).parent
 PACKAGES = HERE / "environments" / "coverage"
 RESULT, DOCUMENT = HERE / "results" / "coverage.json", HERE.parent / "docs" / "models.md"
 CLASSES, LIMIT_SECONDS = 10, 600.0
+STEPS, SCHEMES, SPARSITY = 3, ("unstructured", "block"), 0.5
+AS_GOOD, TOLERANCE = 10.0, 1e-3  # times torch's own error in float32, and an error that is none
 
 TORCHVISION = """
 alexnet: alexnet; convnext: convnext_tiny; densenet: densenet121; efficientnet: efficientnet_b0; efficientnetv2:
@@ -190,8 +193,7 @@ def examine(case: Case) -> dict[str, Any]:
     """Whether the model is taken; {operator: layers} of what is refused."""
     import torch
 
-    from mest_compile.base.errors import MestError, UnsupportedOperator
-    from mest_compile.frontend import from_torch
+    import mest_compile as mest
 
     torch.manual_seed(0)
     net, shape = case.make()
@@ -203,16 +205,68 @@ def examine(case: Case) -> dict[str, Any]:
         "parameters": sum(one.numel() for one in net.parameters()),
     }
     try:
-        from_torch(net, shape)
-    except UnsupportedOperator as error:
-        found |= {
-            "refused": dict(Counter(one.operator or f"({one.what[:60]})" for one in error.refused)),
-            "words": str(error),
-        }
-    except MestError as error:
+        checked = mest.check(net, shape)
+    except mest.MestError as error:
         short = re.sub(r"\(.*?\)|'.*?'|[;:].*", "", str(error)).strip()
         found |= {"refused": {f"({short[:60]})": 1}, "words": str(error)}
+    else:
+        if not checked.taken:
+            refused = Counter(one.operator or f"({one.what[:60]})" for one in checked.refused)
+            found |= {"refused": dict(refused), "words": checked.words}
     return found | {"taken": "refused" not in found, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def verify(case: Case) -> dict[str, Any]:
+    """{"verified": whether three steps of every scheme are as good as torch's, "errors": {scheme: [ours, torch's]}};
+    errors of all weights and statistics together, relative to those of torch in float64."""
+    import torch
+
+    torch.manual_seed(0)
+    net, shape = case.make()
+    for part in net.modules():  # torch would draw other elements
+        for name in ("p", "drop_prob"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    errors = {scheme: _errors(net.train(), shape, scheme) for scheme in SCHEMES}
+    good = all(ours <= max(TOLERANCE, AS_GOOD * theirs) for ours, theirs in errors.values())
+    return {"verified": good, "errors": errors}
+
+
+def _errors(net: Any, shape: tuple[int, ...], scheme: str) -> list[float]:
+    import copy
+
+    import numpy as np
+    import torch
+
+    import mest_compile as mest
+
+    rule = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
+    step = mest.compile(net, shape, scheme, SPARSITY, optimizer=mest.SGD(**rule), threads=1)
+    masks = {name: torch.from_numpy(mask) for name, mask in step.masks().items()}
+    twins = [copy.deepcopy(net).to(kind) for kind in (torch.float32, torch.float64)]
+    optimizers = [torch.optim.SGD(twin.parameters(), **rule) for twin in twins]
+    for twin in twins:
+        twin.load_state_dict({name: torch.from_numpy(array) for name, array in step.state_dict().items()})
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        images = rng.standard_normal(shape, dtype=np.float32)
+        labels = rng.integers(0, step.classes, (shape[0], *step.output_shape[2:]))
+        step(images, labels)
+        for twin, optimizer in zip(twins, optimizers):
+            optimizer.zero_grad()
+            output = twin(torch.from_numpy(images).to(next(twin.parameters()).dtype))
+            torch.nn.functional.cross_entropy(getattr(output, "logits", output), torch.from_numpy(labels)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for name, parameter in twin.named_parameters():
+                    if name in masks:
+                        parameter *= masks[name]
+    theirs, exact = ({name: value.double().numpy() for name, value in twin.state_dict().items()} for twin in twins)
+    size = sum(float((value**2).sum()) for value in exact.values()) ** 0.5
+    return [
+        sum(float(((one[name] - value) ** 2).sum()) for name, value in exact.items()) ** 0.5 / size
+        for one in (step.state_dict(), theirs)
+    ]
 
 
 def apart(work: Callable[[Case], dict[str, Any]], case: Case, limit_seconds: float) -> dict[str, Any]:
@@ -277,9 +331,33 @@ def summary(models: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """In Markdown: by source, then what the others lack."""
+    lines = ["| models of | taken | families taken | not taken, and what is refused |", "|---|---:|---:|---|"]
+    for source in dict.fromkeys(model["source"] for model in models.values()):
+        there = {name: model for name, model in models.items() if model["source"] == source}
+        taken = [model for model in there.values() if model["taken"]]
+        families = [len({model["family"] for model in some}) for some in (taken, there.values())]
+        others = "; ".join(
+            f"{name.partition(':')[2]}: {model.get('failed') or ', '.join(model['refused'])}"
+            for name, model in there.items()
+            if not model["taken"]
+        )
+        lines.append(f"| {source} | {len(taken)} of {len(there)} | {families[0]} of {families[1]} | {others} |")
+    return "\n".join([summary(models).partition("\n")[0].capitalize() + ".", "", *lines])
+
+
+def write_table(models: dict[str, dict[str, Any]]) -> None:
+    before, after = "<!-- coverage table: begin -->\n", "<!-- coverage table: end -->"
+    text = DOCUMENT.read_text()
+    start, end = text.index(before) + len(before), text.index(after)
+    DOCUMENT.write_text(f"{text[:start]}\n{table(models)}\n\n{text[end:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="shell pattern of models, timm:* for instance")
+    parser.add_argument("--verify", action="store_true", help="train every family's smallest model beside torch, too")
     parser.add_argument("--fresh", action="store_true", help="ask again what is known already")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for a model")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -297,7 +375,24 @@ def main() -> None:
             words = found.get("failed") or ", ".join(found.get("refused", ())) or "taken"
             print(f"{case.name}: {words}", file=sys.stderr)
             given.out.write_text(json.dumps(held, indent=1) + "\n")
-    print(summary(held["models"]))
+    models = held["models"]
+    smallest: dict[str, str] = {}
+    for name in sorted(models, key=lambda name: models[name].get("parameters", 0)):
+        if models[name]["taken"]:
+            smallest.setdefault(models[name]["family"], name)
+    for case in cases() if given.verify else ():
+        if (
+            smallest.get(case.family) == case.name
+            and fnmatch(case.name, given.only)
+            and "verified" not in models[case.name]
+        ):
+            found = {"verified": False} | apart(verify, case, given.limit)
+            models[case.name] |= {name: found[name] for name in ("verified", "errors", "failed") if name in found}
+            print(f"{case.name}: {'as torch' if found['verified'] else found}", file=sys.stderr)
+            given.out.write_text(json.dumps(held, indent=1) + "\n")
+    print(summary(models))
+    if given.out == RESULT and {case.name for case in cases()} <= models.keys():
+        write_table({case.name: models[case.name] for case in cases()})
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mest_compile.base import checks, exclusive
-from mest_compile.base.errors import Refusal, UnsupportedOperator, UsageError
+from mest_compile.base.errors import Refusal, SpecError, UnsupportedOperator, UsageError
 from mest_compile.frontend import import_model
 from mest_compile.frontend.naming import REFUSED
 from mest_compile.frontend.refusals import Refusals
@@ -62,7 +63,7 @@ class Check:
     refused   all that keeps it from being compiled; empty: it is taken
     words     of the error that `mest.compile` would raise
     sparsity  of all weights of convolutions and linear layers together, dense ones too
-    memory    {examples of a step: planned bytes on the target}, of a model that is taken
+    memory    {examples of a step: planned bytes on the target}, of a model that is taken, at batches that it can have
     """
 
     input_shape: tuple[int, ...]
@@ -145,7 +146,11 @@ def _of_checkpoint(path: str | Path) -> Check:
 
 
 def _memory(plan: Plan) -> dict[int, int]:
-    return {batch: retargeted(plan.facts, plan.target, batch).memory()["total"] for batch in BATCHES}
+    found = {}
+    for batch in BATCHES:
+        with suppress(SpecError):  # BatchNorm of features has no statistics of one example
+            found[batch] = retargeted(plan.facts, plan.target, batch).memory()["total"]
+    return found
 
 
 def _check(

@@ -72,6 +72,11 @@ def test_what_has_no_graph_at_all_is_refused_all_the_same():
     assert not found.taken and found.layers == () and "torch.export" in found.words
 
 
+def test_memory_is_told_of_batches_that_a_model_can_have():
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    assert list(mest.check(net, (8, 6)).memory) == [8, 16, 32, 64]
+
+
 def test_a_checkpoint_is_described_by_what_it_holds(tmp_path):
     step = mest.compile(Net(), SHAPE, sparsity=0.75)
     step.save(tmp_path / "net.safetensors")
