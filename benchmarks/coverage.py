@@ -55,16 +55,16 @@ tf_efficientnetv2_b0 efficientnetv2_rw_t; efficientvit: efficientvit_b0 efficien
 ese_vovnet19b_dw; fasternet: fasternet_t0; fastvit: fastvit_t8; fbnetc: fbnetc_100; fbnetv3: fbnetv3_b; gernet:
 gernet_s; ghostnet: ghostnet_050 ghostnet_100; ghostnetv3: ghostnetv3_050; gmlp: gmlp_ti16_224; hardcorenas:
 hardcorenas_a; hgnetv2: hgnetv2_b0; hrnet: hrnet_w18_small; inception_next: inception_next_atto; lcnet: lcnet_050
-lcnet_100; levit: levit_128s; mixer: mixer_s32_224; mnasnet: mnasnet_small mnasnet_100; mobilenet_edgetpu:
-mobilenet_edgetpu_100; mobilenet v1: mobilenetv1_100; mobilenet v2: mobilenetv2_050 mobilenetv2_100; mobilenet v3:
-mobilenetv3_small_050 mobilenetv3_small_100 mobilenetv3_large_100; mobilenet v4: mobilenetv4_conv_small
-mobilenetv4_conv_medium mobilenetv4_hybrid_medium; mobileone: mobileone_s0; mobilevit: mobilevit_xxs; mobilevitv2:
-mobilevitv2_050; poolformer: poolformer_s12; regnet: regnetx_002 regnety_002; regnetz: regnetz_005; repghostnet:
-repghostnet_050; repvgg: repvgg_a0; repvit: repvit_m0_9; res2net: res2net50_14w_8s; resmlp: resmlp_12_224; resnet:
-resnet10t resnet14t resnet18 resnet18d resnet26 test_resnet; resnext: resnext50_32x4d; rexnet: rexnet_100; selecsls:
-selecsls42; semnasnet: semnasnet_075; seresnet: seresnet18; shvit: shvit_s1; spnasnet: spnasnet_100; starnet:
-starnet_s1; swin: swin_tiny_patch4_window7_224; tiny_vit: tiny_vit_5m_224; tinynet: tinynet_a tinynet_e; vit:
-vit_tiny_patch16_224; vovnet: vovnet39a
+lcnet_100; levit: levit_128s; mixer: mixer_s32_224; mixnet: mixnet_s; mnasnet: mnasnet_small mnasnet_100;
+mobilenet_edgetpu: mobilenet_edgetpu_100; mobilenet v1: mobilenetv1_100; mobilenet v2: mobilenetv2_050
+mobilenetv2_100; mobilenet v3: mobilenetv3_small_050 mobilenetv3_small_100 mobilenetv3_large_100; mobilenet v4:
+mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_hybrid_medium; mobileone: mobileone_s0; mobilevit:
+mobilevit_xxs; mobilevitv2: mobilevitv2_050; poolformer: poolformer_s12; regnet: regnetx_002 regnety_002; regnetz:
+regnetz_005; repghostnet: repghostnet_050; repvgg: repvgg_a0; repvit: repvit_m0_9; res2net: res2net50_14w_8s;
+resmlp: resmlp_12_224; resnet: resnet10t resnet14t resnet18 resnet18d resnet26 test_resnet; resnext:
+resnext50_32x4d; rexnet: rexnet_100; selecsls: selecsls42; semnasnet: semnasnet_075; seresnet: seresnet18; shvit:
+shvit_s1; spnasnet: spnasnet_100; starnet: starnet_s1; swin: swin_tiny_patch4_window7_224; tiny_vit:
+tiny_vit_5m_224; tinynet: tinynet_a tinynet_e; vit: vit_tiny_patch16_224; vovnet: vovnet39a
 """
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 SMALL_DEPTHS = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}

@@ -1,0 +1,71 @@
+"""benchmarks/coverage.py: its list, what it says of a model, and the table that it writes."""
+
+from pathlib import Path
+
+import coverage
+import pytest
+from torch import nn
+
+FAILED, TAKEN = {"taken": False, "failed": "TypeError: no"}, {"taken": True}
+MODELS = {
+    "timm:a": {"source": "timm", "family": "one", "refused": {"cat": 3, "softmax": 1}, "taken": False},
+    "timm:b": {"source": "timm", "family": "one"} | TAKEN,
+    "boards:c": {"source": "boards", "family": "two", "refused": {"cat": 1}, "taken": False},
+    "boards:d": {"source": "boards", "family": "three"} | FAILED,
+}
+
+
+def test_there_are_160_models_of_five_sources():
+    cases = coverage.cases()
+    assert len(cases) == len({case.name for case in cases}) == 160
+    assert len({case.source for case in cases}) == 5 and all(case.family for case in cases)
+
+
+def test_what_is_missing_is_ranked_by_the_models_that_lack_it():
+    assert coverage.missing(MODELS) == [("cat", 2, 1, 2), ("(TypeError)", 1, 1, 1), ("softmax", 1, 0, 1)]
+    assert coverage.summary(MODELS).startswith("taken: 1 of 4 models, 1 of 3 families\n")
+
+
+def test_the_table_says_of_each_source_what_is_taken():
+    text = coverage.table(MODELS)
+    assert "| timm | 1 of 2 | 1 of 1 | a: cat, softmax |" in text
+    assert "| boards | 0 of 2 | 0 of 2 | c: cat; d: TypeError: no |" in text
+    document = (Path(coverage.__file__).parents[1] / "docs" / "models.md").read_text()
+    assert "<!-- coverage table: begin -->\n" in document and "<!-- coverage table: end -->" in document
+
+
+class Sums(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+
+
+def case(*middle):
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), *middle, nn.Linear(8, 3))
+    return coverage.Case("own", "boards", "mlp", lambda: (net, (4, 6)))
+
+
+def test_a_model_is_asked_in_a_process_of_its_own():
+    found = coverage.apart(coverage.examine, case(Sums()), 120)
+    assert not found["taken"] and found["refused"] == {"cumsum": 1} and found["parameters"] == 83
+    assert coverage.examine(case())["taken"]
+
+    def crash(case):
+        raise RuntimeError("no such model")
+
+    assert coverage.apart(crash, case(), 60)["failed"] == "RuntimeError: no such model"
+
+
+def test_three_steps_are_compared_with_torch(monkeypatch):
+    found = coverage.verify(case())
+    assert found["verified"] and found["errors"].keys() == {"unstructured", "block"}
+    assert all(0 < ours < 1e-5 and 0 < theirs < 1e-5 for ours, theirs in found["errors"].values())
+    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme: [0.1, 1e-6])
+    assert not coverage.verify(case())["verified"]
+    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme: [0.1, 0.05])
+    assert coverage.verify(case())["verified"]
+
+
+def test_packages_that_are_missing_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(coverage, "PACKAGES", tmp_path / "none")
+    with pytest.raises(SystemExit, match=r"environments.sh coverage makes it"):
+        coverage.packages()
