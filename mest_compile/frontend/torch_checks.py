@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,10 @@ def check_module(module: torch.nn.Module, refusals: Refusals) -> None:
             "module that it was "
             "exported from"
         )
+    if len(wanted := _inputs(module)) > 1:
+        raise SpecError(
+            f"a model with one input is wanted, this one's forward takes {len(wanted)}: {', '.join(wanted)}"
+        )
     owners: dict[int, str] = {}
     for name, tensor in [
         *module.named_parameters(remove_duplicate=False),
@@ -93,6 +98,19 @@ def check_module(module: torch.nn.Module, refusals: Refusals) -> None:
             raise UnsupportedOperator(
                 f"{other} and {name} are one parameter; shared weights cannot be trained here: give each layer its own"
             )
+
+
+def _inputs(module: torch.nn.Module) -> list[str]:
+    """Arguments that forward cannot do without."""
+    import torch
+
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [
+        one.name
+        for one in inspect.signature(module.forward).parameters.values()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:
