@@ -22,7 +22,7 @@ Model = Annotated[
 ]
 Pretrained = Annotated[
     bool,
-    typer.Option("--pretrained", help="Begin with the weights that timm or torchvision have, and a new classifier."),
+    typer.Option("--pretrained", help="Begin with weights that come with a package, and a new classifier."),
 ]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
 Image = Annotated[str, typer.Option(help="Channels x height x width of the images, or the number of features.")]

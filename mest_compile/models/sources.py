@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.base import checks
 from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
 from mest_compile.models.catalog import build_model, model_names
+from mest_compile.models.pretrained import PRETRAINED, pretrained_model, pretrained_names
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,8 @@ def find_model(
     seed: int = 0,
     pretrained: bool = False,
 ) -> torch.nn.Module | str:
-    """The module, with fresh weights that the seed decides or with the package's pretrained ones; torch's random state
-    stays as it was. Of an .onnx file its path, which `mest.compile` takes as it is.
+    """The module, with fresh weights that the seed decides or with pretrained ones and a new classifier; torch's random
+    state stays as it was. Of an .onnx file its path, which `mest.compile` takes as it is.
 
     name         built-in, or a package's model that gets a classifier for `classes`; or file.py:FACTORY, a function
                  that is given those of `input_shape`, `classes` and `width` that it has arguments for, or a module
@@ -46,9 +47,11 @@ def find_model(
     if width is not None and (name.endswith(".onnx") or source in _PACKAGES):
         what = "an .onnx file" if name.endswith(".onnx") else name
         raise UsageError(f"{what} has its width already; leave out --width {width}")
-    if pretrained and own:
+    named = source in _PACKAGES or (name in PRETRAINED and width is None)
+    if pretrained and not named:
         raise UsageError(
-            f"pretrained weights are those of timm and torchvision models; leave --pretrained out of {name}"
+            f"{name}{'' if width is None else f' of width {width}'} comes without weights; pretrained are "
+            f"{', '.join(pretrained_names())} and models of timm and torchvision"
         )
     if name.endswith(".onnx"):
         return name
@@ -57,12 +60,14 @@ def find_model(
             f"no model {name!r}; there are: {', '.join(model_names())}; or timm:NAME, torchvision:NAME, "
             "file.py:FACTORY, a file.onnx"
         )
-    if own:
+    if own and not pretrained:
         return build_model(name, tuple(input_shape), classes, width, seed)
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if own:
+            return _with_classifier(pretrained_model(name, tuple(input_shape))[0], name, classes)
         if source in _PACKAGES:
             return _PACKAGES[source](rest, input_shape, classes, pretrained)
         return _from_file(name, input_shape, classes, width)
@@ -89,7 +94,7 @@ def _torchvision(name: str, input_shape: Sequence[int], classes: int, pretrained
         quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # they warn if nobody says so
         return models.get_model(name, weights=None, num_classes=classes, **quiet)
     net = _loaded(f"torchvision:{name}", True, lambda: models.get_model(name, weights="DEFAULT"))
-    return _with_classifier(net, name, classes)
+    return _with_classifier(net, f"torchvision:{name}", classes)
 
 
 _PACKAGES: dict[str, Callable[[str, Sequence[int], int, bool], Any]] = {"timm": _timm, "torchvision": _torchvision}
@@ -106,7 +111,7 @@ def _with_classifier(net: torch.nn.Module, name: str, classes: int) -> torch.nn.
     elif last.kernel_size == (1, 1):
         new = torch.nn.Conv2d(last.in_channels, classes, 1)
     else:
-        raise SpecError(f"torchvision:{name} ends with {path}, which is no classifier that can be replaced")
+        raise SpecError(f"{name} ends with {path}, which is no classifier that can be replaced")
     parent, _, child = path.rpartition(".")
     setattr(net.get_submodule(parent), child, new)
     return net

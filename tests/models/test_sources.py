@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from mest_compile.base.errors import DataError, NotInstalled, SpecError, UnknownName, UsageError
+from mest_compile.measuring.case import Case
+from mest_compile.models import sources
 from mest_compile.models.sources import find_model
 
 SHAPE = (2, 3, 8, 8)
@@ -66,6 +68,13 @@ def test_a_pretrained_model_keeps_its_weights_and_gets_a_classifier(name):
     assert net.stem.weight.eq(1).all() and net(torch.zeros(SHAPE)).shape == (2, 7)
 
 
+def test_a_built_in_model_may_be_pretrained(monkeypatch):
+    monkeypatch.setattr(sources, "pretrained_model", lambda name, shape: (Small(), None))
+    assert find_model("efficientnet-lite0", SHAPE, 7, pretrained=True)(torch.zeros(SHAPE)).shape == (2, 7)
+    with pytest.raises(UsageError, match="efficientnet-lite0 of width 8 comes without weights"):
+        find_model("efficientnet-lite0", SHAPE, 7, 8, pretrained=True)
+
+
 @pytest.mark.usefixtures("packages")
 def test_timm_models_take_images_of_other_channels():
     assert find_model("timm:small", (2, 1, 8, 8)).stem.in_channels == 1
@@ -121,7 +130,12 @@ def test_a_name_that_cannot_be_meant_is_told(file, tmp_path, monkeypatch):
         ("timm:small", {"pretrained": True}, DataError, "pretrained weights of timm:small cannot be had: no network"),
         ("timm:small", {"width": 8}, UsageError, "has its width already"),
         ("net.onnx", {"width": 8}, UsageError, "an .onnx file has its width already"),
-        ("resnet20", {"pretrained": True}, UsageError, "leave --pretrained out of resnet20"),
+        (
+            "resnet20",
+            {"pretrained": True},
+            UsageError,
+            "resnet20 comes without weights; pretrained are eff",
+        ),
         ("torchvision:small", {}, NotInstalled, "pip install torchvision"),
         (f"{tmp_path}/gone.py:net", {}, DataError, "no file .*gone.py"),
         (f"{tmp_path}/bad.py:net", {}, DataError, "bad.py failed with ModuleNotFoundError"),
@@ -144,3 +158,9 @@ def test_torchvision_models_take_three_channels():
 
 def test_an_onnx_files_path_stays_what_it_is():
     assert find_model("net.onnx", SHAPE) == "net.onnx"
+
+
+def test_benchmarks_take_the_same_names_but_for_files_that_torch_cannot_train(file):
+    assert Case(f"{file}:ready", (2, 4)).network().out_features == 9
+    with pytest.raises(UsageError, match=r"cannot train an .onnx file"):
+        Case("net.onnx", SHAPE).network()
