@@ -12,7 +12,7 @@ from mest_compile.base.errors import UnsupportedOperator
 
 log = logging.getLogger(__name__)
 
-OLDEST = 13  # operator set that TVM's importer reads throughout: before it, axes were attributes and softmax flattened
+OLDEST = 11  # operator set; of older files TVM's importer misses what became inputs, the bounds of a Clip for one
 # Operators on single numbers: before a transposition they are what they are behind it.
 ELEMENTWISE = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Softplus"}
 ELEMENTWISE |= {"Identity", "Dropout", "Cast"}
@@ -20,7 +20,7 @@ TO_CHANNELS_FIRST = (0, 3, 1, 2)
 
 
 def upgrade(model: Any, opset: int) -> Any:
-    """The model in an operator set of 13 or later. Raises UnsupportedOperator where onnx cannot translate it."""
+    """The model in an operator set that is not too old. Raises UnsupportedOperator where onnx cannot translate it."""
     if opset >= OLDEST:
         return model
     from onnx import version_converter
