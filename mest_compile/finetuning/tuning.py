@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.assembling import make_step
+from mest_compile.base.errors import UsageError
 from mest_compile.budgeting import sampled
 from mest_compile.compiling import chosen_step, of_machine
 from mest_compile.data import Dataset, Split
@@ -26,6 +27,8 @@ from mest_compile.finetuning.page import judged
 from mest_compile.finetuning.stages import trained
 from mest_compile.finetuning.timing import Clock
 from mest_compile.finetuning.watching import Quiet, Watches
+from mest_compile.hardware.backend import backend_of
+from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.kernels.cache import Builder
 from mest_compile.models.inputs import Inputs
 from mest_compile.operators.optimizers.optimizer import Optimizer, named_optimizer
@@ -188,6 +191,12 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     builder, watch, clock, folder = builder or Builder(), watch or Quiet(), Clock(job.seconds), TunedFolder(out)
     inputs = wanted_inputs(job.model, job.inputs, job.weights, job.image)
     folder.check(job, resume)
+    where = find_target(job.options.target)
+    if backend_of(where).processor and (why := obstacle(where)):
+        raise UsageError(
+            f"target {where.name!r} is not this machine ({why}), which trains; fine-tune here, and build for the "
+            f"target with mest-compile build --checkpoint {folder.checkpoint} --target {where.name}"
+        )
     watch.on_stage("reading images")
     with clock("reading"):
         pictures = read_pictures(job.data, inputs, job.test, job.options.seed)
@@ -201,6 +210,14 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     step, logits = work.blocks(head)
     watch.on_stage("writing files")
     verdict = judged(logits, work.labels, pictures.classes)
+    if verdict["accuracy"] < head_accuracy:
+        log.warning(
+            "with the last blocks trained the accuracy is %.1f%%, with the classifier alone it was %.1f%%: give more "
+            "epochs, a lower sparsity, or trainable=%r",
+            100 * verdict["accuracy"],
+            100 * head_accuracy,
+            ",".join(net.head),
+        )
     with clock("writing"):
         folder.finish(job, step, net.inputs, pictures, logits, verdict, head_accuracy, clock)
     return Tuned(

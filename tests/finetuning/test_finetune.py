@@ -1,6 +1,11 @@
 """mest.finetune: what it leaves, that it goes on where it was stopped, what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnxruntime
@@ -125,6 +130,29 @@ def test_what_was_stopped_goes_on_bit_for_bit(tuned, tmp_path, builder):
     assert found.verdict == tuned.verdict and found.head_accuracy == tuned.head_accuracy
 
 
+KILLED = """
+import sys
+from pathlib import Path
+from test_finetune import tune
+from mest_compile.kernels.cache import Builder
+
+tune(Path(sys.argv[1]), Builder(folder=Path(sys.argv[2])))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tuned, tmp_path, builder):
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(builder.folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    while child.poll() is None and not (tmp_path / "run" / "blocks" / "checkpoint.safetensors").exists():
+        time.sleep(0.02)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    found, wanted = tune(tmp_path / "run", builder, resume=True), tuned.step.state_dict()
+    assert all(np.array_equal(value, wanted[name]) for name, value in found.step.state_dict().items())
+
+
 def test_a_run_goes_on_as_it_was_asked_for(tmp_path, builder):
     with pytest.raises(StateError, match="holds no fine-tuning"):
         tune(tmp_path, builder, resume=True)
@@ -150,10 +178,12 @@ def test_steps_of_few_examples_keep_statistics(tmp_path, builder):
     assert np.array_equal(before["blocks.2.1.running_mean"].numpy(), after["blocks.2.1.running_mean"])
 
 
-def test_augmented_images_go_through_the_whole_net(tmp_path, builder):
+def test_augmented_images_go_through_the_whole_net(tmp_path, builder, caplog):
     found = tune(tmp_path, builder, augment=True, epochs=1)
     run = json.loads((tmp_path / "blocks" / "run.json").read_text())
     assert run["data"]["train"]["shape"] == [3, 12, 12] and found.step.sparsity()
+    worse = found.accuracy < found.head_accuracy
+    assert ("with the last blocks trained the accuracy is" in caplog.text) == worse
 
 
 def test_a_budget_chooses_what_trains(tmp_path, builder):
@@ -210,6 +240,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, builder):
         (tiny(), {"image": (1, 12, 12)}, UsageError, "takes 3 channels, not 1"),
         (tiny(), {"epochs": 0}, UsageError, "epochs is 0"),
         (tiny(), {"inputs": 3}, UsageError, "wanted mest.Inputs"),
+        (tiny(), {"target": "cortex-a53"}, UsageError, "is not this machine .* build --checkpoint"),
     ):
         with pytest.raises(error, match=message):
             mest.finetune(model, TRAIN, out=tmp_path / "out", **{"inputs": INPUTS, "builder": builder, **given})
