@@ -243,14 +243,15 @@ def tables(results: dict[str, Any]) -> str:
         seconds, peaks = found["seconds"], found["peaks"]
         times = [ratio(seconds[name], seconds["ours"]) for name in rivals]
         half = min(ratio(seconds[name], seconds["ours, bfloat16"]) for name in rivals)
-        memory = peaks["ours"] / min(peaks[name] for name in rivals)
+        memory = peaks["ours"] / min(peaks[name] for name in TORCH)
+        less = peaks["ours, bfloat16"] / peaks["bfloat16 autocast"]
         told = " | ".join(f"{one:.2f}" for one in times)
         lines.append(
             f"| {net.partition(' ')[0]}, {'x'.join(map(str, shape))} | {statistics.median(seconds['ours']) * 1e3:.0f} "
-            f"| {told} | {goal} | {half:.2f} | {memory:.2f} |"
+            f"| {told} | {goal} | {half:.2f} | {memory:.2f}, {less:.2f} |"
         )
     rows = chain_rows(results.get("chains", []))
-    lines += ["", "| chain | forward | backward |", "|---|---:|---:|"]
+    lines += ["", "| chain | forward | backward |", "|---|---:|---:|"] if rows else []
     for name in dict.fromkeys(layer for layer, _ in rows):
         cells = [rows.get((name, phase)) for phase in PHASES]
         told = [f"{one['milliseconds']:.2f}, {one['of_copy']:.2f}, {one['torch']:.1f}" if one else "-" for one in cells]
