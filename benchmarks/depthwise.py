@@ -51,6 +51,9 @@ PHASES = ("forward", "backward")
 TORCH = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 WORKING_BYTES = 48 * 2**20  # of arrays that take turns: more than second-level caches hold
 ROUNDS = 9
+CELLS = """A chain's cells have three numbers: milliseconds of a call; the time over it of a plain copy of the bytes that
+it has to read and write, so that 1.00 is the speed of memory; torch's time over it, in the better of its two layouts.
+Their arrays are more than the second-level cache holds."""
 
 
 def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -251,7 +254,7 @@ def tables(results: dict[str, Any]) -> str:
             f"| {told} | {goal} | {half:.2f} | {memory:.2f}, {less:.2f} |"
         )
     rows = chain_rows(results.get("chains", []))
-    lines += ["", "| chain | forward | backward |", "|---|---:|---:|"] if rows else []
+    lines += ["", CELLS, "", "| chain | forward | backward |", "|---|---:|---:|"] if rows else []
     for name in dict.fromkeys(layer for layer, _ in rows):
         cells = [rows.get((name, phase)) for phase in PHASES]
         told = [f"{one['milliseconds']:.2f}, {one['of_copy']:.2f}, {one['torch']:.1f}" if one else "-" for one in cells]
