@@ -24,6 +24,7 @@ MARKS = {
     "slow": (
         "test_artifact",
         "test_benchmark",
+        "test_bfloat16",
         "test_capacity",
         "test_finetune",
         "test_float16",

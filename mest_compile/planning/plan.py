@@ -3,6 +3,7 @@ whoever compiles, tunes, analyses or draws up tables."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ from mest_compile.records.log import Records
 from mest_compile.sparsity.distributions import DIGITS, rescaled
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.room import masked_layers, overall_sparsity, with_all, with_room
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ def plan_step(
     Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
     """
     target = find_target(options.target).storing(options.activations).for_batch(graph.input_shape[0])
+    if options.activations == "bfloat16" and not target.pairs:
+        log.warning(
+            "target %r has no products of pairs of bfloat16 (AVX512-BF16): activations take half the bytes, and are "
+            "computed with in float32",
+            target.name,
+        )
     graph = choose_trainable(graph, options.trainable)
     found, layers = records(target), plan_layers(graph, options, target)
     wide = choose_vector(layers, target, found) if vector is None else widened(target, vector)

@@ -65,7 +65,7 @@ EPS = np.finfo(np.float32).eps
 KERNELS = sorted(name.partition("/")[2] for name in SCHEDULES.load() if name.startswith(f"{TARGET.device}/"))
 CONVOLUTIONS = ("gather", "compact", "pattern", "pattern_groups", "depthwise", "normed_depthwise")
 DTYPES = {"float32": KERNELS, **({"float16": KERNELS} if TARGET.float16 else {})}
-if "bfloat16" in backend_of(TARGET).activations:  # of convolutions in test_bfloat16
+if "bfloat16" in backend_of(TARGET).activations:  # of convolutions in test_pairs
     # and of chains in test_normed_depthwise
     DTYPES["bfloat16"] = [name for name in KERNELS if name.partition(".")[0] not in CONVOLUTIONS]
 KEEP_SIGNS = {"image.import", "image.export", "rearrange.forward", "relu.forward"}

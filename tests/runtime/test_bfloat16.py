@@ -1,8 +1,10 @@
 """Activations stored as bfloat16: steps equal torch that rounds at the same places, in half the memory, from files, and
-who refuses them. Kernels are in tests/operators/test_bfloat16.py, test_operators and test_nonfinite."""
+who refuses them. Kernels are in test_pairs, test_operators and test_nonfinite."""
 
+import json
 from dataclasses import replace
 
+import bfloat16
 import numpy as np
 import pytest
 import torch
@@ -66,7 +68,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_three_steps_equal_torch_that_rounds_where_values_are_stored(case):
+def test_three_steps_equal_torch_that_rounds_where_values_are_stored(case, caplog):
     """Values near the middle between two bfloat16 may be rounded apart, and weights' gradients are sums that cancel."""
     make, shape, way = CASES[case]
     if way not in WAYS:
@@ -75,6 +77,7 @@ def test_three_steps_equal_torch_that_rounds_where_values_are_stored(case):
     model = make()
     dense = ["f"] if make is Odd else ["first", "last"]
     step = compiled(WAYS[way], model, shape, case.split("-")[1], dense_layers=dense)
+    assert ("computed with in float32" in caplog.text) == (way == "float32")
     batches = make_batches(shape, step.classes, 3)
     found = step.gradients(*batches[0])
     got = [step(*batch, lr=0.01).loss for batch in batches]
@@ -103,7 +106,10 @@ def test_activations_and_their_gradients_take_half_the_bytes_and_files_keep_that
     for again in (mest.load(tmp_path / "step"), mest.open_artifact(tmp_path / "artifact")):
         assert again.describe()["activations"] == "bfloat16"
         assert [again(*batch).loss for batch in batches] == losses
-    full.set_masks(step.masks())
+    full.set_masks(masks := step.masks())
+    step.mutate(prune_to=0.8, grow_to=0.75)
+    assert np.isfinite([step(*batch).loss for batch in batches]).all()
+    assert any((step.masks()[name] != mask).any() for name, mask in masks.items())
     full.load_state_dict(state)  # weights are float32 in both
     assert all(np.array_equal(array, state[name]) for name, array in full.state_dict().items())
 
@@ -159,3 +165,10 @@ def test_depthwise_nets_train_so(way):
     assert {call.kernel for call in step.program.calls} >= {"normed_depthwise.forward", "normed_depthwise.backward"}
     batches = make_batches(shape, 10, 3)
     np.testing.assert_allclose([step(*one).loss for one in batches], [full(*one).loss for one in batches], rtol=0.03)
+
+
+def test_the_page_has_the_tables_of_the_recorded_figures():
+    page = bfloat16.DOCUMENT.read_text()
+    assert bfloat16.embed(page, bfloat16.table(json.loads(bfloat16.FILE.read_text()))) == page, (
+        "run python benchmarks/bfloat16.py"
+    )
