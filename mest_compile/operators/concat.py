@@ -7,6 +7,7 @@ from typing import Any
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import Grid, ImagePart
@@ -15,6 +16,11 @@ from mest_compile.operators.operator import Operator, Trace, operator
 
 def extents(image: Image) -> tuple[int, int, int]:
     return image.channels, image.height, image.width
+
+
+def image_axes(rank: int) -> tuple[int, ...]:
+    """Axes of the image that a tensor (N, F), (N, C, L) or (N, C, H, W) lies in as it is, for each of its own."""
+    return {2: (0, 1), 3: (0, 1, 3), 4: (0, 1, 2, 3)}[rank]
 
 
 @operator("concat")
@@ -51,12 +57,14 @@ def _grids(node: Node) -> Iterator[Grid]:
 
 @reads("relax.concat", gives=("concat",))
 def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
-    values = [reader.activation(value) for value in arguments[0]]
-    shape = _shape(call)
+    values, shape = list(arguments[0]), _shape(call)
     axis = (0 if call.attrs.axis is None else int(call.attrs.axis)) % len(shape)
     if len(values) == 1:
         return values[0]
-    if len(shape) not in (2, 4) or axis == 0:
-        raise reader.error(f"concat of values of shape {values[0].shape} along axis {axis}")
-    sizes = tuple(value.shape[axis] for value in values)
-    return reader.add("concat", tuple(values), shape, attrs={"axis": axis, "sizes": sizes})
+    images = [reader.image(value) for value in values]
+    if axis == 0:
+        raise reader.error(f"concat of values of shape {values[0].shape} along axis 0")
+    axis = image_axes(len(shape))[axis]
+    sizes = tuple(image.shape[axis] for image in images)
+    made = reader.add("concat", tuple(images), as_image(shape), attrs={"axis": axis, "sizes": sizes})
+    return reader.viewed(made, Arrangement.plain(shape))

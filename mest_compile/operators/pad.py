@@ -10,8 +10,9 @@ import numpy as np
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
 from mest_compile.frontend.values import Value
+from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.graph import Node
-from mest_compile.operators.concat import extents
+from mest_compile.operators.concat import extents, image_axes
 from mest_compile.operators.conversion import Grid, ImagePart
 from mest_compile.operators.operator import Operator, Trace, operator
 from mest_compile.operators.slice import part
@@ -53,19 +54,22 @@ def without_padding(reader: Reader, image: Value) -> tuple[Value, tuple[int, int
 @reads("relax.nn.pad", gives=("pad",))
 def read_pad(reader: Reader, call: Any, arguments: list) -> Any:
     """What is padded by less than nothing is cut."""
-    image, shape, mode = reader.activation(arguments[0]), _shape(call), str(call.attrs.pad_mode)
-    fill, rank = float(call.attrs.pad_value), len(shape)
-    widths = [int(width) for width in call.attrs.pad_width]
-    before, after = widths[::2], widths[1::2]
+    image, shape, mode = reader.image(arguments[0]), _shape(call), str(call.attrs.pad_mode)
+    fill, axes = float(call.attrs.pad_value), image_axes(len(shape))
     if mode != "constant" or not isfinite(fill):
         raise reader.error(f"pad with {mode if mode != 'constant' else fill}")
-    if rank not in (2, 4) or before[0] or after[0]:
+    widths = [[0] * len(image.shape), [0] * len(image.shape)]
+    for place, width in enumerate(call.attrs.pad_width):
+        widths[place % 2][axes[place // 2]] = int(width)
+    before, after = widths
+    if before[0] or after[0]:
         raise reader.error(f"pad from {image.shape} to {shape}")
     kept = tuple(
         size + min(first, 0) + min(last, 0) for size, first, last in zip(image.shape, before, after, strict=True)
     )
-    image = part(reader, image, [max(-width, 0) for width in before], [1] * rank, kept)
-    if shape == kept:
-        return image
-    around = (tuple(max(width, 0) for width in [*side[1:], *[0] * (4 - rank)]) for side in (before, after))
-    return reader.add("pad", (image,), shape, attrs=dict(zip(("before", "after"), around)) | {"fill": fill})
+    made = part(reader, image, [max(-width, 0) for width in before], [1] * len(kept), kept)
+    if as_image(shape) != kept:
+        before, after = ([max(width, 0) for width in [*side[1:], *[0] * (4 - len(kept))]] for side in widths)
+        attrs = {"before": tuple(before), "after": tuple(after), "fill": fill}
+        made = reader.add("pad", (made,), as_image(shape), attrs=attrs)
+    return reader.viewed(made, Arrangement.plain(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import numpy as np
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
 from mest_compile.frontend.values import Fixed, Value, View
-from mest_compile.ir.arrangement import Arrangement, merged, size_of, whole
+from mest_compile.ir.arrangement import Arrangement, as_image, merged, size_of, whole
 from mest_compile.ir.graph import Node
-from mest_compile.operators.concat import extents
+from mest_compile.operators.concat import extents, image_axes
 from mest_compile.operators.conversion import Grid, ImagePart
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -43,11 +44,11 @@ class Slice(Operator):
         return writer.call("Slice", [*writer.inputs(node), *inputs], node.shape)
 
 
-def part(reader: Reader, image: Value, start: list[int], step: list[int], shape: tuple[int, ...]) -> Value:
+def part(reader: Reader, image: Value, start: Sequence[int], step: Sequence[int], shape: tuple[int, ...]) -> Value:
     """That part of an activation; start, step: of every axis, the batch first. A part of a part is one."""
     if shape == image.shape:
         return image
-    if len(shape) not in (2, 4) or shape[0] != image.shape[0]:
+    if shape[0] != image.shape[0]:
         raise reader.error(f"slice from {image.shape} to {shape}")
     more = [1] * (4 - len(shape))
     first, apart = [*start[1:], *(0 for _ in more)], [*step[1:], *more]
@@ -75,11 +76,20 @@ def read_strided_slice(reader: Reader, call: Any, arguments: list) -> Any:
     return part(reader, reader.activation(value), start, step, shape)
 
 
+def _of_image(reader: Reader, value: View, start: list[int], step: list[int], shape: tuple[int, ...]) -> Any:
+    """A part of a view with steps, or along several axes: of an image that it is laid in as it is."""
+    image = reader.plainly(value)
+    first, apart = [0] * len(image.shape), [1] * len(image.shape)
+    for mine, axis in enumerate(image_axes(len(shape))):
+        first[axis], apart[axis] = start[mine], step[mine]
+    return reader.viewed(part(reader, image, first, apart, as_image(shape)), Arrangement.plain(shape))
+
+
 def _range(reader: Reader, value: View, start: list[int], step: list[int], shape: tuple[int, ...]) -> Any:
     """A range of one axis of a view: where that is no dimension's slowest part, it is laid so."""
     (axis, *more) = [k for k in range(len(shape)) if shape[k] != value.shape[k]] or [0]
     if more or step[axis] > 1:
-        raise reader.error(f"slice from {value.shape} to {shape}")
+        return _of_image(reader, value, start, step, shape)
     if shape == value.shape:
         return value
     arrangement, dims = value.arrangement, whole(value.bare.shape)

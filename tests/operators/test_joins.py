@@ -83,6 +83,23 @@ class Resized(nn.Module):
         return self.last(F.interpolate(y, scale_factor=1.5, mode="bilinear").mean((2, 3)))
 
 
+class Series(nn.Module):
+    """Convolutions that see the past alone, as those of temporal nets; parts of series and of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3, dilation=2)
+        self.mix, self.last = nn.Linear(8, 8), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.first(F.pad(x, (2, 0))))
+        x = torch.cat([x[..., 1:], F.relu(self.second(F.pad(x, (4, 0))))[..., :-1]], 1)
+        first, second = x.chunk(2, 1)
+        tokens = torch.cat([first, F.pad(second, (1, 0), value=0.5)[:, :, ::2]], 2).transpose(1, 2)
+        tokens = self.mix(tokens)[:, 1:]
+        return self.last(torch.cat([tokens.mean(1), tokens[:, -3:].mean(1)], 1))
+
+
 def same_as_torch(model, source, shape, tmp_path, target="local", onnx=True, classes=5, **options):
     """Three steps, gradients and predictions; what is written to ONNX predicts the same."""
     options = {"scheme": "unstructured", "sparsity": 0.5, "dense_layers": ["last"]} | options
@@ -106,7 +123,13 @@ def same_as_torch(model, source, shape, tmp_path, target="local", onnx=True, cla
     return step
 
 
-NETS = {"joined": (Joined, 9), "same": (Same, 16), "pooled": (Pooled, 16), "resized": (Resized, 7)}
+NETS = {
+    "joined": (Joined, 9),
+    "same": (Same, 16),
+    "pooled": (Pooled, 16),
+    "resized": (Resized, 7),
+    "series": (Series, 11),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -114,8 +137,8 @@ NETS = {"joined": (Joined, 9), "same": (Same, 16), "pooled": (Pooled, 16), "resi
 def test_three_steps_equal_torchs(name, tmp_path):
     torch.manual_seed(0)
     kind, size = NETS[name]
-    model = kind()
-    same_as_torch(model, model, (5, 3, size, size), tmp_path)
+    model, shape = kind(), (5, 3, size) if kind is Series else (5, 3, size, size)
+    same_as_torch(model, model, shape, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -123,7 +146,8 @@ def test_three_steps_equal_torchs(name, tmp_path):
 def test_onnx_files_are_read_to_the_same(name, tmp_path):
     torch.manual_seed(0)
     kind, size = NETS[name]
-    model, shape = Pooled(adaptive=False) if kind is Pooled else kind(), (3, 3, size, size)
+    model = Pooled(adaptive=False) if kind is Pooled else kind()
+    shape = (3, 3, size) if kind is Series else (3, 3, size, size)
     graph, state = import_model(export(model, shape, tmp_path / "net.onnx", **KEEP), shape)
     ours, _ = from_torch(model, shape)
     assert list(state) == list(model.state_dict()) or "norm.num_batches_tracked" in model.state_dict()

@@ -115,7 +115,10 @@ def read_conv1d(reader: Reader, call: Any, arguments: list) -> Any:
     image, shape = reader.image(arguments[0]), _shape(call)
     if not _is_stored(weight):
         raise reader.error("conv1d with a computed weight")
-    how: dict[str, Any] = {"stride": (1, int(attrs.strides[0])), **padding_attrs(attrs.padding)}
+    image, (top, left, bottom, right) = without_padding(reader, image)
+    before, after = (int(size) for size in attrs.padding)
+    sides = padding_attrs((top, before + left, bottom, after + right))
+    how: dict[str, Any] = {"stride": (1, int(attrs.strides[0])), **sides}
     if int(attrs.groups) != 1:
         how["groups"] = int(attrs.groups)
     if int(attrs.dilation[0]) != 1:
