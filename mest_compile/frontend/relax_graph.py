@@ -159,8 +159,10 @@ class Reader(Arranger):
         return replace(graph, frozen=cut), self.transposed
 
     def _origins(self, bindings: list) -> list[Origin]:
-        """Of each binding. An operator's helper bindings come before the one whose origin is known."""
-        origins, origin = [], Origin()
+        """Of each binding. An operator's helper bindings come before the one whose origin is known; the model's output
+        comes last."""
+        known = [self.origins[binding.var.name] for binding in bindings if binding.var.name in self.origins]
+        origins, origin = [], known[-1] if known else Origin()
         for binding in reversed(bindings):
             origin = self.origins.get(binding.var.name, origin)
             origins.append(origin)
