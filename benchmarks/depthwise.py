@@ -52,8 +52,8 @@ TORCH = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_fo
 WORKING_BYTES = 48 * 2**20  # of arrays that take turns: more than second-level caches hold
 ROUNDS = 9
 CELLS = """A chain's cells have three numbers: milliseconds of a call; the time over it of a plain copy of the bytes
-that it has to read and write, so that 1.00 is the speed of memory; torch's time over it, in the better of its two layouts.
-Their arrays are more than the second-level cache holds."""
+that it has to read and write, so that 1.00 is the speed of memory; torch's time over it, in the better of its two
+layouts. Their arrays are more than the second-level cache holds."""
 
 
 def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
