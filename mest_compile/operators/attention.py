@@ -338,5 +338,5 @@ def read_softmax(reader: Reader, call: Any, arguments: list) -> Any:
     """Of attention's scores, over the keys."""
     scores = arguments[0]
     if not isinstance(scores, Scores) or int(call.attrs.axis) not in (-1, len(scores.shape) - 1):
-        raise reader.error("softmax that is of no attention")
+        raise reader.error(reader.called)
     return replace(scores, shares=True)

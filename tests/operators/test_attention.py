@@ -173,8 +173,8 @@ def test_a_value_that_is_all_three():
     [
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6)), "a mask"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
-        (lambda q: q.softmax(-1), "softmax that is of no attention"),
-        (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax that is of no attention"),
+        (lambda q: q.softmax(-1), "softmax in the model's own forward"),
+        (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax in the model's own forward"),
         (lambda q: (q @ q.transpose(-1, -2)) @ q, "matmul of .* which is no attention"),
     ],
 )

@@ -4,7 +4,7 @@ are spread."""
 import numpy as np
 import pytest
 import torch
-from test_frontend import KEEP, Calls, export, run_graph
+from test_frontend import KEEP, Calls, assert_same, export, run_graph
 from test_step import assert_like_torch, make_batches, masked_steps, relative
 from torch import nn
 from torch.nn import functional as F
@@ -217,6 +217,11 @@ def test_three_steps_of_scales_and_spreads_equal_torchs(case, tmp_path):
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
         session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
         assert relative(session.run(None, {"input": batches[0][0]})[0], step.predict(batches[0][0])) < 1e-4
+
+
+def test_a_number_of_each_example_is_one_of_its_features():
+    module = Calls(lambda self, y: y * y.mean((2, 3))[:, :1, None, None])
+    assert_same(module, *from_torch(module, (2, 3, 8, 8)), (2, 3, 8, 8))
 
 
 def test_what_does_not_fit_is_refused():
