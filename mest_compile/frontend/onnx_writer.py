@@ -133,6 +133,17 @@ class Writer:
         self.sizes[name] = (batch, channels, length), kind
         return name
 
+    def repeated(self, value: str, shape: tuple[int, ...]) -> str:
+        """What has no batch, of that shape for every example."""
+        (axes, _), rank = self.sizes[self.values[INPUT]], len(shape)
+        whole = self.call("Shape", [self.values[INPUT]], (), "int64")
+        self.sizes[whole] = (len(axes),), "int64"
+        count = self.call("Gather", [whole, self.axis(0)], (), "int64", axis=0)
+        self.sizes[count] = (1,), "int64"
+        sizes = self.call("Concat", [count, self.constant(np.array(shape[1:]), "sizes")], (), "int64", axis=0)
+        self.sizes[sizes] = (rank,), "int64"
+        return self.call("Expand", [value, sizes], shape)
+
     def axis(self, number: int) -> str:
         """One axis, as Squeeze and Unsqueeze take it."""
         return self.constant(np.array([number]), f"axis {number}")

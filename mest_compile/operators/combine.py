@@ -18,6 +18,7 @@ import numpy as np
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader
 from mest_compile.frontend.values import Fixed, Parameter, Value
+from mest_compile.ir.arrangement import as_image
 from mest_compile.ir.expressions import Expression, Variable
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -212,7 +213,8 @@ class Combination(Operator):
         fixed = zip(self.constants(node).values(), sizes[len(held) :], strict=True)
         held += [writer.constant(one.reshape(size), "constant") for one, size in fixed]
         values |= dict(zip(NAMES[len(values) :], held, strict=False))
-        return writer.expression(formula_of(node.attrs["formula"]), values, node.shape)
+        made = writer.expression(formula_of(node.attrs["formula"]), values, node.shape)
+        return made if node.inputs else writer.repeated(made, node.shape)
 
 
 def combination(
@@ -248,6 +250,19 @@ def combination(
     if arrays:
         attrs["constants"] = tuple(tuple(map(float, array.ravel())) for array in arrays)
     return reader.add("combine", values, shape, params, attrs)
+
+
+def standing(reader: Reader, held: Parameter, shape: Shape) -> Value:
+    """A parameter as a value beside others of that many axes, the same for every example: a class token. Raises
+    UnsupportedOperator."""
+    sizes = reader.shape_of(held)
+    sizes = (1,) * (len(shape) - len(sizes)) + sizes
+    if held.form not in ("", "channel", "shaped") or len(sizes) != len(shape) or sizes[0] != 1:
+        raise reader.error(f"{reader.called} of {held.name}, {sizes}, and values of {len(shape)} axes")
+    image = as_image(sizes)
+    strides = _strides(image, len(image), False)
+    attrs = {"formula": NAMES[0], "strides": (strides,)}
+    return reader.add("combine", (), (reader.input_shape[0], *image[1:]), {NAMES[0]: held.name}, attrs)
 
 
 def joined(inner: Node, outer: Node) -> Node:

@@ -7,9 +7,11 @@ from typing import Any
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
+from mest_compile.frontend.values import Parameter
 from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.combine import standing
 from mest_compile.operators.conversion import Grid, ImagePart
 from mest_compile.operators.operator import Operator, Trace, operator
 
@@ -61,9 +63,11 @@ def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
     axis = (0 if call.attrs.axis is None else int(call.attrs.axis)) % len(shape)
     if len(values) == 1:
         return values[0]
-    images = [reader.image(value) for value in values]
+    images = [
+        standing(reader, value, shape) if isinstance(value, Parameter) else reader.image(value) for value in values
+    ]
     if axis == 0:
-        raise reader.error(f"concat of values of shape {values[0].shape} along axis 0")
+        raise reader.error(f"concat of values of shape {images[0].shape} along axis 0")
     axis = image_axes(len(shape))[axis]
     sizes = tuple(image.shape[axis] for image in images)
     made = reader.add("concat", tuple(images), as_image(shape), attrs={"axis": axis, "sizes": sizes})

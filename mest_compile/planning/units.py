@@ -45,7 +45,7 @@ def units_of(graph: ForwardGraph) -> list[Unit]:
     layers = {node.name: node.params["weight"] for node in graph.nodes if node.op in ("conv2d", "linear")}
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
-        owner = layers.get(node.name) or layers.get(node.inputs[0]) or node.params.get("weight")
+        owner = next(filter(None, map(layers.get, (node.name, *node.inputs[:1]))), node.params.get("weight"))
         for role, name in node.params.items():
             if role not in STATISTICS and name not in graph.frozen:
                 found.setdefault((owner or name).removesuffix(".weight"), []).append(name)

@@ -36,7 +36,7 @@ def combined(node, state, inputs):
 
 
 def run_node(node, state, inputs):
-    x, other = inputs[0], inputs[-1]
+    x, other = (inputs[0], inputs[-1]) if inputs else (None, None)
     held = {role: torch.from_numpy(state[name]) for role, name in node.params.items()}
     if held.get("weight") is not None and held["weight"].ndim == 3:  # of a convolution of one row
         held["weight"] = held["weight"][:, :, None]

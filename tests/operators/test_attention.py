@@ -78,17 +78,20 @@ WAYS = {
 
 
 class Encoder(nn.Module):
-    """Patches, positions, blocks, a norm, the mean of all tokens."""
+    """Patches, positions, blocks, a norm, the mean of all tokens, or a token that is learned."""
 
-    def __init__(self, *ways):
+    def __init__(self, *ways, token=False):
         super().__init__()
         self.stem, self.positions = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 6, 8))
+        self.token = nn.Parameter(torch.randn(1, 1, 8)) if token else None
         self.blocks = nn.Sequential(*(WAYS[way]() for way in ways))
         self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 5)
 
     def forward(self, x):
         x = self.stem(x).flatten(2).transpose(1, 2) + self.positions
-        return self.last(self.norm(self.blocks(x)).mean(1))
+        if self.token is None:
+            return self.last(self.norm(self.blocks(x)).mean(1))
+        return self.last(self.norm(self.blocks(torch.cat([x, self.token.expand(len(x), -1, -1)], 1)))[:, -1])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -100,6 +103,18 @@ def test_the_graph_is_the_model(way):
     (node,) = [node for node in graph.nodes if node.op == "attention"]
     assert node.attrs.get("causal", False) == (way == "causal")
     assert not [other for other in graph.nodes if other.op == "rearrange"] or way == "in windows"
+
+
+def test_a_token_that_is_learned_stands_beside_those_of_every_example():
+    torch.manual_seed(0)
+    module = Encoder("at once", token=True)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    (node,) = [node for node in graph.nodes if not node.inputs]
+    assert node.params == {"x0": "token"} and "token" in graph.trainable()
+    module.token = nn.Parameter(torch.randn(3, 1, 8))
+    with pytest.raises(UnsupportedOperator, match=r"cat of token, \(3, 1, 8\), and values of 3 axes"):
+        from_torch(module, SHAPE)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -125,7 +140,7 @@ def test_three_steps_equal_torchs(ways, target, scheme, tmp_path):
     if target == "opencl":
         pytest.importorskip("pyopencl", reason="pyopencl is not installed")
     torch.manual_seed(0)
-    model, optimizer = Encoder(*ways), mest.SGD(lr=0.01, momentum=0.9)
+    model, optimizer = Encoder(*ways, token="causal" in ways), mest.SGD(lr=0.01, momentum=0.9)
     named = {"scheme": scheme, "sparsity": 0.5, "dense_layers": ["last"]}
     step = mest.compile(model, SHAPE, optimizer=optimizer, target=target, **named)
     batches = make_batches(SHAPE, 5, 3)
