@@ -43,20 +43,22 @@ def _make_plane(text: Text, name: str, image: Image) -> None:
     """A plane whose halo is 0."""
     text.local(name, image.elems)
     if any(image.halo):
-        text("plane: T.let = 0")
         with text.nest(f"for h in T.serial({image.height})"):
+            text("plane: T.let = 0")
             frame_row(text, name, image)
 
 
-def _take_rows(text: Text, source: Image, padded: Image, window: Window, rows: int, row: Activation | None) -> None:
+def _take_rows(
+    text: Text, source: Image, plane: str, padded: Image, window: Window, rows: int, row: Activation | None
+) -> None:
     """Normalises the rows of `source` that result rows `h` to `h + rows` reach, and those before did not, into
-    `taken`."""
+    `taken`. plane: where the channel starts."""
     step, beyond = window.stride[0], (window.kernel[0] - 1) * window.dilation[0] - window.padding[0] + 1
     upto = f"T.max(0, T.min({source.height}, (h + %d) * {step} + {beyond}))"
     text(f"have: T.let = T.Select(h == 0, 0, {upto % -1})")
     with text.nest(f"for fresh in T.serial({upto % (rows - 1)} - have)"):
         text(
-            f"source_row: T.let = source_plane + (have + fresh) * {source.row_elems}",
+            f"source_row: T.let = {plane} + (have + fresh) * {source.row_elems}",
             f"taken_row: T.let = {padded.origin} + (have + fresh) * {padded.row_elems}",
         )
 
@@ -81,8 +83,8 @@ def normed_depthwise_forward(problem: NormedDepthwiseForward, target: Target) ->
     )
 
     def ready(rows: int) -> None:
-        text(f"source_plane: T.let = number * {source.channel_elems} + {source.origin}")
-        _take_rows(text, source, padded, problem.window, rows, _row(problem.activation))
+        plane = f"number * {source.channel_elems} + {source.origin}"
+        _take_rows(text, source, plane, padded, problem.window, rows, _row(problem.activation))
         text(f"source_plane: T.let = {padded.origin}")
 
     with text.nest(f"for number in {loop(result.slices * result.channels, result.elems)}"):
@@ -179,7 +181,7 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
             )
             with text.nest(f"for h in T.serial({dy.height})"):
                 give_row()
-                _take_rows(text, source, padded, window, 1, _row(problem.before))
+                _take_rows(text, source, "source_plane", padded, window, 1, _row(problem.before))
                 text(f"source_row: T.let = {padded.origin} + h * {window.stride[0] * padded.row_elems}")
                 add_taps(text, window, padded, padded_delta, target, ("taken", "delta"))
             before.begin_slice()

@@ -156,16 +156,18 @@ def test_frozen_blocks_are_measured_in_turns(monkeypatch):
     assert rows[1]["optimizer_share"] > rows[2]["optimizer_share"]
 
 
-def test_the_benchmarks_page_has_the_recorded_times_of_mobile_nets_measured_so():
+def test_the_benchmarks_page_has_the_recorded_times_of_mobile_nets_measured_so(monkeypatch):
     page, recorded = depthwise.DOCUMENT.read_text(), json.loads(depthwise.FILE.read_text())
     assert page == depthwise.embed(page, depthwise.tables(recorded)), "run python benchmarks/depthwise.py"
-    kernels = depthwise.measure_kernels("ds-cnn", (8, 1, 16, 16), rounds=1, working_bytes=0)
-    rows = depthwise.kernel_rows(kernels)
-    assert rows.keys() == {("64 channels, 9x8", phase) for phase in depthwise.PHASES}
-    assert {one["bytes"] for one in kernels} == {4 * 2 * 64 * 9 * 8 * 8}
-    assert min(min(row.values()) for row in rows.values()) > 0
-    steps = depthwise.measure_steps("mlp", (8, 1, 4, 4), rounds=1)
-    assert steps.keys() == recorded["steps"].keys() and min(map(min, steps.values())) > 0
+    nets = {"ds-cnn": ("ds-cnn", (8, 1, 16, 16), 1), "mlp": ("mlp", (8, 1, 4, 4), 1)}
+    monkeypatch.setattr(depthwise, "NETS", nets)
+    monkeypatch.setattr(depthwise, "CHAINS", "ds-cnn")
+    chains = depthwise.measure_chains(rounds=1, working_bytes=0)
+    assert [(one["phase"], one["input"]) for one in chains] == [(phase, (64, 9, 8)) for phase in depthwise.PHASES]
+    assert [one["bytes"] for one in chains] == [4 * arrays * 64 * 9 * 8 * 8 for arrays in (2, 4)]
+    assert min(min(row.values()) for row in depthwise.chain_rows(chains).values()) > 0
+    steps = depthwise.measure_steps("mlp", rounds=1)
+    assert steps.keys() == recorded["nets"]["mobilenetv2"]["seconds"].keys() and min(map(min, steps.values())) > 0
 
 
 def test_the_opencl_page_has_the_tables_that_the_plan_gives():

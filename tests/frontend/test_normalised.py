@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnxruntime import InferenceSession
+from test_frontend import assert_same
 from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import InputError, UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch
-from mest_compile.ir.graph import Preparation
+from mest_compile.ir.graph import BUFFER, Preparation
 
 SHAPE = (4, 3, 8, 8)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -168,15 +169,19 @@ def test_what_torch_would_train_and_what_is_no_number_a_channel_is_refused():
         from_torch(module, SHAPE)
     module.mean4.requires_grad_(False)
     assert from_torch(module, SHAPE)[0].prepared[0] == Preparation("subtract", "mean4")
-    for shape in ((8,), (8, 8), (4, 3, 1, 1)):
-        module = made(lambda net, x: x * net.image)
-        module.register_buffer("image", torch.ones(shape))
-        with pytest.raises(UnsupportedOperator):
-            from_torch(module, SHAPE)
-    between = made(FORMS["buffers"])
-    between.first = lambda net, x: F.relu(net.conv(x))[:, :3] - net.mean4
-    with pytest.raises(UnsupportedOperator):
-        from_torch(between, SHAPE)
+    module = made(lambda net, x: x * net.image)
+    module.register_buffer("image", torch.ones(4, 3, 1, 1))
+    with pytest.raises(UnsupportedOperator, match="mul"):
+        from_torch(module, SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 8), (3, 1, 1), (3, 8, 8)])
+def test_buffers_that_are_no_number_a_channel_or_come_later_are_operands(shape):
+    module = made(lambda net, x: F.relu(x) * net.image)
+    module.register_buffer("image", torch.rand(shape))
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert not graph.prepared and graph.frozen == {"image": BUFFER}
 
 
 def test_an_activation_of_the_input_is_still_one():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reading
 
+from mest_compile.backends.cpu.intrinsics import teach_tvm
 from mest_compile.kernels.reader import parse
 from mest_compile.kernels.source import SCHEDULES, kernel_source
 
@@ -34,6 +35,7 @@ def test_every_kernel_is_the_function_that_tvm_reads(device):
     import tvm_ffi
     from tvm.script import tirx
 
+    teach_tvm()
     (given, found), read = problems(device), set()
     for source in {each.key: each for each in (kernel_source(*one, given.TARGET) for one in found)}.values():
         theirs = tvm.script.from_source(source.text, extra_vars={"T": tirx}).with_attr("global_symbol", "kernel")

@@ -275,13 +275,9 @@ def test_what_is_no_formula_is_refused(text):
 
 
 REFUSED = {
-    "LogSigmoid": (part(nn.LogSigmoid()), "^log_sigmoid in layer 'part' .LogSigmoid. cannot"),
+    "LogSoftmax": (part(nn.LogSoftmax(1)), "^log_softmax in layer 'part' .LogSoftmax. cannot"),
     "a far bound": (Calls(lambda self, y: y.clamp(0, 1e300)), "minimum of a constant"),
     "a comparison": (Calls(lambda self, y: (y > 0) * y), "supported"),
-    "two activations": (
-        Calls(lambda self, y: y / self.part(y), part=nn.Conv2d(4, 4, 1)),
-        "divide of two activations",
-    ),
     "a parameter": (Calls(lambda self, y: y * self.part.bias.mean(), part=nn.Conv2d(4, 4, 1)), "supported"),
 }
 
@@ -315,13 +311,13 @@ def test_a_long_chain_is_followed_in_no_time():
             y = y * y + 1
         return y
 
-    with pytest.raises(UnsupportedOperator, match="multiply and add"):
-        from_torch(Calls(square), (2, 3, 8, 8))
+    graph, _ = from_torch(Calls(square), (2, 3, 8, 8))
+    assert len(graph.nodes) < 100
 
 
 def test_the_docs_list_what_is_supported():
     text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "own-model.md").read_text().split())
-    assert f"supported: {', '.join(SUPPORTED.names())} Activations are known" in text and set(NAMES) < set(SUPPORTED)
+    assert f" programs): {', '.join(SUPPORTED.names())} Inputs are images" in text and set(NAMES) < set(SUPPORTED)
 
 
 # Whole steps

@@ -9,6 +9,7 @@ from test_operators import FOLLOWING
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import rounded
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
 from mest_compile.kernels.specializing import Structure, specialized
@@ -100,7 +101,7 @@ def random_index(
 
 def activation(rng: np.random.Generator, image: Image, gradient: bool = False) -> np.ndarray:
     """Random pixels, zero halo; lanes without example are 0 in a gradient and something else in a forward value."""
-    values = rng.standard_normal((image.channels, image.height, image.width, image.batch)).astype(image.dtype)
+    values = rounded(rng.standard_normal((image.channels, image.height, image.width, image.batch)), image.dtype)
     return image.pack(values, empty=0.0 if gradient else 3.5)
 
 
