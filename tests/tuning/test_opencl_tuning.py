@@ -19,7 +19,7 @@ from mest_compile.tuning.runner import RunnerOptions, find_runner
 from mest_compile.tuning.task import Arrays, Task
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
-TRIALS = 4
+TRIALS = 2
 
 
 def test_tune_for_a_device_with_little_local_memory(tmp_path):
