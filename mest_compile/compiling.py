@@ -88,9 +88,9 @@ def compile(
                    layers without zeros are dense. Masks of torch.nn.utils.prune, and of torch.ao.pruning as
                    parametrizations, may still be attached. A mask that `scheme` cannot have is refused
     distribution   "uniform" or "erk"
-    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts (with
-                   "pattern", which is for 3x3 kernels, all 1x1 ones) and the classifier. The log says when that is more
-                   than half of the weights
+    dense_layers   names that stay dense; None: the first convolution, the 1x1 convolutions of shortcuts, depthwise
+                   layers, the classifier, and layers that the scheme has no units for ("block" wants multiples of 4
+                   output channels, "pattern" 3x3 kernels). The log says when that is more than half of the weights
     optimizer      mest.SGD(...), Adam, AdamW, RMSprop; its name and options as a text, "adamw:weight_decay=0.05"; an
                    optimizer of torch, of the model's parameters; None: mest.SGD()
     device         where to run: `mest.rpc(tracker, key)`; None: here. What is compiled for a machine unlike this one

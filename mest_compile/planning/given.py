@@ -107,8 +107,6 @@ def nearest(specs: Sequence[LayerSpec], masks: Masks) -> str:
 
 
 def _fault(spec: LayerSpec, mask: np.ndarray, scheme: Scheme) -> str | None:
-    try:
-        scheme.check(spec)
-    except SparsityError as refused:
-        return f"is not of scheme {scheme}: {str(refused).partition(': ')[2].partition(';')[0]}"
+    if why := scheme.misfit(spec):
+        return f"is not of scheme {scheme}: that {why}"
     return scheme.fault(spec, mask)

@@ -14,7 +14,7 @@ def default_dense_layers(
     """{weight name: why} of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
     shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and are
     bound by memory.
-    A scheme that has no 1x1 units leaves the other 1x1 convolutions as well.
+    So do layers that their scheme cannot cut into its units.
 
     specs: of the graph's layers, in order. schemes: {weight name: Scheme}, of those that have one.
     """
@@ -23,13 +23,13 @@ def default_dense_layers(
     small = [spec.name for spec in specs if spec.name in convolutions and spec.weight_shape[2:] == (1, 1)]
     found = {first: "the first convolution"}
     for name in small:
-        if name in schemes and not schemes[name].pointwise:
-            found.setdefault(name, f"{schemes[name]} has no 1x1 units")
-        elif _is_shortcut(graph, convolutions[name]):
+        if _is_shortcut(graph, convolutions[name]):
             found.setdefault(name, "a shortcut")
     for spec in specs:
         if spec.depthwise:
             found.setdefault(spec.name, "depthwise")
+        elif spec.name in schemes and (why := schemes[spec.name].misfit(spec)):
+            found.setdefault(spec.name, f"{schemes[spec.name]} {why}")
     return {**found, specs[-1].name: "the last layer"}
 
 

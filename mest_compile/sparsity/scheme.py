@@ -30,13 +30,11 @@ class Scheme(ABC):
     grid.
 
     spans  axes of the grid that a unit covers from end to end, all but one; () when a unit is one cell
-    pointwise  whether 1x1 kernels can have it
     spelling  regular expression of texts that mean a scheme of this class without its name; None: there are none
     """
 
     name: ClassVar[str]
     spans: ClassVar[tuple[int, ...]] = ()
-    pointwise: ClassVar[bool] = True
     spelling: ClassVar[str | None] = None
 
     @classmethod
@@ -83,15 +81,20 @@ class Scheme(ABC):
         kernels of."""
         return ("gather",)
 
-    def check(self, layer: LayerSpec) -> None:
-        """Raises SparsityError when the layer cannot be cut into this scheme's units."""
+    def misfit(self, layer: LayerSpec) -> str:
+        """Why the layer cannot be cut into this scheme's units, said of the scheme; "" when it can."""
         rows, sources = self.block(layer)
         out, inputs = layer.weight_shape[0] // layer.groups, layer.weight_shape[1]
-        if out % rows or inputs % sources:
-            each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
+        if out % rows == inputs % sources == 0:
+            return ""
+        each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
+        return f"needs multiples of {rows} output and {sources} input channels, the layer has {out} and {inputs}{each}"
+
+    def check(self, layer: LayerSpec) -> None:
+        """Raises SparsityError when the layer cannot be cut into this scheme's units."""
+        if why := self.misfit(layer):
             raise SparsityError(
-                f"{layer.name}: scheme {self} needs multiples of {rows} output and {sources} input channels, the layer "
-                f"has {out} and {inputs}{each}; choose another block, or list the layer in dense_layers"
+                f"{layer.name}: scheme {self} {why}; choose another scheme, or list the layer in dense_layers"
             )
 
     def grid(self, layer: LayerSpec) -> tuple[int, int, int, int]:

@@ -113,9 +113,21 @@ def test_a_scheme_for_3x3_kernels_leaves_pointwise_convolutions_and_the_log_says
     [line] = caplog.messages
     assert line.startswith("42% of the weights are in sparse layers, so that the sparsity of all is 0.381; dense are: ")
     assert (
-        "dense are: stem.weight (the first convolution); a.weight, b.weight (pattern has no 1x1 units); "
-        "fc.weight (the last layer). " in line
+        "dense are: stem.weight (the first convolution); a.weight, b.weight (pattern is for 3x3 kernels, the layer's "
+        "are 1x1); fc.weight (the last layer). " in line
     )
+
+
+def test_a_layer_that_the_scheme_has_no_units_for_stays_dense_and_says_why_unless_it_is_named():
+    net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 6), nn.ReLU(), nn.Linear(6, 8), nn.Linear(8, 4))
+    found = mest.check(net, (2, 12), sparsity=0.5)
+    why = "block:4x1 needs multiples of 4 output and 1 input channels, the layer has 6 and 40"
+    assert [layer.why for layer in found.layers] == ["", why, "", "the last layer"]
+    assert [bool(layer.sparsity) for layer in found.layers] == [True, False, True, False]
+    assert mest.check(net, (2, 12), scheme={"*": "block"}, sparsity={"*": 0.5}).layers == found.layers
+    for named in ({"sparsity": {"2": 0.5}}, {"scheme": {"2": "block", "*": "block"}}, {"dense_layers": ["0"]}):
+        with pytest.raises(SparsityError, match="2.weight: scheme block:4x1 needs .* 6 and 40; choose another scheme"):
+            mest.check(net, (2, 12), **{"sparsity": 0.5} | named)
 
 
 def test_a_model_that_comes_out_dense_says_so_and_one_that_is_sparse_says_nothing(caplog):

@@ -101,7 +101,11 @@ def test_dense_layers_decide_which_patterns_leave_out(planned):
             SparsityError,
             "layer1.0.conv1.weight: scheme 2:4 has",
         ),
-        ({"scheme": {"*": "block:3x1"}}, SparsityError, "layer1.0.conv1.weight: scheme block:3x1 needs multiples of 3"),
+        (
+            {"scheme": {"layer1.*": "block:3x1", "*": "block"}},
+            UsageError,
+            "'layer1.*' matches .* alone, which stays dense",
+        ),
         ({"scheme": {"fc": "pattern", "*": "block"}}, SparsityError, "fc.weight: scheme pattern is for 3x3 kernels"),
         (
             {"scheme": {"fc": "block", "*": "block"}, "dense_layers": ["fc"]},

@@ -195,7 +195,7 @@ def test_kernels_are_tuned_by_exact_answers(tmp_path):
         (
             {"dense_layers": ["conv1", "fc"]},
             r"first.3.weight: scheme block:4x1 needs multiples of 4 output and 1 input channels, the layer has 1 and 1 "
-            r"in each of 16 groups; choose another block",
+            r"in each of 16 groups; choose another scheme",
         ),
         (
             {"scheme": "block:16x1", "sparsity": {"grouped": 0.5}},

@@ -162,7 +162,7 @@ def check_steps(scheme, make, shape, dense_layers, rule, tmp_path, **options):
     [
         (
             {"dense_layers": ["conv1", "fc"]},
-            "shortcut.weight: scheme pattern is for 3x3 kernels, the layer's are 1x1; list it in dense",
+            "shortcut.weight: scheme pattern is for 3x3 kernels, the layer's are 1x1; .* list the layer in dense",
         ),
         ({"sparsity": 0.5}, "starts at 1 - 4/9"),
     ],

@@ -57,12 +57,9 @@ class NM(Scheme):
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         return 1, 1
 
-    def check(self, layer: LayerSpec) -> None:
-        if layer.weight_shape[1] % self.m:
-            raise SparsityError(
-                f"{layer.name}: scheme {self} needs a multiple of {self.m} input channels, the layer has "
-                f"{layer.weight_shape[1]}; choose another scheme, or list the layer in dense_layers"
-            )
+    def misfit(self, layer: LayerSpec) -> str:
+        inputs = layer.weight_shape[1]
+        return f"needs a multiple of {self.m} input channels, the layer has {inputs}" if inputs % self.m else ""
 
     def live_units(self, layer: LayerSpec, sparsity: float) -> int:
         check_sparsity(layer, sparsity)

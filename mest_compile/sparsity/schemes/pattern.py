@@ -45,18 +45,13 @@ class Pattern(Scheme):
     """
 
     name = "pattern"
-    pointwise = False
 
     def block(self, layer: LayerSpec) -> tuple[int, int]:
         return 1, 1
 
-    def check(self, layer: LayerSpec) -> None:
-        if layer.weight_shape[2:] != (3, 3):
-            high, wide = layer.weight_shape[2:]
-            raise SparsityError(
-                f"{layer.name}: scheme pattern is for 3x3 kernels, the layer's are {high}x{wide}; list it in "
-                "dense_layers"
-            )
+    def misfit(self, layer: LayerSpec) -> str:
+        high, wide = layer.weight_shape[2:]
+        return "" if (high, wide) == (3, 3) else f"is for 3x3 kernels, the layer's are {high}x{wide}"
 
     def kernels(self, layer: LayerSpec) -> tuple[str, ...]:
         return ("pattern_groups", "pattern", "gather") if layer.stride == (1, 1) else ("gather",)
