@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from mest_compile.base.errors import DataError
 from mest_compile.base.registry import Registry
 from mest_compile.data.examples import Array, Examples, array_of, gather, labels_of, turned
+from mest_compile.models.inputs import Inputs, Reading
 
 SOURCES = Registry("data set", "mest_compile.data.sources")
 NO_LABEL = -100  # of what does not count, as torch has it; losses take it that are told so
@@ -29,6 +30,7 @@ class Dataset:
     classes    0 where labels are numbers
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
     flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
+    names      of the classes, in the order of labels; empty: they have none but their numbers
     Raises DataError when these contradict each other.
     """
 
@@ -40,6 +42,7 @@ class Dataset:
     name: str
     flip: bool = False
     ignored: int = NO_LABEL
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
@@ -64,6 +67,8 @@ class Dataset:
                 raise DataError(
                     f"{self.name}: labels must be in 0..{self.classes - 1}, found {counted.min()}..{counted.max()}"
                 )
+        if self.names and len(self.names) != self.classes:
+            raise DataError(f"{self.name}: {len(self.names)} names for {self.classes} classes; wanted one each")
         if self.images.dtype == np.float32 and not np.isfinite(self.images).all():
             raise DataError(f"{self.name}: images hold NaN or infinity")
         channels = self.images.shape[1:2]
@@ -85,12 +90,13 @@ class Dataset:
         like: Dataset | None = None,
         flip: bool = False,
         ignored: int = NO_LABEL,
+        names: Sequence[str] = (),
     ) -> Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
         taken as they are.
 
         classes  None: the largest label + 1; of numbers there are none
-        like     a training set whose classes, mean, std and flip are used instead: what a test set needs
+        like     a training set whose classes, names, mean, std and flip are used instead: what a test set needs
         """
         if like is not None:
             if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
@@ -99,14 +105,14 @@ class Dataset:
                     f"{name}: images are {found} {images.dtype}, "
                     f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}"
                 )
-            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip, like.ignored)
+            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip, like.ignored, like.names)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
         if labels.dtype == np.float32:
             classes = 0
         elif classes is None:
             classes = int(labels.max(initial=-1, where=labels != ignored)) + 1
-        return cls(images, labels, classes, *_statistics(images), name, flip, ignored)
+        return cls(images, labels, classes, *_statistics(images), name, flip, ignored, tuple(names))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,9 +136,17 @@ class Dataset:
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """(images - mean) / std as contiguous float32; images (k, channels, height, width) in the units of this data
         set."""
-        result = np.subtract(images, self.mean[:, None, None], dtype=np.float32)
-        result /= self.std[:, None, None]
-        return np.ascontiguousarray(result)
+        return self._inputs.scaled(images)
+
+    @property
+    def _inputs(self) -> Inputs:
+        return Inputs(self.images.shape[2:], mean=tuple(self.mean.tolist()), std=tuple(self.std.tolist()))
+
+    @property
+    def reading(self) -> Reading:
+        """How pictures become what a step of this data is fed; of floating point numbers nobody knows that."""
+        names = self.names or tuple(str(label) for label in range(self.classes))
+        return Reading(names, self._inputs if self.images.dtype == np.uint8 else None)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts; `crc32` tells whether another data set holds the same examples in the same order."""

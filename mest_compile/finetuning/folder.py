@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mest_compile.data.pictures import Pictures
 from mest_compile.finetuning.job import Job
 from mest_compile.finetuning.page import worst, write_page
 from mest_compile.finetuning.timing import Clock
-from mest_compile.models.inputs import Inputs
+from mest_compile.models.inputs import Inputs, Reading
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
@@ -83,6 +84,8 @@ class TunedFolder:
     ) -> None:
         """Writes all that is left of the work, and removes what only it needed."""
         told = {"classes": list(pictures.classes), "inputs": inputs.to_json()}
+        plain = replace(inputs, mean=(0.0,) * inputs.channels, std=(1.0,) * inputs.channels)  # the net scales pixels
+        step.reading = Reading(pictures.classes, plain)
         step.save(self.checkpoint, {"finetuned": told})
         exporting.to_safetensors(step, self.weights)
         try:

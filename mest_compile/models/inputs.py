@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mest_compile.base import checks
 from mest_compile.base.errors import SpecError
 
@@ -47,6 +49,13 @@ class Inputs:
         left, top = (width - wide) // 2, (height - high) // 2
         return left, top, left + wide, top + high
 
+    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """(pixels - mean) / std as contiguous float32; pixels (n, channels, height, width)."""
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        result = np.subtract(pixels, mean, dtype=np.float32)
+        result /= std
+        return np.ascontiguousarray(result)
+
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -55,3 +64,29 @@ class Inputs:
         """Raises KeyError, TypeError or SpecError where a document is none of `to_json`."""
         size, mean, std = (tuple(document[name]) for name in ("size", "mean", "std"))
         return cls((int(size[0]), int(size[1])), float(document["crop"]), mean, std)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How pictures become what a step is fed, and what its answers are called: what checkpoints, artifacts and exports
+    carry.
+
+    classes  names, in the order of outputs; empty: outputs are numbers
+    inputs   None: images were made ready elsewhere, and nobody said how
+    """
+
+    classes: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+
+    def name(self, place: int) -> str:
+        """Of an output; its number where it has none."""
+        return self.classes[place] if place < len(self.classes) else str(place)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"classes": list(self.classes), "inputs": None if self.inputs is None else self.inputs.to_json()}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Reading:
+        """Raises KeyError, TypeError or SpecError where a document is none of `to_json`."""
+        inputs = document["inputs"]
+        return cls(tuple(map(str, document["classes"])), None if inputs is None else Inputs.from_json(inputs))

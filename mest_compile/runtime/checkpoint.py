@@ -17,6 +17,7 @@ from mest_compile.base import tensorfile
 from mest_compile.base.errors import StateError
 
 FORMAT = "mest-compile checkpoint 3"
+FILE = "checkpoint.safetensors"  # of a run folder: what is read where the folder is given
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -55,11 +56,13 @@ def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts). Raises StateError for a file that is missing, cut short, changed or not ours."""
+    """(arrays, facts) of a file, or of a run folder's checkpoint. Raises StateError for a file that is missing, cut
+    short, changed or not ours."""
     path = Path(path)
     try:
+        path = path / FILE if path.is_dir() else path
         if not path.is_file():
-            raise StateError(f"no checkpoint {path}; give the path of a file that step.save or a training run wrote")
+            raise StateError(f"no checkpoint {path}; give a run folder, or a file that step.save or a training wrote")
         content = path.read_bytes()
     except OSError as problem:
         raise StateError(f"checkpoint {path} cannot be read ({problem.strerror}); take an older one") from problem

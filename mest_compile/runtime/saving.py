@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import StateError, UsageError
+from mest_compile.base.errors import SpecError, StateError, UsageError
+from mest_compile.models.inputs import Reading
 from mest_compile.operators.optimizers.optimizer import read_optimizer
 from mest_compile.runtime import arguments, checkpoint
 from mest_compile.runtime.changes import Part
@@ -125,6 +126,14 @@ def rest_of(
         extra,
         {name.removeprefix("extra/"): array for name, array in arrays.items() if name.startswith("extra/")},
     )
+
+
+def reading_of(facts: Mapping[str, Any], path: str | Path) -> Reading | None:
+    """What a checkpoint says of pictures and classes; None: nothing. Raises StateError."""
+    try:
+        return None if facts.get("reading") is None else Reading.from_json(facts["reading"])
+    except (KeyError, TypeError, ValueError, SpecError) as problem:
+        raise StateError(f"checkpoint {path} is damaged: its reading of pictures is none ({problem})") from problem
 
 
 def _masks(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
+from mest_compile.models.inputs import Reading
 from mest_compile.operators.optimizers.groups import hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, in_turn
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 class TrainStep(Masked, Tells, Freezes):
     """One training step of a sparse model, compiled. Made by `mest.compile` and `mest.load`.
 
+    `reading` says how pictures become what it is fed and what its answers are called, where somebody does: a Trainer by
+    its data. Whatever is written of the step carries it.
     Several threads may use it, one after another; each call is whole, and its answer its own. A change that Ctrl-C
     interrupts is either not begun or finished by the next call, so that all is old or all is new. In a process forked
     off this one every call raises UsageError.
@@ -43,6 +46,7 @@ class TrainStep(Masked, Tells, Freezes):
         self._rng = np.random.default_rng(compiled.facts.seed)
         self._updates = 0  # of the parameters since the first weights
         self._from_file = False
+        self.reading: Reading | None = None
         self._coming = []
         runner = compiled.runner()
         self._be(compiled, runner, held_by(compiled, runner))
@@ -242,6 +246,8 @@ class TrainStep(Masked, Tells, Freezes):
         document = dict(self._compiled.document) | {"updates": self._updates}
         if self._coming:
             document["coming"] = self._coming
+        if self.reading is not None:
+            document["reading"] = self.reading.to_json()
         saving.write(path, document, self._state, self._rng, extra or {}, arrays or {})
 
     @in_turn
@@ -269,7 +275,10 @@ class TrainStep(Masked, Tells, Freezes):
             drawn, updates, extra, others = saving.rest_of(arrays, facts, path)
             # Whatever was left of an earlier change goes: all that it could have changed is written here.
             self._changes.make(
-                *changed, partial(set_state, self._rng, drawn), partial(setattr, self, "_updates", updates)
+                *changed,
+                partial(set_state, self._rng, drawn),
+                partial(setattr, self, "_updates", updates),
+                partial(setattr, self, "reading", saving.reading_of(facts, path)),
             )
             self._from_file = True
         return extra, others

@@ -20,7 +20,6 @@ from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError
 from mest_compile.data import Dataset, as_dataset
 from mest_compile.operators.losses.loss import read_loss
-from mest_compile.sparsity.distributions import together
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
 from mest_compile.training.fitting import check_data, check_start, resolved
 from mest_compile.training.freezer import Freezer
@@ -30,6 +29,7 @@ from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_l
 from mest_compile.training.run import Progress, Run, Silent
 from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.sieve import Sieve
+from mest_compile.training.survival import Survival
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class Trainer:
         self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
         self._sieve: Sieve | None = None
         self._freezer = freezer or Freezer.of_run(self.recipe, step)
-        self._survivors: dict[str, np.ndarray] = {}
-        self._first_live: dict[str, int] = {}
+        self._survival = Survival(step)
         self._idle = recipe.idle()
         self._resumed: Sequence[Any] | None = None  # (extra, arrays) of a checkpoint
         self._stamp: tuple[int, int] | None = None  # of that checkpoint
@@ -165,6 +164,7 @@ class Trainer:
         return lock
 
     def _fit(self, train: Dataset, test: Dataset) -> Run:
+        self.step.reading = train.reading
         run, data = self._begin(train, test)
         log.info(self.about(train, test))
         self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says
@@ -211,8 +211,7 @@ class Trainer:
             **evaluated,
             "mutation": mutation,
             "sieve": sieved,
-            "survival": self._survival(),
-            **self._sparsity(),
+            **self._survival.describe(),
             "memory_bytes": self.step.memory(),
             **({"freeze": frozen} if frozen else {}),
         }
@@ -239,8 +238,7 @@ class Trainer:
             profile = partial(self.step.profile, *self._batch(train, np.arange(self.step.batch)))
             self._freezer = Freezer.of_run(self.recipe, self.step, profile)
         self._freezer.prepare(self.step)
-        self._survivors = {name: mask.ravel() for name, mask in self.step.masks().items()}
-        self._first_live = {name: int(mask.sum()) for name, mask in self._survivors.items()}
+        self._survival = Survival(self.step)
         if self._resumed is not None:
             extra, arrays = self._resumed
             if extra["data"] != data:
@@ -252,11 +250,7 @@ class Trainer:
             run.history, run.best = list(extra["history"]), extra["best"]
             if self._sieve:
                 self._sieve.restore(arrays)
-            self._first_live = extra["first_live"]
-            self._survivors = {
-                name: np.unpackbits(arrays[f"survivors.{name}"], count=mask.size).astype(bool)
-                for name, mask in self._survivors.items()
-            }
+            self._survival.restore(arrays, extra["first_live"])
             assert self.folder is not None
             self.folder.remove_torn()
             self.folder.rewrite_metrics(run.history)
@@ -308,8 +302,7 @@ class Trainer:
             report = self.step.prune(to=phase.prune_to, **common)
         else:
             report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, **common, **gradients)
-        for name, mask in self.step.masks().items():
-            self._survivors[name] = self._survivors[name] & mask.ravel()
+        self._survival.mutated()
         return {
             **said,
             "layers": dict(Counter(report.layers.values())),
@@ -323,16 +316,6 @@ class Trainer:
         epochs = [epoch for epoch in range(self.recipe.epochs) if self.recipe.mutation_at(epoch)]
         gaps = [after - before for before, after in itertools.pairwise(epochs)]
         return min(gaps) * (examples // self.step.batch) if gaps else None
-
-    def _survival(self) -> dict[str, float]:
-        """{layer: share of the weights that lived at the start and have lived ever since}."""
-        return {name: int(mask.sum()) / self._first_live[name] for name, mask in self._survivors.items()}
-
-    def _sparsity(self) -> dict[str, Any]:
-        """Of every sparse layer, and of all of them together, weighted by their weights; None when there are none."""
-        layers = self.step.sparsity()
-        elems = {name: mask.size for name, mask in self._survivors.items()}
-        return {"sparsity": layers, "overall_sparsity": together(layers, elems) if layers else None}
 
     def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
         if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):
@@ -383,7 +366,6 @@ class Trainer:
         return MestError(f"{what}; lower lr or add warmup_epochs. {whole}{kept}")
 
     def _save(self, path: Path, run: Run, data: dict[str, Any]) -> None:
-        arrays = {f"survivors.{name}": np.packbits(mask) for name, mask in self._survivors.items()}
         self.step.save(
             path,
             {
@@ -393,8 +375,8 @@ class Trainer:
                 "data": data,
                 "best": run.best,
                 "history": run.history,
-                "first_live": self._first_live,
+                "first_live": self._survival.first_live,
                 **({"freezing": self._freezer.to_json()} if self._freezer else {}),
             },
-            arrays | (self._sieve.arrays() if self._sieve else {}),
+            self._survival.arrays() | (self._sieve.arrays() if self._sieve else {}),
         )

@@ -16,6 +16,7 @@ from typing import Any
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.hardware import host
+from mest_compile.runtime import checkpoint
 
 
 class RunFolder:
@@ -36,7 +37,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.source = self.path / "source.json"
-        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.checkpoint = self.path / checkpoint.FILE
         self.previous = self.path / "checkpoint.previous.safetensors"
         self.best = self.path / "best.safetensors"
 

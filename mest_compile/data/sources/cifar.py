@@ -19,7 +19,7 @@ PIXELS = 3 * 32 * 32
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one of the two is laid out. folder, python_folder: what its archives unpack to. `label_bytes` stand before
-    the pixels of a row, the last of them is the label.
+    the pixels of a row, the last of them is the label. names_file: lists the classes.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Layout:
     folder: str
     python_folder: str
     label_bytes: int
+    names_file: str
 
 
 CIFAR10 = Layout(
@@ -39,8 +40,11 @@ CIFAR10 = Layout(
     "cifar-10-batches-bin",
     "cifar-10-batches-py",
     1,
+    "batches.meta.txt",
 )
-CIFAR100 = Layout("cifar100", 100, ("train",), "test", "cifar-100-binary", "cifar-100-python", 2)
+CIFAR100 = Layout(
+    "cifar100", 100, ("train",), "test", "cifar-100-binary", "cifar-100-python", 2, "fine_label_names.txt"
+)
 
 
 @source("cifar10")
@@ -61,7 +65,8 @@ def _load(layout: Layout, folder: Path | None) -> Split:
     where = _find(layout, folder)
     parts = [_read(where / f"{name}.bin", layout) for name in (*layout.train_files, layout.test_file)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
-    train = Dataset.of(images, labels, layout.name, classes=layout.classes, flip=True)
+    names = _names(where / layout.names_file, layout.classes)
+    train = Dataset.of(images, labels, layout.name, classes=layout.classes, flip=True, names=names)
     return Split(train, Dataset.of(*parts[-1], f"{layout.name} test", like=train))
 
 
@@ -76,6 +81,12 @@ def _find(layout: Layout, folder: Path) -> Path:
             f"unpack the official binary version there"
         )
     raise DataError(f"{layout.name}: no {layout.test_file}.bin in {folder}; unpack the official binary version there")
+
+
+def _names(path: Path, classes: int) -> list[str]:
+    """Of the classes; none where the file that lists them was not copied."""
+    lines = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    return lines if len(lines) == classes else []
 
 
 def _read(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:

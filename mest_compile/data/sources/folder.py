@@ -34,7 +34,7 @@ def folder(folder: Path | None) -> Split:
         if not found:
             raise DataError(f"{folder / part} holds no {', '.join(SUFFIXES)} files")
     mode, size = _common_form([path for found in files.values() for path, _ in found])
-    train = Dataset.of(*_read(files["train"], mode, size), folder.name, classes=len(names))
+    train = Dataset.of(*_read(files["train"], mode, size), folder.name, classes=len(names), names=names)
     return Split(train, Dataset.of(*_read(files["test"], mode, size), f"{folder.name} test", like=train))
 
 

@@ -14,6 +14,7 @@ DEBIAN_FOLDER = Path(
     "/usr/share/datasets/fashion-mnist"
 )  # where Debian's dataset-fashion-mnist puts its files, on every machine
 UNSIGNED_BYTE = 0x08
+CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 @source("fashion-mnist")
@@ -25,7 +26,7 @@ def fashion_mnist(folder: Path | None) -> Split:
         raise DataError(
             f"fashion-mnist: no folder {where}; give --data-folder or apt-get install dataset-fashion-mnist"
         )
-    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True)
+    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True, names=CLOTHES)
     return Split(train, Dataset.of(*_pair(where, "t10k"), "fashion-mnist test", like=train))
 
 
