@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.ir.graph import LayerSpec as LayerSpec
     from mest_compile.measuring.speedtable import speed_table as speed_table
     from mest_compile.models.inputs import Inputs as Inputs
+    from mest_compile.models.inputs import Reading as Reading
     from mest_compile.opening import load as load
     from mest_compile.opening import open_artifact as open_artifact
     from mest_compile.operators.losses.bce import BCE as BCE
@@ -62,6 +63,7 @@ _HOME = {
     "rpc": "mest_compile.devices.session",
     "finetune": "mest_compile.finetuning.tuning",
     "Inputs": "mest_compile.models.inputs",
+    "Reading": "mest_compile.models.inputs",
     "Group": "mest_compile.operators.optimizers.groups",
     "LayerSpec": "mest_compile.ir.graph",
     "Recipe": "mest_compile.training.recipe",

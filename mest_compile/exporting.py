@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 from mest_compile.base import tensorfile
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_whole
-from mest_compile.ir.graph import COUNTER
+from mest_compile.ir.graph import COUNTER, Preparation
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,13 @@ def _made_of(name: str, there: Collection[str]) -> str:
     return ""
 
 
-def to_onnx(step: TrainStep, path: str | Path, opset: int | None = None, into: str | Path | None = None) -> None:
+def to_onnx(
+    step: TrainStep,
+    path: str | Path,
+    opset: int | None = None,
+    into: str | Path | None = None,
+    pixels: bool = False,
+) -> None:
     """Writes the model, as `step.predict` computes it, to an .onnx file, whole or not at all.
 
     Weights are initializers of float32 under their torch names, +0.0 where they are dead. The input is called "input",
@@ -74,22 +81,38 @@ def to_onnx(step: TrainStep, path: str | Path, opset: int | None = None, into: s
     if into is not None:
         if opset is not None:
             raise UsageError(f"{into} has its opset already; leave one of opset and into out")
+        if pixels:
+            raise UsageError(f"what {into} does to its input stays as it is; leave one of pixels and into out")
         model = written_into(into, step.graph, state)
     else:
         opset = onnx_writer.OPSET if opset is None else onnx_writer.check_opset(opset)
         writer = onnx_writer.Writer(state, step.input_shape)
-        writer.prepare(step.graph.prepared)
+        writer.prepare((*(_scaling(step) if pixels else ()), *step.graph.prepared))
         for node in step.graph.nodes:
             writer.operator(node, OPERATORS.find(node.op).onnx)
         model = writer.model(step.graph, opset)
+    if step.reading is not None and step.reading.classes:
+        model.metadata_props.add(key="classes", value=json.dumps(step.reading.classes))
     _write(path, onnx_writer.content_of(model))
+
+
+def _scaling(step: TrainStep) -> list[Preparation]:
+    """What makes pixels what the step is fed; nothing where they are that. Raises UsageError where nobody says it."""
+    if step.reading is None or step.reading.inputs is None:
+        raise UsageError(
+            "nobody says how pixels become this step's images: give step.reading, a mest.Reading, or leave pixels out"
+        )
+    inputs = step.reading.inputs
+    plain = not any(inputs.mean) and set(inputs.std) == {1.0}
+    return [] if plain else [Preparation("subtract", inputs.mean), Preparation("divide", inputs.std)]
 
 
 def to_safetensors(step: TrainStep, path: str | Path) -> None:
     """Writes `step.state_dict()` to a safetensors file, whole or not at all; beside each sparse weight NAME lies its
-    mask, the bool array "mask:NAME". Raises UsageError."""
+    mask, the bool array "mask:NAME". `step.reading` is the text "reading" of its header. Raises UsageError."""
+    told = {} if step.reading is None else {"reading": json.dumps(step.reading.to_json())}
     masks = {f"{MASK}{name}": mask for name, mask in step.masks().items()}
-    _write(path, tensorfile.pack(step.state_dict() | masks, {"format": "pt"}))
+    _write(path, tensorfile.pack(step.state_dict() | masks, {"format": "pt", **told}))
 
 
 def save_torch(step: TrainStep, path: str | Path) -> None:

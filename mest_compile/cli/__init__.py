@@ -23,10 +23,12 @@ from mest_compile.cli import (
     demo,
     devices,
     doctor,
+    evaluate,
     export,
     finetune,
     listing,
     plan,
+    predict,
     report,
     table,
     train,
@@ -44,6 +46,7 @@ app = typer.Typer(
 for command in (
     train.train,
     finetune.finetune,
+    predict.predict,
     report.report,
     bench.bench,
     check.check,
@@ -62,6 +65,7 @@ for command in (
     devices.serve,
 ):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -21,24 +21,42 @@ def export(
     into: Annotated[
         Path | None, typer.Option(help="The .onnx file that was trained: write that file with the weights of the run.")
     ] = None,
+    scaled: Annotated[
+        bool,
+        typer.Option(
+            "--scaled",
+            help="The .onnx file takes images that are scaled already, as the step does, not pixels.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the trained model as ONNX, torch state_dict or safetensors. Nothing is compiled."""
+    """Write the trained model as ONNX, torch state_dict or safetensors. Nothing is compiled.
+
+    An .onnx file of a model that was trained on pixels takes pixels, 0 to 255 as float32, and scales them itself.
+    """
     if form not in FORMATS:
         raise UnknownName(f"no format {form!r}; there are: {', '.join(FORMATS)}")
-    if form != "onnx" and (opset, into) != (None, None):
-        raise UsageError(f"--{'into' if opset is None else 'opset'} belongs to --format onnx; leave it out")
+    asked = [
+        name for name, value in (("opset", opset), ("into", into), ("scaled", scaled or None)) if value is not None
+    ]
+    if form != "onnx" and asked:
+        raise UsageError(f"--{asked[0]} belongs to --format onnx; leave it out")
     from mest_compile import exporting
     from mest_compile.opening import read_step
-    from mest_compile.training.runfolder import RunFolder
 
-    step = read_step(RunFolder(run).checkpoint if run.is_dir() else run)
+    step = read_step(run)
+    known = step.reading is not None and step.reading.inputs is not None
+    pixels = form == "onnx" and into is None and not scaled and known
     if form == "onnx":
-        exporting.to_onnx(step, out, opset, into)
+        exporting.to_onnx(step, out, opset, into, pixels)
     else:
         {"torch": exporting.save_torch, "safetensors": exporting.to_safetensors}[form](step, out)
     size = out.stat().st_size
     if as_json:
-        print_json({"file": str(out), "format": form, "bytes": size, "sparsity": step.sparsity()})
+        told = {"reading": None if step.reading is None else step.reading.to_json()}
+        takes = {"takes": "pixels" if pixels else "scaled images"} if form == "onnx" else {}
+        print_json({"file": str(out), "format": form, "bytes": size, "sparsity": step.sparsity(), **takes, **told})
     else:
         print_table(["file", "format", "KiB"], [[str(out), form, round(size / 1024, 1)]])
+        if form == "onnx":
+            print(f"\nits input: {'pixels 0 to 255, float32' if pixels else 'images scaled as in training'}")

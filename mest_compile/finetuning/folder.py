@@ -15,9 +15,10 @@ from mest_compile.base.errors import NotInstalled, StateError, UsageError
 from mest_compile.base.files import write_json
 from mest_compile.data.pictures import Pictures
 from mest_compile.finetuning.job import Job
-from mest_compile.finetuning.page import worst, write_page
+from mest_compile.finetuning.page import write_page
 from mest_compile.finetuning.timing import Clock
 from mest_compile.models.inputs import Inputs, Reading
+from mest_compile.training.verdict import worst
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep

@@ -14,53 +14,12 @@ import numpy as np
 from mest_compile.base.files import write_atomically
 from mest_compile.training.reporting import STYLE, table
 
-WORST = 12  # pictures shown
 SHOWN_PIXELS = 128  # of a picture's longer side
 
 OWN_STYLE = (
     "figure{display:inline-block;margin:.5em;font-size:small;max-width:12em} td.right{background:#e0f0e0} "
     "th{text-align:left}"
 )
-
-
-def judged(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """JSON-able: accuracy, confusion matrix (a row a class as it is, a column as it was called), and by class the
-    share of its examples that was found (recall) and of its answers that were right (precision); None of nothing.
-
-    logits (n, classes) float32; labels (n,) int64
-    """
-    count = len(classes)
-    confusion = np.zeros((count, count), np.int64)
-    np.add.at(confusion, (labels, logits.argmax(1)), 1)
-    right, there, called = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-
-    def share(part: int, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    return {
-        "accuracy": float(right.sum() / len(labels)),
-        "examples": len(labels),
-        "confusion": confusion.tolist(),
-        "classes": {
-            name: {
-                "examples": int(there[place]),
-                "recall": share(int(right[place]), int(there[place])),
-                "precision": share(int(right[place]), int(called[place])),
-            }
-            for place, name in enumerate(classes)
-        },
-    }
-
-
-def worst(logits: np.ndarray, labels: np.ndarray) -> list[tuple[int, int, float]]:
-    """(example, class that it was called, its probability) of wrong answers, the surest first; at most WORST."""
-    logits = logits.astype(np.float64)
-    sure = np.exp(logits - logits.max(1, keepdims=True))
-    sure /= sure.sum(1, keepdims=True)
-    answers = logits.argmax(1)
-    wrong = np.flatnonzero(answers != labels)
-    order = wrong[np.argsort(-sure[wrong, answers[wrong]], kind="stable")][:WORST]
-    return [(int(place), int(answers[place]), float(sure[place, answers[place]])) for place in order]
 
 
 def write_page(
@@ -73,7 +32,7 @@ def write_page(
     """One HTML page that needs nothing else.
 
     rows      what is told of the run, name and value
-    verdict   as `judged` gives it
+    verdict   as `training.verdict.judged` gives it
     pictures  uint8 images (C, H, W) that were called something else, and what is said of each
     """
     by_class = [

@@ -23,7 +23,6 @@ from mest_compile.finetuning.features import Extractor
 from mest_compile.finetuning.folder import TunedFolder
 from mest_compile.finetuning.job import BATCH, EPOCHS, GIB, OPTIMIZER, PATIENCE, SPARSITY, TRAINABLE, Job
 from mest_compile.finetuning.net import Net, prepared_net, wanted_inputs
-from mest_compile.finetuning.page import judged
 from mest_compile.finetuning.stages import trained
 from mest_compile.finetuning.timing import Clock
 from mest_compile.finetuning.watching import Quiet, Watches
@@ -41,6 +40,7 @@ from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.training.recipe import Recipe
+from mest_compile.training.verdict import judged
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
@@ -58,7 +58,7 @@ class Tuned:
 
     folder   with its files (`TunedFolder` names them)
     step     of the whole net, which takes pixels: it predicts, trains on, and is saved and exported as any other
-    verdict  of the test part (`page.judged`): "accuracy", "confusion", "classes"
+    verdict  of the test part (`training.verdict.judged`): "accuracy", "confusion", "classes"
     head_accuracy  when the classifier alone had been trained
     seconds  {part of the work: seconds}, "total" among them
     """

@@ -18,6 +18,7 @@ from mest_compile.data import Split, load
 from mest_compile.opening import open_artifact
 from mest_compile.training.loop import Trainer
 from mest_compile.training.metrics import main_metric
+from mest_compile.training.predicting import TOP, answers, pictures_in, write_csv
 from mest_compile.training.recipe import Recipe
 
 # Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
@@ -84,10 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of a device without typer and rich: `mest-compile train --artifact DIR --data NAME`."""
     parser = argparse.ArgumentParser(
         "mest-compile",
-        description="Train from an artifact. The other commands need: pip install typer rich, "
+        description="Train from an artifact, and predict. The other commands need: pip install typer rich, "
         "and a machine with the compiler.",
     )
-    train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train from an artifact")
+    commands = parser.add_subparsers(dest="command", required=True)
+    predict = commands.add_parser("predict", help="say what an artifact's model sees in pictures")
+    predict.add_argument("model", type=Path, help="artifact")
+    predict.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
+    predict.add_argument("--top", type=int, default=TOP, help="classes to tell, the most probable first")
+    train = commands.add_parser("train", help="train from an artifact")
     train.add_argument("--artifact", type=Path, required=True, help="folder that `mest-compile build` wrote")
     train.add_argument(
         "--data", default="digits", help="digits (the default), fashion-mnist, cifar10, cifar100, arrays, folder"
@@ -100,18 +106,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--seed", type=int, help="of shuffling, augmentation and mutation, 0 by default")
     train.add_argument("--out", type=Path, help="run folder, by default: run")
     train.add_argument("--resume", type=Path, help="continue the run in this folder")
-    train.add_argument("--threads", type=int)
-    train.add_argument("--runtime", type=Path, help="TVM's libtvm_runtime.so")
-    train.add_argument("--json", action="store_true", dest="as_json", help="print the result as one JSON document")
+    for command in (train, predict):
+        command.add_argument("--threads", type=int)
+        command.add_argument("--runtime", type=Path, help="TVM's libtvm_runtime.so")
+        command.add_argument(
+            "--json", action="store_true", dest="as_json", help="print the result as one JSON document"
+        )
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def run() -> int:
         refuse_empty(arguments)
         given = parser.parse_args(arguments)
         with results_alone() if given.as_json else nullcontext():
-            return _train(given)
+            return _train(given) if given.command == "train" else _predict(given)
 
     return guarded(run)
+
+
+def _predict(given: argparse.Namespace) -> int:
+    if given.top < 1:
+        raise UsageError(f"--top is {given.top}; wanted 1 or more")
+    step = open_artifact(given.model, given.threads, given.runtime)
+    found = list(answers(step, pictures_in(given.images), given.top))
+    if given.as_json:
+        print_result(json.dumps(found))
+    else:
+        write_csv(sys.stdout, found)
+    return 0
 
 
 def _train(given: argparse.Namespace) -> int:

@@ -57,6 +57,9 @@ def test_version(mest_compile_command):
     [
         "train",
         "finetune",
+        "predict",
+        "eval",
+        "export",
         "bench",
         "table",
         "analyze",
@@ -339,7 +342,8 @@ def test_a_finished_run_goes_on_for_longer_in_other_batches(trained, mest_compil
 @pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
 def test_the_model_of_a_run_comes_out(trained, mest_compile_command, tmp_path, form):
     folder, _ = trained
-    ran = mest_compile_command("export", folder, "--format", form, "--out", tmp_path / "new" / "net", "--json")
+    scaled = ["--scaled"] if form == "onnx" else []  # of pixels: tests/training/test_predicting.py
+    ran = mest_compile_command("export", folder, "--format", form, "--out", tmp_path / "new" / "net", "--json", *scaled)
     assert ran.code == 0, ran.err
     assert ran.document["format"] == form and ran.document["bytes"] == (tmp_path / "new" / "net").stat().st_size
     step = mest.load(folder / "checkpoint.safetensors")

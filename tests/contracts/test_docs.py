@@ -25,6 +25,10 @@ COVERED_ELSEWHERE = {
     "mest-compile finetune --from efficientnet-lite0 --data-folder my-images/ --time-limit 60 --out runs/mine": "needs "
     "the extra and photos; tests/finetuning/test_finetune_cli.py runs it on a small net",
     "mest-compile finetune --resume runs/mine": "the same",
+    "mest-compile predict runs/digits pictures/ --csv answers.csv": "needs pictures; tests/training/test_predicting.py "
+    "draws some",
+    "mest-compile build --checkpoint runs/digits --target cortex-a72 --batch 4 --out artifact/": "a run on a folder of "
+    "pictures is built so in tests/training/test_predicting.py",
     "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py "
     "measures a small net with it",
     "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it "
@@ -77,7 +81,7 @@ def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypa
     elif program == "python":
         done = run([sys.executable, *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
-    elif "--resume" in arguments or arguments[0] in ("report", "export"):
+    elif "--resume" in arguments or arguments[0] in ("report", "export", "eval"):
         shutil.copytree(trained, tmp_path / next(argument for argument in arguments if argument.startswith("runs/")))
         monkeypatch.chdir(tmp_path)
         done = mest_compile_command(*arguments)

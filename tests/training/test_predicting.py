@@ -1,0 +1,204 @@
+"""From a folder of pictures to a trained model that names what it sees: predict, eval and export, as commands."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+import mest_compile as mest
+from mest_compile.base.errors import InputError, UsageError
+from mest_compile.data import Dataset
+from mest_compile.models.inputs import Inputs, Reading
+from mest_compile.runtime import checkpoint
+from mest_compile.training import ondevice, verdict
+from mest_compile.training.predicting import evaluated
+
+COLOURS = {"leaf": (40, 160, 60), "night": (20, 20, 60), "sand": (220, 190, 120)}
+SIDE = 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """train/ and test/ with three classes of noisy colours."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 10)):
+        for name, colour in COLOURS.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.normal(colour, 70, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """(run folder, its test accuracy)"""
+    from mest_compile.cli.train import Request, start_run
+    from mest_compile.options import StepOptions
+
+    options = StepOptions(scheme=mest.Block(4, 1), sparsity=0.5, threads=1)
+    recipe = mest.Recipe(epochs=3, method="static", lr=0.05, augment=False)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run = start_run(Request("mlp", "folder", recipe, options, width=16, data_folder=pictures, batch=8, out=out))
+    return out, run.test_accuracy
+
+
+def test_predict_names_pictures_as_often_rightly_as_the_run_reports(trained, pictures, mest_compile_command):
+    folder, accuracy = trained
+    ran = mest_compile_command("predict", folder, pictures / "test", "--top", 2, "--json")
+    assert ran.code == 0, ran.err
+    answers = ran.document
+    assert len(answers) == 30 and {one["class"] for one in answers} == set(COLOURS)
+    right = [one["class"] == one["file"].split("/")[-2] for one in answers]
+    assert np.mean(right) == accuracy and accuracy > 0.8
+    for one in answers:
+        first, second = one["top"]
+        assert first == {"class": one["class"], "probability": one["probability"]}
+        assert 1 >= first["probability"] >= second["probability"] >= 0
+
+
+def test_a_picture_of_another_size_is_cut_and_resized(trained, pictures, mest_compile_command, tmp_path):
+    with Image.open(pictures / "test" / "sand" / "0.png") as image:
+        image.resize((64, 48)).save(tmp_path / "large.jpg")
+    ran = mest_compile_command("predict", trained[0], tmp_path / "large.jpg")
+    assert ran.code == 0 and "sand" in ran.out.splitlines()[1]
+
+
+def test_answers_as_csv(trained, pictures, mest_compile_command, tmp_path):
+    ran = mest_compile_command("predict", trained[0], pictures / "test" / "leaf", "--csv", tmp_path / "a.csv")
+    assert ran.code == 0, ran.err
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert len(rows) == 10 and list(rows[0])[:3] == ["file", "class", "probability"] and "class 3" in rows[0]
+    assert sum(float(rows[0][name]) for name in rows[0] if "probability" in name) == pytest.approx(1)
+    ran = mest_compile_command("predict", trained[0], pictures / "test" / "leaf" / "0.png", "--csv", "-")
+    assert next(iter(csv.DictReader(ran.out.splitlines()))) == {**rows[0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{run}", "absent.png"], "no picture absent.png"),
+        (["{run}", "{run}"], "holds no .png, .jpg, .jpeg files"),
+        (["{run}/recipe.json", "{picture}"], "recipe.json is damaged"),
+        (["absent", "{picture}"], "no checkpoint absent"),
+        (["{run}", "{picture}", "--csv", "a", "--json"], "leave one out"),
+        (["{run}", "{picture}", "--runtime", "lib.so"], "belongs to an artifact"),
+    ],
+)
+def test_what_cannot_be_predicted_is_said(trained, pictures, mest_compile_command, arguments, said):
+    places = {"run": trained[0], "picture": pictures / "test" / "leaf" / "0.png"}
+    ran = mest_compile_command("predict", *(argument.format(**places) for argument in arguments))
+    assert ran.code in (1, 2) and said in ran.err and ran.err.count("\n") == 1
+
+
+def test_eval_tells_what_the_run_reports_and_each_class(trained, mest_compile_command):
+    folder, accuracy = trained
+    ran = mest_compile_command("eval", folder, "--json")
+    assert ran.code == 0, ran.err
+    found = ran.document
+    assert found["accuracy"] == accuracy and found["examples"] == 30 and list(found["classes"]) == list(COLOURS)
+    confusion = np.array(found["confusion"])
+    assert confusion.sum() == 30 and confusion.trace() == round(30 * accuracy)
+    assert sum(one["examples"] for one in found["calibration"]["bins"]) == 30
+    shown = mest_compile_command("eval", folder).out
+    assert f"{accuracy:.2%}" in shown and "calibration" in shown
+
+
+def test_eval_scales_other_data_as_the_trained_data_was(trained, pictures, mest_compile_command, tmp_path):
+    """A set with one class's pictures in both parts has other statistics, which must not count."""
+    for part in ("train", "test"):
+        for name in COLOURS:
+            (tmp_path / part / name).mkdir(parents=True)
+            shutil.copy(pictures / "test" / "sand" / "0.png", tmp_path / part / name)
+        shutil.copytree(pictures / "test" / "sand", tmp_path / part / "sand", dirs_exist_ok=True)
+    found = mest_compile_command("eval", trained[0], "--data", "folder", "--data-folder", tmp_path, "--json").document
+    whole = mest_compile_command("eval", trained[0], "--json").document
+    assert found["classes"]["sand"]["recall"] == whole["classes"]["sand"]["recall"]
+
+
+def test_an_onnx_file_takes_raw_pixels_and_is_as_good_as_reported(trained, pictures, mest_compile_command, tmp_path):
+    folder, accuracy = trained
+    ran = mest_compile_command("export", folder, "--format", "onnx", "--out", tmp_path / "net.onnx", "--json")
+    assert ran.code == 0 and ran.document["takes"] == "pixels", ran.err
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    names = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    right = []
+    for file in sorted((pictures / "test").rglob("*.png")):
+        with Image.open(file) as image:
+            pixels = np.asarray(image).transpose(2, 0, 1)[None].astype(np.float32)
+        (logits,) = session.run(None, {"input": pixels})
+        right.append(names[logits[0].argmax()] == file.parent.name)
+    assert len(right) == 30 and np.mean(right) == accuracy
+
+
+def test_every_export_says_classes_and_scaling(trained, mest_compile_command, tmp_path):
+    reading = mest_compile_command(
+        "export", trained[0], "--format", "safetensors", "--out", tmp_path / "net", "--json"
+    ).document["reading"]
+    assert reading["classes"] == list(COLOURS) and reading["inputs"]["size"] == [SIDE, SIDE]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "net", "np") as file:
+        assert json.loads(file.metadata()["reading"]) == reading
+
+
+def test_an_artifact_built_of_a_run_predicts_the_same(trained, pictures, mest_compile_command, tmp_path, capsys):
+    folder, _ = trained
+    ran = mest_compile_command("build", "--checkpoint", folder, "--batch", 4, "--out", tmp_path / "artifact", "--json")
+    assert ran.code == 0, ran.err
+    assert mest.open_artifact(tmp_path / "artifact").batch == 4
+    images = pictures / "test" / "night"
+    wanted = mest_compile_command("predict", folder, images, "--json").document
+    found = mest_compile_command("predict", tmp_path / "artifact", images, "--json").document
+    assert ondevice.main(["predict", str(tmp_path / "artifact"), str(images), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert [(one["file"], one["class"]) for one in found] == [(one["file"], one["class"]) for one in wanted]
+    assert [one["probability"] for one in found] == pytest.approx([one["probability"] for one in wanted])
+
+
+def test_a_step_of_scaled_numbers_does_not_guess_what_pixels_are(trained, pictures):
+    step = mest.load(trained[0])
+    assert step.reading.inputs.size == (SIDE, SIDE)
+    step.reading = Reading(("a", "b", "c"))
+    from mest_compile.training.predicting import answers
+
+    with pytest.raises(UsageError, match=r"nobody says how pictures .* mest.Reading"):
+        next(answers(step, [pictures / "test" / "sand" / "0.png"]))
+    with pytest.raises(UsageError, match="nobody says how pixels"):
+        mest.to_onnx(step, "nowhere.onnx", pixels=True)
+
+
+def test_data_of_other_classes_is_refused(trained):
+    step, images = mest.load(trained[0]), np.zeros((4, 3, SIDE, SIDE), np.uint8)
+    images[0] = 255
+    other = Dataset.of(images, np.arange(4) % 3, "other", names=("leaf", "night", "snow"))
+    with pytest.raises(InputError, match="other has other classes than the model, or in another order: 'sand'"):
+        evaluated(step, other)
+    with pytest.raises(InputError, match="other has 4 classes, the model gives 3 classes"):
+        evaluated(step, Dataset.of(images, np.arange(4), "other"))
+
+
+def test_a_damaged_reading_is_said(trained, tmp_path):
+    arrays, facts = checkpoint.read(trained[0])
+    facts["reading"]["inputs"]["std"] = [0, 0, 0]
+    checkpoint.write(tmp_path / "odd.safetensors", arrays, facts)
+    with pytest.raises(mest.MestError, match="its reading of pictures is none"):
+        mest.load(tmp_path / "odd.safetensors")
+
+
+def test_a_reading_comes_back_from_json():
+    for reading in (Reading(), Reading(("a", "b"), Inputs((3, 4), 0.5, (1.0,), (2.0,)))):
+        assert Reading.from_json(json.loads(json.dumps(reading.to_json()))) == reading
+    assert Reading(("a",)).name(0) == "a" and Reading(("a",)).name(3) == "3"
+
+
+def test_calibration_is_the_gap_between_sure_and_right():
+    logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]], np.float32))
+    found = verdict.calibration(logits, np.array([0, 1, 0, 1]))
+    assert found["error"] == pytest.approx((2 * abs(0.9 - 0.5) + 2 * abs(0.6 - 1.0)) / 4)
+    assert [(one["examples"], one["accuracy"]) for one in found["bins"]] == [(2, 1.0), (2, 0.5)]
