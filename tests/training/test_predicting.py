@@ -202,3 +202,16 @@ def test_calibration_is_the_gap_between_sure_and_right():
     found = verdict.calibration(logits, np.array([0, 1, 0, 1]))
     assert found["error"] == pytest.approx((2 * abs(0.9 - 0.5) + 2 * abs(0.6 - 1.0)) / 4)
     assert [(one["examples"], one["accuracy"]) for one in found["bins"]] == [(2, 1.0), (2, 0.5)]
+
+
+def test_a_run_is_built_for_another_device_with_another_batch(trained, mest_compile_command, tmp_path):
+    out = tmp_path / "artifact"
+    command = ("build", "--checkpoint", trained[0], "--target", "cortex-a72", "--batch", 4, "--out", out, "--json")
+    ran = mest_compile_command(*command)
+    assert ran.code == 0 and ran.document["target"] == "cortex-a72", ran.err
+    library = (out / "step.so").read_bytes()
+    assert library[:4] == b"\x7fELF" and int.from_bytes(library[18:20], "little") == 183  # EM_AARCH64
+    facts = json.loads((out / "manifest.json").read_text())["facts"]
+    assert facts["graph"]["input_shape"] == [4, 3, SIDE, SIDE] and facts["target"]["name"] == "cortex-a72"
+    state, wanted = checkpoint.read(out / "state.safetensors")[1], checkpoint.read(trained[0])[1]
+    assert state["reading"] == wanted["reading"] and state["updates"] == wanted["updates"] > 0
