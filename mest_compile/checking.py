@@ -10,11 +10,11 @@ from typing import Any
 
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import Refusal, SpecError, UnsupportedOperator, UsageError
-from mest_compile.frontend import import_model
 from mest_compile.frontend.naming import REFUSED
 from mest_compile.frontend.refusals import Refusals
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.models.sources import is_trained
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.options import StepOptions, find_loss, find_optimizer
 from mest_compile.planning.facts import read_facts
@@ -25,6 +25,7 @@ from mest_compile.planning.retargeting import retargeted
 from mest_compile.planning.trainable import choose_trainable
 from mest_compile.records.log import Records
 from mest_compile.runtime import checkpoint
+from mest_compile.runtime.trained import read_any
 from mest_compile.sparsity import parse_schemes
 from mest_compile.sparsity.layer import Layer
 from mest_compile.sparsity.schemes.dense import Dense
@@ -96,11 +97,12 @@ class Check:
 def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
     """What `mest.compile` would make of a model, in seconds, whether it takes it or not.
 
-    model, input_shape  as in `compile`; or the path of a checkpoint, which has its shape and options already
+    model, input_shape  as in `compile`; or the path of a run folder, a checkpoint or an
+                        artifact, which have their shape and options already
     options             those of `compile` that decide what is sparse and what trains
     Raises MestError for what is wrong with the call, and where there is no forward pass to look at.
     """
-    if isinstance(model, str | Path) and str(model).endswith(".safetensors"):
+    if isinstance(model, str | Path) and is_trained(model):
         if options:
             raise UsageError(f"the checkpoint {model} has its {next(iter(options))} already; leave it out")
         return _of_checkpoint(model)
@@ -119,7 +121,7 @@ def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
     shape, refusals = checks.shape("input_shape", input_shape), Refusals()
     try:
         with exclusive.COMPILER:
-            graph, state = import_model(model, shape, refusals)
+            graph, state = read_any(model, shape, refusals)
     except UnsupportedOperator as error:
         return Check(shape, str(said.target), (), error.refused, str(error), 0.0, {})
     if refusals.found:

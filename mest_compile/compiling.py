@@ -77,7 +77,8 @@ def compile(
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
-    model          torch.nn.Module (left unchanged), path of an .onnx file, or a built-in model's name
+    model          torch.nn.Module (left unchanged), or a name: built-in, timm:NAME, torchvision:NAME, file.py:FACTORY,
+                   path of an .onnx file, or of a run folder, checkpoint or artifact, whose weights it then begins with
     input_shape    (N, C, H, W), (N, C, L) or (N, features); N is the batch of every step
     scheme         name, "name:arguments" or a scheme object; or {layer name or shell pattern: one of these}. A layer's
                    own name beats patterns, and of these the first that matches counts; "dense" leaves layers dense
@@ -195,14 +196,14 @@ def planned_step(
     records: Records | None,
 ) -> Planned:
     """Of the full step, whatever its update budget."""
-    from mest_compile.frontend import import_model
+    from mest_compile.runtime.trained import read_any
 
     exclusive.this_process()
     input_shape = checks.shape("input_shape", input_shape)
     check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
     with exclusive.COMPILER:
-        graph, state = import_model(model, input_shape)
+        graph, state = read_any(model, input_shape)
 
     def known(target: Target) -> Records:
         return of_machine(Records.of(target) if records is None else records.for_target(target), device)

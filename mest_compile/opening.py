@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mest_compile import __version__
 from mest_compile.base import checks, exclusive
-from mest_compile.base.errors import DeviceError, StateError, UsageError
+from mest_compile.base.errors import StateError, UsageError
 from mest_compile.hardware.host import cores
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.program import functions_of
@@ -23,6 +21,7 @@ from mest_compile.planning.freezing import stages
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import LIBRARY, STATE, _check_host, _read, _signatures
 from mest_compile.runtime.library import LibraryRunner, _load, find_runtime
+from mest_compile.runtime.trained import no_dense_step, zeros
 
 if TYPE_CHECKING:
     from mest_compile.devices.session import Device
@@ -70,22 +69,7 @@ def load(
         document |= {part: plan.facts.to_json()[part] for part in ("graph", "layers")}
     if threads is not None:
         plan = replace(plan, facts=replace(plan.facts, threads=check_threads(threads)))
-    step = make_step(plan, _zeros(plan.facts), builder, device, knobs)
-    step._restore(arrays, document, path)
-    return step
-
-
-def read_step(path: str | Path) -> TrainStep:
-    """The step that `step.save` wrote with all its state and without kernels: to be looked at, not to be run. Raises
-    StateError."""
-    from mest_compile.runtime.compiled import Compiled
-    from mest_compile.runtime.step import TrainStep
-    from mest_compile.runtime.store import StoreRunner
-
-    arrays, document = checkpoint.read(path)
-    facts = read_facts(document, f"checkpoint {path}")
-    runner = partial(StoreRunner, facts.target.name, "it was opened to be read")
-    step = TrainStep(Compiled(facts, *facts.lower(), document, runner, _no_dense_step), _zeros(facts))
+    step = make_step(plan, zeros(plan.facts), builder, device, knobs)
     step._restore(arrays, document, path)
     return step
 
@@ -128,12 +112,10 @@ def open_artifact(
         runner = partial(LibraryRunner, module, functions_of(train, predict), min(wanted, cores()), number)
         told = {"trainable": facts.graph.trainable(), "frozen": dict(facts.graph.frozen)}
         document = {**manifest["facts"], **facts.to_json(), "describe": {**manifest["facts"]["describe"], **told}}
-        return Compiled(
-            facts, train, predict, document, runner, _no_dense_step, again=again if len(steps) > 1 else None
-        )
+        return Compiled(facts, train, predict, document, runner, no_dense_step, again=again if len(steps) > 1 else None)
 
     again.steps = [compiled(number, facts) for number, facts in enumerate(steps)]
-    step = TrainStep(again.steps[0], _zeros(facts))
+    step = TrainStep(again.steps[0], zeros(facts))
     step._restore(*checkpoint.unpack(files[STATE], path / STATE), path / STATE)
     return step
 
@@ -167,14 +149,3 @@ class _Becomes:
             f"artifact {self._path} was built to freeze other parts, or in another order; train by the recipe that it "
             "was built by, or build another one"
         )
-
-
-def _zeros(facts: Facts) -> dict[str, np.ndarray]:
-    """A state to begin with, before that of a file takes its place."""
-    return {name: np.zeros(shape, np.float32) for name, shape in facts.graph.state_shapes.items()}
-
-
-def _no_dense_step() -> TrainStep:
-    raise DeviceError(
-        "gradients of dead weights need a dense step, which an artifact does not have; use method em, em_s or set"
-    )

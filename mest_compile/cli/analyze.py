@@ -8,15 +8,17 @@ import typer
 
 from mest_compile.cli.options import (
     Activations,
+    Classes,
     Distribution,
     Image,
     Model,
     Scheme,
     Sparsity,
+    Weights,
     Width,
-    image_sizes,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -25,7 +27,9 @@ def analyze(
     target: Annotated[str, typer.Option(help="ARM target name or TOML file.")] = "cortex-a76",
     model: Model = "resnet32",
     width: Width = None,
-    image: Image = "3x32x32",
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
@@ -37,15 +41,15 @@ def analyze(
     kernels.
 
     Kernels run under emulation; a cycle is one of LLVM's model of the core's pipeline. There are no caches in it and no
-    branch predictor, and no device has confirmed it. A model has 10 classes.
+    branch predictor, and no device has confirmed it.
     """
     from mest_compile.devices.cycles import VERSION
-    from mest_compile.frontend import import_model
     from mest_compile.measuring.analysis import PHASES, analyse
     from mest_compile.models.sources import find_model
     from mest_compile.options import StepOptions
+    from mest_compile.runtime.trained import read_any
 
-    shape = (batch, *image_sizes(image))
+    shape = shape_of(model, batch, image)
     options = StepOptions(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -53,7 +57,7 @@ def analyze(
         target=target,
         activations=activations,
     )
-    graph, _ = import_model(find_model(model, shape, width=width), shape)
+    graph, _ = read_any(find_model(model, shape, classes, width, weights=weights), shape)
     with stderr_console().status("emulating") as status:
         found = analyse(
             graph,

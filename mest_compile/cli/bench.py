@@ -13,17 +13,19 @@ from mest_compile.cli.options import (
     Activations,
     Batch,
     BuiltIn,
+    Classes,
     Distribution,
     Image,
     Scheme,
     Seed,
     Sparsity,
     TargetName,
+    Weights,
     Width,
     given_options,
-    image_sizes,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -35,7 +37,9 @@ def bench(
     context: typer.Context,
     model: BuiltIn = "resnet32",
     width: Width = None,
-    image: Image = "3x32x32",
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -66,7 +70,7 @@ def bench(
 ) -> None:
     """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.
 
-    The model has 10 classes; SGD with momentum. The rivals torch and torch-compile are dense,
+    SGD with momentum. The rivals torch and torch-compile are dense,
     channels_last.
     """
     from mest_compile.measuring.case import Case
@@ -75,7 +79,7 @@ def bench(
         raise UsageError(
             f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
         )
-    case = Case(model, (batch, *image_sizes(image)), width).but(
+    case = Case(model, shape_of(model, batch, image), width, classes, None if weights is None else str(weights)).but(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
         distribution=distribution,

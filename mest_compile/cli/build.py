@@ -13,6 +13,7 @@ from mest_compile.cli.options import (
     Activations,
     Batch,
     ChoiceData,
+    Classes,
     DataFolder,
     Distribution,
     Image,
@@ -23,13 +24,14 @@ from mest_compile.cli.options import (
     TargetName,
     Trainable,
     UpdateBudget,
+    Weights,
     Width,
     chosen_by,
     given_options,
-    image_sizes,
     print_choice,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -43,8 +45,9 @@ def build(
     model: Model = "resnet20",
     width: Width = None,
     pretrained: Pretrained = False,
-    image: Image = "3x32x32",
-    classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -85,8 +88,8 @@ def build(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Go on from this checkpoint, with its weights, masks and momentum; of the other "
-            "options only --target, --batch and --threads can change what it was."
+            help="Go on from this run folder or checkpoint, with its weights, masks and momentum; of the other options "
+            "only --target, --batch and --threads can change what it was, and it stays what it was without them."
         ),
     ] = None,
     as_json: Json = False,
@@ -95,7 +98,7 @@ def build(
     import mest_compile as mest
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.sources import find_model
+    from mest_compile.models.sources import find_model, is_trained
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
     from mest_compile.training.fitting import resolved
@@ -109,8 +112,8 @@ def build(
         raise UsageError(
             f"the checkpoint has its --{others[0].replace('_', '-')} already; leave it out, or compile another model"
         )
-    if model.endswith(".onnx") and "classes" in given:
-        raise UsageError("an .onnx file has its classes already; leave out --classes")
+    if (model.endswith(".onnx") or is_trained(model)) and "classes" in given:
+        raise UsageError(f"{model} has its classes already; leave out --classes")
     examples = chosen_by(update_budget, data, data_folder, find_loss(loss))
     with stderr_console().status(f"building {'from ' + str(checkpoint) if checkpoint else 'for ' + target}"):
         if checkpoint is not None:
@@ -140,9 +143,9 @@ def build(
                 chosen = _recipe(recipe, given, seed)
                 said = Recipe.run_options(recipe).items()
                 where |= {name: value for name, value in said if name in where and name not in given}
-            shape = (where.pop("batch"), *image_sizes(image))
             model, width = where.pop("model"), where.pop("width")
-            net = find_model(model, shape, classes, width, seed, pretrained)
+            shape = shape_of(model, where.pop("batch"), image)
+            net = find_model(model, shape, classes, width, seed, pretrained, weights)
             where |= {
                 "scheme": said_schemes(where["scheme"]),
                 "sparsity": said_sparsity(where["sparsity"]),

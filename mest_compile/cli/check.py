@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from mest_compile.cli.options import (
+    NAMES,
     Batch,
+    Classes,
     Distribution,
     Image,
     Pretrained,
@@ -15,11 +17,12 @@ from mest_compile.cli.options import (
     Sparsity,
     TargetName,
     Trainable,
+    Weights,
     Width,
     given_options,
-    image_sizes,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -28,15 +31,13 @@ def check(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(
-            help="Built-in model, timm:NAME, torchvision:NAME, file.py:FACTORY, or a path to an .onnx file or to a "
-            "checkpoint (.safetensors)."
-        ),
+        typer.Argument(help=NAMES),
     ],
     width: Width = None,
     pretrained: Pretrained = False,
-    image: Image = "3x32x32",
-    classes: Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)] = 10,
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -52,17 +53,17 @@ def check(
     """
     import mest_compile as mest
     from mest_compile.base.errors import UsageError
-    from mest_compile.models.sources import find_model
+    from mest_compile.models.sources import find_model, is_trained
 
     with stderr_console().status("reading the model"):
-        if model.endswith(".safetensors"):
+        if is_trained(model):
             if others := sorted(given_options(context) - {"model", "as_json"}):
                 raise UsageError(f"the checkpoint has its --{others[0]} already; leave it out")
             found = mest.check(model, ())
         else:
-            shape = (batch, *image_sizes(image))
+            shape = shape_of(model, batch, image)
             found = mest.check(
-                find_model(model, shape, classes, width, pretrained=pretrained),
+                find_model(model, shape, classes, width, 0, pretrained, weights),
                 shape,
                 scheme=said_schemes(scheme),
                 sparsity=said_sparsity(sparsity),

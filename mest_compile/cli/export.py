@@ -42,7 +42,7 @@ def export(
     if form != "onnx" and asked:
         raise UsageError(f"--{asked[0]} belongs to --format onnx; leave it out")
     from mest_compile import exporting
-    from mest_compile.opening import read_step
+    from mest_compile.runtime.trained import read_step
 
     step = read_step(run)
     known = step.reading is not None and step.reading.inputs is not None

@@ -11,21 +11,36 @@ import typer
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.output import stderr_console
 
+USUAL_IMAGE = "3x32x32"
+CHANNELS = (1, 3, 4)  # of pictures
+
 if TYPE_CHECKING:
     from mest_compile.data import Dataset
     from mest_compile.operators.losses.loss import Loss
     from mest_compile.sparsity import scheme as schemes
 
 BuiltIn = Annotated[str, typer.Option(help="Built-in model, timm:NAME, torchvision:NAME or file.py:FACTORY.")]
-Model = Annotated[
-    str, typer.Option(help="Built-in model, timm:NAME, torchvision:NAME, file.py:FACTORY, or a path to an .onnx file.")
+NAMES = (
+    "Built-in model, timm:NAME, torchvision:NAME, file.py:FACTORY, or the path of an .onnx file, a run folder, a "
+    "checkpoint or an artifact."
+)
+Model = Annotated[str, typer.Option(help=NAMES)]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights of the model: safetensors, or a state_dict that torch.save wrote.")
 ]
+Classes = Annotated[int, typer.Option(help="Classes to tell apart, or numbers to give.", min=1)]
 Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Begin with weights that come with a package, and a new classifier."),
 ]
 Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
-Image = Annotated[str, typer.Option(help="Channels x height x width of the images, or the number of features.")]
+Image = Annotated[
+    str | None,
+    typer.Option(
+        help="Channels x height x width of the images, or the number of features. Default: 3x32x32, or a trained "
+        "model's own."
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 Scheme = Annotated[
     str,
@@ -146,12 +161,25 @@ def said_schemes(said: Any) -> schemes.Scheme | dict[str, schemes.Scheme]:
     return parse_schemes(by_layer("scheme", said) if isinstance(said, str) else said)
 
 
+def shape_of(model: str, batch: int, image: str | None) -> tuple[int, ...]:
+    """Of a step's input: (N, C, H, W) or (N, features). Raises UsageError, and StateError of a damaged checkpoint."""
+    from mest_compile.models.sources import is_trained
+
+    if image is None and is_trained(model):
+        from mest_compile.runtime.trained import read_step
+
+        return (batch, *read_step(model).input_shape[1:])
+    return (batch, *image_sizes(image or USUAL_IMAGE))
+
+
 def image_sizes(text: str) -> tuple[int, ...]:
     """(channels, height, width) or (features,). Raises UsageError."""
     try:
         sizes = tuple(int(part) for part in text.split("x"))
     except ValueError:
         sizes = ()
+    if len(sizes) == 3 and sizes[2] in CHANNELS and sizes[0] == sizes[1] > max(CHANNELS):
+        raise UsageError(f"--image is {text!r}, channels last; did you mean {sizes[2]}x{sizes[0]}x{sizes[1]}?")
     if len(sizes) not in (1, 3) or min(sizes) < 1:
         raise UsageError(
             f"--image is {text!r}; wanted channels x height x width, such as 3x32x32, or a number of features, such as "

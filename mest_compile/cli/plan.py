@@ -14,6 +14,7 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Batch,
     ChoiceData,
+    Classes,
     DataFolder,
     Distribution,
     Image,
@@ -25,12 +26,14 @@ from mest_compile.cli.options import (
     TargetName,
     Trainable,
     UpdateBudget,
+    Weights,
     Width,
     chosen_by,
-    image_sizes,
+    given_options,
     print_choice,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -40,10 +43,13 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     model: Model = "resnet32",
     width: Width = None,
     pretrained: Pretrained = False,
-    image: Image = "3x32x32",
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -67,7 +73,7 @@ def plan(
     chosen and why; then what trains, and the memory that the step needs, and of a recipe that freezes what is left of a
     step and its memory by and by.
 
-    A model has 10 classes, or with --data image and classes of that. With an --update-budget also what every
+    With --data image and classes are those of the data. With an --update-budget also what every
     layer costs and matters, and the chosen step's time, predicted and measured.
     """
     from mest_compile.budgeting import sampled
@@ -87,14 +93,17 @@ def plan(
         update_budget=update_budget,
     )
     examples = chosen_by(update_budget, data, data_folder, options.loss)
-    shape, classes = (batch, *image_sizes(image)), 10
-    if examples is not None:
+    if examples is None:
+        shape = shape_of(model, batch, image)
+    elif others := sorted({"image", "classes"} & given_options(context)):
+        raise UsageError(f"--data has its {others[0]} already; leave out --{others[0]}")
+    else:
         shape, classes = (batch, *examples.images.shape[1:]), examples.outputs
     chosen_recipe = None if recipe is None else Recipe.from_file(recipe)
     if chosen_recipe is not None:
         options = chosen_recipe.step_options(options)
     with stderr_console().status("compiling and timing"):
-        net = find_model(model, shape, classes, width, seed, pretrained)
+        net = find_model(model, shape, classes, width, seed, pretrained, weights)
         batches = None if examples is None else sampled(examples, shape, options)
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)

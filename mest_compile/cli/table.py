@@ -9,13 +9,27 @@ import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
-from mest_compile.cli.options import Activations, Batch, BuiltIn, Distribution, Seed, Width
+from mest_compile.cli.options import (
+    Activations,
+    Batch,
+    BuiltIn,
+    Classes,
+    Distribution,
+    Image,
+    Seed,
+    Weights,
+    Width,
+    shape_of,
+)
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
 def table(
     model: BuiltIn = "resnet32",
     width: Width = None,
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     target: Annotated[
         str, typer.Option(help="local: this machine. Another one with the tracker and key of such a device.")
@@ -46,7 +60,7 @@ def table(
     """Measure a table of training speed and memory, scheme by sparsity, against dense torch, or on a device against our
     dense step.
 
-    Model: 32x32 images of 3 channels, 10 classes, SGD with momentum. Every row is a pair of processes that take turns.
+    SGD with momentum. Every row is a pair of processes that take turns.
     """
     device = find_device(tracker, key)
     wanted = _numbers(sparsities)
@@ -60,7 +74,7 @@ def table(
     with stderr_console().status("starting") as status:
         found = speed_table(
             model,
-            (batch, 3, 32, 32),
+            shape_of(model, batch, image),
             [name.strip() for name in schemes.split(",") if name.strip()],
             wanted,
             target,
@@ -72,6 +86,8 @@ def table(
             seed=seed,
             activations=activations,
             device=device,
+            classes=classes,
+            weights=weights,
             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"),
         )
     for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):

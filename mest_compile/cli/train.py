@@ -22,6 +22,7 @@ from mest_compile.cli.options import (
     TargetName,
     Trainable,
     UpdateBudget,
+    Weights,
     Width,
     print_choice,
     said_schemes,
@@ -54,6 +55,7 @@ class Request:
     options: StepOptions
     width: int | None = None
     pretrained: bool = False
+    weights: Path | None = None
     data_folder: Path | None = None
     batch: int = 64
     teacher: Path | None = None
@@ -68,6 +70,7 @@ def train(
     model: Model = "resnet20",
     width: Width = None,
     pretrained: Pretrained = False,
+    weights: Weights = None,
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, folder, arrays.")] = "digits",
     data_folder: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     scheme: Scheme = "block",
@@ -168,6 +171,7 @@ def train(
         "model": model,
         "width": width,
         "pretrained": pretrained,
+        "weights": weights,
         "data": data,
         "batch": batch,
         "scheme": scheme,
@@ -339,7 +343,15 @@ def _compile(request: Request, split: Split, teacher: Any) -> Any:
 
     shape = (request.batch, *split.train.images.shape[1:])
     options = request.recipe.step_options(request.options)
-    model = find_model(request.model, shape, split.train.outputs, request.width, options.seed, request.pretrained)
+    model = find_model(
+        request.model,
+        shape,
+        split.train.outputs,
+        request.width,
+        options.seed,
+        request.pretrained,
+        request.weights,
+    )
     batches = None if options.update_budget is None else sampled(split.train, shape, options, teacher)
     return compile_step(model, shape, options, find_device(request.tracker, request.key), batches=batches)
 

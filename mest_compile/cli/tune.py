@@ -13,6 +13,7 @@ from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import (
     Activations,
     Batch,
+    Classes,
     Distribution,
     Image,
     Model,
@@ -20,10 +21,11 @@ from mest_compile.cli.options import (
     Seed,
     Sparsity,
     TargetName,
+    Weights,
     Width,
-    image_sizes,
     said_schemes,
     said_sparsity,
+    shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
@@ -39,7 +41,9 @@ def tune(
     target: TargetName = "local",
     model: Model = "resnet32",
     width: Width = None,
-    image: Image = "3x32x32",
+    weights: Weights = None,
+    image: Image = None,
+    classes: Classes = 10,
     batch: Batch = 64,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
@@ -86,7 +90,7 @@ def tune(
     """Search the fastest kernels for a device.
 
     Every candidate's answer is checked, every trial is recorded at once: a session that was stopped, even killed, goes
-    on where it was. `mest.compile` and the other commands then use the best records. A model has 10 classes.
+    on where it was. `mest.compile` and the other commands then use the best records.
     """
     began = monotonic()
     from mest_compile.options import StepOptions
@@ -111,7 +115,7 @@ def tune(
         seed=seed,
         activations=activations,
     )
-    request = Request(model, (batch, *image_sizes(image)), width, chosen, runner, widths, log)
+    request = Request(model, shape_of(model, batch, image), width, chosen, runner, widths, log, classes, weights)
     options = RunnerOptions(tracker, key, timeout, devices=devices)
     left = None if time_limit is None else max(0.0, time_limit - (monotonic() - began))
     with TuningProgress(stderr_console()) as progress:

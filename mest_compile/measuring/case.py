@@ -30,6 +30,7 @@ class Case:
                  our compiled step
     input_shape  (N, C, H, W), (N, C, L) or (N, features), elements
     width        channels of the first stage; None is the model's own
+    weights      file of them
     options      of our step. Threads, seed, optimizer and loss are the other side's as well; dense contestants ignore
                  what is said of sparsity, all but ours what is said of memory
     """
@@ -38,6 +39,7 @@ class Case:
     input_shape: tuple[int, ...] = (64, 3, 32, 32)
     width: int | None = None
     classes: int = 10
+    weights: str | None = None
     options: StepOptions = field(default_factory=usual)
 
     def but(self, **options: Any) -> Case:
@@ -59,21 +61,26 @@ class Case:
         """The model, with the weights that every contestant starts from. Raises UsageError for an .onnx file."""
         from mest_compile.models.sources import find_model
 
-        found = find_model(self.model, self.input_shape, self.classes, self.width, self.options.seed)
+        found = find_model(
+            self.model, self.input_shape, self.classes, self.width, self.options.seed, weights=self.weights
+        )
         if isinstance(found, str):
             raise UsageError(
-                f"model is {found!r}; the other side cannot train an .onnx file: give it as a torch.nn.Module"
+                f"model is {found!r}; the other side cannot train an .onnx file or a checkpoint: give it as a "
+                "torch.nn.Module"
             )
         return found
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, the options beside the rest; `from_json` gives an equal case back."""
+        given = {} if self.weights is None else {"weights": self.weights}
         rest = {"model": self.model, "input_shape": list(self.input_shape)}
-        return {**rest, "width": self.width, "classes": self.classes, **self.options.to_json()}
+        return {**rest, "width": self.width, "classes": self.classes, **given, **self.options.to_json()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Case:
         """Raises KeyError, TypeError and MestError when the document is none."""
         options = dict(document)
         model, shape, width, classes = (options.pop(name) for name in ("model", "input_shape", "width", "classes"))
-        return cls(model, tuple(shape), width, classes, StepOptions.from_json(options))
+        weights = options.pop("weights", None)
+        return cls(model, tuple(shape), width, classes, weights, StepOptions.from_json(options))

@@ -45,6 +45,7 @@ def speed_table(
     progress: Callable[[str, int, int], None] | None = None,
     device: Device | None = None,
     activations: str = "float32",
+    weights: str | Path | None = None,
 ) -> SpeedTable:
     """Times a whole SGD-momentum step of every scheme at every sparsity against the baseline, each pair alternated in
     two processes.
@@ -56,7 +57,7 @@ def speed_table(
                  (our step with all weights alive). None: torch, and on a device, an OpenCL one here too, mest-dense,
                  which alone runs there
     repeats      rounds of a pair; with fewer than six, the intervals are of less than 95% confidence
-    width, classes  of a built-in model
+    width, classes, weights  of a model that is given by its name
     activations  what our steps store them as
     progress     called with (what happens now, rows done, rows in all)
     device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock;
@@ -82,7 +83,7 @@ def speed_table(
             f"{list(sparsities)}"
         )
     pairs = [(scheme, sparsity) for scheme in names for sparsity in sparsities]
-    case = Case("", tuple(input_shape), width, classes).but(
+    case = Case("", tuple(input_shape), width, classes, None if weights is None else str(weights)).but(
         target=target, threads=threads, seed=seed, distribution=distribution, activations=activations
     )
     say = progress or (lambda what, done, total: None)

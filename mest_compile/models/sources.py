@@ -1,5 +1,5 @@
-"""A model by the name that users give it: a built-in one's, timm:NAME, torchvision:NAME, file.py:FACTORY, or an .onnx
-file's path."""
+"""A model by the name that users give it: a built-in one's, timm:NAME, torchvision:NAME, file.py:FACTORY, or the path
+of an .onnx file, a run folder, a checkpoint or an artifact."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,20 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.base import checks
 from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
 from mest_compile.models.catalog import build_model, model_names
-from mest_compile.models.pretrained import PRETRAINED, pretrained_model, pretrained_names
+from mest_compile.models.pretrained import (
+    PRETRAINED,
+    classes_in,
+    load_weights,
+    pretrained_model,
+    pretrained_names,
+    read_weights,
+)
 
 if TYPE_CHECKING:
     import torch
 
 NAMED = 6  # names that an error offers
+CHECKPOINTS = ("checkpoint.safetensors", "state.safetensors")  # of run folders, and of artifacts
 
 
 def find_model(
@@ -30,36 +39,43 @@ def find_model(
     width: int | None = None,
     seed: int = 0,
     pretrained: bool = False,
+    weights: str | Path | None = None,
 ) -> torch.nn.Module | str:
-    """The module, with fresh weights that the seed decides or with pretrained ones and a new classifier; torch's random
-    state stays as it was. Of an .onnx file its path, which `mest.compile` takes as it is.
+    """The module, with fresh weights that the seed decides, or with pretrained ones and a new classifier; torch's
+    random state stays as it was. Of an .onnx file and of what is trained already its path, which `mest.compile` takes
+    as it is.
 
     name         built-in, or a package's model that gets a classifier for `classes`; or file.py:FACTORY, a function
                  that is given those of `input_shape`, `classes` and `width` that it has arguments for, or a module
     input_shape  (N, C, H, W) or (N, features)
+    weights      a safetensors file or a state_dict that torch.save wrote; of other classes: all but the last layer's
     Raises UnknownName, UsageError, SpecError, BudgetError, NotInstalled where the package is missing, DataError where a
-    file cannot be run or pretrained weights cannot be had.
+    file cannot be run or weights cannot be had, StateError where they are of another net.
     """
     if not isinstance(name, str):
         raise UnknownName(f"no model {checks.shown(name)}; wanted a name")
     source, _, rest = name.partition(":")
     own = not (source in _PACKAGES and rest) and ".py:" not in name
-    if width is not None and (name.endswith(".onnx") or source in _PACKAGES):
-        what = "an .onnx file" if name.endswith(".onnx") else name
-        raise UsageError(f"{what} has its width already; leave out --width {width}")
+    of_file = "an .onnx file" if name.endswith(".onnx") else name if is_trained(name) else None
+    if width is not None and (of_file or source in _PACKAGES):
+        raise UsageError(f"{of_file or name} has its width already; leave out --width {width}")
+    if weights is not None and (of_file or pretrained):
+        raise UsageError(f"{of_file or '--pretrained'} has its weights already; leave out --weights {weights}")
     named = source in _PACKAGES or (name in PRETRAINED and width is None)
     if pretrained and not named:
         raise UsageError(
             f"{name}{'' if width is None else f' of width {width}'} comes without weights; pretrained are "
             f"{', '.join(pretrained_names())} and models of timm and torchvision"
         )
-    if name.endswith(".onnx"):
+    if of_file:
         return name
     if own and name not in model_names():
         raise UnknownName(
             f"no model {name!r}; there are: {', '.join(model_names())}; or timm:NAME, torchvision:NAME, "
-            "file.py:FACTORY, a file.onnx"
+            "file.py:FACTORY, a file.onnx, a run folder, a checkpoint or an artifact"
         )
+    if weights is not None:
+        return _with_weights(partial(find_model, name, input_shape, width=width, seed=seed), name, classes, weights)
     if own and not pretrained:
         return build_model(name, tuple(input_shape), classes, width, seed)
     import torch
@@ -71,6 +87,29 @@ def find_model(
         if source in _PACKAGES:
             return _PACKAGES[source](rest, input_shape, classes, pretrained)
         return _from_file(name, input_shape, classes, width)
+
+
+def is_trained(name: str | Path) -> bool:
+    """Whether it is the path of a checkpoint, or of a run folder or artifact, which have one."""
+    path = Path(name)
+    return path.suffix == ".safetensors" or checkpoint_in(path) is not None
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """Of a run folder or an artifact."""
+    return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+
+
+def _with_weights(make: Callable[[int], Any], name: str, classes: int, weights: str | Path) -> torch.nn.Module:
+    """make: the net of so many classes."""
+    net, state = make(classes), read_weights(weights)
+    there = classes_in(net, state)
+    if there in (None, classes):
+        load_weights(net, weights)
+        return net
+    net = make(there)
+    load_weights(net, weights)
+    return _with_classifier(net, name, classes)
 
 
 def _timm(name: str, input_shape: Sequence[int], classes: int, pretrained: bool) -> torch.nn.Module:

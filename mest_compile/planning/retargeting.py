@@ -27,13 +27,13 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     batch = checks.whole("batch", batch, 1)
     check_activations(facts.activations, target)
     target = target.storing(facts.activations).for_batch(batch)
-    graph = _with_batch(facts.graph, batch)
+    graph = batched(facts.graph, batch)
     found = records(target)
 
     def planned(target: Target) -> dict[str, Layer]:
         layers = {}
         for name, layer in facts.layers.items():
-            layer = _layer_with_batch(layer, batch)
+            layer = _layerbatched(layer, batch)
             layers[name] = replace(layer, kernels=family_for(layer.scheme, layer.spec, target))
         return layers
 
@@ -52,15 +52,15 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
 def with_batch(plan: Plan, batch: int) -> Plan:
     """The plan of steps of `batch` examples, else as it is, the layout too."""
     facts = plan.facts
-    layers = {name: _layer_with_batch(layer, batch) for name, layer in facts.layers.items()}
-    return replace(plan, facts=replace(facts, graph=_with_batch(facts.graph, batch), layers=layers))
+    layers = {name: _layerbatched(layer, batch) for name, layer in facts.layers.items()}
+    return replace(plan, facts=replace(facts, graph=batched(facts.graph, batch), layers=layers))
 
 
-def _layer_with_batch(layer: Layer, batch: int) -> Layer:
+def _layerbatched(layer: Layer, batch: int) -> Layer:
     return replace(layer, spec=replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:])))
 
 
-def _with_batch(graph: ForwardGraph, batch: int) -> ForwardGraph:
+def batched(graph: ForwardGraph, batch: int) -> ForwardGraph:
     """Every shape begins with the batch."""
     nodes = tuple(replace(node, shape=(batch, *node.shape[1:])) for node in graph.nodes)
     return replace(graph, nodes=nodes, input_shape=(batch, *graph.input_shape[1:]))

@@ -30,11 +30,12 @@ from mest_compile.hardware.cpu import host_machine, lacking_features
 from mest_compile.hardware.target import needed_features
 from mest_compile.ir.program import Program
 from mest_compile.kernels.elf import read_library
+from mest_compile.models.sources import CHECKPOINTS
 from mest_compile.planning.facts import Facts
 from mest_compile.runtime.compiled import Compiled, Knobs
 
 FORMAT = "mest-compile artifact 2"
-LIBRARY, STATE, MANIFEST = "step.so", "state.safetensors", "manifest.json"
+LIBRARY, STATE, MANIFEST = "step.so", CHECKPOINTS[1], "manifest.json"
 
 
 def write(

@@ -15,9 +15,9 @@ import numpy as np
 
 from mest_compile.base import tensorfile
 from mest_compile.base.errors import StateError
+from mest_compile.models.sources import CHECKPOINTS, checkpoint_in
 
 FORMAT = "mest-compile checkpoint 3"
-FILE = "checkpoint.safetensors"  # of a run folder: what is read where the folder is given
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -56,11 +56,11 @@ def _digest(arrays: Mapping[str, np.ndarray], facts: str) -> str:
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts) of a file, or of a run folder's checkpoint. Raises StateError for a file that is missing, cut
-    short, changed or not ours."""
+    """(arrays, facts) of a file, or of that in a run folder or an artifact. Raises StateError for a file that is
+    missing, cut short, changed or not ours."""
     path = Path(path)
     try:
-        path = path / FILE if path.is_dir() else path
+        path = (checkpoint_in(path) or path / CHECKPOINTS[0]) if path.is_dir() else path
         if not path.is_file():
             raise StateError(f"no checkpoint {path}; give a run folder, or a file that step.save or a training wrote")
         content = path.read_bytes()

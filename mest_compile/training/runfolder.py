@@ -16,7 +16,7 @@ from typing import Any
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.hardware import host
-from mest_compile.runtime import checkpoint
+from mest_compile.models.sources import CHECKPOINTS
 
 
 class RunFolder:
@@ -37,7 +37,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.source = self.path / "source.json"
-        self.checkpoint = self.path / checkpoint.FILE
+        self.checkpoint = self.path / CHECKPOINTS[0]
         self.previous = self.path / "checkpoint.previous.safetensors"
         self.best = self.path / "best.safetensors"
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from mest_compile.base.errors import UsageError
 from mest_compile.compiling import compile_step
-from mest_compile.frontend import import_model
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
@@ -22,6 +21,7 @@ from mest_compile.options import StepOptions
 from mest_compile.planning.layout import VECTOR, section_knobs, step_facts
 from mest_compile.planning.plan import plan_step
 from mest_compile.records.log import FixedRecords, LogFile, Measure, Records, key_of, shipped, user_log
+from mest_compile.runtime.trained import read_any
 from mest_compile.tuning.deadline import Deadline, TimedBuilder
 from mest_compile.tuning.layout import time_sections, time_vectors
 from mest_compile.tuning.runner import Runner, RunnerOptions, find_runner
@@ -33,23 +33,31 @@ FINAL_ROUNDS = 5  # of each draw, in which whole steps take turns
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A step to tune. options: of it; its seed is that of the model and of the search too.
+    """A step to tune.
 
+    model    a name, see models.sources, with so many classes and the width and weights that it is to have; or a
+             torch.nn.Module
+    options  of the step; its seed is that of the model and of the search too
     vectors  widths to compare by whole steps before anything is tuned; None: all that the target may use
     runner   name of a runner; None: "rpc" where there is a tracker, else "local", or "opencl" for an OpenCL target
     log      where records go; None: the user's log of the target
     """
 
-    model: str
+    model: Any
     input_shape: tuple[int, ...]
     width: int | None = None
     options: StepOptions = field(default_factory=StepOptions)
     runner: str | None = None
     vectors: Sequence[int] | None = None
     log: Path | None = None
+    classes: int = 10
+    weights: str | Path | None = None
 
     def network(self) -> Any:
-        return find_model(self.model, self.input_shape, 10, self.width, self.options.seed)
+        if not isinstance(self.model, str):
+            return self.model
+        seed = self.options.seed
+        return find_model(self.model, self.input_shape, self.classes, self.width, seed, weights=self.weights)
 
 
 def tune(
@@ -94,7 +102,8 @@ def _tune(
     left_out: list[str] = []
     paths = [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)]
     records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
-    graph, _ = import_model(request.network(), request.input_shape)
+    graph, _ = read_any(request.network(), request.input_shape)
+    request = replace(request, classes=graph.nodes[-1].shape[1])  # of a model that has its own
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
     builder = TimedBuilder(deadline=deadline)
     compiled, batch = partial(_compiled, request, builder), _batch(request)
@@ -174,7 +183,9 @@ def _compiled(request: Request, builder: TimedBuilder, target: Target, records: 
 
 def _batch(request: Request) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(request.options.seed)
-    return rng.standard_normal(request.input_shape, np.float32), rng.integers(0, 10, request.input_shape[0])
+    return rng.standard_normal(request.input_shape, np.float32), rng.integers(
+        0, request.classes, request.input_shape[0]
+    )
 
 
 def _usual_runner(target: Target, options: RunnerOptions) -> str:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mest_compile.base.errors import DataError, NotInstalled, SpecError, UnknownName, UsageError
+from mest_compile.base.errors import DataError, NotInstalled, SpecError, StateError, UnknownName, UsageError
 from mest_compile.measuring.case import Case
 from mest_compile.models import sources
+from mest_compile.models.catalog import build_model
 from mest_compile.models.sources import find_model
 
 SHAPE = (2, 3, 8, 8)
@@ -164,3 +165,47 @@ def test_benchmarks_take_the_same_names_but_for_files_that_torch_cannot_train(fi
     assert Case(f"{file}:ready", (2, 4)).network().out_features == 9
     with pytest.raises(UsageError, match=r"cannot train an .onnx file"):
         Case("net.onnx", SHAPE).network()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_weights_of_a_file_are_taken_and_those_of_other_classes_but_for_the_last_layer(tmp_path, form):
+    from safetensors.torch import save_file
+
+    net, path = build_model("mlp", (2, 20), 7, 16, seed=5), tmp_path / f"net.{form}"
+    save_file(net.state_dict(), path) if form == "safetensors" else torch.save(net.state_dict(), path)
+    same, other = (find_model("mlp", (2, 20), classes, 16, weights=path) for classes in (7, 3))
+    wanted = net.state_dict()
+    for name, value in same.state_dict().items():
+        assert torch.equal(value, wanted[name])
+    assert other(torch.zeros(2, 20)).shape == (2, 3)
+    kept = [name for name, value in other.state_dict().items() if torch.equal(value, wanted.get(name)[: len(value)])]
+    assert set(wanted) - set(kept) == {name for name in wanted if len(wanted[name]) == 7}
+
+
+@pytest.mark.usefixtures("packages")
+def test_weights_that_cannot_be_taken_are_refused(tmp_path):
+    torch.save({"other": torch.zeros(1)}, tmp_path / "net.pt")
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    cases = [
+        ("mlp", {"weights": tmp_path / "net.pt"}, StateError, "net.pt does not fit the net"),
+        ("mlp", {"weights": tmp_path / "gone.pt"}, DataError, "gone.pt cannot be read"),
+        ("net.onnx", {"weights": tmp_path / "net.pt"}, UsageError, "has its weights already"),
+        (str(tmp_path), {"weights": tmp_path / "net.pt"}, UsageError, "has its weights already"),
+        (str(tmp_path), {"width": 8}, UsageError, "has its width already"),
+        (
+            "timm:small",
+            {"weights": tmp_path / "net.pt", "pretrained": True},
+            UsageError,
+            "--pretrained has its weights",
+        ),
+    ]
+    for name, options, error, words in cases:
+        with pytest.raises(error, match=words):
+            find_model(name, SHAPE, **options)
+
+
+def test_a_folder_with_a_checkpoint_is_a_trained_model(tmp_path):
+    assert not sources.is_trained("mlp") and not sources.is_trained(tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"")
+    assert sources.is_trained(tmp_path) and sources.is_trained("any.safetensors")
+    assert find_model(str(tmp_path), SHAPE) == str(tmp_path)

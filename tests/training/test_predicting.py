@@ -215,3 +215,35 @@ def test_a_run_is_built_for_another_device_with_another_batch(trained, mest_comp
     assert facts["graph"]["input_shape"] == [4, 3, SIDE, SIDE] and facts["target"]["name"] == "cortex-a72"
     state, wanted = checkpoint.read(out / "state.safetensors")[1], checkpoint.read(trained[0])[1]
     assert state["reading"] == wanted["reading"] and state["updates"] == wanted["updates"] > 0
+
+
+def test_a_run_is_a_model_wherever_one_is_named(trained, mest_compile_command, tmp_path):
+    folder, _ = trained
+    held = mest_compile_command("check", folder, "--json").document
+    assert held["input_shape"] == [8, 3, SIDE, SIDE] and held["taken"]
+    again = mest.check(str(folder / "checkpoint.safetensors"), ()).to_dict()
+    assert json.loads(json.dumps(again)) == held
+    step, before = mest.compile(str(folder), (4, 3, SIDE, SIDE), sparsity="as-given"), mest.load(folder)
+    assert step.batch == 4
+    for name, mask in before.masks().items():
+        np.testing.assert_array_equal(step.masks()[name], mask)
+    for name, value in before.state_dict().items():
+        np.testing.assert_array_equal(step.state_dict()[name], value)
+    with pytest.raises(mest.MestError, match=r"takes \(3, 8, 8\) an example, not \(3, 9, 9\)"):
+        mest.compile(str(folder), (4, 3, 9, 9))
+
+
+def test_options_of_images_say_what_was_meant(mest_compile_command):
+    for text, said in (("32x32x3", "did you mean 3x32x32?"), ("8x8", "wanted channels x height x width")):
+        for command in (("check", "mlp"), ("build", "--out", "a"), ("bench",), ("tune",), ("table",), ("analyze",)):
+            ran = mest_compile_command(*command, "--image", text)
+            assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1, ran.err
+
+
+def test_tune_in_python_searches_what_the_command_does_and_keeps_to_its_time(trained, tmp_path):
+    found = mest.tune(
+        str(trained[0]), (4, 3, SIDE, SIDE), 1, 0.0, log=tmp_path / "log", scheme="block:4x1", sparsity=0.5
+    )
+    assert not found.finished and found.measured == 0 and found.left_out and found.log == str(tmp_path / "log")
+    with pytest.raises(UsageError, match="tune takes its own options and those of mest.compile"):
+        mest.tune("mlp", (4, 3, 8, 8), colour="blue")
