@@ -13,7 +13,7 @@ from mest_compile.base.errors import Refusal, SpecError, UnsupportedOperator, Us
 from mest_compile.frontend.naming import REFUSED
 from mest_compile.frontend.refusals import Refusals
 from mest_compile.hardware.target import find_target
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import LAYERS, ForwardGraph, Node
 from mest_compile.models.sources import is_trained
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.options import StepOptions, find_loss, find_optimizer
@@ -170,7 +170,7 @@ def _check(
             rows += [
                 CheckedLayer(one.layer, one.operator, node.shape, "refused", why=one.what) for one in error.refused
             ]
-        elif node.op in ("conv2d", "linear"):
+        elif node.op in LAYERS:
             rows.append(_row(node, layers[node.params["weight"]], dense))
     shown = {(row.name, row.kind) for row in rows}
     rows += [
@@ -193,7 +193,8 @@ def _row(node: Node, layer: Layer, dense: Mapping[str, str]) -> CheckedLayer:
     spec, name = layer.spec, layer.spec.name
     units = layer.scheme.live_units(spec, layer.sparsity)
     live = units * layer.scheme.unit_cells(spec) * layer.scheme.cell_elems(spec)
-    kind = "linear" if node.op == "linear" else f"{'depthwise' if spec.depthwise else 'conv2d'} {_kernel(spec)}"
+    kind = "depthwise" if node.op == "conv2d" and spec.depthwise else node.op
+    kind = kind if kind == "linear" else f"{kind} {_kernel(spec)}"
     return CheckedLayer(
         name.removesuffix(".weight"),
         kind,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
-from mest_compile.ir.graph import Node, Preparation
+from mest_compile.ir.graph import LAYERS, Node, Preparation
 
 INPUT = "input"  # what nodes call the graph's input
 REFUSED = "refused"  # drafts and nodes of what cannot be trained; attrs: operator, and error, why, if it says so first
@@ -42,7 +42,7 @@ def needed(drafts: Sequence[Draft], last: Sequence[int]) -> list[int]:
 def name_nodes(drafts: Sequence[Draft], last: int) -> tuple[Node, ...]:
     """The drafts that the logits, at place `last`, need. Raises SpecError."""
     order = needed(drafts, [last])
-    if not any(drafts[index].op in ("conv2d", "linear") for index in order):
+    if not any(drafts[index].op in LAYERS for index in order):
         raise SpecError("there is nothing to train: the model's output depends on no convolution and no linear layer")
     layers = {
         index: drafts[index].params["weight"].removesuffix(".weight")

@@ -10,6 +10,7 @@ from mest_compile.base.errors import SpecError
 
 MOST_ELEMS = 2**31 - 1  # of a weight, and of a slice of an activation: their places are told in int32
 STATISTICS = ("running_mean", "running_var")  # roles of what no optimizer touches
+LAYERS = ("conv2d", "linear", "conv_transpose2d")  # operators whose parameter "weight" may be sparse
 
 # Why a parameter stays as it is. What torch froze, or the caller did, may be asked to train after all.
 FLAG, CHOSEN = "requires_grad=False", "not in trainable"
@@ -31,6 +32,8 @@ class LayerSpec:
     padding       (y, x) pixels of zeros above and left of the input
     groups        of channels, each convolved by itself
     padding_end   (y, x) pixels of zeros below and right of it; None: as many as `padding`
+    transposed    the layer is the input gradient of that convolution: it makes what the convolution would take of what
+                  it would give; `input_shape` is then of the layer's output
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerSpec:
     groups: int = 1
     dilation: tuple[int, int] = (1, 1)
     padding_end: tuple[int, int] | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_shape[1] * self.groups != self.input_shape[1]:
@@ -95,12 +99,13 @@ class LayerSpec:
 class Node:
     """One operator of the forward graph.
 
-    op      name in the operator registry: "conv2d", "linear", "batch_norm", "add", "max_pool2d", "avg_pool2d",
-            "global_avg_pool", "flatten", "detach" (its input, without a gradient), or an activation: "relu"
+    op      name in the operator registry: "conv2d", "linear", "conv_transpose2d", "batch_norm", "add", "max_pool2d",
+            "avg_pool2d", "global_avg_pool", "flatten", "detach" (its input, without a gradient), or an activation:
+            "relu"
     name    unique; the dotted torch module path where there is one
     inputs  names of the producing nodes; "input" is the graph's input
-    params  role -> torch parameter or buffer name. conv2d, linear: weight, bias?; batch_norm: weight, bias,
-            running_mean, running_var
+    params  role -> torch parameter or buffer name. LAYERS: weight, bias?; batch_norm: weight, bias, running_mean,
+            running_var
     attrs   conv2d: stride, padding, padding_end where it is another, and groups, dilation where they are not 1;
             batch_norm: eps, momentum (torch's: share of the new statistics), evaluating (only if it is: it normalises
             with its running statistics, and keeps them, while the step trains; FROZE where that began while training);

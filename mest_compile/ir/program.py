@@ -88,19 +88,21 @@ class Call:
 
 @dataclass(slots=True)
 class Program:
-    """Calls in order. `slots` are the arena's storages in bytes; `slot_of` says which one holds a temporary buffer."""
+    """Calls in order. `slots` are the arena's storages in bytes; `slot_of` says which one holds a temporary buffer;
+    `kept` are buffers that the step holds whether a call takes them or not."""
 
     name: str
     calls: list[Call]
     slots: list[int] = field(default_factory=list)
     slot_of: dict[Buffer, int] = field(default_factory=dict)
+    kept: tuple[Buffer, ...] = ()
 
     def buffers(self) -> list[Buffer]:
         """Every buffer once, in order of first use."""
         return list(dict.fromkeys(buffer for call in self.calls for buffer in call.buffers))
 
     def held(self) -> list[Buffer]:
-        return [buffer for buffer in self.buffers() if buffer.held]
+        return [buffer for buffer in dict.fromkeys((*self.buffers(), *self.kept)) if buffer.held]
 
     def saved_bytes(self) -> int:
         """Arena bytes that the forward pass leaves for the backward pass."""

@@ -315,7 +315,9 @@ def lower_training(
     for values, gradients in low._updates.items():
         _update(low, values, gradients)
     _bound(low)
-    program = Program("train", low.calls)
+    # Of some values kernels read a copy alone.
+    kept = tuple(buffer for buffer in held.values() if buffer.kind == "values")
+    program = Program("train", low.calls, kept=kept)
     plan_memory(program)
     return program
 

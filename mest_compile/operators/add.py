@@ -11,7 +11,7 @@ import numpy as np
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
 from mest_compile.frontend.values import Parameter, Value
-from mest_compile.ir.graph import Node
+from mest_compile.ir.graph import LAYERS, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.formulas import operation
@@ -65,7 +65,7 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
         # As broadcasting lines it up: a channel's number for images, a feature's otherwise.
         wanted = (1, value.shape[1], *[1] * (len(value.shape) - 2))
         fits = held == wanted[len(wanted) - len(held) :] and prod(held) == value.shape[1]
-        if layer.op in ("conv2d", "linear") and fits and "bias" not in layer.params:
+        if layer.op in LAYERS and fits and "bias" not in layer.params:
             # A second draft of the same layer: should its result without the bias be used as well, the shared weight is
             # noticed.
             reader.drafts.append(replace(layer, params={**layer.params, "bias": bias.name}))

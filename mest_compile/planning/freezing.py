@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from mest_compile.base.errors import SpecError, UnknownName
-from mest_compile.ir.graph import FROZE, ForwardGraph, Node
+from mest_compile.ir.graph import FROZE, LAYERS, ForwardGraph, Node
 from mest_compile.ir.program import PRODUCTS, Program
 from mest_compile.operators.layers.family import held_cells
-from mest_compile.operators.optimizers.groups import LAYERS
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
 from mest_compile.planning.trainable import block_of, blocks, matching

@@ -10,7 +10,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, SpecError, UsageError
 from mest_compile.hardware.target import Target
 from mest_compile.ir.arrangement import image_shape
-from mest_compile.ir.graph import BUFFER, ForwardGraph, LayerSpec
+from mest_compile.ir.graph import BUFFER, LAYERS, ForwardGraph, LayerSpec
 from mest_compile.operators.layers.family import FAMILIES, family_for
 from mest_compile.options import AS_GIVEN, StepOptions
 from mest_compile.planning.patterns import by_layer, check_counts, weight_name
@@ -25,12 +25,15 @@ log = logging.getLogger(__name__)
 
 
 def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
-    """Every convolution and linear layer, in order; linear layers as 1x1 convolutions."""
+    """Every convolution and linear layer, in order; linear layers as 1x1 convolutions, transposed convolutions as those
+    that they are the input gradient of."""
     shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
     specs = []
     for node in graph.nodes:
-        if node.op in ("conv2d", "linear"):
-            weight, source = graph.state_shapes[node.params["weight"]], shapes[node.inputs[0]]
+        if node.op in LAYERS:
+            transposed = node.op == "conv_transpose2d"
+            weight = graph.state_shapes[node.params["weight"]]
+            source = node.shape if transposed else shapes[node.inputs[0]]
             specs.append(
                 LayerSpec(
                     node.params["weight"],
@@ -41,6 +44,7 @@ def layer_specs(graph: ForwardGraph) -> list[LayerSpec]:
                     node.attrs.get("groups", 1),
                     tuple(node.attrs.get("dilation", (1, 1))),
                     node.attrs.get("padding_end"),
+                    transposed,
                 )
             )
     return specs

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from mest_compile.base.errors import SpecError, UnknownName, UsageError
-from mest_compile.ir.graph import CHOSEN, FLAG, ForwardGraph, Node
+from mest_compile.ir.graph import CHOSEN, FLAG, LAYERS, ForwardGraph, Node
 from mest_compile.planning.patterns import near
 
 LAST = "last:"
@@ -37,7 +37,7 @@ def choose_trainable(graph: ForwardGraph, trainable: Sequence[str] | None) -> Fo
 
 def blocks(graph: ForwardGraph) -> list[str]:
     """Names of the model's blocks, in the order in which the forward pass uses them."""
-    layers = [node.params["weight"] for node in graph.nodes if node.op in ("conv2d", "linear")]
+    layers = [node.params["weight"] for node in graph.nodes if node.op in LAYERS]
     holds: dict[str, int] = {}
     for name in layers:
         for part in _numbered(name):

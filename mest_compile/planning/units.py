@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mest_compile.ir.graph import STATISTICS, ForwardGraph
+from mest_compile.ir.graph import LAYERS, STATISTICS, ForwardGraph
 from mest_compile.lowering.fusing import fuse
 from mest_compile.planning.memory import usually_recomputed
 from mest_compile.planning.plan import Plan
@@ -42,7 +42,7 @@ class Front:
 
 def units_of(graph: ForwardGraph) -> list[Unit]:
     """Every unit of which something trains, in the order of the forward pass."""
-    layers = {node.name: node.params["weight"] for node in graph.nodes if node.op in ("conv2d", "linear")}
+    layers = {node.name: node.params["weight"] for node in graph.nodes if node.op in LAYERS}
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
         owner = next(filter(None, map(layers.get, (node.name, *node.inputs[:1]))), node.params.get("weight"))

@@ -312,7 +312,7 @@ class Specializer:
     def _source(self, name: str, place: Place) -> KernelSource | str:
         """The specialized kernel of a call under the layer's present mask, or why there is none."""
         problem, pointers = place.call.problem, place.call.buffers[0].name
-        prefix = "transposed_" if place.call.phase == "grad_input" else ""
+        prefix = place.call.buffers[0].role.removesuffix("pointers")
         live = int(self._get(f"{name}:{prefix}live_groups")[0]) if problem.rows_live else None
         structure = structure_of(problem, self._get(pointers), live)
         if isinstance(structure, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node
+from mest_compile.ir.graph import LAYERS, ForwardGraph, LayerSpec, Node
 from mest_compile.sparsity.scheme import Scheme
 
 
@@ -52,7 +52,7 @@ def _before(name: str, nodes: dict[str, Node]) -> list[str]:
     """A value and those before it that normalisation, activations and pools made it of, up to a layer, an addition or
     the input."""
     found = [name]
-    while name in nodes and nodes[name].inputs and nodes[name].op not in ("conv2d", "linear", "add"):
+    while name in nodes and nodes[name].inputs and nodes[name].op not in (*LAYERS, "add"):
         name = nodes[name].inputs[0]
         found.append(name)
     return found
@@ -63,7 +63,7 @@ def _layers_between(starts: Sequence[str], end: str, nodes: dict[str, Node], wit
     most = {"input": 0 if "input" in starts else -1}
     for name, node in nodes.items():
         before = max((most[source] for source in node.inputs), default=-1)
-        passed = before + (node.op in ("conv2d", "linear")) if before >= 0 and name != without else -1
+        passed = before + (node.op in LAYERS) if before >= 0 and name != without else -1
         most[name] = max(passed, 0 if name in starts else -1)
         if name == end:
             break

@@ -43,7 +43,7 @@ class CompactFamily(KernelFamily):
     sources."""
 
     def takes(self, spec: LayerSpec) -> bool:
-        return spec.groups == 1
+        return spec.groups == 1 and not spec.transposed
 
     def convolve(
         self,

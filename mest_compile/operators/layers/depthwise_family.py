@@ -41,7 +41,7 @@ class DepthwiseFamily(KernelFamily):
     forward_kernel = "forward"
 
     def takes(self, spec: LayerSpec) -> bool:
-        return spec.depthwise
+        return spec.depthwise and not spec.transposed
 
     def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         chain = chain_of(node, low)

@@ -139,7 +139,7 @@ class KernelFamily(ABC):
     @staticmethod
     def problems(layer: Layer, program: Program) -> tuple[GatherConv, GatherConv | None]:
         """Of the layer's forward pass and of its input gradient, if it has one, in `program`."""
-        forward, backward = (_problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
+        forward, backward = (problem_of(program, layer, part) for part in ("pointers", "transposed_pointers"))
         assert forward is not None, f"{layer.spec.name} is not in program {program.name}"
         return forward, backward
 
@@ -153,7 +153,7 @@ class KernelFamily(ABC):
 
     def takes(self, spec: LayerSpec) -> bool:
         """Whether its kernels are of such layers."""
-        return spec.groups == 1 and spec.dilation == (1, 1)
+        return spec.groups == 1 and spec.dilation == (1, 1) and not spec.transposed
 
     @abstractmethod
     def convolve(
@@ -227,7 +227,7 @@ def family_for(scheme: Scheme, spec: LayerSpec, target: Target) -> str:
     return next(filter(runs, scheme.kernels(spec)))
 
 
-def _problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
+def problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
     """The problem of the layer's convolution that reads the index buffer `part` first, or None."""
     return next(
         (

@@ -13,7 +13,7 @@ from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
-from mest_compile.operators.layers.family import KernelFamily, family
+from mest_compile.operators.layers.family import KernelFamily, family, problem_of
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 def forward_problem(
-    layer: Layer, source: Image, result: Image, bias: bool, statistics: bool, epilogue: Epilogue | None = None
+    layer: Layer,
+    source: Image,
+    result: Image,
+    bias: bool = False,
+    statistics: bool = False,
+    epilogue: Epilogue | None = None,
+    accumulate: bool = False,
 ) -> GatherConv:
     rows, sources = layer.scheme.block(layer.spec)
     return GatherConv(
@@ -38,23 +44,43 @@ def forward_problem(
         layer.spec.stride,
         (Pass((result.height, result.width)),),
         layer.section_channels,
+        accumulate=accumulate,
         bias=bias,
         statistics=statistics,
         epilogue=epilogue,
     )
 
 
-def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool) -> GatherConv:
+def gradient_problem(layer: Layer, delta: Image, result: Image, accumulate: bool, bias: bool = False) -> GatherConv:
     """The input gradient: the same gather on the output gradient, with the roles of the unit's sides swapped."""
     rows, sources = layer.scheme.block(layer.spec)
     passes = reaching_passes(layer.spec) if accumulate else parity_passes(layer.spec)
     return GatherConv(
-        delta, result, sources, rows, (1, 1), passes, layer.transposed_section_channels, accumulate=accumulate
+        delta,
+        result,
+        sources,
+        rows,
+        (1, 1),
+        passes,
+        layer.transposed_section_channels,
+        accumulate=accumulate,
+        bias=bias,
     )
 
 
+def _transposed_problems(layer: Layer, program: Program) -> tuple[GatherConv | GatherGrad, GatherConv]:
+    """(one that reads the index of the convolution, the transposed convolution's own in `program`)."""
+    own = problem_of(program, layer, "transposed_pointers")
+    assert own is not None, f"{layer.spec.name} is not in program {program.name}"
+    if (back := problem_of(program, layer, "pointers")) is not None:
+        return back, own
+    calls = [call for call in program.calls if call.layer == layer.spec.name and isinstance(call.problem, GatherGrad)]
+    # Without either nothing reads that index; its order follows from the layer alone.
+    return calls[0].problem if calls else forward_problem(layer, own.result, own.source), own
+
+
 def gather_indexer(
-    spec: LayerSpec, forward: GatherConv, backward: GatherConv | None
+    spec: LayerSpec, forward: GatherConv | GatherGrad, backward: GatherConv | None
 ) -> Callable[[np.ndarray], LayerIndex]:
     """(cells,) int32, the live cells of a grid (groups, sources, kh, kw), ascending -> their index."""
     runs, there_sorted = (
@@ -105,7 +131,7 @@ class GatherFamily(KernelFamily):
         low.call(
             "gather.conv",
             problem,
-            *self._index(layer, problem, low),
+            *self.index_arrays(layer, problem, low),
             self.hold(layer, low, "", "values"),
             *others,
             source,
@@ -123,7 +149,7 @@ class GatherFamily(KernelFamily):
         low.call(
             "gather.grad",
             problem,
-            *self._index(layer, problem, low),
+            *self.index_arrays(layer, problem, low),
             source,
             delta,
             gradients,
@@ -138,7 +164,7 @@ class GatherFamily(KernelFamily):
         low.call(
             "gather.conv",
             problem,
-            *self._index(layer, problem, low, "transposed_"),
+            *self.index_arrays(layer, problem, low, "transposed_"),
             self.hold(layer, low, "transposed", "values"),
             delta,
             target,
@@ -161,8 +187,9 @@ class GatherFamily(KernelFamily):
         )
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
-        forward, backward = self.problems(layer, program)
-        return gather_indexer(layer.spec, forward, backward)
+        if layer.spec.transposed:
+            return gather_indexer(layer.spec, *_transposed_problems(layer, program))
+        return gather_indexer(layer.spec, *self.problems(layer, program))
 
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
         return cells
@@ -181,9 +208,10 @@ class GatherFamily(KernelFamily):
             rule(delta, (1, 1), spec.extent, (sources, rows), target, caches[1]),
         )
 
-    def _index(
+    def index_arrays(
         self, layer: Layer, problem: GatherConv | GatherGrad, low: Trace, prefix: str = ""
     ) -> tuple[Buffer, Buffer]:
+        """(pointers, offsets) that the problem's kernel reads. prefix: "transposed_" where roles are swapped."""
         return (
             self.hold(layer, low, f"{prefix}pointers", "indices", problem.cells + 1),
             self.hold(layer, low, f"{prefix}offsets", "indices"),

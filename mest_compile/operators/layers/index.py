@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mest_compile.ir.graph import LayerSpec
-from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.operators.layers.geometry import shift
 
 PLACE = 32  # bits of a sorted key that say where what it belongs to stood
@@ -43,7 +43,7 @@ class Places:
     cell, at offset 0.
     """
 
-    def __init__(self, problem: GatherConv, taps: list[list[tuple[int, int, int]]], unreached: list[int]):
+    def __init__(self, problem: GatherConv | GatherGrad, taps: list[list[tuple[int, int, int]]], unreached: list[int]):
         """taps: for every pass (tap number, y, x), the tap's shift in source pixels, by shift; unreached: taps that no
         pass has."""
         image, groups = problem.source, problem.groups
@@ -67,7 +67,7 @@ class Places:
         self._all_reached = not unreached
 
     @classmethod
-    def forward(cls, layer: LayerSpec, problem: GatherConv) -> Places:
+    def forward(cls, layer: LayerSpec, problem: GatherConv | GatherGrad) -> Places:
         """Of a forward pass; problem.source's halo holds at least the padding."""
         width = layer.weight_shape[3]
         return cls(
@@ -135,7 +135,7 @@ class Runs:
     starts     (rows,) int32: what a row's offsets are beyond that; None where there is one group
     """
 
-    def __init__(self, layer: LayerSpec, problem: GatherConv):
+    def __init__(self, layer: LayerSpec, problem: GatherConv | GatherGrad):
         places = Places.forward(layer, problem)
         width = layer.weight_shape[1] // problem.source_block
         self.offsets = (places.block_offset[:width, None] + places.tap_offset).ravel()

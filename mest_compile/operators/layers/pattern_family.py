@@ -45,7 +45,7 @@ class PatternFamily(GatherFamily):
         low.call(
             "pattern.conv",
             problem,
-            *self._index(layer, problem, low),
+            *self.index_arrays(layer, problem, low),
             self.hold(layer, low, "", "values"),
             *others,
             source,
@@ -62,7 +62,7 @@ class PatternFamily(GatherFamily):
         low.call(
             "pattern.grad",
             problem,
-            *self._index(layer, problem, low),
+            *self.index_arrays(layer, problem, low),
             source,
             delta,
             gradients,
@@ -77,7 +77,7 @@ class PatternFamily(GatherFamily):
         low.call(
             "pattern.conv",
             problem,
-            *self._index(layer, problem, low, "transposed_"),
+            *self.index_arrays(layer, problem, low, "transposed_"),
             self.hold(layer, low, "transposed", "values"),
             delta,
             target,

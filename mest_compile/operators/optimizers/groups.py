@@ -10,9 +10,7 @@ from typing import Any, Protocol
 
 from mest_compile.base import checks
 from mest_compile.base.errors import SpecError
-from mest_compile.ir.graph import FROZE
-
-LAYERS = ("conv2d", "linear")  # operators whose parameter "weight" is a weight
+from mest_compile.ir.graph import FROZE, LAYERS
 
 # What the learning rate is multiplied by, weight decay, and which of the rates it is: the place among the parts that
 # freeze one after another, LAST of all that never does.
