@@ -13,7 +13,7 @@ import numpy as np
 from mest_compile.base import exclusive
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, is_foreign, obstacle
-from mest_compile.ir.program import functions_of
+from mest_compile.ir.program import Functions, functions_of, functions_of_fewer
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.choosing import choose_knobs, remembered
@@ -141,6 +141,17 @@ def _compile(
         built = builder.build(every)
         return {name: {call: built[source.key] for call, source in calls.items()} for name, calls in sources.items()}
 
+    def fewer(examples: int) -> tuple[Functions, Any]:
+        """A training program for so many examples, with the code that the step's runner wants of it."""
+        program = facts.lower_fewer(examples, train)
+        chosen = choosing.sources([program], target, choosing.of_fewer(program, train, choices["train"], target))
+        functions = functions_of_fewer(program, examples)
+        with exclusive.COMPILER:
+            if device is not None:
+                return functions, link_steps(functions, chosen, (), target, builder)
+            built = builder.build(list(chosen[program.name].values()))
+        return functions, {program.name: {call: built[source.key] for call, source in chosen[program.name].items()}}
+
     runner: Callable[[], Runner]
     if device is not None:
         from mest_compile.devices.runner import RemoteRunner
@@ -191,4 +202,5 @@ def _compile(
         builder,
         choices["train"],
         again or Again(builder, device, plan.records, choosing.made(programs, facts.layers, choices)),
+        fewer,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from mest_compile.base.errors import DeviceError, DeviceLost, MestError
 from mest_compile.devices.session import POOLED, Device, last_line
 from mest_compile.hardware.backend import BACKENDS
 from mest_compile.hardware.target import Target
-from mest_compile.ir.program import Program, Stage
+from mest_compile.ir.program import Functions
 
 AHEAD = ("images", "labels")  # arrays that may be sent while the device computes with the ones before
 
@@ -30,14 +30,18 @@ class RemoteRunner:
         self,
         device: Device,
         library: bytes,
-        programs: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+        programs: Functions,
         threads: int,
         target: Target,
     ):
         from mest_compile.devices.probe import check
 
         kind = target.device
-        self._programs = programs
+        self._programs = dict(programs)
+        self._kinds = dict.fromkeys((kind, "cpu"))  # a machine needs a processor beside another device
+        self._functions: dict[str, Any] = {}
+        self._machines: dict[str, Any] = {}
+        self._modules: dict[str, Any] = {}
         self.uploaded_bytes = 0
         self._tensors: dict[str, Any] = {}
         self._ahead: dict[str, Any] = {}
@@ -48,20 +52,8 @@ class RemoteRunner:
                 self._device = self._session.place(kind)
             check(self._session, target)
             with self._told("the step cannot be loaded"):
-                remote = self._session.rpc
-                # servers may share a folder, and nobody writes into what another one runs
-                name = f"step.{secrets.token_hex(8)}.so"
-                remote.upload(bytearray(library), name)
-                self.uploaded_bytes += len(library)
-                self._module = remote.load_module(name)
-                remote.remove(name)
-                self._machine = self._module["vm_load_executable"]()
-                kinds = dict.fromkeys((kind, "cpu"))  # a machine needs a processor beside another device
-                self._machine["vm_initialization"](
-                    *(fact for each in kinds for fact in (BACKENDS.find(each).device_type, 0, POOLED))
-                )
-                remote.get_function("runtime.config_threadpool")(1, threads)
-                self._functions = {name: self._machine[name] for name in programs}
+                self._load(programs, library)
+                self._session.rpc.get_function("runtime.config_threadpool")(1, threads)
         except MestError:
             self.close()
             raise
@@ -77,7 +69,7 @@ class RemoteRunner:
     def put_ahead(self, name: str, array: np.ndarray) -> None:
         """Sends the array that `name` is to be after `turn`, while the device still computes with the present one."""
         flat = np.ascontiguousarray(array).ravel()
-        if name not in self._ahead:
+        if name not in self._ahead or self._ahead[name].shape[0] != flat.size:
             self._ahead[name] = self._new(name, flat)
         self._send(name, flat, self._ahead[name])
 
@@ -99,12 +91,41 @@ class RemoteRunner:
         with self._told(f"{function} cannot be run"):
             self._functions[function](*self._arguments[function])
 
+    def extend(self, programs: Functions, library: bytes) -> None:
+        """Lets `run` run more, of the same arrays and in the same memory. library: with it."""
+        with self._told("a step of fewer examples cannot be loaded"):
+            self._load(programs, library)
+        self._programs |= programs
+
+    def forget(self, functions: Iterable[str]) -> None:
+        """Lets go of what `extend` brought."""
+        for name in functions:
+            for held in (self._programs, self._functions, self._machines, self._modules, self._arguments):
+                held.pop(name, None)
+
+    def _load(self, programs: Functions, library: bytes) -> None:
+        """Sends a library and makes a machine of it."""
+        remote = self._session.rpc
+        # servers may share a folder, and nobody writes into what another one runs
+        name = f"step.{secrets.token_hex(8)}.so"
+        remote.upload(bytearray(library), name)
+        self.uploaded_bytes += len(library)
+        module = remote.load_module(name)
+        remote.remove(name)
+        machine = module["vm_load_executable"]()
+        machine["vm_initialization"](
+            *(fact for each in self._kinds for fact in (BACKENDS.find(each).device_type, 0, POOLED))
+        )
+        self._modules |= dict.fromkeys(programs, module)
+        self._machines |= dict.fromkeys(programs, machine)
+        self._functions |= {name: machine[name] for name in programs}
+
     def seconds(self, function: str, repeats: int) -> list[float]:
         """Of each of `repeats` runs by the device's own clock, after one that is not counted; the device's `early` must
         be off."""
         self.run(function)
         with self._told(f"{function} cannot be timed"):
-            timed = self._machine.time_evaluator(function, self._device, number=1, repeat=repeats)(
+            timed = self._machines[function].time_evaluator(function, self._device, number=1, repeat=repeats)(
                 *self._arguments[function]
             )
         return list(map(float, timed.results))

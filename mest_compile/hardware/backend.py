@@ -14,13 +14,9 @@ from mest_compile.base.errors import TargetError
 from mest_compile.base.registry import Registry
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.program import Program, Stage
+from mest_compile.ir.program import Functions, Program
 
 BACKENDS = Registry("kind of device", "mest_compile.backends", each="backend")
-
-Functions = Mapping[
-    str, tuple[Program, tuple[Stage, ...]]
-]  # what a step can run, by name: a program and the stages of it
 
 
 B = TypeVar("B", bound="type[Backend]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mest_compile.base.errors import SpecError
@@ -150,6 +150,11 @@ class ForwardGraph:
     state_shapes: Mapping[str, tuple[int, ...]]
     prepared: tuple[Preparation, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
+
+    def with_batch(self, batch: int) -> ForwardGraph:
+        """The same of so many examples: every shape begins with them."""
+        nodes = tuple(replace(node, shape=(batch, *node.shape[1:])) for node in self.nodes)
+        return replace(self, nodes=nodes, input_shape=(batch, *self.input_shape[1:]))
 
     def parameters(self) -> dict[str, Node]:
         """Name of every parameter that a node takes, statistics left out -> the node, in the order of nodes."""

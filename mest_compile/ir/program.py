@@ -3,7 +3,8 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: 
     "update": ("train", ("update",)),
     "predict": ("predict", ("forward",)),
 }
+OF_BATCH = ("train", "gradients", "backward")  # those that read a batch and its labels
 
 
 # How often a phase of a layer multiplies every live weight with the pixels that read it.
@@ -155,7 +157,44 @@ def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
     program.slots = sizes
 
 
-def functions_of(train: Program, predict: Program, number: int = 0) -> dict[str, tuple[Program, tuple[Stage, ...]]]:
+def plan_memory_like(program: Program, like: Program) -> None:
+    """Gives the temporary buffers of a program those slots that the same ones, which are no smaller, have in a program
+    of the same calls for more examples. Where calls differ it plans anew, in slots that are there as far as it can."""
+    theirs, mine = (_numbered(one.buffers()) for one in (like, program))
+    if all(
+        key in theirs and buffer.size_bytes <= like.slots[like.slot_of[theirs[key]]] for key, buffer in mine.items()
+    ):
+        program.slots = list(like.slots)
+        program.slot_of = {buffer: like.slot_of[theirs[key]] for key, buffer in mine.items()}
+    else:
+        plan_memory(program, like.slots)
+
+
+def _numbered(buffers: Iterable[Buffer]) -> dict[tuple[str, int], Buffer]:
+    """(name, how many of that name came before) -> temporary buffer: a value that is computed again comes again."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for buffer in buffers:
+        if not buffer.held:
+            found[buffer.name, counts[buffer.name]] = buffer
+            counts[buffer.name] += 1
+    return found
+
+
+Functions = Mapping[str, tuple[Program, tuple[Stage, ...]]]  # name -> a program and the stages of it that are run
+
+
+def function_name(name: str, examples: int | None) -> str:
+    """Of one of OF_BATCH for fewer examples than the step's programs are of; None: for as many."""
+    return name if examples is None else f"of{examples}_{name}"
+
+
+def functions_of_fewer(train: Program, examples: int) -> Functions:
+    """What a step can run of a training program for so many examples."""
+    return {function_name(name, examples): (train, FUNCTIONS[name][1]) for name in OF_BATCH}
+
+
+def functions_of(train: Program, predict: Program, number: int = 0) -> Functions:
     """What a step can run, by name: a program and the stages of it. number: of one of several steps in a library, the
     first being 0; names end with it."""
     programs = {"train": train, "predict": predict}

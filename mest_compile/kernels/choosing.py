@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +63,21 @@ def remembered(programs: Sequence[Program], knobs: Mapping[str, Mapping[str, Map
         return Choice(knobs_from(noted["knobs"]), noted["origin"], modelled=noted.get("modelled", False))
 
     return {program.name: {call.name: choice(program, call) for call in program.calls} for program in programs}
+
+
+def of_fewer(program: Program, train: Program, choices: Mapping[str, Choice], target: Target) -> Choices:
+    """Choices of a training program for fewer examples than `train`: those of the same calls, as far as their kernels
+    take them."""
+    kernels = {call.name: call.kernel for call in train.calls}
+
+    def choice(call: Call) -> Choice:
+        if kernels.get(call.name) != call.kernel:
+            return Choice({}, "default")
+        known, space = choices[call.name], knob_space(call.kernel, call.problem, target)
+        taken = {name: value for name, value in known.knobs.items() if name in space and value in space[name]}
+        return replace(known, knobs=taken)
+
+    return {program.name: {call.name: choice(call) for call in program.calls}}
 
 
 def facts(choices: Choices) -> dict[str, dict[str, Any]]:

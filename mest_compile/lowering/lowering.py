@@ -17,7 +17,7 @@ from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import gradients_of
-from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory
+from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory, plan_memory_like
 from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
@@ -301,9 +301,11 @@ def lower_training(
     activations: str = "float32",
     optimizer: Optimizer = USUAL,
     parts: Sequence[Collection[str]] = (),
+    like: Program | None = None,
 ) -> Program:
     """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
-    backward pass, `parts` the parameters that have a learning rate of their own."""
+    backward pass, `parts` the parameters that have a learning rate of their own. `like`: that of the same step
+    for more examples, in whose memory this one is to run."""
     loss.check(graph.nodes[-1].shape)
     low = Lowering(graph, layers, target, held, True, recomputed, activations, optimizer, parts)
     _start(low)
@@ -317,6 +319,10 @@ def lower_training(
     _bound(low)
     # Of some values kernels read a copy alone.
     kept = tuple(buffer for buffer in held.values() if buffer.kind == "values")
+    if like is not None:
+        program = Program(f"train_of_{graph.input_shape[0]}", low.calls, kept=kept)
+        plan_memory_like(program, like)
+        return program
     program = Program("train", low.calls, kept=kept)
     plan_memory(program)
     return program

@@ -4,7 +4,7 @@ of it again."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mest_compile.base.errors import MestError, StateError
@@ -12,7 +12,7 @@ from mest_compile.hardware.target import Gpu, Target
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node, Preparation
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower
+from mest_compile.lowering.lowering import lower, lower_training
 from mest_compile.operators.losses.loss import Loss, read_loss
 from mest_compile.operators.optimizers.optimizer import Optimizer, read_optimizer
 from mest_compile.sparsity import parse_scheme
@@ -53,6 +53,31 @@ class Facts:
             self.activations,
             self.optimizer,
             self.parts,
+        )
+
+    def with_batch(self, batch: int) -> Facts:
+        """Those of steps of so many examples, else as they are, the layout too."""
+        layers = {
+            name: replace(layer, spec=replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:])))
+            for name, layer in self.layers.items()
+        }
+        return replace(self, graph=self.graph.with_batch(batch), layers=layers)
+
+    def lower_fewer(self, examples: int, train: Program) -> Program:
+        """The training program for so many examples, fewer than a step's, in the memory of the step's own, `train`:
+        with other arrays for a batch, and otherwise the same."""
+        facts = self.with_batch(examples)
+        return lower_training(
+            fuse(facts.graph),
+            facts.layers,
+            facts.target,
+            {},
+            facts.recomputed,
+            facts.loss,
+            facts.activations,
+            facts.optimizer,
+            facts.parts,
+            train,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from mest_compile.base import checks
 from mest_compile.hardware.target import Target
-from mest_compile.ir.graph import ForwardGraph
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import family_for
 from mest_compile.options import check_activations
@@ -27,13 +26,12 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     batch = checks.whole("batch", batch, 1)
     check_activations(facts.activations, target)
     target = target.storing(facts.activations).for_batch(batch)
-    graph = batched(facts.graph, batch)
+    facts = facts.with_batch(batch)
     found = records(target)
 
     def planned(target: Target) -> dict[str, Layer]:
         layers = {}
         for name, layer in facts.layers.items():
-            layer = _layerbatched(layer, batch)
             layers[name] = replace(layer, kernels=family_for(layer.scheme, layer.spec, target))
         return layers
 
@@ -41,26 +39,12 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
         target, found = tuned, found.for_target(tuned)
     # Decided when nothing had frozen; not as usual where a memory budget asked for more.
     usual = facts.recomputed == usually_recomputed(fuse(thawed(facts.graph)), facts.target)
-    recomputed = usually_recomputed(fuse(thawed(graph)), target) if usual else facts.recomputed
+    recomputed = usually_recomputed(fuse(thawed(facts.graph)), target) if usual else facts.recomputed
     layers = choose_sections(planned(target), target, found, facts.activations)
     threads = facts.threads if target.name == facts.target.name else target.cores
-    return Plan(
-        replace(facts, graph=graph, layers=layers, recomputed=recomputed, target=target, threads=threads), found
-    )
+    return Plan(replace(facts, layers=layers, recomputed=recomputed, target=target, threads=threads), found)
 
 
 def with_batch(plan: Plan, batch: int) -> Plan:
     """The plan of steps of `batch` examples, else as it is, the layout too."""
-    facts = plan.facts
-    layers = {name: _layerbatched(layer, batch) for name, layer in facts.layers.items()}
-    return replace(plan, facts=replace(facts, graph=batched(facts.graph, batch), layers=layers))
-
-
-def _layerbatched(layer: Layer, batch: int) -> Layer:
-    return replace(layer, spec=replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:])))
-
-
-def batched(graph: ForwardGraph, batch: int) -> ForwardGraph:
-    """Every shape begins with the batch."""
-    nodes = tuple(replace(node, shape=(batch, *node.shape[1:])) for node in graph.nodes)
-    return replace(graph, nodes=nodes, input_shape=(batch, *graph.input_shape[1:]))
+    return replace(plan, facts=plan.facts.with_batch(batch))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mest_compile.ir.graph import ForwardGraph
-from mest_compile.ir.program import Program
+from mest_compile.ir.program import Functions, Program
 from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.planning.facts import Facts
 from mest_compile.runtime.runner import Runner
@@ -51,6 +51,7 @@ class Compiled:
     builder   compiled them; None: nothing can be compiled here
     choices   call name of the training program -> its kernel's knobs and where they are from
     again     compiles the model anew; None: there is no compiler here
+    fewer     compiles a training program for so many examples: what `Extends.extend` takes; None: there is no compiler
     """
 
     facts: Facts
@@ -64,6 +65,7 @@ class Compiled:
     builder: Builder | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
     again: Recompiles | None = None
+    fewer: Callable[[int], tuple[Functions, Any]] | None = None
 
     @property
     def graph(self) -> ForwardGraph:

@@ -1,8 +1,10 @@
-"""Batches on their way to a step: checked, and sent ahead to another device while it computes with the batch before."""
+"""Batches on their way to a step: checked, cut into passes, and sent ahead to another device while it computes with
+what came before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,17 @@ from mest_compile.runtime import arguments
 from mest_compile.runtime.runner import Runner, SendsAhead
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What of a batch goes through a step's programs at once.
+
+    arrays  name -> array, flat, as programs read it
+    """
+
+    examples: int
+    arrays: Mapping[str, np.ndarray]
+
+
 class Feeding:
     """Puts batches where a step's programs read them.
 
@@ -22,8 +35,8 @@ class Feeding:
     output_shape  of what the model gives for it; labels are as the loss reads them
     activations  what the step stores images as
     prepare      what the model does to images first
-    draws        of an update's number: what decides what its dropouts drop
     constants    name -> what of the model's own stays as it is
+    results      of what programs tell of each example, name -> (elements an example, dtype)
     """
 
     def __init__(
@@ -34,47 +47,58 @@ class Feeding:
         loss: Loss,
         activations: str,
         prepare: Callable[[np.ndarray], np.ndarray],
-        draws: Callable[[int], Mapping[str, np.ndarray]],
         constants: Mapping[str, np.ndarray],
+        results: Mapping[str, tuple[int, str]],
     ):
-        self._runner, self._prepare, self._draws = runner, prepare, draws
+        self._runner, self._prepare, self._results = runner, prepare, results
         self._input_shape, self._output_shape = input_shape, output_shape
         self._loss, self._activations = loss, activations
-        self._ahead: tuple[Any, Any] | None = None
+        self._ahead: tuple[Any, Any, list[Part]] | None = None
+        self._sent: Part | None = None
+        self._examples = input_shape[0]  # that there is room for on the runner
         for name, array in {**loss.constants(output_shape), **constants}.items():
             runner.put(name, array)
 
-    def load(self, images: Any, labels: Any, update: int) -> None:
-        """Puts a batch, unless it was sent ahead, for the update of that number, the first is 1. Raises InputError."""
-        self._load(images, labels)
-        for name, array in self._draws(update).items():
-            self._runner.put(name, array)
+    def parts(self, images: Any, labels: Any) -> list[Part]:
+        """Of a batch of one example or more, at most a whole one. Raises InputError."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is images and ahead[1] is labels:
+            return ahead[2]
+        self._sent = None
+        return self._parts(images, labels)
 
-    def _load(self, images: Any, labels: Any) -> None:
-        sent, self._ahead = self._ahead, None
-        if sent is not None and sent[0] is images and sent[1] is labels:
+    def put(self, part: Part) -> None:
+        """Puts a part, unless it was sent ahead."""
+        sent, self._sent = self._sent, None
+        self._resize(part.examples)
+        if sent is part:
             assert isinstance(self._runner, SendsAhead)
             self._runner.turn()
             return
-        for name, array in self._check(images, labels).items():
+        for name, array in part.arrays.items():
             self._runner.put(name, array)
 
     def send_ahead(self, batch: tuple[Any, Any] | None) -> None:
-        """Sends (images, labels) of the next `load`, the very same objects, if the runner can."""
+        """Sends the first part of (images, labels) of the next `parts`, the very same objects, if the runner can."""
         if batch is None or not isinstance(self._runner, SendsAhead):
             return
         try:
-            arrays = self._check(*batch)
+            parts = self._parts(*batch)
         except InputError:  # which the next call tells; this one is done
             return
-        for name, array in arrays.items():
-            self._runner.put_ahead(name, array)
-        self._ahead = batch
+        self._send(self._runner, parts[0])
+        self._ahead = *batch, parts
+
+    def _send(self, runner: SendsAhead, part: Part) -> None:
+        for name, array in part.arrays.items():
+            runner.put_ahead(name, array)
+        self._sent = part
 
     def load_images(self, images: np.ndarray) -> None:
         """Puts at most a batch of images that `check_images` gave; what they do not fill is 0."""
         whole = np.zeros(self._input_shape, np.float32)
         whole[: len(images)] = images
+        self._resize(len(whole))
         self._runner.put("images", whole.ravel())
 
     def check_images(self, images: Any) -> np.ndarray:
@@ -86,8 +110,7 @@ class Feeding:
             )
         return self._prepared(images)
 
-    def _check(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
-        """{name: array} of the batch as it is sent. Raises InputError."""
+    def _parts(self, images: Any, labels: Any) -> list[Part]:
         images = arguments.array(images, np.float32, "images")
         reads = self._loss.reads
         if len(reads) > 1 and not (isinstance(labels, tuple | list) and len(labels) == len(reads)):
@@ -99,10 +122,19 @@ class Feeding:
             arguments.array(one, dtype, name)
             for one, (name, dtype) in zip(labels if len(reads) > 1 else [labels], reads, strict=True)
         ]
-        if images.shape != self._input_shape:
-            raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}")
-        targets = self._loss.targets(*given, shape=self._output_shape)
-        return {"images": self._prepared(images).ravel(), **targets}
+        count, most = len(images) if images.ndim else 0, self._input_shape[0]
+        if images.shape[1:] != self._input_shape[1:] or not 0 < count <= most:
+            fewer = ", or fewer examples" if most > 1 else ""
+            raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}{fewer}")
+        targets = self._loss.targets(*given, shape=(count, *self._output_shape[1:]))
+        return [Part(count, {"images": self._prepared(images).ravel(), **targets})]
+
+    def _resize(self, examples: int) -> None:
+        """Makes room for what programs for so many examples tell. What they read gets it as it is put."""
+        if examples != self._examples:
+            for name, (elems, dtype) in self._results.items():
+                self._runner.put(name, np.zeros(examples * elems, dtype))
+            self._examples = examples
 
     def _prepared(self, images: np.ndarray) -> np.ndarray:
         images = self._prepare(images)

@@ -37,6 +37,7 @@ from mest_compile.runtime.compiled import Compiled, Knobs, Recompiles
 from mest_compile.runtime.feeding import Feeding, prepared
 from mest_compile.runtime.masked import set_state
 from mest_compile.runtime.mutating import Change, Mutating
+from mest_compile.runtime.passes import Passes
 from mest_compile.runtime.runner import Closes, Runner, Spares
 from mest_compile.runtime.state import HeldState, Snapshot
 
@@ -51,6 +52,7 @@ class Freezes:
     _runner: Runner
     _state: HeldState
     _feeding: Feeding
+    _passes: Passes
     _mutating: Mutating
     _settings: list[Setting]  # of the parameters that train
     _coming: list[Knobs]  # of the kernels when each of `Facts.parts` has frozen
@@ -209,11 +211,12 @@ class Freezes:
         """Is that from here on."""
         graph = compiled.graph
         self._compiled, self._runner, self._state = compiled, runner, state
-        self._feeding = self._new_feeding(runner)
+        self._feed(runner)
         self._mutating = Mutating(compiled.layers, graph.state_shapes, state)
         self._settings = Settings(compiled.optimizer, graph.nodes, graph.frozen, compiled.facts.parts).listed
 
-    def _new_feeding(self, runner: Runner) -> Feeding:
+    def _feed(self, runner: Runner) -> None:
+        """Batches go to that runner from here on."""
         facts = self._compiled.facts
         graph = facts.graph
 
@@ -224,8 +227,11 @@ class Freezes:
         constants: dict[str, np.ndarray] = {}
         for node in graph.nodes:
             constants |= OPERATORS.find(node.op).constants(node)
-        drawn = partial(draws, graph, facts.seed)
-        return Feeding(runner, *shapes, facts.loss, facts.activations, prepare, drawn, constants)
+        results = {name: self._state.held[name] for name in ("correct", "logits") if name in self._state.held}
+        told: dict[str, tuple[int, str]]
+        told = {name: ((buffer.elems or 0) // graph.input_shape[0], buffer.dtype) for name, buffer in results.items()}
+        self._feeding = Feeding(runner, *shapes, facts.loss, facts.activations, prepare, constants, told)
+        self._passes = Passes(self._compiled, runner, self._feeding, partial(draws, graph, facts.seed))
 
 
 def held_by(compiled: Compiled, runner: Runner) -> HeldState:

@@ -6,10 +6,12 @@ A step is written against this; runners differ only in where arrays lie and how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from mest_compile.ir.program import Functions
 
 
 class Runner(Protocol):
@@ -40,6 +42,17 @@ class Exchanges(Protocol):
 
     def exchange(self, kernels: Mapping[str, Any]) -> None:
         """Puts other kernels in place of some of the training program's: {call name: callable}."""
+
+
+@runtime_checkable
+class Extends(Protocol):
+    """A runner that can be given more to run."""
+
+    def extend(self, programs: Functions, code: Any) -> None:
+        """Lets `run` run more, of the same arrays and in the same memory. code: as it was made with."""
+
+    def forget(self, functions: Iterable[str]) -> None:
+        """Lets go of what `extend` brought."""
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from mest_compile.operators.optimizers.groups import hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
 from mest_compile.runtime.changes import Changes, in_turn
 from mest_compile.runtime.compiled import Compiled, StepResult
+from mest_compile.runtime.feeding import Part
 from mest_compile.runtime.freezing import Freezes, held_by
 from mest_compile.runtime.masked import Masked, set_state
 from mest_compile.runtime.runner import Clocked, Closes
@@ -77,14 +78,18 @@ class TrainStep(Masked, Tells, Freezes):
     ) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (N, C, H, W), (N, C, L) or (N, features) float32, as the step was compiled for; labels as the loss takes
-        them: (N,) int in [0, classes), (N, outputs) numbers for mest.MSE, a pair for mest.Distill; numpy or torch.
+        images (n, C, H, W), (n, C, L) or (n, features) float32, n from 1 to the batch that the step was compiled for;
+        labels as the loss takes them: (n,) int in [0, classes), (n, outputs) numbers for mest.MSE, a pair for
+        mest.Distill; numpy or torch. The loss, and statistics of BatchNorms, are those of the n examples. The first
+        batch of a smaller size compiles a training program for it, the last four of which are kept; a step of an
+        artifact takes whole batches only.
         lr: None takes the optimizer's; a list has one for each part of `plan_freezing`, and one for all else.
         clip_norm: where the norm of all gradients together is larger, they are scaled down to it, as torch's
         clip_grad_norm_ does: by NaN where it is NaN. Above 0.
         ahead: (images, labels) of the next call, the very same objects; they go to another device while it computes
-        with these. Raises InputError on a wrong shape, a value that is not finite, or a label out of range; nothing is
-        changed then. Raises DeviceLost when the device is gone.
+        with these. Raises InputError on a wrong shape, a value that is not finite, or a label out of range, and
+        SpecError where a BatchNorm would see one value of a channel; nothing is changed then. Raises DeviceLost when
+        the device is gone.
         """
         rates = arguments.rates(lr, self._compiled.optimizer.lr, len(self._compiled.facts.parts))
         bound = (
@@ -96,22 +101,22 @@ class TrainStep(Masked, Tells, Freezes):
             raise InputError("clip_norm is 0, which leaves no gradient; wanted a number above 0, or None for no bound")
         if self._specializer is not None:
             self._specializer.poll()
-        self._feeding.load(images, labels, self._updates + 1)
+        parts = self._ready(images, labels)
         with uninterrupted():
             self._updates += 1
             self._state.count_batch()
             self._put_hyper(self._updates, rates)
             if bound is None:
-                self._runner.run("train")
+                self._passes.run("train", parts, self._updates)
             else:
                 self._state.put("clip:bound", np.array([bound], np.float32))
-                self._runner.run("backward")
+                self._passes.run("backward", parts, self._updates)
                 self._runner.run("update")
         self._feeding.send_ahead(ahead)
-        loss = float(self._state.get("loss")[0])
+        loss, examples = float(self._state.get("loss")[0]), parts[0].examples
         if not self.loss.tells_correct:
-            return StepResult(loss, None, self._state.get("logits").reshape(self.output_shape))
-        answers = (self.batch, *self.output_shape[2:])
+            return StepResult(loss, None, self._state.get("logits").reshape(examples, *self.output_shape[1:]))
+        answers = (examples, *self.output_shape[2:])
         return StepResult(loss, self._state.get("correct").astype(bool).reshape(answers))
 
     @in_turn
@@ -129,9 +134,9 @@ class TrainStep(Masked, Tells, Freezes):
 
     @in_turn
     def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
-        """{torch name: gradient in torch's shape} of what trains, 0 at dead weights; nothing is updated."""
-        self._feeding.load(images, labels, self._updates + 1)
-        self._runner.run("gradients")
+        """{torch name: gradient in torch's shape} of what trains, 0 at dead weights; nothing is updated. images,
+        labels: as a call takes them."""
+        self._passes.run("gradients", self._ready(images, labels), self._updates + 1)
         return self._state.collect(":gradient")
 
     @in_turn
@@ -169,7 +174,10 @@ class TrainStep(Masked, Tells, Freezes):
 
     @contextmanager
     def _timed(self, images: Any, labels: Any) -> Iterator[None]:
-        self._feeding.load(images, labels, self._updates + 1)
+        parts = self._feeding.parts(images, labels)
+        if parts[0].examples != self.batch:
+            raise InputError(f"times are of a whole batch: give {self.batch} examples, and not {parts[0].examples}")
+        self._passes.put(parts[0], self._updates + 1)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:
             self._put_hyper(1, [0.0] * (1 + len(self._compiled.facts.parts)))
@@ -295,7 +303,8 @@ class TrainStep(Masked, Tells, Freezes):
             self.close()
             runner = self._compiled.runner()
             self._state.start_on(runner)
-            self._runner, self._feeding = runner, self._new_feeding(runner)
+            self._runner = runner
+            self._feed(runner)
 
     def close(self) -> None:
         """Gives a device that is not this process back; the step cannot run after it."""
@@ -303,6 +312,12 @@ class TrainStep(Masked, Tells, Freezes):
             self._runner.close()
 
     # Internal.
+
+    def _ready(self, images: Any, labels: Any) -> list[Part]:
+        """A batch for which there are programs."""
+        parts = self._feeding.parts(images, labels)
+        self._passes.ready(parts)
+        return parts
 
     def _put_hyper(self, count: int, rates: Sequence[float]) -> None:
         """The optimizer's scalars of update number `count`, of every group of parameters."""

@@ -15,7 +15,6 @@ from mest_compile.ir.graph import ForwardGraph
 from mest_compile.models.sources import is_trained
 from mest_compile.planning.facts import Facts, read_facts
 from mest_compile.planning.freezing import thawed
-from mest_compile.planning.retargeting import batched
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.compiled import Compiled
 from mest_compile.runtime.step import TrainStep
@@ -38,7 +37,7 @@ def read_any(
             f"the model of {model} takes {step.input_shape[1:]} an example, not {tuple(input_shape[1:])}; give an "
             f"input_shape of (N, {', '.join(map(str, step.input_shape[1:]))})"
         )
-    return batched(thawed(step.graph), input_shape[0]), step.state_dict()
+    return thawed(step.graph).with_batch(input_shape[0]), step.state_dict()
 
 
 def read_step(path: str | Path) -> TrainStep:

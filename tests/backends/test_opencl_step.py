@@ -46,6 +46,17 @@ def test_steps_with_a_mutation_between_them_equal_masked_torch(scheme, rule, tmp
     check_steps(scheme, lambda: Small(8), (8, 3, 8, 8), None, RULES[rule], tmp_path, target="opencl")
 
 
+def test_batches_of_fewer_examples_equal_masked_torch():
+    torch.manual_seed(0)
+    model = Small(8)
+    step = mest.compile(
+        model, (8, 3, 8, 8), scheme="block", sparsity=0.75, target="opencl", optimizer=mest.SGD(lr=0.002)
+    )
+    batches = [make_batches((size, 3, 8, 8), 10, 1, seed=size)[0] for size in (8, 3, 8)]
+    wanted, _ = masked_steps(model, step.masks(), batches, 0.002, step.optimizer)
+    np.testing.assert_allclose([step(*batch).loss for batch in batches], wanted, rtol=1e-4)
+
+
 def test_depthwise_and_grouped_layers_equal_masked_torch():
     torch.manual_seed(0)
     model = nn.Sequential(

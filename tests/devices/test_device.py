@@ -75,6 +75,12 @@ def test_ten_steps_on_the_device_equal_torch_as_they_do_here(scheme, phone):
     assert_like_torch(step, model, batches[0][0])
     here = compiled(scheme=scheme, target="local")
     np.testing.assert_allclose(got, [here(*batch, lr=0.002).loss for batch in batches], rtol=1e-5)
+    if scheme == "block":  # one of the examples that are left comes ahead, and another goes behind it
+        few = make_batches((3, *SHAPE[1:]), 10, 1)[0]
+        got = [step(*batches[0], lr=0.002, ahead=few).loss, step(*few, lr=0.002, ahead=batches[1]).loss]
+        got.append(step(*batches[1], lr=0.002).loss)
+        wanted = [here(*batch, lr=0.002).loss for batch in (batches[0], few, batches[1])]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4)
     step.close()
 
 

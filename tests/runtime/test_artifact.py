@@ -180,6 +180,8 @@ def test_one_step_from_an_artifact_has_the_bits_of_the_compiled_one(local):
         one.mutate(prune_to=0.92, grow_to=0.9, rng=np.random.default_rng(0))
     assert step(*batches[2]).loss == twin(*batches[2]).loss
     np.testing.assert_array_equal(step.predict(batches[0][0]), twin.predict(batches[0][0]))
+    with pytest.raises(mest.MestError, match="3 examples came, and this step has code for 64 at a time"):
+        step(*make_batches((3, *SHAPE[1:]), 10, 1)[0])
     with pytest.raises(mest.MestError, match="gradients of dead weights need a dense step"):
         step.dense_gradients(*batches[0])
     with pytest.raises(mest.MestError, match="has no compiler to make another"):

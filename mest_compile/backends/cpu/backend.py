@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mest_compile.hardware.backend import Backend, Functions, backend
+from mest_compile.hardware.backend import Backend, backend
 from mest_compile.hardware.cpu import host_model
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ACTIVATIONS
-from mest_compile.ir.program import Program
+from mest_compile.ir.program import Functions, Program
 from mest_compile.kernels.source import SCHEDULES, object_code
 from mest_compile.schedules.cpu.gather_sizes import section_channels
 from mest_compile.schedules.cpu.tiles import widens_once

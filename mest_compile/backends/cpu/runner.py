@@ -14,7 +14,7 @@ import numpy as np
 
 from mest_compile.base import exclusive
 from mest_compile.hardware.target import Target
-from mest_compile.ir.program import Program, Stage
+from mest_compile.ir.program import Functions, Program
 from mest_compile.lowering.emitting import emit, kernel_name
 
 _numbers = itertools.count()
@@ -33,7 +33,7 @@ class LocalRunner:
     def __init__(
         self,
         kernels: Mapping[str, Mapping[str, Any]],
-        programs: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+        programs: Functions,
         target: Target,
         threads: int,
     ):
@@ -44,26 +44,17 @@ class LocalRunner:
             "KeyboardInterrupt", KeyboardInterrupt
         )  # else Ctrl-C where TVM calls us comes out as a RuntimeError
         self._tvm, self._device = tvm, tvm.cpu(0)
-        self._programs, self._threads = programs, threads
+        self._programs, self._threads, self._target = dict(programs), threads, target
         # Each with a view of its memory: TVM's own copies cost more than most arrays of a layer.
         self._held: dict[str, tuple[Any, np.ndarray]] = {}
         self._arguments: dict[str, list] = {}
         self._prefix = prefix = f"mest.step{next(_numbers)}"  # global names are the process's: each step has its own
-        self._functions = {
-            kernel_name(prefix, program, call.name): kernels[program.name][call.name]
-            for program in {program.name: program for program, _ in programs.values()}.values()
-            for call in program.calls
-        }
+        self._functions = self._named(programs, kernels)
         self._functions[f"{prefix}.arena"] = lambda *storages: ask_for_huge_pages(storages)
-
-        def name(program: Program, call: str) -> str:
-            return kernel_name(prefix, program, call)
-
-        with exclusive.COMPILER:
-            self._executable = tvm.compile(emit(programs, name, f"{prefix}.arena"), target=target.to_tvm())
-        self._executable.mod.clear_imports()  # an object without code, which TVM would link, load and never let go
-        self._machine = self._new_machine()
-        self._machine["arena"]()
+        self._executable = self._compiled(programs, f"{prefix}.arena")
+        machine = self._new_machine(self._executable, self._functions)
+        self._machines = dict.fromkeys(programs, machine)
+        machine["arena"]()
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Copies an array, flat, into the tensor of that name; a new size makes a new tensor."""
@@ -84,7 +75,20 @@ class LocalRunner:
         """Puts other kernels in place of some of the training program's: {call name: callable}."""
         program, _ = self._programs["train"]
         self._functions |= {kernel_name(self._prefix, program, call): kernel for call, kernel in kernels.items()}
-        self._machine = self._new_machine()
+        machine, before = self._new_machine(self._executable, self._functions), self._machines["train"]
+        self._machines |= {name: machine for name, one in self._machines.items() if one is before}
+
+    def extend(self, programs: Functions, kernels: Mapping[str, Mapping[str, Any]]) -> None:
+        """Lets `run` run more, of the same arrays and in the same memory. kernels: as at first."""
+        machine = self._new_machine(self._compiled(programs), self._named(programs, kernels))
+        self._programs |= programs
+        self._machines |= dict.fromkeys(programs, machine)
+
+    def forget(self, functions: Iterable[str]) -> None:
+        """Lets go of what `extend` brought."""
+        for name in functions:
+            del self._programs[name], self._machines[name]
+            self._arguments.pop(name, None)
 
     def spare(self) -> None:
         """Gives back the arena, which TVM's allocator keeps for the next that wants storages of just these sizes: of
@@ -96,7 +100,7 @@ class LocalRunner:
         self._tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
         if function not in self._arguments:
             self._arguments[function] = [self._held[buffer.name][0] for buffer in self._programs[function][0].held()]
-        self._machine[function](*self._arguments[function])
+        self._machines[function][function](*self._arguments[function])
 
     def profile(self, function: str, repeats: int) -> dict[str, float]:
         """{call: seconds}, the median of `repeats` runs; "rest" is what a run that nobody watches takes beside its
@@ -116,7 +120,7 @@ class LocalRunner:
                 passes[-1][call] = now() - begun[call]
             return 0  # go on
 
-        watched, whole = self._new_machine(), []
+        watched, whole = self._new_machine(self._executable, self._functions), []
         self.run(function)
         watched[function](*self._arguments[function])
         watched.set_instrument(watch)
@@ -129,7 +133,26 @@ class LocalRunner:
         seconds = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
         return seconds | {"rest": max(0.0, float(np.median(whole)) - sum(seconds.values()))}
 
-    def _new_machine(self) -> Any:
+    def _named(self, programs: Functions, kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Kernels of all calls by their global names."""
+        return {
+            kernel_name(self._prefix, program, call.name): kernels[program.name][call.name]
+            for program in {program.name: program for program, _ in programs.values()}.values()
+            for call in program.calls
+        }
+
+    def _compiled(self, programs: Functions, arena: str | None = None) -> Any:
+        """The virtual machine's executable. arena: as `emit` has it."""
+
+        def name(program: Program, call: str) -> str:
+            return kernel_name(self._prefix, program, call)
+
+        with exclusive.COMPILER:
+            executable = self._tvm.compile(emit(programs, name, arena), target=self._target.to_tvm())
+        executable.mod.clear_imports()  # an object without code, which TVM would link, load and never let go
+        return executable
+
+    def _new_machine(self, executable: Any, functions: Mapping[str, Any]) -> Any:
         """A virtual machine looks every kernel up by its global name once, when it is made. The names go again, or
         kernels would outlive their step: a process that compiles many has no room for the mappings of some ten thousand
         libraries.
@@ -139,11 +162,11 @@ class LocalRunner:
 
         with _naming:
             try:
-                for name, function in self._functions.items():
+                for name, function in functions.items():
                     self._tvm.register_global_func(name, function, override=True)
-                return relax.VirtualMachine(self._executable, self._device)
+                return relax.VirtualMachine(executable, self._device)
             finally:
-                for name in self._functions:
+                for name in functions:
                     remove_global_func(name)
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mest_compile.hardware.backend import Backend, Functions, backend
+from mest_compile.hardware.backend import Backend, backend
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.program import Program
+from mest_compile.ir.program import Functions, Program
 from mest_compile.kernels.source import SCHEDULES
 from mest_compile.schedules.opencl.gather_conv import section_channels
 

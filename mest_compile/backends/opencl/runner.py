@@ -17,7 +17,7 @@ import numpy as np
 from mest_compile.backends.opencl.code import Launch, OpenclKernel
 from mest_compile.base.errors import DeviceError, NotInstalled
 from mest_compile.base.interrupts import uninterrupted
-from mest_compile.ir.program import Buffer, Call, Program
+from mest_compile.ir.program import Buffer, Call, Functions, Program
 
 FLAGS = "-cl-std=CL1.2"
 RESULTS = frozenset({"loss", "correct", "logits"})  # what a caller asks for behind a run
@@ -114,17 +114,18 @@ class OpenclRunner:
     def __init__(
         self,
         kernels: Mapping[str, Mapping[str, OpenclKernel]],
-        programs: Mapping[str, tuple[Program, tuple[str, ...]]],
+        programs: Functions,
         device: Any,
     ):
         self._cl = cl = _pyopencl()
         self._device = device
-        self._programs, self._kernels = programs, kernels
+        self._programs, self._kernels = dict(programs), dict(kernels)
         with self._errors("the device cannot be opened"):
             self._context = cl.Context([self._device])
             self._queue = cl.CommandQueue(self._context)
         self._check_limits()
-        self._code = self._build(self._sources())
+        self._code: dict[str, Any] = {}  # name of what is launched -> the program of OpenCL that has it
+        self._build()
         slots = max((program.slots for program, _ in programs.values()), key=len)
         with self._errors("the arena cannot be allocated"):
             self._slots = [self._new(size) for size in slots]
@@ -193,6 +194,23 @@ class OpenclRunner:
                 )
             self._queue.flush()
 
+    def extend(self, programs: Functions, kernels: Mapping[str, Mapping[str, OpenclKernel]]) -> None:
+        """Lets `run` run more, of the same arrays and in the same memory. kernels: as at first."""
+        self._kernels |= kernels
+        self._check_limits()
+        self._build()
+        for program, _ in programs.values():
+            with self._errors("the arena cannot be allocated"):
+                self._slots += [self._new(size) for size in program.slots[len(self._slots) :]]
+        self._programs |= programs
+
+    def forget(self, functions: Iterable[str]) -> None:
+        """Lets go of what `extend` brought, but for what its driver compiled."""
+        for name in functions:
+            program, _ = self._programs.pop(name)
+            self._ready.pop(name, None)
+            self._kernels.pop(program.name, None)
+
     def profile(self, name: str, repeats: int) -> dict[str, float]:
         """{call: seconds of its launches, from the device's clock}, the median of `repeats` runs."""
         cl, usual = self._cl, self._queue
@@ -243,10 +261,15 @@ class OpenclRunner:
                     "with these limits and compile for it"
                 )
 
-    def _build(self, kernels: Iterable[OpenclKernel]) -> Any:
+    def _build(self) -> None:
+        """Compiles what was not before."""
+        kernels = [kernel for kernel in self._sources() if kernel.launches[0].name not in self._code]
+        if not kernels:
+            return
         source = "\n".join(kernel.source for kernel in kernels)
         with self._errors("the driver's compiler refuses the kernels"):
-            return self._cl.Program(self._context, source).build(FLAGS)
+            code = self._cl.Program(self._context, source).build(FLAGS)
+        self._code |= {launch.name: code for kernel in kernels for launch in kernel.launches}
 
     def _new(self, size_bytes: int) -> Any:
         if size_bytes > self._device.max_mem_alloc_size:
@@ -268,7 +291,7 @@ class OpenclRunner:
             arguments = self._arguments(kernel, call, program)
             for launch in kernel.launches:
                 with self._errors(f"{call.name} cannot be prepared"):
-                    code = self._cl.Kernel(self._code, launch.name)
+                    code = self._cl.Kernel(self._code[launch.name], launch.name)
                     code.set_args(*(arguments[argument] for argument in launch.arguments))
                 ready.append((code, launch, call.name))
         return ready
