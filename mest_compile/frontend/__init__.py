@@ -9,7 +9,7 @@ import numpy as np
 
 from mest_compile.base.errors import SpecError
 from mest_compile.base.foreign import is_module
-from mest_compile.frontend.refusals import Refusals
+from mest_compile.frontend.refusals import Refusals, check_finite
 from mest_compile.ir.graph import ForwardGraph
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def from_torch(
     """As `import_model`, from a torch module, which is left as it was."""
     import torch
 
+    from mest_compile.frontend.remembered import key_of, recall, remember
+    from mest_compile.frontend.torch_checks import read_state
     from mest_compile.frontend.torch_import import read_module
 
     if not isinstance(module, torch.nn.Module):
@@ -50,11 +52,20 @@ def from_torch(
             "a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
             f"got {type(module).__name__}"
         )
-    noted = Refusals() if refusals is None else refusals
-    found = read_module(module, _checked(input_shape), noted)
-    if refusals is None:
-        noted.check()
-    return found
+    input_shape = _checked(input_shape)
+    if refusals is not None:
+        return read_module(module, input_shape, refusals)
+    key = key_of(module, input_shape)
+    if key and (graph := recall(key)):
+        state = read_state(module)
+        check_finite(graph, state)
+        return graph, state
+    noted = Refusals()
+    graph, state = read_module(module, input_shape, noted)
+    noted.check()
+    if key:
+        remember(key, graph)
+    return graph, state
 
 
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

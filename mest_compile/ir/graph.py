@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mest_compile.base.errors import SpecError
@@ -151,6 +151,49 @@ class ForwardGraph:
     prepared: tuple[Preparation, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "input_shape": list(self.input_shape),
+            "state_shapes": plain(dict(self.state_shapes)),
+            "nodes": [
+                {
+                    "op": node.op,
+                    "name": node.name,
+                    "inputs": list(node.inputs),
+                    "shape": list(node.shape),
+                    "params": dict(node.params),
+                    "attrs": plain(node.attrs),
+                }
+                for node in self.nodes
+            ],
+            **({"prepared": [plain(asdict(one)) for one in self.prepared]} if self.prepared else {}),
+            **({"frozen": dict(self.frozen)} if self.frozen else {}),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ForwardGraph:
+        """What `to_json` gave. Raises KeyError or TypeError when the document is of another version."""
+        return cls(
+            tuple(
+                Node(
+                    node["op"],
+                    node["name"],
+                    tuple(node["inputs"]),
+                    tuple(node["shape"]),
+                    node["params"],
+                    {key: tuples(value) for key, value in node["attrs"].items()},
+                )
+                for node in document["nodes"]
+            ),
+            tuple(document["input_shape"]),
+            {name: tuple(shape) for name, shape in document["state_shapes"].items()},
+            tuple(
+                Preparation(one["operation"], tuples(one["operand"]), one["swapped"])
+                for one in document.get("prepared", ())
+            ),
+            document.get("frozen", {}),
+        )
+
     def with_batch(self, batch: int) -> ForwardGraph:
         """The same of so many examples: every shape begins with them."""
         nodes = tuple(replace(node, shape=(batch, *node.shape[1:])) for node in self.nodes)
@@ -172,3 +215,15 @@ class ForwardGraph:
             if node.op != "detach" and (node.name in trained or any(source in found for source in node.inputs)):
                 found.add(node.name)
         return found
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON gives it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def tuples(value: Any) -> Any:
+    """What `plain` made of a value without mappings."""
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value

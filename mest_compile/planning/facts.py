@@ -9,7 +9,7 @@ from typing import Any
 
 from mest_compile.base.errors import MestError, StateError
 from mest_compile.hardware.target import Gpu, Target
-from mest_compile.ir.graph import ForwardGraph, LayerSpec, Node, Preparation
+from mest_compile.ir.graph import ForwardGraph, LayerSpec, plain, tuples
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
 from mest_compile.lowering.lowering import lower, lower_training
@@ -81,36 +81,20 @@ class Facts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        graph, target = self.graph, self.target
+        target = self.target
         return {
-            "graph": {
-                "input_shape": list(graph.input_shape),
-                "state_shapes": _plain(dict(graph.state_shapes)),
-                "nodes": [
-                    {
-                        "op": node.op,
-                        "name": node.name,
-                        "inputs": list(node.inputs),
-                        "shape": list(node.shape),
-                        "params": dict(node.params),
-                        "attrs": _plain(node.attrs),
-                    }
-                    for node in graph.nodes
-                ],
-                **({"prepared": [_plain(asdict(one)) for one in graph.prepared]} if graph.prepared else {}),
-                **({"frozen": dict(graph.frozen)} if graph.frozen else {}),
-            },
-            "optimizer": _plain(self.optimizer.to_json()),
+            "graph": self.graph.to_json(),
+            "optimizer": plain(self.optimizer.to_json()),
             "threads": self.threads,
             "seed": self.seed,
             "recomputed": sorted(self.recomputed),
             "loss": self.loss.to_json(),
             "activations": self.activations,
-            **({"parts": _plain(self.parts)} if self.parts else {}),
+            **({"parts": plain(self.parts)} if self.parts else {}),
             "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [
                 {
-                    "spec": _plain(asdict(layer.spec)),
+                    "spec": plain(asdict(layer.spec)),
                     "scheme": str(layer.scheme),
                     "sparsity": layer.sparsity,
                     "kernels": layer.kernels,
@@ -124,39 +108,17 @@ class Facts:
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Facts:
         """Raises KeyError or TypeError when the document is of another version."""
-        nodes = tuple(
-            Node(
-                node["op"],
-                node["name"],
-                tuple(node["inputs"]),
-                tuple(node["shape"]),
-                node["params"],
-                {key: _tuples(value) for key, value in node["attrs"].items()},
-            )
-            for node in facts["graph"]["nodes"]
-        )
-        graph = ForwardGraph(
-            nodes,
-            tuple(facts["graph"]["input_shape"]),
-            {name: tuple(shape) for name, shape in facts["graph"]["state_shapes"].items()},
-            tuple(
-                Preparation(one["operation"], _tuples(one["operand"]), one["swapped"])
-                for one in facts["graph"].get("prepared", ())
-            ),
-            facts["graph"].get("frozen", {}),
-        )
+        graph = ForwardGraph.from_json(facts["graph"])
         known = {field.name for field in fields(Gpu)}  # documents of 0.1 have more
         gpu = facts["target"].get("gpu")
         target = Target(
             **{
                 **facts["target"],
-                "llvm": _tuples(facts["target"]["llvm"]),
+                "llvm": tuples(facts["target"]["llvm"]),
                 "gpu": Gpu(**{name: value for name, value in gpu.items() if name in known}) if gpu else None,
             }
         )
-        specs = [
-            LayerSpec(**{key: _tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]
-        ]
+        specs = [LayerSpec(**{key: tuples(value) for key, value in entry["spec"].items()}) for entry in facts["layers"]]
         layers = {
             spec.name: Layer(
                 spec,
@@ -180,7 +142,7 @@ class Facts:
             facts["seed"],
             read_loss(facts),
             facts.get("activations", "float32"),
-            _tuples(facts.get("parts", [])),
+            tuples(facts.get("parts", [])),
         )
 
 
@@ -190,14 +152,3 @@ def read_facts(document: Mapping[str, Any], where: str) -> Facts:
         return Facts.from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, MestError) as problem:
         raise StateError(f"{where} lacks {problem}; it is of another version of mest-compile") from problem
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back: tuples become lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
