@@ -18,7 +18,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train ResNet-20 at 90% block sparsity on handwritten digits, then time a step against dense torch."""
-    from mest_compile.cli.train import Request, start_run
+    from mest_compile.cli.running import Request, start_run
     from mest_compile.measuring.benchmark import compare
     from mest_compile.measuring.case import Case
     from mest_compile.options import StepOptions

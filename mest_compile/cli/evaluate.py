@@ -9,6 +9,7 @@ import typer
 
 from mest_compile.base.errors import UsageError
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+from mest_compile.cli.running import load_source
 
 MOST_SHOWN = 20  # classes whose confusion matrix is printed; --json has every one
 
@@ -25,7 +26,6 @@ def evaluate(
 ) -> None:
     """Test a trained model: its metrics, every class, what classes are called instead, how sure answers are beside how
     right."""
-    from mest_compile.data import load
     from mest_compile.training.predicting import evaluated, open_step
     from mest_compile.training.runfolder import RunFolder
 
@@ -39,7 +39,10 @@ def evaluate(
         source = RunFolder(run).read_source()
     with stderr_console().status(f"opening {model}"):
         step = open_step(model, threads, runtime)
-        split = load(source["data"], source.get("data_folder"), numbers=step.loss.takes_numbers)
+        source["numbers"] = step.loss.takes_numbers
+        if data == "folder" and step.reading is not None and step.reading.inputs is not None:
+            source["resize"] = step.reading.inputs.size
+        split = load_source(source)
         found = {"model": str(model), "data": split.test.name, **evaluated(step, split.test)}
     if as_json:
         print_json(found)

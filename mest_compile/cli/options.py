@@ -172,6 +172,16 @@ def shape_of(model: str, batch: int, image: str | None) -> tuple[int, ...]:
     return (batch, *image_sizes(image or USUAL_IMAGE))
 
 
+def sizes_of(option: str, text: str | None) -> tuple[int, int] | None:
+    """(height, width) that "32x48" says, or "32" of both. Raises UsageError."""
+    if text is None:
+        return None
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--{option} is {text!r}; wanted height x width, such as 32x48, or one number for both")
+    return int(parts[0]), int(parts[-1])
+
+
 def image_sizes(text: str) -> tuple[int, ...]:
     """(channels, height, width) or (features,). Raises UsageError."""
     try:

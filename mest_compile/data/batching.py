@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from mest_compile.base.errors import DataError
 from mest_compile.data.dataset import Dataset
+from mest_compile.data.streams import Stream
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -31,16 +33,24 @@ def pad_crop_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4, fl
 
 
 def batches(
-    dataset: Dataset, batch: int, rng: np.random.Generator, augment: bool, among: np.ndarray | None = None
-) -> Iterator[Batch]:
+    dataset: Dataset | Stream,
+    batch: int,
+    rng: np.random.Generator,
+    augment: bool,
+    among: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
     """One epoch of (images (batch, C, H, W) float32 normalised, labels (batch,) int64, indices (batch,) int64 of the
     examples).
 
+    augment  shift images of a data set whose `shift` says so, mirror those whose `flip` does
     The order is drawn anew from `rng`, and the examples that do not fill a last batch are left out: others each epoch.
     among  indices of the examples that the epoch is of; None: all
     A worker thread prepares the next batch while the caller uses this one; it alone uses `rng` until the iterator is
-    closed. Raises DataError when the epoch is smaller than one batch.
+    closed. A stream's batches come in its own order, without indices. Raises DataError when the epoch is smaller than
+    one batch.
     """
+    if isinstance(dataset, Stream):
+        return dataset.epoch(batch)
     among = np.arange(len(dataset)) if among is None else among
     if len(among) < batch:
         raise DataError(f"{dataset.name}: {len(among)} examples do not fill one batch of {batch}; use a smaller batch")
@@ -52,7 +62,7 @@ def _prefetched(dataset: Dataset, orders: np.ndarray, rng: np.random.Generator, 
     def prepare(indices: np.ndarray) -> Batch:
         images = dataset.images[indices]
         if augment:
-            images = pad_crop_flip(images, rng, dataset.pad, dataset.flip)
+            images = pad_crop_flip(images, rng, dataset.pad if dataset.shift else 0, dataset.flip)
         return dataset.normalise(images), dataset.labels[indices], indices
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mest-batches") as worker:
@@ -61,3 +71,12 @@ def _prefetched(dataset: Dataset, orders: np.ndarray, rng: np.random.Generator, 
             ready, pending = pending.result(), worker.submit(prepare, following)
             yield ready
         yield pending.result()
+
+
+def parts(dataset: Dataset | Stream, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every example once, in order: (images (n, C, H, W) float32 normalised, labels); n is `batch`, then the rest."""
+    if isinstance(dataset, Stream):
+        yield from dataset.parts(batch)
+        return
+    for start in range(0, len(dataset), batch):
+        yield dataset.normalise(dataset.images[start : start + batch]), dataset.labels[start : start + batch]

@@ -6,15 +6,16 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import DataError
+from mest_compile.base import checks
+from mest_compile.base.errors import DataError, UsageError
 from mest_compile.base.registry import Registry
-from mest_compile.data.examples import Array, Examples, array_of, gather, labels_of, turned
+from mest_compile.data.examples import Array, Examples, arranged, array_of, gather, labels_of, turned
 from mest_compile.models.inputs import Inputs, Reading
 
 SOURCES = Registry("data set", "mest_compile.data.sources")
@@ -30,6 +31,7 @@ class Dataset:
     classes    0 where labels are numbers
     mean, std  (channels,) float32 in the units of `images`; a step is fed (images - mean) / std
     flip       whether a mirrored image is known to keep its label: a digit's does not, nor that of an arrow to the left
+    shift      whether a shifted image is known to keep its label
     names      of the classes, in the order of labels; empty: they have none but their numbers
     Raises DataError when these contradict each other.
     """
@@ -43,6 +45,7 @@ class Dataset:
     flip: bool = False
     ignored: int = NO_LABEL
     names: tuple[str, ...] = ()
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
@@ -91,12 +94,13 @@ class Dataset:
         flip: bool = False,
         ignored: int = NO_LABEL,
         names: Sequence[str] = (),
+        shift: bool = False,
     ) -> Dataset:
         """A data set of arrays. uint8 images are standardised per channel by their own statistics, float images are
         taken as they are.
 
         classes  None: the largest label + 1; of numbers there are none
-        like     a training set whose classes, names, mean, std and flip are used instead: what a test set needs
+        like     a training set whose classes, names, mean, std, flip and shift are used instead: what a test set needs
         """
         if like is not None:
             if images.shape[1:] != like.images.shape[1:] or images.dtype != like.images.dtype:
@@ -105,14 +109,14 @@ class Dataset:
                     f"{name}: images are {found} {images.dtype}, "
                     f"those of {like.name} {wanted} {like.images.dtype}{turned(found, wanted)}"
                 )
-            return cls(images, labels, like.classes, like.mean, like.std, name, like.flip, like.ignored, like.names)
+            return replace(like, images=images, labels=labels, name=name)
         if not len(labels):
             raise DataError(f"{name}: there are no examples")
         if labels.dtype == np.float32:
             classes = 0
         elif classes is None:
             classes = int(labels.max(initial=-1, where=labels != ignored)) + 1
-        return cls(images, labels, classes, *_statistics(images), name, flip, ignored, tuple(names))
+        return cls(images, labels, classes, *_statistics(images), name, flip, ignored, tuple(names), shift)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,6 +125,11 @@ class Dataset:
     def numbers(self) -> bool:
         """Whether labels are numbers, not classes."""
         return self.labels.dtype == np.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image."""
+        return self.images.shape[1:]
 
     @property
     def outputs(self) -> int:
@@ -165,41 +174,93 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A training set and a test set, normalised alike."""
+    """A training set, a test set, and a validation set that the best model is chosen by, normalised alike.
+
+    known_test, val  None: there is none
+    """
 
     train: Dataset
-    test: Dataset
+    known_test: Dataset | None = None
+    val: Dataset | None = None
+
+    @property
+    def test(self) -> Dataset:
+        """Raises DataError where there is none."""
+        if self.known_test is None:
+            raise DataError(f"{self.train.name} has no test part; give data that has one")
+        return self.known_test
 
 
 Source = Callable[[Path | None], Split]
 OF_NUMBERS: dict[str, Source] = {}  # sources whose labels may be numbers
+Resizing = Callable[[Path | None, tuple[int, int]], Split]
+RESIZED: dict[str, Resizing] = {}  # sources whose images may be of any sizes
 
 
-def source(name: str, numbers: Source | None = None) -> Callable[[Source], Source]:
-    """Function decorator: registers a data source, a function (folder: Path | None) -> Split. numbers: reads it where
-    labels are numbers; None: it has classes."""
+def source(name: str, numbers: Source | None = None, resized: Resizing | None = None) -> Callable[[Source], Source]:
+    """Function decorator: registers a data source, a function (folder: Path | None) -> Split.
+
+    numbers  reads it where labels are numbers; None: it has classes
+    resized  reads it with images resized to (height, width); None: they have their size
+    """
 
     def register(function: Source) -> Source:
         SOURCES.add(name, function)
         if numbers is not None:
             OF_NUMBERS[name] = numbers
+        if resized is not None:
+            RESIZED[name] = resized
         return function
 
     return register
 
 
-def load(name: str, folder: str | os.PathLike | None = None, numbers: bool = False) -> Split:
+def load(
+    name: str,
+    folder: str | os.PathLike | None = None,
+    numbers: bool = False,
+    resize: tuple[int, int] | None = None,
+    val_split: float = 0.0,
+    seed: int = 0,
+) -> Split:
     """The data set of that name, read from `folder` where it has files.
 
-    numbers  labels are numbers, not classes
-    Raises UnknownName, and DataError when files are missing or damaged.
+    numbers    labels are numbers, not classes
+    resize     (height, width) that images are cut and resized to
+    val_split  share of the training examples, of each class alike, that become the validation set, drawn by seed
+    Raises UnknownName, UsageError, and DataError when files are missing or damaged.
     """
     read = SOURCES.find(name)
+    place = None if folder is None else Path(folder)
+    if resize is not None:
+        if name not in RESIZED:
+            raise UsageError(f"images of {name} have one size; leave resize out")
+        return with_validation(RESIZED[name](place, resize), val_split, seed)
     if numbers and name not in OF_NUMBERS:
         raise DataError(
             f"{name} has classes, and the loss takes numbers; give data of {' or '.join(OF_NUMBERS)}, or another loss"
         )
-    return (OF_NUMBERS[name] if numbers else read)(None if folder is None else Path(folder))
+    return with_validation((OF_NUMBERS[name] if numbers else read)(place), val_split, seed)
+
+
+def with_validation(split: Split, share: float, seed: int) -> Split:
+    """With that share of the training examples as validation set; 0: as it is. Raises UsageError."""
+    share = checks.number("val_split", share, below=1)
+    if not share:
+        return split
+    train = split.train
+    if split.val is not None:
+        raise UsageError(f"{train.name} has a validation part already; leave val_split out")
+    rng, drawn = np.random.default_rng(seed), np.zeros(len(train), bool)
+    groups = [np.arange(len(train))]
+    if not train.numbers and train.labels.ndim == 1:
+        groups = [np.flatnonzero(train.labels == label) for label in np.unique(train.labels)]
+    for mine in groups:
+        drawn[rng.permutation(mine)[: round(share * len(mine))]] = True
+    if not drawn.any() or drawn.all():
+        raise UsageError(f"val_split {share:g} of {len(train)} examples leaves none of one part; give another share")
+    kept, val = (replace(train, images=train.images[part], labels=train.labels[part]) for part in (~drawn, drawn))
+    return replace(split, train=kept, val=replace(val, name=f"{train.name} validation"))
 
 
 def as_dataset(
@@ -214,12 +275,14 @@ def as_dataset(
     """A Dataset of anything that holds labelled images.
 
     data  a Dataset; a pair (images, labels) of numpy arrays or torch tensors; or a torch-style Dataset: len() and [i]
-          -> (image, int). Images are (C, H, W) each, uint8 or floating point; (H, W) is taken as one channel, which
-          a step of series (C, L) takes as such, (features,) as 1x1 images. Floating point becomes float32. Labels are
-          whole numbers of 0 or more, one an example or one a pixel, and `ignored` where there is none.
+          -> (image, int), or {"image": ..., "label": ...}. Images are (C, H, W) each, uint8 or floating point; (H, W)
+          is taken as one channel, which a step of series (C, L) takes as such, (features,) as 1x1 images. Floating
+          point becomes float32. Labels are whole numbers of 0 or more, one an example or one a pixel, and `ignored`
+          where there is none.
     numbers  labels are numbers instead, one or several an example
     classes, like  as in Dataset.of
-    A torch Dataset is read once: random transforms in it happen once, use the recipe's `augment` instead.
+    A torch Dataset is read once: random transforms in it happen once. Give a Trainer a DataLoader of it, or use the
+    recipe's `augment`.
     """
     if isinstance(data, Dataset):
         return data
@@ -231,19 +294,11 @@ def as_dataset(
         raise DataError(
             f"{name}: a data set is a Dataset, (images, labels) arrays or a torch Dataset, not {type(data).__name__}"
         )
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}; convert them")
-    if images.ndim not in (2, 3, 4):
-        raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
-    if images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] == images.shape[2] > 4:
-        found = images.shape[1:]
-        raise DataError(
-            f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}"
-        )
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
-        images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
-    images = images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
-    return Dataset.of(images, labels, name, classes=classes, like=like, ignored=ignored)
+    images = arranged(images, name)
+    named = getattr(data, "classes", None)  # as torchvision's ImageFolder names them
+    told = classes if classes is not None else None if named is None else len(named)
+    names = [str(one) for one in named] if isinstance(named, list | tuple) and len(named) == told else ()
+    return Dataset.of(images, labels, name, classes=told, like=like, ignored=ignored, names=names)
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@ or turned."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -73,6 +74,43 @@ def labels_of(value: Any, name: str, numbers: bool = False) -> np.ndarray:
     return labels.astype(np.int64, copy=False)
 
 
+IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "fine_label")
+
+
+def pair_of(sample: Any, what: str) -> tuple[Any, Any]:
+    """(image, label), or those of a batch, of a pair or of a table with one key for each. Raises DataError."""
+    if isinstance(sample, Mapping):
+        found = [[key for key in keys if key in sample] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        if [len(keys) for keys in found] == [1, 1]:
+            return sample[found[0][0]], sample[found[1][0]]
+        raise DataError(
+            f"{what} is a table with the keys {', '.join(map(str, sample))}; wanted one of {', '.join(IMAGE_KEYS)} and "
+            f"one of {', '.join(LABEL_KEYS)}"
+        )
+    try:
+        image, label = sample
+    except (TypeError, ValueError) as problem:
+        raise DataError(f"{what} must be a pair (image, label), or a table of the two") from problem
+    return image, label
+
+
+def arranged(images: np.ndarray, name: str) -> np.ndarray:
+    """(n, C, H, W) uint8 or float32 of (n, C, H, W), (n, H, W) or (n, features). Raises DataError."""
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"{name}: images must be uint8 or floating point, not {images.dtype}; convert them")
+    if images.ndim not in (2, 3, 4):
+        raise DataError(f"{name}: images must be (n, C, H, W), (n, H, W) or (n, features), not {images.shape}")
+    if images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] == images.shape[2] > 4:
+        found = images.shape[1:]
+        raise DataError(
+            f"{name}: images must be (n, C, H, W), not {images.shape}{turned(found, (found[2], *found[:2]))}"
+        )
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+        images = images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    return images[:, :, None, None] if images.ndim == 2 else images[:, None] if images.ndim == 3 else images
+
+
 def gather(data: Examples, name: str, numbers: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a torch-style Dataset, read once; labels are numbers, or classes. Raises DataError unless all
     examples are alike."""
@@ -80,9 +118,10 @@ def gather(data: Examples, name: str, numbers: bool = False) -> tuple[np.ndarray
     labels = np.empty(len(data), np.int64)
     for i in range(len(data)):
         try:
-            image, label = data[i]
+            sample = data[i]
         except (TypeError, ValueError, KeyError, IndexError) as problem:
             raise DataError(f"{name}: example {i} must be a pair (image, label)") from problem
+        image, label = pair_of(sample, f"{name}: example {i}")
         array = _image(image, f"{name}: the image of example {i}")
         if images is None:
             images = np.empty((len(data), *array.shape), array.dtype)

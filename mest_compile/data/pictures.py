@@ -4,7 +4,6 @@ Dataset."""
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mest_compile.base.errors import DataError
 from mest_compile.base.foreign import is_picture
 from mest_compile.data.dataset import Dataset, Split
 from mest_compile.data.examples import Array, Examples, array_of, labels_of
-from mest_compile.data.sources.folder import DEEP_MODES, SUFFIXES, open_image
+from mest_compile.data.sources.folder import SUFFIXES, fitted, read_picture
 from mest_compile.models.inputs import Inputs
 
 TEST_SHARE = 0.2  # of each class, where there is no test part
@@ -82,34 +81,6 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0) -
     read = Dataset(_images(part, inputs), part.labels, len(names), *plain, "pictures")
     kept = Dataset(_images(tested, inputs), tested.labels, len(names), *plain, "pictures test")
     return Pictures(Split(read, kept), tuple(names), tested.files)
-
-
-def fitted(picture: Any, inputs: Inputs) -> np.ndarray:
-    """(C, height, width) uint8 of one of Pillow's images, cut and resized, bicubic."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture).convert("L" if inputs.channels == 1 else "RGB")
-    width_height = inputs.size[1], inputs.size[0]
-    box = inputs.window(*picture.size)
-    if box != (0, 0, *picture.size):
-        picture = picture.crop(box)
-    if picture.size != width_height:
-        picture = picture.resize(width_height, Image.Resampling.BICUBIC)
-    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
-
-
-def read_picture(path: str | os.PathLike, inputs: Inputs) -> np.ndarray:
-    """The same of a file. Raises DataError."""
-    with open_image(Path(path)) as picture:
-        if picture.mode.startswith(DEEP_MODES):
-            raise DataError(
-                f"{path} has more than 8 bits a pixel (mode {picture.mode}), which would be cut off; save it with "
-                "8 bits"
-            )
-        try:
-            return fitted(picture, inputs)
-        except (OSError, SyntaxError, ValueError) as problem:  # what Pillow raises on truncated and on damaged data
-            raise DataError(f"{path} is damaged ({problem}); get it again or remove it") from problem
 
 
 def _images(part: _Part, inputs: Inputs) -> np.ndarray:

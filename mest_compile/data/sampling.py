@@ -12,11 +12,12 @@ from mest_compile.base.errors import InputError
 from mest_compile.data.batching import batches
 from mest_compile.data.dataset import Dataset
 from mest_compile.data.examples import turned
+from mest_compile.data.streams import Stream
 
 
-def check_shape(dataset: Dataset, input_shape: tuple[int, ...]) -> None:
+def check_shape(dataset: Dataset | Stream, input_shape: tuple[int, ...]) -> None:
     """Raises InputError when a step of that input shape does not take such images."""
-    wanted, found = tuple(input_shape[1:]), dataset.images.shape[1:]
+    wanted, found = tuple(input_shape[1:]), dataset.shape
     series = len(wanted) == 2 and found == (1, *wanted)  # (n, C, L), which a data set holds as (n, 1, C, L)
     if not series and wanted != found and wanted != (prod(found),):
         raise InputError(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import MestError
-from mest_compile.data import Dataset, batches
+from mest_compile.data import Dataset, Stream, batches, parts
+from mest_compile.training.given import Given
 from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.run import Progress
@@ -27,7 +28,7 @@ def train_epoch(
     judge: Judge,
     recipe: Recipe,
     epoch: int,
-    train: Dataset,
+    given: Given,
     sieve: Sieve | None,
     rates: Callable[[int, int], float | Sequence[float]],
     progress: Progress,
@@ -36,19 +37,20 @@ def train_epoch(
     """Metrics of one pass over what the sieve keeps. rates: learning rates of an iteration (from 0) of so many, the
     last of what never freezes; diverged: makes the error of a loss that is not finite."""
     rng = np.random.default_rng([recipe.seed, epoch, SHUFFLE])
+    train, done = given.train, 0
     among = np.flatnonzero(sieve.kept) if sieve else np.arange(len(train))
     count, whole = len(among) // step.batch, len(train) // step.batch
     loss, step_seconds, lr = 0.0, 0.0, 0.0
     judge.restart()
     bound = {} if recipe.clip_norm is None else {"clip_norm": recipe.clip_norm}
     began = perf_counter()
-    with closing(batches(train, step.batch, rng, recipe.augment, among)) as prepared:  # type: ignore[type-var]
+    with closing(batches(train, step.batch, rng, given.augment, among)) as prepared:  # type: ignore[type-var]
         shaped = _shaped(step, judge, prepared)
-        for index, ((images, given, labels, examples), following) in enumerate(_with_next(shaped)):
+        for index, ((images, labelled, labels, examples), following) in enumerate(_with_next(shaped)):
             rate = rates(index, count)
             lr = rate[-1] if isinstance(rate, Sequence) else rate
             called = perf_counter()
-            result = step(images, given, lr=rate, ahead=following and following[:2], **bound)
+            result = step(images, labelled, lr=rate, ahead=following and following[:2], **bound)
             step_seconds += perf_counter() - called
             if not math.isfinite(result.loss):
                 raise diverged(
@@ -57,34 +59,32 @@ def train_epoch(
                 )
             if sieve:
                 sieve.count(examples, judge.right(result, labels))
-            loss += float(result.loss)
+            loss, done = loss + float(result.loss), done + 1
             score = judge.count(result, labels)
             progress.on_batch(epoch + 1, recipe.epochs, index + 1, count, result.loss, score)
-    seconds, trained = perf_counter() - began, count * step.batch
+    seconds, trained = perf_counter() - began, done * step.batch
     return {
-        "loss": loss / count,
+        "loss": loss / done,
         **judge.trained(),
         "lr": lr,
         "examples": trained,
-        "iterations": count,
+        "iterations": done,
         "iterations_saved": whole - count,
         "images_per_second": trained / seconds,
         "train_seconds": seconds,
-        "step_seconds": step_seconds / count,
+        "step_seconds": step_seconds / done,
     }
 
 
-def evaluate(step: Any, judge: Judge, test: Dataset) -> dict[str, Any]:
-    """Metrics of what the step answers for a data set."""
-    batch, began = step.batch, perf_counter()
+def evaluate(step: Any, judge: Judge, data: Dataset | Stream, part: str = "test") -> dict[str, Any]:
+    """Metrics of what the step answers for data, called after the part that they are."""
+    began = perf_counter()
 
     def answered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(test), batch):
-            images = test.normalise(test.images[start : start + batch])
-            outputs = np.asarray(step.predict(images.reshape(len(images), *step.input_shape[1:])))
-            yield outputs, test.labels[start : start + batch]
+        for images, labels in parts(data, step.batch):
+            yield np.asarray(step.predict(images.reshape(len(images), *step.input_shape[1:]))), labels
 
-    return {**judge.tested(answered()), "evaluation_seconds": perf_counter() - began}
+    return {**judge.tested(answered(), part), "evaluation_seconds": perf_counter() - began}
 
 
 def _shaped(step: Any, judge: Judge, prepared: Iterable[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:

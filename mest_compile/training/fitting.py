@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mest_compile.base.errors import SparsityError, UsageError
-from mest_compile.data import Dataset
+from mest_compile.data import Dataset, Stream
 from mest_compile.data.sampling import check_shape
 from mest_compile.ir.graph import FROZE
 from mest_compile.sparsity.distributions import together
@@ -33,7 +33,7 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
             f"{step.asked_lr:g}; "
             f"leave one of the two out"
         )
-    if recipe.augment and len(step.input_shape) == 3:
+    if recipe.augments and len(step.input_shape) == 3:
         raise UsageError(
             f"augmentation shifts images, and the step takes {step.input_shape}, which have no rows; set augment = "
             "false in the recipe"
@@ -66,7 +66,7 @@ def check_start(recipe: Recipe, step: Any) -> None:
         )
 
 
-def check_data(step: Any, judge: Judge, data: Dataset) -> None:
+def check_data(step: Any, judge: Judge, data: Dataset | Stream) -> None:
     """Raises InputError when the step, or its loss, does not take such examples."""
     check_shape(data, tuple(step.input_shape))
     judge.check(data)

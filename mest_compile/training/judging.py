@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import InputError, UsageError
-from mest_compile.data import Dataset
+from mest_compile.data import Dataset, Stream
 from mest_compile.operators.losses.distill import Distill
 from mest_compile.operators.losses.loss import Loss
 from mest_compile.training.metrics import Metric, Score, compared, metrics_of
@@ -18,11 +18,11 @@ Teacher = Callable[[np.ndarray], np.ndarray]  # images (N, C, H, W) float32 -> l
 
 
 class Judge:
-    """metrics: of the loss, the first decides which model is best."""
+    """metrics: of the loss, the first decides which model is best; shape: of outputs, the batch first."""
 
     def __init__(self, loss: Loss, output_shape: tuple[int, ...], recipe: Recipe, teacher: Teacher | None):
         """Raises UsageError for a recipe or a teacher of which the loss has no use, or a lacking one."""
-        self.loss, self._shape, self._teacher = loss, output_shape, teacher
+        self.loss, self.shape, self._teacher = loss, output_shape, teacher
         self.metrics = metrics_of(loss, output_shape[1])
         self._train_score = Score([])
         self.restart()
@@ -46,7 +46,7 @@ class Judge:
                 f"the sieve drops examples by forgetting events, from right to wrong, and under {called} {why}; leave "
                 "the sieve out"
             )
-        if recipe.augment and maps:
+        if recipe.augments and maps:
             raise UsageError(
                 "augmentation shifts images, and would have to shift their maps of labels too; set augment = false in "
                 "the recipe"
@@ -60,9 +60,9 @@ class Judge:
         """What the step takes with a batch of images."""
         return labels if self._teacher is None else (labels, self._teacher(images))
 
-    def check(self, data: Dataset) -> None:
+    def check(self, data: Dataset | Stream) -> None:
         """Raises InputError when the loss cannot take its labels."""
-        shape = (len(data), *self._shape[1:])
+        shape = (len(data.labels), *self.shape[1:])
         if data.numbers != self.loss.takes_numbers:
             raise InputError(
                 f"{data.name} has {'numbers' if data.numbers else 'classes'}, mest.{type(self.loss).__name__} takes "
@@ -105,9 +105,9 @@ class Judge:
         assert found is not None, "a loss that says what forgetting is says what is right"
         return found
 
-    def tested(self, batches: Any) -> dict[str, float]:
-        """Metrics of (outputs, labels) of batches."""
+    def tested(self, batches: Any, part: str = "test") -> dict[str, float]:
+        """Metrics of (outputs, labels) of batches, called after the part of the data that they are of."""
         score = Score(self.metrics)
         for outputs, labels in batches:
             score.add(outputs, compared(self.loss, labels))
-        return score.values("test_")
+        return score.values(f"{part}_")

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from mest_compile import __version__
-from mest_compile.base.errors import DeviceLost, InputError, MestError, StateError
-from mest_compile.data import Dataset, as_dataset
+from mest_compile.base.errors import DeviceLost, MestError, StateError
 from mest_compile.operators.losses.loss import read_loss
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
-from mest_compile.training.fitting import check_data, check_start, resolved
+from mest_compile.training.fitting import check_start, resolved
 from mest_compile.training.freezer import Freezer
+from mest_compile.training.given import Given, given
 from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
@@ -30,6 +30,7 @@ from mest_compile.training.run import Progress, Run, Silent
 from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.sieve import Sieve
 from mest_compile.training.survival import Survival
+from mest_compile.training.watching import Watchers, check_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Trainer:
 
     out       folder for the run's files (RunFolder names them), or None to write nothing
     progress  told about every batch and epoch
+    callbacks  told as well, each what it has a method for: on_batch, on_epoch, on_mutation (`run.Progress`). Any of
+               them may call `stop()`
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the
                 same bits
     The learning rate is the recipe's, or where it has none that of the step's optimizer.
@@ -62,6 +65,7 @@ class Trainer:
         specialize: bool = False,
         teacher: Teacher | None = None,
         freezer: Freezer | None = None,
+        callbacks: Sequence[Any] = (),
     ):
         self.step = step
         self.specialize = specialize
@@ -69,6 +73,8 @@ class Trainer:
         self.recipe = resolved(recipe, step)
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress or Silent()
+        self.callbacks = check_callbacks(callbacks)
+        self._stop = False
         described = step.describe()
         output_shape = described.get("output_shape", (step.batch, step.classes))
         self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
@@ -93,6 +99,7 @@ class Trainer:
         batch: int | None = None,
         target: Any = None,
         teacher: Teacher | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> Trainer:
         """A trainer whose `fit` continues the run in `out`, bit for bit, when it is given the same data.
 
@@ -106,47 +113,38 @@ class Trainer:
         """
         found = resumed(RunFolder(out), step, device, epochs, batch, target)
         freezer = Freezer.from_json(found.extra.get("freezing"))
-        trainer = cls(found.step, found.recipe, out, progress, teacher=teacher, freezer=freezer)
+        trainer = cls(found.step, found.recipe, out, progress, teacher=teacher, freezer=freezer, callbacks=callbacks)
         trainer._resumed, trainer._stamp = (found.extra, found.arrays), found.stamp
         trainer._begun, trainer._continued, trainer._otherwise = found.begun, found.continued, found.otherwise
         return trainer
 
-    def fit(self, train_set: Any, test_set: Any) -> Run:
-        """Trains to the recipe's last epoch and returns the run.
+    def fit(self, train_set: Any, test_set: Any = None, val_set: Any = None) -> Run:
+        """Trains to the recipe's last epoch, or until it is stopped, and returns the run.
 
-        train_set, test_set  a Dataset, (images, labels) arrays or a torch Dataset (see data.as_dataset)
+        train_set  a Dataset, (images, labels) arrays, a torch Dataset (see data.as_dataset), or what is gone through
+                   anew each epoch: a torch DataLoader, or any iterable of batches, of any size (data.Stream)
+        test_set   the same; what is reported. None: nothing is
+        val_set    the same; what the best model is chosen by. None: test_set
         Raises InputError when the data do not fit the step, UsageError when the folder holds a run, StateError when
         somebody else trains in it, MestError when the loss, a weight or a statistic is no longer finite. However
         training ends, the checkpoint of the last whole epoch stays.
         """
-        kind = self.judge.loss.labels
-        train = as_dataset(train_set, classes=self.step.classes, name="training set", **kind)
-        test = as_dataset(test_set, like=train, name="test set", **kind)
-        check_data(self.step, self.judge, train)
-        check_data(self.step, self.judge, test)
-        if len(train) < self.step.batch:
-            raise InputError(
-                f"{train.name}: {len(train)} examples do not fill one batch of {self.step.batch}; compile with a "
-                "smaller one"
-            )
-        if self.recipe.mirror is not None:
-            train = replace(train, flip=self.recipe.mirror)
+        found = given(self.step, self.judge, self.recipe, train_set, test_set, val_set)
+        self._stop = False
         with self._alone():
-            return self._fit(train, test)
+            return self._fit(found)
 
-    def about(self, train: Dataset, test: Dataset) -> str:
-        """One line on what is about to be trained, what the data go through and what will never happen."""
-        mirrored = train.flip if self.recipe.mirror is None else self.recipe.mirror
-        said = (
-            f"shifted by up to {train.pad} pixels, {'' if mirrored else 'not '}mirrored"
-            if self.recipe.augment
-            else "not augmented"
-        )
-        line = (
-            f"{train.name}: {len(train)} examples to train, {len(test)} to test; images {said}; method "
-            f"{self.recipe.method}; "
-            f"lr {self.recipe.lr:g}, {self.recipe.lr_schedule}"
-        )
+    def stop(self) -> None:
+        """Lets `fit` return after the epoch that is under way, as if it were the last; a resumed run goes on."""
+        self._stop = True
+
+    def about(self, train_set: Any, test_set: Any = None, val_set: Any = None) -> str:
+        """One line on what is about to be trained, what the data go through and what will never happen. Raises as
+        `fit`."""
+        return self._about(given(self.step, self.judge, self.recipe, train_set, test_set, val_set))
+
+    def _about(self, data: Given) -> str:
+        line = f"{data.about()}; method {self.recipe.method}; lr {self.recipe.lr:g}, {self.recipe.lr_schedule}"
         return "; ".join([line, *self._freezer.about(), *self._idle])
 
     def _alone(self) -> Any:
@@ -163,21 +161,21 @@ class Trainer:
             raise StateError(f"{self.folder.path} has gone on since it was resumed here; resume it again")
         return lock
 
-    def _fit(self, train: Dataset, test: Dataset) -> Run:
-        self.step.reading = train.reading
-        run, data = self._begin(train, test)
-        log.info(self.about(train, test))
+    def _fit(self, given: Given) -> Run:
+        self.step.reading = given.reading(getattr(self.step, "reading", None))
+        run, data = self._begin(given)
+        log.info(self._about(given))
         self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says
         if self.specialize:
-            self.step.specialize(self._steps_between_mutations(len(train)))
+            self.step.specialize(self._steps_between_mutations(len(given.train)))
         losses: list[bool] = []  # since the last whole epoch: whether the device had the step by then
-        while len(run.history) < self.recipe.epochs:
+        while len(run.history) < self.recipe.epochs and not (self._stop or run.gone(self.recipe.patience)):
             has_step = not losses
             try:
                 if losses:
-                    run, data = self._on_another_device(train, test)
+                    run, data = self._on_another_device(given)
                     has_step = True
-                self._epoch(run, data, train, test)
+                self._epoch(run, data, given)
                 losses.clear()
             except DeviceLost as problem:
                 losses.append(has_step)
@@ -188,19 +186,18 @@ class Trainer:
                 log.warning("%s; asking for another device, to go on from the last checkpoint", problem)
         return run
 
-    def _epoch(self, run: Run, data: dict[str, Any], train: Dataset, test: Dataset) -> None:
+    def _epoch(self, run: Run, data: dict[str, Any], given: Given) -> None:
         epoch = len(run.history)
         frozen = self._freezer.freeze(self.step, self.recipe, epoch)
-        mutation, sieved = self._mutate(epoch, train), self._sieve_data(epoch)
-        trained = self._train(epoch, train)
+        mutation, sieved = self._mutate(epoch, given), self._sieve_data(epoch)
+        if mutation is not None:
+            self._watchers.on_mutation(epoch + 1, mutation)
+        trained = self._train(epoch, given)
         if broken := self.step.not_finite():
             raise self._diverged(
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
-        evaluated: dict[str, Any] = dict.fromkeys((f"test_{metric.name}" for metric in self.judge.metrics), None)
-        evaluated |= (
-            evaluate(self.step, self.judge, test) if self.recipe.evaluates(epoch) else {"evaluation_seconds": 0.0}
-        )
+        evaluated = self._evaluate(epoch, given)
         for name, value in evaluated.items():
             if value is not None and not math.isfinite(value):
                 raise self._diverged(f"{name} is {value} after epoch {epoch + 1}", epoch)
@@ -217,32 +214,49 @@ class Trainer:
         }
         if self.specialize:
             metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
-        self._keep(run, metrics, data)
-        self.progress.on_epoch(metrics)
+        self._keep(run, metrics, data, f"{given.chooses}_{self.judge.main.name}")
+        self._watchers.on_epoch(metrics)
 
-    def _on_another_device(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
+    @property
+    def _watchers(self) -> Watchers:
+        return Watchers(self.progress, self.callbacks)
+
+    def _evaluate(self, epoch: int, given: Given) -> dict[str, Any]:
+        """Metrics of each part that is judged by; None where it is not this time, or there is no test set."""
+        names = [f"{part}_{metric.name}" for part in {**given.judging, "test": None} for metric in self.judge.metrics]
+        found: dict[str, Any] = {**dict.fromkeys(names), "evaluation_seconds": 0.0}
+        for part, data in given.judging.items() if self.recipe.evaluates(epoch) else ():
+            answered = evaluate(self.step, self.judge, data, part)
+            found |= answered | {"evaluation_seconds": found["evaluation_seconds"] + answered["evaluation_seconds"]}
+        return found
+
+    def _on_another_device(self, given: Given) -> tuple[Run, dict[str, Any]]:
         """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""
         assert self.folder is not None
         self.step.reconnect()
         _, *self._resumed = restored(self.folder, lambda path: (self.step, *self.step.restore(path)))
-        run, data = self._begin(train, test)
+        run, data = self._begin(given)
         log.warning("the run goes on at epoch %d", len(run.history) + 1)
         return run, data
 
-    def _begin(self, train: Dataset, test: Dataset) -> tuple[Run, dict[str, Any]]:
+    def _begin(self, given: Given) -> tuple[Run, dict[str, Any]]:
         """A run with the epochs that are done, and the JSON-able facts about its data."""
-        data = {"train": train.describe(), "test": test.describe()}
+        data = given.describe()
         run = Run(self.recipe, folder=self.folder.path if self.folder else None)
-        self._sieve = Sieve(len(train)) if self.recipe.sieve else None
+        self._sieve = Sieve(len(given.train)) if self.recipe.sieve else None
         if self.recipe.freeze and not self._freezer:  # by times, for which there must be data
-            profile = partial(self.step.profile, *self._batch(train, np.arange(self.step.batch)))
+            profile = partial(self.step.profile, *given.batch(self.step, self.judge, np.random.default_rng(0)))
             self._freezer = Freezer.of_run(self.recipe, self.step, profile)
         self._freezer.prepare(self.step)
         self._survival = Survival(self.step)
         if self._resumed is not None:
             extra, arrays = self._resumed
             if extra["data"] != data:
-                part = next(part for part in data if extra["data"].get(part) != data[part])
+                part = next(part for part in extra["data"] | data if extra["data"].get(part) != data.get(part))
+                if part not in extra["data"] or part not in data:
+                    raise StateError(
+                        f"the run {'had no' if part in data else 'had a'} {part} set; a run resumes on its own data"
+                    )
                 raise StateError(
                     f"the run was trained on {extra['data'][part]['name']}; this is other data: {data[part]['name']}, "
                     f"{data[part]['examples']} examples. A run resumes on its own data, labels and order included"
@@ -277,12 +291,7 @@ class Trainer:
             self._save(self.folder.checkpoint, run, data)  # so that a run stopped in its first epoch can be resumed
         return run, data
 
-    def _batch(self, train: Dataset, chosen: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Images of those examples, and what the step takes with them."""
-        images = train.normalise(train.images[chosen]).reshape(self.step.input_shape)
-        return images, self.judge.given(images, train.labels[chosen])
-
-    def _mutate(self, epoch: int, train: Dataset) -> dict[str, Any] | None:
+    def _mutate(self, epoch: int, given: Given) -> dict[str, Any] | None:
         phase = self.recipe.mutation_at(epoch)
         if phase is None:
             return None
@@ -293,10 +302,7 @@ class Trainer:
         }
         gradients = {}
         if self.recipe.method == "rigl":
-            chosen = np.random.default_rng([self.recipe.seed, epoch, GRADIENT]).choice(
-                len(train), self.step.batch, replace=False
-            )
-            batch = self._batch(train, chosen)
+            batch = given.batch(self.step, self.judge, np.random.default_rng([self.recipe.seed, epoch, GRADIENT]))
             gradients["gradients"], said["dense_gradient_bytes"] = self.step.dense_gradients(*batch)
         if self.recipe.starts_dense:
             report = self.step.prune(to=phase.prune_to, **common)
@@ -332,16 +338,18 @@ class Trainer:
             )
         return said
 
-    def _train(self, epoch: int, train: Dataset) -> dict[str, Any]:
+    def _train(self, epoch: int, given: Given) -> dict[str, Any]:
         rates, sieve = partial(self._freezer.rates, self.recipe, epoch), self._sieve
         return train_epoch(
-            self.step, self.judge, self.recipe, epoch, train, sieve, rates, self.progress, self._diverged
+            self.step, self.judge, self.recipe, epoch, given, sieve, rates, self._watchers, self._diverged
         )
 
-    def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any]) -> None:
-        """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk."""
+    def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any], key: str) -> None:
+        """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk.
+
+        key  of the metric that the best model is chosen by
+        """
         run.history.append(metrics)
-        key = f"test_{self.judge.main.name}"
         score, best = metrics[key], run.best
         improved = (
             score is not None

@@ -23,7 +23,10 @@ from mest_compile.training.recipe import Recipe
 
 # Options of a run of an artifact, and of one that goes on; the artifact and the run have all others already.
 WITH_RESUME = frozenset(("artifact", "runtime", "data", "data_folder", "threads", "resume", "epochs", "as_json"))
-WITH_ARTIFACT = WITH_RESUME | {"method", "epochs", "sieve", "freeze", "lr", "seed", "out", "recipe"}
+WITH_ARTIFACT = WITH_RESUME | {
+    *("method", "epochs", "sieve", "freeze", "lr", "seed", "out", "recipe"),
+    *("augment", "patience", "setting"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +161,10 @@ def _train(given: argparse.Namespace) -> int:
         )
     )
     trainer.progress = Lines()
-    print(trainer.about(split.train, split.test), file=sys.stderr, flush=True)
+    parts = split.train, split.known_test, split.val
+    print(trainer.about(*parts), file=sys.stderr, flush=True)
     try:
-        run = trainer.fit(split.train, split.test)
+        run = trainer.fit(*parts)
     except KeyboardInterrupt:
         if trainer.folder is None or trainer.folder.stamp() is None:
             raise

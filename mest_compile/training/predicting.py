@@ -14,9 +14,8 @@ import numpy as np
 
 from mest_compile.base.errors import DataError, InputError, UsageError
 from mest_compile.data import Dataset
-from mest_compile.data.pictures import read_picture
 from mest_compile.data.sampling import check_shape
-from mest_compile.data.sources.folder import SUFFIXES
+from mest_compile.data.sources.folder import SUFFIXES, read_picture
 from mest_compile.opening import load, open_artifact
 from mest_compile.runtime.artifact import MANIFEST
 from mest_compile.training.metrics import Score, compared, metrics_of

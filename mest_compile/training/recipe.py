@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any
 
 from mest_compile.base import checks
@@ -16,6 +15,14 @@ from mest_compile.base.errors import MestError, SparsityError, UnknownName, Usag
 from mest_compile.options import AS_GIVEN, StepOptions, find_loss
 from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.mutation import Phase
+from mest_compile.training.consistent import (
+    AUGMENTATIONS,
+    check_augment,
+    check_freeze,
+    check_phases,
+    check_pruning,
+    check_sieve,
+)
 from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY, PRUNE_BEGIN, PRUNE_END
 from mest_compile.training.sieve import SieveRule
@@ -55,11 +62,12 @@ class Recipe:
     freeze             what freezing is to save of the run: parts of the model stop training, front to back, at epochs
                        at which masks mutate, or every `mutate_every` epochs where they never do; None: all train to the
                        end
-    augment            shift, and mirror
-    mirror             whether augmentation mirrors images left to right; None: only those of data sets known to allow
-                       it
+    augment            "none", "shift", "mirror" or "shift,mirror"; True: shift, and mirror images of data sets known to
+                       allow it; False: neither; None: as data sets are known to allow, others not at all
+    mirror             whether images are mirrored left to right; None: as `augment` says
     seed               of shuffling, augmentation and mutation
     eval_every         epochs between evaluations; the last epoch is always evaluated
+    patience           evaluations without a better model after which training ends; None: it goes to its last epoch
     """
 
     epochs: int
@@ -74,23 +82,30 @@ class Recipe:
     clip_norm: float | None = None
     importance_lambda: float = 0.0
     sieve: SieveRule | None = None
-    augment: bool = True
+    augment: bool | str | None = None
     seed: int = 0
     eval_every: int = 1
     mirror: bool | None = None
     prune_begin: float | None = None
     prune_end: float | None = None
     freeze: FreezeRule | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low in ("epochs", 1), ("warmup_epochs", 0), ("seed", 0), ("eval_every", 1), ("mutate_every", 1):
+        for name, low in (
+            ("epochs", 1),
+            ("warmup_epochs", 0),
+            ("seed", 0),
+            ("eval_every", 1),
+            ("mutate_every", 1),
+            ("patience", 1),
+        ):
             self._check(checks.whole, name, low)
         for name in ("lr", "lr_final", "importance_lambda", "clip_norm"):
             self._check(checks.number, name)
         for name in ("label_smoothing", "prune_begin", "prune_end"):
             self._check(checks.number, name, 0.0, 1.0)
-        for name in ("augment", "mirror"):
-            self._check(checks.flag, name)
+        self._check(checks.flag, "mirror")
         for name, most in ("epochs", MOST_EPOCHS), ("seed", MOST_SEED):
             if getattr(self, name) > most:
                 raise UsageError(f"{name} is {checks.shown(getattr(self, name))}; wanted at most {most}")
@@ -104,19 +119,16 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise UnknownName(f"no {name} {checks.shown(value)}; there are: {', '.join(known)}")
-        if self.mirror and not self.augment:
-            raise UsageError(
-                "mirror is part of the augmentation, which augment = false turns off; leave one of the two out"
-            )
+        check_augment(self)
         if self.mutate_every is not None and self.mutate_every >= self.epochs > 1:
             raise UsageError(
                 f"mutate_every is {self.mutate_every} of {self.epochs} epochs: it would never act; lower it or "
                 "leave it out"
             )
-        self._check_sieve()
-        self._check_freeze()
-        self._check_phases()
-        self._check_pruning()
+        check_sieve(self)
+        check_freeze(self)
+        check_phases(self)
+        check_pruning(self)
 
     def _check(self, kind: Callable[..., Any], name: str, *bounds: float) -> None:
         """Makes the field what `kind` makes of it; None stays where it is the default."""
@@ -124,81 +136,25 @@ class Recipe:
         if value is not None or type(self).__dataclass_fields__[name].default is not None:
             object.__setattr__(self, name, kind(name, value, *bounds))
 
-    def _check_sieve(self) -> None:
-        if self.sieve is None:
-            return
-        if not isinstance(self.sieve, SieveRule):
-            raise UsageError(f"sieve must be a SieveRule or None, not {checks.shown(self.sieve)}")
-        first, every = self.sieve.first(self.epochs), self.sieve.every
-        if first >= self.epochs:
-            raise UsageError(
-                f"the sieve's after_epoch is {first} of {self.epochs} epochs: it would never act; lower it or "
-                "leave the "
-                f"sieve out"
-            )
-        if every is not None and first + every >= self.epochs:
-            raise UsageError(
-                f"the sieve's every is {every}, the first drop comes after epoch {first} of {self.epochs}: there "
-                "would be no "
-                f"second one; lower it or leave it out"
-            )
-
-    def _check_freeze(self) -> None:
-        if self.freeze is None:
-            return
-        if not isinstance(self.freeze, FreezeRule):
-            raise UsageError(f"freeze must be a FreezeRule or None, not {checks.shown(self.freeze)}")
-        if self.starts_dense:
-            raise UsageError(
-                f"the method {self.method!r} prunes all layers by and by, and what freezes is pruned no further; use "
-                "method 'em_s', or leave freeze out"
-            )
-        if not any(self.freeze.covers(epoch, self.epochs) for epoch in range(self.warmup_epochs + 1, self.epochs)):
-            raise UsageError(
-                f"nothing would freeze: from {self.freeze.begin:g} to {self.freeze.end:g} of {self.epochs} epochs "
-                f"there is no epoch that begins after the {'warm-up' if self.warmup_epochs else 'first one'}; train "
-                "for more epochs, or leave freeze out"
-            )
-
-    def _check_phases(self) -> None:
-        if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
-            raise UsageError("phases must be a tuple of Phase(until_epoch, prune_to, grow_to)")
-        if not self.phases:
-            return
-        if METHODS[self.method] is None:
-            raise UsageError(
-                f"the method {self.method!r} never mutates and takes no phases; use method 'em' or leave phases out"
-            )
-        ends = [phase.until_epoch for phase in self.phases]
-        if ends != sorted(set(ends)) or ends[-1] != self.epochs:
-            raise UsageError(f"the phases' until_epoch must rise and end at epochs ({self.epochs}), not {ends}")
-        for before, after in pairwise(self.phases):
-            if after.prune_to < before.grow_to:
-                raise SparsityError(
-                    f"the phase until epoch {after.until_epoch} prunes to {after.prune_to}, but the model is sparser "
-                    f"by then: {before.grow_to}; raise its prune_to"
-                )
-
-    def _check_pruning(self) -> None:
-        given = [name for name in ("prune_begin", "prune_end") if getattr(self, name) is not None]
-        if not self.starts_dense:
-            if given:
-                raise UsageError(f"{given[0]} is of the method {GRADUAL!r}, not of {self.method!r}; leave it out")
-            return
-        window = self._window()
-        if window["begin"] >= window["end"]:
-            raise UsageError(f"prune_begin must be below prune_end, not {window['begin']} and {window['end']}")
-        if self.epochs < 2:
-            raise UsageError(f"the method {GRADUAL!r} prunes between epochs, and there is 1; give it more")
-        if any(phase.prune_to != phase.grow_to for phase in self.phases):
-            raise UsageError(f"the method {GRADUAL!r} grows nothing: prune_to and grow_to of its phases must be equal")
-
-    def _window(self) -> dict[str, float]:
+    def window(self) -> dict[str, float]:
         """What `gradual` takes beside the sparsity and the epochs."""
         return {
             name: default if (given := getattr(self, f"prune_{name}")) is None else given
             for name, default in (("begin", PRUNE_BEGIN), ("end", PRUNE_END))
         }
+
+    @property
+    def augments(self) -> bool:
+        """Whether images are to be augmented, whatever data they are of."""
+        return bool(self.mirror) or self.augment not in (None, False, "none")
+
+    def augmentation(self, shift: bool, mirror: bool) -> tuple[bool, bool]:
+        """(whether images are shifted, whether they are mirrored). shift, mirror: what the data set is known to
+        allow."""
+        if isinstance(self.augment, str):
+            return AUGMENTATIONS[self.augment]
+        mirror = mirror if self.mirror is None else self.mirror
+        return {None: (shift, mirror), True: (True, mirror), False: (False, False)}[self.augment]
 
     @property
     def starts_dense(self) -> bool:
@@ -234,7 +190,9 @@ class Recipe:
             )
             if table_or_number or (key == "sparsity" and value == AS_GIVEN):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            if isinstance(value, bool) != (wanted is bool) or not isinstance(
+                value, (int, float) if wanted is float else wanted
+            ):
                 raise UsageError(f"{path}, run: {key} must be a {KINDS[wanted]}, not {value!r}")
         return dict(table)
 
@@ -282,7 +240,7 @@ class Recipe:
             raise SparsityError(
                 f"the method {self.method!r} needs a sparsity between 0 and 1, not {sparsity}; use method 'static'"
             )
-        window = self._window() if self.starts_dense else {}
+        window = self.window() if self.starts_dense else {}
         phases = self.phases or phases_of(sparsity, self.epochs, interval, **window)
         if self.starts_dense:
             if phases[-1].prune_to != round(sparsity, DIGITS):

@@ -12,7 +12,8 @@ from mest_compile.training.recipe import Recipe
 
 class Progress(Protocol):
     """What a caller that wants to watch implements; epochs and batches are counted from 1, correct is the share of the
-    batch that was right, or what other metric decides (`Run.metric`)."""
+    batch that was right, or what other metric decides (`Run.metric`). A callback may have any of them, and
+    on_mutation(epoch, mutation), before the epoch's first batch, with what metrics.jsonl says of it."""
 
     def on_batch(self, epoch: int, epochs: int, batch: int, batches: int, loss: float, correct: float) -> None: ...
 
@@ -34,8 +35,8 @@ class Run:
     """What training gave.
 
     history  one dict an epoch, the lines of metrics.jsonl
-    best     {"epoch", "test_accuracy" or what other metric decides} of the best model that met its target sparsity, or
-             None before the first evaluation
+    best     {"epoch", "val_accuracy", or without a validation set "test_accuracy", or what other metric decides} of the
+             best model that met its target sparsity, or None before the first evaluation
     folder   where the run's files are, or None
     """
 
@@ -44,10 +45,18 @@ class Run:
     best: dict[str, Any] | None = None
     folder: Path | None = None
 
+    def gone(self, patience: int | None) -> bool:
+        """Whether the last so many evaluations have brought no better model than the best."""
+        if patience is None or self.best is None:
+            return False
+        key = next(name for name in self.best if name != "epoch")
+        later = [one for one in self.history if one["epoch"] > self.best["epoch"] and one.get(key) is not None]
+        return len(later) >= patience
+
     @property
     def test_accuracy(self) -> float | None:
-        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set.
-        None under a loss without right answers."""
+        """Of the model after the last epoch: the result to report, for `best` was chosen by looking at the test set
+        where there was no validation set. None under a loss without right answers."""
         return self.history[-1].get("test_accuracy") if self.history else None
 
     @property

@@ -156,7 +156,9 @@ class RunFolder:
             source.get("data_folder", "") or "",
         ]
         flags = [source.get(key, False) for key in ("specialize", "numbers")]
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(flag, bool) for flag in flags):
+        numbers = [source.get("val_split", 0.0), source.get("seed", 0), *source.get("resize", ())]
+        kinds = ((str, texts), (bool, flags), (int | float, numbers))
+        if not all(isinstance(one, kind) for kind, found in kinds for one in found):  # type: ignore[arg-type]
             raise StateError(f"{self.source} is damaged: it holds the keys data and data_folder, each a text")
         return source
 

@@ -16,12 +16,21 @@ from mest_compile.base.errors import UsageError
 RUN_OPTIONS: dict[str, type] = {
     "model": str,
     "width": int,
+    "pretrained": bool,
+    "weights": str,
     "data": str,
+    "data_folder": str,
+    "resize": str,
+    "val_split": float,
     "scheme": str,
     "sparsity": float,
     "distribution": str,
     "batch": int,
+    "target": str,
+    "threads": int,
     "memory_budget": int,
+    "lower_density": bool,
+    "activations": str,
     "loss": str,
     "optimizer": str,
     "trainable": str,
@@ -29,7 +38,7 @@ RUN_OPTIONS: dict[str, type] = {
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
 NUMBERS = ("update_budget",)  # which are a text or a number
-KINDS = {str: "string", int: "whole number", float: "number"}
+KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
     key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"

@@ -38,7 +38,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
     """(run folder, its test accuracy)"""
-    from mest_compile.cli.train import Request, start_run
+    from mest_compile.cli.running import Request, start_run
     from mest_compile.options import StepOptions
 
     options = StepOptions(scheme=mest.Block(4, 1), sparsity=0.5, threads=1)

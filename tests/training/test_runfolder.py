@@ -12,7 +12,7 @@ import pytest
 from test_training import RECIPE, TEST, TRAIN, CheckedStep, Interrupter, SoftmaxStep, interrupt, lines, without_clock
 
 from mest_compile.base.errors import DataError, MestError, StateError, UsageError
-from mest_compile.cli.train import continue_run
+from mest_compile.cli.running import continue_run
 from mest_compile.training.loop import Trainer
 from mest_compile.training.reporting import read_epochs, summary
 from mest_compile.training.runfolder import RunFolder

@@ -35,7 +35,7 @@ def test_nothing_is_shifted_and_what_does_not_fit_is_refused(step):
     with pytest.raises(
         UsageError, match="augmentation shifts images, and the step takes .8, 2, 20., .* augment = false"
     ):
-        mest.Trainer(step, mest.Recipe(2, method="static"))
-    trainer = mest.Trainer(step, mest.Recipe(2, method="static", augment=False))
+        mest.Trainer(step, mest.Recipe(2, method="static", augment=True))
+    trainer = mest.Trainer(step, mest.Recipe(2, method="static"))
     with pytest.raises(InputError, match=r"takes images of shape \(2, 20\), training set has \(1, 20, 2\)"):
         trainer.fit(series(24, 20, 2), series(24, 20, 2))

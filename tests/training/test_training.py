@@ -520,12 +520,14 @@ def test_a_run_says_what_its_data_go_through_and_what_never_happens(caplog):
     caplog.set_level("INFO", "mest_compile.training.loop")
     Trainer(SoftmaxStep(), Recipe(1, "em", lr=0.05)).fit(TRAIN, TEST)
     assert (
-        "training set: 200 examples to train, 50 to test; images shifted by up to 1 pixels, not mirrored; method "
+        "training set: 200 examples to train, 50 to test; images not augmented; method "
         "em; lr 0.05, cosine; "
         "the method 'em' mutates between epochs: in 1 epoch it never does"
     ) in caplog.text
     data = as_dataset(TRAIN), as_dataset(TEST)
-    assert "pixels, mirrored" in Trainer(SoftmaxStep(), replace(RECIPE, mirror=True)).about(*data)
+    known = replace(data[0], shift=True, flip=True)
+    assert "images shifted by up to 1 pixels, mirrored" in Trainer(SoftmaxStep(), RECIPE).about(known, data[1])
+    assert "images not shifted, mirrored" in Trainer(SoftmaxStep(), replace(RECIPE, mirror=True)).about(*data)
     assert "images not augmented" in Trainer(SoftmaxStep(), LEARNABLE).about(*data)
 
 

@@ -66,7 +66,7 @@ def _load(layout: Layout, folder: Path | None) -> Split:
     parts = [_read(where / f"{name}.bin", layout) for name in (*layout.train_files, layout.test_file)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
     names = _names(where / layout.names_file, layout.classes)
-    train = Dataset.of(images, labels, layout.name, classes=layout.classes, flip=True, names=names)
+    train = Dataset.of(images, labels, layout.name, classes=layout.classes, flip=True, names=names, shift=True)
     return Split(train, Dataset.of(*parts[-1], f"{layout.name} test", like=train))
 
 

@@ -24,5 +24,5 @@ def digits(folder: Path | None) -> Split:
     test = np.zeros(len(labels), bool)
     for label in range(10):
         test[np.flatnonzero(labels == label)[TEST_EVERY - 1 :: TEST_EVERY]] = True
-    train = Dataset.of(images[~test], labels[~test], "digits", classes=10)
+    train = Dataset.of(images[~test], labels[~test], "digits", classes=10, shift=True)
     return Split(train, Dataset.of(images[test], labels[test], "digits test", like=train))

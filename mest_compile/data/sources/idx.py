@@ -26,7 +26,7 @@ def fashion_mnist(folder: Path | None) -> Split:
         raise DataError(
             f"fashion-mnist: no folder {where}; give --data-folder or apt-get install dataset-fashion-mnist"
         )
-    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True, names=CLOTHES)
+    train = Dataset.of(*_pair(where, "train"), "fashion-mnist", classes=10, flip=True, names=CLOTHES, shift=True)
     return Split(train, Dataset.of(*_pair(where, "t10k"), "fashion-mnist test", like=train))
 
 

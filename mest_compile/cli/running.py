@@ -1,0 +1,221 @@
+"""Runs from the command line: begun, gone on with, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mest_compile.base.errors import UsageError
+from mest_compile.cli.devices import find_device
+from mest_compile.cli.options import print_choice
+from mest_compile.cli.output import print_json, print_table, stderr_console
+from mest_compile.cli.progress import TrainingProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mest_compile.data import Split
+    from mest_compile.devices.session import Device
+    from mest_compile.hardware.target import Target
+    from mest_compile.options import StepOptions
+    from mest_compile.training.loop import Trainer
+    from mest_compile.training.ondevice import Job
+    from mest_compile.training.recipe import Recipe
+    from mest_compile.training.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to train; the fields are the options of the same names. options: of the step, but for what the recipe
+    decides."""
+
+    model: str
+    data: str
+    recipe: Recipe
+    options: StepOptions
+    width: int | None = None
+    pretrained: bool = False
+    weights: Path | None = None
+    data_folder: Path | None = None
+    resize: tuple[int, int] | None = None
+    val_split: float = 0.0
+    batch: int = 64
+    teacher: Path | None = None
+    out: Path | None = None
+    specialize: bool = False
+    tracker: str | None = None
+    key: str | None = None
+
+
+def run_artifact(job: Job) -> Run:
+    from mest_compile.training.ondevice import open_job
+
+    console = stderr_console()
+    trainer, split = open_job(job)
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
+        trainer.progress = progress
+        return _fit(trainer, split, console, f"--artifact {job.artifact} --data {job.data} ")
+
+
+def new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def start_run(request: Request) -> Run:
+    """Compiles and trains. What can be checked is checked before anything is compiled or written."""
+    import mest_compile as mest
+    from mest_compile.data import load
+    from mest_compile.hardware.target import find_target
+    from mest_compile.training.loop import Trainer
+    from mest_compile.training.runfolder import RunFolder
+
+    console = stderr_console()
+    scheme, target = request.options.scheme_text.replace(":", ""), find_target(request.options.target)
+    name = Path(request.model).stem.replace(":", "-")
+    folder = RunFolder(request.out or new_folder(f"{name}-{scheme}"))
+    folder.require_free()
+    _check_target(target, find_device(request.tracker, request.key))
+    teacher = None if request.teacher is None else mest.load(request.teacher).predict
+    kind: dict[str, Any] = {"resize": request.resize, "val_split": request.val_split, "seed": request.recipe.seed}
+    split = load(request.data, request.data_folder, request.options.loss.takes_numbers, **kind)
+    with console.status(f"compiling {request.model} for {request.options.target}"):
+        step = _compile(request, split, teacher)
+    print_choice(step.describe())
+    trainer = Trainer(step, request.recipe, folder.path, None, request.specialize, teacher)
+    with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
+        trainer.progress = progress
+        source: dict[str, Any] = {
+            "data": request.data,
+            "data_folder": request.data_folder and str(request.data_folder.resolve()),
+        }
+        if request.tracker is not None:
+            source |= {"tracker": request.tracker, "key": request.key}
+        if request.specialize:
+            source["specialize"] = True
+        if request.options.loss.takes_numbers:
+            source["numbers"] = True
+        if request.resize is not None:
+            source["resize"] = list(request.resize)
+        if request.val_split:
+            source |= {"val_split": request.val_split, "seed": request.recipe.seed}
+        if request.teacher is not None:
+            source["teacher"] = str(request.teacher.resolve())
+        trainer.source = source
+        return _fit(trainer, split, console)
+
+
+def _check_target(target: Target, device: Device | None) -> None:
+    """Raises UsageError for a target that is neither this machine nor a device's."""
+    from mest_compile.hardware.target import obstacle
+
+    if device is None and (why := obstacle(target)):
+        raise UsageError(
+            f"--target {target.name} is not this machine ({why}); give the --tracker and --key of a device that it is, "
+            "or build an artifact and train there"
+        )
+
+
+def continue_run(folder: Path, epochs: int | None = None, batch: int | None = None, target: str | None = None) -> Run:
+    """Resumes the run in `folder` on its own data; what is given is otherwise than it was."""
+    import mest_compile as mest
+    from mest_compile.hardware.target import find_target
+    from mest_compile.training.loop import Trainer
+    from mest_compile.training.runfolder import RunFolder
+
+    source = RunFolder(folder).read_source()
+    split = load_source(source)
+    teacher = mest.load(source["teacher"]).predict if "teacher" in source else None
+    device = find_device(source.get("tracker"), source.get("key"))
+    if target is not None:
+        _check_target(find_target(target), device)
+    console = stderr_console()
+    with console.status(f"compiling the run in {folder}"):
+        trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target, teacher=teacher)
+    with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
+        trainer.progress, trainer.specialize = progress, source.get("specialize", False)
+        return _fit(trainer, split, console)
+
+
+def load_source(source: Mapping[str, Any]) -> Split:
+    """The data of a run, as its source.json says."""
+    from mest_compile.data import load
+
+    resize = source.get("resize")
+    return load(
+        source["data"],
+        source.get("data_folder"),
+        source.get("numbers", False),
+        None if resize is None else (resize[0], resize[1]),
+        source.get("val_split", 0.0),
+        source.get("seed", 0),
+    )
+
+
+def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> Run:
+    """origin: what to give beside --resume."""
+    parts = split.train, split.known_test, split.val
+    console.print(trainer.about(*parts), highlight=False, markup=False, soft_wrap=True)
+    try:
+        return trainer.fit(*parts)
+    except KeyboardInterrupt:
+        assert trainer.folder is not None
+        if trainer.folder.stamp() is not None:
+            console.print(
+                f"stopped; continue with: mest-compile train {origin}--resume {trainer.folder.path}",
+                markup=False,
+                soft_wrap=True,
+            )
+        raise
+    finally:
+        trainer.step.close()
+
+
+def _compile(request: Request, split: Split, teacher: Any) -> Any:
+    from mest_compile.budgeting import sampled
+    from mest_compile.compiling import compile_step
+    from mest_compile.models.sources import find_model
+
+    shape = (request.batch, *split.train.images.shape[1:])
+    options = request.recipe.step_options(request.options)
+    model = find_model(
+        request.model,
+        shape,
+        split.train.outputs,
+        request.width,
+        options.seed,
+        request.pretrained,
+        request.weights,
+    )
+    batches = None if options.update_budget is None else sampled(split.train, shape, options, teacher)
+    return compile_step(model, shape, options, find_device(request.tracker, request.key), batches=batches)
+
+
+def show(run: Run, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "folder": str(run.folder),
+                f"test_{run.metric.name}": run.test_score,
+                "best": run.best,
+                "recipe": run.recipe.to_dict(),
+                "epochs": run.history,
+            }
+        )
+        return
+    last, metric = run.history[-1], run.metric
+    print_table(
+        ["epochs", "loss", f"train {metric.label}", f"test {metric.label}", "images/s", "run folder"],
+        [
+            [
+                last["epoch"],
+                f"{last['loss']:.4f}",
+                metric.shown(last[f"train_{metric.name}"]),
+                metric.shown(last[f"test_{metric.name}"]),
+                f"{last['images_per_second']:.0f}",
+                run.folder,
+            ]
+        ],
+    )
