@@ -75,6 +75,10 @@ class Writer:
         """The values that it reads."""
         return [self.values[name] for name in node.inputs]
 
+    def sizes_of(self, weight: str) -> tuple[int, ...]:
+        """Of an initializer."""
+        return self._state[weight].shape
+
     def shape(self, value: str) -> tuple[Any, ...]:
         """Of a value, the batch first."""
         return self.sizes[value][0]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mest_compile.base.errors import SpecError, UnsupportedOperator
 from mest_compile.frontend.refusals import Refusals, dropout_error, unsupported
+from mest_compile.frontend.torch_cuts import RECURRENT
 from mest_compile.ir.graph import BUFFER, CUT, FLAG, STATISTICS, ForwardGraph
 
 if TYPE_CHECKING:
@@ -217,13 +218,18 @@ def check_before_decomposition(program: Any, state: Mapping[str, np.ndarray], re
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        operation = name.split(".")[0].rstrip("_")
         given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | dict(node.kwargs)
         if "dropout" in name:
             if given.get("p", 0) > 0:
                 refusals.add(dropout_error(given["p"], place(node)))
-        elif torch.Tag.nondeterministic_seeded in node.target.tags and node in needed and "attention" not in name:
+        elif (
+            torch.Tag.nondeterministic_seeded in node.target.tags
+            and node in needed
+            and "attention" not in name
+            and operation not in RECURRENT
+        ):
             refuse(name.split(".")[0], ", which draws random numbers,", node)
-        operation = name.split(".")[0].rstrip("_")
         if operation in ("add", "sub", "rsub") and given.get("alpha", 1) != 1:
             refuse(operation, f" with alpha={given['alpha']}", node)
         if operation == "selu":

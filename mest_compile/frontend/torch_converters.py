@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from mest_compile.frontend.torch_cuts import RECURRENT
+from mest_compile.frontend.torch_recurrent import recurrent
+
 # Operators that torch's decompositions would take apart beyond recognition.
 WHOLE = (
+    *(f"{kind}.input" for kind in RECURRENT),
     "_upsample_nearest_exact2d.vec",
     "instance_norm.default",
     "prelu.default",
@@ -88,6 +92,7 @@ def converters(importer: Any) -> dict[str, Callable[[Any], Any]]:
 
 
 CONVERTERS: dict[str, Callable[..., Any]] = {
+    **{f"{kind}.input": recurrent(kind) for kind in RECURRENT},
     "upsample_nearest2d.vec": _upsample("nearest_neighbor", "asymmetric", "floor"),
     "_upsample_nearest_exact2d.vec": _upsample("nearest_neighbor", "half_pixel", "round_prefer_ceil"),
     "upsample_bilinear2d.vec": _upsample("linear", "half_pixel", "floor"),

@@ -19,6 +19,7 @@ from mest_compile.frontend.torch_depth import shown
 
 CUTS = ("detach", "detach_", "data")  # functions and attributes of tensors
 # Functions that drop while they train, as torch's modules call them, and torch_depth's.
+RECURRENT = ("gru", "lstm", "rnn_tanh", "rnn_relu")  # converted whole; argument 7: whether they train
 DROPOUTS = (
     *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_"),
     *("drop_path", "drop_batch"),

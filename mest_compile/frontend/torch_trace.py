@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
-from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, dropping, name_of
+from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, RECURRENT, dropping, name_of
 from mest_compile.frontend.torch_depth import shown
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:
                 mean = names.get(id(arguments[1] if len(arguments) > 1 else named.get("running_mean")), "")
             if name == "multi_head_attention_forward" and not _attention_dropout(arguments, named):
                 named = {**named, "training": False}  # which decides about dropout alone
+            if name in RECURRENT:  # the converter reads its dropout
+                arguments = (*arguments[:6], False, *arguments[7:])
             cut = any(tensor.requires_grad for tensor in tensors) and (name in CUTS or not torch.is_grad_enabled())
             drops = False
             shown = "" if name in DROPOUTS else repr(tuple(self.show(leaf) for leaf in tree_leaves((arguments, named))))

@@ -12,8 +12,8 @@ def default_dense_layers(
     graph: ForwardGraph, specs: Sequence[LayerSpec], schemes: Mapping[str, Scheme]
 ) -> dict[str, str]:
     """{weight name: why} of what MEST (arXiv:2110.14032) leaves dense: the first convolution, the 1x1 convolutions of
-    shortcuts, the classifier. Ours: depthwise layers too, which have a few percent of a mobile net's weights and are
-    bound by memory.
+    shortcuts, the classifier. Ours: recurrent layers, and depthwise layers, which have a few percent of a mobile net's
+    weights and are bound by memory.
     So do layers that their scheme cannot cut into its units.
 
     specs: of the graph's layers, in order. schemes: {weight name: Scheme}, of those that have one.
@@ -25,6 +25,10 @@ def default_dense_layers(
     for name in small:
         if _is_shortcut(graph, convolutions[name]):
             found.setdefault(name, "a shortcut")
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "recurrent":
+            found.setdefault(nodes[node.inputs[0]].params["weight"], "of a recurrent layer")
     for spec in specs:
         if spec.depthwise:
             found.setdefault(spec.name, "depthwise")

@@ -30,6 +30,7 @@ from mest_compile.operators import (
     norm,
     pool,
     rearrange,
+    recurrent,
     resize,
 )
 from mest_compile.operators import conversion as image
@@ -247,6 +248,32 @@ def norms(kernel, rng, dtype) -> Iterator:
         yield problem, [up, there, weight, moments, up], {4: (shape, dx)}
     else:
         yield norm.NormParameters(shape, shape, 3, True), [up, there, moments, weight, bias], {3: dweight, 4: dbias}
+
+
+@case("recurrent.forward", "recurrent.backward", "recurrent.parameters")
+def series(kernel, rng, dtype) -> Iterator:
+    """Of one example all is NaN from one step on; the others have none of it."""
+    x, y = make(12, 1, 5, 7, (0, 1, 0, 0), dtype), make(4, 1, 5, 7, dtype=dtype)
+    values, dy = (rng.standard_normal((one.channels, 1, 5, 7)).astype(dtype).astype(np.float32) for one in (x, y))
+    values[3, 0, 2, 4] = np.nan
+    weight, bias = rng.standard_normal(48).astype(np.float32), rng.standard_normal(12).astype(np.float32)
+    problem = recurrent.Recurrent(x, y, "gru", bias=True)
+    made, kept = recurrent.forward_reference(problem, values, weight, bias)
+    dx, dues = recurrent.backward_reference(problem, dy, values, weight, kept)
+    given, up, room = pack(x, values, 0), pack(y, dy, 0), np.zeros(problem.kept_elems, np.float32)
+
+    def lanes(array: np.ndarray) -> np.ndarray:
+        found = np.pad(array, ((0, 0), (0, 0), (0, x.lanes - x.batch))).reshape(*array.shape[:2], -1, x.vector)
+        return np.moveaxis(found, 2, 0).astype(np.float32)
+
+    if kernel == "recurrent.forward":
+        yield problem, [given, weight, bias, room, up], {4: (y, made)}
+    elif kernel == "recurrent.backward":
+        yield recurrent.RecurrentBackward(problem, y, x), [up, given, weight, lanes(kept), room, given], {5: (x, dx)}
+    else:
+        problem = recurrent.RecurrentParameters("gru", 4, 5, x.lanes, x.vector, True)
+        found = recurrent.parameters_reference(problem, kept, dues)
+        yield problem, [lanes(kept), lanes(dues), weight, bias], dict(zip((2, 3), (found[0].ravel(), found[1])))
 
 
 @case("attention.forward", "attention.backward")

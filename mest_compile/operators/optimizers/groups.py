@@ -113,7 +113,7 @@ class Settings:
                 if role.startswith("running_") or name in frozen:
                     continue
                 group = next((group for group in usual.groups if group.has(name)), None)
-                decays = not usual.decay_weights_only or (node.op in LAYERS and role == "weight")
+                decays = not usual.decay_weights_only or (node.op in (*LAYERS, "recurrent") and role == "weight")
                 decay = usual.weight_decay if decays else 0.0
                 if group is not None and group.weight_decay is not None:
                     decay = group.weight_decay
