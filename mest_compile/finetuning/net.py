@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base import checks
-from mest_compile.base.errors import SpecError, UnknownName, UsageError
-from mest_compile.base.foreign import is_module
-from mest_compile.frontend import import_model
+from mest_compile.base.errors import SpecError, UsageError
+from mest_compile.finetuning.importing import imported
 from mest_compile.ir.graph import ForwardGraph, Node, Preparation
-from mest_compile.models.catalog import MODELS, build_model
+from mest_compile.kernels.cache import Builder
 from mest_compile.models.inputs import Inputs
-from mest_compile.models.pretrained import PRETRAINED, classes_in, load_weights, pretrained_model, read_weights
+from mest_compile.models.pretrained import PRETRAINED
 
 MOMENTUM = 0.1  # torch's own; at the 0.01 of TensorFlow's nets 200 steps leave an eighth of the old statistics
 
@@ -49,14 +47,16 @@ def wanted_inputs(model: Any, inputs: Inputs | None, weights: Any, image: tuple[
     return replace(inputs, size=image[1:])
 
 
-def prepared_net(model: Any, inputs: Inputs, batch: int, classes: int, weights: str | Path | None = None) -> Net:
+def prepared_net(
+    model: Any, inputs: Inputs, batch: int, classes: int, weights: str | Path | None, builder: Builder
+) -> Net:
     """A net for images of `inputs` and so many classes; where it told others apart, its classifier begins at 0.
 
-    model    name of a pretrained net; with `weights`, a file, of any built-in one; torch.nn.Module; .onnx file
-    Raises UnknownName, UsageError, SpecError, and what loading and importing do.
+    model, weights  as `importing.imported` takes them
+    Raises SpecError, and what that does.
     """
     shape = (batch, inputs.channels, *inputs.size)
-    graph, state = import_model(_loaded(model, shape, weights), shape)
+    graph, state = imported(model, shape, weights, builder)
     graph, state, head = _with_classes(graph, state, classes)
     graph = replace(graph, nodes=tuple(map(_quicker, graph.nodes)))
     scaled = (Preparation("subtract", inputs.mean), Preparation("divide", inputs.std))
@@ -68,28 +68,6 @@ def _quicker(node: Node) -> Node:
     if node.op != "batch_norm":
         return node
     return replace(node, attrs={**node.attrs, "momentum": max(MOMENTUM, node.attrs["momentum"])})
-
-
-def _loaded(model: Any, shape: tuple[int, ...], weights: str | Path | None) -> Any:
-    if is_module(model) or isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
-        if weights is not None:
-            raise UsageError(f"the model has its weights already; leave weights {weights} out")
-        return model
-    if not isinstance(model, str):
-        raise UsageError(
-            f"a pretrained net's name, a torch.nn.Module or an .onnx file is wanted, got {type(model).__name__}"
-        )
-    if weights is None:
-        if model in MODELS and model not in PRETRAINED:
-            raise UsageError(
-                f"{model} comes without weights; give a file of them (--weights), or one of: {', '.join(PRETRAINED)}"
-            )
-        return pretrained_model(model, shape)[0]
-    if model not in MODELS:
-        raise UnknownName(f"no model {checks.shown(model)}; there are: {', '.join(sorted(MODELS))}")
-    module = build_model(model, shape, classes_in(build_model(model, shape), read_weights(weights)) or 1)
-    load_weights(module, weights)
-    return module
 
 
 def _with_classes(

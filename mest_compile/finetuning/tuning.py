@@ -202,7 +202,7 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
         pictures = read_pictures(job.data, inputs, job.test, job.options.seed)
     watch.on_stage("importing the net")
     with clock("compiling"):
-        net = prepared_net(job.model, inputs, job.batch, len(pictures.classes), job.weights)
+        net = prepared_net(job.model, inputs, job.batch, len(pictures.classes), job.weights, builder)
     folder.begin(job)  # not before model and data are known to be good
     work = _Work(job, folder, pictures, net, builder, watch, clock)
     head = work.head()

@@ -13,7 +13,7 @@ import numpy as np
 
 from mest_compile import __version__
 from mest_compile.base import checks
-from mest_compile.base.errors import MestError, UsageError
+from mest_compile.base.errors import NotInstalled, UsageError
 from mest_compile.frontend.naming import INPUT, PREPARE
 from mest_compile.ir.expressions import Apply, Constant, Expression, Variable
 from mest_compile.ir.graph import ForwardGraph, Node, Preparation
@@ -210,17 +210,19 @@ class Writer:
             "mest-compile",
             [described(INPUT)],
             [described(OUTPUT)],
-            [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in self.weights.items()],
             value_info=[described(name) for name in sizes if name not in (INPUT, OUTPUT)],
         )
         imported = [helper.make_opsetid("", opset)]
-        return helper.make_model(
+        model = helper.make_model(
             made,
             opset_imports=imported,
             ir_version=helper.find_min_ir_version_for(imported),
             producer_name="mest-compile",
             producer_version=__version__,
         )
+        for name, array in self.weights.items():  # one by one: make_graph and make_model copy all that they are given
+            model.graph.initializer.add().CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return model
 
     def _free(self, name: str) -> str:
         number, found = 1, name
@@ -242,11 +244,11 @@ def check_opset(opset: Any) -> int:
 
 
 def load_onnx_package() -> None:
-    """Raises MestError where it is not installed."""
+    """Raises NotInstalled where it is not there."""
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise MestError("reading and writing .onnx files needs the package onnx: pip install onnx") from error
+        raise NotInstalled("reading and writing .onnx files needs the package onnx: pip install onnx") from error
 
 
 def content_of(model: Any) -> bytes:

@@ -101,8 +101,8 @@ class Builder:
         return dict(zip([source.symbol for source in distinct], self._side_by_side(self._object, distinct)))
 
     def keep(self, digest: str, make: Callable[[], bytes]) -> bytes:
-        """The library of that digest, of all that decides it: from the folder, or what `make` gives. Raises
-        BuildError."""
+        """What is of that digest, of all that decides it, a linked step or an imported net: from the folder, or what
+        `make` gives. Raises BuildError, and MestErrors of `make`."""
         for _, content in self._entries(digest, ".lib"):
             return content
         try:
@@ -110,7 +110,7 @@ class Builder:
         except MestError:
             raise
         except Exception as problem:  # of TVM's many types
-            raise BuildError(f"{_cause(problem)}: the step's library cannot be built") from problem
+            raise BuildError(f"{_cause(problem)}: what the cache would keep cannot be made") from problem
         self._keep(digest, ".lib", content)
         self._evict()
         return content

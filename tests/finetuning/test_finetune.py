@@ -18,9 +18,13 @@ from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import BudgetError, StateError, UsageError
+from mest_compile.finetuning import importing
+from mest_compile.finetuning.importing import imported
 from mest_compile.finetuning.stages import _Enough, _Watch, gone
 from mest_compile.finetuning.timing import SAVING_SECONDS, Clock, epochs_within
 from mest_compile.finetuning.watching import Quiet
+from mest_compile.kernels.cache import Builder
+from mest_compile.models.catalog import build_model
 from mest_compile.runtime import checkpoint
 from mest_compile.training.run import Silent
 
@@ -163,7 +167,10 @@ def test_a_run_goes_on_as_it_was_asked_for(tmp_path, builder):
 
 
 def test_the_classifier_alone_and_the_whole_net_can_train(tmp_path, builder):
-    head = tune(tmp_path / "head", builder, trainable="fc.*")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "onnx", None)  # not installed: the file is left out
+        head = tune(tmp_path / "head", builder, trainable="fc.*")
+    assert (tmp_path / "head" / "result.json").is_file() and not (tmp_path / "head" / "model.onnx").exists()
     assert head.step.graph.trainable() == ["fc.weight", "fc.bias"] and not (tmp_path / "head" / "blocks").exists()
     assert head.accuracy == head.head_accuracy and not head.step.sparsity()
     whole = tune(tmp_path / "whole", builder, trainable="*", epochs=1, scheme="dense", sparsity=None)
@@ -244,3 +251,16 @@ def test_what_cannot_be_meant_is_refused(tmp_path, builder):
     ):
         with pytest.raises(error, match=message):
             mest.finetune(model, TRAIN, out=tmp_path / "out", **{"inputs": INPUTS, "builder": builder, **given})
+
+
+def test_a_net_of_a_name_is_imported_once(tmp_path, builder, monkeypatch):
+    weights = tmp_path / "weights.pt"
+    torch.save(build_model("resnet8", (1, 3, 12, 12), 5, seed=4).state_dict(), weights)
+    first = imported("resnet8", (2, 3, 12, 12), weights, builder)
+    monkeypatch.setattr(importing, "import_model", None)  # torch and TVM are not asked again
+    graph, state = imported("resnet8", (2, 3, 12, 12), weights, Builder(folder=builder.folder))
+    assert graph == first[0] and state.keys() == first[1].keys()
+    assert all(np.array_equal(state[name], array) for name, array in first[1].items())
+    torch.save(build_model("resnet8", (1, 3, 12, 12), 5, seed=5).state_dict(), weights)
+    with pytest.raises(mest.MestError):  # other weights, another net
+        imported("resnet8", (2, 3, 12, 12), weights, builder)
