@@ -171,6 +171,7 @@ def _compile(
         "threads": threads,
         "seed": facts.seed,
         "vector": target.vector,
+        "slice_examples": target.slice_examples,
         "kernels": choosing.origins(choices),
         "input_shape": list(facts.graph.input_shape),
         "recomputed": document["recomputed"],

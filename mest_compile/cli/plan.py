@@ -124,6 +124,8 @@ def plan(
                 "trainable": facts["trainable"],
                 "frozen": facts["frozen"],
                 "memory": memory,
+                "vector": facts["vector"],
+                "slice_examples": facts["slice_examples"],
                 "update_budget": facts.get("update_budget"),
                 "freezing": freezing,
                 "calls": [
@@ -150,6 +152,9 @@ def plan(
     if (choice := facts.get("update_budget")) is not None:
         _print_units(choice)
         print_choice(facts)
+    each, lanes = facts["slice_examples"], facts["vector"]
+    beside = "" if each == lanes else f", a vector of {lanes} covers up to {lanes // each} pixels of a row"
+    print(f"examples side by side: {each}{beside}")
     print("planned bytes: " + ", ".join(f"{kind} {size}" for kind, size in memory.items()))
     if freezing:
         print_table(

@@ -24,6 +24,7 @@ from mest_compile.hardware.cpu import (
     lacking_features,
 )
 from mest_compile.hardware.host import cores
+from mest_compile.ir.layouts.batch import abreast
 
 BFLOAT16 = "+avx512bf16"  # LLVM's name of the instructions
 BFLOAT16_LANES = 32  # in 512 bits
@@ -76,6 +77,8 @@ class Target:
     host_triple   LLVM triple of the CPU that launches an OpenCL device's kernels; None: this machine's
     float16  whether it turns vectors of float16 into float32 and back in an instruction, so that activations may be
              stored so
+    examples  of a slice of an image, a power of two; None: as many as a vector holds. Of fewer a vector covers
+             neighbouring pixels of a row
     bfloat16  whether it has AVX512-BF16: sums of products of pairs of bfloat16, which steps use that store activations
              so
     """
@@ -94,6 +97,7 @@ class Target:
     host_triple: str | None = None
     float16: bool = False
     bfloat16: bool = False
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         if self.vector < 1 or self.vector & (self.vector - 1):
@@ -109,6 +113,15 @@ class Target:
         """Widths that may be the fastest for a step: where registers hold 16 floats multipliers may hold 8, and 8 suit
         some steps."""
         return tuple(sorted({self.vector, 8, 16})) if self.tvm_fields.get("mcpu") == "x86-64-v4" else (self.vector,)
+
+    @property
+    def slice_examples(self) -> int:
+        """Examples of a slice of an image."""
+        return self.examples or self.vector
+
+    def abreast(self, width: int) -> int:
+        """`Image.abreast` of rows of `width` pixels."""
+        return abreast(width, self.slice_examples, self.vector)
 
     @property
     def limits(self) -> Gpu:

@@ -60,6 +60,7 @@ class Lowering:
         self._gradients: dict[str, Activation] = {}
         self._temporaries: dict[str, Buffer] = {}
         self._aliases: dict[str, str] = {}
+        self.copies: dict[tuple[str, Stage], Activation] = {}
         self._touched: set[Buffer] = set()
         self._updates: dict[Buffer, Buffer] = {}
         self._moving = graph.moving()
@@ -252,7 +253,8 @@ class Lowering:
         if name == self._root(self.graph.nodes[-1].name):  # logits are few, and the loss exponentiates them
             dtype = "float32"
         batch, channels, height, width = image_shape(shape)
-        return Image(channels, height, width, batch, halo, self.target.vector, dtype)
+        each, pixels = self.target.slice_examples, self.target.abreast(width)
+        return Image(channels, height, width, batch, halo, each, dtype, pixels).haloed(halo)
 
 
 def _buffer_of(name: str, image: Image) -> Activation:

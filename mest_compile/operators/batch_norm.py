@@ -233,7 +233,7 @@ class BatchNorm(Operator):
                 )
         if low.training and not node.attrs.get("evaluating"):
             statistics = low.statistics(node.inputs[0])
-            chunks = (statistics.elems or 0) // (2 * channels * z.image.vector) if statistics else 0
+            chunks = (statistics.elems or 0) // (2 * channels * z.image.floats) if statistics else 0
             alive, _ = _flags(node, low)
             low.call(
                 "batch_norm.moments",

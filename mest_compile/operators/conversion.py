@@ -46,6 +46,22 @@ class ImageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageComb:
+    """Kernel "image.comb": plain (plain.elems,), combed (combed.elems,): the same pixels with their rows combed; its
+    columns that no pixel has become 0, its halo stays. Kernel "image.uncomb": combed, plain, the other way.
+
+    accumulate  of "image.uncomb": plain += combed
+    """
+
+    plain: Image
+    combed: Image
+    accumulate: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.plain.combed == 1 < self.combed.combed, "one side is combed"
+
+
+@dataclass(frozen=True, slots=True)
 class Grid:
     """Elements of an image, each (channel, row, column): the first, and how far one is from the next."""
 

@@ -7,7 +7,7 @@ activation(scale * z + shift + residual), and z is never written. Else it is a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def unfolded(node: Node, low: Trace, halo: tuple[int, int, int, int], wanted: bo
     dy, activation = low.gradient(node), node.attrs["activation"]
     y = low.value(node.name) if activation else None
     added = len(node.inputs) == 2 and low.needs_gradient(node.inputs[1])
-    inner = low.scratch(f"{node.name}.inner", replace(dy.image, halo=halo)) if added and wanted else None
+    inner = low.scratch(f"{node.name}.inner", dy.image.haloed(halo)) if added and wanted else None
     if wanted or (added and activation):
         problem = FrozenNormBackward(
             dy.image,

@@ -10,9 +10,10 @@ import numpy as np
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.base.registry import Registry
 from mest_compile.frontend.onnx_writer import Writer
+from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.program import Activation, Buffer
+from mest_compile.ir.program import Activation, Buffer, Stage
 from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.sparsity.layer import Layer
 
@@ -38,11 +39,17 @@ class Trace(Protocol):
     """A step that is being lowered, as its operators see it; `lowering.Lowering` is one.
 
     graph     that is lowered
+    target    device that it is lowered for
+    stage     what is being recorded: "forward", "backward"
+    copies    of values, by name and stage, made once by operators that want them laid out otherwise
     training  whether the program trains; else it predicts
     optimizer  updates the parameters
     """
 
     graph: ForwardGraph
+    target: Target
+    stage: Stage
+    copies: dict[tuple[str, Stage], Activation]
     training: bool
     optimizer: Optimizer
 

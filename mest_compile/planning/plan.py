@@ -18,7 +18,7 @@ from mest_compile.options import StepOptions
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
 from mest_compile.planning.layers import plan_layers
-from mest_compile.planning.layout import choose_sections, choose_vector, widened
+from mest_compile.planning.layout import choose_sections, choose_vector, widened, with_slices
 from mest_compile.planning.memory import meet_budget, usually_recomputed
 from mest_compile.planning.trainable import choose_trainable
 from mest_compile.records.log import Records
@@ -88,11 +88,14 @@ def plan_step(
             target.name,
         )
     graph = choose_trainable(graph, options.trainable)
-    found, layers = records(target), plan_layers(graph, options, target)
+    found, sliced = records(target), with_slices(graph, target, options.activations)
+    layers = plan_layers(graph, options, sliced)
     wide = choose_vector(layers, target, found) if vector is None else widened(target, vector)
     if wide != target:
         target, found = wide, found.for_target(wide)
-        layers = plan_layers(graph, options, target)
+        sliced = with_slices(graph, target, options.activations)
+        layers = plan_layers(graph, options, sliced)
+    target = sliced
     facts = Facts(
         graph,
         choose_sections(layers, target, found, options.activations),

@@ -12,7 +12,7 @@ from mest_compile.operators.layers.family import family_for
 from mest_compile.options import check_activations
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.freezing import thawed
-from mest_compile.planning.layout import choose_sections, choose_vector
+from mest_compile.planning.layout import choose_sections, choose_vector, with_slices
 from mest_compile.planning.memory import usually_recomputed
 from mest_compile.planning.plan import Plan
 from mest_compile.records.log import Records
@@ -25,7 +25,7 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     """
     batch = checks.whole("batch", batch, 1)
     check_activations(facts.activations, target)
-    target = target.storing(facts.activations).for_batch(batch)
+    target = replace(target.storing(facts.activations), examples=None).for_batch(batch)
     facts = facts.with_batch(batch)
     found = records(target)
 
@@ -37,6 +37,7 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
 
     if (tuned := choose_vector(planned(target), target, found)) != target:
         target, found = tuned, found.for_target(tuned)
+    target = with_slices(facts.graph, target, facts.activations)
     # Decided when nothing had frozen; not as usual where a memory budget asked for more.
     usual = facts.recomputed == usually_recomputed(fuse(thawed(facts.graph)), facts.target)
     recomputed = usually_recomputed(fuse(thawed(facts.graph)), target) if usual else facts.recomputed

@@ -64,7 +64,7 @@ def _store_moments(text: Text, problem: BatchNormMoments, mean: str, squares: st
 
 def _add_distances(text: Text, chunks: Chunks) -> None:
     """Fills `chunk_sums` (channels * chunks, 2): the sum of distances of z from `near`, and of their squares."""
-    image, width = chunks.image, UNROLL * chunks.image.vector
+    image, width = chunks.image, UNROLL * chunks.image.floats
 
     def body(at: str, slot: str, live: str | None) -> list[str]:
         distance = f"({widened(image, f'z[z_row + {at}]')} - near[0])"
@@ -82,7 +82,7 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
     The nearby value is the mean of the chunk's first row. That is at most sqrt(rows) standard deviations from the
     chunk's mean, so the subtraction of squares loses little whatever the data.
     """
-    image, vector = problem.z, problem.z.vector
+    image, vector = problem.z, problem.z.floats
     chunks = Chunks(image)
     text = Text(array("z", image), buffer("moments", 3 * image.channels), *_flags(problem, "alive"))
     text(f'chunk_sums = T.alloc_buffer(({image.channels * chunks.count * 2},), "float64")')
@@ -130,7 +130,7 @@ def _moments_of_values(problem: BatchNormMoments) -> str:
 def _moments_of_sums(problem: BatchNormMoments) -> str:
     """Joins the sums that a convolution left in its epilogue. A channel whose mean is far from 0 is looked at once
     more."""
-    channels, vector, count = problem.z.channels, problem.z.vector, number(problem.count, "float64")
+    channels, vector, count = problem.z.channels, problem.z.floats, number(problem.count, "float64")
     elems = problem.chunks * 2 * channels * vector
     text = Text(
         buffer("statistics", elems), array("z", problem.z), buffer("moments", 3 * channels), *_flags(problem, "alive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
@@ -45,7 +46,7 @@ def combine_forward(problem: Combine, target: Target) -> str:
             before = f"{_read('y', y, y, at)} + " if problem.accumulate else ""
             return [f"y[y_row + {at}] = {narrowed(y, before + spelled(formula_of(problem.formula), **names))}"]
 
-        walk_row(text, y, body)
+        walk_row(text, replace(y, abreast=1), body)
     return str(text)
 
 
@@ -100,7 +101,7 @@ def combine_backward(problem: CombineBackward, target: Target) -> str:
             lines = [f"line_{name}" for name, goal in goals.items() if goal in summed and not columns]
             for line in lines:
                 zero(text, line, UNROLL * dy.vector, dy.vector)
-            walk_row(text, dy, body)
+            walk_row(text, replace(dy, abreast=1), body)
             for line in lines:
                 total = f"total_{line.removeprefix('line_')}[i]"
                 with text.nest(f"for j in T.unroll({UNROLL})", f"for i in T.vectorized({dy.vector})"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
@@ -35,7 +37,7 @@ def dropout_forward(problem: Dropout, target: Target) -> str:
             draw = drawn(f'T.cast({place}, "uint32")', "key", lambda value: f"T.uint32({value})", _product)
             return [*draw, f"y[y_row + {at}] = {narrowed(y, before + value)}"]
 
-        walk_row(text, y, body)
+        walk_row(text, replace(y, abreast=1), body)
     return str(text)
 
 

@@ -56,7 +56,7 @@ def copy_part(problem: CopyPart, target: Target) -> str:
 def backward(problem: FrozenNormBackward, target: Target) -> str:
     """One pass over a channel: its gradient does not wait for its sums. These are float32 vectors within a slice,
     float64 over slices."""
-    dy, channels, vector = problem.dy, problem.dy.channels, problem.dy.vector
+    dy, channels, vector = problem.dy, problem.dy.channels, problem.dy.floats
     row = activation_of(problem.activation) if problem.activation else None
     width, rows = UNROLL * vector, Chunks(dy)
     images = {"dy": dy, "z": problem.z, "y": problem.y, "dz": problem.dz}

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mest_compile.hardware.target import Target
-from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.batch import Image, overhang
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.schedules.cpu.gather_sizes import KNOBS, pick_tile, rows_and_pixels, run_pixels
+from mest_compile.schedules.cpu.gather_sizes import KNOBS, pick_tile, rows_and_pixels, run_pixels, vectors_of
 from mest_compile.schedules.cpu.pairs import add_pair, back, order_of, pairs, set_rounded, set_words, turn
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
@@ -39,7 +39,8 @@ def gather_conv(
     prefetch: str,
     once: bool | None,
 ) -> str:
-    """Vectors over the examples of a slice; accumulators stay in registers while a group's live units pass."""
+    """Vectors over the examples of a slice, and over neighbouring pixels where these are few; accumulators stay in
+    registers while a group's live units pass."""
     knobs = _Knobs(tile, run, together, prefetch, widens_once(problem.source, target, once))
     source, result = problem.source, problem.result
     block = problem.unit[0] * problem.row_block
@@ -54,7 +55,7 @@ def gather_conv(
         f"result: T.Buffer(({result.elems},), '{result.array_dtype}')",
     ]
     if problem.statistics:
-        elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.vector
+        elems = result.slices * problem.passes[0].grid[0] * 2 * result.channels * result.floats
         arguments.append(f"statistics: T.Buffer(({elems},), 'float32')")
     text = Text(*arguments)
     text(
@@ -83,12 +84,15 @@ class _Knobs:
 
 def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, target: Target, knobs: _Knobs) -> None:
     """The loops of one pass over its grid of result pixels."""
-    source, result, vector = problem.source, problem.result, problem.result.vector
+    source, result = problem.source, problem.result
+    pixels, grid = vectors_of(problem, grid_pass)
+    vector, over = pixels * result.vector, overhang(grid_pass.grid[1], pixels)
     paired = pairs(target, source)
     rows, most = rows_and_pixels(problem, target)
-    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid_pass.grid, result.slices, most))
+    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid, result.slices, most))
     parts = problem.row_block // rows
-    down, across, layers = grid_pass.grid[0] // high, grid_pass.grid[1] // wide, result.slices // deep
+    down, across, layers = grid[0] // high, grid[1] // wide, result.slices // deep
+    assert grid_pass.grid[1] + over <= result.part_columns - result.halo[1], "the last vector of a row ends in its halo"
 
     run = largest_divisor(across, max((knobs.run or run_pixels(problem, target)) // wide, 1))
 
@@ -107,7 +111,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     def pixel(image: Image, step: tuple[int, int], first: str = "z") -> str:
         return (
             f"({first} * {deep} + v) * {image.slice_elems} + (y * {high} + a) * {step[0] * image.row_elems}"
-            f" + (x * {wide} + c) * {step[1] * vector} + i"
+            f" + (x * {wide} + c) * {image.apart(step[1], pixels)} + i"
         )
 
     if knobs.once:
@@ -119,7 +123,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         read = widened(
             source, f"source[offsets[pointers[{cell}] + %unit] + k * {distance} + {pixel(source, problem.source_step)}]"
         )
-    first = result.origin + grid_pass.start[0] * result.row_elems + grid_pass.start[1] * vector
+    first = result.origin + grid_pass.start[0] * result.row_elems + result.column(grid_pass.start[1])
     write = f"result[{channel} * {result.channel_elems} + {first} + {pixel(result, grid_pass.step)}]"
     # Between sections sums stay float32: where the result is narrower, beside it.
     stretch_elems = problem.groups * parts * run * rows * high * wide * deep * vector
@@ -209,7 +213,11 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         else:
             with text.nest(f"for unit in T.serial({count})"):
                 units("unit")
-        done = f"{write} = {narrowed(result, finished(problem, total, channel, summand))}"
+        value = finished(problem, total, channel, summand)
+        if over:
+            inside = f"(x * {wide} + c) * {vector} + i < {grid_pass.grid[1] * result.vector}"
+            value = f"T.Select({inside}, {value}, T.float32(0))"
+        done = f"{write} = {narrowed(result, value)}"
         if beside or (problem.epilogue and problem.sections > 1):
             with text.nest(f"if section == {problem.sections - 1}"):
                 reorder(back(vector))
@@ -222,8 +230,8 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
 
     expected = -(-problem.rows_live // problem.row_block) or problem.groups
     visits = f"((section * {expected * parts} + part) * {run} + tile)", problem.sections * expected * parts * run
-    strip = high * problem.source_step[0], run * wide * problem.source_step[1]
-    window = high * grid_pass.step[0], run * wide * grid_pass.step[1]
+    strip = high * problem.source_step[0], run * wide * source.apart(problem.source_step[1], pixels)
+    window = high * grid_pass.step[0], run * wide * result.apart(grid_pass.step[1], pixels)
 
     def fetch() -> None:
         """Asks for what comes after a piece."""
@@ -235,7 +243,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
                 problem.sources_live or source.channels,
                 "source_ahead",
                 (strip[0], 1),
-                strip[1],
+                strip[1] // source.vector,
                 *visits,
                 planes="sources" if problem.sources_live else None,
             )
@@ -247,7 +255,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
                 problem.rows_live or result.channels,
                 "result_ahead",
                 (high, grid_pass.step[0]),
-                window[1],
+                window[1] // result.vector,
                 *visits,
                 write=True,
                 planes="channels" if problem.rows_live else None,
@@ -263,9 +271,9 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
         with text.nest(f"for stretch in T.serial({across // run})"):
             text(
                 f"source_ahead: T.let = next_z * {deep * source.slice_elems} + new_row * {source.row_elems}"
-                f" + stretch * {strip[1] * vector}",
+                f" + stretch * {strip[1]}",
                 f"result_ahead: T.let = z * {deep * result.slice_elems} + {first} + y * {window[0] * result.row_elems}"
-                f" + (stretch + 1) * {window[1] * vector}",
+                f" + (stretch + 1) * {window[1]}",
             )
             with text.nest(
                 f"for section in T.serial({problem.sections})",
@@ -295,8 +303,8 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
 
 def _write_statistics(text: Text, problem: GatherConv, high: int, deep: int) -> None:
     """Sums of a piece's rows, which are still in cache. Within a tile's own loop they cost twice as much."""
-    result, vector = problem.result, problem.result.vector
-    lanes = next(size for size in (4, 2, 1) if result.width % size == 0)  # independent sums hide an addition's latency
+    result, vector, across = problem.result, problem.result.floats, vectors_of(problem, problem.passes[0])[1][1]
+    lanes = next(size for size in (4, 2, 1) if across % size == 0)  # independent sums hide an addition's latency
     element = widened(
         result,
         f"result[(z * {deep} + v) * {result.slice_elems} + channel * {result.channel_elems} + {result.origin}"
@@ -311,7 +319,7 @@ def _write_statistics(text: Text, problem: GatherConv, high: int, deep: int) -> 
             text("channel: T.let = channels[row]")
         text(f"moments = T.alloc_buffer(({2 * lanes * vector},), 'float32')")
         vectors(text, [("lane", 2 * lanes)], vector, f"{part} = T.float32(0)")
-        with text.nest(f"for c in T.serial({result.width // lanes})"):
+        with text.nest(f"for c in T.serial({across // lanes})"):
             vectors(
                 text,
                 [("lane", lanes)],

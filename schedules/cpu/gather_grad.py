@@ -48,8 +48,13 @@ def halves(lanes: int) -> list[int]:
     return [lanes >> step for step in range(1, lanes.bit_length())]
 
 
+def _across(problem: GatherGrad) -> int:
+    """Vectors of a row of result pixels."""
+    return -(-problem.delta.width // problem.delta.abreast)
+
+
 def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
-    """(rows, columns) of result pixels that pass over all units before the next strip.
+    """(rows, columns of vectors) of result pixels that pass over all units before the next strip.
 
     Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than
     the second-level cache holds with what is prefetched. Where they do not, what a unit reads should be in the
@@ -57,12 +62,12 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
 
     shared  whether a unit has several rows or channels
     """
-    delta, source = problem.delta, problem.source
+    delta, source, across = problem.delta, problem.source, _across(problem)
     if not any(source.halo):  # a pixel shares nothing with its neighbours, and long stretches of memory come faster
-        return 1, largest_divisor(delta.width, ROW)
-    wide = largest_divisor(delta.width, UNROLLED_COLUMNS)
+        return 1, largest_divisor(across, ROW)
+    wide = largest_divisor(across, UNROLLED_COLUMNS)
     section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes
-    if shared and delta.height * delta.width <= SMALL_PIXELS:
+    if shared and delta.height * across <= SMALL_PIXELS:
         most = delta.height
     else:
         most = 4 if shared or section_bytes > target.l2_bytes else 2
@@ -70,12 +75,12 @@ def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, 
 
 
 def _strips(problem: GatherGrad, target: Target) -> list[tuple[int, int]]:
-    delta = problem.delta
+    delta, across = problem.delta, _across(problem)
     return [
         (high, wide)
         for high in divisors(delta.height)
-        for wide in divisors(delta.width)
-        if wide in (delta.width, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16
+        for wide in divisors(across)
+        if wide in (across, 4, 8, 16) and wide <= 2 * UNROLLED_COLUMNS and high <= 16
     ]
 
 
@@ -129,7 +134,7 @@ def gather_grad(
     thread owns strips, and sums of its own: were it groups, each thread would read all of source. What a thread owns
     follows from the target's cores, so results are the same on any number of threads.
     """
-    source, delta, vector = problem.source, problem.delta, problem.delta.vector
+    source, delta, vector = problem.source, problem.delta, problem.delta.floats
     paired = pairs(target, source, delta)
     lanes = vector // 2 if paired else vector  # of a vector of sums
     most = max(target.registers - 4, 1)
@@ -151,7 +156,9 @@ def gather_grad(
     sizes = _batches(most_units)
     block = reads * problem.row_block
     high, wide = strip or pick_strip(problem, each > 1, target)
-    down, across = delta.height // high, delta.width // wide
+    columns = _across(problem)
+    down, across = delta.height // high, columns // wide
+    apart = source.apart(problem.source_step[1], delta.abreast)
     strips_each = delta.slices * down * across  # of a section
     chunks = min(target.cores, strips_each)
     share = -(-strips_each // chunks)
@@ -173,12 +180,15 @@ def gather_grad(
         )
         place = (
             f"(layer * {depth} + k) * {distance} + %s + (y * {high} + a) * {problem.source_step[0] * source.row_elems}"
-            f" + (x * {wide} + c) * {problem.source_step[1] * vector} + i"
+            f" + (x * {wide} + c) * {apart} + i"
         )
         where = f"offsets[{first} + %u] + " + place.replace(
             "%s", f"section * -{section_elems}" if copied else f"z * {source.slice_elems}"
         )
         read = f"wide[{where}]" if copied else widened(source, f"source[{where}]")
+        if columns * delta.abreast > delta.width:  # what is beyond the row is multiplied by 0, and may be infinite
+            inside = f"(x * {wide} + c) * {vector} + i < {delta.width * delta.vector}"
+            read = f"T.Select({inside}, {read}, T.float32(0))"
         row = f"(group * {problem.row_block} + part * {rows} + j)"
         there = (
             f"{f'channels[{row}]' if problem.rows_live else row} * {delta.channel_elems} + {delta.origin}"
@@ -210,8 +220,8 @@ def gather_grad(
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {
-        "source": (read, high * problem.source_step[0] + TAPS - 1, wide * problem.source_step[1], source),
-        "delta": (problem.rows_live or delta.channels, high, wide, delta),
+        "source": (read, high * problem.source_step[0] + TAPS - 1, wide * apart // source.vector, source),
+        "delta": (problem.rows_live or delta.channels, high, wide * delta.abreast, delta),
     }
     if copied:
         del runs["source"]
@@ -223,12 +233,12 @@ def gather_grad(
 
     def fetch(name: str, first: str, many: str) -> None:
         """Asks for `many` runs of the next strip, each a row's share, from run `first` on."""
-        _channels, rows_each, columns, image = runs[name]
+        _channels, rows_each, pixels, image = runs[name]
         run = f"({first} + ahead)"
         channel = lists[name].replace("%s", f"{run} // {rows_each}")
         start = f"{name}_ahead + {channel} * {image.channel_elems} + {run} % {rows_each} * {image.row_elems}"
         with text.nest(f"for ahead in T.serial({many})"):
-            prefetch_run(text, name, image, start, columns * image.vector)
+            prefetch_run(text, name, image, start, pixels * image.vector)
 
     per_group = {name: -(-channels * rows_each // expected) for name, (channels, rows_each, _, _) in runs.items()}
     if not prefetch:
@@ -253,11 +263,11 @@ def gather_grad(
     place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]
     then = [f"next_{name}: T.let = (strip + 1) // {size} % {extent}" for name, (size, extent) in place.items()]
-    tall, broad = high * problem.source_step[0], wide * problem.source_step[1]
+    tall, broad = high * problem.source_step[0], wide * apart
     starts = [
         f"source_ahead: T.let = next_z * {source.slice_elems} + section * "
         f"{0 if problem.sources_live else section_elems}"
-        f" + next_y * {tall * source.row_elems} + next_x * {broad * vector}",
+        f" + next_y * {tall * source.row_elems} + next_x * {broad}",
         f"delta_ahead: T.let = next_z * {delta.slice_elems} + {delta.origin} + next_y * {high * delta.row_elems}"
         f" + next_x * {wide * vector}",
     ]

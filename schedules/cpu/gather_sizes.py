@@ -6,7 +6,7 @@ from __future__ import annotations
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
-from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.operators.layers.gather import GatherConv, Pass
 from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.pairs import pairs
 from mest_compile.schedules.cpu.tiles import LEAST_TILE, MOST_TILE, ONCE, divisors, largest_divisor
@@ -15,7 +15,7 @@ ACCUMULATORS = (
     0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
 )
 SHARING = 4  # results of a group that make it worth it that a load comes from farther away
-PIXELS = 8  # of a row: what sections are cut for
+PIXELS = 8  # of a row, or vectors of several: what sections are cut for
 ROW = 48  # pixels of a row at a time: 16 to 96 channels of 48x48 take 1.9 ms and not 3.2 with 4 (Zen 4)
 STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
 
@@ -36,13 +36,20 @@ def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[in
     return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
 
 
+def vectors_of(problem: GatherConv, grid_pass: Pass) -> tuple[int, tuple[int, int]]:
+    """Of a pass: how many of its grid's pixels are a vector, those that lie side by side in the result; and the grid
+    (rows, vectors)."""
+    pixels = problem.result.abreast if grid_pass.step[1] == problem.result.combed else 1
+    return pixels, (grid_pass.grid[0], -(-grid_pass.grid[1] // pixels))
+
+
 def rows_and_pixels(problem: GatherConv, target: Target) -> tuple[int, int]:
-    """Of a register tile whose sums are accumulators: rows of a group, and the most pixels for each of them."""
+    """Of a register tile whose sums are accumulators: rows of a group, and the most vectors for each of them."""
     accumulators = max(int(target.registers * ACCUMULATORS), 1)
     rows = largest_divisor(problem.row_block, accumulators)
     most = max(accumulators // rows, 1)
     if pairs(target, problem.source):
-        most = min(most, STACK_BYTES // 2 // (problem.result.vector * FLOAT_BYTES))
+        most = min(most, STACK_BYTES // 2 // (problem.result.floats * FLOAT_BYTES))
     return rows, most
 
 
@@ -54,10 +61,10 @@ def section_channels(
     target: Target,
     caches: int,
 ) -> int:
-    """Source channels of a section, a multiple of the unit's: what a tile of 1 x 8 pixels reads of them fits in so many
-    first-level caches, so that all groups of result channels read it from there. Sections of a layer are of about the
-    same size. Tiles of pairs have 4 pixels at most; where several results share what is read the second-level cache is
-    near enough, and there are no sections (Zen 4, block:4x1: forward a tenth faster).
+    """Source channels of a section, a multiple of the unit's: what a tile of 1 x 8 vectors reads of them fits in so
+    many first-level caches, so that all groups of result channels read it from there. Sections of a layer are of about
+    the same size. Tiles of pairs have 4 pixels at most; where several results share what is read the second-level cache
+    is near enough, and there are no sections (Zen 4, block:4x1: forward a tenth faster).
 
     kernel  (height, width) of the taps, pixels
     unit    (result channels, source channels)
@@ -66,7 +73,8 @@ def section_channels(
     if paired and unit[0] >= SHARING:
         return source.channels
     cache_bytes = caches * target.l1_bytes * (2 if paired else 1)
-    patch_bytes = kernel[0] * (7 * source_step[1] + kernel[1]) * source.vector * source.item_bytes
+    columns = (PIXELS * source.abreast - 1) * source_step[1] + kernel[1]
+    patch_bytes = kernel[0] * columns * source.vector * source.item_bytes
     blocks = source.channels // source_block
     sections = -(-blocks // max(cache_bytes // patch_bytes // source_block, 1))
     return -(-blocks // sections) * source_block
@@ -102,7 +110,7 @@ def _tiles(problem: GatherConv, target: Target) -> list[tuple[int, int, int, int
         for wide in divisors(grid[1])
         for deep in divisors(problem.result.slices)[:3]
         if LEAST_TILE <= rows * high * wide * deep * registers <= MOST_TILE
-        and high * wide * deep * problem.result.vector * FLOAT_BYTES < STACK_BYTES
+        and high * wide * deep * problem.result.floats * FLOAT_BYTES < STACK_BYTES
     ]
 
 
@@ -112,8 +120,8 @@ def _runs(problem: GatherConv, target: Target) -> list[int]:
 
 
 def _grids(problem: GatherConv) -> set[tuple[int, int]]:
-    """Those that are not empty."""
-    return {grid_pass.grid for grid_pass in problem.passes if min(grid_pass.grid) > 0}
+    """Those that are not empty, (rows, vectors)."""
+    return {vectors_of(problem, grid_pass)[1] for grid_pass in problem.passes if min(grid_pass.grid) > 0}
 
 
 KNOBS = (

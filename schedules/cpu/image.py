@@ -6,7 +6,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.conversion import ImageCopy, ImageExport, ImageImport, ImagePart, ZeroHalo
+from mest_compile.operators.conversion import ImageComb, ImageCopy, ImageExport, ImageImport, ImagePart, ZeroHalo
 from mest_compile.schedules.cpu.rows import (
     array,
     buffer,
@@ -36,6 +36,15 @@ def image_import(problem: ImageImport, target: Target) -> str:
             f" + (c * {image.height} + h) * {image.width} + {pixel}]"
         )
 
+    if vector == 1:  # an example a slice: rows are as they were
+        with each_row(text, {"result": image}):
+            first = f"(plane * {image.height} + h) * {image.width}"
+            walk_row(
+                text,
+                image,
+                lambda at, slot, live: [f"result[result_row + {at}] = {narrowed(image, f'images[{first} + {at}]')}"],
+            )
+        return str(text)
     with each_row(text, {"result": image}):
         text.local("tile", vector * vector)
         if image.width >= vector:
@@ -95,6 +104,54 @@ def image_zero_halo(problem: ZeroHalo, target: Target) -> str:
 @schedule("image.copy", device="cpu")
 def image_copy(problem: ImageCopy, target: Target) -> str:
     return pointwise({"source": problem.source, "result": problem.result}, "result", "{source}", problem.accumulate)
+
+
+def _comb(problem: ImageComb, back: bool) -> str:
+    """Windows of as many vectors as a combed row has parts are turned in registers, what is left of a row pixel by
+    pixel."""
+    plain, combed, parts = problem.plain, problem.combed, problem.combed.combed
+    images = {"plain": plain, "combed": combed}
+    text = Text(*(array(name, images[name]) for name in (reversed(images) if back else images)))
+    each, done = combed.vector, plain.width // (combed.abreast * parts)
+    with each_row(text, images):
+        if done:
+            with text.nest(f"for t in T.serial({done})"):
+                _turn_window(text, problem, back)
+        for x in range(done * combed.abreast * parts, plain.width if back else -(-plain.width // parts) * parts):
+            tooth, pixel = f"combed[combed_row + {combed.column(x)} + i]", f"plain[plain_row + {x * each} + i]"
+            with text.nest(f"for i in T.vectorized({each})"):
+                if back:
+                    text(f"{pixel} = {pixel} + {tooth}" if problem.accumulate else f"{pixel} = {tooth}")
+                else:
+                    text(f"{tooth} = {pixel if x < plain.width else 'T.float32(0)'}")
+    return str(text)
+
+
+def _turn_window(text: Text, problem: ImageComb, back: bool) -> None:
+    """One vector of each part, and as many of the plain row."""
+    combed, parts = problem.combed, range(problem.combed.combed)
+    each, floats, several = combed.vector, combed.floats, len(parts)
+    pixels = [f"plain[T.ramp(plain_row + (t * {several} + {part}) * {floats}, 1, {floats})]" for part in parts]
+    teeth = [f"combed[T.ramp(combed_row + {combed.column(part)} + t * {floats}, 1, {floats})]" for part in parts]
+    for part in parts:
+        if back:
+            found = [divmod(part * floats + i, each) for i in range(floats)]
+            places = [x % several * floats + x // several * each + lane for x, lane in found]
+            turned = f"T.Shuffle([{', '.join(teeth)}], {places})"
+            text(f"{pixels[part]} = " + (f"{pixels[part]} + {turned}" if problem.accumulate else turned))
+        else:
+            places = [(i // each * several + part) * each + i % each for i in range(floats)]
+            text(f"{teeth[part]} = T.Shuffle([{', '.join(pixels)}], {places})")
+
+
+@schedule("image.comb", device="cpu")
+def image_comb(problem: ImageComb, target: Target) -> str:
+    return _comb(problem, back=False)
+
+
+@schedule("image.uncomb", device="cpu")
+def image_uncomb(problem: ImageComb, target: Target) -> str:
+    return _comb(problem, back=True)
 
 
 @schedule("image.part", device="cpu")

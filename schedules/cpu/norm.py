@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
@@ -67,7 +68,7 @@ def _walk(
         def put(at: str, slot: str, live: str | None) -> list[str]:
             return [line.replace("{slot}", slot if problem.pixels else at) for line in body(at)]
 
-        walk_row(text, x, put)
+        walk_row(text, replace(x, abreast=1), put)
         if problem.pixels:
             for k in range(sums):
                 _fold(text, k, x.vector)
@@ -232,7 +233,7 @@ def norm_parameters(problem: NormParameters, target: Target) -> str:
             set_rows(text, {"dy": dy, **({"x": x} if problem.weight else {})})
             for k in range(len(names)):
                 zero(text, f"line_{k}", UNROLL * vector, vector)
-            walk_row(text, dy, body)
+            walk_row(text, replace(dy, abreast=1), body)
             for k in range(len(names)):
                 _fold(text, k, vector)
         for k, name in enumerate(names):

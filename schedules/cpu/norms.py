@@ -78,7 +78,7 @@ class NormGradient:
 
     def begin(self) -> None:
         """Sums of nothing."""
-        of, vector = self.of, self.dy.vector
+        of, vector = self.of, self.dy.floats
         self.text.local(f"partial{of}", UNROLL * vector)
         self.text.local(f"joined{of}", 3, "float64")
         for name, dtype in ("few", "float32"), ("whole", "float64"), ("total", "float64"):
@@ -86,17 +86,17 @@ class NormGradient:
             zero(self.text, f"{name}{of}", vector, vector, dtype)
 
     def begin_slice(self) -> None:
-        zero(self.text, f"partial{self.of}", UNROLL * self.dy.vector, self.dy.vector)
+        zero(self.text, f"partial{self.of}", UNROLL * self.dy.floats, self.dy.floats)
 
     def end_slice(self) -> None:
-        fold(self.text, 1, self.dy.vector, self.of)
+        fold(self.text, 1, self.dy.floats, self.of)
 
     def add_tile(self, places: Sequence[tuple[str, str, str]]) -> list[str]:
         """Statements on a vector of lanes `i`: sets elements of dy to what they are before the activation, and adds
         them up. places: (element of dy, of z, the gradient behind the activation as float32) of each."""
         of, lines = self.of, [f"few{self.of}[i] = T.float32(0)"]
         for place, (dy, z, value) in enumerate(places):
-            part = f"partial{of}[{place % UNROLL * self.dy.vector} + i]"
+            part = f"partial{of}[{place % UNROLL * self.dy.floats} + i]"
             lines += [f"z_{place}: T.let = {widened(self.z, z)}", f"value_{place}: T.let = {value}"]
             gradient = f"value_{place}"
             if self.row:
@@ -144,7 +144,7 @@ class NormGradient:
         # the last is hardly below any dy
         for s, part in enumerate((f"whole{of}[i]", f"total{of}[i]", f"T.abs(whole{of}[i])")):
             self.text(f"joined{of}[{s}] = T.float64(0)")
-            with self.text.nest(f"for i in T.serial({self.dy.vector})"):
+            with self.text.nest(f"for i in T.serial({self.dy.floats})"):
                 self.text(f"joined{of}[{s}] = joined{of}[{s}] + {part}")
         deviation = f'T.cast(moments{of}[{channels} + c], "float64")'
         self.text(

@@ -1,7 +1,7 @@
 """Text of CPU kernels that walk over the rows of images: what the memory-bound schedules share.
 
-A row (width x vector floats) is contiguous in every image, and its length is the same whatever the halo, so one offset
-within the row serves all images of a kernel; only the row's start differs.
+A row (width x vector elements) is contiguous in every image, and its length is the same whatever the halo, so one
+offset within the row serves all images of a kernel; only the row's start differs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Body = Callable[[str, str, str | None], list[str]]
 
 
 def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = (), after: Sequence[str] = ()) -> None:
-    """Statements for every vector of a row: body(offset in the row, slot, live).
+    """Statements for every vector of a row, what is left of it in narrower ones: body(offset in the row, slot, live).
 
     `slot` numbers the float within UNROLL vectors of accumulators; `live` is None where all lanes hold examples,
     otherwise the condition under which the lane does.
@@ -85,8 +85,10 @@ def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = (), 
             with text.nest(f"for i in T.vectorized({vector})"):
                 text(*after)
 
-    main, rest = divmod(image.width, UNROLL)
-    vector, live = image.vector, None if image.batch == image.lanes else "i < examples"
+    vector, lane = image.floats, "i" if image.abreast == 1 else f"i % {image.vector}"
+    live = None if image.batch == image.lanes else f"{lane} < examples"
+    vectors, left = divmod(image.width * image.vector, vector)
+    main, rest = divmod(vectors, UNROLL)
     if main:
         with text.nest(f"for t in T.serial({main})"):
             with text.nest(f"for j in T.unroll({UNROLL})"):
@@ -97,6 +99,14 @@ def walk_row(text: Text, image: Image, body: Body, fetched: Sequence[str] = (), 
     if rest:
         with text.nest(f"for j in T.unroll({rest})", f"for i in T.vectorized({vector})"):
             text(*body(f"{main * UNROLL * vector} + j * {vector} + i", f"j * {vector} + i", live))
+    at, lanes = vectors * vector, vector // 2
+    while left:  # in narrower vectors, down to one element
+        if left >= lanes:
+            with text.nest(f"for i in T.vectorized({lanes})"):
+                text(*body(f"{at} + i", "i", live))
+            at, left = at + lanes, left - lanes
+        lanes //= 2
+    if rest or at > vectors * vector:
         end()
 
 
@@ -166,9 +176,12 @@ def frame_row(text: Text, name: str, image: Image) -> None:
             with text.nest(f"for t in T.serial({elems // image.vector})", f"for i in T.vectorized({image.vector})"):
                 text(f"{name}[{start} + t * {image.vector} + i] = {narrowed(image, 'T.float32(0)')}")
 
-    row = f"plane * {image.channel_elems} + {top} + h * {image.row_elems}"
-    strip(row, left)
-    strip(f"{row} + {image.row_elems - right}", right)
+    for part in range(image.combed):
+        row = (
+            f"plane * {image.channel_elems} + {top + part * image.part_columns * image.vector} + h * {image.row_elems}"
+        )
+        strip(row, left)
+        strip(f"{row} + {image.part_columns * image.vector - right}", right)
     if top:
         with text.nest("if h == 0"):
             strip(f"plane * {image.channel_elems}", top)
@@ -272,7 +285,7 @@ def fold(text: Text, sums: int, vector: int, of: str = "") -> None:
 def channel_sums(text: Text, chunks: Chunks, images: dict[str, Image], sums: int, body: Body) -> None:
     """Fills the float64 `chunk_sums` (channels * chunks, sums): `body` adds to `partial` (sums, UNROLL, vector) along
     each row."""
-    image, vector = chunks.image, chunks.image.vector
+    image, vector = chunks.image, chunks.image.floats
     text.local("partial", sums * UNROLL * vector)
     text.local("total", sums * vector, "float64")
     zero(text, "total", sums * vector, vector, "float64")

@@ -29,7 +29,7 @@ def widens_once(source: Image, target: Target, once: bool | None = None) -> bool
     cycles on Neoverse N1, by LLVM's model), it is made up for by few reads; on x86 conversions run beside the
     multiply-adds, and the smaller source is near.
     """
-    slow = is_neon(source.vector, target)
+    slow = is_neon(source.floats, target)
     return source.dtype != "float32" and not target.pairs and (slow if once is None else once)
 
 

@@ -57,9 +57,11 @@ SHAPES = [
     make(16, 8, 8, 64, (0, 1, 0, 1)),
 ]
 SHAPES += [dataclasses.replace(SHAPES[place], dtype="float16") for place in (0, 2, 4) if TARGET.float16]
+if backend_of(TARGET).processor:  # where a vector may cover several pixels
+    SHAPES.append(Image(5, 6, 11, 6, (1, 0, 1, 2), 2, abreast=4))
 if "bfloat16" in backend_of(TARGET).activations:
     SHAPES.append(dataclasses.replace(SHAPES[2], dtype="bfloat16"))
-NAMES = [f"{shape.channels}x{shape.height}x{shape.width}x{shape.batch}-{shape.dtype}" for shape in SHAPES]
+NAMES = [f"{one.channels}x{one.height}x{one.width}x{one.batch}-{one.abreast}-{one.dtype}" for one in SHAPES]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 SOME = dict(zip(SHAPES[2:5] + SHAPES[6:], NAMES[2:5] + NAMES[6:], strict=True))
 FEW = [shape for shape in SHAPES if dataclasses.replace(shape, dtype="float32") == SHAPES[2]]  # one of each type
@@ -68,6 +70,10 @@ some_shapes = pytest.mark.parametrize("shape", SOME, ids=SOME.values())
 
 def other_halo(shape: Image) -> Image:
     return dataclasses.replace(shape, halo=(shape.halo[3], shape.halo[0] + 1, shape.halo[1], shape.halo[2]))
+
+
+def sized(shape: Image, channels: int, height: int, width: int, halo=(0, 0, 0, 0)) -> Image:
+    return dataclasses.replace(shape, channels=channels, height=height, width=width, halo=halo)
 
 
 @pytest.fixture
@@ -834,7 +840,7 @@ def spread_over(shape, text):
     sizes = dict(zip("chw", (shape.channels, shape.height, shape.width), strict=True))
     if text.islower() or text == "-":
         own = {axis: size if axis in text else 1 for axis, size in sizes.items()}
-        return make(own["c"], own["h"], own["w"], shape.batch, (1, 0, 0, 1), dtype=shape.dtype)
+        return sized(shape, own["c"], own["h"], own["w"], (1, 0, 0, 1))
     strides, elems = [], 1
     for axis in "whc":
         strides.insert(0, elems if axis.upper() in text else 0)
@@ -1008,7 +1014,7 @@ def test_dropout(run, rng, shape, p, whole):
 
 @some_shapes
 def test_global_avg_pool(run, rng, shape):
-    y_image = make(shape.channels, 1, 1, shape.batch, dtype=shape.dtype)
+    y_image = sized(shape, shape.channels, 1, 1)
     x, start, dy = draw(rng, shape), draw(rng, shape), draw(rng, y_image)
     y = run("global_avg_pool.forward", pool.GlobalPool(shape, y_image), pack(shape, x), pack(y_image, dy))[1]
     assert_close(unpack(y_image, y), pool.global_forward_reference(x), terms=20, stored=y_image)

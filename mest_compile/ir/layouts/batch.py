@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,10 @@ class Image:
     batch   examples; a slice holds `vector` of them, so that neighbouring pixels of a channel stand side by side
     halo    (top, left, bottom, right) pixels around every channel, always zero, so that padding needs no copy
     dtype   what it is stored as; kernels compute in float32 whatever it is
+    abreast  neighbouring pixels of a row that kernels take as one vector, where a slice has fewer examples than a
+            vector has lanes; the last vector of a row may end in the right halo
+    combed  n: a row has the columns 0, n, 2n, ... first, then 1, n + 1, ..., each part with a left and a right halo of
+            its own, so that what a stride of n reads are neighbours
     Lanes from `batch` on hold no example: their content is arbitrary but finite in forward values and must be 0 in
     gradients.
     """
@@ -29,6 +33,8 @@ class Image:
     halo: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), metadata=ASIDE)
     vector: int = 8
     dtype: str = "float32"
+    abreast: int = 1
+    combed: int = 1
 
     @property
     def item_bytes(self) -> int:
@@ -54,9 +60,19 @@ class Image:
         return self.halo[0] + self.height + self.halo[2]
 
     @property
+    def part_columns(self) -> int:
+        """Pixels of a combed row's part, halo included."""
+        return self.halo[1] + -(-self.width // self.combed) + self.halo[3]
+
+    @property
     def columns(self) -> int:
         """Pixels of a row, halo included."""
-        return self.halo[1] + self.width + self.halo[3]
+        return self.part_columns * self.combed
+
+    @property
+    def floats(self) -> int:
+        """Elements of a vector."""
+        return self.abreast * self.vector
 
     @property
     def row_elems(self) -> int:
@@ -79,20 +95,34 @@ class Image:
         """Elements from the start of a channel to its first real pixel."""
         return self.halo[0] * self.row_elems + self.halo[1] * self.vector
 
+    def haloed(self, halo: tuple[int, int, int, int]) -> Image:
+        """With that halo, wider where the last vector of a row ends behind it."""
+        over = overhang(-(-self.width // self.combed), self.abreast)
+        return replace(self, halo=(*halo[:3], max(halo[3], over)))
+
+    def column(self, x: int) -> int:
+        """Elements from a row's pixel 0 to its pixel x, which may lie in the halo."""
+        return (x % self.combed * self.part_columns + x // self.combed) * self.vector
+
+    def apart(self, step: int, pixels: int) -> int:
+        """Elements from a vector of `pixels` pixels, of which one is `step` columns from the next, to the vector behind
+        it."""
+        assert pixels == 1 or step == self.combed, f"{pixels} pixels that are {step} apart are no vector of {self}"
+        return pixels * self.vector * step // self.combed
+
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """The array's shape, halo and empty lanes included."""
         return self.slices, self.channels, self.rows, self.columns, self.vector
 
     @property
-    def interior(self) -> tuple[slice, ...]:
+    def interior(self) -> tuple[slice | np.ndarray, ...]:
         """Index of the real pixels, all lanes, in an array of `shape`."""
-        return (
-            slice(None),
-            slice(None),
-            slice(self.halo[0], self.halo[0] + self.height),
-            slice(self.halo[1], self.halo[1] + self.width),
-        )
+        columns: slice | np.ndarray = slice(self.halo[1], self.halo[1] + self.width)
+        if self.combed > 1:
+            x = np.arange(self.width)
+            columns = self.halo[1] + x % self.combed * self.part_columns + x // self.combed
+        return slice(None), slice(None), slice(self.halo[0], self.halo[0] + self.height), columns
 
     def pack(self, values: np.ndarray, empty: float = 0.0, halo: float = 0.0) -> np.ndarray:
         """An array of `shape` that holds values (channels, height, width, batch); `empty` fills lanes without an
@@ -109,3 +139,15 @@ class Image:
         inside = np.moveaxis(array.reshape(self.shape)[self.interior], 0, 3)
         lanes = inside.reshape(*inside.shape[:3], self.lanes)
         return lanes if empty_lanes else lanes[..., : self.batch]
+
+
+def abreast(width: int, examples: int, lanes: int) -> int:
+    """`Image.abreast` of rows of `width` pixels, `examples` in a slice, on vectors of up to `lanes` floats: the fewest
+    vectors a row, the narrowest of those that are as few. All are powers of two but the width."""
+    counts = [1 << power for power in range((lanes // examples).bit_length())]
+    return min(counts, key=lambda pixels: (-(-width // pixels), pixels))
+
+
+def overhang(width: int, pixels: int) -> int:
+    """Columns from a row's end to that of its last vector of `pixels`."""
+    return -width % pixels

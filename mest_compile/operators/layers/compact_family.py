@@ -15,11 +15,10 @@ import numpy as np
 
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
-from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, family
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
-from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
+from mest_compile.operators.layers.geometry import images_read, parity_passes, reaching_passes
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import CopyValues
@@ -233,8 +232,7 @@ class CompactFamily(KernelFamily):
     ) -> tuple[int, int]:
         rule = backend_of(target).section_channels
         on_rows = scheme.spans[0] == 1
-        source = image_of(spec, source_halo(spec), target.vector, False, activations)
-        delta = image_of(spec, gradient_halo(spec), target.vector, True, gradients_of(activations))
+        source, delta = images_read(spec, target, activations)
         out, inputs = spec.weight_shape[:2]
         return (
             rule(

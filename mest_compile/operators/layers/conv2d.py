@@ -13,7 +13,7 @@ from mest_compile.ir.graph import Node
 from mest_compile.operators.attention import product
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
-from mest_compile.operators.layers.geometry import gradient_halo, source_halo
+from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast, reads_combed, source_halo
 from mest_compile.operators.operator import Operator, Trace, operator
 from mest_compile.operators.pad import without_padding
 
@@ -31,12 +31,16 @@ class Conv2d(Operator):
     anyway."""
 
     def source_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
-        return source_halo(low.layer(node).spec)
+        spec = low.layer(node).spec
+        if reads_combed(spec, low.target):  # a copy with a halo of its own
+            return (0, 0, 0, 0)
+        return source_halo(spec, low.target.abreast(spec.output_size[1]))
 
     def gradient_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         if chain_of(node, low) or not low.needs_gradient(node.inputs[0]):
             return (0, 0, 0, 0)
-        return gradient_halo(low.layer(node).spec)
+        spec = low.layer(node).spec
+        return gradient_halo(spec, grid_abreast(spec, low.target))
 
     def forward(self, node: Node, low: Trace) -> None:
         _kernels(node, low).forward(node, low)

@@ -14,10 +14,12 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.graph import LayerSpec, Node
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 from mest_compile.ir.program import Activation, Buffer
+from mest_compile.operators.conversion import ImageComb
 from mest_compile.operators.frozen_norm import finish, unfolded
 from mest_compile.operators.layers.bias import BiasGradient
+from mest_compile.operators.layers.combing import gradient_goal, read_source
 from mest_compile.operators.layers.gather import Epilogue, GatherConv
-from mest_compile.operators.layers.geometry import gradient_halo
+from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast
 from mest_compile.operators.layers.values import cells_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import Update
@@ -54,7 +56,7 @@ class KernelFamily(ABC):
         if low.training and normed and bare and image.batch == image.lanes:
             statistics = [
                 low.temporary(
-                    f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.vector
+                    f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.floats
                 )
             ]
         self._convolve(node, low, result, statistics, "forward")
@@ -70,13 +72,15 @@ class KernelFamily(ABC):
         transposed = low.needs_gradient(node.inputs[0])
         delta: Activation | None = low.gradient(node)
         if node.attrs.get("folded"):
-            halo = gradient_halo(layer.spec) if transposed else (0, 0, 0, 0)
+            pixels = grid_abreast(layer.spec, low.target)
+            halo = gradient_halo(layer.spec, pixels) if transposed else (0, 0, 0, 0)
             delta = unfolded(node, low, halo, trains or low.trains(node, "bias") or transposed)
         if delta is None:
             return
         if trains:
             gradients = self.hold(layer, low, "gradient", "gradients")
-            self.grad_weight(layer, low.value(node.inputs[0]), delta, gradients, low, node.name)
+            source = read_source(node.inputs[0], layer.spec, low)
+            self.grad_weight(layer, source, delta, gradients, low, node.name)
         if low.trains(node, "bias"):
             low.call(
                 "bias.gradient",
@@ -88,7 +92,10 @@ class KernelFamily(ABC):
             )
         if transposed:
             target, accumulate = low.contribute(node.inputs[0])
-            self.grad_input(layer, delta, target, accumulate, low, node.name)
+            goal = gradient_goal(node.name, target, layer.spec, low)
+            self.grad_input(layer, delta, goal, accumulate and goal is target, low, node.name)
+            if goal is not target:
+                low.call("image.uncomb", ImageComb(target.image, goal.image, accumulate), goal, target)
         if trains:
             self.update(layer, transposed, low, f"{layer.spec.name}.update")
 
@@ -123,7 +130,7 @@ class KernelFamily(ABC):
     def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         epilogue, others = finish(node, low, scaled=phase == "recompute")
-        source = low.value(node.inputs[0])
+        source = read_source(node.inputs[0], low.layer(node).spec, low)
         self.convolve(
             low.layer(node), source, result, [*bias, *others], statistics, low, node.name, phase, bool(bias), epilogue
         )

@@ -72,7 +72,7 @@ class GatherConv:
                  with an `epilogue`
       source     (source.elems,) float32
       result     (result.elems,) float32; the halo is not touched; pixels that no pass covers are not touched
-      statistics (slices * grid rows, 2, result.channels, vector) float32, only if `statistics` (then there is one pass,
+      statistics (slices * grid rows, 2, result.channels, floats) float32, only if `statistics` (then there is one pass,
       no accumulate,
                  and batch is a multiple of vector): per slice, grid row and lane the sum and the sum of squares of the
                  row's results
@@ -80,6 +80,8 @@ class GatherConv:
     1: it reads source_block channels. More than 1 only where source_block is 1.
     rows_live, sources_live: how many are expected to live, 0 where all do and are not listed. A list is filled up with
     live channels: a row listed twice in a group, with equal values, is written twice alike.
+    result.abreast: how many grid pixels a vector has. The last one of a row may end in the result's right halo, which
+    becomes 0 there, and reads as far of the source's row, at no pixel behind its right halo.
     A source in bfloat16 is multiplied by values that are rounded to that.
     `units` is symbolic: one build serves every mask. result.channels is a multiple of row_block, source.channels of
     source_block. Groups without units, and sections without units, are legal: their results are the start value.
@@ -132,7 +134,7 @@ class GatherGrad:
     channels, live_groups and sources where rows or sources are listed, as "gather.conv" has them, then
     source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel,
     result channel]. Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch
-    are 0 in it.
+    are 0 in it. delta.abreast: as result.abreast there.
     """
 
     source: Image
@@ -175,7 +177,7 @@ def _pixels(flat: np.ndarray, image: Image, start: int, grid: tuple[int, int], s
     """View (slices, grid rows, grid columns, vector) of `flat` from element `start`, a grid pixel `step` pixels from
     the next."""
     unit = flat.itemsize
-    strides = (image.slice_elems * unit, step[0] * image.row_elems * unit, step[1] * image.vector * unit, unit)
+    strides = (image.slice_elems * unit, step[0] * image.row_elems * unit, image.apart(step[1], 1) * unit, unit)
     return np.lib.stride_tricks.as_strided(flat[start:], (image.slices, *grid, image.vector), strides)
 
 
@@ -203,17 +205,15 @@ def gather_conv_reference(
     flat, top, left = source.astype(np.float64).ravel(), problem.result.halo[0], problem.result.halo[1]
 
     def pixels(grid_pass: Pass) -> tuple[slice, slice]:
+        first = left + problem.result.column(grid_pass.start[1]) // problem.result.vector
+        step = problem.result.apart(grid_pass.step[1], 1) // problem.result.vector
         return (
             slice(
                 top + grid_pass.start[0],
                 top + grid_pass.start[0] + grid_pass.grid[0] * grid_pass.step[0],
                 grid_pass.step[0],
             ),
-            slice(
-                left + grid_pass.start[1],
-                left + grid_pass.start[1] + grid_pass.grid[1] * grid_pass.step[1],
-                grid_pass.step[1],
-            ),
+            slice(first, first + grid_pass.grid[1] * step, step),
         )
 
     if not problem.accumulate:

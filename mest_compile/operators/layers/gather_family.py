@@ -11,11 +11,10 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import KernelFamily, family, problem_of
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
-from mest_compile.operators.layers.geometry import gradient_halo, image_of, parity_passes, reaching_passes, source_halo
+from mest_compile.operators.layers.geometry import images_read, parity_passes, reaching_passes
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import UpdateUnits
@@ -201,8 +200,7 @@ class GatherFamily(KernelFamily):
             return spec.input_shape[1], spec.weight_shape[0]
         rule = backend_of(target).section_channels
         rows, sources = scheme.block(spec)
-        source = image_of(spec, source_halo(spec), target.vector, False, activations)
-        delta = image_of(spec, gradient_halo(spec), target.vector, True, gradients_of(activations))
+        source, delta = images_read(spec, target, activations)
         return (
             rule(source, spec.stride, spec.extent, (rows, sources), target, caches[0]),
             rule(delta, (1, 1), spec.extent, (sources, rows), target, caches[1]),

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import LayerSpec
-from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.batch import Image, overhang
+from mest_compile.ir.layouts.layout import gradients_of
 from mest_compile.operators.layers.gather import Pass
 
 
@@ -41,25 +43,51 @@ def reaching_passes(layer: LayerSpec) -> tuple[Pass, ...]:
     )
 
 
-def source_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) zero pixels around the input that the forward pass reads."""
+def source_halo(layer: LayerSpec, abreast: int = 1, combed: int = 1) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) zero pixels around the input that the forward pass reads, in vectors of `abreast`
+    result pixels; of a combed row's parts where there are several."""
+    (height, width), out = layer.output_size, layer.input_shape[2:]
     last = [
-        (out - 1) * step + extent - pad - size
-        for out, step, extent, pad, size in zip(
-            layer.output_size, layer.stride, layer.extent, layer.padding, layer.input_shape[2:]
+        (made - 1) * step + extent - pad - size
+        for made, step, extent, pad, size in zip(
+            (height, width + overhang(width, abreast)), layer.stride, layer.extent, layer.padding, out
         )
     ]
-    return layer.padding[0], layer.padding[1], max(0, last[0]), max(0, last[1])
+    bottom, right = max(0, last[0]), max(0, last[1])
+    if combed > 1:
+        assert combed == layer.stride[1], "what a stride reads stands together"
+        return layer.padding[0], -(-layer.padding[1] // combed), bottom, -(-right // combed)
+    return layer.padding[0], layer.padding[1], bottom, right
 
 
-def gradient_halo(layer: LayerSpec) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) zero pixels around the output gradient that the input gradient reads."""
+def reads_combed(layer: LayerSpec, target: Target) -> bool:
+    """Whether the forward pass and the weight gradient read a copy whose rows are combed by the stride: where vectors
+    cover several pixels."""
+    return layer.stride[1] > 1 and target.abreast(layer.output_size[1]) > 1
+
+
+def combed_halo(layer: LayerSpec, by: int, target: Target) -> tuple[int, int, int, int] | None:
+    """The halo of a copy combed by `by` that the layer reads; None: it reads none."""
+    if layer.stride[1] != by or not reads_combed(layer, target):
+        return None
+    return source_halo(layer, target.abreast(layer.output_size[1]), by)
+
+
+def grid_abreast(layer: LayerSpec, target: Target) -> int:
+    """How many pixels, a stride apart, a vector of the input gradient covers."""
+    return target.abreast(-(-layer.input_shape[3] // layer.stride[1]))
+
+
+def gradient_halo(layer: LayerSpec, abreast: int = 1) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) zero pixels around the output gradient that the input gradient reads, in vectors of
+    `abreast` input pixels, stride apart."""
     halo = [0, 0, 0, 0]
     for grid_pass in parity_passes(layer):
-        for axis in (0, 1):
+        for axis, pixels in ((0, 1), (1, abreast)):
             reached, by = shift(layer, axis, grid_pass.start[axis])
             if reached.any():
-                last = grid_pass.grid[axis] - 1 + by[reached].max()
+                size = grid_pass.grid[axis]
+                last = size + overhang(size, pixels) - 1 + by[reached].max()
                 halo[axis] = max(halo[axis], int(-by[reached].min()))
                 halo[axis + 2] = max(halo[axis + 2], int(last - layer.output_size[axis] + 1))
     return tuple(halo)  # type: ignore[return-value]
@@ -73,3 +101,12 @@ def image_of(
     if output:
         channels, (height, width) = layer.weight_shape[0], layer.output_size
     return Image(channels, height, width, batch, halo, vector, dtype)
+
+
+def images_read(layer: LayerSpec, target: Target, activations: str) -> tuple[Image, Image]:
+    """(the input as the forward pass reads it, the output's gradient as the input gradient does), as far as sections of
+    an index depend on them: rows are not combed. activations: what the input is stored as."""
+    forward, backward = target.abreast(layer.output_size[1]), grid_abreast(layer, target)
+    source = image_of(layer, source_halo(layer, forward), target.slice_examples, False, activations)
+    delta = image_of(layer, gradient_halo(layer, backward), target.slice_examples, True, gradients_of(activations))
+    return replace(source, abreast=forward), replace(delta, abreast=backward)

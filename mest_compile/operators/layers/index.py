@@ -60,7 +60,7 @@ class Places:
         for number, reached in enumerate(taps):
             for turn, (tap, y, x) in enumerate(reached):
                 self.tap_key[tap] = number * pass_ranks + turn << PLACE
-                self.tap_offset[tap] = (y + image.halo[0]) * image.row_elems + (x + image.halo[1]) * image.vector
+                self.tap_offset[tap] = image.origin + y * image.row_elems + image.column(x)
         for turn, tap in enumerate(unreached):
             self.tap_key[tap] = len(taps) * pass_ranks + turn << PLACE
         self.starts = np.arange(problem.cells + 1) * cell_ranks << PLACE
