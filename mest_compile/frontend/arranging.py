@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Seen, Spread, Value, View
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Picked, Seen, Spread, Value, View
 from mest_compile.ir.arrangement import Arrangement, Axis, merged, size_of, together, whole
 
 
@@ -157,7 +157,7 @@ class Arranger(ABC):
         """What `read` makes of call and arguments as they lie beside the largest, with the axes of that one."""
         values = [one for item in arguments for one in (item if isinstance(item, tuple) else [item])]
         known = [one.value if isinstance(one, Spread) else one for one in values if isinstance(one, Seen | Spread)]
-        if not any(isinstance(one, View) for one in known):
+        if not known or not any(isinstance(one, View | Picked) for one in [*known, *values]):
             return read(self, call, arguments)
         largest = max(known, key=lambda one: (prod(one.shape), not isinstance(one, View)))
         wanted, bare = self.arrangement(largest), self.bare(largest)
@@ -180,7 +180,12 @@ class Arranger(ABC):
     def _laid(self, wanted: Arrangement, image: tuple[int, ...], one: Any) -> Any:
         """Numbers or a parameter beside an image whose axes are those wanted: with the axes of the image. Raises
         UnsupportedOperator."""
-        if isinstance(one, Parameter):
+        if isinstance(one, Picked) and one.added is None:
+            numbers = one.places
+            for axis in range(numbers.ndim):
+                first = numbers.take([0], axis)
+                numbers = first if (first == numbers).all() else numbers
+        elif isinstance(one, Parameter):
             numbers = np.arange(prod(self.shape_of(one))).reshape(self.shape_of(one))
         elif isinstance(one, Fixed) and one.array is not None:
             numbers = one.array
@@ -192,7 +197,9 @@ class Arranger(ABC):
         laid = laid.reshape(laid.shape[: len(image)])
         if isinstance(one, Fixed):
             return Fixed(array=laid)
-        if (np.diff(laid.ravel()) == 1).all() and one.form != "transposed":
+        if isinstance(one, Picked):
+            one = Parameter(one.name)
+        if laid.flat[0] == 0 and (np.diff(laid.ravel()) == 1).all() and one.form != "transposed":
             channel = len(self.state_shapes[one.name]) == 1 and laid.shape[1:] == (numbers.size, 1, 1)
             return Parameter(one.name, "channel") if channel else Parameter(one.name, "shaped", laid.shape)
         strides = [

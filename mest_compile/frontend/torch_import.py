@@ -141,6 +141,7 @@ def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, O
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
 
+    from mest_compile.frontend.torch_constants import folded
     from mest_compile.frontend.torch_converters import converters
 
     # The importer keeps parameters as inputs and turns buffers into constants without a name. The running statistics
@@ -149,13 +150,16 @@ def _to_relax(program: Any, drops: Mapping[int, bool]) -> tuple[Any, dict[str, O
         if spec.kind is InputKind.BUFFER and spec.persistent and program.state_dict[spec.target].is_floating_point():
             spec.kind = InputKind.PARAMETER
 
+    constants = folded(program)
     origins: dict[str, Origin] = {}
     unwrapped: dict[str, Any] = {}  # conversions
 
     def remember(name: str) -> Callable[[Any, Any], Any]:
         def convert(node: Any, importer: Any) -> Any:
+            if node.name in constants:
+                return relax.const(constants[node.name].numpy())
             if not unwrapped:
-                unwrapped.update(importer.create_convert_map() | converters(importer))
+                unwrapped.update(importer.create_convert_map() | converters(importer, constants))
             trouble = ""
             try:
                 value = unwrapped[name](node) if name in unwrapped else _nothing(node, importer)

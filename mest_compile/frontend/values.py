@@ -3,7 +3,7 @@ parameters and constants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,28 @@ class Parameter:
     form: str = ""
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Numbers of a parameter, picked by constant places: a table of biases by distance, looked up for pairs of tokens.
+
+    places  in the parameter as it is stored, flat
+    added   a constant that is added, of as many axes; None: nothing
+    """
+
+    name: str
+    places: np.ndarray
+    added: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.places.shape
+
+    def seen_as(self, change: Callable[[np.ndarray], np.ndarray]) -> Picked:
+        """Reshaped or permuted."""
+        added = None if self.added is None else change(np.broadcast_to(self.added, self.shape))
+        return Picked(self.name, change(self.places), added)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class Scores:
     q, k         (..., tokens, channels of a head)
     arrangement  as that of a value; keys are its part "K"
     shares       they went through a softmax
+    biases       what is added to them once they are scaled, with the axes that they had then
     """
 
     q: Value | View
@@ -113,6 +136,7 @@ class Scores:
     scale: float
     arrangement: Arrangement
     shares: bool = False
+    biases: tuple[tuple[Arrangement, Fixed | Picked], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Parameter, Value
+from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores, Value
 from mest_compile.ir.graph import LAYERS, Node
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.operators.attention_reading import scaled
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.formulas import operation
 from mest_compile.operators.operator import Operator, Trace, operator
+from mest_compile.operators.rearrange import picked
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,23 @@ class Add(Operator):
         return writer.call("Add", writer.inputs(node), node.shape)
 
 
+def _biased(reader: Reader, held: Parameter | Picked, constant: Fixed) -> Picked:
+    """Numbers of a parameter and a constant: what an attention adds to its scores."""
+    table, array = picked(reader, held), np.array(constant.number) if constant.array is None else constant.array
+    shape = np.broadcast_shapes(table.shape, array.shape)
+    before = 0 if table.added is None else table.added
+    return Picked(table.name, np.broadcast_to(table.places, shape), np.broadcast_to(before + array, shape))
+
+
 @reads("relax.add", gives=("add",), pointwise=True)
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
+    if any(isinstance(one, Scores) for one in arguments):
+        return scaled(reader, "add", left, right)
+    if any(isinstance(one, Parameter | Picked) for one in arguments) and any(
+        isinstance(one, Fixed) for one in arguments
+    ):
+        return _biased(reader, *sorted(arguments, key=lambda one: isinstance(one, Fixed)))
     if isinstance(left, Value) and isinstance(right, Value) and left.shape == right.shape:
         return reader.add("add", (left, right), left.shape)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)

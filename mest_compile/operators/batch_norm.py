@@ -19,7 +19,6 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _single, reads
 from mest_compile.frontend.values import Refused
-from mest_compile.ir.arrangement import Arrangement
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
@@ -27,7 +26,7 @@ from mest_compile.ir.program import Buffer
 from mest_compile.operators.activation import activation_of
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.frozen_norm import CopyPart, FrozenNormBackward, pass_on
-from mest_compile.operators.norm import changes_nothing
+from mest_compile.operators.norm import changes_nothing, channels_of
 from mest_compile.operators.operator import Operator, Trace, operator
 
 # Squared mean over variance up to which a variance may come from float32 sums of squares. Rounding of these is at most
@@ -363,7 +362,7 @@ def _flags(node: Node, low: Trace) -> tuple[Buffer | None, Buffer | None]:
 @reads("relax.nn.batch_norm", gives=("batch_norm",))
 def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs = call.attrs
-    image = reader.image(arguments[0])
+    image, axes = channels_of(reader, arguments[0])
     given = dict(zip(ROLES, arguments[1:], strict=True))
     if all(changes_nothing(given[role], role) for role in AFFINE):
         given = {role: held for role, held in given.items() if role not in AFFINE}
@@ -378,4 +377,4 @@ def read_batch_norm(reader: Reader, call: Any, arguments: list) -> Any:
         {"eps": _single(attrs.epsilon), "momentum": _single(attrs.momentum)},
     )
     statistics = Refused(reader.error("batch_norm's running statistics used as values"))
-    return reader.viewed(normalised, Arrangement.plain(arguments[0].shape)), statistics, statistics
+    return reader.viewed(normalised, axes), statistics, statistics

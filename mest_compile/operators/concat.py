@@ -7,8 +7,8 @@ from typing import Any
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Parameter
-from mest_compile.ir.arrangement import Arrangement, as_image
+from mest_compile.frontend.values import Parameter, Value, View
+from mest_compile.ir.arrangement import Arrangement, as_image, whole
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.combine import standing
@@ -57,12 +57,36 @@ def _grids(node: Node) -> Iterator[Grid]:
         first += size
 
 
+def _where_they_lie(reader: Reader, values: list[Any], axis: int) -> View | None:
+    """Views with the same axes, that along which they are joined being a dimension of the images that they lie in; None
+    where they are something else."""
+    if not all(isinstance(one, View) and isinstance(one.bare, Value) for one in values):
+        return None
+    first, along = values[0].arrangement, values[0].arrangement.axes[axis]
+    dim = along[0].dim if len(along) == 1 else "N"
+    for one in values:
+        others = [mine for place, mine in enumerate(one.arrangement.axes) if place != axis]
+        if dim == "N" or one.arrangement.axes[axis] != whole(one.bare.shape)[dim]:
+            return None
+        if others != [mine for place, mine in enumerate(first.axes) if place != axis]:
+            return None
+    place = "NCHW".index(dim)
+    sizes = tuple(one.bare.shape[place] for one in values)
+    shape = (*values[0].bare.shape[:place], sum(sizes), *values[0].bare.shape[place + 1 :])
+    made = reader.add("concat", tuple(one.bare for one in values), shape, attrs={"axis": place, "sizes": sizes})
+    axes = list(first.axes)
+    axes[axis] = whole(shape)[dim]
+    return View(made, Arrangement(tuple(axes)))
+
+
 @reads("relax.concat", gives=("concat",))
 def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
     values, shape = list(arguments[0]), _shape(call)
     axis = (0 if call.attrs.axis is None else int(call.attrs.axis)) % len(shape)
     if len(values) == 1:
         return values[0]
+    if axis and (found := _where_they_lie(reader, values, axis)) is not None:
+        return found
     images = [
         standing(reader, value, shape) if isinstance(value, Parameter) else reader.image(value) for value in values
     ]

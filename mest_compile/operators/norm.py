@@ -14,7 +14,8 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _single, reads
-from mest_compile.frontend.values import Fixed, Parameter, Value
+from mest_compile.frontend.values import Fixed, Parameter, Value, View
+from mest_compile.ir.arrangement import Arrangement, merged, whole
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
@@ -190,6 +191,19 @@ def _moments(node: Node, low: Trace, x: Image) -> Buffer:
 def changes_nothing(value: Any, role: str) -> bool:
     """Whether it is a constant, 1 as a "weight", 0 as a "bias"."""
     return isinstance(value, Fixed) and value.array is not None and bool(np.all(value.array == (role == "weight")))
+
+
+def channels_of(reader: Reader, value: Any) -> tuple[Value, Arrangement]:
+    """(the image whose channels are normalised, what the axes of its normal are): of tokens of all examples,
+    (N * T, C), one whose pixels are the tokens."""
+    if isinstance(value, View) and len(value.shape) == 2 and len(value.arrangement.axes[0]) > 1:
+        examples, tokens = value.arrangement.axes[0][:1], value.arrangement.axes[0][1:]
+        if examples == whole(value.bare.shape)["N"]:
+            image, axes = reader.channels_last(
+                View(value.bare, Arrangement((examples, tokens, value.arrangement.axes[1])))
+            )
+            return image, Arrangement((merged(axes.axes[0] + axes.axes[1]), axes.axes[2]))
+    return reader.image(value), Arrangement.plain(value.shape)
 
 
 def normalised(reader: Reader, image: Value, groups: int, pixels: bool, eps: float, affine: dict[str, Any]) -> Value:

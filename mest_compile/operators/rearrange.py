@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _shape, reads
-from mest_compile.frontend.values import Fixed, Parameter, Scores, Spread
+from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores, Spread
 from mest_compile.ir.arrangement import Arrangement, Axis, Part, inverse, whole
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
@@ -161,6 +162,8 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
         return Parameter(value.name, "channel") if channel else Parameter(value.name, "shaped", shape)
     if isinstance(value, Fixed) and value.array is not None:
         return Fixed(array=value.array.reshape(shape))
+    if isinstance(value, Picked):
+        return value.seen_as(lambda array: array.reshape(shape))
     if isinstance(value, Scores):
         return _seen_as(reader, value, value.arrangement.reshaped(shape))
     return reader.reshaped(reader.seen(value), shape)
@@ -168,8 +171,18 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
 
 def _seen_as(reader: Reader, scores: Scores, arrangement: Arrangement | None) -> Scores:
     if arrangement is None:
-        raise reader.error(f"reshape of attention's scores {scores.shape}")
+        raise reader.error(f"{reader.called} of attention's scores {scores.shape}")
     return replace(scores, arrangement=arrangement)
+
+
+def picked(reader: Reader, held: Parameter | Picked) -> Picked:
+    """A parameter in the order in which it is stored. Raises UnsupportedOperator."""
+    if isinstance(held, Picked):
+        return held
+    if held.form in ("transposed", "laid"):
+        raise reader.error(f"{reader.called} of {held.name}")
+    sizes = reader.shape_of(held)
+    return Picked(held.name, np.arange(prod(sizes)).reshape(sizes))
 
 
 def _repeated(reader: Reader, weight: Parameter, shape: tuple[int, ...]) -> Parameter:
@@ -186,6 +199,8 @@ def read_broadcast_to(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if isinstance(value, Parameter) and value.form == "transposed":
         return _repeated(reader, value, shape)
+    if isinstance(value, Picked):
+        return value.seen_as(lambda array: np.broadcast_to(array, shape))
     if isinstance(value, Parameter | Fixed) or (isinstance(value, Scores) and value.shape == shape):
         return value
     value = reader.seen(value)
@@ -201,7 +216,9 @@ def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
     order = range(len(shape))[::-1] if axes is None else [int(axis) % len(shape) for axis in axes]
     if isinstance(value, Fixed) and value.array is not None:
         return Fixed(array=value.array.transpose(order))
-    if isinstance(value, Parameter):
-        raise reader.error(f"permute of {value.name}")
+    if isinstance(value, Parameter | Picked):
+        return picked(reader, value).seen_as(lambda array: array.transpose(order))
+    if isinstance(value, Scores):
+        return _seen_as(reader, value, value.arrangement.permuted(order))
     value = reader.seen(value)
     return reader.viewed(reader.bare(value), reader.arrangement(value).permuted(order))

@@ -9,12 +9,13 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Fixed, Value, View
+from mest_compile.frontend.values import Fixed, Parameter, Picked, Value, View
 from mest_compile.ir.arrangement import Arrangement, as_image, merged, size_of, whole
 from mest_compile.ir.graph import Node
 from mest_compile.operators.concat import extents, image_axes
 from mest_compile.operators.conversion import Grid, ImagePart
 from mest_compile.operators.operator import Operator, Trace, operator
+from mest_compile.operators.rearrange import picked
 
 
 @operator("slice")
@@ -63,7 +64,15 @@ def part(reader: Reader, image: Value, start: Sequence[int], step: Sequence[int]
 
 @reads("relax.strided_slice", gives=("slice",))
 def read_strided_slice(reader: Reader, call: Any, arguments: list) -> Any:
-    value, shape = reader.seen(arguments[0]), _shape(call)
+    held, shape = arguments[0], _shape(call)
+    if isinstance(held, Parameter | Picked) or (isinstance(held, Fixed) and held.array is not None):
+        axes, begins, ends, steps = ([int(one.number) for one in arguments[place]] for place in (1, 2, 3, 4))
+        ranges = {axis: slice(*cut) for axis, *cut in zip(axes, begins, ends, steps, strict=True)}
+        cut = tuple(ranges.get(axis, slice(None)) for axis in range(len(shape)))
+        if isinstance(held, Fixed):
+            return Fixed(array=None if held.array is None else held.array[cut])
+        return picked(reader, held).seen_as(lambda array: array[cut])
+    value = reader.seen(held)
     axes, begins, steps = ([int(one.number) for one in arguments[place]] for place in (1, 2, 4))
     start, step = [0] * len(value.shape), [1] * len(value.shape)
     for axis, begin, by in zip(axes, begins, steps, strict=True):
@@ -119,8 +128,14 @@ def _range(reader: Reader, value: View, start: list[int], step: list[int], shape
 
 @reads("relax.take")
 def read_take(reader: Reader, call: Any, arguments: list) -> Any:
-    """One place of an axis, which goes: x[:, 0]."""
-    value, index = reader.seen(arguments[0]), arguments[1]
+    """One place of an axis, which goes: x[:, 0]. Of a parameter any places."""
+    value, index = arguments
+    if isinstance(value, Parameter | Picked) and isinstance(index, Fixed):
+        places = index.array if index.number is None else np.array(index.number)
+        axis = None if call.attrs.axis is None else int(call.attrs.axis)
+        if places is not None:
+            return picked(reader, value).seen_as(lambda array: np.take(array, places.astype(int), axis))
+    value = reader.seen(value)
     number = index.number if isinstance(index, Fixed) else None
     if number is None or call.attrs.axis is None:
         raise reader.error("take of places that are no constant")

@@ -11,6 +11,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.attention import Attention, AttentionBackward
+from mest_compile.schedules.cpu.attention_bias import bias_at
 from mest_compile.schedules.cpu.rows import array, buffer, loop, narrowed, number, widened, zero
 
 QUERIES, KEYS = 4, 2  # of a tile: eight sums and what they are made of fit sixteen registers
@@ -27,6 +28,8 @@ def _each_head(text: Text, problem: Attention, images: dict[str, Image]) -> Iter
             f"group: T.let = n % {groups}",
             f"sums_head: T.let = n * {problem.tokens[0] * problem.q.vector}",
         )
+        if problem.bias:
+            text(f"bias_head: T.let = {bias_at(problem)}")
         for name, image in images.items():
             rows = image.height // groups
             channels = image.channels // heads * image.channel_elems
@@ -67,6 +70,12 @@ def _scores(text: Text, problem: Attention, row: str, column: str, many: int, ke
         text(f"{slot} = {slot} + {q} * {_read('k', problem.k, key_row, f'{key_column} + u')}")
     with text.nest(*loops):
         scaled = f"{slot} * {number(problem.scale)}"
+        if problem.bias:
+            query, key = (
+                f"({row} * {problem.q.width} + {column} + j)",
+                f"{key_row} * {problem.k.width} + {key_column} + u",
+            )
+            scaled += f" + bias[bias_head + {query} * {problem.tokens[1]} + {key}]"
         if problem.causal:
             seen = f"{key_row} * {problem.k.width} + {key_column} + u <= {row} * {problem.q.width} + {column} + j"
             scaled = f'T.Select({seen}, {scaled}, T.float32("-inf"))'
@@ -83,7 +92,10 @@ def attention_forward(problem: Attention, target: Target) -> str:
     q, k, v, y = problem.q, problem.k, problem.v, problem.y
     vector, (_, keys) = q.vector, problem.tokens
     images = {"q": q, "k": k, "v": v, "y": y}
-    text = Text(*(array(name, image) for name, image in images.items()), buffer("sums", problem.sums_elems))
+    arguments = [array(name, image) for name, image in images.items()]
+    if problem.bias:
+        arguments.insert(3, buffer("bias", problem.bias_elems))
+    text = Text(*arguments, buffer("sums", problem.sums_elems))
     lanes = f"for i in T.vectorized({vector})"
 
     def tile(row: str, column: str, many: int) -> None:
@@ -137,10 +149,14 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
     vector, (_, keys) = q.vector, forward.tokens
     given = {"dy": dy, "q": q, "k": k, "v": v, "y": y}
     results = {name: image for name, image in (("dq", dq), ("dk", dk), ("dv", dv)) if image}
+    arguments = [array(name, image) for name, image in given.items()]
+    if forward.bias:
+        arguments.insert(4, buffer("bias", forward.bias_elems))
     text = Text(
-        *(array(name, image) for name, image in given.items()),
+        *arguments,
         buffer("sums", forward.sums_elems),
         *(array(name, image) for name, image in results.items()),
+        *([buffer("dscores_sums", problem.dscores_elems)] if problem.biased else []),
     )
     lanes = f"for i in T.vectorized({vector})"
     more = dict(zip(("dq", "dk", "dv"), problem.accumulate, strict=True))
@@ -176,9 +192,20 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
                 place = f"[{_place(forward, key, vector)}]"
                 text(
                     f"shares{place} = T.exp(score{slot} - sums[{first} + i])",
-                    f"dscores{place} = shares{place} * (dshare{slot} - due[j * {vector} + i]) * "
-                    f"{number(forward.scale)}",
+                    f"dshare{slot} = shares{place} * (dshare{slot} - due[j * {vector} + i])",
+                    f"dscores{place} = dshare{slot} * {number(forward.scale)}",
                 )
+            if problem.biased:
+                with text.nest(*unrolled[:2]):
+                    query = f"({row} * {q.width} + {column} + j)"
+                    here = f"dscores_sums[dscores_head + {query} * {keys} + {key[0]} * {k.width} + {key[1]} + u]"
+                    text(f"{here} = T.float32(0)")
+                    with text.nest(f"for i in T.serial({vector})"):
+                        live = f"n // {forward.heads * forward.groups} * {vector} + i < {q.batch}"
+                        term = (
+                            f"dshare{slot}" if q.batch == q.lanes else f"T.Select({live}, dshare{slot}, T.float32(0))"
+                        )
+                        text(f"{here} = {here} + {term}")
 
         _tiles(text, forward.rows[1], k.width, KEYS, "k", score)
         all_keys = f"for kr, kw in T.grid({forward.rows[1]}, {k.width})"
@@ -210,6 +237,8 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
                     text(f"{here} = {' + '.join((here, *terms))}")
 
     with _each_head(text, forward, given | results):
+        if problem.biased:
+            text(f"dscores_head: T.let = n * {forward.tokens[0] * keys}")
         for name, elems in (
             ("shares", keys * QUERIES),
             ("dscores", keys * QUERIES),

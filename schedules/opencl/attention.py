@@ -9,12 +9,16 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.source import schedule
 from mest_compile.operators.attention import Attention, AttentionBackward
+from mest_compile.schedules.cpu.attention_bias import bias_at
+from mest_compile.schedules.opencl.sums import fold
 from mest_compile.schedules.opencl.text import (
     DeviceText,
     full,
     image,
     number,
+    only_examples,
     plane_vectors,
+    scalars,
     slots,
     vector_type,
     vectors,
@@ -37,6 +41,8 @@ def _each_token(
             f"mine_r: T.let = n % {tokens} // {layout.width}",
             f"mine_w: T.let = n % {layout.width}",
         )
+        if problem.bias:
+            text(f"bias_head: T.let = {bias_at(problem)}")
         for name, one in images.items():
             channels = one.channels // heads * plane_vectors(one)
             first = one.halo[0] * one.columns + one.halo[1]
@@ -59,6 +65,16 @@ def _score(text: DeviceText, problem: Attention, query: tuple[str, str], key: tu
     q, k, vector = problem.q, problem.k, problem.q.vector
     _dot(text, "score", problem.depth, _at("q", q, *query), _at("k", k, *key), vector)
     text(f"score[0] = score[0] * {full(number(problem.scale), vector)}")
+    if problem.bias:
+        element = f"bias[bias_head + {_pair(problem, query, key)}]"
+        text(f"score[0] = score[0] + {full(element, vector)}")
+
+
+def _pair(problem: Attention, query: tuple[str, str], key: tuple[str, str]) -> str:
+    """Number of a query and a key among those of a group."""
+    (row, column), (key_row, key_column) = query, key
+    mine, theirs = f"{row} * {problem.q.width} + {column}", f"{key_row} * {problem.k.width} + {key_column}"
+    return f"({mine}) * {problem.tokens[1]} + {theirs}"
 
 
 MINE, THEIRS = ("mine_r", "mine_w"), ("r", "w")  # row and column of tokens
@@ -81,7 +97,9 @@ def attention_forward(problem: Attention, target: Target) -> str:
     """Scores twice: for the largest, then for what each key weighs."""
     q, k, v, y, vector = problem.q, problem.k, problem.v, problem.y, problem.q.vector
     images, threads = {"q": q, "k": k, "v": v, "y": y}, target.limits.threads
-    arguments = (image(name, one) for name, one in images.items())
+    arguments = [image(name, one) for name, one in images.items()]
+    if problem.bias:
+        arguments.insert(3, scalars("bias", problem.bias_elems))
     text = DeviceText(*arguments, vectors("sums", problem.sums_elems, vector))
     with _each_token(text, problem, images, False, threads):
         for name, elems in ("score", 1), ("most", 1), ("total", 1), ("result", problem.width):
@@ -111,10 +129,14 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
     given = {"dy": dy, "q": q, "k": k, "v": v, "y": y}
     results = {name: one for name, one in (("dq", problem.dq), ("dk", problem.dk), ("dv", problem.dv)) if one}
     more = dict(zip(("dq", "dk", "dv"), problem.accumulate, strict=True))
+    arguments = [image(name, one) for name, one in given.items()]
+    if forward.bias:
+        arguments.insert(4, scalars("bias", forward.bias_elems))
     text = DeviceText(
-        *(image(name, one) for name, one in given.items()),
+        *arguments,
         vectors("sums", forward.sums_elems, vector),
         *(image(name, one) for name, one in results.items()),
+        *([scalars("dscores_sums", problem.dscores_elems)] if problem.biased else []),
     )
     text.scratch("due", forward.sums_elems)
 
@@ -138,20 +160,30 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
         due = f"due[{slots(f'({number_of}) * {vector}', vector)}]"
         text(
             f"score[0] = T.exp(score[0] - sums[{number_of}])",
-            f"dshare[0] = score[0] * (dshare[0] - {due}) * {full(number(forward.scale), vector)}",
+            f"dshare[0] = score[0] * (dshare[0] - {due})",
         )
+
+    def scale() -> None:
+        text(f"dshare[0] = dshare[0] * {full(number(forward.scale), vector)}")
 
     with _each_token(text, forward, given | results, False, threads):
         privates(score=1, dshare=1, total=forward.depth)
         _dot(text, "score", forward.width, _at("dy", dy, *MINE), _at("y", y, *MINE), vector)
         text(f"due[{slots(f'n * {vector}', vector)}] = score[0]")
-        if "dq" in results:
+        if "dq" in results or problem.biased:
             clear("total", forward.depth)
             with _each_other(text, forward, True):
                 shares(MINE, THEIRS, "n")
+                if problem.biased:
+                    each, keys = forward.heads * forward.groups * forward.tokens[0], forward.tokens[1]
+                    row, column = f"n * {keys}", f"{THEIRS[0]} * {k.width} + {THEIRS[1]}"
+                    summed = only_examples(q, f"n // {each}", "dshare[0]")
+                    text(f"dshare[0] = {summed}", f"dscores_sums[{row} + {column}] = {fold('dshare[0]', vector)}")
+                scale()
                 with text.nest(f"for c in T.serial({forward.depth})"):
                     text(f"total[c] = total[c] + dshare[0] * {_at('k', k, *THEIRS)}")
-            add("dq", forward.depth, "total")
+            if "dq" in results:
+                add("dq", forward.depth, "total")
     if "dk" in results or "dv" in results:
         with _each_token(text, forward, given | results, True, threads):
             privates(score=1, dshare=1, total=forward.depth, result=forward.width)
@@ -160,6 +192,7 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
             with _each_other(text, forward, False):
                 first = f"(head * {forward.groups} + group) * {forward.tokens[0]}"
                 shares(THEIRS, MINE, f"{first} + r * {q.width} + w")
+                scale()
                 if "dk" in results:
                     with text.nest(f"for c in T.serial({forward.depth})"):
                         text(f"total[c] = total[c] + dshare[0] * {_at('q', q, *THEIRS)}")

@@ -76,7 +76,7 @@ def run_node(node, state, inputs):
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
         "rearrange": lambda: rearranged(node, x),
-        "attention": lambda: attended(node, *inputs),
+        "attention": lambda: attended(node, state, *inputs),
         "norm": lambda: normed(node, x, held.get("weight"), held.get("bias")),
         "dropout": lambda: x,
         "unflatten": lambda: x[:, :, None, None],
@@ -118,7 +118,7 @@ def normed(node, x, weight, bias):
     )
 
 
-def attended(node, *inputs):
+def attended(node, state, *inputs):
     """By torch's function; each group of rows is one batch of heads."""
     heads, (queries, keys) = node.attrs["heads"], node.attrs["rows"]
 
@@ -128,7 +128,18 @@ def attended(node, *inputs):
         return x.permute(0, 3, 1, 4, 2)
 
     q, k, v = (grouped(x, rows) for x, rows in zip(inputs, (queries, keys, keys), strict=True))
-    y = F.scaled_dot_product_attention(q, k, v, scale=node.attrs["scale"], is_causal=node.attrs.get("causal", False))
+    q, attrs = q * node.attrs["scale"], node.attrs
+    scores = q @ k.transpose(-1, -2)
+    pair = scores.shape[-2:]
+    if "mask" in attrs:
+        scores = scores + torch.tensor(attrs["mask"]).reshape(*attrs["mask_sizes"], *pair).transpose(0, 1)
+    if "places" in attrs:
+        table = torch.from_numpy(state[node.params["bias"]]).flatten()
+        places = torch.tensor(attrs["places"]).reshape(pair) + torch.arange(heads)[:, None, None] * attrs["apart"]
+        scores = scores + table[places]
+    if attrs.get("causal"):
+        scores = scores.masked_fill(torch.ones(pair).tril() == 0, -torch.inf)
+    y = scores.softmax(-1) @ v
     return y.permute(0, 2, 4, 1, 3).reshape(node.shape)
 
 

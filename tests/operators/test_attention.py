@@ -60,6 +60,44 @@ def in_windows(self, x, heads=2):
     return self.proj(x).view(batch, 2, 3, width).transpose(1, 2).reshape(batch, tokens, width)
 
 
+def biased(self, x, heads=2):
+    """LeViT's: what is learned for each distance is added to scores."""
+    batch, tokens, width = x.shape
+    q, k, v = self.qkv(x).view(batch, tokens, heads, -1).transpose(1, 2).split([4, 4, 4], 3)
+    shares = (q @ k.transpose(-1, -2) * 0.5 + self.table[:, self.distances[:tokens, :tokens]]).softmax(-1)
+    return self.proj((shares @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def masked(self, x):
+    """No token sees its neighbour on the right, nor the first one itself; queries of two heads share a head of keys."""
+    batch, tokens, width = x.shape
+    seen = torch.ones(tokens, tokens, dtype=torch.bool)
+    seen[torch.arange(tokens - 1), torch.arange(1, tokens)] = False
+    seen[0, 0], seen[0, 1] = False, True
+    q, k, v = self.qkv(x).view(batch, tokens, 3, 2, -1).permute(2, 0, 3, 1, 4)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    x = F.scaled_dot_product_attention(x, k[:, :1], v[:, :1], enable_gqa=True)
+    scores = (x @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+    return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def shifted(self, x, heads=2):
+    """Swin's: windows of 2x1 of 2x3 patches that were rolled by one, what was at an end apart from the others."""
+    batch, tokens, width = x.shape
+    place = torch.zeros(1, 2, 3, 1)
+    place[:, -1:] = 1
+    place = place.transpose(1, 2).reshape(3, 2)
+    mask = (place[:, None] - place[:, :, None]).masked_fill(place[:, None] != place[:, :, None], -100.0)
+    x = torch.roll(x.view(batch, 2, 3, width), (-1, 1), (1, 2))
+    x = x.view(batch, 1, 2, 3, 1, width).permute(0, 1, 3, 2, 4, 5).reshape(batch * 3, 2, width)
+    q, k, v = self.qkv(x).view(batch * 3, 2, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    scores = q * 0.7 @ k.transpose(-2, -1) + self.table[self.index.view(-1)].view(2, 2, heads).permute(2, 0, 1)[None]
+    scores = (scores.view(batch, 3, heads, 2, 2) + mask[:, None][None]).view(-1, heads, 2, 2)
+    x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, 1, 3, 2, 1, width)
+    x = torch.roll(x.permute(0, 1, 3, 2, 4, 5).reshape(batch, 2, 3, width), (1, -1), (1, 2))
+    return self.proj(x.reshape(batch, tokens, width))
+
+
 def torchs(self, x):
     return self.heads(x, x, x, need_weights=False)[0]
 
@@ -68,13 +106,26 @@ def linears(**sizes):
     return {name: nn.Linear(8, size) for name, size in sizes.items()}
 
 
+def table(*sizes):
+    return nn.Parameter(torch.randn(sizes))
+
+
+DISTANCES = (torch.arange(7)[:, None] - torch.arange(7)).abs()
 WAYS = {
+    "biased": lambda: Block(biased, **linears(qkv=24, proj=8), table=table(2, 7), distances=DISTANCES),
+    "masked": lambda: Block(masked, **linears(qkv=24, proj=8)),
+    "shifted": lambda: Block(
+        shifted, **linears(qkv=24, proj=8), table=table(4, 2), index=torch.tensor([[1, 0], [3, 1]])
+    ),
     "at once": lambda: Block(at_once, **linears(qkv=24, proj=8)),
     "written out": lambda: Block(written_out, **linears(query=8, key=8, value=8, proj=8)),
     "causal": lambda: Block(causal, **linears(qkv=24)),
     "in windows": lambda: Block(in_windows, **linears(qkv=24, proj=8)),
     "torch's": lambda: Block(torchs, heads=nn.MultiheadAttention(8, 2, batch_first=True)),
 }
+
+
+AGAIN = ("in windows", "shifted", "masked", "biased")  # whose values do not lie as attention wants them
 
 
 class Encoder(nn.Module):
@@ -100,9 +151,10 @@ def test_the_graph_is_the_model(way):
     module = Encoder(way)
     graph, state = from_torch(module, SHAPE)
     assert_same(module, graph, state, SHAPE)
-    (node,) = [node for node in graph.nodes if node.op == "attention"]
-    assert node.attrs.get("causal", False) == (way == "causal")
-    assert not [other for other in graph.nodes if other.op == "rearrange"] or way == "in windows"
+    node, *more = [node for node in graph.nodes if node.op == "attention"]
+    assert len(more) == 2 * (way == "masked") and node.attrs.get("causal", False) == (way == "causal")
+    assert not [other for other in graph.nodes if other.op == "rearrange"] or way in AGAIN
+    assert ("bias" in node.params) == (way in ("biased", "shifted"))
 
 
 def test_a_token_that_is_learned_stands_beside_those_of_every_example():
@@ -132,6 +184,8 @@ STEPS = [
     (("at once", "in windows"), "local", "unstructured"),
     (("written out", "causal"), "local", "block:2x1"),
     (("written out", "causal"), "opencl", "block:2x1"),
+    (("biased", "shifted"), "local", "unstructured"),
+    (("biased", "masked"), "opencl", "unstructured"),
 ]
 
 
@@ -186,7 +240,8 @@ def test_a_value_that_is_all_three():
 @pytest.mark.parametrize(
     ("attend", "words"),
     [
-        (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6)), "a mask"),
+        (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=q[..., :6] > 0), "a mask that is computed from"),
+        (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6) < 0), "hides all keys of a q"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
         (lambda q: q.softmax(-1), "softmax in the model's own forward"),
         (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax in the model's own forward"),

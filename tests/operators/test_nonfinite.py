@@ -23,6 +23,7 @@ from mest_compile.kernels.specializing import structure_of
 from mest_compile.operators import (
     add,
     attention,
+    attention_bias,
     batch_norm,
     combine,
     dropout,
@@ -292,12 +293,30 @@ def attentions(kernel, rng, dtype) -> Iterator:
     held = np.moveaxis(lanes.reshape(*sums.shape[:3], q.slices, q.vector), 3, 0).astype(np.float32)
     dy, dq, dk = (replace(image, dtype="float32") for image in (q, q, k))
     upstream, rooms = draw(rng, dy), [pack(image, draw(rng, image), 0) for image in (dq, dk, dk)]
-    gradients = attention.backward_reference(problem, upstream, *values)
+    *gradients, _ = attention.backward_reference(problem, upstream, *values)
     yield (
         attention.AttentionBackward(problem, dy, dq, dk, dk),
         [pack(dy, upstream, 0), *given, pack(q, y, 0), held, *rooms],
         dict(zip((6, 7, 8), zip((dq, dk, dk), gradients, strict=True), strict=True)),
     )
+
+
+@case("attention.bias", "attention.table")
+def attention_biases(kernel, rng, dtype) -> Iterator:
+    if kernel == "attention.bias":
+        problem = attention_bias.AttentionBias(9, (2, 1, 2, 3), 2, (1, 1))
+        table, places, mask = (
+            salted(rng, rng.standard_normal(9)),
+            np.array([0, 3, 1, 6, 5, 2], np.int32),
+            salted(rng, rng.standard_normal(6)),
+        )
+        wanted = attention_bias.bias_reference(problem, table, places, mask).ravel()
+        yield problem, [table, places, mask, np.zeros(12, np.float32)], {3: wanted}
+        return
+    problem, order = attention_bias.AttentionTable(4, 2, 1, 1, 6), np.arange(6, dtype=np.int32)
+    dscores, firsts = salted(rng, rng.standard_normal(12)), np.array([0, 2, 2, 5, 6], np.int32)
+    wanted = attention_bias.table_reference(problem, dscores, order, firsts)
+    yield problem, [dscores, order, firsts, np.zeros(4, np.float32)], {3: wanted}
 
 
 @case("dropout.forward")

@@ -17,12 +17,14 @@ from mest_compile.base.errors import SpecError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.arrangement import cut, inverse, merged, size_of, whole
+from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.kernels.source import kernel_source
 from mest_compile.operators import (
     add,
     attention,
+    attention_bias,
     batch_norm,
     combine,
     dropout,
@@ -572,29 +574,32 @@ def test_bias_gradient(run, rng, shape):
 
 # Attention
 
-ATTENTIONS = {  # heads, channels of a head in q and k, in v; (rows, width) of q, of k; groups; causal
-    "patches": (2, 5, 5, (3, 3), (3, 3), 1, False),
-    "windows": (3, 4, 2, (1, 6), (1, 5), 4, False),
-    "causal": (1, 3, 4, (1, 7), (1, 7), 1, True),
+ATTENTIONS = {  # heads, channels of a head in q and k, in v; (rows, width) of q, of k; groups; causal; bias
+    "patches": (2, 5, 5, (3, 3), (3, 3), 1, False, (2, 1)),
+    "windows": (3, 4, 2, (1, 6), (1, 5), 4, False, (1, 4)),
+    "alone": (2, 3, 2, (1, 3), (1, 5), 2, False, None),
+    "causal": (1, 3, 4, (1, 7), (1, 7), 1, True, None),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", *(["float16"] if TARGET.float16 else [])])
 @pytest.mark.parametrize("how", ATTENTIONS)
 def test_attention(run, rng, how, dtype):
-    heads, depth, width, (rows, columns), (key_rows, key_columns), groups, causal = ATTENTIONS[how]
+    heads, depth, width, (rows, columns), (key_rows, key_columns), groups, causal, bias = ATTENTIONS[how]
     batch = 1 if how == "windows" else TARGET.vector + 3
     q = make(heads * depth, groups * rows, columns, batch, (1, 0, 2, 1), dtype)
     k = make(heads * depth, groups * key_rows, key_columns, batch, (0, 1, 0, 0), dtype)
     v = dataclasses.replace(k, channels=heads * width, halo=(0, 0, 0, 2))
     y = dataclasses.replace(q, channels=heads * width, halo=(2, 0, 0, 0))
-    problem = attention.Attention(q, k, v, y, heads, 0.7, (rows, key_rows), causal)
+    problem = attention.Attention(q, k, v, y, heads, 0.7, (rows, key_rows), causal, bias)
     values = [2 * draw(rng, q), 2 * draw(rng, k), draw(rng, v)]
     given = [pack(image, value) for image, value in zip((q, k, v), values, strict=True)]
-    wanted, sums = attention.forward_reference(problem, *values)
-    got, found = run("attention.forward", problem, *given, pack(y, wanted), np.zeros(problem.sums_elems, np.float32))[
-        3:
-    ]
+    added = rng.standard_normal(problem.bias_elems, np.float32)
+    added[::7] = -np.inf
+    more = [added] if bias else []
+    wanted, sums = attention.forward_reference(problem, *values, *more)
+    sums_before = np.zeros(problem.sums_elems, np.float32)
+    got, found = run("attention.forward", problem, *given, *more, pack(y, wanted), sums_before)[-2:]
     terms = 8 * depth + problem.tokens[1]
     assert_close(unpack(y, got), wanted, terms, stored=y)
     lanes = found.reshape(q.slices, heads, q.height, q.width, q.vector)
@@ -607,21 +612,51 @@ def test_attention(run, rng, how, dtype):
     )
     upstream, starts = draw(rng, dy), [draw(rng, image) for image in gradients]
     stored = unpack(y, got)  # from which, rounded, the backward pass begins
-    wanted = attention.backward_reference(problem, upstream, *values)
+    wanted = attention.backward_reference(problem, upstream, *values, *more)
     for chosen, accumulate in ((0, 1, 2), (False, True, False)), ((1,), (False, True, False)), ((0, 2), (True,) * 3):
         images = [image if place in chosen else None for place, image in enumerate(gradients)]
-        backward = attention.AttentionBackward(problem, dy, *images, accumulate)
+        backward = attention.AttentionBackward(problem, dy, *images, accumulate, bias is not None)
         results = run(
             "attention.backward",
             backward,
-            *(pack(dy, upstream, 0), *given, pack(y, stored), found),
+            *(pack(dy, upstream, 0), *given, *more, pack(y, stored), found),
             *(pack(gradients[place], starts[place], 0) for place in chosen),
-        )[6:]
+            *([np.full(backward.dscores_elems, 7, np.float32)] if bias else []),
+        )[6 + len(more) :]
+        if bias:
+            each = np.zeros((*wanted[3].shape[:-1], q.lanes))
+            each[..., :batch] = wanted[3]
+            summed = np.moveaxis(each.reshape(*each.shape[:-1], q.slices, q.vector).sum(-1), -1, 0)
+            slack = {"stored": dataclasses.replace(q, dtype=dtype), "stores": 2 * heads * width}
+            assert_close(results.pop().reshape(summed.shape), summed, 4 * terms * q.vector, **slack)
         for place, result in zip(chosen, results, strict=True):
             limit = wanted[place] + (starts[place] if accumulate[place] else 0)
             image = gradients[place]
             slack = {"stored": dataclasses.replace(image, dtype=dtype), "stores": 2 * heads * width}
             assert_close(unpack(image, result, gradient=True), limit, 4 * terms, **slack)
+
+
+@pytest.mark.parametrize("mask", [None, (1, 1), (3, 2)])
+def test_what_attention_adds_and_the_gradient_of_its_table(run, rng, mask):
+    sizes, elems = (3, 2, 4, 5), 23
+    places = rng.integers(0, elems - 8, 20).astype(np.int32)
+    problem = attention_bias.AttentionBias(elems, sizes, 3, mask)
+    table, added = rng.standard_normal(elems, np.float32), rng.standard_normal(np.prod(mask or 0) * 20, np.float32)
+    arrays = (table, places, *([added] if mask else []))
+    wanted = attention_bias.bias_reference(problem, *arrays)
+    got = run("attention.bias", problem, *arrays, np.zeros(wanted.size, np.float32))[-1]
+    assert_close(got.reshape(sizes), wanted, terms=2)
+    node = Node("attention", "a", (), (), {}, {"places": tuple(places), "apart": 3, "heads": 3, "table": elems})
+    held = attention_bias.bias_constants(node)
+    summed = attention_bias.AttentionTable(elems, 2, 3, 2, 20)
+    dscores = rng.standard_normal(2 * 3 * 2 * 20, np.float32)
+    wanted = attention_bias.table_reference(summed, dscores, held["a:order"], held["a:firsts"])
+    again = np.zeros(elems)
+    every = dscores.reshape(2, 3, 2, 20).sum((0, 2), dtype=np.float64)
+    np.add.at(again, places + 3 * np.arange(3)[:, None], every)
+    np.testing.assert_allclose(wanted, again, rtol=1e-12, atol=1e-12)
+    arrays = dscores, held["a:order"], held["a:firsts"], np.full(elems, 7, np.float32)
+    assert_close(run("attention.table", summed, *arrays)[-1], wanted, terms=64, scale=8.0)
 
 
 # Pools

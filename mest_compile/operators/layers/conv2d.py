@@ -10,7 +10,7 @@ from mest_compile.frontend.relax_graph import Reader, _is_stored, _pair, _shape,
 from mest_compile.frontend.values import Fixed, Parameter
 from mest_compile.ir.arrangement import Arrangement, image_shape, whole
 from mest_compile.ir.graph import Node
-from mest_compile.operators.attention import product
+from mest_compile.operators.attention_reading import product
 from mest_compile.operators.chain import chain_of
 from mest_compile.operators.layers.family import FAMILIES, KernelFamily
 from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast, reads_combed, source_halo
