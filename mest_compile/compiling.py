@@ -64,7 +64,7 @@ def compile(
     seed: int = 0,
     loss: str | Mapping[str, Any] | Loss = "cross_entropy",
     label_smoothing: float = 0.0,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     lower_density: bool = False,
     grow_to: float | None = None,
     activations: str = "float32",
@@ -101,9 +101,10 @@ def compile(
                    SoftCrossEntropy, Distill, BCE, MSE, SmoothL1, Huber
     label_smoothing  share of every label that is spread evenly over all classes, 0 <= share < 1: short for
                      mest.CrossEntropy(smoothing)
-    memory_budget  bytes that the whole step may need at its densest (`step.memory(at_capacity=True)["total"]`). To meet
-                   it, activations are computed again in the backward pass instead of kept: first those that cost one
-                   pass over memory, then those of sparse convolutions
+    memory_budget  bytes, or "64MiB", that the whole step may need at its densest
+                   (`step.memory(at_capacity=True)["total"]`). To meet it, activations are computed again in the
+                   backward pass instead of kept: first those that cost one pass over memory, then those of sparse
+                   convolutions
     lower_density  when that is not enough: raise the sparsity until the budget is met, and say so in the log; else
                    BudgetError
     grow_to        lowest sparsity, of all sparse layers together, that mutations will grow to: the capacity that memory

@@ -7,7 +7,6 @@ have it, and whatever honours it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -32,8 +31,6 @@ from mest_compile.sparsity.schemes.block import Block
 from mest_compile.sparsity.schemes.dense import Dense
 
 AS_GIVEN = "as-given"  # as `sparsity`: masks are the zeros of the model's weights
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_BUDGET = re.compile(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ class StepOptions:
     threads: int | None = None
     seed: int = 0
     loss: Loss = cross_entropy.USUAL
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
     lower_density: bool = False
     grow_to: float | None = None
     activations: str = "float32"
@@ -76,7 +73,7 @@ class StepOptions:
             self._set("threads", check_threads(self.threads))
         self._set("seed", checks.whole("seed", self.seed))
         if self.memory_budget is not None:
-            budget = checks.whole("memory_budget", self.memory_budget, 1, ", in bytes, or None for no bound")
+            budget = checks.size("memory_budget", self.memory_budget, ", or None for no bound")
             self._set("memory_budget", budget)
         if checks.flag("lower_density", self.lower_density) and self.memory_budget is None:
             raise UsageError(
@@ -116,6 +113,8 @@ class StepOptions:
         also = f", or {{layer name or pattern: number}}, or {AS_GIVEN!r}"
         said = None
         if self.sparsity is not None:
+            if not isinstance(self.sparsity, str) and checks.is_number(self.sparsity) and 1 < self.sparsity < 100:
+                also = f"; it is a share: did you mean {self.sparsity / 100:g}?"
             said = checks.number("sparsity", self.sparsity, below=1, also=also, error=SparsityError)
         if isinstance(self.scheme, Mapping):
             self._set("sparsity", _usual(self.scheme) if said is None else said)
@@ -205,9 +204,9 @@ def read_budget(budget: Any) -> float | int:
     "0.5", "24MiB", "300000". Raises UsageError."""
     number, factor = budget, 1
     if isinstance(budget, str):
-        found = _BUDGET.fullmatch(budget.strip())
+        found = checks.SIZE.fullmatch(budget.strip())
         number = float(found[1]) if found else None
-        factor = _UNITS[found[2].lower()] if found else 1
+        factor = checks.UNITS[found[2].lower()] if found else 1
     if checks.is_number(number):
         if factor == 1 and 0 < number <= 1:
             return float(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -15,6 +16,8 @@ from mest_compile.base.errors import BudgetError, MestError, UsageError
 
 FLOAT32_MOST = 3.4028234663852886e38  # the largest finite one
 MIB = 2**20
+UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": MIB, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+SIZE = re.compile(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(UNITS)})", re.IGNORECASE)
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -40,6 +43,16 @@ def number(
     bounds = "" if at_least == -math.inf else f" of {at_least:g} or more"
     bounds += "" if below == math.inf else f"{' and' if bounds else ''} below {below:g}"
     raise error(f"{name} is {shown(value)}; wanted a finite number{bounds}{also}")
+
+
+def size(name: str, value: Any, also: str = "", error: type[MestError] = UsageError) -> int:
+    """`value` as bytes, 1 or more: a whole number, or a text such as "64MiB". Raises `error`."""
+    if isinstance(value, str) and (found := SIZE.fullmatch(value.strip())):
+        value = float(found[1]) * UNITS[found[2].lower()]
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise error(f'{name} is {shown(value)}; wanted bytes, a whole number or a text such as "64MiB"{also}')
+    return int(value)
 
 
 def is_number(value: Any) -> bool:

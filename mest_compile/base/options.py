@@ -5,11 +5,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
+from mest_compile.base.names import near
 from mest_compile.base.registry import Registry
 
 
@@ -28,8 +28,8 @@ def made(kinds: Registry, value: Any) -> Any:
     known = [field.name for field in fields(kind)]
     for key in options:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+            found = near(key, known)
+            hint = f"did you mean {found!r}?" if found else f"there are: {', '.join(known) or 'none'}"
             raise UsageError(f"{what} {name!r} has no option {key!r}; {hint}")
     return kind(**options)
 

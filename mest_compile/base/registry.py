@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 from mest_compile.base.errors import DuplicateName, UnknownName
+from mest_compile.base.names import meant
 
 _loading = threading.RLock()  # one for all: a plug-in may be in two registries
 
@@ -61,7 +62,7 @@ class Registry(dict[str, Any]):
         return sorted(self.load())
 
     def __missing__(self, name: str) -> Any:
-        raise UnknownName(f"no {self.kind} {name!r}; there are: {', '.join(sorted(self)) or 'none'}")
+        raise UnknownName(f"no {self.kind} {name!r}; there are: {', '.join(sorted(self)) or 'none'}{meant(name, self)}")
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()

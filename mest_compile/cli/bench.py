@@ -57,8 +57,8 @@ def bench(
         ),
     ] = None,
     memory_budget: Annotated[
-        int | None,
-        typer.Option(help="Bytes that our step may need; it computes activations again to meet them.", min=1),
+        str | None,
+        typer.Option(help="Bytes, or 64MiB, that our step may need; it computes activations again to meet them."),
     ] = None,
     activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,

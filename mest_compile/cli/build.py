@@ -56,9 +56,9 @@ def build(
     threads: Annotated[int | None, typer.Option(help="Of the device. Default: its cores.", min=1)] = None,
     activations: Activations = "float32",
     memory_budget: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Bytes that the step may need at its densest; activations are computed again to meet them.", min=1
+            help="Bytes, or 64MiB, that the step may need at its densest; activations are computed again to meet them."
         ),
     ] = None,
     grow_to: Annotated[

@@ -29,14 +29,15 @@ def schemes(as_json: Json = False) -> None:
 
 def targets(as_json: Json = False) -> None:
     """List the devices that kernels can be compiled for."""
-    from mest_compile.hardware.target import find_target, target_names
+    from mest_compile.hardware.target import boards_of, find_target, target_names
 
     found = [find_target(name) for name in target_names()]
     if as_json:
-        print_json([asdict(target) | {"llvm": target.tvm_fields} for target in found])
+        told = [asdict(target) | {"llvm": target.tvm_fields, "boards": boards_of(target.name)} for target in found]
+        print_json(told)
         return
     print_table(
-        ["target", "device", "cpu", "vector floats", "L1 KiB", "L2 KiB", "cores", "memory GiB"],
+        ["target", "device", "cpu", "vector floats", "L1 KiB", "L2 KiB", "cores", "memory GiB", "boards"],
         [
             [
                 target.name,
@@ -47,6 +48,7 @@ def targets(as_json: Json = False) -> None:
                 target.l2_bytes // 1024,
                 target.cores,
                 target.memory_bytes / 2**30 if target.memory_bytes else "",
+                ", ".join(boards_of(target.name)),
             ]
             for target in found
         ],

@@ -147,11 +147,16 @@ def said_sparsity(said: Any) -> Any:
         return said
     try:
         told = by_layer("sparsity", said)
-        return float(told) if isinstance(told, str) else {name: float(value) for name, value in told.items()}
+        return _share(told) if isinstance(told, str) else {name: _share(value) for name, value in told.items()}
     except ValueError as problem:
         raise UsageError(
             f"--sparsity is {said!r}; wanted a number, {AS_GIVEN}, or numbers of layers as in layer1.*=0.8,*=0.9"
         ) from problem
+
+
+def _share(text: str) -> float:
+    """Of "0.9"; "90%" is one as well."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def said_schemes(said: Any) -> schemes.Scheme | dict[str, schemes.Scheme]:

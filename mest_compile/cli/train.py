@@ -83,11 +83,10 @@ def train(
     ] = None,
     key: Annotated[str | None, typer.Option(help="Name under which such devices serve.")] = None,
     memory_budget: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Bytes that the step may need at its densest, which em_s is in its first phase; "
-            "activations are computed again to meet them.",
-            min=1,
+            help="Bytes, or 64MiB, that the step may need at its densest, which em_s is in its first phase; "
+            "activations are computed again to meet them."
         ),
     ] = None,
     lower_density: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import TargetError, UnknownName
+from mest_compile.base.names import meant
 from mest_compile.hardware.cpu import (
     LINUX_NAMES,
     LINUX_NAMES_OF_ARM,
@@ -218,8 +220,25 @@ def target_names() -> list[str]:
     )
 
 
+@cache
+def boards_of_targets() -> dict[str, str]:
+    """{name of a board or chip, in small letters without spaces, "-" and "_": the target that it has}, of those that
+    are shipped."""
+    return {_plain(board): name for name in target_names() for board in boards_of(name)}
+
+
+def boards_of(name: str) -> list[str]:
+    """Names of the boards and chips that a shipped target is for."""
+    text = (resources.files("mest_compile.targets") / f"{name}.toml").read_text()
+    return list(tomllib.loads(text).get("boards", []))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_\s]", "", name.lower())
+
+
 def find_target(target: str | Path | Target) -> Target:
-    """A Target from its name, a TOML file's path, or itself. Raises UnknownName, TargetError."""
+    """A Target from its name, a board's, a TOML file's path, or itself. Raises UnknownName, TargetError."""
     if isinstance(target, Target):
         return target
     if not isinstance(target, str | Path):
@@ -229,33 +248,46 @@ def find_target(target: str | Path | Target) -> Target:
         if not path.is_file():
             raise TargetError(f"no target file {path}; give a TOML file or one of: {', '.join(target_names())}")
         return _read(path.stem, path.read_text())
-    if str(target) not in target_names():
+    names = target_names()
+    boards = {} if str(target) in names else boards_of_targets()
+    target = boards.get(_plain(str(target)), target)
+    if str(target) not in names:
+        near = meant(str(target), [*names, *boards])
         raise UnknownName(
-            f"no target {str(target)!r}; there are: {', '.join(target_names())}, or a path to a TOML file"
+            f"no target {str(target)!r}; there are: {', '.join(names)}, boards as `mest-compile targets` lists them, "
+            f"or a path to a TOML file{near}"
         )
     return _read(str(target), (resources.files("mest_compile.targets") / f"{target}.toml").read_text())
+
+
+FILE_KEYS = {field.name for field in fields_of(Target)} - {"name"} | {"boards", "detect"}
 
 
 def _read(name: str, text: str) -> Target:
     try:
         fields = tomllib.loads(text)
+        if unknown := sorted(fields.keys() - FILE_KEYS):
+            raise TargetError(f"target file {name}.toml has no key {unknown[0]!r}{meant(unknown[0], FILE_KEYS)}")
         llvm = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["llvm"].items()}
+        memory = fields.get("memory_bytes")
         found = Target(
             name=name,
             device=fields["device"],
             llvm=tuple(sorted(llvm.items())),
             vector=fields["vector"],
             registers=fields["registers"],
-            l1_bytes=fields["l1_bytes"],
-            l2_bytes=fields["l2_bytes"],
+            l1_bytes=checks.size("l1_bytes", fields["l1_bytes"], error=TargetError),
+            l2_bytes=checks.size("l2_bytes", fields["l2_bytes"], error=TargetError),
             cores=fields["cores"],
             gpu=Gpu(**fields["gpu"]) if "gpu" in fields else None,
-            memory_bytes=fields.get("memory_bytes"),
+            memory_bytes=None if memory is None else checks.size("memory_bytes", memory, error=TargetError),
             cycle_model=fields.get("cycle_model"),
             host_triple=fields.get("host_triple"),
             float16=fields.get("float16", False),
             bfloat16=fields.get("bfloat16", False),
         )
+    except TargetError as problem:
+        raise TargetError(problem if name in str(problem) else f"target file {name}.toml: {problem}") from problem
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
         raise TargetError(
             f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml"

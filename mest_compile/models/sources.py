@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
+from mest_compile.base.names import meant
 from mest_compile.models.catalog import build_model, model_names
 from mest_compile.models.pretrained import (
     PRETRAINED,
@@ -72,7 +73,7 @@ def find_model(
     if own and name not in model_names():
         raise UnknownName(
             f"no model {name!r}; there are: {', '.join(model_names())}; or timm:NAME, torchvision:NAME, "
-            "file.py:FACTORY, a file.onnx, a run folder, a checkpoint or an artifact"
+            f"file.py:FACTORY, a file.onnx, a run folder, a checkpoint or an artifact{meant(name, model_names())}"
         )
     if weights is not None:
         return _with_weights(partial(find_model, name, input_shape, width=width, seed=seed), name, classes, weights)

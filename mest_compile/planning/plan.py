@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from mest_compile.base import checks
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
@@ -121,7 +122,9 @@ def _with_room(facts: Facts, options: StepOptions, records: Records) -> Facts:
     if options.memory_budget is None:
         return facts
     excess = start - grow_to
-    recomputed, raised = meet_budget(facts, options.memory_budget, options.lower_density, excess)
+    recomputed, raised = meet_budget(
+        facts, checks.size("memory_budget", options.memory_budget), options.lower_density, excess
+    )
     if raised is not None:
         sparser = replace(options, sparsity=_raised(options, facts.layers, raised))
         layers = plan_layers(facts.graph, sparser, facts.target)

@@ -1,9 +1,9 @@
-"""Whether the parts of a recipe fit each other: asked when one is made."""
+"""Whether the parts of a recipe (`recipe.Recipe`) fit each other: asked when one is made."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, UnknownName, UsageError
@@ -12,10 +12,6 @@ from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS
 from mest_compile.training.sieve import SieveRule
-
-if TYPE_CHECKING:
-    from mest_compile.training.recipe import Recipe
-
 
 # name -> (shifts images, mirrors them)
 AUGMENTATIONS = {
@@ -26,7 +22,7 @@ AUGMENTATIONS = {
 }
 
 
-def check_augment(recipe: Recipe) -> None:
+def check_augment(recipe: Any) -> None:
     said = recipe.augment
     if isinstance(said, str):
         if said not in AUGMENTATIONS:
@@ -41,7 +37,7 @@ def check_augment(recipe: Recipe) -> None:
         )
 
 
-def check_sieve(recipe: Recipe) -> None:
+def check_sieve(recipe: Any) -> None:
     if recipe.sieve is None:
         return
     if not isinstance(recipe.sieve, SieveRule):
@@ -61,7 +57,7 @@ def check_sieve(recipe: Recipe) -> None:
         )
 
 
-def check_freeze(recipe: Recipe) -> None:
+def check_freeze(recipe: Any) -> None:
     if recipe.freeze is None:
         return
     if not isinstance(recipe.freeze, FreezeRule):
@@ -79,7 +75,7 @@ def check_freeze(recipe: Recipe) -> None:
         )
 
 
-def check_phases(recipe: Recipe) -> None:
+def check_phases(recipe: Any) -> None:
     if not isinstance(recipe.phases, tuple) or not all(isinstance(phase, Phase) for phase in recipe.phases):
         raise UsageError("phases must be a tuple of Phase(until_epoch, prune_to, grow_to)")
     if not recipe.phases:
@@ -99,7 +95,7 @@ def check_phases(recipe: Recipe) -> None:
             )
 
 
-def check_pruning(recipe: Recipe) -> None:
+def check_pruning(recipe: Any) -> None:
     given = [name for name in ("prune_begin", "prune_end") if getattr(recipe, name) is not None]
     if not recipe.starts_dense:
         if given:

@@ -7,11 +7,11 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.base.names import meant
 from mest_compile.options import AS_GIVEN, StepOptions, find_loss
 from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.mutation import Phase
@@ -26,7 +26,7 @@ from mest_compile.training.consistent import (
 from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY, PRUNE_BEGIN, PRUNE_END
 from mest_compile.training.sieve import SieveRule
-from mest_compile.training.tables import KINDS, NUMBERS, RUN_OPTIONS, TABLES, check_keys, read_toml
+from mest_compile.training.tables import KINDS, NUMBERS, RUN_OPTIONS, TABLES, check_keys, nearest, read_toml
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
@@ -118,7 +118,9 @@ class Recipe:
         for name, known in ("method", METHODS), ("lr_schedule", LR_SCHEDULES):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
-                raise UnknownName(f"no {name} {checks.shown(value)}; there are: {', '.join(known)}")
+                raise UnknownName(
+                    f"no {name} {checks.shown(value)}; there are: {', '.join(known)}{meant(str(value), known)}"
+                )
         check_augment(self)
         if self.mutate_every is not None and self.mutate_every >= self.epochs > 1:
             raise UsageError(
@@ -181,9 +183,7 @@ class Recipe:
             raise UsageError(f'{path}: run must be a table, for example [run] with model = "resnet32"')
         for key, value in table.items():
             if key not in RUN_OPTIONS:
-                raise UsageError(
-                    f"{path}, run: unknown key {key!r}; did you mean {get_close_matches(key, RUN_OPTIONS, 1, 0)[0]!r}?"
-                )
+                raise UsageError(f"{path}, run: unknown key {key!r}; did you mean {nearest(key, RUN_OPTIONS)!r}?")
             wanted = RUN_OPTIONS[key]
             table_or_number = (key in TABLES and isinstance(value, Mapping)) or (
                 key in NUMBERS and checks.is_number(value)

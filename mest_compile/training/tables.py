@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import UsageError
+from mest_compile.base.names import near
 
 # What a recipe's table [run] may say, and of which type it is.
 RUN_OPTIONS: dict[str, type] = {
@@ -28,7 +29,7 @@ RUN_OPTIONS: dict[str, type] = {
     "batch": int,
     "target": str,
     "threads": int,
-    "memory_budget": int,
+    "memory_budget": str,
     "lower_density": bool,
     "activations": str,
     "loss": str,
@@ -37,7 +38,7 @@ RUN_OPTIONS: dict[str, type] = {
     "update_budget": str,
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
-NUMBERS = ("update_budget",)  # which are a text or a number
+NUMBERS = ("update_budget", "memory_budget")  # which are a text or a number
 KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
@@ -56,12 +57,18 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
 
 
+def nearest(name: str, there: Iterable[str]) -> str:
+    """The name of those there are that is nearest, however far."""
+    known = list(there)
+    return near(name, known) or get_close_matches(name, known, 1, 0)[0]
+
+
 def check_keys(kind: type, data: Mapping[str, Any], where: str) -> None:
     """Whether `data` has the fields of a dataclass. Raises UsageError."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
-            hint = ELSEWHERE.get(key) or f"did you mean {get_close_matches(str(key), fields, 1, 0)[0]!r}?"
+            hint = ELSEWHERE.get(key) or f"did you mean {nearest(str(key), fields)!r}?"
             raise UsageError(f"{where}: unknown key {key!r}; {hint}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in data:

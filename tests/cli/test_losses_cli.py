@@ -88,3 +88,28 @@ def test_an_artifact_has_both(mest_compile_command, tmp_path):
     assert alone.code in (1, 2) and "one logit" in alone.err and "loss=mest.BCE()" in alone.err
     facts = json.loads((out / "manifest.json").read_text())["facts"]
     assert facts["loss"] == {"name": "mse"} and facts["optimizer"]["momentum"] == 0
+
+
+def test_any_key_of_a_recipe_is_set_on_the_command_line(mest_compile_command, tmp_path):
+    small = ("--model", "mlp", "--width", 16, "--epochs", 2, "--method", "static")
+    ran = mest_compile_command(
+        "train", *small, "--set", "warmup_epochs=1", "--set", "lr_schedule=step", "--set", "clip_norm=2.5",
+        "--augment", "none", "--val-split", 0.2, "--patience", 3, "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    recipe = ran.document["recipe"]
+    wanted = {"warmup_epochs": 1, "lr_schedule": "step", "clip_norm": 2.5, "augment": "none", "patience": 3}
+    assert {name: recipe[name] for name in wanted} == wanted
+    assert "val_accuracy" in ran.document["best"] and "images not augmented" in ran.err
+    assert "to choose the best model by" in ran.err
+    longer = mest_compile_command("train", "--resume", tmp_path / "run", "--epochs", 3, "--json")
+    assert longer.code == 0 and longer.document["epochs"][:2] == ran.document["epochs"], longer.err
+    for said, wanted in (
+        ("warmup=1", "did you mean 'warmup_epochs'?"),
+        ("epochs=3", "epochs is said twice"),
+        ("lr", "wanted NAME=VALUE"),
+        ("sieve=1", "wanted NAME=VALUE"),
+        ("clip_norm=much", "clip_norm is 'much'"),
+    ):
+        ran = mest_compile_command("train", *small, "--set", said)
+        assert ran.code == 2 and wanted in ran.err, ran.err

@@ -1,0 +1,78 @@
+"""Misspelt names say what was meant; sizes and shares are read as they are written."""
+
+import pytest
+
+import mest_compile as mest
+from mest_compile.base import checks
+from mest_compile.base.errors import TargetError, UnknownName, UsageError
+from mest_compile.base.names import meant, near
+from mest_compile.hardware.target import boards_of_targets, find_target, target_names
+from mest_compile.options import StepOptions
+from mest_compile.training.recipe import Recipe
+
+
+def test_the_nearest_name_is_offered_and_none_where_none_is_near():
+    there = ["lr", "label_smoothing", "epochs", "Block"]
+    assert near("epoch", there) == "epochs" and near("BLOK", there) == "Block" and near("xyz", there) is None
+    assert near("learning_rate", there) == near("Learning-Rate", there) == "lr" and near("wd", there) is None
+    assert meant("epoch", there) == "; did you mean 'epochs'?" and meant("xyz", there) == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: StepOptions(sparsity=90), "did you mean 0.9?"),
+        (lambda: mest.check("mobilenet-v2", (1, 3, 32, 32)), "did you mean 'mobilenetv2'"),
+        (lambda: find_target("rasberry-pi-4"), "did you mean 'raspberrypi4'?"),
+        (lambda: Recipe.from_dict({"epochs": 2, "learning_rate": 0.1}), "did you mean 'lr'?"),
+        (lambda: Recipe.from_dict({"epochs": 2, "momentum": 0.9}), "it belongs to the optimizer"),
+        (lambda: Recipe(2, method="ems"), "did you mean 'em_s'?"),
+    ],
+)
+def test_what_was_meant_is_said(call, said):
+    with pytest.raises(mest.MestError) as caught:
+        call()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(7, 7), ("7", 7), ("64MiB", 64 * 2**20), ("1.5 kb", 1500), (".5GiB", 2**29)]
+)
+def test_sizes(value, wanted):
+    assert checks.size("memory", value) == wanted
+    assert StepOptions(memory_budget=value).memory_budget == wanted
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1.5", "many", "3 XiB", None])
+def test_what_is_no_size(value):
+    with pytest.raises(UsageError, match='memory is .*; wanted bytes, a whole number or a text such as "64MiB"'):
+        checks.size("memory", value)
+
+
+def test_boards_are_targets_by_any_spelling_and_no_two_share_one():
+    assert find_target("raspberry-pi-4") == find_target("Raspberry Pi 4") == find_target("cortex-a72")
+    assert find_target("pi5").name == "cortex-a76" and find_target("zero-2w").name == "cortex-a53"
+    boards = boards_of_targets()
+    assert len(boards) > 10 and set(boards.values()) <= set(target_names()) and not set(boards) & set(target_names())
+
+
+def test_a_targets_file_with_an_error_names_itself(tmp_path):
+    file = tmp_path / "mine.toml"
+    good = "device = 'cpu'\nvector = 4\nregisters = 32\nl1_bytes = '32KiB'\nl2_bytes = 262144\ncores = 4\n"
+    tail = "[llvm]\nkind = 'llvm'\n"
+    file.write_text(good + "memory_bytes = '1GiB'\nboards = ['mine']\n" + tail)
+    found = find_target(file)
+    assert (found.l1_bytes, found.memory_bytes) == (32768, 2**30)
+    for text, said in (
+        (good + "vectr = 4\n" + tail, "mine.toml has no key 'vectr'; did you mean 'vector'?"),
+        (good.replace("vector = 4", "vector = 3") + tail, "'mine': vector is 3 floats"),
+        (good.replace("32KiB", "32Kilo") + tail, "mine.toml: l1_bytes is '32Kilo'"),
+        (good, "mine.toml is not a target: KeyError"),
+        ("device = ", "mine.toml is not a target: TOMLDecodeError"),
+    ):
+        file.write_text(text)
+        with pytest.raises(TargetError) as caught:
+            find_target(file)
+        assert said in str(caught.value)
+    with pytest.raises(UnknownName, match="boards as `mest-compile targets` lists them"):
+        find_target("nothing-like-it")
