@@ -1,7 +1,8 @@
-"""Training as seen on stderr: a bar with time left on a terminal, and one line an epoch anywhere."""
+"""Training as seen on stderr: a bar with time left on a terminal, and a line of a table an epoch anywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from mest_compile.training.metrics import Metric
 
+LOSS_WIDTH, SCORE_WIDTH = 8, 7
 SMOOTHING = 0.9  # loss and accuracy shown are moving means over about ten batches; single batches jump too much to read
 
 
@@ -37,6 +39,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("", total=None, epoch="", loss=0.0, right="-", state="", rate=0.0)
         self._means: tuple[float, float] | None = None
         self._state, self._epochs = "", 0
+        self._columns: list[str] | None = None
         self._last = perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -64,31 +67,67 @@ class TrainingProgress:
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
         metric = self._metric
-        trained, tested = (metrics[f"{part}_{metric.name}"] for part in ("train", "test"))
-        parts = [
-            f"epoch {metrics['epoch']}/{self._epochs}",
-            f"loss {metrics['loss']:.4f}",
-            f"train {metric.shown(trained)}",
-            f"test {metric.shown(tested)}",
-            f"{metrics['images_per_second']:.0f} images/s",
+        if self._columns is None:
+            self._columns = [
+                name for name in ("train", "val", "test") if metrics.get(f"{name}_{metric.name}") is not None
+            ]
+            self._print(["epoch", "loss", *self._columns, "images/s", "sparsity"], [])
+        scores = [metric.shown(metrics.get(f"{name}_{metric.name}")) for name in self._columns]
+        sparsity = metrics["overall_sparsity"]
+        cells = [
+            f"{metrics['epoch']}/{self._epochs}",
+            f"{metrics['loss']:.4f}",
+            *scores,
+            f"{metrics['images_per_second']:.0f}",
+            "dense" if sparsity is None else f"{sparsity:.3f}",
         ]
-        state = [] if tested is None else [f"test {metric.shown(tested)}"]
-        if (sparsity := metrics["overall_sparsity"]) is not None:
-            state.append(f"sparsity {sparsity:.3f}")
-            parts.append(state[-1])
-        if mutation := metrics["mutation"]:
-            fates = ", ".join(f"{count} {fate}" for fate, count in mutation["layers"].items())
-            parts.append(
-                f"mutated ({mutation['prune_to']:g} to {mutation['grow_to']:g}): {fates} in {mutation['seconds']:.2f} s"
-            )
-        if (freeze := metrics.get("freeze")) and freeze["now"]:
-            parts.append(f"froze {', '.join(freeze['now'])} in {freeze['seconds']:.2f} s")
-        if freeze and freeze["saved"]:
+        self._print(cells, notes_of(metrics))
+        state = [f"{name} {score}" for name, score in zip(self._columns, scores) if name != "train"]
+        if (freeze := metrics.get("freeze")) and freeze["saved"]:
             state.append(f"frozen {freeze['saved']:.0%}")
-        if sieve := metrics["sieve"]:
-            parts.append(f"sieve: {sieve['dropped']} examples dropped, {sieve['returned']} came back")
         if saved := metrics["iterations_saved"]:
             state.append(f"sieved {saved / (saved + metrics['iterations']):.1%}")
         self._state = "".join(f"{part}  " for part in state)
-        self._console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
         self._last = perf_counter()
+
+    def _print(self, cells: list[str], notes: list[str]) -> None:
+        line = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._widths()))
+        self._console.print("  ".join([line, *notes]), highlight=False, markup=False, soft_wrap=True)
+
+    def _widths(self) -> list[int]:
+        return [max(5, 2 * len(str(self._epochs)) + 1), LOSS_WIDTH, *[SCORE_WIDTH] * len(self._columns or ()), 8, 8]
+
+
+def notes_of(metrics: Mapping[str, Any]) -> list[str]:
+    """What an epoch changed beside the weights; nothing where nothing did."""
+    found = []
+    if (mutation := metrics["mutation"]) and mutation.get("moved"):
+        found.append(f"moved {mutation['moved']:.1%}")
+    if (freeze := metrics.get("freeze")) and freeze["now"]:
+        names = freeze["now"]
+        found.append(f"froze {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    if sieve := metrics["sieve"]:
+        found.append(f"sieved {sieve['dropped']}" + (f", {sieve['returned']} back" if sieve["returned"] else ""))
+    return found
+
+
+class CompileProgress:
+    """How far compiling is, on a rich status; a context manager. `told` is a Builder's `progress`."""
+
+    def __init__(self, console: Console, what: str):
+        self._what, self._console = what, console
+        self._status = console.status(what)
+        self._began = perf_counter()
+
+    def __enter__(self) -> CompileProgress:
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        self._status.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._console.print("stopped while compiling; what was compiled is kept and serves the next start")
+
+    def told(self, done: int, total: int) -> None:
+        left = (perf_counter() - self._began) / max(done, 1) * (total - done)
+        self._status.update(f"{self._what}: {done} of {total} kernels" + (f", {left:.0f} s left" if done else ""))

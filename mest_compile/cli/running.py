@@ -12,7 +12,8 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import print_choice
 from mest_compile.cli.output import print_json, print_table, stderr_console
-from mest_compile.cli.progress import TrainingProgress
+from mest_compile.cli.progress import CompileProgress, TrainingProgress
+from mest_compile.hardware.host import load_average
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from mest_compile.data import Split
     from mest_compile.devices.session import Device
     from mest_compile.hardware.target import Target
+    from mest_compile.kernels.cache import Builder
     from mest_compile.options import StepOptions
     from mest_compile.training.loop import Trainer
     from mest_compile.training.ondevice import Job
     from mest_compile.training.recipe import Recipe
     from mest_compile.training.run import Run
+
+BUSY = 0.5  # cores that others use, from which on times are not to be compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,11 @@ class Request:
 def run_artifact(job: Job) -> Run:
     from mest_compile.training.ondevice import open_job
 
-    console = stderr_console()
+    console, busy = stderr_console(), load_average()
     trainer, split = open_job(job)
     with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress = progress
-        return _fit(trainer, split, console, f"--artifact {job.artifact} --data {job.data} ")
+        return _fit(trainer, split, console, busy, f"--artifact {job.artifact} --data {job.data} ")
 
 
 def new_folder(name: str) -> Path:
@@ -69,10 +73,11 @@ def start_run(request: Request) -> Run:
     import mest_compile as mest
     from mest_compile.data import load
     from mest_compile.hardware.target import find_target
+    from mest_compile.kernels.cache import Builder
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
-    console = stderr_console()
+    console, busy = stderr_console(), load_average()
     scheme, target = request.options.scheme_text.replace(":", ""), find_target(request.options.target)
     name = Path(request.model).stem.replace(":", "-")
     folder = RunFolder(request.out or new_folder(f"{name}-{scheme}"))
@@ -81,8 +86,8 @@ def start_run(request: Request) -> Run:
     teacher = None if request.teacher is None else mest.load(request.teacher).predict
     kind: dict[str, Any] = {"resize": request.resize, "val_split": request.val_split, "seed": request.recipe.seed}
     split = load(request.data, request.data_folder, request.options.loss.takes_numbers, **kind)
-    with console.status(f"compiling {request.model} for {request.options.target}"):
-        step = _compile(request, split, teacher)
+    with CompileProgress(console, f"compiling {request.model} for {request.options.target}") as told:
+        step = _compile(request, split, teacher, Builder(progress=told.told))
     print_choice(step.describe())
     trainer = Trainer(step, request.recipe, folder.path, None, request.specialize, teacher)
     with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
@@ -104,7 +109,7 @@ def start_run(request: Request) -> Run:
         if request.teacher is not None:
             source["teacher"] = str(request.teacher.resolve())
         trainer.source = source
-        return _fit(trainer, split, console)
+        return _fit(trainer, split, console, busy)
 
 
 def _check_target(target: Target, device: Device | None) -> None:
@@ -131,12 +136,12 @@ def continue_run(folder: Path, epochs: int | None = None, batch: int | None = No
     device = find_device(source.get("tracker"), source.get("key"))
     if target is not None:
         _check_target(find_target(target), device)
-    console = stderr_console()
+    console, busy = stderr_console(), load_average()
     with console.status(f"compiling the run in {folder}"):
         trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target, teacher=teacher)
     with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
-        return _fit(trainer, split, console)
+        return _fit(trainer, split, console, busy)
 
 
 def load_source(source: Mapping[str, Any]) -> Split:
@@ -154,12 +159,16 @@ def load_source(source: Mapping[str, Any]) -> Split:
     )
 
 
-def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> Run:
-    """origin: what to give beside --resume."""
+def _fit(trainer: Trainer, split: Split, console: Console, load: float, origin: str = "") -> Run:
+    """load: of the machine before anything was compiled. origin: what to give beside --resume."""
     parts = split.train, split.known_test, split.val
-    console.print(trainer.about(*parts), highlight=False, markup=False, soft_wrap=True)
+    for line in (_header(trainer), trainer.about(*parts), *_busy(load)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     try:
-        return trainer.fit(*parts)
+        run = trainer.fit(*parts)
+        if run.folder is not None:
+            console.print(_next(run.folder), highlight=False, markup=False, soft_wrap=True)
+        return run
     except KeyboardInterrupt:
         assert trainer.folder is not None
         if trainer.folder.stamp() is not None:
@@ -173,7 +182,33 @@ def _fit(trainer: Trainer, split: Split, console: Console, origin: str = "") -> 
         trainer.step.close()
 
 
-def _compile(request: Request, split: Split, teacher: Any) -> Any:
+def _header(trainer: Trainer) -> str:
+    """What is about to be trained, in a line."""
+    step = trainer.step
+    live, masks = step.live_weights(), step.masks()
+    weights = sum(layer.spec.weight_elems for layer in step.layers.values())
+    folder = "" if trainer.folder is None else f"; run folder {trainer.folder.path}"
+    return (
+        f"{len(masks)} of {len(step.layers)} layers sparse, {sum(live.values())} of {weights} weights live; "
+        f"{step.memory()['total'] / 2**20:.1f} MiB in steps of {step.batch}; target {step.describe()['target']}, "
+        f"{step.describe()['threads']} thread(s){folder}"
+    )
+
+
+def _busy(load: float) -> list[str]:
+    """A line where something else runs on this machine."""
+    return [f"this machine is busy, its load is {load:.1f}: times do not compare with others"] if load > BUSY else []
+
+
+def _next(folder: Path) -> str:
+    """What to do with a run that has ended."""
+    return (
+        f"next: mest-compile report {folder} | eval {folder} | predict {folder} PICTURES | "
+        f"export {folder} --format onnx --out net.onnx"
+    )
+
+
+def _compile(request: Request, split: Split, teacher: Any, builder: Builder) -> Any:
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
     from mest_compile.models.sources import find_model
@@ -190,7 +225,7 @@ def _compile(request: Request, split: Split, teacher: Any) -> Any:
         request.weights,
     )
     batches = None if options.update_budget is None else sampled(split.train, shape, options, teacher)
-    return compile_step(model, shape, options, find_device(request.tracker, request.key), batches=batches)
+    return compile_step(model, shape, options, find_device(request.tracker, request.key), builder, batches=batches)
 
 
 def show(run: Run, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.files import write_atomically
-from mest_compile.training.reporting import STYLE, table
+from mest_compile.base.pages import STYLE, table
 
 SHOWN_PIXELS = 128  # of a picture's longer side
 

@@ -36,6 +36,12 @@ def cores() -> int:
     return usable if quota is None else max(1, min(usable, int(quota)))
 
 
+def load_average() -> float:
+    """Cores that were busy in the last minute, whoever used them; 0 where the system does not tell."""
+    tell = getattr(os, "getloadavg", None)
+    return float(tell()[0]) if tell else 0.0
+
+
 def cpu_quota() -> float | None:
     """Cores' worth of time that the control groups of this process allow it; None: no limit, or none that can be
     read."""

@@ -41,6 +41,7 @@ class Builder:
     most_bytes        that `folder` may hold: beyond it the entries go that were used longest ago
     compiled, loaded  how many kernels were compiled, and how many came from disk
     seconds           spent compiling, added up over threads
+    progress          told how many kernels of how many are there, as they come
     """
 
     folder: Path = field(default_factory=lambda: cache_folder() / "kernels")
@@ -48,6 +49,7 @@ class Builder:
     compiled: int = 0
     loaded: int = 0
     seconds: float = 0.0
+    progress: Callable[[int, int], None] | None = None
     _ready: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _refused: bool = False  # whether the log says that the folder cannot be written
@@ -120,8 +122,12 @@ class Builder:
         if not self._ready.keys() >= {source.key for source in sources}:
             import tvm  # noqa: F401  # before the threads, which would all wait for it
             from tvm.script import tirx  # noqa: F401
+        found = []
         with ThreadPoolExecutor(cores()) as workers:
-            found = list(workers.map(get, sources))
+            for one in workers.map(get, sources):
+                found.append(one)
+                if self.progress is not None:
+                    self.progress(len(found), len(sources))
         if self.compiled > before:
             self._evict()
         return found

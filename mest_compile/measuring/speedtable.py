@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.hardware.backend import backend_of
+from mest_compile.hardware.host import load_average
 from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare
 from mest_compile.measuring.case import Case
@@ -86,7 +87,7 @@ def speed_table(
     case = Case("", tuple(input_shape), width, classes, None if weights is None else str(weights)).but(
         target=target, threads=threads, seed=seed, distribution=distribution, activations=activations
     )
-    say = progress or (lambda what, done, total: None)
+    say, load = progress or (lambda what, done, total: None), load_average()
     if device is not None:
         return _on_device(model, case, pairs, replace(device, early=False), repeats, say)
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,6 +112,7 @@ def speed_table(
         raise problems[0]
     facts = _facts(model, case, baseline, repeats) | {
         "machine": found.machine,
+        "load": load,
         "versions": found.versions,
         "measured_at": found.measured_at,
     }

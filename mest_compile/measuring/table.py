@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from mest_compile.base.errors import UsageError
 from mest_compile.base.files import write_atomically
+from mest_compile.base.pages import page, table
 from mest_compile.measuring.benchmark import median_interval
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 MIB = 2**20
+BUSY = 0.5  # cores that others use, from which on times are not to be compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +92,22 @@ class Row:
 COLUMNS = ("scheme", "sparsity", "step ms", "speed-up", "interval", "planned MiB", "peak MiB", "of baseline's peak")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SpeedTable:
     """Rows in the order asked for.
 
-    facts  model, width, input_shape, distribution, target, baseline, threads, repeats, machine, versions, measured_at
+    facts  model, width, input_shape, distribution, target, baseline, threads, repeats, machine, versions, measured_at,
+           load (of the machine before the first row)
     """
 
     rows: tuple[Row, ...]
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_html_(self) -> str:
+        return f"{self._table()}<p>{html.escape(self.caption())}</p>"
 
     def cells(self) -> list[list[str]]:
         """The rows as text, under `COLUMNS`."""
@@ -144,6 +155,8 @@ class SpeedTable:
         )
         if driver := facts.get("opencl"):
             said = f"{said} OpenCL device {driver}."
+        if (load := facts.get("load", 0.0)) > BUSY:
+            said = f"{said} The machine was busy, its load {load:.1f}: times do not compare with others."
         if clock := facts.get("clock"):
             return f"{said} A millisecond is a million {clock}: the device counts them instead of time."
         return (
@@ -180,33 +193,32 @@ class SpeedTable:
         _write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_html(self, path: str | Path) -> None:
-        """One page that needs nothing else. Raises UsageError when it cannot be written."""
+        """One page that needs nothing else, its table sorts, its plot below. Raises UsageError when it cannot be
+        written."""
+        facts, title = self.facts, f"Training speed of {self.facts['model']}"
+        versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+        when = f"Measured {facts.get('measured_at', 'at an unknown time')}; {versions}"
+        parts = [f"<h1>{html.escape(title)}</h1>", self._table()]
+        parts += [f"<p>{html.escape(text)}</p>" for text in (self.caption(), when)]
+        if any(row.speedup is not None for row in self.rows):
+            drawn = io.StringIO()
+            self._figure().savefig(drawn, format="svg")
+            parts.append(drawn.getvalue().partition("<svg")[1] + drawn.getvalue().partition("<svg")[2])
+        _write(path, page(title, parts))
 
-        def line(tag: str, cells: Sequence[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        title = html.escape(f"Training speed of {self.facts['model']}")
-        _write(
-            path,
-            "\n".join(
-                [
-                    "<!doctype html>",
-                    f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>',
-                    "body{font-family:sans-serif;margin:2em} td,th{padding:.2em "
-                    ".8em;text-align:right;border-bottom:1px solid #ccc}",
-                    "td:first-child,th:first-child{text-align:left}",
-                    f"</style></head><body><h1>{title}</h1><table>",
-                    line("th", COLUMNS),
-                    *(line("td", row) for row in self.cells()),
-                    f"</table><p>{html.escape(self.caption())}</p></body></html>",
-                    "",
-                ]
-            ),
-        )
+    def _table(self) -> str:
+        return table(self.cells(), COLUMNS)
 
     def plot(self, path: str | Path) -> None:
         """Speed-up over sparsity, a line a scheme with its intervals; the format follows from the path's ending. Raises
         UsageError."""
+        figure = self._figure()
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as problem:
+            raise UsageError(f"cannot write the plot to {path}: {problem}") from problem
+
+    def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -223,10 +235,7 @@ class SpeedTable:
             title=str(self.facts["model"]),
         )
         axes.legend()
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as problem:
-            raise UsageError(f"cannot write the plot to {path}: {problem}") from problem
+        return figure
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -34,6 +34,17 @@ class Tells:
     _changes: Changes
     _from_file: bool
 
+    def __repr__(self) -> str:
+        graph, masks = self._compiled.graph, self._mutating.sparse
+        facts, shape = self._compiled.facts, "x".join(map(str, graph.input_shape))
+        live = sum(self.live_weights().values())
+        weights = sum(layer.spec.weight_elems for layer in self.layers.values())
+        return (
+            f"<TrainStep {shape} to {self.classes}: {len(list(masks))} of {len(self.layers)} layers sparse, {live} of "
+            f"{weights} weights live, {self.memory()['total'] / 2**20:.1f} MiB, {self.loss.name}, "
+            f"{self.optimizer.name}, target {facts.target.name}>"
+        )
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(N, C, H, W), (N, C, L) or (N, features)."""

@@ -308,9 +308,9 @@ class Trainer:
             report = self.step.prune(to=phase.prune_to, **common)
         else:
             report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, **common, **gradients)
-        self._survival.mutated()
         return {
             **said,
+            "moved": self._survival.mutated(),
             "layers": dict(Counter(report.layers.values())),
             "seconds": report.seconds,
             "reindex_seconds": report.reindex_seconds,

@@ -6,28 +6,24 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically
+from mest_compile.base.pages import page, table
 from mest_compile.runtime import checkpoint
 from mest_compile.training.metrics import METRICS, main_metric
 from mest_compile.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Epochs = list[dict[str, Any]]
 LEGEND_LINES = 8  # layers named in a plot's legend; more would hide the lines
-
-STYLE = (
-    "body{font-family:sans-serif;margin:2em auto;max-width:60em} td{padding:.2em "
-    ".8em;text-align:right;border-bottom:1px solid #ccc}"
-    "td:first-child{text-align:left} img{max-width:100%}"
-)
 
 
 def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
@@ -244,6 +240,20 @@ def _has(name: str, epochs: Epochs) -> bool:
     return bool(epochs[0].get(name, name != "freeze"))
 
 
+def draw_all(epochs: Epochs) -> Figure:
+    """A matplotlib figure with every plot that there is something to draw for."""
+    from matplotlib.figure import Figure
+
+    there = [(title, draw) for name, (title, draw) in PLOTS.items() if _has(name, epochs)]
+    rows = -(-len(there) // 2)
+    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
+    for place, (title, draw) in enumerate(there):
+        axes = figure.add_subplot(rows, 2, place + 1)
+        draw(axes, epochs)
+        axes.set(xlabel="epoch", title=title)
+    return figure
+
+
 def _png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -294,18 +304,7 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         data = base64.b64encode(picture).decode()
         title = metric.label.capitalize() if name == "accuracy" else PLOTS[name][0]
         parts.append(f'<h2>{html.escape(title)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
-    title = html.escape(f"Run {Path(facts['folder']).resolve().name}")
-    return "\n".join(
-        [
-            "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-            f"<style>{STYLE}</style>",
-            "</head><body>",
-            *parts,
-            "</body></html>",
-            "",
-        ]
-    )
+    return page(f"Run {Path(facts['folder']).resolve().name}", parts)
 
 
 def _frozen_rows(frozen: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -316,9 +315,3 @@ def _frozen_rows(frozen: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("frozen in the end", f"{frozen['parts']} parts, {frozen['weights']:.1%} of the parameters"),
         ("spared by freezing", f"{saved}; exchanging them took {frozen['seconds']:.2f} s"),
     ]
-
-
-def table(rows: Sequence[tuple[object, ...]]) -> str:
-    """As HTML, whatever the cells hold."""
-    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mest_compile.base.errors import UsageError
 from mest_compile.training.metrics import Metric, main_metric
 from mest_compile.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 class Progress(Protocol):
@@ -30,7 +36,7 @@ class Silent:
         pass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Run:
     """What training gave.
 
@@ -44,6 +50,37 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        metric, last = self.metric, self.history[-1] if self.history else {}
+        scores = [
+            f"{part} {metric.label} {metric.shown(last[key])}"
+            for part in ("train", "val", "test")
+            if last.get(key := f"{part}_{metric.name}") is not None
+        ]
+        done = f"{len(self.history)} of {self.recipe.epochs} epochs"
+        where = [] if self.folder is None else [str(self.folder)]
+        return f"<Run {', '.join([self.recipe.method, done, *scores, *where])}>"
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row an epoch: its numbers; those of layers and kinds of memory under names with a dot, "sparsity.conv1"."""
+        import pandas
+
+        return pandas.json_normalize(self.history)
+
+    def _repr_html_(self) -> str:
+        frame, metric = self.to_pandas(), self.metric.name
+        names = ["epoch", "loss", *(f"{part}_{metric}" for part in ("train", "val", "test")), "overall_sparsity"]
+        shown = [name for name in [*names, "images_per_second"] if name in frame]
+        return f"<p>{html.escape(repr(self))}</p>{frame[shown].to_html(index=False)}"
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of what the report draws: loss, accuracy, sparsity, survival, times."""
+        from mest_compile.training.reporting import draw_all
+
+        if not self.history:
+            raise UsageError("there is no whole epoch to draw yet")
+        return draw_all(self.history)
 
     def gone(self, patience: int | None) -> bool:
         """Whether the last so many evaluations have brought no better model than the best."""

@@ -20,6 +20,7 @@ class Survival:
         self._step = step
         self._survivors = {name: mask.ravel() for name, mask in step.masks().items()}
         self.first_live = {name: int(mask.sum()) for name, mask in self._survivors.items()}
+        self._last = self._survivors
 
     def restore(self, arrays: Mapping[str, np.ndarray], first_live: Mapping[str, int]) -> None:
         """What `arrays` and `first_live` were of the run that goes on."""
@@ -32,9 +33,14 @@ class Survival:
     def arrays(self) -> dict[str, np.ndarray]:
         return {f"survivors.{name}": np.packbits(mask) for name, mask in self._survivors.items()}
 
-    def mutated(self) -> None:
-        for name, mask in self._step.masks().items():
-            self._survivors[name] = self._survivors[name] & mask.ravel()
+    def mutated(self) -> float:
+        """After every mutation. Returns the share of the live weights that did not live before it."""
+        masks = {name: mask.ravel() for name, mask in self._step.masks().items()}
+        new = sum(int((mask & ~self._last[name]).sum()) for name, mask in masks.items())
+        live = sum(int(mask.sum()) for mask in masks.values())
+        self._survivors = {name: self._survivors[name] & mask for name, mask in masks.items()}
+        self._last = masks
+        return new / live if live else 0.0
 
     def describe(self) -> dict[str, Any]:
         """Of every sparse layer the share of its first weights that have lived ever since, and its sparsity; that of

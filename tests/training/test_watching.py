@@ -1,0 +1,124 @@
+"""What a run shows while it trains and afterwards: a table of epochs, compiling, reprs, frames and plots."""
+
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_training import RECIPE, TEST, TRAIN, SoftmaxStep
+
+import mest_compile as mest
+from mest_compile.base.errors import UsageError
+from mest_compile.cli.progress import CompileProgress, TrainingProgress, notes_of
+from mest_compile.kernels.cache import Builder
+from mest_compile.training.loop import Trainer
+from mest_compile.training.metrics import METRICS
+from mest_compile.training.recipe import Recipe
+from mest_compile.training.run import Run
+from mest_compile.training.sieve import SieveRule
+
+
+def shown(recipe, *data):
+    said, step = StringIO(), SoftmaxStep()
+    with TrainingProgress(Console(file=said, width=200), step.batch, METRICS["accuracy"]) as progress:
+        run = Trainer(step, recipe, progress=progress).fit(*data)
+    return run, said.getvalue().splitlines()
+
+
+def test_epochs_are_a_table_of_aligned_columns_that_fits_a_narrow_terminal():
+    recipe = replace(RECIPE, epochs=6, sieve=SieveRule(0.1, after_epoch=2))
+    run, lines = shown(recipe, TRAIN, TEST, TEST)
+    assert lines[0].split() == ["epoch", "loss", "train", "val", "test", "images/s", "sparsity"]
+    assert len(lines) == 7 and max(map(len, lines)) <= 100
+    ends = [len(lines[0][: lines[0].index(name) + len(name)]) for name in lines[0].split()]
+    for line, epoch in zip(lines[1:], run.history):
+        assert all(line[end - 1] != " " and (len(line) == end or line[end] == " ") for end in ends), line
+        assert f"{epoch['test_accuracy']:.2%}" in line
+    assert "moved" not in lines[1] and "moved 50" in lines[2] and "moved" not in lines[6]
+    assert sum("sieved 20" in line for line in lines) == 1
+
+
+def test_what_did_not_change_is_not_told():
+    nothing = {"mutation": None, "sieve": None}
+    assert notes_of(nothing) == []
+    frozen = {"now": ["a", "b", "c"], "seconds": 1.0}
+    told = {"mutation": {"moved": 0.021}, "sieve": {"dropped": 9, "returned": 2}, "freeze": frozen}
+    assert notes_of(told) == ["moved 2.1%", "froze a and 2 more", "sieved 9, 2 back"]
+    assert notes_of(nothing | {"mutation": {"moved": 0.0}}) == []
+
+
+def test_compiling_tells_kernels_and_a_stop_says_what_stays():
+    told, said = [], StringIO()
+    builder = Builder(progress=lambda *count: told.append(count))
+    builder._side_by_side(lambda source: source, [])
+    builder._ready = {1: None, 2: None}
+    builder._side_by_side(lambda source: source.key, [type("Source", (), {"key": key}) for key in (1, 2)])
+    assert told == [(1, 2), (2, 2)]
+
+    def stopped():
+        with CompileProgress(Console(file=said, width=200), "compiling a net") as shows:
+            shows.told(31, 58)
+            assert "compiling a net: 31 of 58 kernels, " in str(shows._status.status)
+            assert "s left" in str(shows._status.status)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert "stopped while compiling; what was compiled is kept" in said.getvalue()
+
+
+def test_a_run_is_short_as_text_a_frame_and_a_picture():
+    run = Trainer(SoftmaxStep(), RECIPE).fit(TRAIN, TEST)
+    assert repr(run).startswith("<Run em_s, 6 of 6 epochs, train accuracy ") and len(repr(run)) < 120
+    frame = run.to_pandas()
+    assert list(frame["epoch"]) == [1, 2, 3, 4, 5, 6] and list(frame["loss"]) == [one["loss"] for one in run.history]
+    assert "sparsity.weight" in frame and "memory_bytes.total" in frame
+    assert "<td>6</td>" in run._repr_html_() and "&lt;Run em_s" in run._repr_html_()
+    titles = [axes.get_title() for axes in run.plot().axes]
+    assert titles[:2] == ["Loss", "Accuracy"] and len(titles) == 5
+    with pytest.raises(UsageError, match="no whole epoch to draw"):
+        Run(Recipe(2)).plot()
+    assert repr(Run(Recipe(2))) == "<Run em, 0 of 2 epochs>"
+
+
+def test_a_step_says_what_it_is(builder):
+    step = mest.compile("mlp", (4, 20), scheme="unstructured", sparsity=0.5, builder=builder, threads=1)
+    said = repr(step)
+    assert said.startswith("<TrainStep 4x20 to 10: 2 of 3 layers sparse, ") and "cross_entropy, sgd, target" in said
+    assert f"{sum(step.live_weights().values())} of " in said and len(said) < 200
+
+
+def test_a_table_that_sorts_needs_nothing_else(tmp_path):
+    from mest_compile.measuring.table import Row, SpeedTable
+
+    facts = {
+        "model": "a<b", "width": None, "input_shape": [4, 20], "threads": 1, "baseline": "torch", "repeats": 7,
+        "machine": {"cpu": "one"}, "load": 2.0, "versions": {"torch": "2.9"}, "measured_at": "today",
+    }  # fmt: skip
+    rows = tuple(Row("block", sparsity, 0.01, 0.02, 2.0, 1.9, 2.1, 0.95, 100) for sparsity in (0.8, 0.9))
+    made = SpeedTable(rows, facts)
+    made.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('<th data-sorts="">') == 8 and text.count("<script>") == 1 and "<svg" in text
+    assert "a&lt;b" in text and "today; torch 2.9" in text and "The machine was busy, its load 2.0" in text
+    assert "prefers-color-scheme:dark" in text and "http" not in text.partition("<svg")[0]
+    assert repr(made) == made.to_markdown() and "<table>" in made._repr_html_()
+    assert "busy" not in SpeedTable(rows, facts | {"load": 0.1}).caption()
+
+
+def test_what_moved_is_the_share_of_live_weights_that_are_new():
+    from mest_compile.training.survival import Survival
+
+    masks = {"a": np.array([1, 1, 0, 0, 0], bool), "b": np.array([1, 1], bool)}
+    step = type("Step", (), {"masks": lambda self: dict(masks), "sparsity": lambda self: {"a": 0.6, "b": 0.0}})()
+    survival = Survival(step)
+    masks["a"] = np.array([1, 0, 1, 0, 0], bool)
+    assert survival.mutated() == 1 / 4 and survival.mutated() == 0
+    masks["a"] = np.array([0, 1, 1, 0, 0], bool)
+    assert survival.mutated() == 1 / 4
+    assert survival.describe() == {
+        "survival": {"a": 0.0, "b": 1.0},
+        "sparsity": {"a": 0.6, "b": 0.0},
+        "overall_sparsity": pytest.approx(3 / 7),
+    }
