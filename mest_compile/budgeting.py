@@ -184,7 +184,7 @@ def sampled(data: Any, input_shape: Sequence[int], options: StepOptions, teacher
             "an update_budget chooses by labels, and mest.Distill wants a teacher's answers beside them; choose with "
             "another loss, and compile with trainable"
         )
-    input_shape = checks.shape("input_shape", input_shape)
+    input_shape, _ = checks.shapes("input_shape", input_shape)
     drawn = sample(as_dataset(data, name="data", **options.loss.labels), input_shape, BATCHES, options.seed)
     return drawn if teacher is None else [(images, (labels, teacher(images))) for images, labels in drawn]
 

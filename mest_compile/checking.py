@@ -118,10 +118,10 @@ def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
     except TypeError as problem:
         raise UsageError(f"{problem}; check takes the options of mest.compile that decide about layers") from problem
     exclusive.this_process()
-    shape, refusals = checks.shape("input_shape", input_shape), Refusals()
+    shape, refusals = checks.shapes("input_shape", input_shape)[0], Refusals()
     try:
         with exclusive.COMPILER:
-            graph, state = read_any(model, shape, refusals)
+            graph, state = read_any(model, input_shape, refusals)
     except UnsupportedOperator as error:
         return Check(shape, str(said.target), (), error.refused, str(error), 0.0, {})
     if refusals.found:

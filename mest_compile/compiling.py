@@ -79,7 +79,8 @@ def compile(
 
     model          torch.nn.Module (left unchanged), or a name: built-in, timm:NAME, torchvision:NAME, file.py:FACTORY,
                    path of an .onnx file, or of a run folder, checkpoint or artifact, whose weights it then begins with
-    input_shape    (N, C, H, W), (N, C, L) or (N, features); N is the batch of every step
+    input_shape    (N, C, H, W), (N, C, L) or (N, features); N is the batch of every step. Of a torch module of several
+                   inputs one such shape for each, ((4, 3, 32, 32), (4, 10)): a step then takes a tuple of them
     scheme         name, "name:arguments" or a scheme object; or {layer name or shell pattern: one of these}. A layer's
                    own name beats patterns, and of these the first that matches counts; "dense" leaves layers dense
     sparsity       share of zero weights in the sparse layers together, 0 <= s < 1; None: 0.9, or the only one that the
@@ -200,9 +201,9 @@ def planned_step(
     from mest_compile.runtime.trained import read_any
 
     exclusive.this_process()
-    input_shape = checks.shape("input_shape", input_shape)
+    shape, _ = checks.shapes("input_shape", input_shape)
     check_objects(builder, device, records)
-    checks.memory(FLOAT_BYTES * prod(input_shape), "a batch of this input_shape")
+    checks.memory(FLOAT_BYTES * prod(shape), "a batch of this input_shape")
     with exclusive.COMPILER:
         graph, state = read_any(model, input_shape)
 

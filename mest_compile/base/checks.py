@@ -72,6 +72,20 @@ def shape(name: str, value: Any, error: type[MestError] = UsageError) -> tuple[i
     return tuple(map(int, sizes))
 
 
+def shapes(
+    name: str, value: Any, error: type[MestError] = UsageError
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(shape of the input, as `shape` has it; those of several inputs, none where there is one). Several go in as
+    features, one behind another: of ((4, 3, 32, 32), (4, 10)) the first is (4, 3082). Raises `error`."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
+    if not listed or not all(isinstance(one, Sequence) and not isinstance(one, str | bytes) for one in value):
+        return shape(name, value, error), ()
+    several = tuple(shape(f"{name}[{place}]", one, error) for place, one in enumerate(value))
+    if len({batch for batch, *_ in several}) > 1:
+        raise error(f"{name} is {shown(value)}; wanted the same batch for all inputs")
+    return (several[0][0], sum(math.prod(one[1:]) for one in several)), several
+
+
 def names(name: str, value: Any, also: str = "", error: type[MestError] = UsageError) -> list[str]:
     """`value` as a list of strings. Raises `error`: a single string is no list of its letters."""
     listed = isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)

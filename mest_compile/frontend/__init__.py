@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mest_compile.base import checks
 from mest_compile.base.errors import SpecError
 from mest_compile.base.foreign import is_module
 from mest_compile.frontend.refusals import Refusals, check_finite
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def import_model(
-    model: torch.nn.Module | str | Path, input_shape: tuple[int, ...], refusals: Refusals | None = None
+    model: torch.nn.Module | str | Path, input_shape: Sequence[Any], refusals: Refusals | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
     model        torch.nn.Module, a path that ends in .onnx, or a model's name: see models.sources
-    input_shape  (N, C, H, W), (N, C, L) or (N, features)
+    input_shape  (N, C, H, W), (N, C, L) or (N, features); of a torch module of several inputs one for each
     refusals     where goes what cannot be trained, in whose places the graph then has nodes that nothing compiles, as
                  far as there is a graph without it; None: it is raised
     Raises UnknownName, UnsupportedOperator, SpecError, DataError.
@@ -32,13 +34,13 @@ def import_model(
     if isinstance(model, str):
         from mest_compile.models.sources import find_model
 
-        model = find_model(model, _checked(input_shape))
+        model = find_model(model, _checked(input_shape)[0])
         assert not isinstance(model, str)
     return from_torch(model, input_shape, refusals)
 
 
 def from_torch(
-    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals | None = None
+    module: torch.nn.Module, input_shape: Sequence[Any], refusals: Refusals | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `import_model`, from a torch module, which is left as it was."""
     import torch
@@ -52,16 +54,16 @@ def from_torch(
             "a torch.nn.Module, a path to an .onnx file or the name of a built-in model is wanted, "
             f"got {type(module).__name__}"
         )
-    input_shape = _checked(input_shape)
+    shape, several = _checked(input_shape)
     if refusals is not None:
-        return read_module(module, input_shape, refusals)
-    key = key_of(module, input_shape)
+        return read_module(module, shape, several, refusals)
+    key = key_of(module, several or shape)
     if key and (graph := recall(key)):
         state = read_state(module)
         check_finite(graph, state)
         return graph, state
     noted = Refusals()
-    graph, state = read_module(module, input_shape, noted)
+    graph, state = read_module(module, shape, several, noted)
     noted.check()
     if key:
         remember(key, graph)
@@ -88,25 +90,29 @@ def attached_to(model: Any) -> list[str]:
 
 
 def from_onnx(
-    path: str | Path, input_shape: tuple[int, ...], refusals: Refusals | None = None
+    path: str | Path, input_shape: Sequence[Any], refusals: Refusals | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `import_model`, from an .onnx file. Initializer names are the torch names that torch.onnx.export kept."""
     from mest_compile.frontend.onnx_import import read_onnx
 
-    noted = Refusals() if refusals is None else refusals
-    found = read_onnx(path, _checked(input_shape), noted)
+    noted, (shape, several) = Refusals() if refusals is None else refusals, _checked(input_shape)
+    if several:
+        raise SpecError(f"an .onnx file of one input is wanted, input_shape has {len(several)}: give the torch module")
+    found = read_onnx(path, shape, noted)
     if refusals is None:
         noted.check()
     return found
 
 
-def _checked(input_shape: Any) -> tuple[int, ...]:
+def _checked(input_shape: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """As `checks.shapes` has it, of lists and sizes of any kind."""
+
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if hasattr(value, "__iter__") and not isinstance(value, str) else int(value)
+
     try:
-        shape = tuple(int(size) for size in input_shape)
-    except (TypeError, ValueError):
-        shape = ()
-    if len(shape) not in (2, 3, 4) or min(shape) < 1:
+        return checks.shapes("input_shape", plain(input_shape), SpecError)
+    except (TypeError, ValueError) as error:
         raise SpecError(
             f"input_shape is (N, C, H, W), (N, C, L) or (N, features), every size 1 or more; got {input_shape!r}"
-        )
-    return shape
+        ) from error

@@ -17,7 +17,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.frontend.arranging import Arranger
 from mest_compile.frontend.naming import PREPARE, REFUSED, Draft, check_parameters, name_nodes, needed, split_prepared
 from mest_compile.frontend.refusals import SUPPORTED, Origin, Refusals, unsupported
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Refused, Scores, Seen, Spread, Value, View
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Refused, Scores, Seen, Spread, Value, View, Whole
 from mest_compile.ir.arrangement import Arrangement, as_image
 from mest_compile.ir.expressions import Expression
 from mest_compile.ir.graph import CUT, ForwardGraph, Preparation
@@ -144,6 +144,8 @@ class Reader(Arranger):
             result = result[0]
         if isinstance(result, tuple):
             raise SpecError(f"a model that returns the logits alone is wanted, this one returns {len(result)} values")
+        if isinstance(result, Seen) and len(result.shape) == 1:  # a number for each example
+            result = self.reshaped(result, (*result.shape, 1))
         shape = result.shape if isinstance(result, Seen) else ()
         if shape and (len(shape) not in (2, 4) or shape[0] != input_shape[0]):
             raise SpecError(
@@ -251,7 +253,12 @@ class Reader(Arranger):
         if isinstance(value, Refused | Formula):
             raise value.error
         if not isinstance(value, Value):
-            kinds = {Parameter: "a parameter", Fixed: "a constant", Scores: "products of queries and keys"}
+            kinds = {
+                Parameter: "a parameter",
+                Fixed: "a constant",
+                Scores: "products of queries and keys",
+                Whole: "whole numbers",
+            }
             kind = kinds.get(type(value), "a tuple")
             raise self.error(f"{kind} used as an activation")
         return value
@@ -324,7 +331,7 @@ def _sources(values: Iterable[Any]) -> list[Value]:
     found: list[Value] = []
     for given in values:
         for value in (given.q, given.k) if isinstance(given, Scores) else (given,):
-            value = value.value if isinstance(value, Spread) else value
+            value = value.value if isinstance(value, Spread | Whole) else value
             value = value.bare if isinstance(value, View) else value
             found += [value] if isinstance(value, Value) else value.forms if isinstance(value, Formula) else []
     return found

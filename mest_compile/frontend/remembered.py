@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -33,7 +33,7 @@ class _Unknown(Exception):
     """Something that another module of the same class may have otherwise."""
 
 
-def key_of(module: torch.nn.Module, input_shape: tuple[int, ...]) -> str | None:
+def key_of(module: torch.nn.Module, input_shape: Sequence[Any]) -> str | None:
     """The same for modules that are read as the same graph; None where that cannot be told.
 
     Values of parameters are no part of it where they are those of torch's own layers, nor are BatchNorms' statistics.

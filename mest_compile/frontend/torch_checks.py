@@ -53,10 +53,6 @@ def check_module(module: torch.nn.Module, refusals: Refusals) -> None:
             "module that it was "
             "exported from"
         )
-    if len(wanted := _inputs(module)) > 1:
-        raise SpecError(
-            f"a model with one input is wanted, this one's forward takes {len(wanted)}: {', '.join(wanted)}"
-        )
     owners: dict[int, str] = {}
     for name, tensor in [
         *module.named_parameters(remove_duplicate=False),
@@ -101,17 +97,22 @@ def check_module(module: torch.nn.Module, refusals: Refusals) -> None:
             )
 
 
-def _inputs(module: torch.nn.Module) -> list[str]:
-    """Arguments that forward cannot do without."""
+def check_inputs(module: torch.nn.Module) -> None:
+    """Raises SpecError where forward cannot do without a second input."""
     import torch
 
-    if isinstance(module, torch.jit.ScriptModule):
-        return []
-    return [
+    if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        return
+    wanted = [
         one.name
         for one in inspect.signature(module.forward).parameters.values()
         if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
     ]
+    if len(wanted) > 1:
+        raise SpecError(
+            f"input_shape is of one input, and the model's forward takes {len(wanted)}: {', '.join(wanted)}; give a "
+            "shape for each: ((N, C, H, W), (N, features))"
+        )
 
 
 def _hook_error(kind: str, where: str, hook: Any) -> UnsupportedOperator:

@@ -179,7 +179,22 @@ def converters(importer: Any, constants: Mapping[str, torch.Tensor]) -> dict[str
     return found | {"scaled_dot_product_attention.default": partial(_attention, importer=importer, constants=constants)}
 
 
+def _embedding(node: Any, importer: Any) -> Any:
+    given = dict(zip(("weight", "numbers", "padding", "by_frequency"), node.args, strict=False))
+    if given.get("by_frequency"):
+        raise NotImplementedError("scale_grad_by_freq=True")
+    shape = [int(size) for size in node.meta["val"].shape]
+    values = [
+        importer.env[given["weight"]],
+        importer.env[given["numbers"]],
+        relax.const(float(given.get("padding", -1))),
+    ]
+    kind = relax.TensorType(shape, "float32")
+    return importer.block_builder.emit(relax.op.call_pure_packed("mest.embedding", *values, ty_args=kind))
+
+
 CONVERTERS: dict[str, Callable[..., Any]] = {
+    "embedding.default": _embedding,
     **{f"{kind}.input": recurrent(kind) for kind in RECURRENT},
     "upsample_nearest2d.vec": _upsample("nearest_neighbor", "asymmetric", "floor"),
     "_upsample_nearest_exact2d.vec": _upsample("nearest_neighbor", "half_pixel", "round_prefer_ceil"),

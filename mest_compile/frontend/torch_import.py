@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mest_compile.frontend.relax_graph import read_main
 from mest_compile.frontend.torch_checks import (
     check_before_decomposition,
     check_float32,
+    check_inputs,
     check_module,
     check_unchanged,
     freeze,
@@ -23,6 +25,7 @@ from mest_compile.frontend.torch_checks import (
     unwrapped,
 )
 from mest_compile.frontend.torch_cuts import CUT, DROP, marked
+from mest_compile.frontend.torch_inputs import taking
 from mest_compile.frontend.torch_trace import check_training
 from mest_compile.ir.graph import ForwardGraph
 
@@ -34,7 +37,7 @@ _CONVERTER_ERRORS = (ValueError, TypeError, AssertionError, LookupError, Attribu
 
 
 def read_module(
-    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals
+    module: torch.nn.Module, input_shape: tuple[int, ...], several: tuple[tuple[int, ...], ...], refusals: Refusals
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The module's forward pass and a copy of its state by torch name, with masks that are attached to it multiplied in
     (`torch_masks`). The module is left as it was.
@@ -43,14 +46,18 @@ def read_module(
     model's parts are not all in one, and forward by where it cuts the gradient.
 
     input_shape  (N, C, H, W), (N, C, L) or (N, features)
+    several      shapes of several inputs, which are features (N, F) then; none where there is one
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
     refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises UnsupportedOperator, SpecError.
     """
     from mest_compile.frontend.torch_masks import plainly
 
-    with plainly(unwrapped(module)):
-        return _read(module, input_shape, refusals)
+    if not several:
+        check_inputs(unwrapped(module))
+    with plainly(unwrapped(module)), taking(unwrapped(module), several or (input_shape,), bool(several)):
+        graph, state = _read(module, input_shape, refusals)
+    return replace(graph, inputs=tuple(shape[1:] for shape in several)), state
 
 
 def _read(

@@ -122,6 +122,13 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """An activation rounded towards 0, on its way to an embedding."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
 class Scores:
     """Products of queries and keys on their way to an attention.
 

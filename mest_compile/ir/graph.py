@@ -142,6 +142,8 @@ class ForwardGraph:
 
     state_shapes  every parameter and buffer of the model by torch name, in torch's order and shape
     prepared      what becomes of the input before the nodes see it, one after another
+    inputs        of a model of several: the shape of each, without the batch; `input_shape` is then of features, in
+                  which they lie one behind another
     frozen        what nodes take as a parameter and no step changes -> why: FLAG, CHOSEN, BUFFER, CUT or FROZE
     """
 
@@ -150,6 +152,7 @@ class ForwardGraph:
     state_shapes: Mapping[str, tuple[int, ...]]
     prepared: tuple[Preparation, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -168,6 +171,7 @@ class ForwardGraph:
             ],
             **({"prepared": [plain(asdict(one)) for one in self.prepared]} if self.prepared else {}),
             **({"frozen": dict(self.frozen)} if self.frozen else {}),
+            **({"inputs": plain(self.inputs)} if self.inputs else {}),
         }
 
     @classmethod
@@ -192,6 +196,7 @@ class ForwardGraph:
                 for one in document.get("prepared", ())
             ),
             document.get("frozen", {}),
+            tuples(document.get("inputs", [])),
         )
 
     def with_batch(self, batch: int) -> ForwardGraph:

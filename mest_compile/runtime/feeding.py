@@ -36,6 +36,8 @@ class Feeding:
     activations  what the step stores images as
     prepare      what the model does to images first
     constants    name -> what of the model's own stays as it is
+    inputs       of a model of several: the shape of each, without the batch; they lie one behind another in images
+    named        of features of the input: (first, end, rows, table) of those that name rows of a table
     results      of what programs tell of each example, name -> (elements an example, dtype)
     """
 
@@ -49,7 +51,10 @@ class Feeding:
         prepare: Callable[[np.ndarray], np.ndarray],
         constants: Mapping[str, np.ndarray],
         results: Mapping[str, tuple[int, str]],
+        inputs: Sequence[tuple[int, ...]] = (),
+        named: Sequence[tuple[int, int, int, str]] = (),
     ):
+        self._inputs, self._named = inputs, named
         self._runner, self._prepare, self._results = runner, prepare, results
         self._input_shape, self._output_shape = input_shape, output_shape
         self._loss, self._activations = loss, activations
@@ -103,7 +108,7 @@ class Feeding:
 
     def check_images(self, images: Any) -> np.ndarray:
         """(n, ...) float32 of any number of images, prepared. Raises InputError."""
-        images, wanted = arguments.array(images, np.float32, "images"), self._input_shape[1:]
+        images, wanted = self._packed(images), self._input_shape[1:]
         if images.shape[1:] != wanted or len(images) == 0:
             raise InputError(
                 f"images have shape {images.shape}; wanted (n, {', '.join(map(str, wanted))}), n 1 or more"
@@ -111,7 +116,7 @@ class Feeding:
         return self._prepared(images)
 
     def _parts(self, images: Any, labels: Any) -> list[Part]:
-        images = arguments.array(images, np.float32, "images")
+        images = self._packed(images)
         reads = self._loss.reads
         if len(reads) > 1 and not (isinstance(labels, tuple | list) and len(labels) == len(reads)):
             raise InputError(
@@ -136,7 +141,28 @@ class Feeding:
                 self._runner.put(name, np.zeros(examples * elems, dtype))
             self._examples = examples
 
+    def _packed(self, images: Any) -> np.ndarray:
+        """Images, or several inputs one behind another. Raises InputError."""
+        if not self._inputs or not isinstance(images, tuple | list):
+            return arguments.array(images, np.float32, "images")
+        if len(images) != len(self._inputs):
+            raise InputError(f"{len(images)} inputs came; the model takes {len(self._inputs)}, as a tuple")
+        found = [arguments.array(one, np.float32, f"input {place}") for place, one in enumerate(images)]
+        for place, (one, shape) in enumerate(zip(found, self._inputs, strict=True)):
+            if one.shape[1:] != shape or len(one) != len(found[0]):
+                raise InputError(
+                    f"input {place} has shape {one.shape}; wanted ({len(found[0])}, {', '.join(map(str, shape))})"
+                )
+        return np.concatenate([one.reshape(len(one), -1) for one in found], 1)
+
     def _prepared(self, images: np.ndarray) -> np.ndarray:
+        for first, end, rows, table in self._named:
+            numbers = images[:, first:end]
+            if not (numbers.min() >= 0 and numbers.max() < rows):
+                raise InputError(
+                    f"numbers that name rows of {table} go from {numbers.min():g} to {numbers.max():g}; there are 0 to "
+                    f"{rows - 1}"
+                )
         images = self._prepare(images)
         arguments.within_range(images, self._activations)
         return images

@@ -17,6 +17,7 @@ from mest_compile.base.interrupts import uninterrupted
 from mest_compile.hardware.host import give_memory_back
 from mest_compile.ir.graph import FROZE
 from mest_compile.operators.dropout import draws
+from mest_compile.operators.embedding import whole_numbers
 from mest_compile.operators.operator import OPERATORS
 from mest_compile.operators.optimizers.groups import Setting, Settings
 from mest_compile.options import trainable_patterns
@@ -230,7 +231,8 @@ class Freezes:
         results = {name: self._state.held[name] for name in ("correct", "logits") if name in self._state.held}
         told: dict[str, tuple[int, str]]
         told = {name: ((buffer.elems or 0) // graph.input_shape[0], buffer.dtype) for name, buffer in results.items()}
-        self._feeding = Feeding(runner, *shapes, facts.loss, facts.activations, prepare, constants, told)
+        inputs = graph.inputs, whole_numbers(graph)
+        self._feeding = Feeding(runner, *shapes, facts.loss, facts.activations, prepare, constants, told, *inputs)
         self._passes = Passes(self._compiled, runner, self._feeding, partial(draws, graph, facts.seed))
 
 

@@ -78,7 +78,8 @@ class TrainStep(Masked, Tells, Freezes):
     ) -> StepResult:
         """Forward, backward and update on one batch.
 
-        images (n, C, H, W), (n, C, L) or (n, features) float32, n from 1 to the batch that the step was compiled for;
+        images (n, C, H, W), (n, C, L) or (n, features) float32, n from 1 to the batch that the step was compiled for,
+        or a tuple of several inputs;
         labels as the loss takes them: (n,) int in [0, classes), (n, outputs) numbers for mest.MSE, a pair for
         mest.Distill; numpy or torch. The loss, and statistics of BatchNorms, are those of the n examples. The first
         batch of a smaller size compiles a training program for it, the last four of which are kept; a step of an

@@ -47,7 +47,7 @@ class Tells:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(N, C, H, W), (N, C, L) or (N, features)."""
+        """(N, C, H, W), (N, C, L) or (N, features): of several inputs all of them, one behind another."""
         return tuple(self._compiled.graph.input_shape)
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from mest_compile.base import checks
 from mest_compile.base.errors import DeviceError, SpecError
 from mest_compile.frontend import import_model
 from mest_compile.frontend.refusals import Refusals
@@ -22,7 +24,7 @@ from mest_compile.runtime.store import StoreRunner
 
 
 def read_any(
-    model: Any, input_shape: tuple[int, ...], refusals: Refusals | None = None
+    model: Any, input_shape: Sequence[Any], refusals: Refusals | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `frontend.import_model`, which it is but for models that are trained already: those have their graph, with
     what training froze able to train again, and weights that are zero where they are dead.
@@ -31,7 +33,7 @@ def read_any(
     """
     if not (isinstance(model, str | Path) and is_trained(model)):
         return import_model(model, input_shape, refusals)
-    step = read_step(model)
+    step, (input_shape, _) = read_step(model), checks.shapes("input_shape", input_shape)
     if tuple(input_shape[1:]) != step.input_shape[1:]:
         raise SpecError(
             f"the model of {model} takes {step.input_shape[1:]} an example, not {tuple(input_shape[1:])}; give an "

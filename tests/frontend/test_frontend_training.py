@@ -377,7 +377,7 @@ def with_value(value):
         (lambda: net().bfloat16(), "0.weight is bfloat16"),
         (lambda: with_value(float("nan")), "1 of 128 values of 0.weight are NaN or infinite"),
         (lambda: with_value(float("inf")), "1 of 128 values of 0.weight are NaN or infinite"),
-        (Two, "a model with one input is wanted, this one's forward takes 2: x, y"),
+        (Two, "input_shape is of one input, and the model's forward takes 2: x, y; give a shape for each"),
         (exported, "torch.nn.Module.*got ExportedProgram"),
         (lambda: exported().module(), "module of an ExportedProgram"),
     ],

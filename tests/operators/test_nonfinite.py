@@ -27,6 +27,7 @@ from mest_compile.operators import (
     batch_norm,
     combine,
     dropout,
+    embedding,
     frozen_norm,
     norm,
     pool,
@@ -275,6 +276,28 @@ def series(kernel, rng, dtype) -> Iterator:
         problem = recurrent.RecurrentParameters("gru", 4, 5, x.lanes, x.vector, True)
         found = recurrent.parameters_reference(problem, kept, dues)
         yield problem, [lanes(kept), lanes(dues), weight, bias], dict(zip((2, 3), (found[0].ravel(), found[1])))
+
+
+@case("embedding.forward", "embedding.backward")
+def tables(kernel, rng, dtype) -> Iterator:
+    """NaN in one row, and in what one example gives back."""
+    x, y, weight = make(6, 1, 1, 7, dtype=dtype), make(9, 1, 6, 7, (0, 2, 0, 1), dtype), rng.standard_normal((5, 9))
+    numbers = rng.integers(0, 5, (6, 1, 1, 7)).astype(np.float32)
+    weight, dy = weight.astype(np.float32), rng.standard_normal((9, 1, 6, 7)).astype(dtype).astype(np.float32)
+    weight[2, 4] = dy[3, 0, 1, 2] = np.nan
+    given = pack(x, numbers, 0)
+    if kernel == "embedding.forward":
+        yield (
+            embedding.Embedding(x, y, 5),
+            [given, weight, pack(y, dy)],
+            {2: (y, embedding.forward_reference(numbers, weight))},
+        )
+    else:
+        for padding in (-1, int(numbers[1, 0, 0, 2])):
+            problem = embedding.EmbeddingBackward(y, x, 5, padding)
+            wanted = embedding.backward_reference(problem, dy, numbers)
+            met = wanted if padding < 0 else np.where(np.isnan(wanted), 0, wanted)
+            yield problem, [pack(y, dy, 0), given, weight], {2: met}
 
 
 @case("attention.forward", "attention.backward")
