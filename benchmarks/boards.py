@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 CLASSES = 10
-BOARDS: dict[str, tuple[str, tuple[int, ...], Callable[[], nn.Module]]] = {}  # name -> (family, input_shape, maker)
+BOARDS: dict[str, tuple[str, tuple[Any, ...], Callable[[], nn.Module]]] = {}  # name -> (family, input_shape, maker)
 
 
-def board(family: str, *shape: int, name: str = "") -> Callable[[Any], Any]:
+def board(family: str, *shape: Any, name: str = "") -> Callable[[Any], Any]:
     """Decorator: a class without arguments, or a function, makes a net of the family for such inputs."""
 
     def register(make: Any) -> Any:
@@ -288,7 +288,7 @@ def text() -> nn.Module:
     )
 
 
-@board("several inputs", 4, 3, 32, 32, name="image and numbers")
+@board("several inputs", (4, 3, 32, 32), (4, 4), name="image and numbers")
 def two_inputs() -> nn.Module:
     return Net(
         lambda self, x, y: self.fc(torch.cat([self.body(x).mean((2, 3)), y], 1)),

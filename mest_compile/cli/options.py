@@ -33,7 +33,24 @@ Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Begin with weights that come with a package, and a new classifier."),
 ]
-Width = Annotated[int | None, typer.Option(help="Channels of the first stage, for models that have one.")]
+
+
+def width_of(text: str) -> float:
+    """An int of "8", a float of "0.25"."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as problem:
+        raise typer.BadParameter(f"{text!r} is no number") from problem
+
+
+Width = Annotated[
+    float | None,
+    typer.Option(
+        parser=width_of,
+        metavar="NUMBER",
+        help="Channels of the first stage, or, with a point as in 0.35, what a model's own are multiplied by.",
+    ),
+]
 Image = Annotated[
     str | None,
     typer.Option(

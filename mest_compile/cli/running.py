@@ -40,7 +40,7 @@ class Request:
     data: str
     recipe: Recipe
     options: StepOptions
-    width: int | None = None
+    width: float | None = None
     pretrained: bool = False
     weights: Path | None = None
     data_folder: Path | None = None

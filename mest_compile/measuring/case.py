@@ -37,7 +37,7 @@ class Case:
 
     model: str
     input_shape: tuple[int, ...] = (64, 3, 32, 32)
-    width: int | None = None
+    width: float | None = None
     classes: int = 10
     weights: str | None = None
     options: StepOptions = field(default_factory=usual)

@@ -39,7 +39,7 @@ def speed_table(
     baseline: str | None = None,
     threads: int = 1,
     repeats: int = 9,
-    width: int | None = None,
+    width: float | None = None,
     classes: int = 10,
     distribution: str = "uniform",
     seed: int = 0,

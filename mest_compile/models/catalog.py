@@ -12,7 +12,7 @@ from mest_compile.base.errors import SpecError, UnknownName
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.models.gated import _efficientnet_b0, _mobilenetv3_small
 from mest_compile.models.mlp import _autoencoder, _mlp
-from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite0, _mobilenetv1, _mobilenetv2
+from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite, _mobilenetv1, _mobilenetv2
 from mest_compile.models.resnet import _resnet
 from mest_compile.models.vgg import _vgg
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Model:
     """How a built-in model is made: `make(input_shape, classes, width)` gives the module with torch's own initial
-    values."""
+    values. rounds: it makes whole channels of any width."""
 
-    make: Callable[[tuple[int, ...], int, int], Any]
+    make: Callable[[tuple[int, ...], int, Any], Any]
     width: int
     summary: str
+    rounds: bool = False
 
 
 def model_names() -> list[str]:
@@ -35,22 +36,19 @@ def model_names() -> list[str]:
 
 
 def build_model(
-    name: str, input_shape: tuple[int, ...], classes: int = 10, width: int | None = None, seed: int = 0
+    name: str, input_shape: tuple[int, ...], classes: int = 10, width: float | None = None, seed: int = 0
 ) -> torch.nn.Module:
     """A built-in model with fresh weights. The same arguments give the same weights; torch's random state stays as it
     was.
 
     input_shape  (N, C, H, W), nets of linear layers also (N, features); N is not used
-    width        channels of the first stage, or hidden features; None: the model's own
+    width        channels of the first stage, or hidden features, an int; a float, such as 0.35, is what the model's own
+                 are multiplied by; None: the model's own
     Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory).
     """
     if not isinstance(name, str) or name not in MODELS:
         raise UnknownName(f"no model {checks.shown(name)}; there are: {', '.join(model_names())}")
-    width = (
-        MODELS[name].width
-        if width is None
-        else checks.whole("width", width, 1, ", or None for the model's own", SpecError)
-    )
+    width = _width(name, MODELS[name], width)
     classes, seed = checks.whole("classes", classes, 1, error=SpecError), checks.whole("seed", seed)
     input_shape = checks.shape("input_shape", input_shape, SpecError)
     of_features = name in OF_FEATURES
@@ -73,7 +71,20 @@ def build_model(
     return module
 
 
-def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes: int, width: int) -> None:
+def _width(name: str, model: Model, width: Any) -> float:
+    """Channels, a whole number unless the model rounds. Raises SpecError."""
+    if width is None:
+        return model.width
+    if not isinstance(width, float):
+        return checks.whole("width", width, 1, ", a share of the model's own such as 0.5, or None for these", SpecError)
+    found = model.width * checks.number("width", width, error=SpecError)
+    if found < 1 or not (model.rounds or found.is_integer()):
+        wanted = "1 or more" if model.rounds else "a whole number of 1 or more"
+        raise SpecError(f"width {width:g} of {name} is {found:g} channels, its own are {model.width}; wanted {wanted}")
+    return found if model.rounds else int(found)
+
+
+def _check_memory(name: str, model: Model, input_shape: tuple[int, ...], classes: int, width: float) -> None:
     """Raises BudgetError when this machine has no room for the weights, none of which are made for that."""
     import torch
 
@@ -93,12 +104,16 @@ OF_FEATURES = ("autoencoder", "mlp")  # they take (N, features) as well
 MODELS = {
     "autoencoder": Model(_autoencoder, 128, "MLPerf Tiny's anomaly detector; classes are what it gives back, 640"),
     "ds-cnn": Model(_ds_cnn, 64, "DS-CNN, MLPerf Tiny's keyword spotter, for 1x49x10 inputs"),
-    "efficientnet-b0": Model(_efficientnet_b0, 32, "EfficientNet-B0 with squeeze-and-excitation"),
-    "efficientnet-lite0": Model(_efficientnet_lite0, 32, "EfficientNet-lite0; width scales the blocks alone"),
+    "efficientnet-b0": Model(_efficientnet_b0, 32, "EfficientNet-B0 with squeeze-and-excitation", True),
+    "efficientnet-lite0": Model(_efficientnet_lite(), 32, "EfficientNet-lite0; width scales the blocks alone", True),
+    "efficientnet-lite1": Model(_efficientnet_lite(1.1), 32, "EfficientNet-lite1; width scales the blocks alone", True),
+    "efficientnet-lite2": Model(
+        _efficientnet_lite(1.2, 1.1), 32, "EfficientNet-lite2; width scales the blocks alone", True
+    ),
     "mlp": Model(_mlp, 1024, "three linear layers; width is the hidden size"),
-    "mobilenetv1": Model(_mobilenetv1, 32, "MobileNet; MLPerf Tiny's of a quarter of the channels is width 8"),
-    "mobilenetv2": Model(_mobilenetv2, 32, "MobileNetV2; all channels are multiples of 8"),
-    "mobilenetv3-small": Model(_mobilenetv3_small, 16, "MobileNetV3-small with squeeze-and-excitation"),
+    "mobilenetv1": Model(_mobilenetv1, 32, "MobileNet; MLPerf Tiny's of a quarter of the channels is width 0.25"),
+    "mobilenetv2": Model(_mobilenetv2, 32, "MobileNetV2; all channels are multiples of 8", True),
+    "mobilenetv3-small": Model(_mobilenetv3_small, 16, "MobileNetV3-small with squeeze-and-excitation", True),
     "resnet8": Model(_resnet((1, 1, 1)), 16, "ResNet-8, MLPerf Tiny's for small images"),
     "resnet20": Model(_resnet((3, 3, 3)), 16, "ResNet-20 for small images"),
     "resnet32": Model(_resnet((5, 5, 5)), 16, "ResNet-32 for small images; the method's paper uses width 32"),

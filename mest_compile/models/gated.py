@@ -57,7 +57,7 @@ def _block(
     return InvertedResidual()
 
 
-def _mobilenetv3_small(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:
+def _mobilenetv3_small(input_shape: tuple[int, ...], classes: int, width: float) -> torch.nn.Module:
     """Source: Howard et al., arXiv:1905.02244; torchvision's mobilenet_v3_small."""
     from torch import nn
 
@@ -102,7 +102,7 @@ def _mobilenetv3_small(input_shape: tuple[int, ...], classes: int, width: int) -
     return MobileNetV3()
 
 
-def _efficientnet_b0(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:
+def _efficientnet_b0(input_shape: tuple[int, ...], classes: int, width: float) -> torch.nn.Module:
     """Without the stochastic depth of torchvision's efficientnet_b0. Source: Tan and Le, arXiv:1905.11946."""
     from torch import nn
 

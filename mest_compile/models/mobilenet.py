@@ -1,7 +1,9 @@
-"""MobileNets of depthwise convolutions: version 1 and 2, EfficientNet-lite0, and MLPerf Tiny's DS-CNN."""
+"""MobileNets of depthwise convolutions: version 1 and 2, EfficientNet-lite, and MLPerf Tiny's DS-CNN."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import ceil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def _mobilenetv1(input_shape: tuple[int, ...], classes: int, width: int) -> torc
     return MobileNetV1()
 
 
-def _mobilenetv2(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:
+def _mobilenetv2(input_shape: tuple[int, ...], classes: int, width: float) -> torch.nn.Module:
     """torchvision's names; without its dropout. Source: Sandler et al., arXiv:1801.04381."""
     from torch import nn
 
@@ -106,62 +108,74 @@ def _mobilenetv2(input_shape: tuple[int, ...], classes: int, width: int) -> torc
     return MobileNetV2()
 
 
-def _efficientnet_lite0(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:
-    """timm's efficientnet_lite0: its names, its padding alike on all sides; without dropout. Stem and head are as wide
-    whatever the width. Source: Tan and Le, arXiv:1905.11946; the lite variant is tensorflow/tpu's."""
-    from torch import nn
+def _efficientnet_lite(
+    depth: float = 1.0, times: float = 1.0
+) -> Callable[[tuple[int, ...], int, float], torch.nn.Module]:
+    """timm's efficientnet_lite0 and deeper ones: their names, their padding alike on all sides; without dropout. Stem
+    and head are as wide whatever the width, and stages of one block stay so. Source: Tan and Le, arXiv:1905.11946; the
+    lite variants are tensorflow/tpu's.
 
-    class DepthwiseSeparable(nn.Module):
-        def __init__(self, inputs: int, outputs: int):
-            super().__init__()
-            self.conv_dw, self.bn1, self.act1 = _normed(inputs, inputs, 3, 1, inputs, nn.ReLU6)
-            self.conv_pw, self.bn2 = _normed(inputs, outputs, 1)
+    depth  what the blocks of a stage are multiplied by; times: what their channels are
+    """
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.bn2(self.conv_pw(self.act1(self.bn1(self.conv_dw(x)))))
+    def make(input_shape: tuple[int, ...], classes: int, width: float) -> torch.nn.Module:
+        from torch import nn
 
-    class InvertedResidual(nn.Module):
-        def __init__(self, inputs: int, outputs: int, kernel: int, stride: int):
-            super().__init__()
-            inner = 6 * inputs
-            self.conv_pw, self.bn1, self.act1 = _normed(inputs, inner, 1, 1, 1, nn.ReLU6)
-            self.conv_dw, self.bn2, self.act2 = _normed(inner, inner, kernel, stride, inner, nn.ReLU6)
-            self.conv_pwl, self.bn3 = _normed(inner, outputs, 1)
-            self.residual = stride == 1 and inputs == outputs
+        class DepthwiseSeparable(nn.Module):
+            def __init__(self, inputs: int, outputs: int):
+                super().__init__()
+                self.conv_dw, self.bn1, self.act1 = _normed(inputs, inputs, 3, 1, inputs, nn.ReLU6)
+                self.conv_pw, self.bn2 = _normed(inputs, outputs, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.act2(self.bn2(self.conv_dw(self.act1(self.bn1(self.conv_pw(x))))))
-            y = self.bn3(self.conv_pwl(y))
-            return x + y if self.residual else y
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.bn2(self.conv_pw(self.act1(self.bn1(self.conv_dw(x)))))
 
-    class EfficientNetLite(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv_stem, self.bn1, self.act1 = _normed(input_shape[1], 32, 3, _stem_stride(input_shape), 1, nn.ReLU6)
-            channels = _multiple_of_8(16 * width / 32)
-            stages: list[nn.Module] = [nn.Sequential(DepthwiseSeparable(32, channels))]
-            for count, kernel, stride, outputs in (
-                (2, 3, 2, 24),
-                (2, 5, 2, 40),
-                (3, 3, 2, 80),
-                (3, 5, 1, 112),
-                (4, 5, 2, 192),
-                (1, 3, 1, 320),
-            ):
-                wide, blocks = _multiple_of_8(outputs * width / 32), []
-                for index in range(count):
-                    blocks.append(InvertedResidual(channels, wide, kernel, stride if index == 0 else 1))
-                    channels = wide
-                stages.append(nn.Sequential(*blocks))
-            self.blocks = nn.Sequential(*stages)
-            self.conv_head, self.bn2, self.act2 = _normed(channels, 1280, 1, 1, 1, nn.ReLU6)
-            self.classifier = nn.Linear(1280, classes)
+        class InvertedResidual(nn.Module):
+            def __init__(self, inputs: int, outputs: int, kernel: int, stride: int):
+                super().__init__()
+                inner = 6 * inputs
+                self.conv_pw, self.bn1, self.act1 = _normed(inputs, inner, 1, 1, 1, nn.ReLU6)
+                self.conv_dw, self.bn2, self.act2 = _normed(inner, inner, kernel, stride, inner, nn.ReLU6)
+                self.conv_pwl, self.bn3 = _normed(inner, outputs, 1)
+                self.residual = stride == 1 and inputs == outputs
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
-            return self.classifier(self.act2(self.bn2(self.conv_head(x))).mean((2, 3)))
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = self.act2(self.bn2(self.conv_dw(self.act1(self.bn1(self.conv_pw(x))))))
+                y = self.bn3(self.conv_pwl(y))
+                return x + y if self.residual else y
 
-    return EfficientNetLite()
+        class EfficientNetLite(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv_stem, self.bn1, self.act1 = _normed(
+                    input_shape[1], 32, 3, _stem_stride(input_shape), 1, nn.ReLU6
+                )
+                channels = _multiple_of_8(16 * times * width / 32)
+                stages: list[nn.Module] = [nn.Sequential(DepthwiseSeparable(32, channels))]
+                for count, kernel, stride, outputs in (
+                    (2, 3, 2, 24),
+                    (2, 5, 2, 40),
+                    (3, 3, 2, 80),
+                    (3, 5, 1, 112),
+                    (4, 5, 2, 192),
+                    (1, 3, 1, 320),
+                ):
+                    wide, blocks = _multiple_of_8(outputs * times * width / 32), []
+                    for index in range(count if count == 1 else ceil(depth * count)):
+                        blocks.append(InvertedResidual(channels, wide, kernel, stride if index == 0 else 1))
+                        channels = wide
+                    stages.append(nn.Sequential(*blocks))
+                self.blocks = nn.Sequential(*stages)
+                self.conv_head, self.bn2, self.act2 = _normed(channels, 1280, 1, 1, 1, nn.ReLU6)
+                self.classifier = nn.Linear(1280, classes)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
+                return self.classifier(self.act2(self.bn2(self.conv_head(x))).mean((2, 3)))
+
+        return EfficientNetLite()
+
+    return make
 
 
 def _ds_cnn(input_shape: tuple[int, ...], classes: int, width: int) -> torch.nn.Module:

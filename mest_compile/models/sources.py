@@ -37,7 +37,7 @@ def find_model(
     name: str,
     input_shape: Sequence[int],
     classes: int = 10,
-    width: int | None = None,
+    width: float | None = None,
     seed: int = 0,
     pretrained: bool = False,
     weights: str | Path | None = None,
@@ -194,7 +194,7 @@ def _unknown(package: str, name: str, there: Sequence[str]) -> UnknownName:
     )
 
 
-def _from_file(name: str, input_shape: Sequence[int], classes: int, width: int | None) -> torch.nn.Module:
+def _from_file(name: str, input_shape: Sequence[int], classes: int, width: float | None) -> torch.nn.Module:
     import torch
 
     path, _, factory = name.rpartition(":")

@@ -45,7 +45,7 @@ class Request:
 
     model: Any
     input_shape: tuple[int, ...]
-    width: int | None = None
+    width: float | None = None
     options: StepOptions = field(default_factory=StepOptions)
     runner: str | None = None
     vectors: Sequence[int] | None = None

@@ -38,12 +38,29 @@ def test_parameter_counts_are_the_published_ones(name, width, millions):
         ("mobilenetv1", 32, 4_231_976),  # timm's mobilenetv1_100
         ("mobilenetv2", 32, 3_504_872),  # torchvision's mobilenet_v2
         ("efficientnet-lite0", 32, 4_652_008),  # timm's efficientnet_lite0
+        ("efficientnet-lite1", 1.0, 5_416_680),  # timm's
+        ("efficientnet-lite2", 32, 6_092_072),  # timm's
+        ("mobilenetv2", 0.35, 1_677_128),  # torchvision's, of that width_mult
+        ("mobilenetv2", 1.4, 6_108_776),
         ("mobilenetv3-small", 16, 2_542_856),  # torchvision's mobilenet_v3_small
         ("efficientnet-b0", 32, 5_288_548),  # torchvision's efficientnet_b0
     ],
 )
 def test_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):
     assert count(build_model(name, (1, 3, 224, 224), 1000, width)) == parameters
+
+
+def test_a_share_of_a_models_own_width_is_told_by_a_float():
+    for name, share, width in (("mobilenetv1", 0.25, 8), ("resnet20", 2.0, 32), ("mobilenetv3-small", 1.0, 16)):
+        shapes = [
+            [parameter.shape for parameter in build_model(name, (1, 3, 32, 32), 10, one).parameters()]
+            for one in (share, width)
+        ]
+        assert shapes[0] == shapes[1]
+    with pytest.raises(SpecError, match="width 0.3 of resnet20 is 4.8 channels, its own are 16; wanted a whole number"):
+        build_model("resnet20", (1, 3, 32, 32), 10, 0.3)
+    with pytest.raises(SpecError, match="width 0.01 of mobilenetv2 is 0.32 channels.*wanted 1 or more"):
+        build_model("mobilenetv2", (1, 3, 32, 32), 10, 0.01)
 
 
 def test_mlperf_tinys_nets_are_its_nets_without_what_batch_normalisation_makes_idle():
