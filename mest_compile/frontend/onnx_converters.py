@@ -59,6 +59,23 @@ def _upsample(x: Any, rest: list[Any], attrs: dict[str, Any]) -> Any:
     return _resize(x, [None, scales], {"mode": attrs.get("mode", b"nearest"), **asymmetric})
 
 
+def _gather(x: Any, rest: list[Any], attrs: dict[str, Any]) -> Any:
+    """One place of an axis of a value; None, which leaves it to TVM, where it is of several, or of sizes."""
+    (index,) = rest
+    if not isinstance(x, relax.Var) or not hasattr(index, "value") or index.value.numpy().shape != ():
+        return None
+    axis = int(attrs.get("axis", 0)) % len(x.ty.shape)
+    place, size = int(index.value.numpy()), int(x.ty.shape[axis])
+    return relax.op.take(x, relax.const(place % size, "int64"), axis=axis)
+
+
+def _instance_norm(x: Any, rest: list[Any], attrs: dict[str, Any]) -> Any:
+    """A group_norm of as many groups as channels: TVM's own formula loses digits far from 0."""
+    rank, channels = len(x.ty.shape), int(x.ty.shape[1])
+    how = {"channel_axis": 1, "axes": list(range(2, rank)), "epsilon": float(attrs.get("epsilon", 1e-5))}
+    return relax.op.nn.group_norm(x, *rest, num_groups=channels, **how)
+
+
 def _resized(x: Any, size: list[int], mode: str, coordinates: str, rounding: str, scale: list[float]) -> Any:
     return relax.op.image.resize2d(
         x,
@@ -71,8 +88,12 @@ def _resized(x: Any, size: list[int], mode: str, coordinates: str, rounding: str
     )
 
 
-# ONNX operator -> function (first input, the others: constants, or None where one is left out; attributes)
+NAMED = ("InstanceNormalization",)  # operators of OWN that take parameters: these stay what they are
+# ONNX operator -> function (first input, the others: constants, or None where one is left out; attributes), which may
+# give None: then TVM's conversion is taken
 OWN: dict[str, Callable[[Any, list[Any], dict[str, Any]], Any]] = {
+    "Gather": _gather,
+    "InstanceNormalization": _instance_norm,
     "Pad": _pad,
     "Resize": _resize,
     "Upsample": _upsample,

@@ -112,6 +112,7 @@ def _weights_to_initializers(graph: Any, others: set[str]) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     held = {tensor.name: tensor for tensor in graph.initializer}
+    idle = {(name, float(place == 1)) for node in graph.node for place, name in enumerate(node.input) if _norms(node)}
     rest, weighed = [], {name for node in graph.node if node.op_type not in ARITHMETIC for name in node.input}
     for node in graph.node:
         tensor = None
@@ -120,6 +121,10 @@ def _weights_to_initializers(graph: Any, others: set[str]) -> None:
             tensor.CopyFrom(held[node.input[0]])
         elif node.op_type == "Constant" and node.output[0] not in others:
             tensor = _constant(node, numpy_helper)
+            if tensor is not None and any(
+                name == node.output[0] and (numpy_helper.to_array(tensor) == usual).all() for name, usual in idle
+            ):
+                tensor = None  # the scale or the bias of a norm that has none
             if tensor is not None and node.output[0] not in weighed and all(size == 1 for size in tensor.dims):
                 del tensor.dims[:]  # the 2 of 2 * x, which has axes in some exporters' files
                 node.attribute[0].CopyFrom(helper.make_attribute("value", tensor))
@@ -132,6 +137,10 @@ def _weights_to_initializers(graph: Any, others: set[str]) -> None:
         graph.initializer.append(tensor)
     del graph.node[:]
     graph.node.extend(rest)
+
+
+def _norms(node: Any) -> bool:
+    return node.op_type == "InstanceNormalization"
 
 
 def _numbers_to_constants(graph: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, get_constant
 
-from mest_compile.frontend.onnx_converters import OWN
+from mest_compile.frontend.onnx_converters import NAMED, OWN
 from mest_compile.frontend.onnx_folding import shapes
 from mest_compile.frontend.onnx_plain import opset, where
 from mest_compile.frontend.refusals import Origin, unsupported
@@ -55,12 +55,15 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
         node, why = next(self.pending), ""
         try:
+            made = None
             if op_name in OWN:
                 held = [self._nodes, self._params]
-                others = [None if one is None else get_constant(one, held) for one in list(inputs)[1:]]
-                made = self.bb.normalize(OWN[op_name](inputs[0], others, attrs))
-            else:
-                made = super()._convert_operator(op_name, inputs, attrs, opset)
+                others = [
+                    one if one is None or op_name in NAMED else get_constant(one, held) for one in list(inputs)[1:]
+                ]
+                made = OWN[op_name](inputs[0], others, attrs)
+            theirs = made is None
+            made = super()._convert_operator(op_name, inputs, attrs, opset) if theirs else self.bb.normalize(made)
         except CONVERTER_ERRORS as error:
             why = trouble(error, self.names)
             if op_name in OWN or isinstance(error, NotImplementedError):

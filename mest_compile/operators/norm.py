@@ -221,11 +221,22 @@ def normalised(reader: Reader, image: Value, groups: int, pixels: bool, eps: flo
 
 @reads("relax.nn.group_norm", gives=("group_norm",))
 def read_group_norm(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs, image = call.attrs, reader.activation(arguments[0])
+    attrs, value, groups = call.attrs, reader.seen(arguments[0]), int(call.attrs.num_groups)
     if int(attrs.channel_axis) != 1:
         raise reader.error("group_norm of other channels than the second axis")
     affine = dict(zip(ROLES, arguments[1:], strict=True))
-    return normalised(reader, image, int(attrs.num_groups), True, attrs.epsilon, affine)
+    idle = all(changes_nothing(one, role) for role, one in affine.items())
+    if isinstance(value, View) and value.shape[1] == groups and idle and _are_groups(value):
+        made = normalised(reader, reader.activation(value.bare), groups, True, attrs.epsilon, affine)
+        return reader.viewed(made, value.arrangement)
+    return normalised(reader, reader.activation(value), groups, True, attrs.epsilon, affine)
+
+
+def _are_groups(value: View) -> bool:
+    """Whether the second axis of three is of groups of channels, as exporters write a group_norm."""
+    shape = value.bare.shape
+    whole_groups = len(value.shape) == 3 and shape[1] % value.shape[1] == 0
+    return whole_groups and value.arrangement == Arrangement.plain(shape).reshaped(value.shape)
 
 
 @reads("relax.nn.instance_norm", gives=("instance_norm",))

@@ -84,7 +84,8 @@ class Resized(nn.Module):
 
 
 class Series(nn.Module):
-    """Convolutions that see the past alone, as those of temporal nets; parts of series and of tokens."""
+    """Convolutions that see the past alone, as those of temporal nets; parts of series and of tokens, the
+    last of them by itself."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +98,7 @@ class Series(nn.Module):
         first, second = x.chunk(2, 1)
         tokens = torch.cat([first, F.pad(second, (1, 0), value=0.5)[:, :, ::2]], 2).transpose(1, 2)
         tokens = self.mix(tokens)[:, 1:]
-        return self.last(torch.cat([tokens.mean(1), tokens[:, -3:].mean(1)], 1))
+        return self.last(torch.cat([tokens.mean(1), tokens[:, -3:].mean(1) + tokens[:, -1]], 1))
 
 
 def same_as_torch(model, source, shape, tmp_path, target="local", onnx=True, classes=5, **options):
