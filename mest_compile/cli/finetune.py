@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from mest_compile.training.run import Progress
 
 
+CONTINUED = {"data_folder", "continue_from", "epochs", "time_limit", "patience", "artifact", "buffer", "out", "as_json"}
+
+
 def finetune(
     context: typer.Context,
     model: Annotated[
@@ -76,10 +79,19 @@ def finetune(
     activations: Activations = "float32",
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/finetuned-<time>.")] = None,
+    continue_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue",
+            help="In the place of --from: run folder whose net learns these images and classes as well.",
+        ),
+    ] = None,
+    buffer: Annotated[str, typer.Option(help="Bytes of examples that are kept for --continue.")] = "16MiB",
     resume: Annotated[Path | None, typer.Option(help="Go on with what was stopped in this folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a pretrained net one of your own images."""
+    from mest_compile.finetuning.continuing import continued_job
     from mest_compile.finetuning.folder import TunedFolder
     from mest_compile.finetuning.job import Job
     from mest_compile.finetuning.tuning import new_folder, tune, tuning_options
@@ -87,9 +99,18 @@ def finetune(
     given = given_options(context)
     if resume is not None:
         if others := sorted(given - {"resume", "as_json"}):
-            name = "from" if others[0] == "model" else others[0].replace("_", "-")
+            name = {"model": "from", "continue_from": "continue"}.get(others[0], others[0].replace("_", "-"))
             raise UsageError(f"a run that goes on keeps its settings; leave out --{name} or start a new run")
         job, folder = Job.from_json(TunedFolder(resume).read()), resume
+    elif data_folder is None:
+        raise UsageError("finetune: give --data-folder, a folder with a folder of images for each class, or a CSV file")
+    elif continue_from is not None:
+        if others := sorted(given - CONTINUED):
+            name = "from" if others[0] == "model" else others[0].replace("_", "-")
+            raise UsageError(f"what continues a run keeps its net and settings; leave out --{name} or start a new run")
+        said = {"epochs": epochs, "seconds": time_limit, "patience": patience, "artifact": artifact}
+        job = continued_job(continue_from, data_folder, None, {**said, "buffer_bytes": buffer})
+        folder = out or new_folder()
     else:
         options = tuning_options(
             said_schemes(scheme),
@@ -102,10 +123,6 @@ def finetune(
             update_budget=update_budget,
             seed=seed,
         )
-        if data_folder is None:
-            raise UsageError(
-                "finetune: give --data-folder, a folder with a folder of images for each class, or a CSV file"
-            )
         sizes = None if image is None else image_sizes(image)
         job = Job(
             model,
@@ -120,6 +137,7 @@ def finetune(
             patience=patience,
             augment=augment,
             artifact=artifact,
+            buffer_bytes=buffer,  # type: ignore[arg-type]
         )
         folder = out or new_folder()
     console = stderr_console()
@@ -183,6 +201,7 @@ def _show(tuned: Tuned, as_json: bool) -> None:
                 "accuracy": tuned.accuracy,
                 "head_accuracy": tuned.head_accuracy,
                 "classes": tuned.verdict["classes"],
+                "tasks": list(tuned.tasks),
                 "seconds": dict(tuned.seconds),
             }
         )
@@ -200,5 +219,18 @@ def _show(tuned: Tuned, as_json: bool) -> None:
             ]
         ],
     )
+    if len(tuned.tasks) > 1:
+        print()
+        print_table(
+            ["task", "classes", "when learnt", "now"],
+            [
+                [
+                    str(number),
+                    ", ".join(task["classes"]),
+                    *("" if task[when] is None else f"{task[when]:.2%}" for when in ("learnt", "accuracy")),
+                ]
+                for number, task in enumerate(tuned.tasks, 1)
+            ],
+        )
     page, net = tuned.folder / "report.html", tuned.folder / "model.onnx"
     print(f"\n{page} shows what it gets wrong; {net} takes pixels 0 to 255")

@@ -52,7 +52,7 @@ class _Part:
         )
 
 
-def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0) -> Pictures:
+def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, known: Sequence[str] = ()) -> Pictures:
     """Pictures of a folder, a CSV file, a pair (images, labels), a torch Dataset, or a `Split`, cut and resized as
     `inputs` says.
 
@@ -60,6 +60,7 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0) -
            are file and label, files relative to it, with or without a line of names first; uint8 arrays (n, C, H, W),
            (n, H, W) or (n, H, W, C), or a torch Dataset of them or of Pillow's images, and labels
     test   the same; None: a fifth of every class, at least one, drawn by seed
+    known  classes that there are already, of which there need be no images; others come behind them
     Raises DataError.
     """
     if isinstance(train, Split):
@@ -67,13 +68,19 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0) -
     part, names = _found(train, None)
     if test is None and isinstance(train, str | Path) and (Path(train) / TRAIN).is_dir():
         test = next((Path(train) / name for name in TESTS if (Path(train) / name).is_dir()), None)
+    if known:
+        names, part = _among(known, names, part)
     if test is None:
-        drawn = _stratified(part.labels, np.random.default_rng(seed), names)
+        drawn = _stratified(part.labels, np.random.default_rng(seed), names, known)
         part, tested = part.only(np.flatnonzero(~drawn)), part.only(np.flatnonzero(drawn))
     else:
-        tested, _ = _found(test, names)
+        tested, its = _found(test, None if known else names)
+        if known:
+            its, tested = _among(names, its, tested)
+            if len(its) > len(names):
+                raise DataError(f"{test} has the class {its[-1]!r}, which is not trained on")
     counts = np.bincount(part.labels, minlength=len(names))
-    if empty := [name for name, count in zip(names, counts) if count == 0]:
+    if empty := [name for name, count in zip(names, counts) if count == 0 and name not in known]:
         raise DataError(f"there is no image to train on of class {empty[0]!r}; give some, or leave the class out")
     if len(names) < 2:
         raise DataError(f"there is one class, {names[0]!r}; wanted two or more: a folder of images for each")
@@ -91,17 +98,25 @@ def _images(part: _Part, inputs: Inputs) -> np.ndarray:
     return images
 
 
-def _stratified(labels: np.ndarray, rng: np.random.Generator, names: Sequence[str]) -> np.ndarray:
-    """(n,) bool, TEST_SHARE of every class's examples, at least one."""
+def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[list[str], _Part]:
+    """(known classes and what else has examples, the part with labels among these)."""
+    there = [name for name, count in zip(names, np.bincount(part.labels, minlength=len(names))) if count]
+    order = [*known, *(name for name in there if name not in known)]
+    places = np.array([order.index(name) if name in order else -1 for name in names])
+    return order, _Part(part.read, places[part.labels], part.files)
+
+
+def _stratified(labels: np.ndarray, rng: np.random.Generator, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """(n,) bool, TEST_SHARE of every class's examples, at least one; none of a single one of a class that is known."""
     drawn = np.zeros(len(labels), bool)
     for label, name in enumerate(names):
         mine = np.flatnonzero(labels == label)
-        if len(mine) < 2:
+        if len(mine) < 2 and name not in known:
             raise DataError(
                 f"class {name!r} has {len(mine)} images; wanted 2 or more, of which some are kept for the test, or a "
                 "test part of your own"
             )
-        drawn[rng.permutation(mine)[: max(1, round(TEST_SHARE * len(mine)))]] = True
+        drawn[rng.permutation(mine)[: max(len(mine) > 1, round(TEST_SHARE * len(mine)))]] = True
     return drawn
 
 

@@ -16,6 +16,7 @@ from mest_compile.base.files import write_json
 from mest_compile.data.pictures import Pictures
 from mest_compile.finetuning.job import Job
 from mest_compile.finetuning.page import write_page
+from mest_compile.finetuning.replay import Replay
 from mest_compile.finetuning.timing import Clock
 from mest_compile.models.inputs import Inputs, Reading
 from mest_compile.training.verdict import worst
@@ -30,7 +31,9 @@ class TunedFolder:
 
     checkpoint.safetensors (the whole net, for `mest.load`; its extra says classes and inputs)
     weights.safetensors (torch's names)  model.onnx  artifact/ (where it was asked for)
-    result.json (accuracy, by class, confusion matrix, seconds)  report.html
+    replay.safetensors (examples that later fine-tunings replay, and what each task was learnt at)
+    protected.safetensors (units that those before need, where it continues one)
+    result.json (accuracy, by class, by task, confusion matrix, seconds)  report.html
     """
 
     def __init__(self, path: Path):
@@ -40,6 +43,7 @@ class TunedFolder:
         self.features, self.pooled = path / "features", path / "pooled"
         self.checkpoint, self.weights = path / "checkpoint.safetensors", path / "weights.safetensors"
         self.onnx, self.artifact = path / "model.onnx", path / "artifact"
+        self.replay, self.protected = path / "replay.safetensors", path / "protected.safetensors"
         self.result, self.page = path / "result.json", path / "report.html"
 
     def check(self, job: Job, resume: bool) -> None:
@@ -81,6 +85,8 @@ class TunedFolder:
         logits: np.ndarray,
         verdict: dict[str, Any],
         head_accuracy: float,
+        replay: Replay,
+        tasks: list[dict[str, Any]],
         clock: Clock,
     ) -> None:
         """Writes all that is left of the work, and removes what only it needed."""
@@ -96,16 +102,18 @@ class TunedFolder:
         if job.artifact:
             step.export(self.artifact)
             write_json(self.artifact / "inputs.json", told)
+        replay.write(self.replay)
         result = {
             **verdict,
             "head_accuracy": head_accuracy,
+            "tasks": tasks,
             "sparsity": step.sparsity(),
             "trainable": step.graph.trainable(),
             "seconds": {**clock.seconds, "total": clock.total},
             **told,
         }
         write_json(self.result, {**result, "by_class": verdict["classes"]})
-        self._write_page(step, pictures, logits, verdict, head_accuracy, clock)
+        self._write_page(step, pictures, logits, verdict, head_accuracy, tasks, clock)
         for folder in (self.features, self.pooled):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -116,6 +124,7 @@ class TunedFolder:
         logits: np.ndarray,
         verdict: dict[str, Any],
         head_accuracy: float,
+        tasks: list[dict[str, Any]],
         clock: Clock,
     ) -> None:
         test, names = pictures.split.test, pictures.classes
@@ -124,7 +133,7 @@ class TunedFolder:
                 test.images[place],
                 f"{pictures.files[place]}: {names[test.labels[place]]}, called {names[called]}, {sure:.0%}",
             )
-            for place, called, sure in worst(logits, test.labels)
+            for place, called, sure in worst(logits[: len(test)], test.labels)  # those of tasks before are features
         ]
         sparse = step.sparsity()
         rows = [
@@ -134,6 +143,14 @@ class TunedFolder:
             (
                 "sparse layers",
                 f"{len(sparse)}, {min(sparse.values()):.3f} to {max(sparse.values()):.3f}" if sparse else "none",
+            ),
+            *(
+                (
+                    f"task {number} ({', '.join(task['classes'])})",
+                    f"{task['accuracy']:.2%}, {task['learnt']:.2%} when it was learnt",
+                )
+                for number, task in enumerate(tasks, 1)
+                if len(tasks) > 1 and task["accuracy"] is not None
             ),
             *((f"seconds of {part}", f"{seconds:.1f}") for part, seconds in clock.seconds.items()),
         ]

@@ -10,14 +10,15 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
 from mest_compile.models.inputs import Inputs
-from mest_compile.options import StepOptions
+from mest_compile.options import StepOptions, read_bytes
 
 SPARSITY = 0.8  # of what trains
 EPOCHS, PATIENCE, BATCH = 30, 10, 16
 TRAINABLE = "last:3"
 OPTIMIZER = "adamw:lr=0.001"
-GIB = 2**30
-NAMED = ("model", "data", "test", "weights")  # what a file can tell only where it is a name or a path
+GIB, MIB = 2**30, 2**20
+BUFFER_BYTES = 16 * MIB
+NAMED = ("model", "data", "test", "weights", "continue_from")  # what a file can tell only where it is a name or a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,13 @@ class Job:
     augment: bool = False
     artifact: bool = False
     feature_bytes: int = GIB
+    continue_from: str | Path | None = None
+    buffer_bytes: int = BUFFER_BYTES
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("epochs", 1), ("feature_bytes", 0)):
             object.__setattr__(self, name, checks.whole(name, getattr(self, name), least))
+        object.__setattr__(self, "buffer_bytes", read_bytes("buffer_bytes", self.buffer_bytes))
         if self.patience is not None:
             object.__setattr__(self, "patience", checks.whole("patience", self.patience, 1, ", or None"))
         if self.seconds is not None:

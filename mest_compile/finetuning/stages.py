@@ -62,6 +62,7 @@ def trained(
     plan: Plan,
     start: int,
     state: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
     split: Split,
     recipe: Recipe,
     folder: Path,
@@ -70,19 +71,24 @@ def trained(
     clock: Clock,
     builder: Builder,
     progress: Callable[[TrainStep], Progress],
+    prepare: Callable[[TrainStep], None],
 ) -> TrainStep:
     """The step of a plan's nodes from `start` on, trained, as it was when it was best on the test part; from the folder
     where it was trained before.
 
+    masks   of sparse layers, (out, in, kh, kw) bool; those that are not named begin by magnitude
     recipe  its epochs are the most there will be, where the clock has a limit
+    prepare  does to the step what no file of it holds, whenever it is to train
     Raises BudgetError, and what training does.
     """
     files = RunFolder(folder)
     if files.stamp() is not None or files.previous.is_file():
-        return _gone_on(files, split, patience, clock, builder, progress)
+        return _gone_on(files, split, patience, clock, builder, progress, prepare)
     with clock("compiling"):
         rest = Plan(rest_of(plan.facts, start), plan.records)
-        step = make_step(rest, {name: state[name] for name in rest.facts.graph.state_shapes}, builder, None)
+        own = {name: state[name] for name in rest.facts.graph.state_shapes}
+        step = make_step(rest, own, builder, None, None, masks)
+    prepare(step)
     epochs = epochs_within(clock.left, _epoch_seconds(step, split), recipe.epochs)
     trainer = Trainer(step, replace(recipe, epochs=epochs, **_shorter(recipe, epochs)), folder)
     return _fit(trainer, files, split, [], patience, clock, progress)
@@ -100,6 +106,7 @@ def _gone_on(
     clock: Clock,
     builder: Builder,
     progress: Callable[[TrainStep], Progress],
+    prepare: Callable[[TrainStep], None],
 ) -> TrainStep:
     whole, extra = _last_whole(files)
     history = extra["history"]
@@ -108,6 +115,7 @@ def _gone_on(
         step = load(files.best if done and files.best.is_file() else whole, builder=builder)
         if done:
             return step
+        prepare(step)
         trainer = Trainer.resume(files.path, step)
     return _fit(trainer, files, split, history, patience, clock, progress)
 

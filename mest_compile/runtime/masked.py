@@ -73,6 +73,16 @@ class Masked:
         )
 
     @in_turn
+    def protect(self, masks: Mapping[str, np.ndarray]) -> None:
+        """From now on units that live in these masks die last: mutations and pruning take others while there are any,
+        as what an earlier task has learned is protected in SparCL, arXiv:2209.09476. Files do not hold it.
+
+        masks  {torch weight name: bool in torch's shape}; layers that are not named protect nothing
+        Raises StateError where a scheme cannot have such a mask; nothing is changed then.
+        """
+        self._mutating.protect(masks)
+
+    @in_turn
     def prune(
         self, to: float, importance_lambda: float = 0.0, rng: np.random.Generator | None = None
     ) -> MutationReport:

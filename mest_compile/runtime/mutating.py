@@ -52,6 +52,7 @@ class Mutating:
         """shapes: torch name -> shape."""
         self._layers, self._shapes, self._state = layers, shapes, state
         self.sparse, self.mutating = list(masked_layers(layers)), list(sparse_layers(layers))
+        self._protected: dict[str, np.ndarray] = {}  # weight name -> grid, True where a cell dies last
         self._units_at = cache(lambda overall: units_at(layers, overall))  # mutations ask for the same few sparsities
 
     def check_room(self, grow_to: float) -> dict[str, int]:
@@ -75,16 +76,17 @@ class Mutating:
             live = layer.scheme.live_units(layer.spec, layer.sparsity)
             yield name, cells_of(layer.scheme.start(layer.spec, energy, live, rng))
 
+    def protect(self, masks: Mapping[str, np.ndarray]) -> None:
+        """Lets cells of those masks, bool in torch's shape, die last. Raises StateError."""
+        self._protected = self._grids(masks, "what to protect")
+
     def to_masks(self, masks: Mapping[str, np.ndarray]) -> dict[str, Change]:
         """What gives layers those masks, bool in torch's shape. Raises StateError, CapacityError."""
-        keeps = {}
-        for name, mask in arguments.mapping(masks, "what to set as masks").items():
-            if name not in self.sparse:
-                raise StateError(f"no sparse layer {name!r}; there are: {', '.join(self.sparse)}")
+        keeps = self._grids(masks, "what to set as masks")
+        for name, keep in keeps.items():
             layer = self._layers[name]
-            keeps[name] = layer.scheme.collapse(layer.spec, as_conv(arguments.mask(mask, name, self._shapes[name])))
-            units = layer.scheme.count(layer.spec, keeps[name])
-            layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keeps[name].size)
+            units = layer.scheme.count(layer.spec, keep)
+            layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keep.size)
         return {
             name: (
                 np.flatnonzero(keep.ravel()[self._state.cells[name]]),
@@ -93,6 +95,16 @@ class Mutating:
             )
             for name, keep in keeps.items()
         }
+
+    def _grids(self, masks: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
+        """{weight name: grid} of masks. Raises StateError."""
+        grids = {}
+        for name, mask in arguments.mapping(masks, what).items():
+            if name not in self.sparse:
+                raise StateError(f"no sparse layer {name!r}; there are: {', '.join(self.sparse)}")
+            layer = self._layers[name]
+            grids[name] = layer.scheme.collapse(layer.spec, as_conv(arguments.mask(mask, name, self._shapes[name])))
+        return grids
 
     def by_importance(
         self,
@@ -166,6 +178,8 @@ class Mutating:
         )
         squares = np.square(score, dtype=np.float64).reshape(-1, scheme.cell_elems(spec))
         energy = (squares[:, 0] if squares.shape[1] == 1 else squares @ np.ones(squares.shape[1])).take(places)
+        if name in self._protected and len(energy):  # above all others, in the same order among themselves
+            energy = energy + (energy.max() + 1) * self._protected[name].ravel()[cells]
         return scheme.prune(spec, cells, energy, min(fewest, len(cells) // scheme.unit_cells(spec)), rng)
 
     def _start_of(

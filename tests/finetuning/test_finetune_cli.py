@@ -50,6 +50,12 @@ def test_photos_become_a_model(mest_compile_command, photos, tmp_path):
     assert again.document["classes"] == done.document["classes"], again.err
     result = json.loads((out / "result.json").read_text())
     assert result["accuracy"] == done.document["accuracy"] and result["sparsity"]
+    (photos / "cats").rename(photos / "mice")
+    (photos / "dogs").rename(tmp_path / "dogs")
+    more = ("--continue", out, "--data-folder", photos, "--epochs", 1, "--buffer", "1MiB", "--out", tmp_path / "more")
+    added = mest_compile_command("finetune", *more)
+    assert added.code == 0 and "cats, dogs" in added.out, added.err
+    assert json.loads((tmp_path / "more" / "result.json").read_text())["classes"] == ["cats", "dogs", "mice"]
     exported = mest_compile_command("export", out, "--format", "torch", "--out", tmp_path / "net.pt")
     assert exported.code == 0 and torch.load(tmp_path / "net.pt", weights_only=True)["fc.weight"].shape == (2, 64)
 
@@ -62,6 +68,9 @@ def test_photos_become_a_model(mest_compile_command, photos, tmp_path):
         (("--data-folder", ".", "--mean", "1,2,3"), "--image, --mean and --std together"),
         (("--data-folder", ".", "--image", "3x8x8", "--mean", "a", "--std", "1"), "--mean is 'a'; wanted numbers"),
         (("--resume", "runs/mine", "--epochs", "3"), "leave out --epochs"),
+        (("--continue", "runs/mine", "--data-folder", ".", "--sparsity", "0.5"), "leave out --sparsity"),
+        (("--continue", "runs/mine", "--data-folder", "."), "holds no fine-tuning"),
+        (("--data-folder", ".", "--buffer", "much"), "buffer_bytes is 'much'; wanted"),
         (("--resume", "runs/mine"), "holds no fine-tuning"),
         (("--data-folder", ".", "--from", "vgg11"), "nobody says how the net's images were scaled"),
     ],
