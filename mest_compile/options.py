@@ -218,14 +218,6 @@ def read_budget(budget: Any) -> float | int:
     )
 
 
-def read_bytes(name: str, size: Any) -> int:
-    """Bytes of a whole number, or of a text such as "16MiB". Raises UsageError."""
-    found = _BUDGET.fullmatch(size.strip()) if isinstance(size, str) else None
-    if found and (number := float(found[1]) * _UNITS[found[2].lower()]).is_integer():
-        return int(number)
-    return checks.whole(name, size, 0, ', or a text such as "16MiB"')
-
-
 def check_optimizer(optimizer: Any) -> None:
     """Raises UsageError."""
     if not isinstance(optimizer, Optimizer):

@@ -45,12 +45,12 @@ def number(
     raise error(f"{name} is {shown(value)}; wanted a finite number{bounds}{also}")
 
 
-def size(name: str, value: Any, also: str = "", error: type[MestError] = UsageError) -> int:
-    """`value` as bytes, 1 or more: a whole number, or a text such as "64MiB". Raises `error`."""
+def size(name: str, value: Any, also: str = "", error: type[MestError] = UsageError, at_least: int = 1) -> int:
+    """`value` as bytes, at_least so many: a whole number, or a text such as "64MiB". Raises `error`."""
     if isinstance(value, str) and (found := SIZE.fullmatch(value.strip())):
         value = float(found[1]) * UNITS[found[2].lower()]
         value = int(value) if value.is_integer() else value
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
         raise error(f'{name} is {shown(value)}; wanted bytes, a whole number or a text such as "64MiB"{also}')
     return int(value)
 

@@ -10,7 +10,7 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
 from mest_compile.models.inputs import Inputs
-from mest_compile.options import StepOptions, read_bytes
+from mest_compile.options import StepOptions
 
 SPARSITY = 0.8  # of what trains
 EPOCHS, PATIENCE, BATCH = 30, 10, 16
@@ -48,7 +48,7 @@ class Job:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("epochs", 1), ("feature_bytes", 0)):
             object.__setattr__(self, name, checks.whole(name, getattr(self, name), least))
-        object.__setattr__(self, "buffer_bytes", read_bytes("buffer_bytes", self.buffer_bytes))
+        object.__setattr__(self, "buffer_bytes", checks.size("buffer_bytes", self.buffer_bytes, at_least=0))
         if self.patience is not None:
             object.__setattr__(self, "patience", checks.whole("patience", self.patience, 1, ", or None"))
         if self.seconds is not None:

