@@ -81,6 +81,10 @@ class Backend(ABC):
         """Whether a kernel makes a float32 copy of what it reads of a source that is stored in less."""
         return False
 
+    def keeps_sums(self, problem: Any, target: Target) -> bool:
+        """Whether the kernel of a weight gradient (GatherGrad) keeps vectors of sums of all live weights in memory."""
+        return True
+
     @property
     def recomputes_norms(self) -> bool:
         """Whether what batch_norm gives is computed again in the backward pass whatever the budget."""

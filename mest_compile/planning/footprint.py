@@ -9,7 +9,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 from mest_compile.ir.program import Buffer, Program
 from mest_compile.operators.layers.family import FAMILIES, masked_elems
-from mest_compile.operators.layers.gather import GatherConv
+from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.sparsity.layer import Layer
 
 KINDS = ("values", "indices", "gradients", "optimizer", "activations", "workspace", "batch")
@@ -35,11 +35,16 @@ def footprint(
     )
     arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
+    spared = {
+        call.layer
+        for call in train.calls
+        if isinstance(call.problem, GatherGrad) and not backend_of(target).keeps_sums(call.problem, target)
+    }
     most_live = max(
         (
             live_units[name] * layer.scheme.cell_elems(layer.spec)
             for name, layer in layers.items()
-            if layer.spec.output_size != (1, 1)
+            if layer.spec.output_size != (1, 1) and name not in spared
         ),
         default=0,
     )

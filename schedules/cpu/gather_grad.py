@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ from mest_compile.operators.layers.gather import GatherGrad
 from mest_compile.records.knob import Knob
 from mest_compile.schedules.cpu.pairs import SUMS, dot, pairs, run_of
 from mest_compile.schedules.cpu.rows import widened
+from mest_compile.schedules.cpu.strips import UNROLLED_COLUMNS, across_of, is_at_once, pick_strip
 from mest_compile.schedules.cpu.tiles import (
     LEAST_TILE,
     MOST_TILE,
@@ -29,9 +31,6 @@ from mest_compile.schedules.cpu.tiles import (
     widens_once,
 )
 
-UNROLLED_COLUMNS = 8
-ROW = 48  # pixels: 16 to 96 channels of 48x48 take 2.1 ms and not 3.5 with 4 x 8 (Zen 4)
-SMALL_PIXELS = 64
 BURST = 3  # runs of a row that are prefetched at once without holding up the loads behind them
 
 
@@ -48,34 +47,13 @@ def halves(lanes: int) -> list[int]:
     return [lanes >> step for step in range(1, lanes.bit_length())]
 
 
-def _across(problem: GatherGrad) -> int:
-    """Vectors of a row of result pixels."""
-    return -(-problem.delta.width // problem.delta.abreast)
-
-
-def pick_strip(problem: GatherGrad, shared: bool, target: Target) -> tuple[int, int]:
-    """(rows, columns of vectors) of result pixels that pass over all units before the next strip.
-
-    Where rows of a unit share what they read, all of a small image, else 4 x 8: more have to be fetched at once than
-    the second-level cache holds with what is prefetched. Where they do not, what a unit reads should be in the
-    first-level cache: 2 x 8, unless the images come from memory, which wants long strips.
-
-    shared  whether a unit has several rows or channels
-    """
-    delta, source, across = problem.delta, problem.source, _across(problem)
-    if not any(source.halo):  # a pixel shares nothing with its neighbours, and long stretches of memory come faster
-        return 1, largest_divisor(across, ROW)
-    wide = largest_divisor(across, UNROLLED_COLUMNS)
-    section_bytes = min(problem.section_channels, source.channels) * source.channel_elems * source.item_bytes
-    if shared and delta.height * across <= SMALL_PIXELS:
-        most = delta.height
-    else:
-        most = 4 if shared or section_bytes > target.l2_bytes else 2
-    return largest_divisor(delta.height, most), wide
+def keeps_sums(problem: GatherGrad, target: Target) -> bool:
+    """Whether the kernel keeps vectors of sums of all units in memory."""
+    return not is_at_once(problem, pick_strip(problem, prod(_shared(problem, target)) > 1, target))
 
 
 def _strips(problem: GatherGrad, target: Target) -> list[tuple[int, int]]:
-    delta, across = problem.delta, _across(problem)
+    delta, across = problem.delta, across_of(problem)
     return [
         (high, wide)
         for high in divisors(delta.height)
@@ -156,12 +134,15 @@ def gather_grad(
     sizes = _batches(most_units)
     block = reads * problem.row_block
     high, wide = strip or pick_strip(problem, each > 1, target)
-    columns = _across(problem)
+    columns = across_of(problem)
     down, across = delta.height // high, columns // wide
     apart = source.apart(problem.source_step[1], delta.abreast)
     strips_each = delta.slices * down * across  # of a section
     chunks = min(target.cores, strips_each)
     share = -(-strips_each // chunks)
+
+    at_once = is_at_once(problem, (high, wide))
+    prefetch = prefetch and not at_once
 
     if delta.height * delta.width == 1:
         return _of_one_pixel(problem, rows, depth, sizes)
@@ -213,10 +194,21 @@ def gather_grad(
                 text(*(dot(lanes, sums, at, "d").replace("%u", str(unit)) for unit in range(units)))
 
         text(*(f"sums_{unit} = T.alloc_buffer(({each * lanes},), 'float32')" for unit in range(units)))
-        per_unit(loops, f"{total} = scratch[{weight} * {lanes} + i]")
+        per_unit(loops, f"{total} = " + ("T.float32(0)" if at_once else f"scratch[{weight} * {lanes} + i]"))
         with text.nest(f"for a in T.serial({high})"):
             add()
-        per_unit(loops, f"scratch[{weight} * {lanes} + i] = {total}")
+        if not at_once:
+            per_unit(loops, f"scratch[{weight} * {lanes} + i] = {total}")
+            return
+        for unit, k, j in product(range(units), range(depth), range(rows)):
+            start = (k * rows + j) * lanes
+            for half in halves(lanes):
+                at = f"sums_{unit}[{start} + i]"
+                vectors(text, [], half, f"{at} = {at} + sums_{unit}[{start + half} + i]")
+            place = (
+                f"({first} + {unit}) * {block} + (layer * {depth} + {k}) * {problem.row_block} + part * {rows} + {j}"
+            )
+            text(f"gradients[{place}] = sums_{unit}[{start}]")
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {
@@ -259,6 +251,15 @@ def gather_grad(
                     fetch(name, f"(group * {many} + several * {name}_runs)", f"{name}_runs")
                 together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
             left = f"({left} % {units})"
+
+    if at_once:  # threads share groups
+        with text.nest(
+            f"for group in T.parallel({'live_groups[0]' if problem.rows_live else problem.groups})",
+            f"for section, layer, part in T.grid({problem.sections}, {layers}, {parts})",
+        ):
+            text("z: T.let = 0", "y: T.let = 0", "x: T.let = 0")
+            strips()
+        return recorded(text)
 
     place = {"z": (down * across, delta.slices), "y": (across, down), "x": (1, across)}
     where = [f"{name}: T.let = strip // {size} % {extent}" for name, (size, extent) in place.items()]

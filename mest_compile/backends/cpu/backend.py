@@ -15,6 +15,7 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.ir.program import Functions, Program
 from mest_compile.kernels.source import SCHEDULES, object_code
+from mest_compile.schedules.cpu.gather_grad import keeps_sums
 from mest_compile.schedules.cpu.gather_sizes import section_channels
 from mest_compile.schedules.cpu.tiles import widens_once
 
@@ -43,6 +44,9 @@ class CpuBackend(Backend):
 
     def widens_once(self, source: Image, target: Target) -> bool:
         return widens_once(source, target)
+
+    def keeps_sums(self, problem: Any, target: Target) -> bool:
+        return keeps_sums(problem, target)
 
     @property
     def recomputes_norms(self) -> bool:
