@@ -13,6 +13,7 @@ STYLE = (
     "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}"
     "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid var(--line)}"
     "td:first-child,th:first-child{text-align:left} th[data-sorts]{cursor:pointer;background:var(--shade)}"
+    "figure{display:inline-block;margin:.5em;font-size:small;max-width:12em}"
     "img,svg{max-width:100%;height:auto} .wide{overflow-x:auto}"
 )
 # Sorts by numbers where cells begin with one, else by text; again: the other way round.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,15 +11,24 @@ from mest_compile.cli.output import Json, print_json, print_table
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, of a finished run or one that still trains.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html and the plots. Default: RUN/report.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folder, of a finished run or one that trains; several are laid over each other."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is written. Default: RUN/report, of several runs: report.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plots and one self-contained HTML page from a run folder."""
+    """Plots and one self-contained HTML page from a run folder, or a page that lays several runs over each other."""
     from mest_compile.training.metrics import main_metric
+    from mest_compile.training.overlay import write_overlay
     from mest_compile.training.reporting import write_report
 
-    facts = write_report(run, out)
+    if len(runs) > 1:
+        _beside(write_overlay(runs, out or Path("report")), as_json)
+        return
+    facts = write_report(runs[0], out)
     if as_json:
         print_json(facts)
         return
@@ -37,3 +46,19 @@ def report(
             ]
         ],
     )
+
+
+def _beside(found: dict[str, Any], as_json: bool) -> None:
+    from mest_compile.training.metrics import main_metric
+
+    if as_json:
+        print_json(found)
+        return
+    metric = main_metric(found["runs"][0])
+    tested = f"test_{metric.name}"
+    rows = [
+        [one["folder"], f"{one['epochs']}/{one['of_epochs']}", f"{one['loss']:.4f}", metric.shown(one[tested])]
+        for one in found["runs"]
+    ]
+    print_table(["run", "epochs", "loss", f"test {metric.label}"], rows)
+    print(f"\n{found['files'][0]}")

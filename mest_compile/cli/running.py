@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -93,6 +95,8 @@ def start_run(request: Request) -> Run:
     with TrainingProgress(console, step.batch, trainer.judge.main) as progress:
         trainer.progress = progress
         source: dict[str, Any] = {
+            "model": request.model,
+            "command": shlex.join(["mest-compile", *sys.argv[1:]]),
             "data": request.data,
             "data_folder": request.data_folder and str(request.data_folder.resolve()),
         }

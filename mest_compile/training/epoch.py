@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import MestError
-from mest_compile.data import Dataset, Stream, batches, parts
+from mest_compile.data import batches
 from mest_compile.training.given import Given
 from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
@@ -74,17 +74,6 @@ def train_epoch(
         "train_seconds": seconds,
         "step_seconds": step_seconds / done,
     }
-
-
-def evaluate(step: Any, judge: Judge, data: Dataset | Stream, part: str = "test") -> dict[str, Any]:
-    """Metrics of what the step answers for data, called after the part that they are."""
-    began = perf_counter()
-
-    def answered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for images, labels in parts(data, step.batch):
-            yield np.asarray(step.predict(images.reshape(len(images), *step.input_shape[1:]))), labels
-
-    return {**judge.tested(answered(), part), "evaluation_seconds": perf_counter() - began}
 
 
 def _shaped(step: Any, judge: Judge, prepared: Iterable[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:

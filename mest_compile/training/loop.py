@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, MestError, StateError
 from mest_compile.operators.losses.loss import read_loss
-from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, evaluate, train_epoch
+from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, train_epoch
+from mest_compile.training.evaluating import judge_all
 from mest_compile.training.fitting import check_start, resolved
 from mest_compile.training.freezer import Freezer
 from mest_compile.training.given import Given, given
@@ -197,7 +199,7 @@ class Trainer:
             raise self._diverged(
                 f"{_some(broken)} not finite after epoch {epoch + 1}, learning rate {trained['lr']:.3g}", epoch
             )
-        evaluated = self._evaluate(epoch, given)
+        evaluated = judge_all(self.step, self.judge, given, epoch + 1, self.folder, self.recipe.evaluates(epoch))
         for name, value in evaluated.items():
             if value is not None and not math.isfinite(value):
                 raise self._diverged(f"{name} is {value} after epoch {epoch + 1}", epoch)
@@ -220,15 +222,6 @@ class Trainer:
     @property
     def _watchers(self) -> Watchers:
         return Watchers(self.progress, self.callbacks)
-
-    def _evaluate(self, epoch: int, given: Given) -> dict[str, Any]:
-        """Metrics of each part that is judged by; None where it is not this time, or there is no test set."""
-        names = [f"{part}_{metric.name}" for part in {**given.judging, "test": None} for metric in self.judge.metrics]
-        found: dict[str, Any] = {**dict.fromkeys(names), "evaluation_seconds": 0.0}
-        for part, data in given.judging.items() if self.recipe.evaluates(epoch) else ():
-            answered = evaluate(self.step, self.judge, data, part)
-            found |= answered | {"evaluation_seconds": found["evaluation_seconds"] + answered["evaluation_seconds"]}
-        return found
 
     def _on_another_device(self, given: Given) -> tuple[Run, dict[str, Any]]:
         """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""
@@ -281,6 +274,7 @@ class Trainer:
                 self.recipe.to_dict(),
                 {
                     "seed": self.recipe.seed,
+                    "began": datetime.now(UTC).isoformat(timespec="seconds"),
                     "data": data,
                     "step": self.step.describe(),
                     "machine": machine(),

@@ -5,25 +5,20 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically
 from mest_compile.base.pages import page, table
 from mest_compile.runtime import checkpoint
+from mest_compile.training import exhibits
+from mest_compile.training.drawing import PLOTS, Epochs, has, png
 from mest_compile.training.metrics import METRICS, main_metric
 from mest_compile.training.runfolder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Epochs = list[dict[str, Any]]
-LEGEND_LINES = 8  # layers named in a plot's legend; more would hide the lines
 
 
 def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
@@ -49,6 +44,10 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "data": run["data"]["train"]["name"],
         "target": run["step"]["target"],
         "seed": run["seed"],
+        "began": run.get("began"),
+        "machine": run.get("machine", {}),
+        "model": _source(folder).get("model"),
+        "command": _source(folder).get("command"),
         "versions": run["versions"],
         "loss": last["loss"],
         "metric": metric.name,
@@ -61,10 +60,17 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "iterations_saved": sum(metrics["iterations_saved"] for metrics in epochs),
         "dropped": [drop["dropped"] for drop in drops],
         "forgetting_counts": drops[-1]["counts"] if drops else None,
+        "images_per_second": median(metrics["images_per_second"] for metrics in epochs),
+        "overall_sparsity": last["overall_sparsity"],
         "sparsity": last["sparsity"],
         "survival": last["survival"],
         "memory_bytes": last["memory_bytes"],
     }
+
+
+def _source(folder: RunFolder) -> dict[str, Any]:
+    """Where the run is from, of one that the command line began."""
+    return folder.read_source() if folder.source.is_file() else {}
 
 
 def _freezing(epochs: Epochs) -> dict[str, Any] | None:
@@ -140,7 +146,8 @@ FREEZE: dict[str, Callable[[Any], bool]] = {
 }
 REMEDY = "mest-compile train --resume writes it anew"
 NEEDED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("epoch", "loss", "train_seconds", "iterations", "iterations_saved"), _number),
+    **dict.fromkeys(("epoch", "loss", "train_seconds", "iterations", "iterations_saved", "images_per_second"), _number),
+    "overall_sparsity": lambda value: value is None or _number(value),
     "mutation": lambda value: value is None or _with(value, {"seconds": _number}),
     "sieve": lambda value: value is None or _with(value, {"dropped": _number, "counts": _numbers}),
     "sparsity": _numbers,
@@ -159,121 +166,26 @@ def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, A
     epochs = read_epochs(folder)
     facts = summary(folder, epochs)
     out = folder.path / "report" if out is None else Path(out)
-    pictures = {name: _png(draw, epochs) for name, (_, draw) in PLOTS.items() if _has(name, epochs)}
+    pictures = {name: png(draw, epochs) for name, (_, draw) in PLOTS.items() if has(name, epochs)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             (out / f"{name}.png").write_bytes(picture)
-        write_atomically(out / "report.html", _page(facts, pictures))
+        write_atomically(out / "report.html", _page(facts, pictures, folder.read_verdict()))
     except OSError as problem:
         raise UsageError(f"cannot write the report to {out}: {problem.strerror}; pass another --out") from problem
     return {**facts, "files": [str(out / "report.html"), *(str(out / f"{name}.png") for name in pictures)]}
 
 
-def _loss(axes: Axes, epochs: Epochs) -> None:
-    axes.plot([metrics["epoch"] for metrics in epochs], [metrics["loss"] for metrics in epochs], marker=".")
-    axes.set(ylabel="training loss")
-
-
-def _score(axes: Axes, epochs: Epochs) -> None:
-    metric = main_metric(epochs[0])
-    for key, label in ((f"train_{metric.name}", "training"), (f"test_{metric.name}", "test")):
-        known = [metrics for metrics in epochs if metrics[key] is not None]
-        values = [100 * metrics[key] if metric.share else metrics[key] for metrics in known]
-        axes.plot([metrics["epoch"] for metrics in known], values, marker=".", label=label)
-    axes.set(ylabel=f"{metric.label}, %" if metric.share else metric.label)
-    axes.legend()
-
-
-def _by_layer(key: str, label: str) -> Callable[[Axes, Epochs], None]:
-    def draw(axes: Axes, epochs: Epochs) -> None:
-        for number, name in enumerate(epochs[0][key]):
-            axes.plot(
-                [metrics["epoch"] for metrics in epochs],
-                [metrics[key][name] for metrics in epochs],
-                linewidth=1,
-                label=name if number < LEGEND_LINES else None,
-            )
-        axes.set(ylabel=label)
-        axes.legend(fontsize="small")
-
-    return draw
-
-
-def _seconds(axes: Axes, epochs: Epochs) -> None:
-    axes.plot([metrics["epoch"] for metrics in epochs], [metrics["train_seconds"] for metrics in epochs], marker=".")
-    for metrics in epochs:
-        if metrics["sieve"]:
-            axes.axvline(metrics["epoch"], color="grey", linestyle="--", linewidth=1)
-            axes.annotate(
-                f"{metrics['sieve']['dropped']} dropped",
-                (metrics["epoch"], 0),
-                rotation=90,
-                fontsize="small",
-                va="bottom",
-            )
-        if (freeze := metrics.get("freeze")) and freeze["now"]:
-            axes.axvline(metrics["epoch"], color="tab:blue", linestyle=":", linewidth=1)
-    axes.set(ylabel="seconds of training in the epoch", ylim=(0, None))
-
-
-def _frozen(axes: Axes, epochs: Epochs) -> None:
-    numbers = [metrics["epoch"] for metrics in epochs]
-    for key, label in (("saved", "of a step"), ("weights", "of the parameters")):
-        axes.step(numbers, [100 * metrics["freeze"][key] for metrics in epochs], where="mid", label=label)
-    axes.set(ylabel="%", ylim=(0, 100))
-    axes.legend()
-
-
-PLOTS: dict[str, tuple[str, Callable[[Axes, Epochs], None]]] = {
-    "loss": ("Loss", _loss),
-    "accuracy": ("Accuracy", _score),
-    "sparsity": ("Sparsity of each layer", _by_layer("sparsity", "share of weights that are zero")),
-    "survival": ("Mask survival: weights live since the start", _by_layer("survival", "share of the first mask")),
-    "epoch_seconds": ("Time of an epoch", _seconds),
-    "freeze": ("Frozen: what is spared of a step, and the share of the parameters that stay", _frozen),
-}
-
-
-def _has(name: str, epochs: Epochs) -> bool:
-    """Whether there is anything to draw: a dense model has no layers with a mask, and few runs freeze."""
-    return bool(epochs[0].get(name, name != "freeze"))
-
-
-def draw_all(epochs: Epochs) -> Figure:
-    """A matplotlib figure with every plot that there is something to draw for."""
-    from matplotlib.figure import Figure
-
-    there = [(title, draw) for name, (title, draw) in PLOTS.items() if _has(name, epochs)]
-    rows = -(-len(there) // 2)
-    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
-    for place, (title, draw) in enumerate(there):
-        axes = figure.add_subplot(rows, 2, place + 1)
-        draw(axes, epochs)
-        axes.set(xlabel="epoch", title=title)
-    return figure
-
-
-def _png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes, epochs)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
-
-
-def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def _page(facts: dict[str, Any], pictures: dict[str, bytes], verdict: Mapping[str, Any] | None) -> str:
     metric = main_metric(facts)
     others = [METRICS[name] for name in METRICS if name != metric.name and f"test_{name}" in facts]
     tested = {one: facts[f"test_{one.name}"] for one in (metric, *others)}
     sparsities = list(facts["sparsity"].values())
+    overall = facts["overall_sparsity"]
+    said = {"model": facts["model"], "began": facts["began"], "command": facts["command"]}
     rows = [
+        *((name, value) for name, value in said.items() if value is not None),
         ("epochs", f"{facts['epochs']} of {facts['of_epochs']}"),
         *(
             ("went on", f"after epoch {one['after_epoch']} to {one['epochs']}, batch {one['batch']}, {one['target']}")
@@ -286,11 +198,17 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ("training loss", f"{facts['loss']:.4f}"),
         (f"training {metric.label}", metric.shown(facts[f"train_{metric.name}"])),
         *((f"test {one.label}", "not tested" if value is None else one.shown(value)) for one, value in tested.items()),
+        (
+            "sparsity of all their weights together",
+            "dense" if overall is None else f"{overall:.3f}",
+        ),
+        ("images per second", f"{facts['images_per_second']:.0f}"),
         ("sparsity of sparse layers", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
         ("seconds of training", f"{facts['train_seconds']:.1f}"),
         ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
         ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),
         *_frozen_rows(facts["freeze"]),
+        ("machine", ", ".join(f"{name} {value}" for name, value in facts["machine"].items())),
         ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]
@@ -300,6 +218,10 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
             "<h2>Forgetting events when examples were last dropped</h2>",
             table([("events", "examples"), *counts.items()]),
         ]
+    if verdict is not None:
+        parts += exhibits.of_verdict(verdict)
+    kinds = [(name, f"{need / 2**20:.2f} MiB") for name, need in facts["memory_bytes"].items()]
+    parts += ["<h2>Planned memory by kind</h2>", table(kinds, ("kind", "bytes"))]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
         title = metric.label.capitalize() if name == "accuracy" else PLOTS[name][0]

@@ -76,7 +76,7 @@ class Run:
 
     def plot(self) -> Figure:
         """A matplotlib figure of what the report draws: loss, accuracy, sparsity, survival, times."""
-        from mest_compile.training.reporting import draw_all
+        from mest_compile.training.drawing import draw_all
 
         if not self.history:
             raise UsageError("there is no whole epoch to draw yet")

@@ -24,6 +24,7 @@ class RunFolder:
 
     source.json (where data and device are from)  recipe.json  run.json (seed, data, step, machine, versions)
     metrics.jsonl (one line an epoch)
+    verdict.json (what every class was called when it was last tested)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
                                                          one be damaged)
     best.safetensors (best test accuracy, or other metric of the loss, among models at
@@ -36,10 +37,15 @@ class RunFolder:
         self.recipe = self.path / "recipe.json"
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.verdict = self.path / "verdict.json"
         self.source = self.path / "source.json"
         self.checkpoint = self.path / CHECKPOINTS[0]
         self.previous = self.path / "checkpoint.previous.safetensors"
         self.best = self.path / "best.safetensors"
+
+    @property
+    def _facts(self) -> tuple[Path, ...]:
+        return self.source, self.recipe, self.run, self.metrics, self.verdict
 
     def require_free(self) -> None:
         """Raises UsageError when the folder already holds a run or cannot be written; writes nothing.
@@ -71,6 +77,7 @@ class RunFolder:
         self.remove_torn()
         with self._refused():
             write_atomically(self.metrics, "")
+            self.verdict.unlink(missing_ok=True)
             write_json(self.recipe, recipe)
             write_json(self.run, run | {"digest": _digest(recipe, run)})
             if source is not None:
@@ -102,6 +109,15 @@ class RunFolder:
         with _told(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
 
+    def write_verdict(self, verdict: Mapping[str, Any]) -> None:
+        """Raises StateError."""
+        with _told(self.verdict):
+            write_json(self.verdict, dict(verdict))
+
+    def read_verdict(self) -> dict[str, Any] | None:
+        """None where there is none. Raises StateError where it is damaged."""
+        return _read(self.verdict) if self.verdict.is_file() else None
+
     def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
         """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes.
         Raises StateError."""
@@ -111,7 +127,7 @@ class RunFolder:
     def remove_torn(self) -> None:
         """Removes what writers that were killed left behind: files that never got their name. Raises StateError."""
         with _told(self.path):
-            for file in (self.source, self.recipe, self.run, self.metrics, self.checkpoint, self.previous, self.best):
+            for file in (*self._facts, self.checkpoint, self.previous, self.best):
                 for torn in self.path.glob(f".{file.name}.*"):
                     torn.unlink()
 

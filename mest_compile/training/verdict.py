@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from mest_compile.training.exhibits import png_of
+
 WORST = 12  # examples shown
+DARK = 64  # the largest value of pixels that are not in 0 to 255, as of scikit-learn's digits
 BINS = 10  # of probabilities, for calibration
 
 
@@ -77,3 +82,39 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     ]
     error = sum(row["examples"] * abs(row["probability"] - row["accuracy"]) for row in rows) / len(labels)
     return {"error": error, "bins": rows}
+
+
+def verdict_of(outputs: np.ndarray, data: Any, classes: Sequence[str], part: str, epoch: int) -> dict[str, Any]:
+    """JSON-able, what a run keeps of an evaluation: `judged`, "calibration" and the surest wrong answers, with their
+    pictures where there are some.
+
+    outputs  (n, classes) float32 for the examples of `data`, a Dataset or a Stream's (labels alone)
+    part     "test" or "val"
+    """
+    counted = np.flatnonzero(data.labels >= 0)
+    outputs, labels = outputs[counted], data.labels[counted]
+    return {
+        "part": part,
+        "epoch": epoch,
+        **judged(outputs, labels, classes),
+        "calibration": calibration(outputs, labels),
+        "worst": [
+            {
+                "example": int(counted[place]),
+                "class": classes[labels[place]],
+                "called": classes[called],
+                "sure": sure,
+                "png": _picture(data, int(counted[place])),
+            }
+            for place, called, sure in worst(outputs, labels)
+        ],
+    }
+
+
+def _picture(data: Any, place: int) -> str | None:
+    """A picture as PNG in base64; None of what is none, and where Pillow is not installed."""
+    images = getattr(data, "images", None)
+    if images is None or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or not find_spec("PIL"):
+        return None
+    stretch = 255 // max(1, int(images[place].max())) if images.max() < DARK else 1
+    return base64.b64encode(png_of(images[place] * np.uint8(stretch))).decode()

@@ -254,7 +254,9 @@ def test_train_prints_the_run_and_writes_its_folder(trained):
     assert document["epochs"][1]["loss"] < document["epochs"][0]["loss"]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == document["epochs"]
-    assert json.loads((folder / "source.json").read_text()) == {"data": "digits", "data_folder": None}
+    source = json.loads((folder / "source.json").read_text())
+    assert source.pop("command").endswith(f"--out {folder} --json")
+    assert source == {"model": "mlp", "data": "digits", "data_folder": None}
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_anything_is_compiled(mest_compile_command, tmp_path):

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from test_training import RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt
 
 from mest_compile.base.errors import StateError, UsageError
+from mest_compile.training.drawing import PLOTS
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
-from mest_compile.training.reporting import PLOTS, read_epochs, write_report
+from mest_compile.training.reporting import read_epochs, write_report
 from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.sieve import SieveRule
 
@@ -34,7 +35,9 @@ def test_a_report_is_plots_and_one_page_that_needs_nothing_else(finished):
     assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.png") for name in plots)]
     assert all((out / f"{name}.png").read_bytes().startswith(PNG) for name in plots)
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == len(plots) and not re.search(r'(src|href)="(?!data:)', page)
+    verdict = json.loads((finished / "verdict.json").read_text())
+    shown = len(plots) + len(verdict["worst"])
+    assert page.count('src="data:image/png;base64,') == shown and not re.search(r'(src|href)="(?!data:)', page)
     assert "run &lt;a&gt;" in page and "<a>" not in page
     assert json.loads(json.dumps(facts)) == facts
 
@@ -83,6 +86,9 @@ def test_the_plots_show_the_numbers_of_the_metrics(finished):
     for name, (_, draw) in PLOTS.items():
         axes = Figure().add_subplot()
         draw(axes, lines)
+        if name in ("sparsity", "survival"):
+            assert axes.images[0].get_array().tolist() == wanted[name] and axes.images[0].get_extent()[:2] == [0.5, 6.5]
+            continue
         assert [list(line.get_ydata()) for line in axes.lines] == wanted[name], name
         assert list(axes.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6], name
 
@@ -126,6 +132,37 @@ def test_a_dense_run_has_no_plots_of_masks(tmp_path):
     assert not {"sparsity.png", "survival.png"} & {
         path.rpartition("/")[2] for path in write_report(tmp_path / "run")["files"]
     }
+
+
+def test_the_page_says_what_classes_were_called_and_where_the_run_is_from(finished):
+    verdict = json.loads((finished / "verdict.json").read_text())
+    last = RunFolder(finished).read_metrics()[-1]
+    confusion = np.array(verdict["confusion"])
+    assert verdict["part"] == "test" and verdict["epoch"] == 6 and confusion.sum() == len(TEST[1])
+    assert confusion.trace() / confusion.sum() == last["test_accuracy"] == verdict["accuracy"]
+    wrong = [one for one in verdict["worst"] if one["class"] == one["called"]]
+    assert not wrong and len(verdict["worst"]) == min(12, len(TEST[1]) - confusion.trace())
+    assert all(str(TEST[1][one["example"]]) == one["class"] and one["png"] for one in verdict["worst"])
+    write_report(finished)
+    page = (finished / "report" / "report.html").read_text()
+    rows = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", page))
+    assert rows["began"].startswith("20") and "cpus" in rows["machine"] and rows["total"] == "0.00 MiB"
+    assert rows["sparsity of all their weights together"] == f"{last['overall_sparsity']:.3f}"
+    assert "What follows is of 50 test examples after epoch 6." in page and page.count("<figcaption>") == len(
+        verdict["worst"]
+    )
+
+
+def test_several_runs_are_laid_over_each_other(finished, tmp_path, mest_compile_command):
+    Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05), tmp_path / "short").fit(TRAIN, TEST)
+    ran = mest_compile_command("report", finished, tmp_path / "short", "--out", tmp_path / "both", "--json")
+    assert ran.code == 0 and [one["epochs"] for one in ran.document["runs"]] == [6, 2], ran.err
+    page = (tmp_path / "both" / "compare.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "<td>run &lt;a&gt;</td>" in page and "<td>short</td>" in page
+    shown = mest_compile_command("report", finished, tmp_path / "short", "--out", tmp_path / "both").out
+    assert "2/2" in shown and "compare.html" in shown
+    ran = mest_compile_command("report", finished, tmp_path / "none", "--out", tmp_path / "both")
+    assert ran.code == 1 and "holds no run" in ran.err
 
 
 def test_what_is_no_run_and_what_cannot_be_written_say_so(finished, tmp_path):

@@ -23,7 +23,7 @@ from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
 from mest_compile.sparsity.mutation import Phase, importance
 from mest_compile.training import loop
-from mest_compile.training.epoch import evaluate
+from mest_compile.training.evaluating import evaluate
 from mest_compile.training.fitting import target_sparsity
 from mest_compile.training.loop import Trainer
 from mest_compile.training.metrics import METRICS
@@ -223,6 +223,7 @@ def test_the_run_folder_holds_everything_needed_to_repeat_the_run(tmp_path):
         "metrics.jsonl",
         "recipe.json",
         "run.json",
+        "verdict.json",
     ]
     assert Recipe.from_dict(json.loads((folder / "recipe.json").read_text())) == run.recipe
     facts = json.loads((folder / "run.json").read_text())
@@ -240,7 +241,7 @@ def test_best_is_never_a_model_denser_than_its_target(tmp_path, monkeypatch):
     recipe = Recipe(4, "em_s", lr=0.05, mutate_every=1, phases=(Phase(3, 0.9, 0.5), Phase(4, 0.9, 0.9)))
     step = SoftmaxStep()
     accuracies = iter([0.5, 0.9, 1.0, 0.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"test_accuracy": next(accuracies), "evaluation_seconds": 0.0})
+    monkeypatch.setattr(loop, "judge_all", lambda *_: {"test_accuracy": next(accuracies), "evaluation_seconds": 0.0})
     run = Trainer(step, recipe, tmp_path / "run").fit(TRAIN, TEST)
     assert run.best == {"epoch": 4, "test_accuracy": 0.7}
     assert extra_of(tmp_path / "run" / "best.safetensors")["epoch"] == 4
