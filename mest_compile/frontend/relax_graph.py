@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -252,6 +253,8 @@ class Reader(Arranger):
             return self.plainly(value)
         if isinstance(value, Refused | Formula):
             raise value.error
+        if isinstance(value, Fixed) and value.array is not None and len(value.array.shape) in (2, 4):
+            return self.standing(value.array)
         if not isinstance(value, Value):
             kinds = {
                 Parameter: "a parameter",
@@ -266,6 +269,16 @@ class Reader(Arranger):
     def seen(self, value: Any) -> Any:
         """The value, which must be an activation or a formula of one, whatever its axes. Raises UnsupportedOperator."""
         return value if isinstance(value, View | Formula) else self.activation(value)
+
+    def standing(self, array: np.ndarray) -> Value:
+        """Numbers that stand there for every example alike. Raises UnsupportedOperator."""
+        first = array[:1]
+        if len(array) not in (1, self.input_shape[0]) or not np.array_equal(np.broadcast_to(first, array.shape), array):
+            raise self.error("a constant that is not the same for every example used as an activation")
+        flat, shape = tuple(map(float, first.ravel())), (self.input_shape[0], *array.shape[1:])
+        strides = tuple(prod(shape[place + 1 :]) if size > 1 else 0 for place, size in enumerate(shape) if place)
+        attrs = {"formula": "x0", "strides": ((*strides, 0, 0)[:3],), "constants": (flat,)}
+        return self.add("combine", (), shape, attrs=attrs)
 
     def formula(self, value: Formula) -> Value:
         """A formula that nothing was made of as an activation, made once: of the first activation that it is one of,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import Reader, _single, reads
+from mest_compile.frontend.relax_graph import READERS, Reader, _single, reads
 from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores
 from mest_compile.ir.arrangement import Arrangement, Axis, Part, cut, merged, size_of, whole
 from mest_compile.operators.attention_bias import spread
@@ -138,6 +139,36 @@ def _attended(reader: Reader, shares: Scores, v: Any) -> Any:
     return attention(reader, q, k, v, shares.scale, biases=shares.biases)
 
 
+def _warmed(reader: Reader, scores: Scores, held: Parameter | Picked) -> Scores:
+    """Scores times numbers that are learned, the same for all keys: it is queries that are multiplied by them. Raises
+    UnsupportedOperator."""
+    places, sizes = picked(reader, held), scores.shape
+    numbers = (1,) * (len(sizes) - len(places.shape)) + places.shape
+    q = reader.reshaped(scores.q, (*sizes[:-1], scores.q.shape[-1]))
+    alike = reader.arrangement(q).axes[:-1] == scores.arrangement.axes[:-1]
+    if not alike or reader.bare(q) is not reader.bare(scores.q) or numbers[-1] != 1 or places.added is not None:
+        raise reader.error(f"{reader.called} of attention's scores and {held.name}")
+    # Where heads are channels of their own, numbers of heads are numbers of channels.
+    *others, last = reader.arrangement(q).axes
+    own, rest = (
+        merged(
+            part
+            for axis, size in zip(others, numbers, strict=False)
+            for part in axis
+            if (size > 1) is varies and part.dim != "N"
+        )
+        for varies in (True, False)
+    )
+    image = {"N": whole(q.shape)["N"], "C": own, "H": rest, "W": last}
+    q = reader.viewed(reader.lay(q, image), reader.arrangement(q).moved(image))
+    name = "relax.multiply"
+    lies = SimpleNamespace(op=SimpleNamespace(name=name), attrs=None, args=(), ty=SimpleNamespace(shape=q.shape))
+    operands = [q, places.seen_as(lambda array: array.reshape(numbers))]
+    q = reader.pointwise(READERS.find(name), lies, operands)
+    axes = Arrangement((*reader.arrangement(q).axes[:-1], scores.arrangement.axes[-1]))
+    return replace(scores, q=q, arrangement=axes)
+
+
 def scaled(reader: Reader, name: str, a: Any, b: Any) -> Scores:
     """Scores times a number, or and a constant or numbers of a parameter. Raises UnsupportedOperator."""
     scores, other = (a, b) if isinstance(a, Scores) else (b, a)
@@ -147,6 +178,8 @@ def scaled(reader: Reader, name: str, a: Any, b: Any) -> Scores:
             return replace(scores, biases=(*scores.biases, (scores.arrangement, Fixed(array=array))))
         if isinstance(other, Parameter | Picked):
             return replace(scores, biases=(*scores.biases, (scores.arrangement, picked(reader, other))))
+    if name == "multiply" and not (scores.shares or scores.biases) and isinstance(other, Parameter | Picked):
+        return _warmed(reader, scores, other)
     number = other.number if isinstance(other, Fixed) else None
     if (
         number is None
@@ -159,10 +192,8 @@ def scaled(reader: Reader, name: str, a: Any, b: Any) -> Scores:
     return replace(scores, scale=scores.scale * number if name == "multiply" else scores.scale / number)
 
 
-@reads("relax.nn.softmax")
-def read_softmax(reader: Reader, call: Any, arguments: list) -> Any:
-    """Of attention's scores, over the keys."""
-    scores = arguments[0]
-    if not isinstance(scores, Scores) or int(call.attrs.axis) not in (-1, len(scores.shape) - 1):
-        raise reader.error(reader.called)
+def shared(reader: Reader, call: Any, scores: Scores) -> Scores:
+    """The softmax of scores, over the keys. Raises UnsupportedOperator."""
+    if int(call.attrs.axis) not in (-1, len(scores.shape) - 1):
+        raise reader.error(f"{reader.called} of attention's scores over queries")
     return replace(scores, shares=True)

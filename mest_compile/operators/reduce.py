@@ -12,7 +12,7 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Value, View
+from mest_compile.frontend.values import Fixed, Value, View
 from mest_compile.ir.arrangement import Arrangement, merged, whole
 from mest_compile.ir.expressions import Variable
 from mest_compile.ir.graph import Node
@@ -51,8 +51,12 @@ def _scaled(node: Node) -> str:
 @reads("relax.mean", "relax.sum", gives=("mean", "sum"))
 def read_reduction(reader: Reader, call: Any, arguments: list) -> Any:
     name, shape = call.op.name.removeprefix("relax."), _shape(call)
-    if isinstance(arguments[0], View) and name == "mean":
-        return _mean(reader, call, arguments[0])
+    if isinstance(arguments[0], View):
+        found, count = _mean(reader, call, arguments[0]), prod(arguments[0].shape) // prod(shape)
+        if name == "mean":
+            return found
+        total = combined(reader, "multiply", reader.bare(found), Fixed(float(count)))
+        return reader.viewed(total, reader.arrangement(found))
     image = reader.activation(arguments[0])
     axes = _axes(call, image)
     if name == "mean" and axes == (2, 3) and len(image.shape) == 4:

@@ -76,6 +76,7 @@ def run_node(node, state, inputs):
         "global_avg_pool": lambda: x.mean((2, 3)).reshape(node.shape),
         "flatten": lambda: x.flatten(1),
         "rearrange": lambda: rearranged(node, x),
+        "softmax": lambda: inputs[0].softmax(1),
         "attention": lambda: attended(node, state, *inputs),
         "norm": lambda: normed(node, x, held.get("weight"), held.get("bias")),
         "dropout": lambda: x,

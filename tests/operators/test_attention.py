@@ -98,6 +98,16 @@ def shifted(self, x, heads=2):
     return self.proj(x.reshape(batch, tokens, width))
 
 
+def over_channels(self, x, heads=2):
+    """EdgeNeXt's: channels attend to channels, as far as a number that is learned says; then MobileViTv2's, in which
+    one number a token says how much of it all tokens are given."""
+    batch, tokens, width = x.shape
+    q, k, v = self.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 4, 1)
+    shares = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.heat).softmax(-1)
+    x = self.proj((shares @ v).permute(0, 3, 1, 2).reshape(batch, tokens, width))
+    return x * (self.weigh(x).softmax(1) * x).sum(1, keepdim=True)
+
+
 def torchs(self, x):
     return self.heads(x, x, x, need_weights=False)[0]
 
@@ -121,11 +131,20 @@ WAYS = {
     "written out": lambda: Block(written_out, **linears(query=8, key=8, value=8, proj=8)),
     "causal": lambda: Block(causal, **linears(qkv=24)),
     "in windows": lambda: Block(in_windows, **linears(qkv=24, proj=8)),
+    "over channels": lambda: Block(
+        over_channels, **linears(qkv=24, proj=8), weigh=nn.Linear(8, 1, bias=False), heat=table(2, 1, 1)
+    ),
     "torch's": lambda: Block(torchs, heads=nn.MultiheadAttention(8, 2, batch_first=True)),
 }
 
 
-AGAIN = ("in windows", "shifted", "masked", "biased")  # whose values do not lie as attention wants them
+AGAIN = (
+    "in windows",
+    "shifted",
+    "masked",
+    "biased",
+    "over channels",
+)  # do not lie as wanted
 
 
 class Encoder(nn.Module):
@@ -186,6 +205,7 @@ STEPS = [
     (("written out", "causal"), "opencl", "block:2x1"),
     (("biased", "shifted"), "local", "unstructured"),
     (("biased", "masked"), "opencl", "unstructured"),
+    (("over channels",), "local", "unstructured"),
 ]
 
 
@@ -243,8 +263,7 @@ def test_a_value_that_is_all_three():
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=q[..., :6] > 0), "a mask that is computed from"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6) < 0), "hides all keys of a q"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
-        (lambda q: q.softmax(-1), "softmax in the model's own forward"),
-        (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax in the model's own forward"),
+        (lambda q: (q @ q.transpose(-1, -2)).softmax(-2) @ q, "softmax of attention's scores over queries"),
         (lambda q: (q @ q.transpose(-1, -2)) @ q, "matmul of .* which is no attention"),
     ],
 )

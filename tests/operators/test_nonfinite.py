@@ -34,6 +34,7 @@ from mest_compile.operators import (
     rearrange,
     recurrent,
     resize,
+    softmax,
 )
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import (
@@ -340,6 +341,18 @@ def attention_biases(kernel, rng, dtype) -> Iterator:
     dscores, firsts = salted(rng, rng.standard_normal(12)), np.array([0, 2, 2, 5, 6], np.int32)
     wanted = attention_bias.table_reference(problem, dscores, order, firsts)
     yield problem, [dscores, order, firsts, np.zeros(4, np.float32)], {3: wanted}
+
+
+@case("softmax.forward", "softmax.backward")
+def softmaxes(kernel, rng, dtype) -> Iterator:
+    shape, other = shapes(dtype)
+    x, dy, start = draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    if kernel == "softmax.forward":
+        wanted = softmax.forward_reference(x)
+        yield softmax.Softmax(shape, other), [pack(shape, x), pack(other, start, 0)], {1: (other, wanted)}
+        return
+    problem, wanted = softmax.SoftmaxBackward(shape, other, shape), softmax.backward_reference(dy, x)
+    yield problem, [pack(shape, dy, 0), pack(other, x), pack(shape, start, 0)], {2: (shape, wanted)}
 
 
 @case("dropout.forward")

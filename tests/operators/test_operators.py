@@ -33,6 +33,7 @@ from mest_compile.operators import (
     pool,
     rearrange,
     resize,
+    softmax,
 )
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
@@ -634,6 +635,21 @@ def test_attention(run, rng, how, dtype):
             image = gradients[place]
             slack = {"stored": dataclasses.replace(image, dtype=dtype), "stores": 2 * heads * width}
             assert_close(unpack(image, result, gradient=True), limit, 4 * terms, **slack)
+
+
+@some_shapes
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_softmax(run, rng, shape, accumulate):
+    x, dy, start = 2 * draw(rng, shape), draw(rng, shape), draw(rng, shape)
+    other = other_halo(shape)
+    wanted = softmax.forward_reference(x)
+    got = run("softmax.forward", softmax.Softmax(shape, other), pack(shape, x), pack(other, start))[1]
+    assert_close(unpack(other, got), wanted, terms=20 + shape.channels, stored=other)
+    stored = unpack(other, got)
+    wanted = softmax.backward_reference(dy, stored) + (start if accumulate else 0)
+    problem = softmax.SoftmaxBackward(shape, other, shape, accumulate)
+    got = run("softmax.backward", problem, pack(shape, dy, 0), pack(other, stored), pack(shape, start, 0))[2]
+    assert_close(unpack(shape, got, gradient=True), wanted, terms=20 + shape.channels, stored=shape)
 
 
 @pytest.mark.parametrize("mask", [None, (1, 1), (3, 2)])
