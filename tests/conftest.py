@@ -13,6 +13,8 @@ import pytest
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
+# PoCL takes half as long for a test's kernels when it does not optimise them.
+os.environ["POCL_EXTRA_BUILD_FLAGS"] = "-cl-opt-disable"
 
 
 # Marks of whole files, by their names; a test that uses the fixture `port` is of the device as well. `make test-quick`
@@ -41,6 +43,11 @@ MARKS = {
         "test_turns",
     ),
 }
+
+
+# Files, and folders of them, in which kernels and steps are asked what they compute, each a few times. LLVM does not
+# optimise their code, which takes a fifth of the time; test_nonfinite.py has every kernel as users get it.
+HASTY = ("operators/*",)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -72,28 +79,62 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def builder(pytestconfig, repository, tmp_path_factory):
-    """Of kernels that tests run, kept between tests, processes and sessions for as long as the code that makes them is
-    the same.
-
-    Builders of tests that are about building have cold folders of their own.
+def kept_kernels(pytestconfig, repository, tmp_path_factory) -> Path:
+    """Where kernels that tests run are kept between tests, processes and sessions for as long as the code that makes
+    them is the same.
     """
     from mest_compile.hardware.folders import digest
-    from mest_compile.kernels.cache import Builder
 
-    makers = [
+    makers = [repository / "tests" / "lib" / "hasty.py"] + [
         path
         for part in ("kernels", "backends", "hardware")
         for path in sorted((repository / "mest_compile" / part).rglob("*.py"))
     ]
     if not hasattr(pytestconfig, "cache"):  # told to keep none
-        return Builder(folder=tmp_path_factory.mktemp("kernels"))
+        return tmp_path_factory.mktemp("kernels")
     kernels = pytestconfig.cache.mkdir("kernels")
     made_by = digest(b"".join(path.read_bytes() for path in makers))
     for stale in kernels.iterdir():
         if stale.name != made_by:
             shutil.rmtree(stale, ignore_errors=True)
-    return Builder(folder=kernels / made_by)
+    return kernels / made_by
+
+
+@pytest.fixture(scope="session")
+def usual_builder(kept_kernels):
+    """Of kernels as users get them. Builders of tests that are about building have cold folders of their own."""
+    from mest_compile.kernels.cache import Builder
+
+    return Builder(folder=kept_kernels / "usual")
+
+
+@pytest.fixture(scope="session")
+def hasty_builder(kept_kernels):
+    from hasty import HastyBuilder
+
+    return HastyBuilder(folder=kept_kernels / "hasty")
+
+
+@pytest.fixture(scope="module")
+def builder(request):
+    """Of the kernels of one file's tests."""
+    return request.getfixturevalue("hasty_builder" if hasty(request.path) else "usual_builder")
+
+
+@pytest.fixture(autouse=True)
+def steps_of_it(request, monkeypatch):
+    if hasty(request.path):
+        builder = request.getfixturevalue("hasty_builder")
+        monkeypatch.setattr("mest_compile.assembling.Builder", lambda: builder)
+
+
+def hasty(path: Path) -> bool:
+    return any(fnmatch(f"{path.parent.name}/{path.stem}", files) for files in HASTY)
+
+
+@pytest.fixture
+def drivers_optimise(monkeypatch):
+    monkeypatch.delenv("POCL_EXTRA_BUILD_FLAGS")
 
 
 @pytest.fixture(scope="module")

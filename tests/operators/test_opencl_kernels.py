@@ -117,7 +117,7 @@ for _module in (
             for name, item in vars(_module).items()
             if name.startswith("test_")
             and name not in CPU_ONLY
-            and {"run", "builder"} & inspect.signature(item).parameters.keys()
+            and {"run", "builder", "usual_builder"} & inspect.signature(item).parameters.keys()
         }
     )
 

@@ -1,0 +1,36 @@
+"""Which files a mark or a builder is for, by their names; and what the hasty builder leaves out."""
+
+from pathlib import Path
+
+import numpy as np
+from conftest import HASTY, MARKS
+from hasty import HastyBuilder
+
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators.add import AddForward
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_every_name_in_the_lists_of_files_is_one():
+    missing = [name for name in HASTY if not list(TESTS.glob(f"{name}.py"))]
+    missing += [name for names in MARKS.values() for name in names if not list(TESTS.glob(f"*/{name}.py"))]
+    assert not missing
+
+
+def test_hasty_code_has_the_usual_names_and_computes_the_same_by_other_instructions(tmp_path):
+    import tvm
+
+    image = Image(3, 4, 5, 8)
+    source = kernel_source("add.forward", AddForward(image, image, image), find_target("local"))
+    ones, code = np.ones(image.elems, np.float32), []
+    for kind in (Builder, HastyBuilder):
+        builder, tensors = kind(tmp_path / kind.__name__), [tvm.runtime.tensor(ones * value) for value in (1, 2, 0)]
+        builder.function(source)(*tensors)
+        np.testing.assert_array_equal(tensors[2].numpy(), 3 * ones)
+        code.append(builder.objects([source]))
+    usual, hasty = code
+    assert usual.keys() == hasty.keys() and usual != hasty
