@@ -275,25 +275,6 @@ def _start(low: Lowering) -> Activation:
     return low.value(graph.nodes[-1].name)
 
 
-def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
-    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time
-    than the one before:
-
-    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is
-    kept per convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input
-    only.
-    """
-    consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
-    norms = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
-    normed = {
-        node.name: consumers[node.name][0]
-        for node in graph.nodes
-        if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]
-    }
-    added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
-    return norms, norms | added, norms.union(normed)
-
-
 def lower_training(
     graph: ForwardGraph,
     layers: Mapping[str, Layer],

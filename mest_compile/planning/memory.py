@@ -10,7 +10,6 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import recomputable
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.footprint import footprint
@@ -19,6 +18,25 @@ from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.room import overall_sparsity, units_at
 
 MIB = 2**20
+
+
+def recomputable(graph: ForwardGraph) -> tuple[frozenset[str], ...]:
+    """Sets of nodes whose values the backward pass may compute again, each saving more memory and costing more time
+    than the one before:
+
+    batch_norm without an addition; also convolutions whose batch_norm takes in an addition, so that one activation is
+    kept per convolution; also all other convolutions before a batch_norm, so that a residual block keeps its input
+    only.
+    """
+    consumers = {node.name: [other for other in graph.nodes if node.name in other.inputs] for node in graph.nodes}
+    norms = frozenset(node.name for node in graph.nodes if node.op == "batch_norm" and len(node.inputs) == 1)
+    normed = {
+        node.name: consumers[node.name][0]
+        for node in graph.nodes
+        if node.op == "conv2d" and [consumer.op for consumer in consumers[node.name]] == ["batch_norm"]
+    }
+    added = frozenset(name for name, norm in normed.items() if len(norm.inputs) == 2)
+    return norms, norms | added, norms.union(normed)
 
 
 def meet_budget(
