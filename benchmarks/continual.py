@@ -139,7 +139,7 @@ def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, full:
         images, wanted = np.concatenate([x, pixels[again]]), np.concatenate([y, labels[again]])
         optimizer = torch.optim.AdamW(model.parameters(), RATE)
         steps = len(wanted) // BATCH
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * steps, pct_start=0.2)
         began = process_time()
         model.train()
         for _ in range(epochs):

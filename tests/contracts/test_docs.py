@@ -25,6 +25,8 @@ COVERED_ELSEWHERE = {
     "mest-compile finetune --from efficientnet-lite0 --data-folder my-images/ --time-limit 60 --out runs/mine": "needs "
     "the extra and photos; tests/finetuning/test_finetune_cli.py runs it on a small net",
     "mest-compile finetune --resume runs/mine": "the same",
+    "mest-compile finetune --continue runs/mine --data-folder new-images/ --out runs/more": "the same",
+    'pip install -e ".[series]"': "the example's quick mode draws series of the same shape",
     "mest-compile predict runs/digits pictures/ --csv answers.csv": "needs pictures; tests/training/test_predicting.py "
     "draws some",
     "mest-compile build --checkpoint runs/digits --target cortex-a72 --batch 4 --out artifact/": "a run on a folder of "
