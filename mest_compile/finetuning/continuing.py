@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import StateError
 from mest_compile.finetuning.folder import TunedFolder
 from mest_compile.finetuning.job import Job
 from mest_compile.finetuning.net import Net
@@ -37,8 +36,7 @@ class Before:
 def read_before(path: Path) -> Before:
     """Raises StateError where the folder holds no fine-tuning that is done, or files are damaged."""
     folder = TunedFolder(path)
-    if not folder.result.is_file() or not folder.replay.is_file():
-        raise StateError(f"{path} is not done, or its examples were not kept; finish it with --resume {path}")
+    folder.trained()
     step, extra = read_step(folder.checkpoint), checkpoint.read(folder.checkpoint)[1]["extra"]
     told = extra["finetuned"]
     last = step.graph.nodes[-1]
@@ -50,8 +48,9 @@ def read_before(path: Path) -> Before:
 
 def continued_job(path: Path, data: Any, test: Any, given: Mapping[str, Any]) -> Job:
     """What the run in a folder was asked, of other images. given: what else is asked otherwise. Raises StateError."""
-    job, graph = Job.from_json(TunedFolder(path).read()), read_before(path).net.graph
-    options = replace(job.options, trainable=tuple(graph.trainable()), update_budget=None)
+    folder = TunedFolder(path)
+    job = Job.from_json(folder.read())
+    options = replace(job.options, trainable=folder.trained(), update_budget=None)
     unasked: dict[str, Any] = {"model": None, "weights": None, "inputs": None, "image": None}
     return replace(job, **unasked, data=data, test=test, options=options, continue_from=path, **given)
 

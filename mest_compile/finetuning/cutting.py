@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from mest_compile.ir.graph import CHOSEN, COUNTER, ForwardGraph, Node
+from mest_compile.ir.graph import CHOSEN, COUNTER, ForwardGraph
 from mest_compile.lowering.fusing import fuse
 from mest_compile.planning.facts import Facts
 from mest_compile.planning.memory import usually_recomputed
@@ -14,18 +13,16 @@ from mest_compile.planning.memory import usually_recomputed
 def cut_of(graph: ForwardGraph) -> int:
     """How many of the first nodes are frozen and reach the others through the last of them alone; as many as can be.
     0 where there are none."""
-    moving, found = graph.moving(), 0
+    moving, found, reached = graph.moving(), 0, -1
+    last = {source: place for place, node in enumerate(graph.nodes) for source in node.inputs}  # that reads each value
     for count in range(1, len(graph.nodes)):
+        before = graph.nodes[count - 2].name if count > 1 else "input"
+        reached = max(reached, last.get(before, -1))  # the last node that reads something from before the gate
         if graph.nodes[count - 1].name in moving:
             break
-        if all(_within(node, graph.nodes[count:], graph.nodes[count - 1].name) for node in graph.nodes[count:]):
+        if reached < count:
             found = count
     return found
-
-
-def _within(node: Node, rest: Sequence[Node], gate: str) -> bool:
-    """Whether all that a node reads is of the rest, or the gate to it."""
-    return all(source == gate or any(source == other.name for other in rest) for source in node.inputs)
 
 
 def between(graph: ForwardGraph, start: int, end: int) -> ForwardGraph:

@@ -76,6 +76,15 @@ class TunedFolder:
             raise StateError(f"{self.asked} is damaged: it holds no table")
         return found
 
+    def trained(self) -> tuple[str, ...]:
+        """Names of the parameters that trained. Raises StateError where that is not done."""
+        try:
+            if not self.replay.is_file():
+                raise FileNotFoundError(self.replay.name)
+            return tuple(json.loads(self.result.read_text(encoding="utf-8"))["trainable"])
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise StateError(f"{self.path} is not done ({problem}); finish it with --resume {self.path}") from problem
+
     def finish(
         self,
         job: Job,

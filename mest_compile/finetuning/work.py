@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ class Work:
         self._job, self._folder, self._pictures, self._net = job, folder, pictures, net
         self._builder, self._watch, self._clock = builder, watch, clock
         self._state = dict(net.state)
+        self._records = cache(_records)  # a log of thousands of lines, and several plans
         alone = replace(job.options.dense(), optimizer=named_optimizer(HEAD_OPTIMIZER), update_budget=None)
         with clock("compiling"):
             self._head_plan = self._planned(replace(alone, trainable=net.head))
@@ -174,11 +176,11 @@ class Work:
             norms = {name for name, node in graph.parameters().items() if node.op == "batch_norm"}
             chosen = choose_trainable(graph, options.trainable).trainable()
             options = replace(options, trainable=tuple(name for name in chosen if name not in norms))
-        first = plan_step(graph, options, _records)
+        first = plan_step(graph, options, self._records)
         dense = [name for name, layer in first.layers.items() if layer.frozen or isinstance(layer.scheme, Dense)]
         if not options.sparse or len(dense) == len(first.layers):
-            return plan_step(graph, replace(options.dense(), trainable=options.trainable), _records)
-        return plan_step(graph, replace(options, dense_layers=tuple(dense)), _records)
+            return plan_step(graph, replace(options.dense(), trainable=options.trainable), self._records)
+        return plan_step(graph, replace(options, dense_layers=tuple(dense)), self._records)
 
     def _chosen(self) -> Plan:
         """The plan of what trains within the update budget, chosen with the classifier trained."""
@@ -186,7 +188,7 @@ class Work:
         self._watch.on_stage("choosing what trains")
         with self._clock("compiling"):
             batches = sampled(data, self._net.graph.input_shape, options)
-            full = plan_step(self._net.graph, options, _records)
+            full = plan_step(self._net.graph, options, self._records)
             choice = chosen_step((full, self._state, {}), options, batches, None, self._builder)
             plan = self._planned(replace(options, trainable=choice.trainable, update_budget=None))
             return replace(plan, chosen=choice.to_dict())
