@@ -121,7 +121,7 @@ def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
     shape, refusals = checks.shapes("input_shape", input_shape)[0], Refusals()
     try:
         with exclusive.COMPILER:
-            graph, state = read_any(model, input_shape, refusals)
+            graph, state = read_any(model, input_shape, refusals, said.output)
     except UnsupportedOperator as error:
         return Check(shape, str(said.target), (), error.refused, str(error), 0.0, {})
     if refusals.found:

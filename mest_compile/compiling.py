@@ -73,6 +73,7 @@ def compile(
     trainable: str | Sequence[str] | None = None,
     dense_start: bool = False,
     update_budget: float | int | str | None = None,
+    output: str | int | None = None,
     data: Any = None,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
@@ -131,6 +132,8 @@ def compile(
     update_budget  what a step may cost: a share of the full step's time, 0 < share <= 1, or bytes of the whole step's
                    planned memory, "24MiB". What of the full step, in which all trains that `trainable` lets, then
                    trains is chosen as by `choose_trainable`; the step tells why in `describe()["update_budget"]`
+    output         of a torch module that gives several values, the name or number of the one that is the logits; what
+                   others are made of beside it, auxiliary heads, comes out as it went in. None: it gives one
     data           what the choice is made by, and nothing else: as `choose_trainable` takes it
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
@@ -152,6 +155,7 @@ def compile(
         trainable=trainable,
         dense_start=dense_start,
         update_budget=update_budget,
+        output=output,
     )
     theirs = optimizer if is_optimizer(optimizer) else None
     batches = None if data is None else sampled(data, input_shape, options)
@@ -205,7 +209,7 @@ def planned_step(
     check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(shape), "a batch of this input_shape")
     with exclusive.COMPILER:
-        graph, state = read_any(model, input_shape)
+        graph, state = read_any(model, input_shape, output=options.output)
 
     def known(target: Target) -> Records:
         return of_machine(Records.of(target) if records is None else records.for_target(target), device)

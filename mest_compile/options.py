@@ -62,6 +62,7 @@ class StepOptions:
     trainable: str | Sequence[str] | None = None
     dense_start: bool = False
     update_budget: float | int | str | None = None
+    output: str | int | None = None
 
     def __post_init__(self) -> None:
         self._set("scheme", parse_schemes(self.scheme))
@@ -86,6 +87,8 @@ class StepOptions:
         if checks.flag("dense_start", self.dense_start) and (self.grow_to is not None or self.lower_density):
             other = "lower_density" if self.lower_density else "grow_to"
             raise UsageError(f"dense_start has room for all weights, which {other} would change; leave one of them out")
+        if self.output is not None and not isinstance(self.output, str):
+            self._set("output", checks.whole("output", self.output, 0, ", an output's name, or None"))
         if self.update_budget is not None:
             self._set("update_budget", read_budget(self.update_budget))
             if self.memory_budget is not None:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def import_model(
-    model: torch.nn.Module | str | Path, input_shape: Sequence[Any], refusals: Refusals | None = None
+    model: torch.nn.Module | str | Path,
+    input_shape: Sequence[Any],
+    refusals: Refusals | None = None,
+    output: str | int | None = None,
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
@@ -27,20 +30,28 @@ def import_model(
     input_shape  (N, C, H, W), (N, C, L) or (N, features); of a torch module of several inputs one for each
     refusals     where goes what cannot be trained, in whose places the graph then has nodes that nothing compiles, as
                  far as there is a graph without it; None: it is raised
+    output       of a torch module that gives several values, the name or number of the one that is the logits
     Raises UnknownName, UnsupportedOperator, SpecError, DataError.
     """
     if isinstance(model, Path) or (isinstance(model, str) and model.endswith(".onnx")):
+        if output is not None:
+            raise SpecError(
+                f"output is {output!r}, which chooses a value of a torch module; an .onnx file is to have one"
+            )
         return from_onnx(model, input_shape, refusals)
     if isinstance(model, str):
         from mest_compile.models.sources import find_model
 
         model = find_model(model, _checked(input_shape)[0])
         assert not isinstance(model, str)
-    return from_torch(model, input_shape, refusals)
+    return from_torch(model, input_shape, refusals, output)
 
 
 def from_torch(
-    module: torch.nn.Module, input_shape: Sequence[Any], refusals: Refusals | None = None
+    module: torch.nn.Module,
+    input_shape: Sequence[Any],
+    refusals: Refusals | None = None,
+    output: str | int | None = None,
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `import_model`, from a torch module, which is left as it was."""
     import torch
@@ -56,14 +67,14 @@ def from_torch(
         )
     shape, several = _checked(input_shape)
     if refusals is not None:
-        return read_module(module, shape, several, refusals)
-    key = key_of(module, several or shape)
+        return read_module(module, shape, several, output, refusals)
+    key = key_of(module, [several or shape, output])
     if key and (graph := recall(key)):
         state = read_state(module)
         check_finite(graph, state)
         return graph, state
     noted = Refusals()
-    graph, state = read_module(module, shape, several, noted)
+    graph, state = read_module(module, shape, several, output, noted)
     noted.check()
     if key:
         remember(key, graph)

@@ -144,7 +144,10 @@ class Reader(Arranger):
         if isinstance(result, tuple) and len(result) == 1:
             result = result[0]
         if isinstance(result, tuple):
-            raise SpecError(f"a model that returns the logits alone is wanted, this one returns {len(result)} values")
+            raise SpecError(
+                f"a model that returns the logits alone is wanted, this one returns {len(result)} values; say which "
+                "they are by output=, a name or a number"
+            )
         if isinstance(result, Seen) and len(result.shape) == 1:  # a number for each example
             result = self.reshaped(result, (*result.shape, 1))
         shape = result.shape if isinstance(result, Seen) else ()

@@ -37,7 +37,11 @@ _CONVERTER_ERRORS = (ValueError, TypeError, AssertionError, LookupError, Attribu
 
 
 def read_module(
-    module: torch.nn.Module, input_shape: tuple[int, ...], several: tuple[tuple[int, ...], ...], refusals: Refusals
+    module: torch.nn.Module,
+    input_shape: tuple[int, ...],
+    several: tuple[tuple[int, ...], ...],
+    output: str | int | None,
+    refusals: Refusals,
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The module's forward pass and a copy of its state by torch name, with masks that are attached to it multiplied in
     (`torch_masks`). The module is left as it was.
@@ -47,6 +51,7 @@ def read_module(
 
     input_shape  (N, C, H, W), (N, C, L) or (N, features)
     several      shapes of several inputs, which are features (N, F) then; none where there is one
+    output       name or number of the value that is the logits, of several; what only others need is not looked at
     Parameters and statistics that the graph uses are float32; what it does not use is of any type.
     refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises UnsupportedOperator, SpecError.
@@ -55,13 +60,13 @@ def read_module(
 
     if not several:
         check_inputs(unwrapped(module))
-    with plainly(unwrapped(module)), taking(unwrapped(module), several or (input_shape,), bool(several)):
-        graph, state = _read(module, input_shape, refusals)
+    with plainly(unwrapped(module)), taking(unwrapped(module), several or (input_shape,), bool(several), output):
+        graph, state = _read(module, input_shape, refusals, output is not None)
     return replace(graph, inputs=tuple(shape[1:] for shape in several)), state
 
 
 def _read(
-    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals
+    module: torch.nn.Module, input_shape: tuple[int, ...], refusals: Refusals, chosen: bool
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     check_module(module, refusals)
     module = unwrapped(module)
@@ -77,7 +82,7 @@ def _read(
             check_unchanged(program)
     evaluating, drops = set[str](), list[bool]()
     with _kept_as_it_was(module), refusals.noted():
-        evaluating, drops = check_training(module, input_shape)
+        evaluating, drops = check_training(module, input_shape, chosen)
     function, origins = _to_relax(program, dict(enumerate(drops)))
     parameters = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target in state}
     graph, _ = read_main(function, parameters, {name: array.shape for name, array in state.items()}, origins, refusals)

@@ -7,10 +7,11 @@ values and cut the gradient at the same ones, BatchNorm's choice of statistics a
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, RECURRENT, dropping, name_of
 from mest_compile.frontend.torch_depth import shown
+from mest_compile.frontend.torch_inputs import names_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,23 +50,26 @@ class Called:
     drops: bool = False
 
 
-def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[set[str], list[bool]]:
+def check_training(
+    module: torch.nn.Module, input_shape: tuple[int, ...], chosen: bool = False
+) -> tuple[set[str], list[bool]]:
     """(running means of the BatchNorms that are in evaluation mode while the model trains, whether each dropout drops,
     in the order of their calls): by the modes of the model's parts where these differ, else by what its own train()
     leaves them in.
 
+    chosen  the result is one of several values: only calls that it needs count
     Raises UnsupportedOperator when training mode computes anything else than evaluation mode, or a gradient is changed.
     """
     python, numpy = random.getstate(), np.random.get_state()
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    evaluated, _, _ = _forward(module, input_shape)
+    evaluated, evaluated_needed, _, told = _forward(module, input_shape)
     if len({training for _, training in modes}) == 1:
         module.train()
     else:
         for part, training in modes:
             part.training = training
-    trained, needed, functions = _forward(module, input_shape)
+    trained, needed, functions, also_told = _forward(module, input_shape)
     if random.getstate() != python or any(
         np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)
     ):
@@ -87,6 +92,18 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tup
                 f"{call.name} {call.where} cuts the gradient of a value in its place, which is not supported: use "
                 f"{call.name.strip('_')} instead"
             )
+    if len(also_told) > max(len(told), 1):
+        names = ", ".join(map(str, also_told))
+        raise UnsupportedOperator(
+            f"in training mode the model gives {len(also_told)} values ({names}), in evaluation {max(len(told), 1)}: "
+            f"auxiliary heads; compile with output={also_told[0]!r} to train by that one alone, or build the model "
+            "without them (aux_logits=False)"
+        )
+    dropouts = [number for number, call in enumerate(evaluated) if call.name in DROPOUTS]
+    pairs = dict(zip(sorted(evaluated_needed), sorted(needed), strict=False))
+    drops = {number: trained[pairs[number]].drops for number in dropouts if number in pairs}
+    if chosen:
+        evaluated, trained = _only(evaluated, evaluated_needed), _only(trained, needed)
     for call, other in zip(trained, evaluated, strict=False):
         if (call.name, call.arguments) != (other.name, other.arguments):
             raise _difference(
@@ -101,7 +118,19 @@ def check_training(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tup
     if more := evaluated[len(trained) :]:
         raise _difference(f"no {more[0].name} {more[0].where}, which evaluation does")
     evaluating = {call.mean for call in trained if call.training is False}
+    if chosen:
+        return evaluating, [drops.get(number, False) for number in dropouts]
     return evaluating, [call.drops for call in trained if call.name in DROPOUTS]
+
+
+def _only(calls: list[Called], needed: set[int]) -> list[Called]:
+    """Calls of those numbers, numbered anew."""
+    turns = {number: turn for turn, number in enumerate(sorted(needed))}
+
+    def renamed(found: re.Match[str]) -> str:
+        return f"'{turns.get(int(found[1]), found[1])} "
+
+    return [replace(calls[number], arguments=re.sub(r"'(\d+) ", renamed, calls[number].arguments)) for number in turns]
 
 
 def _in_place(name: str) -> bool:
@@ -116,9 +145,11 @@ def _difference(what: str) -> UnsupportedOperator:
     )
 
 
-def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[list[Called], set[int], list[str]]:
+def _forward(
+    module: torch.nn.Module, input_shape: tuple[int, ...]
+) -> tuple[list[Called], set[int], list[str], list[str | int]]:
     """(calls of a pass in the module's present mode, numbers of those that the result depends on, custom autograd
-    functions in it)."""
+    functions in it, names or numbers of the values that it gives, none where it is one)."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -140,7 +171,7 @@ def _forward(module: torch.nn.Module, input_shape: tuple[int, ...]) -> tuple[lis
                     f"the forward pass in {mode} mode cannot be traced {_where(stack)}, {type(error).__name__}: "
                     f"{line}; it must not depend on the data's values or on chance"
                 ) from error
-    return recorder.calls, recorder.needed(result), _own_functions(result)
+    return recorder.calls, recorder.needed(result), _own_functions(result), names_of(result)
 
 
 def _recorder(stack: list[tuple[str, str]], names: dict[int, str]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mest_compile.base import checks
-from mest_compile.base.errors import DeviceError, SpecError
+from mest_compile.base.errors import DeviceError, SpecError, UsageError
 from mest_compile.frontend import import_model
 from mest_compile.frontend.refusals import Refusals
 from mest_compile.ir.graph import ForwardGraph
@@ -24,7 +24,7 @@ from mest_compile.runtime.store import StoreRunner
 
 
 def read_any(
-    model: Any, input_shape: Sequence[Any], refusals: Refusals | None = None
+    model: Any, input_shape: Sequence[Any], refusals: Refusals | None = None, output: str | int | None = None
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """As `frontend.import_model`, which it is but for models that are trained already: those have their graph, with
     what training froze able to train again, and weights that are zero where they are dead.
@@ -32,7 +32,9 @@ def read_any(
     Raises StateError, and SpecError where the trained model takes other images.
     """
     if not (isinstance(model, str | Path) and is_trained(model)):
-        return import_model(model, input_shape, refusals)
+        return import_model(model, input_shape, refusals, output)
+    if output is not None:
+        raise UsageError(f"output is {output!r}, and {model} was compiled with its logits alone; leave output out")
     step, (input_shape, _) = read_step(model), checks.shapes("input_shape", input_shape)
     if tuple(input_shape[1:]) != step.input_shape[1:]:
         raise SpecError(

@@ -106,3 +106,56 @@ def test_what_cannot_be_is_told(tmp_path):
 
     with pytest.raises(UnsupportedOperator, match="embedding.* of other numbers than the input's"):
         from_torch(Computed(), WORDS)
+
+
+class Heads(nn.Module):
+    """Of torchvision's GoogLeNet: while training a second head, which drops, gives logits beside the first's."""
+
+    def __init__(self, named=False):
+        super().__init__()
+        self.named, self.body, self.more = named, nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.aux, self.last, self.drop = nn.Linear(8, 5), nn.Linear(8, 5), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.body(x).relu().mean((2, 3))
+        aux = self.aux(self.drop(x)) if self.training or self.named else None
+        x = self.last(F.dropout(self.more(x), 0.0, self.training).relu())
+        if self.named:
+            return {"aux": aux, "out": x}
+        return x if aux is None else (x, aux)
+
+
+@pytest.mark.parametrize(("named", "output"), [(False, 0), (True, "out")])
+def test_one_of_several_outputs_trains_and_heads_beside_it_stay(named, output):
+    torch.manual_seed(0)
+    model, rng = Heads(named).train(), np.random.default_rng(0)
+    step = mest.compile(model, IMAGES, "unstructured", 0.5, output=output, optimizer=mest.SGD(lr=0.1, weight_decay=0.0))
+    before = step.state_dict()
+    images, labels = rng.standard_normal(IMAGES).astype(np.float32), rng.integers(0, 5, 5)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in before.items()})
+    found = model(torch.from_numpy(images))[output]
+    loss = F.cross_entropy(found, torch.from_numpy(labels))
+    loss.backward()
+    gradients = step.gradients(images, labels)
+    assert gradients.keys() == {name for name, _ in model.named_parameters() if not name.startswith("aux")}
+    for name, gradient in gradients.items():
+        wanted = model.get_parameter(name).grad.numpy() * step.masks().get(name, 1)
+        assert relative(gradient, wanted) < 1e-5, name
+    assert step(images, labels).loss == pytest.approx(loss.item(), rel=1e-5)
+    after = step.state_dict()
+    assert all(np.array_equal(after[name], before[name]) == name.startswith("aux") for name in after)
+
+
+def test_several_outputs_are_refused_with_the_way_out():
+    with pytest.raises(
+        UnsupportedOperator, match=r"training mode the model gives 2 values \(0, 1\).*output=0.*aux_logits"
+    ):
+        from_torch(Heads(), IMAGES)
+    with pytest.raises(SpecError, match="this one returns 2 values; say which they are by output="):
+        from_torch(Heads(named=True), IMAGES)
+    with pytest.raises(SpecError, match="the model gives no output 'logits'; there are: aux, out"):
+        from_torch(Heads(named=True), IMAGES, output="logits")
+    with pytest.raises(SpecError, match="an .onnx file is to have one"):
+        mest.compile("net.onnx", IMAGES, output="out")
+    with pytest.raises(UsageError, match="output is -1; wanted a whole number of 0 or more, an output's name, or None"):
+        mest.compile(Heads(), IMAGES, output=-1)
