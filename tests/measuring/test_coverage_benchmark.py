@@ -62,9 +62,9 @@ def test_three_steps_are_compared_with_torch(monkeypatch):
     found = coverage.verify(case())
     assert found["verified"] and found["errors"].keys() == {"unstructured", "block"}
     assert all(0 < ours < 1e-5 and 0 < theirs < 1e-5 for ours, theirs in found["errors"].values())
-    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme: [0.1, 1e-6])
+    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme, options: [0.1, 1e-6])
     assert not coverage.verify(case())["verified"]
-    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme: [0.1, 0.05])
+    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme, options: [0.1, 0.05])
     assert coverage.verify(case())["verified"]
 
 
