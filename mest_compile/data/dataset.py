@@ -157,6 +157,14 @@ class Dataset:
         names = self.names or tuple(str(label) for label in range(self.classes))
         return Reading(names, self._inputs if self.images.dtype == np.uint8 else None)
 
+    def scaled_as(self, reading: Reading | None) -> Dataset:
+        """The same, its pixels scaled as a model's were before; as it is where nobody says how, or they are no
+        pixels."""
+        inputs = None if reading is None else reading.inputs
+        if inputs is None or self.images.dtype != np.uint8 or inputs.channels != self.images.shape[1]:
+            return self
+        return replace(self, mean=np.array(inputs.mean, np.float32), std=np.array(inputs.std, np.float32))
+
     def describe(self) -> dict[str, Any]:
         """JSON-able facts; `crc32` tells whether another data set holds the same examples in the same order."""
         crc = zlib.crc32(np.ascontiguousarray(self.labels).data, zlib.crc32(np.ascontiguousarray(self.images).data))

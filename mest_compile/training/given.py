@@ -110,11 +110,13 @@ def given(step: Any, judge: Judge, recipe: Recipe, train_set: Any, test_set: Any
 
 
 def _read(data: Any, name: str, step: Any, kind: dict[str, Any], like: Dataset | None = None) -> Data:
-    """A Stream of what can only be gone through and of a list of batches, else a Dataset."""
+    """A Stream of what can only be gone through and of a list of batches, else a Dataset, whose pixels are scaled as
+    the step's were before."""
     held = isinstance(data, Dataset | Examples | tuple) and not _of_batches(data)
     if not held and hasattr(type(data), "__iter__"):
         return Stream(data, name, classes=step.classes, **kind)
-    return as_dataset(data, classes=step.classes, like=like, name=name, **kind)
+    found = as_dataset(data, classes=step.classes, like=like, name=name, **kind)
+    return found.scaled_as(getattr(step, "reading", None))
 
 
 def _of_batches(data: Any) -> bool:

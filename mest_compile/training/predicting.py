@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,7 +15,10 @@ from mest_compile.base.errors import DataError, InputError, UsageError
 from mest_compile.data import Dataset
 from mest_compile.data.sampling import check_shape
 from mest_compile.data.sources.folder import SUFFIXES, read_picture
+from mest_compile.hardware.target import is_foreign
 from mest_compile.opening import load, open_artifact
+from mest_compile.planning.facts import read_facts
+from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import MANIFEST
 from mest_compile.training.metrics import Score, compared, metrics_of
 from mest_compile.training.verdict import calibration, judged, probabilities
@@ -25,20 +27,22 @@ if TYPE_CHECKING:
     from mest_compile.models.inputs import Inputs, Reading
     from mest_compile.runtime.step import TrainStep
 
+ARRAYS = ".npy"
 TOP = 5  # answers told of a picture
 
 
 def open_step(
     path: str | os.PathLike, threads: int | None = None, runtime: str | os.PathLike | None = None
 ) -> TrainStep:
-    """The step of a run folder (its last whole epoch), a checkpoint or an artifact. Raises what `mest.load` and
-    `mest.open_artifact` raise."""
+    """The step of a run folder (its last whole epoch), a checkpoint or an artifact, to answer here: what was trained on
+    another kind of device is compiled for this machine. Raises what `mest.load` and `mest.open_artifact` raise."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return open_artifact(path, threads, runtime)
     if runtime is not None:
         raise UsageError("a runtime belongs to an artifact; a step that is compiled here finds TVM by itself")
-    return load(path, threads)
+    foreign = is_foreign(read_facts(checkpoint.read(path)[1], f"checkpoint {path}").target)
+    return load(path, threads, target="local" if foreign else None)
 
 
 def pictures_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
@@ -58,18 +62,40 @@ def pictures_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 
 def answers(step: TrainStep, files: Sequence[Path], top: int = TOP) -> Iterator[dict[str, Any]]:
-    """What the model says of each picture, JSON-able: {"file", "class", "probability", "top": [{"class",
-    "probability"}, ...]}; of a model of numbers {"file", "outputs": {name: number}}.
+    """What the model says of each picture, a file or one of uint8 pixels (n, C, height, width) in an .npy file,
+    JSON-able: {"file", "class", "probability", "top": [{"class", "probability"}, ...]}; of a model of numbers {"file",
+    "outputs": {name: number}}.
 
     top  classes told, the most probable first
     Raises UsageError where nobody says how pictures become the step's images, DataError where one cannot be read.
     """
     inputs, reading = readable(step)
-    rest = iter(files)
+    rest = (one for file in files for one in _pictures(file, inputs))
     while part := list(islice(rest, step.batch)):
-        pixels = np.stack([read_picture(file, inputs) for file in part])
-        for file, outputs in zip(part, predict_pixels(step, pixels), strict=True):
-            yield {"file": str(file), **_answer(step, reading, outputs, top)}
+        for (name, _), outputs in zip(
+            part, predict_pixels(step, np.stack([pixels for _, pixels in part])), strict=True
+        ):
+            yield {"file": name, **_answer(step, reading, outputs, top)}
+
+
+def _pictures(file: Path, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, pixels (C, height, width) uint8) of a picture, or of each in a file of arrays."""
+    if file.suffix != ARRAYS:
+        yield str(file), read_picture(file, inputs)
+        return
+    try:
+        images = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as problem:
+        raise DataError(f"{file} cannot be read ({problem}); write it with np.save(file, images)") from problem
+    shape = (inputs.channels, *inputs.size)
+    if images.ndim == 3 and shape[0] == 1:
+        images = images[:, None]
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise DataError(
+            f"{file} holds {images.dtype} {images.shape}; wanted uint8 pixels (n, {', '.join(map(str, shape))})"
+        )
+    for place, pixels in enumerate(images):
+        yield f"{file}[{place}]", pixels
 
 
 def readable(step: TrainStep) -> tuple[Inputs, Reading]:
@@ -156,7 +182,4 @@ def _as_trained(data: Dataset, reading: Reading) -> Dataset:
     if data.names and reading.classes and data.names != reading.classes:
         odd = next(iter(sorted(set(data.names) ^ set(reading.classes))), data.names[0])
         raise InputError(f"{data.name} has other classes than the model, or in another order: {odd!r} is one")
-    if reading.inputs is None or data.images.dtype != np.uint8 or len(reading.inputs.mean) != data.images.shape[1]:
-        return data
-    mean, std = (np.array(values, np.float32) for values in (reading.inputs.mean, reading.inputs.std))
-    return replace(data, mean=mean, std=std)
+    return data.scaled_as(reading)

@@ -77,8 +77,6 @@ def local(tmp_path_factory):
 
 def bare_site(folder: Path) -> Path:
     """A folder of packages that holds what a device needs and nothing else."""
-    import mest_compile
-
     folder.mkdir()
     for package in (Path(np.__file__).parent, Path(tvm_ffi.__file__).parent):
         for path in package.parent.glob(f"{package.name}*"):
@@ -87,8 +85,16 @@ def bare_site(folder: Path) -> Path:
     import typing_extensions
 
     (folder / "typing_extensions.py").symlink_to(typing_extensions.__file__)
-    (folder / "mest_compile").symlink_to(Path(mest_compile.__file__).parent)
+    lay_package(folder / "mest_compile")
     return folder
+
+
+def lay_package(folder: Path) -> None:
+    """As a wheel lays it: with the folders of the top level that are installed inside."""
+    folder.mkdir()
+    package = Path(mest.__file__).parent
+    for entry in (*package.iterdir(), *(package.parent / name for name in ("schedules", "targets", "autotune_logs"))):
+        (folder / entry.name).symlink_to(entry)
 
 
 class Device:
@@ -102,7 +108,7 @@ class Device:
         if kind == "emulated":
             site, runtime = folder / "site", emulated.FOLDER / "device" / library.RUNTIME
             shutil.copytree(emulated.FOLDER / "site", site, symlinks=True)
-            (site / "mest_compile").symlink_to(Path(mest.__file__).parent)
+            lay_package(site / "mest_compile")
             root = emulated.FOLDER / "root"
             self.command = [shutil.which("qemu-aarch64"), "-L", str(root), str(root / "usr/bin/python3.11")]
         else:

@@ -143,8 +143,13 @@ def test_what_was_said_of_pictures_stays_where_the_data_do_not_say_it():
     step.reading = mine = Reading(tuple("abcdefghij"), Inputs((8, 8), mean=(0.5,), std=(2.0,)))
     Trainer(step, PLAIN).fit(TRAIN)
     assert step.reading == mine
+    seen = []
+    step.predict, before = lambda images: seen.append(images) or np.zeros((len(images), 10), np.float32), step.predict
+    Trainer(step, replace(PLAIN, epochs=1)).fit(PIXELS, PIXELS_TO_TEST)
+    assert step.reading == mine  # pixels are scaled as the model's were before
+    np.testing.assert_array_equal(np.concatenate(seen[-4:]), (PIXELS_TO_TEST[0].astype(np.float32) - 0.5) / 2)
+    step.predict, step.reading = before, None
     Trainer(step, PLAIN).fit(PIXELS)
-    assert step.reading.classes == mine.classes and step.reading.inputs != mine.inputs
     assert step.reading.inputs.mean[0] == pytest.approx(PIXELS[0].mean(), rel=1e-4)
 
 

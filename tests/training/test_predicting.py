@@ -15,7 +15,7 @@ from mest_compile.data import Dataset
 from mest_compile.models.inputs import Inputs, Reading
 from mest_compile.runtime import checkpoint
 from mest_compile.training import ondevice, verdict
-from mest_compile.training.predicting import evaluated
+from mest_compile.training.predicting import answers, evaluated
 
 COLOURS = {"leaf": (40, 160, 60), "night": (20, 20, 60), "sand": (220, 190, 120)}
 SIDE = 8
@@ -165,8 +165,6 @@ def test_a_step_of_scaled_numbers_does_not_guess_what_pixels_are(trained, pictur
     step = mest.load(trained[0])
     assert step.reading.inputs.size == (SIDE, SIDE)
     step.reading = Reading(("a", "b", "c"))
-    from mest_compile.training.predicting import answers
-
     with pytest.raises(UsageError, match=r"nobody says how pictures .* mest.Reading"):
         next(answers(step, [pictures / "test" / "sand" / "0.png"]))
     with pytest.raises(UsageError, match="nobody says how pixels"):
@@ -247,3 +245,17 @@ def test_tune_in_python_searches_what_the_command_does_and_keeps_to_its_time(tra
     assert not found.finished and found.measured == 0 and found.left_out and found.log == str(tmp_path / "log")
     with pytest.raises(UsageError, match="tune takes its own options and those of mest.compile"):
         mest.tune("mlp", (4, 3, 8, 8), colour="blue")
+
+
+def test_pixels_in_a_file_of_arrays_are_pictures(trained, pictures, mest_compile_command, tmp_path):
+    files = sorted((pictures / "test" / "leaf").iterdir())
+    images = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
+    np.save(tmp_path / "some.npy", images)
+    found = mest_compile_command("predict", trained[0], tmp_path / "some.npy", "--json").document
+    wanted = mest_compile_command("predict", trained[0], *files, "--json").document
+    assert [one.pop("file") for one in found] == [f"{tmp_path / 'some.npy'}[{place}]" for place in range(10)]
+    assert found == [{name: value for name, value in one.items() if name != "file"} for one in wanted]
+    for odd, said in ((images / 255, "holds float64"), (images[:, :1], r"wanted uint8 pixels \(n, 3, 8, 8\)")):
+        np.save(tmp_path / "odd.npy", odd)
+        with pytest.raises(mest.MestError, match=said):
+            list(answers(mest.load(trained[0]), [tmp_path / "odd.npy"]))

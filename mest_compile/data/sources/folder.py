@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mest_compile.base.errors import DataError
+from mest_compile.base.errors import DataError, NotInstalled
 from mest_compile.data.dataset import Dataset, Split, source
 from mest_compile.models.inputs import Inputs
 
@@ -72,8 +72,14 @@ def _images(folder: Path) -> list[Path]:
 
 
 def open_image(path: Path) -> Any:
-    from PIL import Image
-
+    """Raises DataError, NotInstalled."""
+    try:
+        from PIL import Image
+    except ImportError as problem:
+        raise NotInstalled(
+            f"{path} is a picture, and reading one needs Pillow, which is not installed: pip install pillow, or give "
+            "pixels as arrays"
+        ) from problem
     try:
         return Image.open(path)
     except (OSError, Image.DecompressionBombError) as problem:
