@@ -73,6 +73,7 @@ def _read(
     state = read_state(module)
     with _kept_as_it_was(module), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own pytree classes
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # which are put back
         module.eval()
         with marked(module):
             program = _export(module, input_shape, state)
@@ -92,8 +93,10 @@ def _read(
 
 @contextmanager
 def _kept_as_it_was(module: torch.nn.Module) -> Iterator[None]:
-    """Modes may change for a while, and forward may note what it likes; afterwards every submodule is what it was."""
+    """Modes may change for a while, and forward may note what it likes, also in dictionaries that a part has;
+    afterwards every submodule is what it was."""
     before = [(part, dict(vars(part))) for part in module.modules()]
+    held = [(one, dict(one)) for _, attributes in before for one in attributes.values() if isinstance(one, dict)]
     try:
         yield
     finally:
@@ -101,6 +104,9 @@ def _kept_as_it_was(module: torch.nn.Module) -> Iterator[None]:
         for part, attributes in before:
             vars(part).clear()
             vars(part).update(attributes)
+        for one, entries in held:
+            one.clear()
+            one.update(entries)
 
 
 def _export(module: torch.nn.Module, input_shape: tuple[int, ...], state: Mapping[str, np.ndarray]) -> Any:

@@ -14,6 +14,7 @@ from mest_compile.models.gated import _efficientnet_b0, _mobilenetv3_small
 from mest_compile.models.mlp import _autoencoder, _mlp
 from mest_compile.models.mobilenet import _ds_cnn, _efficientnet_lite, _mobilenetv1, _mobilenetv2
 from mest_compile.models.resnet import _resnet
+from mest_compile.models.transformer import _cct, _deit_tiny
 from mest_compile.models.vgg import _vgg
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ OF_FEATURES = ("autoencoder", "mlp")  # they take (N, features) as well
 
 MODELS = {
     "autoencoder": Model(_autoencoder, 128, "MLPerf Tiny's anomaly detector; classes are what it gives back, 640"),
+    "cct": Model(_cct, 256, "CCT-7/3x1, a compact transformer for small images; width is a token's"),
+    "deit-tiny": Model(_deit_tiny, 192, "DeiT-tiny; patches of 16 pixels, of images below 64 of 4; width is a token's"),
     "ds-cnn": Model(_ds_cnn, 64, "DS-CNN, MLPerf Tiny's keyword spotter, for 1x49x10 inputs"),
     "efficientnet-b0": Model(_efficientnet_b0, 32, "EfficientNet-B0 with squeeze-and-excitation", True),
     "efficientnet-lite0": Model(_efficientnet_lite(), 32, "EfficientNet-lite0; width scales the blocks alone", True),

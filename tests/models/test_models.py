@@ -24,6 +24,7 @@ def count(module):
         ("resnet18", 64, 11.17),
         ("vgg11", 64, 9.23),
         ("vgg19", 64, 20.04),
+        ("cct", 256, 3.76),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, width, millions):
@@ -44,6 +45,7 @@ def test_parameter_counts_are_the_published_ones(name, width, millions):
         ("mobilenetv2", 1.4, 6_108_776),
         ("mobilenetv3-small", 16, 2_542_856),  # torchvision's mobilenet_v3_small
         ("efficientnet-b0", 32, 5_288_548),  # torchvision's efficientnet_b0
+        ("deit-tiny", 192, 5_717_416),  # timm's deit_tiny_patch16_224
     ],
 )
 def test_nets_have_as_many_parameters_as_those_of_other_packages(name, width, parameters):
@@ -196,7 +198,7 @@ def test_every_parameter_gets_a_gradient():
 def test_bad_arguments_are_named():
     with pytest.raises(
         UnknownName,
-        match="no model 'lenet'; there are: autoencoder, ds-cnn, efficientnet-b0, .*, mlp, .*, vgg11, vgg19",
+        match="no model 'lenet'; there are: autoencoder, cct, deit-tiny, ds-cnn, .*, mlp, .*, vgg11, vgg19",
     ):
         build_model("lenet", (1, 3, 8, 8))
     with pytest.raises(SpecError, match=r"resnet20 takes an input_shape of \(N, C, H, W\), got \(2, 30\)"):

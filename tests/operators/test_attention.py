@@ -188,6 +188,22 @@ def test_a_token_that_is_learned_stands_beside_those_of_every_example():
         from_torch(module, SHAPE)
 
 
+def test_what_forward_keeps_in_a_dictionary_is_as_it_was():
+    """timm's nets keep the biases that they picked, in evaluation mode."""
+
+    def keeping(self, x):
+        kept = self.table * 1
+        if not self.training:
+            self.kept["biases"] = kept
+        return biased(self, x)
+
+    layers = {**linears(qkv=24, proj=8), "table": table(2, 7), "distances": DISTANCES}
+    module = Encoder("biased")
+    module.blocks[0] = Block(keeping, kept={"before": 1}, **layers)
+    from_torch(module, SHAPE)
+    assert module.blocks[0].kept == {"before": 1}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["at once", "written out", "in windows"])
 def test_a_file_says_the_same(way, tmp_path):
