@@ -97,6 +97,7 @@ def recipe_of(run: Run) -> Recipe:
         lr=LR,
         seed=run.seed,
         sieve=SieveRule(**SIEVE) if run.sieve else None,
+        drop_last=True,
     )  # type: ignore[arg-type]
 
 

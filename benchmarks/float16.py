@@ -47,7 +47,7 @@ def accuracy(names: Sequence[str] = ACTIVATIONS, data: str = DATA, epochs: int =
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in SEEDS:
         for name, runs in found.items():
-            recipe = mest.Recipe(epochs=epochs, method="em_s", lr=0.1, seed=seed)
+            recipe = mest.Recipe(epochs=epochs, method="em_s", lr=0.1, seed=seed, drop_last=True)
             options = recipe.step_options(StepOptions(threads=1, activations=name))
             step = compile_step(build_model(MODEL, shape, 10, None, seed), shape, options)
             run = mest.Trainer(step, recipe).fit(split.train, split.test)

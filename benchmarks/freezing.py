@@ -88,6 +88,7 @@ def recipe_of(run: Run, setting: Setting) -> Recipe:
         seed=run.seed,
         sieve=SieveRule(**SIEVE) if run.sieve else None,  # type: ignore[arg-type]
         freeze=FreezeRule(SHARE) if run.freeze else None,
+        drop_last=True,
     )
 
 

@@ -66,6 +66,14 @@ def train(
         typer.Option(help="Share of the training's operations to save by freezing layers, front to back."),
     ] = None,
     batch: Batch = 64,
+    drop_last: Annotated[
+        bool | None,
+        typer.Option(
+            "--drop-last/--keep-last",
+            help="Whether the examples that do not fill a last batch are left out, others each epoch. Default: no, but "
+            "of an artifact.",
+        ),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate. Default: the optimizer's, or the artifact's.")
     ] = None,
@@ -191,6 +199,7 @@ def train(
         "freeze": None if freeze is None else FreezeRule(freeze),
         "augment": augment,
         "patience": patience,
+        "drop_last": drop_last,
     }
     more = recipe_settings(setting, given)
     if recipe is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,27 +38,37 @@ def batches(
     rng: np.random.Generator,
     augment: bool,
     among: np.ndarray | None = None,
+    drop_last: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """One epoch of (images (batch, C, H, W) float32 normalised, labels (batch,) int64, indices (batch,) int64 of the
-    examples).
+    """One epoch of (images (n, C, H, W) float32 normalised, labels (n,) int64, indices (n,) int64 of the examples); n
+    is `batch`, of the last one what is left.
 
     augment  shift images of a data set whose `shift` says so, mirror those whose `flip` does
-    The order is drawn anew from `rng`, and the examples that do not fill a last batch are left out: others each epoch.
+    The order is drawn anew from `rng`.
     among  indices of the examples that the epoch is of; None: all
+    drop_last  the examples that do not fill a last batch are left out: others each epoch
     A worker thread prepares the next batch while the caller uses this one; it alone uses `rng` until the iterator is
-    closed. A stream's batches come in its own order, without indices. Raises DataError when the epoch is smaller than
-    one batch.
+    closed. A stream's batches come in its own order, without indices. Raises DataError when the epoch would have no
+    batch.
     """
     if isinstance(dataset, Stream):
-        return dataset.epoch(batch)
+        return dataset.epoch(batch, drop_last)
     among = np.arange(len(dataset)) if among is None else among
-    if len(among) < batch:
+    count = batches_of(len(among), batch, drop_last)
+    if not count:
         raise DataError(f"{dataset.name}: {len(among)} examples do not fill one batch of {batch}; use a smaller batch")
-    order = rng.permutation(among)[: len(among) // batch * batch]
-    return _prefetched(dataset, order.reshape(-1, batch), rng, augment)
+    order = rng.permutation(among)[: count * batch]
+    return _prefetched(dataset, np.split(order, range(batch, len(order), batch)), rng, augment)
 
 
-def _prefetched(dataset: Dataset, orders: np.ndarray, rng: np.random.Generator, augment: bool) -> Iterator[Batch]:
+def batches_of(examples: int, batch: int, drop_last: bool) -> int:
+    """Batches that so many examples make."""
+    return examples // batch if drop_last else -(-examples // batch)
+
+
+def _prefetched(
+    dataset: Dataset, orders: Sequence[np.ndarray], rng: np.random.Generator, augment: bool
+) -> Iterator[Batch]:
     def prepare(indices: np.ndarray) -> Batch:
         images = dataset.images[indices]
         if augment:

@@ -58,12 +58,12 @@ class Stream:
         """JSON-able facts. There is no digest: transforms may draw other numbers each time."""
         return {"name": self.name, "examples": len(self), "shape": list(self.shape), "classes": self.classes}
 
-    def epoch(self, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, None]]:
-        """(images (batch, C, H, W) float32, labels, None); what does not fill a last batch is left out. Raises
-        DataError when that is all."""
+    def epoch(self, batch: int, drop_last: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray, None]]:
+        """(images (n, C, H, W) float32, labels, None); n is `batch`, of the last ones what is left, unless they are
+        left out: drop_last. Raises DataError when that is all."""
         drawn = 0
         for images, labels in self.parts(batch):
-            if len(images) == batch:
+            if len(images) == batch or not drop_last:
                 drawn += 1
                 yield images, labels, None
         if not drawn:

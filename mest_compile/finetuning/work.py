@@ -86,7 +86,7 @@ class Work:
     def head(self) -> TrainStep:
         """The classifier, trained on what the pretrained net says."""
         self._watch.on_stage("training the classifier")
-        recipe = Recipe(HEAD_EPOCHS, "static", augment=False, seed=self._job.options.seed)
+        recipe = Recipe(HEAD_EPOCHS, "static", augment=False, seed=self._job.options.seed, drop_last=True)
         with self._clock("training the classifier"):
             step = self._trained(self._head_plan, self._gate, {}, self.pooled, recipe, self._folder.head, _nothing)
         self._state |= step.state_dict()
@@ -104,7 +104,7 @@ class Work:
             data = self._low
             sparse = any(not layer.frozen and not isinstance(layer.scheme, Dense) for layer in plan.layers.values())
             method = "em" if sparse and job.epochs > 1 else "static"
-            recipe = Recipe(job.epochs, method, augment=job.augment, seed=job.options.seed)
+            recipe = Recipe(job.epochs, method, augment=job.augment, seed=job.options.seed, drop_last=True)
             self._watch.on_stage("training the last blocks")
             with self._clock("training the last blocks"):
                 step = self._trained(plan, start, masks, data, recipe, self._folder.blocks, self._protects(plan))

@@ -3,7 +3,7 @@ training program for as many examples, which is compiled when the first such bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,17 +33,19 @@ class Passes:
         self._whole = compiled.graph.input_shape[0]
         self._kept: list[int] = []  # numbers of examples that there is a program for, beside the step's own
 
-    def ready(self, parts: Iterable[Part]) -> None:
-        """Has compiled what these need. Raises InputError where there is no compiler, SpecError, BuildError."""
-        for examples in dict.fromkeys(part.examples for part in parts):
-            if examples == self._whole or not self._needs(examples):
-                continue
-            assert self._compiled.fewer and isinstance(self._runner, Extends)
-            self._runner.extend(*self._compiled.fewer(examples))
-            self._kept.append(examples)
-            if len(self._kept) > MOST_KEPT:
-                longest = self._kept.pop(0)
-                self._runner.forget([function_name(name, longest) for name in OF_BATCH])
+    def ready(self, examples: int) -> None:
+        """Has compiled what a batch of so many needs. Raises InputError where there is no compiler, or no such batch,
+        SpecError, BuildError."""
+        if examples > self._whole:
+            raise InputError(f"a batch of this step has at most {self._whole} examples, not {examples}")
+        if examples == self._whole or not self._needs(examples):
+            return
+        assert self._compiled.fewer and isinstance(self._runner, Extends)
+        self._runner.extend(*self._compiled.fewer(examples))
+        self._kept.append(examples)
+        if len(self._kept) > MOST_KEPT:
+            longest = self._kept.pop(0)
+            self._runner.forget([function_name(name, longest) for name in OF_BATCH])
 
     def run(self, function: str, parts: Sequence[Part], update: int) -> None:
         """Runs one of OF_BATCH on what is `ready`, for the update of that number, the first is 1."""

@@ -186,6 +186,12 @@ class TrainStep(Masked, Tells, Freezes):
         finally:
             self._changes.finish()
 
+    @in_turn
+    def prepare(self, examples: int) -> None:
+        """Has compiled what batches of so many examples need, which else the first such batch does. Raises InputError
+        where a step takes no such batches, SpecError where a BatchNorm would see one value of a channel, BuildError."""
+        self._passes.ready(checks.whole("examples", examples, 1, f" to {self.batch}", InputError))
+
     # Parameters.
 
     @in_turn
@@ -317,7 +323,7 @@ class TrainStep(Masked, Tells, Freezes):
     def _ready(self, images: Any, labels: Any) -> list[Part]:
         """A batch for which there are programs."""
         parts = self._feeding.parts(images, labels)
-        self._passes.ready(parts)
+        self._passes.ready(sum(part.examples for part in parts))
         return parts
 
     def _put_hyper(self, count: int, rates: Sequence[float]) -> None:

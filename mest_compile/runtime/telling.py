@@ -55,6 +55,11 @@ class Tells:
         return self.input_shape[0]
 
     @property
+    def whole_batches(self) -> bool:
+        """Whether it takes no fewer examples than `batch` to train on, as there is no compiler for others."""
+        return self._compiled.fewer is None
+
+    @property
     def classes(self) -> int:
         """Outputs an example."""
         return self._compiled.graph.nodes[-1].shape[1]

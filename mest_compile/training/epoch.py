@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import MestError
-from mest_compile.data import batches
+from mest_compile.data import Dataset, batches, batches_of
 from mest_compile.training.given import Given
 from mest_compile.training.judging import Judge
 from mest_compile.training.recipe import Recipe
@@ -39,12 +39,15 @@ def train_epoch(
     rng = np.random.default_rng([recipe.seed, epoch, SHUFFLE])
     train, done = given.train, 0
     among = np.flatnonzero(sieve.kept) if sieve else np.arange(len(train))
-    count, whole = len(among) // step.batch, len(train) // step.batch
-    loss, step_seconds, lr = 0.0, 0.0, 0.0
+    last = bool(recipe.drop_last)
+    count, whole = (batches_of(len(examples), step.batch, last) for examples in (among, train))
+    if isinstance(train, Dataset) and not last and (rest := len(among) % step.batch):
+        step.prepare(rest)  # what cannot be trained is told before the epoch is
+    loss, step_seconds, lr, trained = 0.0, 0.0, 0.0, 0
     judge.restart()
     bound = {} if recipe.clip_norm is None else {"clip_norm": recipe.clip_norm}
     began = perf_counter()
-    with closing(batches(train, step.batch, rng, given.augment, among)) as prepared:  # type: ignore[type-var]
+    with closing(batches(train, step.batch, rng, given.augment, among, last)) as prepared:  # type: ignore[type-var]
         shaped = _shaped(step, judge, prepared)
         for index, ((images, labelled, labels, examples), following) in enumerate(_with_next(shaped)):
             rate = rates(index, count)
@@ -59,12 +62,13 @@ def train_epoch(
                 )
             if sieve:
                 sieve.count(examples, judge.right(result, labels))
-            loss, done = loss + float(result.loss), done + 1
+            loss += float(result.loss) * (len(labels) / step.batch)
+            trained, done = trained + len(labels), done + 1
             score = judge.count(result, labels)
             progress.on_batch(epoch + 1, recipe.epochs, index + 1, count, result.loss, score)
-    seconds, trained = perf_counter() - began, done * step.batch
+    seconds = perf_counter() - began
     return {
-        "loss": loss / done,
+        "loss": loss / (trained / step.batch),
         **judge.trained(),
         "lr": lr,
         "examples": trained,
@@ -79,7 +83,7 @@ def train_epoch(
 def _shaped(step: Any, judge: Judge, prepared: Iterable[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
     """(images, what the step takes with them, labels, examples) of every batch."""
     for images, labels, examples in prepared:
-        shaped = images.reshape(step.input_shape)
+        shaped = images.reshape(len(images), *step.input_shape[1:])
         yield shaped, judge.given(shaped, labels), labels, examples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mest_compile.base.errors import SparsityError, UsageError
@@ -37,6 +38,13 @@ def resolved(recipe: Recipe, step: Any) -> Recipe:
         raise UsageError(
             f"augmentation shifts images, and the step takes {step.input_shape}, which have no rows; set augment = "
             "false in the recipe"
+        )
+    if recipe.drop_last is None:
+        recipe = replace(recipe, drop_last=step.whole_batches)
+    elif step.whole_batches and not recipe.drop_last:
+        raise UsageError(
+            f"the step takes {step.batch} examples at a time and has no compiler for what is left of an epoch; leave "
+            "drop_last out, or train where the compiler is"
         )
     target = target_sparsity(step)
     found = recipe.resolved(target, step.optimizer.lr)

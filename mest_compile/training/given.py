@@ -71,7 +71,7 @@ class Given:
         if isinstance(self.train, Stream):
             images, labels, _ = next(self.train.epoch(step.batch))
         else:
-            chosen = rng.choice(len(self.train), step.batch, replace=False)
+            chosen = rng.choice(len(self.train), step.batch, replace=len(self.train) < step.batch)
             images, labels = self.train.normalise(self.train.images[chosen]), self.train.labels[chosen]
         images = images.reshape(step.input_shape)
         return images, judge.given(images, labels)
@@ -87,7 +87,7 @@ def given(step: Any, judge: Judge, recipe: Recipe, train_set: Any, test_set: Any
     for data in (train, test, val):
         if data is not None:
             check_data(step, judge, data)
-    if len(train) < step.batch:
+    if len(train) < step.batch and recipe.drop_last:
         raise InputError(
             f"{train.name}: {len(train)} examples do not fill one batch of {step.batch}; compile with a smaller one"
         )

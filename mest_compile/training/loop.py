@@ -19,6 +19,7 @@ import numpy as np
 
 from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, MestError, StateError
+from mest_compile.data import batches_of
 from mest_compile.operators.losses.loss import read_loss
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, train_epoch
 from mest_compile.training.evaluating import judge_all
@@ -315,7 +316,7 @@ class Trainer:
         """Fewest steps between two mutations of the recipe; None where there is at most one."""
         epochs = [epoch for epoch in range(self.recipe.epochs) if self.recipe.mutation_at(epoch)]
         gaps = [after - before for before, after in itertools.pairwise(epochs)]
-        return min(gaps) * (examples // self.step.batch) if gaps else None
+        return min(gaps) * batches_of(examples, self.step.batch, bool(self.recipe.drop_last)) if gaps else None
 
     def _sieve_data(self, epoch: int) -> dict[str, Any] | None:
         if not self._sieve or not self.recipe.sieve or not self.recipe.sieve.due(epoch, self.recipe.epochs):

@@ -68,6 +68,8 @@ class Recipe:
     seed               of shuffling, augmentation and mutation
     eval_every         epochs between evaluations; the last epoch is always evaluated
     patience           evaluations without a better model after which training ends; None: it goes to its last epoch
+    drop_last          whether the examples that do not fill a last batch are left out, others each epoch; None: no, but
+                       with a step that takes whole batches only, such as an artifact's
     """
 
     epochs: int
@@ -90,6 +92,7 @@ class Recipe:
     prune_end: float | None = None
     freeze: FreezeRule | None = None
     patience: int | None = None
+    drop_last: bool | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -105,7 +108,8 @@ class Recipe:
             self._check(checks.number, name)
         for name in ("label_smoothing", "prune_begin", "prune_end"):
             self._check(checks.number, name, 0.0, 1.0)
-        self._check(checks.flag, "mirror")
+        for name in ("mirror", "drop_last"):
+            self._check(checks.flag, name)
         for name, most in ("epochs", MOST_EPOCHS), ("seed", MOST_SEED):
             if getattr(self, name) > most:
                 raise UsageError(f"{name} is {checks.shown(getattr(self, name))}; wanted at most {most}")

@@ -51,7 +51,7 @@ class Resumed:
 
 def resumed(folder: RunFolder, step: Any, device: Any, epochs: int | None, batch: int | None, target: Any) -> Resumed:
     """The run in `folder`; the arguments are `Trainer.resume`'s. Raises as that does."""
-    recipe = Recipe.from_dict(folder.read_recipe(), where=str(folder.recipe))
+    recipe = _begun(folder.read_recipe(), folder.recipe)
     if folder.stamp() is None and not folder.previous.exists():
         raise StateError(
             f"no checkpoint in {folder.path}: the run ended before its first one; start it there again, with --out"
@@ -77,7 +77,7 @@ def resumed(folder: RunFolder, step: Any, device: Any, epochs: int | None, batch
     with folder.lock():
         found, extra, arrays = restored(folder, restore)
         stamp = folder.stamp()
-    if Recipe.from_dict(extra["recipe"], where=str(folder.checkpoint)) != recipe:
+    if _begun(extra["recipe"], folder.checkpoint) != recipe:
         raise StateError(
             f"{folder.recipe} is not what the checkpoint was trained by; undo the edit or start a run in another --out"
         )
@@ -92,6 +92,13 @@ def resumed(folder: RunFolder, step: Any, device: Any, epochs: int | None, batch
             }
         )
     return Resumed(found, extra, arrays, stamp, recipe, continued, otherwise)
+
+
+def _begun(document: Mapping[str, Any], where: Path) -> Recipe:
+    """The recipe by which a run was begun. One that does not say so left the last examples out: it had no choice."""
+    if isinstance(document, Mapping):
+        document = {"drop_last": True, **document}
+    return Recipe.from_dict(document, where=str(where))
 
 
 def _epochs(begun: Recipe, extra: Mapping[str, Any], asked: int | None, changed: Sequence[str]) -> int:

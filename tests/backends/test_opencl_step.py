@@ -92,7 +92,7 @@ def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
     split = load("digits")
     shape = (64, *split.train.images.shape[1:])
     step = mest.compile(short_resnet(shape, 16), shape, scheme="block", sparsity=0.9, target="opencl")
-    recipe = Recipe(14, "em_s", lr=0.1, sieve=SieveRule(drop=0.2))
+    recipe = Recipe(14, "em_s", lr=0.1, sieve=SieveRule(drop=0.2), drop_last=True)
     run = Trainer(step, recipe, tmp_path / "run").fit(split.train, split.test)
     assert run.test_accuracy >= 0.97
     assert sum(metrics["mutation"] is not None for metrics in run.history) > 10
@@ -102,7 +102,7 @@ def test_digits_are_learned_with_mutation_and_sieve(tmp_path):
 def test_a_driver_that_fails_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     data = rng.integers(0, 255, (32, 3, 16, 16), dtype=np.uint8), rng.integers(0, 10, 32)
-    recipe = Recipe(3, "em", lr=0.01, mutate_every=1)
+    recipe = Recipe(3, "em", lr=0.01, mutate_every=1, drop_last=True)
     usual, calls = pyopencl.enqueue_nd_range_kernel, []
     step = compiled("block")
 

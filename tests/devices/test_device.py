@@ -148,7 +148,7 @@ class Killer:
 def test_a_device_lost_in_mid_epoch_costs_the_steps_since_the_checkpoint(way, folder, tmp_path, caplog):
     rng = np.random.default_rng(0)
     data = rng.integers(0, 255, (48, 3, 16, 16), dtype=np.uint8), rng.integers(0, 10, 48)
-    recipe, port = Recipe(3, "em", mutate_every=1), emulated.free_port()
+    recipe, port = Recipe(3, "em", mutate_every=1, drop_last=True), emulated.free_port()
     started = []
 
     def begin(manager):

@@ -257,7 +257,7 @@ step(images[:8], labels[:8])  # TVM's pool is there
 forks = []
 os.register_at_fork(before=lambda: forks.append("fork"))
 sys.addaudithook(lambda event, arguments: forks.append(event) if event in ("os.fork", "os.forkpty") else None)
-recipe = mest.Recipe(epochs=4, method="em", mutate_every=1)
+recipe = mest.Recipe(epochs=4, method="em", mutate_every=1, drop_last=True)
 mest.Trainer(step, recipe, out=sys.argv[2], specialize=True).fit((images, labels), (images, labels))
 assert step._specializer.workers.started, "no kernel was compiled beside training"
 assert not forks, forks

@@ -28,7 +28,7 @@ from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 
 SHAPE = (64, 1, 8, 8)
-RECIPE = Recipe(epochs=3, method="em", lr=0.01, mutate_every=1)
+RECIPE = Recipe(epochs=3, method="em", lr=0.01, mutate_every=1, drop_last=True)  # as an artifact does
 OPTIONS = ["--data", "arrays", "--threads", "1", "--json"]
 HEAVY = (
     "tvm",

@@ -79,7 +79,7 @@ def test_masks_that_mutate_keep_their_proportions(builder):
 def test_a_run_of_a_pruned_net_resumes(tmp_path, builder):
     rng = np.random.default_rng(0)
     data = rng.standard_normal((24, *SHAPE[1:])).astype(np.float32), rng.integers(0, 10, 24)
-    recipe = mest.Recipe(epochs=3, method="em", augment=False, mutate_every=1)
+    recipe = mest.Recipe(epochs=3, method="em", augment=False, mutate_every=1, drop_last=True)
 
     def trainer(folder):
         return mest.Trainer(compiled(pruned(), builder=builder), recipe, tmp_path / folder)

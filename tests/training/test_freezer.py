@@ -128,6 +128,7 @@ RECIPE = Recipe(
     mutate_every=1,
     freeze=FreezeRule(0.25, begin=0.3),
     sieve=SieveRule(drop=0.2, after_epoch=2, every=2),
+    drop_last=True,
 )
 
 

@@ -183,7 +183,7 @@ def test_options_that_do_not_go_with_a_dense_start_are_refused(compiled, options
 
 
 def test_a_run_prunes_as_it_trains_and_resumes_bit_for_bit(compiled, tmp_path, builder):
-    recipe = Recipe(5, "gradual", lr=0.05, augment=False)
+    recipe = Recipe(5, "gradual", lr=0.05, augment=False, drop_last=True)
     whole = Trainer(compiled(), recipe, tmp_path / "whole")
     run = whole.fit(data(), data())
     reached = [epoch["overall_sparsity"] for epoch in run.history]

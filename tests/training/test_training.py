@@ -59,7 +59,7 @@ class SoftmaxStep:
         keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity), np.random.default_rng(seed))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
-        self.optimizer, self.asked_lr = SGD(), None
+        self.optimizer, self.asked_lr, self.whole_batches = SGD(), None, True
 
     def _live(self, sparsity):
         return round(math.prod(self.input_shape[1:]) * self.classes * (1 - sparsity))
@@ -68,15 +68,16 @@ class SoftmaxStep:
         return images.reshape(len(images), -1) @ self.state["weight"].reshape(-1, self.classes)
 
     def __call__(self, images, labels, lr=0.1, ahead=None):
-        assert images.shape == self.input_shape and images.dtype == np.float32
+        assert images.shape[1:] == self.input_shape[1:] and images.dtype == np.float32
+        assert len(images) == self.batch or not self.whole_batches
         self.rates.append(lr)
         logits = self.predict(images)
         share = np.exp(logits - logits.max(1, keepdims=True))
         share /= share.sum(1, keepdims=True)
-        rows = np.arange(self.batch)
+        rows = np.arange(len(images))
         loss, correct = -np.log(share[rows, labels]).mean(), logits.argmax(1) == labels
         share[rows, labels] -= 1
-        gradient = (images.reshape(self.batch, -1).T @ share / self.batch).ravel() * self.state["keep"]
+        gradient = (images.reshape(len(images), -1).T @ share / len(images)).ravel() * self.state["keep"]
         self.state["momentum"] = (0.9 * self.state["momentum"] + gradient).astype(np.float32)
         self.state["weight"] = (self.state["weight"] - lr * self.state["momentum"]).astype(np.float32)
         return Result(float(loss), correct)
@@ -616,6 +617,63 @@ def test_progress_hears_of_every_batch_and_epoch():
     Trainer(SoftmaxStep(), RECIPE, progress=listener).fit(TRAIN, TEST)
     assert listener.batches == [(epoch, 6, batch, 12) for epoch in range(1, 7) for batch in range(1, 13)]
     assert listener.epochs == [1, 2, 3, 4, 5, 6]
+
+
+class AnyBatch(SoftmaxStep):
+    """One that takes fewer examples, and says of how many it was told before."""
+
+    def __init__(self, shape=(16, 1, 8, 8)):
+        super().__init__(shape)
+        self.whole_batches, self.prepared, self.sizes = False, [], []
+
+    def prepare(self, examples):
+        self.prepared.append(examples)
+
+    def __call__(self, images, labels, lr=0.1, ahead=None):
+        self.sizes.append(len(images))
+        assert ahead is None or len(ahead[0]) in (self.batch, *self.prepared)
+        return super().__call__(images, labels, lr, ahead)
+
+
+def test_an_epoch_is_of_all_examples_unless_the_last_are_to_be_left_out():
+    static, images = Recipe(epochs=1, method="static"), (TRAIN[0][:39], TRAIN[1][:39])
+    step = AnyBatch()
+    metrics = Trainer(step, static).fit(images, TEST).history[0]
+    assert step.sizes == [16, 16, 7] and step.prepared == [7]
+    assert (metrics["examples"], metrics["iterations"], metrics["iterations_saved"]) == (39, 3, 0)
+    dropping = AnyBatch()
+    metrics = Trainer(dropping, replace(static, drop_last=True)).fit(images, TEST).history[0]
+    assert dropping.sizes == [16, 16] and not dropping.prepared and metrics["examples"] == 32
+    whole = Trainer(SoftmaxStep(), static)
+    assert whole.recipe.drop_last is True and whole.fit(images, TEST).history[0]["examples"] == 32
+    loaded = AnyBatch()
+    loaded.prepared = [7]  # how many a loader gives is known when it has given them
+    halves = [(images[0][part].astype(np.float32) / 255, images[1][part]) for part in (slice(20), slice(20, 39))]
+    assert Trainer(loaded, replace(static, augment=None)).fit(halves).history[0]["examples"] == 39
+    assert loaded.sizes == [16, 16, 7]
+    few = AnyBatch((64, 1, 8, 8))
+    assert Trainer(few, static).fit(images, TEST).history[0]["examples"] == 39 and few.sizes == [39]
+
+
+def test_the_loss_of_an_epoch_is_a_mean_over_its_examples():
+    class Counting(AnyBatch):
+        def __call__(self, images, labels, lr=0.1, ahead=None):
+            return replace(super().__call__(images, labels, lr, ahead), loss=float(len(images)))
+
+    images = TRAIN[0][:39], TRAIN[1][:39]
+    metrics = Trainer(Counting(), Recipe(epochs=1, method="static")).fit(images, TEST).history[0]
+    assert metrics["loss"] == pytest.approx((16 * 16 * 2 + 7 * 7) / 39)
+
+
+def test_what_a_step_cannot_take_is_refused_and_a_run_of_before_goes_on_as_it_began(tmp_path):
+    with pytest.raises(UsageError, match="takes 16 examples at a time and has no compiler"):
+        Trainer(SoftmaxStep(), replace(RECIPE, drop_last=False))
+    Trainer(AnyBatch(), replace(RECIPE, drop_last=True), tmp_path).fit(TRAIN, TEST)
+    recipe = RunFolder(tmp_path).recipe
+    told = json.loads(recipe.read_text())
+    assert told.pop("drop_last") is True
+    recipe.write_text(json.dumps(told))
+    assert Trainer.resume(tmp_path, AnyBatch()).recipe.drop_last is True
 
 
 def test_seeds_change_a_run_and_nothing_else_does():
