@@ -258,7 +258,7 @@ def _prices(target: Target, budget: float | int) -> Prices:
 def _here(plan: Plan) -> Plan:
     """The plan of the same step for this machine, which has the same gradients."""
     facts = replace(plan.facts, activations="float32")
-    return retargeted(facts, find_target("local"), facts.graph.input_shape[0], Records)
+    return retargeted(facts, find_target("local"), facts.batch, Records)
 
 
 def runs_here(target: Target) -> bool:

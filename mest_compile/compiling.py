@@ -75,6 +75,7 @@ def compile(
     update_budget: float | int | str | None = None,
     output: str | int | None = None,
     data: Any = None,
+    microbatch: int | str | None = None,
 ) -> TrainStep:
     """A training step that computes `model`'s convolutions and linear layers at the live weights only.
 
@@ -135,6 +136,11 @@ def compile(
     output         of a torch module that gives several values, the name or number of the one that is the logits; what
                    others are made of beside it, auxiliary heads, comes out as it went in. None: it gives one
     data           what the choice is made by, and nothing else: as `choose_trainable` takes it
+    microbatch     examples of a pass, of which `input_shape` has a multiple: a step makes as many passes as that, whose
+                   gradients add up, then one update, in the memory of one pass. Loss and gradients are the whole
+                   batch's; batch statistics are each pass's own, and running statistics move with every pass (ghost
+                   batch normalisation, arXiv:1705.08741). "auto": the largest that fits into memory_budget, whose
+                   passes compute again what they must
     Raises MestError: UnsupportedOperator, SpecError, SparsityError, UnknownName, UsageError, TargetError, BudgetError,
     BuildError, DeviceError.
     """
@@ -156,6 +162,7 @@ def compile(
         dense_start=dense_start,
         update_budget=update_budget,
         output=output,
+        microbatch=microbatch,
     )
     theirs = optimizer if is_optimizer(optimizer) else None
     batches = None if data is None else sampled(data, input_shape, options)

@@ -61,7 +61,7 @@ def load(
         plan = retargeted(
             facts,
             facts.target if target is None else find_target(target),
-            facts.graph.input_shape[0] if batch is None else batch,
+            facts.batch if batch is None else batch,
             lambda target: of_machine(Records.of(target), device),
         )
         knobs = None

@@ -30,6 +30,7 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.block import Block
 from mest_compile.sparsity.schemes.dense import Dense
 
+AUTO = "auto"  # as `microbatch`: the largest that a memory_budget has room for
 AS_GIVEN = "as-given"  # as `sparsity`: masks are the zeros of the model's weights
 
 
@@ -43,6 +44,7 @@ class StepOptions:
     target  as it was said: `find_target` reads it
     threads  None: all cores of the target
     update_budget  a share (float) or bytes (int), once it is read
+    microbatch  a number, AUTO or None, once it is read
     Raises MestError: UnknownName, UsageError, SparsityError, TargetError.
     """
 
@@ -63,6 +65,7 @@ class StepOptions:
     dense_start: bool = False
     update_budget: float | int | str | None = None
     output: str | int | None = None
+    microbatch: int | str | None = None
 
     def __post_init__(self) -> None:
         self._set("scheme", parse_schemes(self.scheme))
@@ -80,6 +83,13 @@ class StepOptions:
             raise UsageError(
                 "lower_density raises the sparsity to meet a memory_budget; give one, or leave lower_density out"
             )
+        if self.microbatch is not None:
+            self._set("microbatch", read_microbatch(self.microbatch))
+            if self.microbatch == AUTO and self.memory_budget is None:
+                raise UsageError(
+                    f"microbatch {AUTO!r} is the largest that a memory_budget has room for; give one, or a number of "
+                    "examples"
+                )
         if self.grow_to is not None:
             self._set("grow_to", checks.number("grow_to", self.grow_to, below=1, also=", or None"))
         if self.trainable is not None:
@@ -219,6 +229,15 @@ def read_budget(budget: Any) -> float | int:
         f"update_budget is {checks.shown(budget)}; wanted a share of the full step's time above 0 and at most 1, such "
         'as 0.5, or bytes, such as "24MiB"'
     )
+
+
+def read_microbatch(value: Any) -> int | str:
+    """A number of examples, or AUTO; a text of either. Raises UsageError."""
+    if isinstance(value, str):
+        if value == AUTO:
+            return AUTO
+        value = int(value) if value.isascii() and value.isdecimal() else value
+    return checks.whole("microbatch", value, 1, f" examples of a pass, {AUTO!r}, or None for one pass of all")
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -16,6 +16,7 @@ from mest_compile.cli.options import (
     Classes,
     Distribution,
     Image,
+    Microbatch,
     Scheme,
     Seed,
     Sparsity,
@@ -60,6 +61,7 @@ def bench(
         str | None,
         typer.Option(help="Bytes, or 64MiB, that our step may need; it computes activations again to meet them."),
     ] = None,
+    microbatch: Microbatch = None,
     activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds in which both sides have a turn.", min=1)] = 7,
     profile: Annotated[
@@ -87,6 +89,7 @@ def bench(
         threads=threads,
         seed=seed,
         memory_budget=memory_budget,
+        microbatch=microbatch,
         activations=activations,
     )
     if profile:

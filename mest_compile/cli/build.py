@@ -17,6 +17,7 @@ from mest_compile.cli.options import (
     DataFolder,
     Distribution,
     Image,
+    Microbatch,
     Model,
     Pretrained,
     Scheme,
@@ -61,6 +62,7 @@ def build(
             help="Bytes, or 64MiB, that the step may need at its densest; activations are computed again to meet them."
         ),
     ] = None,
+    microbatch: Microbatch = None,
     grow_to: Annotated[
         float | None, typer.Option(help="Lowest sparsity that mutations will grow to, which memory is planned for.")
     ] = None,
@@ -134,6 +136,7 @@ def build(
                 "loss": loss,
                 "optimizer": optimizer,
                 "memory_budget": memory_budget,
+                "microbatch": microbatch,
                 "trainable": trainable,
                 "dense_start": dense_start,
                 "update_budget": update_budget,

@@ -89,6 +89,13 @@ UpdateBudget = Annotated[
         "trains is chosen by what layers cost and what they gain on the data."
     ),
 ]
+Microbatch = Annotated[
+    str | None,
+    typer.Option(
+        help="Examples of a pass: a step makes as many as the batch has of them, whose gradients add up, in the memory "
+        "of one; or auto: the largest that a --memory-budget has room for."
+    ),
+]
 ChoiceData = Annotated[
     str | None, typer.Option("--data", help="Data set that --update-budget chooses by; it decides shape and classes.")
 ]

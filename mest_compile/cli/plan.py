@@ -18,6 +18,7 @@ from mest_compile.cli.options import (
     DataFolder,
     Distribution,
     Image,
+    Microbatch,
     Model,
     Pretrained,
     Scheme,
@@ -51,6 +52,7 @@ def plan(
     image: Image = None,
     classes: Classes = 10,
     batch: Batch = 64,
+    microbatch: Microbatch = None,
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
@@ -91,6 +93,7 @@ def plan(
         seed=seed,
         trainable=trainable,
         update_budget=update_budget,
+        microbatch=microbatch,
     )
     examples = chosen_by(update_budget, data, data_folder, options.loss)
     if examples is None:

@@ -13,6 +13,7 @@ from mest_compile.cli.options import (
     Activations,
     Batch,
     Distribution,
+    Microbatch,
     Model,
     Pretrained,
     Scheme,
@@ -66,6 +67,7 @@ def train(
         typer.Option(help="Share of the training's operations to save by freezing layers, front to back."),
     ] = None,
     batch: Batch = 64,
+    microbatch: Microbatch = None,
     drop_last: Annotated[
         bool | None,
         typer.Option(
@@ -171,6 +173,7 @@ def train(
         "target": target,
         "threads": threads,
         "memory_budget": memory_budget,
+        "microbatch": microbatch,
         "lower_density": lower_density,
         "activations": activations,
         "loss": loss,

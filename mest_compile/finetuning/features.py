@@ -15,7 +15,7 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower_prediction
+from mest_compile.lowering.programs import lower_prediction
 from mest_compile.planning.plan import Plan
 from mest_compile.planning.retargeting import retargeted
 from mest_compile.records.log import Records

@@ -12,8 +12,9 @@ from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ITEM_BYTES
 
 # "statistics" is what a training step writes of its forward pass; "clip" bounds the norm of the gradients. "update",
-# whose calls stand among those of the backward pass, uses held buffers only, so that it can be run on its own.
-Stage = Literal["forward", "statistics", "backward", "clip", "update"]
+# whose calls stand among those of the backward pass, uses held buffers only, so that it can be run on its own, as do
+# "clip" and "zero", which is where gradients of several passes begin.
+Stage = Literal["forward", "statistics", "backward", "clip", "update", "zero"]
 FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: program and its stages
     "train": ("train", ("forward", "statistics", "backward", "update")),
     "gradients": ("train", ("forward", "backward")),
@@ -21,7 +22,15 @@ FUNCTIONS: dict[str, tuple[str, tuple[Stage, ...]]] = {  # what a step can run: 
     "update": ("train", ("update",)),
     "predict": ("predict", ("forward",)),
 }
-OF_BATCH = ("train", "gradients", "backward")  # those that read a batch and its labels
+ADDING: dict[str, tuple[str, tuple[Stage, ...]]] = {  # the same of a step whose passes' gradients add up
+    "zero": ("train", ("zero",)),
+    "add": ("train", ("forward", "statistics", "backward")),
+    "gradients": ("train", ("forward", "backward")),
+    "clip": ("train", ("clip",)),
+    "update": ("train", ("update",)),
+    "predict": ("predict", ("forward",)),
+}
+OF_BATCH = frozenset(("train", "gradients", "backward", "add"))  # those that read a batch and its labels
 
 
 # How often a phase of a layer multiplies every live weight with the pixels that read it.
@@ -105,6 +114,16 @@ class Program:
 
     def held(self) -> list[Buffer]:
         return [buffer for buffer in dict.fromkeys((*self.buffers(), *self.kept)) if buffer.held]
+
+    @property
+    def adds(self) -> bool:
+        """Whether gradients are added to what is there."""
+        return any(call.stage == "zero" for call in self.calls)
+
+    @property
+    def functions(self) -> Mapping[str, tuple[str, tuple[Stage, ...]]]:
+        """What a step of this training program can run."""
+        return ADDING if self.adds else FUNCTIONS
 
     def saved_bytes(self) -> int:
         """Arena bytes that the forward pass leaves for the backward pass."""
@@ -191,11 +210,15 @@ def function_name(name: str, examples: int | None) -> str:
 
 def functions_of_fewer(train: Program, examples: int) -> Functions:
     """What a step can run of a training program for so many examples."""
-    return {function_name(name, examples): (train, FUNCTIONS[name][1]) for name in OF_BATCH}
+    return {
+        function_name(name, examples): (train, stages)
+        for name, (_, stages) in train.functions.items()
+        if name in OF_BATCH
+    }
 
 
 def functions_of(train: Program, predict: Program, number: int = 0) -> Functions:
     """What a step can run, by name: a program and the stages of it. number: of one of several steps in a library, the
     first being 0; names end with it."""
     programs = {"train": train, "predict": predict}
-    return {f"{name}{number or ''}": (programs[program], stages) for name, (program, stages) in FUNCTIONS.items()}
+    return {f"{name}{number or ''}": (programs[program], stages) for name, (program, stages) in train.functions.items()}

@@ -1,8 +1,5 @@
-"""Forward graph to program: every operator adds its kernel calls, forward in order, then backward in reverse.
-
-This is the reverse pass: it knows who produces and who consumes a value, adds up gradients, and asks each operator for
-the rest.
-"""
+"""Collects the kernel calls of a program as its operators record them: it knows who produces and who consumes a value,
+adds up gradients, and gives operators their buffers."""
 
 from __future__ import annotations
 
@@ -17,14 +14,12 @@ from mest_compile.ir.arrangement import image_shape
 from mest_compile.ir.graph import ForwardGraph, Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import gradients_of
-from mest_compile.ir.program import Activation, Buffer, Call, Program, Stage, plan_memory, plan_memory_like
-from mest_compile.operators.conversion import ImageExport, ImageImport, ZeroHalo
-from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.losses.cross_entropy import USUAL as USUAL_LOSS
-from mest_compile.operators.losses.loss import Loss
+from mest_compile.ir.program import Activation, Buffer, Call, Stage
+from mest_compile.operators.adding import Add
+from mest_compile.operators.conversion import ZeroHalo
 from mest_compile.operators.operator import OPERATORS
 from mest_compile.operators.optimizers.groups import Settings, hyper_name
-from mest_compile.operators.optimizers.optimizer import Bound, Norm, Optimizer, Update, UpdatePart
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.operators.optimizers.sgd import USUAL
 from mest_compile.sparsity.layer import Layer
 
@@ -43,8 +38,10 @@ class Lowering:
         activations: str = "float32",
         optimizer: Optimizer = USUAL,
         parts: Sequence[Collection[str]] = (),
+        adds: bool = False,
     ):
         self.graph = graph
+        self.adds = adds
         self.activations = activations
         self.optimizer = optimizer
         self.settings = Settings(optimizer, graph.nodes, graph.frozen, parts)
@@ -62,7 +59,8 @@ class Lowering:
         self._aliases: dict[str, str] = {}
         self.copies: dict[tuple[str, Stage], Activation] = {}
         self._touched: set[Buffer] = set()
-        self._updates: dict[Buffer, Buffer] = {}
+        self.updates: dict[Buffer, Buffer] = {}
+        self._parts: dict[Buffer, Buffer] = {}
         self._moving = graph.moving()
         self._shapes = {"input": graph.input_shape} | {node.name: node.shape for node in graph.nodes}
 
@@ -195,11 +193,26 @@ class Lowering:
         return buffer
 
     def parameter_gradient(self, node: Node, *roles: str) -> Buffer:
-        """Their gradient, laid out likewise; asking for it makes the step update them."""
+        """Where a kernel writes their gradient, laid out likewise; asking for it makes the step update them."""
         values = self.parameter(node, *roles)
         gradients = self.hold(f"{values.name}:gradient", values.elems, "gradients")
-        self._updates[values] = gradients
-        return gradients
+        self.updates[values] = gradients
+        assert values.elems is not None, "dense parameters have a size"
+        return self.part(gradients, values.elems)
+
+    def part(self, gradients: Buffer, elems: int) -> Buffer:
+        """Where a kernel that does not add writes its share of a parameter's gradient, of so many elements: where that
+        is to be added, a buffer from which it is, behind the calls of this node."""
+        if not self.adds:
+            return gradients
+        self._parts[gradients] = self.temporary(f"{gradients.name}:part", elems)
+        return self._parts[gradients]
+
+    def add_parts(self) -> None:
+        """Records that what a node's calls wrote in parts is added to the gradients."""
+        for gradients, part in self._parts.items():
+            self.call("gradients.add", Add(), part, gradients)
+        self._parts.clear()
 
     def statistics(self, name: str) -> Buffer | None:
         """Sums that the convolution `name` left in its epilogue for batch_norm, if it did."""
@@ -260,129 +273,3 @@ class Lowering:
 
 def _buffer_of(name: str, image: Image) -> Activation:
     return Activation(name, image.elems, image.array_dtype, "arena", image)
-
-
-def _start(low: Lowering) -> Activation:
-    """Reads the batch (N, C, H, W) into the input's image; returns the logits' buffer after the whole forward pass."""
-    graph = low.graph
-    entry = Node("input", "input", (), graph.input_shape)
-    images = low.hold("images", int(np.prod(graph.input_shape)), "batch")
-    target = low.output(entry)
-    assert target.image
-    low.call("image.import", ImageImport(target.image), images, target)
-    for node in graph.nodes:
-        OPERATORS.find(node.op).forward(node, low)
-    return low.value(graph.nodes[-1].name)
-
-
-def lower_training(
-    graph: ForwardGraph,
-    layers: Mapping[str, Layer],
-    target: Target,
-    held: dict[str, Buffer],
-    recomputed: frozenset[str] = frozenset(),
-    loss: Loss = USUAL_LOSS,
-    activations: str = "float32",
-    optimizer: Optimizer = USUAL,
-    parts: Sequence[Collection[str]] = (),
-    like: Program | None = None,
-) -> Program:
-    """The training step: forward, loss, backward, update. `recomputed` names nodes whose values are not kept for the
-    backward pass, `parts` the parameters that have a learning rate of their own. `like`: that of the same step
-    for more examples, in whose memory this one is to run."""
-    loss.check(graph.nodes[-1].shape)
-    low = Lowering(graph, layers, target, held, True, recomputed, activations, optimizer, parts)
-    _start(low)
-    low.stage = "backward"
-    loss.lower(low, graph.nodes[-1].name)
-    for node in reversed(graph.nodes):
-        if low.has_gradient(node):
-            OPERATORS.find(node.op).backward(node, low)
-    for values, gradients in low._updates.items():
-        _update(low, values, gradients)
-    _bound(low)
-    # Of some values kernels read a copy alone.
-    kept = tuple(buffer for buffer in held.values() if buffer.kind == "values")
-    if like is not None:
-        program = Program(f"train_of_{graph.input_shape[0]}", low.calls, kept=kept)
-        plan_memory_like(program, like)
-        return program
-    program = Program("train", low.calls, kept=kept)
-    plan_memory(program)
-    return program
-
-
-def _update(low: Lowering, values: Buffer, gradients: Buffer) -> None:
-    """Updates dense parameters, those of one array that are of different groups one after another."""
-    rule = low.optimizer.rule_name
-    states = [low.hold(f"{values.name}:{state}", values.elems, "optimizer") for state in low.optimizer.state]
-    arrays = values, gradients, *states
-    settings = [low.settings.of(name) for name in values.parts]
-    if len(set(settings)) == 1:
-        hyper = low.hyper(values.parts[0])
-        low.call_update("optimizer.update", Update(rule), *arrays, hyper, name=f"{values.name}.update")
-        return
-    assert values.elems is not None, "dense parameters have a size"
-    start = 0
-    for name in values.parts:
-        elems = int(np.prod(low.graph.state_shapes[name]))
-        part = UpdatePart(rule, start, elems, values.elems)
-        low.call_update("optimizer.update_part", part, *arrays, low.hyper(name), name=f"{name}.update")
-        start += elems
-
-
-def _bound(low: Lowering) -> None:
-    """Scales all gradients together, so that their norm is at most a bound. A weight that is computed twice counts
-    once."""
-    low.stage = "clip"
-    norm, bound = (low.hold(f"clip:{name}", 1, "batch") for name in ("norm", "bound"))
-    nodes = {node.params["weight"]: node for node in low.graph.nodes if node.params.get("weight") in low.layers}
-    gradients = [buffer for buffer in low.held.values() if buffer.kind == "gradients"]
-    for number, buffer in enumerate(gradients):
-        places = None
-        if buffer.layer:
-            layer, node = low.layers[buffer.layer], nodes[buffer.layer]
-            places = FAMILIES.find(layer.kernels).once(layer, low.needs_gradient(node.inputs[0]), low)
-        listed = [] if places is None else [places]
-        low.call("optimizer.norm", Norm(number == 0, bool(listed)), buffer, *listed, norm)
-    for buffer in gradients:
-        low.call("optimizer.bound", Bound(), buffer, norm, bound)
-
-
-def lower_prediction(
-    graph: ForwardGraph,
-    layers: Mapping[str, Layer],
-    target: Target,
-    held: dict[str, Buffer],
-    slots: Sequence[int],
-    activations: str = "float32",
-) -> Program:
-    """The forward pass with running statistics, in the training program's memory."""
-    low = Lowering(graph, layers, target, held, training=False, activations=activations)
-    logits = _start(low)
-    assert logits.image
-    outputs = int(np.prod(graph.nodes[-1].shape))
-    low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", outputs, "batch"))
-    program = Program("predict", low.calls)
-    plan_memory(program, slots)
-    return program
-
-
-def lower(
-    graph: ForwardGraph,
-    layers: Mapping[str, Layer],
-    target: Target,
-    recomputed: frozenset[str] = frozenset(),
-    loss: Loss = USUAL_LOSS,
-    activations: str = "float32",
-    optimizer: Optimizer = USUAL,
-    parts: Sequence[Collection[str]] = (),
-) -> tuple[Program, Program]:
-    """(training step, prediction) of a fused graph; they share the buffers that the step holds, and the arena.
-
-    activations  what values of nodes are stored as, the logits excepted
-    parts        names of parameters that have a learning rate of their own
-    """
-    held: dict[str, Buffer] = {}
-    train = lower_training(graph, layers, target, held, recomputed, loss, activations, optimizer, parts)
-    return train, lower_prediction(graph, layers, target, held, train.slots, activations)

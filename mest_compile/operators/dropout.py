@@ -63,8 +63,9 @@ def mixed(bits: np.ndarray) -> np.ndarray:
     return bits
 
 
-def draws(graph: ForwardGraph, seed: int, update: int) -> dict[str, np.ndarray]:
-    """{buffer: (1,) int32} of every dropout of the graph at an update, counted from 1."""
+def draws(graph: ForwardGraph, seed: int, update: int, turn: int = 0) -> dict[str, np.ndarray]:
+    """{buffer: (1,) int32} of every dropout of the graph at an update, counted from 1, in a pass of it, counted from
+    0."""
     found = {}
     for node in graph.nodes:
         if node.op == "dropout":
@@ -74,6 +75,7 @@ def draws(graph: ForwardGraph, seed: int, update: int) -> dict[str, np.ndarray]:
                 seed >> 32 & 0xFFFFFFFF,
                 update & 0xFFFFFFFF,
                 zlib.crc32(node.name.encode()),
+                *([turn] if turn else []),
             ):
                 key = mixed(key ^ np.uint32(part)) + np.uint32(1)
             found[_draw(node)] = key.view(np.int32)

@@ -44,6 +44,7 @@ class Trace(Protocol):
     copies    of values, by name and stage, made once by operators that want them laid out otherwise
     training  whether the program trains; else it predicts
     optimizer  updates the parameters
+    adds      whether the gradients of parameters are added to what is there
     """
 
     graph: ForwardGraph
@@ -52,6 +53,7 @@ class Trace(Protocol):
     copies: dict[tuple[str, Stage], Activation]
     training: bool
     optimizer: Optimizer
+    adds: bool
 
     # The graph, and the device.
 
@@ -126,7 +128,11 @@ class Trace(Protocol):
         """Dense parameters or statistics of these roles, flat, one after another."""
 
     def parameter_gradient(self, node: Node, *roles: str) -> Buffer:
-        """Their gradient, laid out likewise; asking for it makes the step update them."""
+        """Where a kernel writes their gradient, laid out likewise; asking for it makes the step update them."""
+
+    def part(self, gradients: Buffer, elems: int) -> Buffer:
+        """Where a kernel that does not add writes its share of a parameter's gradient, of so many elements: where that
+        is to be added, a buffer from which it is, behind the calls of this node."""
 
     def statistics(self, name: str) -> Buffer | None:
         """Sums that the convolution `name` left in its epilogue for batch_norm, if it did."""

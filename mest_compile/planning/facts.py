@@ -12,7 +12,7 @@ from mest_compile.hardware.target import Gpu, Target
 from mest_compile.ir.graph import ForwardGraph, LayerSpec, plain, tuples
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
-from mest_compile.lowering.lowering import lower, lower_training
+from mest_compile.lowering.programs import lower, lower_training
 from mest_compile.operators.losses.loss import Loss, read_loss
 from mest_compile.operators.optimizers.optimizer import Optimizer, read_optimizer
 from mest_compile.sparsity import parse_scheme
@@ -23,12 +23,13 @@ from mest_compile.sparsity.layer import Layer
 class Facts:
     """Everything that decides what a step computes, and on what.
 
-    graph       as imported, before fusing
+    graph       as imported, before fusing, of the examples of a pass
     layers      weight name -> Layer
     recomputed  nodes whose values the backward pass computes again
     activations  what they are stored as
     parts       names of the parameters that freeze one after another while the step trains, those that have frozen
                 too: each part has a learning rate of its own
+    passes      micro-batches that a step runs its programs on, whose gradients add up
     """
 
     graph: ForwardGraph
@@ -41,6 +42,7 @@ class Facts:
     loss: Loss
     activations: str = "float32"
     parts: tuple[tuple[str, ...], ...] = ()
+    passes: int = 1
 
     def lower(self) -> tuple[Program, Program]:
         """(training step, prediction)."""
@@ -53,10 +55,16 @@ class Facts:
             self.activations,
             self.optimizer,
             self.parts,
+            self.passes > 1,
         )
 
+    @property
+    def batch(self) -> int:
+        """Examples of a step: all its passes'."""
+        return self.passes * self.graph.input_shape[0]
+
     def with_batch(self, batch: int) -> Facts:
-        """Those of steps of so many examples, else as they are, the layout too."""
+        """Those of passes of so many examples, else as they are, the layout too."""
         layers = {
             name: replace(layer, spec=replace(layer.spec, input_shape=(batch, *layer.spec.input_shape[1:])))
             for name, layer in self.layers.items()
@@ -64,7 +72,7 @@ class Facts:
         return replace(self, graph=self.graph.with_batch(batch), layers=layers)
 
     def lower_fewer(self, examples: int, train: Program) -> Program:
-        """The training program for so many examples, fewer than a step's, in the memory of the step's own, `train`:
+        """The training program for so many examples, fewer than a pass's, in the memory of the step's own, `train`:
         with other arrays for a batch, and otherwise the same."""
         facts = self.with_batch(examples)
         return lower_training(
@@ -77,6 +85,7 @@ class Facts:
             facts.activations,
             facts.optimizer,
             facts.parts,
+            facts.passes > 1,
             train,
         )
 
@@ -91,6 +100,7 @@ class Facts:
             "loss": self.loss.to_json(),
             "activations": self.activations,
             **({"parts": plain(self.parts)} if self.parts else {}),
+            **({"passes": self.passes} if self.passes > 1 else {}),
             "target": {**asdict(target), "llvm": [list(pair) for pair in target.llvm]},
             "layers": [
                 {
@@ -143,6 +153,7 @@ class Facts:
             read_loss(facts),
             facts.get("activations", "float32"),
             tuples(facts.get("parts", [])),
+            facts.get("passes", 1),
         )
 
 

@@ -54,6 +54,12 @@ def footprint(
     return found | {"total": sum(found.values())}
 
 
+def told_spared(spared: Mapping[str, int] | None) -> dict[str, int]:
+    """{"spared_by_microbatch": bytes, "spared_by_recomputing": bytes} of a step with a memory budget; of one without
+    nothing."""
+    return {f"spared_by_{how}": size for how, size in (spared or {}).items()}
+
+
 def _copied_elems(train: Program, target: Target) -> int:
     """Elements of the largest slice that a thread widens as a whole before it reads it."""
     sources = [call.problem.source for call in train.calls if isinstance(call.problem, GatherConv)]

@@ -74,10 +74,12 @@ def meet_budget(
                 return leanest, percent / 100
     least = need(leanest, 0.99 if lower_density and start else None)
     densest = f", {excess:g} denser than it starts," if excess else ""
+    examples = graph.input_shape[0]
+    how = f" in passes of {examples} example{'s' * (examples > 1)}" if facts.passes > 1 else ""
+    advice = "model" if facts.passes == facts.batch else "batch, microbatch or model"
     raise BudgetError(
-        f"memory_budget is {budget_bytes} bytes; the step{densest} needs at least {least}, most of it "
-        "activations: use a "
-        "smaller batch or model, or a larger budget"
+        f"memory_budget is {budget_bytes} bytes; the step{densest}{how} needs at least {least}, most of it activations "
+        f"although it computes again what it can: use a smaller {advice}, or a larger budget"
     )
 
 

@@ -10,14 +10,15 @@ from functools import cached_property
 from typing import Any
 
 from mest_compile.base import checks
+from mest_compile.base.errors import BudgetError, UsageError
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import held_cells
-from mest_compile.options import StepOptions
+from mest_compile.options import AUTO, StepOptions
 from mest_compile.planning.facts import Facts
-from mest_compile.planning.footprint import footprint
+from mest_compile.planning.footprint import footprint, told_spared
 from mest_compile.planning.layers import plan_layers
 from mest_compile.planning.layout import choose_sections, choose_vector, widened, with_slices
 from mest_compile.planning.memory import meet_budget, usually_recomputed
@@ -37,11 +38,13 @@ class Plan:
     facts    what decides the step, which checkpoints and artifacts hold
     records  of the target, what its kernels' knobs are chosen by
     chosen   how an update budget chose what trains, ready for JSON; None: none did
+    spared   what a memory budget was met by, {"microbatch": bytes, "recomputing": bytes} less; None: there was none
     """
 
     facts: Facts
     records: Records
     chosen: Mapping[str, Any] | None = None
+    spared: Mapping[str, int] | None = None
 
     @property
     def target(self) -> Target:
@@ -63,9 +66,11 @@ class Plan:
         return self.programs[0]
 
     def memory(self) -> dict[str, int]:
-        """{kind: bytes, "total": bytes} of the step at its densest."""
+        """{kind: bytes, "total": bytes} of the step at its densest, and what a memory budget was met by
+        (`told_spared`)."""
         room = {name: layer.capacity for name, layer in self.layers.items() if layer.capacity is not None}
-        return footprint(*self.programs, self.layers, held_cells(self.layers, room), self.target)
+        found = footprint(*self.programs, self.layers, held_cells(self.layers, room), self.target)
+        return found | told_spared(self.spared)
 
 
 def plan_step(
@@ -81,7 +86,63 @@ def plan_step(
     vector   examples of a slice, whatever the records say; None: as they say
     Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
     """
-    target = find_target(options.target).storing(options.activations).for_batch(graph.input_shape[0])
+    batch, budget = graph.input_shape[0], options.memory_budget
+    if options.microbatch == AUTO:
+        return _plan_largest(graph, options, records, vector)
+    examples = batch if options.microbatch is None else int(options.microbatch)
+    if batch % examples:
+        raise UsageError(
+            f"microbatch is {examples}, and a batch of {batch} is no multiple of it; give one of "
+            f"{', '.join(map(str, _divisors(batch)))}, or another batch"
+        )
+    plan = _plan_passes(graph, examples, options, records, vector)
+    return plan if budget is None else replace(plan, spared=_spared(plan))
+
+
+def _divisors(batch: int) -> list[int]:
+    """Ascending."""
+    return [examples for examples in range(1, batch + 1) if batch % examples == 0]
+
+
+def _plan_largest(
+    graph: ForwardGraph, options: StepOptions, records: Callable[[Target], Records], vector: int | None
+) -> Plan:
+    """The plan of the largest passes that fit into the memory budget. What fits is looked for by halves: passes of more
+    examples need no less. Raises BudgetError."""
+    sizes = _divisors(graph.input_shape[0])
+    found: Plan | None = None
+    fits, fails = 0, len(sizes)  # how many of the smallest sizes are known to fit, and the first known not to
+    strict = replace(options, lower_density=False)
+    while fits < fails:
+        middle = (fits + fails) // 2
+        try:
+            found, fits = _plan_passes(graph, sizes[middle], strict, records, vector), middle + 1
+        except BudgetError:
+            fails = middle
+    if found is None:
+        found = _plan_passes(graph, sizes[0], options, records, vector)
+    return replace(found, spared=_spared(found))
+
+
+def _spared(plan: Plan) -> dict[str, int]:
+    """How many bytes passes and computing again spare, beside one pass that computes again what it does anyhow."""
+    facts = plan.facts
+    kept = replace(facts, recomputed=usually_recomputed(fuse(facts.graph), facts.target))
+    whole = replace(kept.with_batch(facts.batch), passes=1)
+    in_one, in_passes = (Plan(one, plan.records).memory()["total"] for one in (whole, kept))
+    return {"microbatch": in_one - in_passes, "recomputing": in_passes - plan.memory()["total"]}
+
+
+def _plan_passes(
+    graph: ForwardGraph,
+    examples: int,
+    options: StepOptions,
+    records: Callable[[Target], Records],
+    vector: int | None,
+) -> Plan:
+    """The plan of a step that makes passes of so many examples. Raises as `plan_step` does."""
+    batch, graph = graph.input_shape[0], graph.with_batch(examples)
+    target = find_target(options.target).storing(options.activations).for_batch(examples)
     if options.activations == "bfloat16" and not target.pairs:
         log.warning(
             "target %r has no products of pairs of bfloat16 (AVX512-BF16): activations take half the bytes, and are "
@@ -107,6 +168,7 @@ def plan_step(
         options.seed,
         options.loss,
         options.activations,
+        passes=batch // examples,
     )
     if options.grow_to is not None or options.memory_budget is not None or options.dense_start:
         facts = _with_room(facts, options, found)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mest_compile.base import checks
+from mest_compile.base.errors import UsageError
 from mest_compile.hardware.target import Target
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import family_for
@@ -25,8 +26,11 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     """
     batch = checks.whole("batch", batch, 1)
     check_activations(facts.activations, target)
-    target = replace(target.storing(facts.activations), examples=None).for_batch(batch)
-    facts = facts.with_batch(batch)
+    examples = facts.graph.input_shape[0] if facts.passes > 1 else batch
+    if batch % examples:
+        raise UsageError(f"batch is {batch}, and the step makes passes of {examples} examples; wanted a multiple")
+    target = replace(target.storing(facts.activations), examples=None).for_batch(examples)
+    facts = replace(facts.with_batch(examples), passes=batch // examples)
     found = records(target)
 
     def planned(target: Target) -> dict[str, Layer]:

@@ -12,7 +12,8 @@ import numpy as np
 from mest_compile.base.errors import InputError
 from mest_compile.ir.expressions import OPERATIONS
 from mest_compile.ir.graph import Preparation
-from mest_compile.operators.losses.loss import Loss
+from mest_compile.operators.adding import SHARE
+from mest_compile.operators.losses.loss import SCALES, Loss
 from mest_compile.runtime import arguments
 from mest_compile.runtime.runner import Runner, SendsAhead
 
@@ -22,17 +23,21 @@ class Part:
     """What of a batch goes through a step's programs at once.
 
     arrays  name -> array, flat, as programs read it
+    share   what its loss counts in that of the batch: as many examples as it has of it, or 1 where the loss itself
+            counts by the whole batch
     """
 
     examples: int
     arrays: Mapping[str, np.ndarray]
+    share: float
 
 
 class Feeding:
     """Puts batches where a step's programs read them.
 
-    input_shape   of a whole batch of images
-    output_shape  of what the model gives for it; labels are as the loss reads them
+    input_shape   of the images of a pass
+    output_shape  of what the model gives for them; labels are as the loss reads them
+    passes        of a whole batch; of several each part is told its share
     activations  what the step stores images as
     prepare      what the model does to images first
     constants    name -> what of the model's own stays as it is
@@ -46,6 +51,7 @@ class Feeding:
         runner: Runner,
         input_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
+        passes: int,
         loss: Loss,
         activations: str,
         prepare: Callable[[np.ndarray], np.ndarray],
@@ -56,7 +62,7 @@ class Feeding:
     ):
         self._inputs, self._named = inputs, named
         self._runner, self._prepare, self._results = runner, prepare, results
-        self._input_shape, self._output_shape = input_shape, output_shape
+        self._input_shape, self._output_shape, self._passes = input_shape, output_shape, passes
         self._loss, self._activations = loss, activations
         self._ahead: tuple[Any, Any, list[Part]] | None = None
         self._sent: Part | None = None
@@ -91,16 +97,18 @@ class Feeding:
             parts = self._parts(*batch)
         except InputError:  # which the next call tells; this one is done
             return
-        self._send(self._runner, parts[0])
+        self.send(parts[0])
         self._ahead = *batch, parts
 
-    def _send(self, runner: SendsAhead, part: Part) -> None:
-        for name, array in part.arrays.items():
-            runner.put_ahead(name, array)
-        self._sent = part
+    def send(self, part: Part) -> None:
+        """Sends the part of the next `put` ahead, if the runner can."""
+        if isinstance(self._runner, SendsAhead):
+            for name, array in part.arrays.items():
+                self._runner.put_ahead(name, array)
+            self._sent = part
 
     def load_images(self, images: np.ndarray) -> None:
-        """Puts at most a batch of images that `check_images` gave; what they do not fill is 0."""
+        """Puts at most a pass of images that `check_images` gave; what they do not fill is 0."""
         whole = np.zeros(self._input_shape, np.float32)
         whole[: len(images)] = images
         self._resize(len(whole))
@@ -127,12 +135,25 @@ class Feeding:
             arguments.array(one, dtype, name)
             for one, (name, dtype) in zip(labels if len(reads) > 1 else [labels], reads, strict=True)
         ]
-        count, most = len(images) if images.ndim else 0, self._input_shape[0]
+        count, most = len(images) if images.ndim else 0, self._passes * self._input_shape[0]
         if images.shape[1:] != self._input_shape[1:] or not 0 < count <= most:
             fewer = ", or fewer examples" if most > 1 else ""
-            raise InputError(f"images have shape {images.shape}; this step was compiled for {self._input_shape}{fewer}")
-        targets = self._loss.targets(*given, shape=(count, *self._output_shape[1:]))
-        return [Part(count, {"images": self._prepared(images).ravel(), **targets})]
+            whole = (most, *self._input_shape[1:])
+            raise InputError(f"images have shape {images.shape}; this step was compiled for {whole}{fewer}")
+        images, shape = self._prepared(images), self._output_shape[1:]
+        targets = self._loss.targets(*given, shape=(count, *shape))
+        if self._passes == 1:
+            return [Part(count, {"images": images.ravel(), **targets}, 1.0)]
+        scales = {SCALES: targets[SCALES]} if SCALES in targets else {}
+        parts = []
+        for start in range(0, count, self._input_shape[0]):
+            some = slice(start, start + self._input_shape[0])
+            examples = len(images[some])
+            share = 1.0 if scales else examples / count
+            arrays = self._loss.targets(*(one[some] for one in given), shape=(examples, *shape)) | scales
+            arrays |= {"images": images[some].ravel()} | ({} if scales else {SHARE: np.array([share], np.float32)})
+            parts.append(Part(examples, arrays, share))
+        return parts
 
     def _resize(self, examples: int) -> None:
         """Makes room for what programs for so many examples tell. What they read gets it as it is put."""

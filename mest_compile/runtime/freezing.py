@@ -231,8 +231,18 @@ class Freezes:
         results = {name: self._state.held[name] for name in ("correct", "logits") if name in self._state.held}
         told: dict[str, tuple[int, str]]
         told = {name: ((buffer.elems or 0) // graph.input_shape[0], buffer.dtype) for name, buffer in results.items()}
-        inputs = graph.inputs, whole_numbers(graph)
-        self._feeding = Feeding(runner, *shapes, facts.loss, facts.activations, prepare, constants, told, *inputs)
+        self._feeding = Feeding(
+            runner,
+            *shapes,
+            facts.passes,
+            facts.loss,
+            facts.activations,
+            prepare,
+            constants,
+            told,
+            graph.inputs,
+            whole_numbers(graph),
+        )
         self._passes = Passes(self._compiled, runner, self._feeding, partial(draws, graph, facts.seed))
 
 

@@ -100,10 +100,10 @@ class HeldState:
         """Copies of the arrays of some kinds, by name."""
         return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
 
-    def count_batch(self) -> None:
-        """Adds one to the number of batches that each BatchNorm has taken into its statistics, if torch keeps it."""
+    def count_batches(self, count: int) -> None:
+        """Adds to the number of batches that each BatchNorm has taken into its statistics, if torch keeps it."""
         for name in self._counters:
-            self.kept[name] += 1
+            self.kept[name] += count
 
     def own(self) -> list[str]:
         """Names of what the state consists of: all else is made from it, or is a batch's."""

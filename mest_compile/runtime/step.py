@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -105,20 +105,12 @@ class TrainStep(Masked, Tells, Freezes):
         parts = self._ready(images, labels)
         with uninterrupted():
             self._updates += 1
-            self._state.count_batch()
+            self._state.count_batches(len(parts))
             self._put_hyper(self._updates, rates)
-            if bound is None:
-                self._passes.run("train", parts, self._updates)
-            else:
-                self._state.put("clip:bound", np.array([bound], np.float32))
-                self._passes.run("backward", parts, self._updates)
-                self._runner.run("update")
-        self._feeding.send_ahead(ahead)
-        loss, examples = float(self._state.get("loss")[0]), parts[0].examples
+            loss, told = self._passes.train(parts, self._updates, bound, ahead)
         if not self.loss.tells_correct:
-            return StepResult(loss, None, self._state.get("logits").reshape(examples, *self.output_shape[1:]))
-        answers = (examples, *self.output_shape[2:])
-        return StepResult(loss, self._state.get("correct").astype(bool).reshape(answers))
+            return StepResult(loss, None, told.reshape(len(told), *self.output_shape[1:]))
+        return StepResult(loss, told.astype(bool).reshape(len(told), *self.output_shape[2:]))
 
     @in_turn
     def predict(self, images: Any) -> np.ndarray:
@@ -126,18 +118,19 @@ class TrainStep(Masked, Tells, Freezes):
         number n of images."""
         images = self._feeding.check_images(images)
         logits = np.empty((len(images), *self.output_shape[1:]), np.float32)
-        for start in range(0, len(images), self.batch):
-            part = images[start : start + self.batch]
+        each = self._compiled.graph.input_shape[0]
+        for start in range(0, len(images), each):
+            part = images[start : start + each]
             self._feeding.load_images(part)
             self._runner.run("predict")
-            logits[start : start + len(part)] = self._state.get("logits").reshape(self.output_shape)[: len(part)]
+            logits[start : start + len(part)] = self._state.get("logits").reshape(each, *logits.shape[1:])[: len(part)]
         return logits
 
     @in_turn
     def gradients(self, images: Any, labels: Any) -> dict[str, np.ndarray]:
         """{torch name: gradient in torch's shape} of what trains, 0 at dead weights; nothing is updated. images,
         labels: as a call takes them."""
-        self._passes.run("gradients", self._ready(images, labels), self._updates + 1)
+        self._passes.gradients(self._ready(images, labels), self._updates + 1)
         return self._state.collect(":gradient")
 
     @in_turn
@@ -161,7 +154,7 @@ class TrainStep(Masked, Tells, Freezes):
         """
         repeats = checks.whole("repeats", repeats, 1)
         with self._timed(images, labels):
-            return self._runner.profile("train", repeats)
+            return self._added_up(lambda function: self._runner.profile(function, repeats))
 
     @in_turn
     def device_seconds(self, images: Any, labels: Any, repeats: int = 5) -> list[float]:
@@ -170,14 +163,26 @@ class TrainStep(Masked, Tells, Freezes):
         if not isinstance(self._runner, Clocked):
             raise UsageError("this step runs here; device_seconds is for one with device=mest.rpc(...)")
         repeats = checks.whole("repeats", repeats, 1)
+        runner = self._runner
         with self._timed(images, labels):
-            return self._runner.seconds("train", repeats)
+            seconds = self._added_up(lambda function: dict(enumerate(runner.seconds(function, repeats))))
+        return list(seconds.values())
+
+    def _added_up(self, timed: Callable[[str], Mapping[Any, float]]) -> dict[Any, float]:
+        """What the functions of a whole step take together. timed: {what: seconds} of one of them."""
+        passes = self._compiled.facts.passes
+        counts = {"zero": 1, "add": passes, "update": 1} if self._passes.adds else {"train": 1}
+        found: dict[Any, float] = {}
+        for function, count in counts.items():
+            for name, seconds in timed(function).items():
+                found[name] = found.get(name, 0.0) + count * seconds
+        return found
 
     @contextmanager
     def _timed(self, images: Any, labels: Any) -> Iterator[None]:
         parts = self._feeding.parts(images, labels)
-        if parts[0].examples != self.batch:
-            raise InputError(f"times are of a whole batch: give {self.batch} examples, and not {parts[0].examples}")
+        if (examples := sum(part.examples for part in parts)) != self.batch:
+            raise InputError(f"times are of a whole batch: give {self.batch} examples, and not {examples}")
         self._passes.put(parts[0], self._updates + 1)
         self._changes.begin(partial(self._state.write, {name: self._state.get(name) for name in self._state.own()}))
         try:

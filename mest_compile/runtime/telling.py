@@ -13,7 +13,7 @@ from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
 from mest_compile.operators.losses.loss import Loss
 from mest_compile.operators.optimizers.optimizer import Optimizer
-from mest_compile.planning.footprint import footprint
+from mest_compile.planning.footprint import footprint, told_spared
 from mest_compile.runtime.changes import Changes, in_turn
 from mest_compile.runtime.compiled import Compiled
 from mest_compile.runtime.mutating import Mutating
@@ -35,8 +35,8 @@ class Tells:
     _from_file: bool
 
     def __repr__(self) -> str:
-        graph, masks = self._compiled.graph, self._mutating.sparse
-        facts, shape = self._compiled.facts, "x".join(map(str, graph.input_shape))
+        masks = self._mutating.sparse
+        facts, shape = self._compiled.facts, "x".join(map(str, self.input_shape))
         live = sum(self.live_weights().values())
         weights = sum(layer.spec.weight_elems for layer in self.layers.values())
         return (
@@ -48,16 +48,23 @@ class Tells:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(N, C, H, W), (N, C, L) or (N, features): of several inputs all of them, one behind another."""
-        return tuple(self._compiled.graph.input_shape)
+        return (self.batch, *self._compiled.graph.input_shape[1:])
 
     @property
     def batch(self) -> int:
-        return self.input_shape[0]
+        """Examples of a step, at most."""
+        return self._compiled.facts.batch
+
+    @property
+    def microbatch(self) -> int | None:
+        """Examples of each of the passes that a step makes; None: it makes one of all."""
+        return self._compiled.graph.input_shape[0] if self._compiled.train.adds else None
 
     @property
     def whole_batches(self) -> bool:
-        """Whether it takes no fewer examples than `batch` to train on, as there is no compiler for others."""
-        return self._compiled.fewer is None
+        """Whether it does not take any number of examples up to `batch` to train on, as there is no compiler for
+        others."""
+        return self._compiled.fewer is None and self._compiled.graph.input_shape[0] > 1
 
     @property
     def classes(self) -> int:
@@ -72,7 +79,7 @@ class Tells:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """(N, classes), or (N, classes, H, W) of maps."""
-        return tuple(self._compiled.graph.nodes[-1].shape)
+        return (self.batch, *self._compiled.graph.nodes[-1].shape[1:])
 
     @property
     def loss(self) -> Loss:
@@ -135,6 +142,8 @@ class Tells:
 
         at_capacity  when every layer is as dense as it may become (`grow_to` of `mest.compile`); layers without a bound
                      count as they are
+        Of a step with a memory budget also how many bytes it does without: spared_by_microbatch, beside one pass of all
+        examples, and spared_by_recomputing, beside passes that keep what they usually do.
         """
         layers = self._compiled.layers
         units = {
@@ -143,5 +152,6 @@ class Tells:
         }
         if at_capacity:
             units |= {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}
-        target = self._compiled.facts.target
-        return footprint(self._compiled.train, self._compiled.predict, layers, held_cells(layers, units), target)
+        target, cells = self._compiled.facts.target, held_cells(layers, units)
+        found = footprint(self._compiled.train, self._compiled.predict, layers, cells, target)
+        return found | told_spared(self._compiled.document["describe"].get("spared_bytes"))

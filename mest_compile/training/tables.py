@@ -36,9 +36,10 @@ RUN_OPTIONS: dict[str, type] = {
     "optimizer": str,
     "trainable": str,
     "update_budget": str,
+    "microbatch": str,
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
-NUMBERS = ("update_budget", "memory_budget")  # which are a text or a number
+NUMBERS = ("update_budget", "memory_budget", "microbatch")  # which are a text or a number
 KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {

@@ -220,7 +220,7 @@ def _reference(problem: Any, arguments: Sequence[np.ndarray]) -> tuple[int, np.n
             return at + 1, gather_conv_reference(problem, *arguments[:3], *arguments[at : at + 2], *others)
         case GatherGrad(rows_live=0):
             at = 3 if problem.sources_live else 2
-            return at + 2, gather_grad_reference(problem, *arguments[:2], *arguments[at : at + 2])
+            return at + 2, gather_grad_reference(problem, *arguments[:2], *arguments[at : at + 3])
     return None
 
 

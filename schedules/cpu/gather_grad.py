@@ -208,7 +208,8 @@ def gather_grad(
             place = (
                 f"({first} + {unit}) * {block} + (layer * {depth} + {k}) * {problem.row_block} + part * {rows} + {j}"
             )
-            text(f"gradients[{place}] = sums_{unit}[{start}]")
+            before = f"gradients[{place}] + " if problem.adds else ""
+            text(f"gradients[{place}] = {before}sums_{unit}[{start}]")
 
     read = -(-problem.sources_live // problem.sections) or min(problem.section_channels, source.channels)
     runs = {
@@ -297,7 +298,7 @@ def gather_grad(
         vectors(text, [], lanes, f"total[i] = {of_owners}")
         for half in halves(lanes):
             vectors(text, [], half, f"total[i] = total[i] + total[{half} + i]")
-        text("gradients[weight] = total[0]")
+        text(f"gradients[weight] = {'gradients[weight] + ' if problem.adds else ''}total[0]")
     return recorded(text)
 
 
@@ -353,10 +354,11 @@ def _of_one_pixel(problem: GatherGrad, rows: int, depth: int, sizes: list[int]) 
             with text.nest(f"for z in T.serial({delta.slices})"):
                 vectors(text, loops, vector, f"{total} + i] = {total} + i] + {against} * {read}")
             with text.nest(f"for k, j, u in T.grid({depth}, {rows}, {units})"):
-                text(
+                goal = (
                     f"gradients[({first} + u) * {block} + (layer * {depth} + k) * {problem.row_block} + part "
-                    f"* {rows} + j] = {lanes}"
+                    f"* {rows} + j]"
                 )
+                text(f"{goal} = {f'{goal} + ' if problem.adds else ''}{lanes}")
 
     with text.nest(
         f"for group in T.parallel({groups})",

@@ -116,12 +116,17 @@ def gather_grad(problem: GatherGrad, target: Target, accumulators: int, threads:
                 count,
                 size,
                 vector,
-                lambda e, value: [f"{goal.format(e=e)} = {value}"],
+                lambda e, value: [stored(goal.format(e=e), value, problem.adds and splits == 1)],
                 lambda e: f"first + {e} // {inner} < end",
             )
     if splits > 1:
-        join_splits(text, splits, block, target)
+        join_splits(text, splits, block, target, problem.adds)
     return str(text)
+
+
+def stored(goal: str, value: str, adds: bool) -> str:
+    """The line that puts a value there, or adds it to what is there."""
+    return f"{goal} = {goal} + {value}" if adds else f"{goal} = {value}"
 
 
 def splits_of(groups: int, places: int, size: int) -> int:
@@ -130,11 +135,11 @@ def splits_of(groups: int, places: int, size: int) -> int:
     return max(1, min(MOST_SPLITS, -(-4 * ENOUGH_GROUPS // groups), places // (4 * size)))
 
 
-def join_splits(text: DeviceText, splits: int, block: int, target: Target) -> None:
-    """The second pass: adds up what `split_sums` holds of every weight."""
+def join_splits(text: DeviceText, splits: int, block: int, target: Target, adds: bool) -> None:
+    """The second pass: adds up what `split_sums` holds of every weight. adds: to what is in `gradients`."""
     with text.each_of(f"(units * {block})", ENOUGH_GROUPS, target.limits.threads):
         text.private("joined", 1)
         text("joined[0] = T.float32(0)")
         with text.nest(f"for k in T.serial({splits})"):
             text(f"joined[0] = joined[0] + split_sums[k * units * {block} + n]")
-        text("gradients[n] = joined[0]")
+        text(stored("gradients[n]", "joined[0]", adds))

@@ -18,7 +18,7 @@ from mest_compile.schedules.opencl.gather_conv import (
     pieces_of,
     statistics_of_result,
 )
-from mest_compile.schedules.opencl.gather_grad import SPLITS, join_splits, splits_of
+from mest_compile.schedules.opencl.gather_grad import SPLITS, join_splits, splits_of, stored
 from mest_compile.schedules.opencl.staging import (
     ACCUMULATORS,
     PIECES,
@@ -252,19 +252,21 @@ def pattern_grad(
                                 text(f"met[0] = source[from_where[{u}] + way + {y * source.columns + x}]")
                                 for tap, pixel in uses:
                                     text(f"sums[{u * taps + tap}] = sums[{u * taps + tap}] + seen[{pixel}] * met[0]")
-                _store_totals(text, count, size, vector, taps, goal, end)
+                _store_totals(text, count, size, vector, taps, goal, end, gather.adds and splits == 1)
     if splits > 1:
-        join_splits(text, splits, taps, target)
+        join_splits(text, splits, taps, target, gather.adds)
     return str(text)
 
 
-def _store_totals(text: DeviceText, count: int, size: int, vector: int, taps: int, goal: str, end: str) -> None:
-    """Totals of the units from `first` on, up to `end`."""
+def _store_totals(
+    text: DeviceText, count: int, size: int, vector: int, taps: int, goal: str, end: str, adds: bool
+) -> None:
+    """Totals of the units from `first` on, up to `end`. adds: to what is there."""
     totals(
         text,
         count,
         size,
         vector,
-        lambda e, value: [f"{goal.format(f'first * {taps} + {e}')} = {value}"],
+        lambda e, value: [stored(goal.format(f"first * {taps} + {e}"), value, adds)],
         lambda e: f"first + {e} // {taps} < {end}",
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import short_resnet
+from test_passes import check_passes
 from test_schemes_step import RULES, Small, check_steps
 from test_step import make_batches, masked_steps
 from torch import nn
@@ -55,6 +56,10 @@ def test_batches_of_fewer_examples_equal_masked_torch():
     batches = [make_batches((size, 3, 8, 8), 10, 1, seed=size)[0] for size in (8, 3, 8)]
     wanted, _ = masked_steps(model, step.masks(), batches, 0.002, step.optimizer)
     np.testing.assert_allclose([step(*batch).loss for batch in batches], wanted, rtol=1e-4)
+
+
+def test_passes_normalise_by_themselves_and_add_up(tmp_path):
+    check_passes("pattern", tmp_path, target="opencl")
 
 
 def test_depthwise_and_grouped_layers_equal_masked_torch():

@@ -146,7 +146,7 @@ def test_weight_gradient_of_live_rows(builder, shape):
 def check_gradient_of_live_rows(builder, shape, baked=False):
     rng, source, delta, index, pointers, rows, channels, count = row_case(shape)
     live, sections = shape[1::3]
-    problem = GatherGrad(source, delta, LISTED_ROWS, 1, (1, 1), sections[1], rows_live=live)
+    problem = GatherGrad(source, delta, LISTED_ROWS, 1, (1, 1), sections[1], rows_live=live, adds=not baked)
     x, dy = activation(rng, source), activation(rng, delta, gradient=True)
     dy[:, np.setdiff1d(np.arange(delta.channels), rows)] = np.nan
     count, special = structured(problem, pointers, count, baked)
@@ -160,11 +160,11 @@ def check_gradient_of_live_rows(builder, shape, baked=False):
         count,
         x,
         dy,
-        np.zeros((len(index.offsets), 1, LISTED_ROWS), np.float32),
+        before := np.full((len(index.offsets), 1, LISTED_ROWS), 3, np.float32),
         **special,
     )[-1]
     plain = replace(problem, delta=replace(delta, channels=len(rows)), rows_live=0)
-    wanted = gather_grad_reference(plain, index.pointers, index.offsets, x, dy[:, rows])
+    wanted = gather_grad_reference(plain, index.pointers, index.offsets, x, dy[:, rows], before)
     scale = gather_grad_reference(plain, index.pointers, index.offsets, np.abs(x), np.abs(dy[:, rows]))
     assert_close(got, wanted, scale, delta.slices * delta.height * delta.width)
 

@@ -153,10 +153,12 @@ def grad_case(problem: GatherGrad, index: Index, rng: np.random.Generator):
 
 
 def check_grad(builder: Builder, problem: GatherGrad, index: Index, rng: np.random.Generator, **knobs) -> None:
+    problem = replace(problem, adds=bool(rng.integers(2)))
     source, delta = grad_case(problem, index, rng)
-    wanted = gather_grad_reference(problem, index.pointers, index.offsets, source, delta)
-    scale = gather_grad_reference(problem, index.pointers, index.offsets, np.abs(source), np.abs(delta))
-    gradients = np.full(wanted.shape, 7, np.float32)
+    units = len(index.offsets), problem.unit[0], problem.row_block
+    gradients = np.full(units, 7, np.float32)
+    wanted = gather_grad_reference(problem, index.pointers, index.offsets, source, delta, gradients)
+    scale = gather_grad_reference(problem, index.pointers, index.offsets, np.abs(source), np.abs(delta), gradients)
     got = call(builder, "gather.grad", problem, index.pointers, index.offsets, source, delta, gradients, **knobs)[-1]
     assert_close(got, wanted, scale, problem.delta.height * problem.delta.width * problem.delta.lanes)
 

@@ -23,6 +23,7 @@ from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
 from mest_compile.kernels.source import kernel_source
 from mest_compile.operators import (
     add,
+    adding,
     attention,
     attention_bias,
     batch_norm,
@@ -1229,6 +1230,18 @@ def test_an_update_of_a_part_leaves_the_rest(run, rng, rule):
         assert_close(got[place][5:12], want[5:12])
         for rest in (slice(5), slice(12, None)):
             np.testing.assert_array_equal(got[place][rest], arrays[place][rest])
+
+
+@pytest.mark.parametrize("count", [1, 2000, 70001])
+def test_gradients_of_passes_begin_at_zero_add_up_and_count_their_share(run, rng, count):
+    gradients, part = rng.standard_normal((2, count)).astype(np.float32)
+    share, bad = np.float32([0.3]), np.full(count, np.nan, np.float32)
+    assert_close(run("gradients.zero", adding.Zero(), bad)[0], adding.zero_reference(bad))
+    got = run("gradients.add", adding.Add(), part, gradients)
+    np.testing.assert_array_equal(got[0], part)
+    assert_close(got[1], adding.add_reference(part, gradients))
+    got = run("gradients.scale", adding.Scale(), gradients, share)[0]
+    assert_close(got, adding.scale_reference(gradients, share))
 
 
 @pytest.mark.parametrize("count", [1, 2000, 70001])

@@ -64,6 +64,24 @@ def least_bytes(graph, options):
     return int(re.search(r"at least (\d+)", str(caught.value))[1])
 
 
+def test_a_budget_takes_the_largest_passes_that_fit_and_says_what_they_spare(graph):
+    options, graph = StepOptions("unstructured", 0.9), graph.with_batch(32)
+    needs = {size: plan_step(graph, replace(options, microbatch=size)).memory()["total"] for size in (32, 8)}
+    least = {size: least_bytes(graph, replace(options, microbatch=size)) for size in (32, 8)}
+    auto = replace(options, microbatch="auto", memory_budget=least[32])
+    assert plan_step(graph, auto).facts.passes == 1  # what is computed again suffices
+    plan = plan_step(graph, replace(auto, memory_budget=least[8]))
+    memory, examples = plan.memory(), 32 // plan.facts.passes
+    assert memory["total"] <= least[8] < needs[8] < needs[32] and examples >= 8
+    with pytest.raises(BudgetError):
+        plan_step(graph, replace(options, microbatch=2 * examples, memory_budget=least[8]))
+    assert memory["spared_by_microbatch"] > 0 and memory["spared_by_recomputing"] > 0
+    whole = memory["total"] + memory["spared_by_microbatch"] + memory["spared_by_recomputing"]
+    assert whole == pytest.approx(needs[32], rel=0.01)  # but for the layout, which suits the examples of a pass
+    with pytest.raises(BudgetError, match=r"in passes of 1 example needs at least .* use a smaller model"):
+        plan_step(graph, replace(auto, memory_budget=1))
+
+
 @pytest.mark.parametrize("distribution", ["uniform", "erk"])
 def test_a_budget_raises_one_sparsity_as_if_it_had_been_asked_for(graph, distribution):
     options = StepOptions("unstructured", 0.3, distribution)

@@ -194,6 +194,22 @@ def test_one_step_from_an_artifact_has_the_bits_of_the_compiled_one(local):
         step.export("another")
 
 
+def test_an_artifact_makes_the_passes_that_it_was_built_to_of_any_multiple(mest_compile_command, tmp_path):
+    options = ["--model", "mlp", "--image", "1x8x8", "--batch", 8, "--target", "local", "--threads", 1]
+    built = mest_compile_command("build", *options, "--microbatch", 2, "--out", tmp_path / "made", "--json")
+    assert built.code == 0, built.err
+    step = mest.open_artifact(tmp_path / "made")
+    twin = mest.load(tmp_path / "made" / artifact.STATE)
+    assert (step.batch, step.microbatch, step.whole_batches) == (8, 2, True)
+    for size in (8, 6):
+        batch = make_batches((size, 1, 8, 8), 10, 1)[0]
+        assert step(*batch).loss == twin(*batch).loss
+    for name, value in twin.state_dict().items():
+        np.testing.assert_array_equal(step.state_dict()[name], value)
+    with pytest.raises(mest.MestError, match="5 examples came, and this step has code for 2 at a time"):
+        step(*make_batches((5, 1, 8, 8), 10, 1)[0])
+
+
 def test_modules_of_a_device_import_numpy_and_nothing_heavier():
     script = f"""
 import sys

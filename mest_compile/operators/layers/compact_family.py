@@ -100,6 +100,7 @@ class CompactFamily(KernelFamily):
             layer.section_channels,
             rows_live=rows_live,
             sources_live=sources_live,
+            adds=low.adds,
         )
         low.call(
             "compact.grad",

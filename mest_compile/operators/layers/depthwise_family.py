@@ -76,7 +76,7 @@ class DepthwiseFamily(KernelFamily):
             *_facts(chain.behind, low),
             z,
             dy,
-            self.hold(layer, low, "gradient", "gradients"),
+            self._part(layer, self.hold(layer, low, "gradient", "gradients"), low),
             *(low.parameter_gradient(norm, *AFFINE) for norm in (chain.before, chain.behind)),
             *([dz] if dz else []),
             node=node.name,
@@ -105,7 +105,13 @@ class DepthwiseFamily(KernelFamily):
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
         problem = DepthwiseGradWeight(source.image, delta.image, _window(layer.spec))
+        gradients = self._part(layer, gradients, low)
         low.call("depthwise.grad_weight", problem, gradients, source, delta, node=node, phase="grad_weight")
+
+    @staticmethod
+    def _part(layer: Layer, gradients: Buffer, low: Trace) -> Buffer:
+        """What a kernel that does not add writes to: all weights live."""
+        return low.part(gradients, layer.spec.weight_elems)
 
     def grad_input(
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str

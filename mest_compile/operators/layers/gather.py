@@ -135,6 +135,7 @@ class GatherGrad:
     source (source.elems,), delta (delta.elems,), gradients (units * source_block * row_block,) [unit, source channel,
     result channel]. Index as in the forward pass of the same layer. `delta` may have a halo (zero); lanes beyond batch
     are 0 in it. delta.abreast: as result.abreast there.
+    adds: to what is in `gradients`.
     """
 
     source: Image
@@ -146,6 +147,7 @@ class GatherGrad:
     taps: int = 1
     rows_live: int = field(default=0, metadata=SIZE)
     sources_live: int = field(default=0, metadata=SIZE)
+    adds: bool = field(default=False, metadata=ASIDE)
 
     @property
     def groups(self) -> int:
@@ -249,9 +251,15 @@ def finished(
 
 
 def gather_grad_reference(
-    problem: GatherGrad, pointers: np.ndarray, offsets: np.ndarray, source: np.ndarray, delta: np.ndarray
+    problem: GatherGrad,
+    pointers: np.ndarray,
+    offsets: np.ndarray,
+    source: np.ndarray,
+    delta: np.ndarray,
+    before: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Gradients (units, values of a unit for one row, row_block) in float64."""
+    """Gradients (units, values of a unit for one row, row_block) in float64. before: what is in `gradients`, where the
+    problem adds."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta
     inner = image.view(delta.astype(np.float64))[image.interior]
@@ -264,4 +272,4 @@ def gather_grad_reference(
             )
             for j in range(problem.row_block):
                 out[unit, k, j] = np.vdot(inner[:, group * problem.row_block + j], window)
-    return out
+    return out + before.astype(np.float64).reshape(out.shape) if problem.adds and before is not None else out

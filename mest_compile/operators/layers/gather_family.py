@@ -144,7 +144,9 @@ class GatherFamily(KernelFamily):
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
         rows, sources = layer.scheme.block(layer.spec)
-        problem = GatherGrad(source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels)
+        problem = GatherGrad(
+            source.image, delta.image, rows, sources, layer.spec.stride, layer.section_channels, adds=low.adds
+        )
         low.call(
             "gather.grad",
             problem,

@@ -58,7 +58,9 @@ class PatternFamily(GatherFamily):
     def grad_weight(
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
-        problem = GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR)
+        problem = GatherGrad(
+            source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, taps=PAIR, adds=low.adds
+        )
         low.call(
             "pattern.grad",
             problem,

@@ -104,7 +104,8 @@ class PatternGroupsFamily(GatherFamily):
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
         problem = GroupedGrad(
-            GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels), SHAPES
+            GatherGrad(source.image, delta.image, 1, 1, layer.spec.stride, layer.section_channels, adds=low.adds),
+            SHAPES,
         )
         low.call(
             "pattern_groups.grad",
