@@ -110,6 +110,7 @@ def plan(
         batches = None if examples is None else sampled(examples, shape, options)
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)
+        by_microbatch = step.memory_by_microbatch()
         freezing = [] if chosen_recipe is None else _freezing(step, chosen_recipe)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds
@@ -127,6 +128,7 @@ def plan(
                 "trainable": facts["trainable"],
                 "frozen": facts["frozen"],
                 "memory": memory,
+                "bytes_by_microbatch": by_microbatch,
                 "vector": facts["vector"],
                 "slice_examples": facts["slice_examples"],
                 "update_budget": facts.get("update_budget"),
@@ -159,6 +161,13 @@ def plan(
     beside = "" if each == lanes else f", a vector of {lanes} covers up to {lanes // each} pixels of a row"
     print(f"examples side by side: {each}{beside}")
     print("planned bytes: " + ", ".join(f"{kind} {size}" for kind, size in memory.items()))
+    print_table(
+        ["examples of a pass (--microbatch)", "planned MiB", "of one pass"],
+        [
+            [examples, f"{size / 2**20:.1f}", f"{size / by_microbatch[step.batch]:.2f}"]
+            for examples, size in by_microbatch.items()
+        ],
+    )
     if freezing:
         print_table(
             ["after epoch", "freezes", "spared of a step", "planned bytes"],

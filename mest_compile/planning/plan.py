@@ -93,13 +93,13 @@ def plan_step(
     if batch % examples:
         raise UsageError(
             f"microbatch is {examples}, and a batch of {batch} is no multiple of it; give one of "
-            f"{', '.join(map(str, _divisors(batch)))}, or another batch"
+            f"{', '.join(map(str, divisors(batch)))}, or another batch"
         )
     plan = _plan_passes(graph, examples, options, records, vector)
     return plan if budget is None else replace(plan, spared=_spared(plan))
 
 
-def _divisors(batch: int) -> list[int]:
+def divisors(batch: int) -> list[int]:
     """Ascending."""
     return [examples for examples in range(1, batch + 1) if batch % examples == 0]
 
@@ -109,7 +109,7 @@ def _plan_largest(
 ) -> Plan:
     """The plan of the largest passes that fit into the memory budget. What fits is looked for by halves: passes of more
     examples need no less. Raises BudgetError."""
-    sizes = _divisors(graph.input_shape[0])
+    sizes = divisors(graph.input_shape[0])
     found: Plan | None = None
     fits, fails = 0, len(sizes)  # how many of the smallest sizes are known to fit, and the first known not to
     strict = replace(options, lower_density=False)

@@ -15,7 +15,7 @@ from mest_compile.planning.facts import Facts
 from mest_compile.planning.freezing import thawed
 from mest_compile.planning.layout import choose_sections, choose_vector, with_slices
 from mest_compile.planning.memory import usually_recomputed
-from mest_compile.planning.plan import Plan
+from mest_compile.planning.plan import Plan, divisors
 from mest_compile.records.log import Records
 from mest_compile.sparsity.layer import Layer
 
@@ -48,6 +48,17 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
     layers = choose_sections(planned(target), target, found, facts.activations)
     threads = facts.threads if target.name == facts.target.name else target.cores
     return Plan(replace(facts, layers=layers, recomputed=recomputed, target=target, threads=threads), found)
+
+
+def bytes_by_microbatch(facts: Facts) -> dict[int, int]:
+    """{examples of a pass: bytes that a step of those facts needs at its densest if it makes such passes}, most
+    first."""
+    found = {}
+    for examples in reversed(divisors(facts.batch)):
+        plan = retargeted(replace(facts, passes=1), facts.target, examples, Records)
+        in_passes = replace(plan.facts, passes=facts.batch // examples)
+        found[examples] = replace(plan, facts=in_passes).memory()["total"]
+    return found
 
 
 def with_batch(plan: Plan, batch: int) -> Plan:

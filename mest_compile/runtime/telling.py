@@ -135,6 +135,12 @@ class Tells:
         held = self._state.of_kinds("values", "optimizer", "gradients")
         return [name for name, array in held.items() if not np.isfinite(array).all()]
 
+    def memory_by_microbatch(self) -> dict[int, int]:
+        """{examples of a pass: bytes that the step would need at its densest if it made such passes}, most first."""
+        from mest_compile.planning.retargeting import bytes_by_microbatch
+
+        return bytes_by_microbatch(self._compiled.facts)
+
     @in_turn
     def memory(self, at_capacity: bool = False) -> dict[str, int]:
         """Bytes by kind: values, indices, gradients, optimizer, activations (saved for the backward pass), workspace,

@@ -180,6 +180,9 @@ def test_passes_need_the_memory_of_one_and_are_timed_whole():
         mest.compile("resnet8", (32, 3, 16, 16), scheme="block", microbatch=size, threads=1) for size in (None, 8)
     )
     one, other = plain.memory(), passes.memory()
+    assert plain.memory_by_microbatch() == pytest.approx(passes.memory_by_microbatch(), rel=0.01)
+    told = plain.memory_by_microbatch()
+    assert list(told) == [32, 16, 8, 4, 2, 1] and told[32] == one["total"] and told[8] == other["total"]
     assert other["activations"] <= 0.26 * one["activations"] and other["gradients"] == one["gradients"]
     batch = make_batches((32, 3, 16, 16), 10, 1)[0]
     before = passes.state_dict()

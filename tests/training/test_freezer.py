@@ -249,6 +249,7 @@ def test_the_command_line_freezes_and_plans_it(mest_compile_command, tmp_path):
     told = ran.document["freezing"]
     assert told[0]["parts"] == [] and [name for one in told for name in one["parts"]] == ["fc1", "fc2"]
     assert [one["memory_bytes"] for one in told] == sorted((one["memory_bytes"] for one in told), reverse=True)
+    assert list(ran.document["bytes_by_microbatch"]) == ["16", "8", "4", "2", "1"]
     (tmp_path / "a.toml").write_text("epochs = 8\n")
     ran = mest_compile_command("plan", "--model", "mlp", "--recipe", tmp_path / "a.toml")
     assert ran.code == 2 and "the recipe has no table [freeze]" in ran.err
