@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CLASSES = 10
@@ -137,7 +139,7 @@ def cases() -> list[Case]:
         _, shape, make = boards.BOARDS[name]
         return make(), shape
 
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, str(Path(__file__).parent))
     import boards
 
     lists: list[tuple[str, list[tuple[str, str]], Any]] = [
