@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nets import short_resnet
 
 import mest_compile as mest
 from mest_compile.base.errors import BuildError
@@ -23,7 +24,6 @@ from mest_compile.kernels.source import KernelSource, kernel_source
 from mest_compile.kernels.specializing import Structure, specialized, structure_of
 from mest_compile.kernels.workers import Workers
 from mest_compile.lowering.emitting import kernel_name
-from mest_compile.models.catalog import build_model
 from mest_compile.operators.frozen_norm import CopyPart
 from mest_compile.operators.layers.gather import GatherConv, GatherGrad
 from mest_compile.runtime.variants import Choice, Times, choose
@@ -49,7 +49,7 @@ def test_the_variant_is_the_one_of_least_time_until_the_next_mutation(times, ste
 
 def small_step(scheme, folder, sparsity=0.8):
     return mest.compile(
-        build_model("resnet20", SHAPE, 10, 8),
+        short_resnet(SHAPE),
         SHAPE,
         scheme=scheme,
         sparsity=sparsity,
@@ -108,7 +108,7 @@ def test_specialized_kernels_give_the_same_bits_before_during_and_after_an_excha
     plain, special = small_step(scheme, folder), small_step(scheme, folder)
     special.specialize()
     running = {name for name in special.layers if special._specializer.running(name) == "specialized"}
-    assert len(running) > 10
+    assert len(running) > 3
     assert exchanged(special) == {"train"}
     fates = set()
     for turn, grow_to in enumerate((0.8, 0.7, 0.7, 0.8)):
@@ -137,7 +137,7 @@ def channels_of(step, name, distance):
 def test_a_mutation_of_three_layers_recompiles_three_and_the_cache_serves_the_next_time(folder, always):
     step = small_step("channel", folder)
     step.specialize()
-    names = [name for name in step.masks() if name.startswith("layer2")][2:5]
+    names = list(step.masks())[2:5]
     report = step.set_masks({name: channels_of(step, name, 3) for name in names})
     assert {name for name, fate in report.layers.items() if fate != "unchanged"} == set(names)
     assert {report.layers[name] for name in names} == {"recompiled"}
@@ -169,7 +169,7 @@ def test_a_layer_with_nothing_to_bake_at_first_gets_its_kernels_from_the_workers
         ),
     )
     step = small_step("unstructured", tmp_path)
-    name = next(name for name in step.masks() if name.startswith("layer3.2"))
+    name = list(step.masks())[-1]
     equal = np.zeros_like(step.masks()[name])
     equal.reshape(len(equal), -1)[:, ::6] = True
     assert all(planned.source is None for planned in step.plan() if planned.layer == name)
@@ -290,8 +290,8 @@ def test_a_worker_that_dies_leaves_training_on_indexed_kernels_and_says_so(tmp_p
     assert "compile worker ended with code -9" in caplog.text and f"{name} stays on its indexed kernels" in caplog.text
 
 
-def test_a_kernel_that_does_not_compile_is_a_problem_of_its_own(tmp_path):
-    step = small_step("channel", tmp_path)
+def test_a_kernel_that_does_not_compile_is_a_problem_of_its_own(tmp_path, folder):
+    step = small_step("channel", folder)
     source = next(iter(step._compiled.sources.values()))
     broken = KernelSource(source.kernel, source.text.replace("T.", "Abacus.", 1), source.target)
     fine = KernelSource(source.kernel, source.text + "\n", source.target)
@@ -314,9 +314,9 @@ def test_workers_that_are_dismissed_end_when_they_have_done_what_they_were_asked
     assert Builder(tmp_path).has(source) and [process.poll() for process in started] == [0, 0]
 
 
-def test_workers_know_no_torch(tmp_path):
+def test_workers_know_no_torch(tmp_path, folder):
     workers = Workers(tmp_path, count=1)
-    step = small_step("channel", tmp_path)
+    step = small_step("channel", folder)
     source = next(iter(step._compiled.sources.values()))
     workers.wait([KernelSource(source.kernel, source.text + "\n", source.target)])
     if sys.platform == "linux":
