@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, update_wrapper
+from functools import cache, cached_property, update_wrapper
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -66,6 +66,7 @@ def object_code(library: Any) -> bytes:
         return path.read_bytes()
 
 
+@cache  # looking it up reads all of a file of the package's, and every key asks
 def _tvm_version() -> str:
     return metadata.version("apache-tvm")
 
