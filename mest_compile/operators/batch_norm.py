@@ -10,7 +10,7 @@ are computed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -232,11 +232,15 @@ class BatchNorm(Operator):
                 )
         if low.training and not node.attrs.get("evaluating"):
             statistics = low.statistics(node.inputs[0])
-            chunks = (statistics.elems or 0) // (2 * channels * z.image.floats) if statistics else 0
+            image, chunks = z.image, 0
+            if statistics:  # of as many pixels a vector as the convolution has
+                chunks = image.slices * image.height
+                lanes = (statistics.elems or 0) // (chunks * 2 * channels)
+                image = replace(image, abreast=lanes // image.vector)
             alive, _ = _flags(node, low)
             low.call(
                 "batch_norm.moments",
-                BatchNormMoments(z.image, eps, chunks, bool(alive)),
+                BatchNormMoments(image, eps, chunks, bool(alive)),
                 *([statistics] if statistics else []),
                 z,
                 moments,

@@ -10,7 +10,6 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.problem import ASIDE, SIZE
-from mest_compile.operators.activation import ACTIVATIONS
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.records.knob import Knob
 from mest_compile.records.log import Records, key_of, text_digest
@@ -61,8 +60,6 @@ def _widths(step: WholeStep, target: Target) -> Iterator[int]:
     return (width for width in target.vectors if step.batch % width == 0 or width == target.vector)
 
 
-# Operators whose kernels on processors take neighbouring pixels as a vector.
-ROWS = frozenset(("conv2d", "linear", "batch_norm", "add", "global_avg_pool", "max_pool2d", "avg_pool2d", "flatten"))
 VECTOR = Knob("vector", None, "examples of a slice of an image; None: as many as the target's registers hold", _widths)
 CACHES = Knob("caches", 1, "first-level caches full of a section of an index, all that the second level allows", (2, 8))
 
@@ -101,12 +98,12 @@ def with_slices(graph: ForwardGraph, target: Target, activations: str) -> Target
     """`target` with the examples of a slice that steps of the graph's batch have: as many as a vector holds, or, of
     fewer, the largest power of two that divides the batch, so that none is empty.
 
-    Vectors then cover neighbouring pixels. That is for processors, float32 and graphs whose kernels take rows so.
+    Vectors then cover neighbouring pixels, or, in kernels that take a pixel at a time, are as narrow. That is for
+    processors and float32, where nothing is lost by it.
     """
     batch = graph.input_shape[0]
-    known = ROWS.union(ACTIVATIONS.load())
-    taken = all(node.op in known and node.attrs.get("groups", 1) == 1 for node in graph.nodes)
-    by_rows = taken and activations == "float32" and backend_of(target).processor
+    transposed = any(node.op == "conv_transpose2d" for node in graph.nodes)  # its roles of halos are exchanged
+    by_rows = activations == "float32" and backend_of(target).processor and not transposed
     return replace(target, examples=batch & -batch if by_rows and batch < target.vector else None)
 
 

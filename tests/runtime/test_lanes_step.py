@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_schemes_step import RULES, MaskedTorch, Small, check_steps
+import torch.nn.functional as F
+from nets import Mobile
+from test_schemes_step import RULES, MaskedTorch, Small, assert_gradients_are_torchs, check_steps
 from test_step import make_batches
+from torch import nn
 
 import mest_compile as mest
 from mest_compile.hardware.target import find_target
@@ -23,6 +26,33 @@ CASES = {  # scheme, input_shape, dense_layers
 def test_steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint(case, tmp_path):
     scheme, shape, dense_layers = CASES[case]
     check_steps(scheme, lambda: Small(8), shape, dense_layers, RULES["sgd"], tmp_path, threads=1)
+
+
+class Mixed(nn.Module):
+    """Of kernels that take a pixel at a time, around some that take rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.norm, self.gate = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+        self.last, self.fc = nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.hardswish(self.first(x))
+        y = self.norm(self.down(x))
+        y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        y = F.interpolate(y, scale_factor=2.0, mode="bilinear")
+        y = F.max_pool2d(self.last(torch.cat([x, y], 1)).relu(), 3, 2, 1)
+        return self.fc(y[:, :, 1:].mean((2, 3)))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Mixed, (2, 3, 8, 10)), (Mobile, (3, 3, 9, 14))], ids=["mixed", "mobile"])
+def test_gradients_of_other_nets_are_torchs(make, shape):
+    torch.manual_seed(0)
+    model = make()
+    step = mest.compile(model, shape, scheme="block", sparsity=0.5, threads=1)
+    assert step.describe()["slice_examples"] == (shape[0] & -shape[0])
+    assert_gradients_are_torchs(step, model, make_batches(shape, 10, 1)[0])
 
 
 def test_fewer_examples_than_a_slice_has_train_as_in_torch():

@@ -18,17 +18,15 @@ if TYPE_CHECKING:
     from mest_compile.ir.program import Activation
 
 
-def read_source(name: str, spec: LayerSpec, low: Trace) -> Activation:
-    """The value of `name` as the forward pass and the weight gradient of that layer read it: all layers that want it
-    combed alike share a copy, one in the forward pass and one in the backward pass."""
+def read_source(name: str, spec: LayerSpec, readers: Sequence[LayerSpec], low: Trace) -> Activation:
+    """The value of `name` combed by that layer's stride. All of its readers whose kernels take rows share a copy, one
+    in the forward pass and one in the backward pass."""
     plain, by = low.value(name), spec.stride[1]
-    if combed_halo(spec, by, low.target) is None:
-        return plain
     key = f"{name}.combed{by}", low.stage
     if key not in low.copies:
         assert plain.image
-        specs = [low.layer(node).spec for node in low.consumers(name) if node.op == "conv2d"]
-        image = combed_image(plain.image, [one for one in specs if combed_halo(one, by, low.target)], low.target)
+        alike = [one for one in readers if combed_halo(one, by, low.target)]
+        image = combed_image(plain.image, alike, low.target)
         low.copies[key] = low.scratch(key[0], image)
         low.call("image.comb", ImageComb(plain.image, image), plain, low.copies[key])
     return low.copies[key]

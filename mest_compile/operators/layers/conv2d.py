@@ -32,6 +32,8 @@ class Conv2d(Operator):
 
     def source_halo(self, node: Node, low: Trace) -> tuple[int, int, int, int]:
         spec = low.layer(node).spec
+        if not _kernels(node, low).by_rows:
+            return source_halo(spec)
         if reads_combed(spec, low.target):  # a copy with a halo of its own
             return (0, 0, 0, 0)
         return source_halo(spec, low.target.abreast(spec.output_size[1]))
@@ -40,7 +42,7 @@ class Conv2d(Operator):
         if chain_of(node, low) or not low.needs_gradient(node.inputs[0]):
             return (0, 0, 0, 0)
         spec = low.layer(node).spec
-        return gradient_halo(spec, grid_abreast(spec, low.target))
+        return gradient_halo(spec, grid_abreast(spec, low.target) if _kernels(node, low).by_rows else 1)
 
     def forward(self, node: Node, low: Trace) -> None:
         _kernels(node, low).forward(node, low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from mest_compile.operators.layers.normed_depthwise import NormedDepthwiseBackwa
 if TYPE_CHECKING:
     from mest_compile.hardware.target import Target
     from mest_compile.ir.graph import Node
+    from mest_compile.ir.layouts.batch import Image
     from mest_compile.ir.program import Activation, Buffer, Program
     from mest_compile.operators.layers.gather import Epilogue
     from mest_compile.operators.operator import Trace
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 def _window(spec: LayerSpec) -> Window:
     return Window(spec.weight_shape[2:], spec.stride, spec.padding, spec.dilation)
+
+
+def _apart(value: Activation) -> Image:
+    """Its image with a pixel a vector, as these kernels take it."""
+    return replace(value.image, abreast=1)
 
 
 def _facts(norm: Node, low: Trace) -> tuple[Buffer, Buffer]:
@@ -39,6 +46,7 @@ class DepthwiseFamily(KernelFamily):
     """Three kernels that read a layer's values as torch has them: there is no index and no transposed copy."""
 
     forward_kernel = "forward"
+    by_rows = False
 
     def takes(self, spec: LayerSpec) -> bool:
         return spec.depthwise and not spec.transposed
@@ -50,7 +58,9 @@ class DepthwiseFamily(KernelFamily):
             return
         layer, source = low.layer(node), low.value(chain.before.inputs[0])
         activation = chain.before.attrs["activation"]
-        problem = NormedDepthwiseForward(source.image, result.image, _window(layer.spec), activation, bool(statistics))
+        problem = NormedDepthwiseForward(
+            _apart(source), _apart(result), _window(layer.spec), activation, bool(statistics)
+        )
         arrays = self.hold(layer, low, "", "values"), *_facts(chain.before, low), source, result, *statistics
         low.call("normed_depthwise.forward", problem, *arrays, node=node.name, phase=phase)
 
@@ -65,7 +75,7 @@ class DepthwiseFamily(KernelFamily):
         dz = None if low.adopt(name, source) else low.contribute(name)[0]
         before, behind = (norm.attrs["activation"] for norm in (chain.before, chain.behind))
         problem = NormedDepthwiseBackward(
-            source.image, z.image, dy.image, dz.image if dz else None, _window(layer.spec), before, behind
+            _apart(source), _apart(z), _apart(dy), _apart(dz) if dz else None, _window(layer.spec), before, behind
         )
         low.call(
             "normed_depthwise.backward",
@@ -97,14 +107,16 @@ class DepthwiseFamily(KernelFamily):
         bias: bool,
         epilogue: Epilogue | None,
     ) -> None:
-        problem = DepthwiseForward(source.image, result.image, _window(layer.spec), bias, bool(statistics), epilogue)
+        problem = DepthwiseForward(
+            _apart(source), _apart(result), _window(layer.spec), bias, bool(statistics), epilogue
+        )
         values = self.hold(layer, low, "", "values")
         low.call("depthwise.forward", problem, values, *others, source, result, *statistics, node=node, phase=phase)
 
     def grad_weight(
         self, layer: Layer, source: Activation, delta: Activation, gradients: Buffer, low: Trace, node: str
     ) -> None:
-        problem = DepthwiseGradWeight(source.image, delta.image, _window(layer.spec))
+        problem = DepthwiseGradWeight(_apart(source), _apart(delta), _window(layer.spec))
         gradients = self._part(layer, gradients, low)
         low.call("depthwise.grad_weight", problem, gradients, source, delta, node=node, phase="grad_weight")
 
@@ -116,7 +128,7 @@ class DepthwiseFamily(KernelFamily):
     def grad_input(
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
     ) -> None:
-        problem = DepthwiseGradInput(delta.image, target.image, _window(layer.spec), accumulate)
+        problem = DepthwiseGradInput(_apart(delta), _apart(target), _window(layer.spec), accumulate)
         values = self.hold(layer, low, "", "values")
         low.call("depthwise.grad_input", problem, values, delta, target, node=node, phase="grad_input")
 

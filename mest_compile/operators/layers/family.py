@@ -19,7 +19,7 @@ from mest_compile.operators.frozen_norm import finish, unfolded
 from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.combing import gradient_goal, read_source
 from mest_compile.operators.layers.gather import Epilogue, GatherConv
-from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast
+from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast, reads_combed
 from mest_compile.operators.layers.values import cells_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import Update
@@ -52,12 +52,11 @@ class KernelFamily(ABC):
             consumer.op == "batch_norm" and not consumer.attrs.get("evaluating")
             for consumer in low.consumers(node.name)
         )
+        lanes = result.image.floats if self.by_rows else result.image.vector
         bare, image = "bias" not in node.params and not node.attrs.get("folded"), result.image
         if low.training and normed and bare and image.batch == image.lanes:
             statistics = [
-                low.temporary(
-                    f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * image.floats
-                )
+                low.temporary(f"{node.name}.statistics", image.slices * image.height * 2 * image.channels * lanes)
             ]
         self._convolve(node, low, result, statistics, "forward")
 
@@ -72,14 +71,14 @@ class KernelFamily(ABC):
         transposed = low.needs_gradient(node.inputs[0])
         delta: Activation | None = low.gradient(node)
         if node.attrs.get("folded"):
-            pixels = grid_abreast(layer.spec, low.target)
+            pixels = grid_abreast(layer.spec, low.target) if self.by_rows else 1
             halo = gradient_halo(layer.spec, pixels) if transposed else (0, 0, 0, 0)
             delta = unfolded(node, low, halo, trains or low.trains(node, "bias") or transposed)
         if delta is None:
             return
         if trains:
             gradients = self.hold(layer, low, "gradient", "gradients")
-            source = read_source(node.inputs[0], layer.spec, low)
+            source = self._source(node, low)
             self.grad_weight(layer, source, delta, gradients, low, node.name)
         if low.trains(node, "bias"):
             low.call(
@@ -92,7 +91,7 @@ class KernelFamily(ABC):
             )
         if transposed:
             target, accumulate = low.contribute(node.inputs[0])
-            goal = gradient_goal(node.name, target, layer.spec, low)
+            goal = gradient_goal(node.name, target, layer.spec, low) if self.by_rows else target
             self.grad_input(layer, delta, goal, accumulate and goal is target, low, node.name)
             if goal is not target:
                 low.call("image.uncomb", ImageComb(target.image, goal.image, accumulate), goal, target)
@@ -127,10 +126,18 @@ class KernelFamily(ABC):
         buffer.layer, buffer.role = weight, part
         return buffer
 
+    def _source(self, node: Node, low: Trace) -> Activation:
+        """Its input as its kernels read it."""
+        name, spec = node.inputs[0], low.layer(node).spec
+        if not (self.by_rows and reads_combed(spec, low.target)):
+            return low.value(name)
+        layers = [low.layer(reader) for reader in low.consumers(name) if reader.op == "conv2d"]
+        return read_source(name, spec, [one.spec for one in layers if FAMILIES.find(one.kernels).by_rows], low)
+
     def _convolve(self, node: Node, low: Trace, result: Activation, statistics: list[Buffer], phase: str) -> None:
         bias = [low.parameter(node, "bias")] if "bias" in node.params else []
         epilogue, others = finish(node, low, scaled=phase == "recompute")
-        source = read_source(node.inputs[0], low.layer(node).spec, low)
+        source = self._source(node, low)
         self.convolve(
             low.layer(node), source, result, [*bias, *others], statistics, low, node.name, phase, bool(bias), epilogue
         )
@@ -157,6 +164,7 @@ class KernelFamily(ABC):
     # What a family says.
 
     forward_kernel: ClassVar[str] = "conv"  # last word of the name of the kernel that its forward pass is
+    by_rows: ClassVar[bool] = True  # whether its kernels take neighbouring pixels as a vector
 
     def takes(self, spec: LayerSpec) -> bool:
         """Whether its kernels are of such layers."""
