@@ -10,6 +10,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.ir.layouts.batch import Image, abreast, overhang
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
+from mest_compile.kernels.specializing import Structure, structure_of
 from mest_compile.operators import conversion
 from mest_compile.operators.batch_norm import BatchNormMoments, moments_reference
 from mest_compile.operators.layers.combing import combed_image
@@ -78,7 +79,7 @@ def activation(rng, image: Image) -> np.ndarray:
 class Case:
     """A layer and its images as a step has them."""
 
-    def __init__(self, name: str, row_block: int, source_block: int):
+    def __init__(self, name: str, row_block: int, source_block: int, live: float = 0.4):
         examples, batch, size, kernel, stride, padding = CASES[name]
         self.rng, self.blocks, target = np.random.default_rng(0), (row_block, source_block), sliced(examples)
         spec = LayerSpec("w", (8, 4, *kernel), (batch, 4, *size), (stride, stride), (padding, padding))
@@ -98,9 +99,9 @@ class Case:
         self.backward = GatherConv(self.delta, self.goal, source_block, row_block, (1, 1), passes, 8)
         self.gradient = GatherGrad(self.source, self.delta, *self.blocks, (stride, stride), 4)
         grid = 8 // row_block, 4 // source_block, *kernel
-        cells = np.flatnonzero(self.rng.random(np.prod(grid)) < 0.4).astype(np.int32)
+        cells = np.flatnonzero(self.rng.random(np.prod(grid)) < live).astype(np.int32)
         self.index = gather_indexer(spec, self.forward, self.backward)(cells).arrays
-        assert 0 < len(cells) < np.prod(grid)
+        assert 0 < len(cells) < np.prod(grid) or live == 1
         self.values = self.rng.standard_normal((len(cells), source_block, row_block)).astype(np.float32)
 
 
@@ -152,6 +153,24 @@ def test_the_weight_gradient_is_its_reference_where_the_last_column_is_infinite(
         assert np.array_equal(there, np.isfinite(got))
         scale, terms = gather_grad_reference(problem, pointers, offsets, abs(source), abs(delta)), delta[:, 0].size
         assert_close(np.where(there, got, 0), np.where(there, wanted, 0), scale, terms)
+
+
+@pytest.mark.parametrize("name", ["one, 7", "one, 20 of stride 2", "two, 9"])
+def test_a_baked_structure_gives_the_same(builder, name):
+    case = Case(name, 4, 1, live=1.0)
+    pointers, offsets = case.index["pointers"], case.index["offsets"]
+    source, delta = activation(case.rng, case.source), activation(case.rng, case.delta)
+    result, gradients = np.zeros(case.result.shape, np.float32), np.zeros_like(case.values)
+    for kernel, problem, arrays in (
+        ("gather.conv", replace(case.forward, statistics=False), (case.values, source, result)),
+        ("gather.grad", case.gradient, (source, delta, gradients)),
+    ):
+        structure = structure_of(problem, pointers)
+        assert isinstance(structure, Structure)
+        wanted = call(builder, kernel, problem, pointers, offsets, *arrays)[-1]
+        got = call(builder, kernel, problem, pointers, offsets, *arrays, structure=structure)[-1]
+        assert wanted.any()
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "stride" in name and "pixel" not in name])
