@@ -39,7 +39,10 @@ CONTINUED = {"data_folder", "continue_from", "epochs", "time_limit", "patience",
 def finetune(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option("--from", help="Pretrained net, a built-in one with --weights, or an .onnx file.")
+        str,
+        typer.Option(
+            "--from", help="Pretrained net, timm:NAME, torchvision:NAME, a built-in one with --weights, an .onnx file."
+        ),
     ] = "efficientnet-lite0",
     data_folder: Annotated[
         Path | None,

@@ -28,7 +28,10 @@ from mest_compile.models.pretrained import (
     pretrained_model,
     read_weights,
 )
+from mest_compile.models.sources import find_model
 
+PACKAGES = ("timm:", "torchvision:")
+ANY = 1  # class: fine-tuning puts a classifier for two or more in its place
 DECIDES = ("frontend", "ir", "models")  # folders of the package whose code decides what a net is imported as
 
 Imported = tuple[ForwardGraph, dict[str, np.ndarray]]
@@ -37,7 +40,8 @@ Imported = tuple[ForwardGraph, dict[str, np.ndarray]]
 def imported(model: Any, shape: tuple[int, ...], weights: str | Path | None, builder: Builder) -> Imported:
     """A net's graph and its state by torch name.
 
-    model    name of a pretrained net; with `weights`, a file, of any built-in one; torch.nn.Module; .onnx file
+    model    name of a pretrained net, timm:NAME or torchvision:NAME; with `weights`, a file, of any built-in one;
+             torch.nn.Module; .onnx file
     shape    (N, C, H, W)
     Raises UnknownName, UsageError, DataError, and what loading and importing do.
     """
@@ -49,8 +53,14 @@ def imported(model: Any, shape: tuple[int, ...], weights: str | Path | None, bui
         raise UsageError(
             f"a pretrained net's name, a torch.nn.Module or an .onnx file is wanted, got {type(model).__name__}"
         )
+    if model.startswith(PACKAGES):
+        made = find_model(model, shape, ANY, pretrained=weights is None, weights=weights)
+        return import_model(made, shape)
     if model not in MODELS:
-        raise UnknownName(f"no model {checks.shown(model)}; there are: {', '.join(sorted(MODELS))}")
+        there = ", ".join(sorted(MODELS))
+        raise UnknownName(
+            f"no model {checks.shown(model)}; there are: {there}; or timm:NAME, torchvision:NAME, a file.onnx"
+        )
     if weights is None and model not in PRETRAINED:
         raise UsageError(
             f"{model} comes without weights; give a file of them (--weights), or one of: {', '.join(PRETRAINED)}"

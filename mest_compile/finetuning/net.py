@@ -15,6 +15,7 @@ from mest_compile.ir.graph import ForwardGraph, Node, Preparation
 from mest_compile.kernels.cache import Builder
 from mest_compile.models.inputs import Inputs
 from mest_compile.models.pretrained import PRETRAINED
+from mest_compile.models.sources import packaged_inputs
 
 MOMENTUM = 0.1  # torch's own; at the 0.01 of TensorFlow's nets 200 steps leave an eighth of the old statistics
 
@@ -34,12 +35,14 @@ def wanted_inputs(model: Any, inputs: Inputs | None, weights: Any, image: tuple[
     """How photos become the net's images. image: (channels, height, width), where they are to have another size. Raises
     UsageError where nobody says how its pixels were scaled."""
     if inputs is None:
-        if weights is not None or not isinstance(model, str) or model not in PRETRAINED:
+        inputs = packaged_inputs(model) if weights is None and isinstance(model, str) else None
+        if weights is None and isinstance(model, str) and model in PRETRAINED:
+            inputs = PRETRAINED[model].inputs
+        if inputs is None:
             raise UsageError(
                 "nobody says how the net's images were scaled: give inputs=mest.Inputs(size, crop, mean, std), on the "
                 "command line --image, --mean and --std, in pixels 0 to 255"
             )
-        inputs = PRETRAINED[model].inputs
     if image is None:
         return inputs
     if image[0] != inputs.channels:

@@ -112,8 +112,9 @@ def finetune(
     The classifier is trained first, then the net's last blocks with it, sparse. What is frozen below them computes its
     features once for each image, and training is of the rest of the net alone.
 
-    model    name of a pretrained net, as "efficientnet-lite0"; of a built-in one, with `weights`; a torch.nn.Module, or
-             an .onnx file, that ends with a linear layer: it is replaced where it tells another number of classes apart
+    model    name of a pretrained net, as "efficientnet-lite0", timm:NAME or torchvision:NAME with the package's
+             weights; of one of these or a built-in one, with `weights`; a torch.nn.Module, or an .onnx file, that ends
+             with a linear layer: it is replaced where it tells another number of classes apart
     data     what is trained on, as `data.pictures.read_pictures` takes it: a folder with a folder of images for each
              class, a CSV file of file and label, uint8 arrays, a torch Dataset, ...
     test     what accuracy is told of, and the best epoch is chosen by; None: data's own test part, or a fifth of every

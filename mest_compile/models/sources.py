@@ -17,6 +17,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
 from mest_compile.base.names import meant
 from mest_compile.models.catalog import build_model, model_names
+from mest_compile.models.inputs import Inputs
 from mest_compile.models.pretrained import (
     PRETRAINED,
     classes_in,
@@ -135,6 +136,32 @@ def _torchvision(name: str, input_shape: Sequence[int], classes: int, pretrained
         return models.get_model(name, weights=None, num_classes=classes, **quiet)
     net = _loaded(f"torchvision:{name}", True, lambda: models.get_model(name, weights="DEFAULT"))
     return _with_classifier(net, f"torchvision:{name}", classes)
+
+
+def packaged_inputs(name: str) -> Inputs | None:
+    """What images timm:NAME or torchvision:NAME was trained on, as the package tells of its pretrained weights; None of
+    other names. Raises NotInstalled, UnknownName, DataError where the package does not tell."""
+    source, _, rest = name.partition(":")
+    try:
+        if source == "timm":
+            told = _package("timm").get_pretrained_cfg(rest)
+            size, crop, mean, std = told.input_size[1:], told.crop_pct, told.mean, told.std
+        elif source == "torchvision":
+            made = _package("torchvision").models.get_model_weights(rest).DEFAULT.transforms()
+            side, whole = made.crop_size[0], made.resize_size[0]
+            size, crop, mean, std = (side, side), min(1.0, side / whole), made.mean, made.std
+        else:
+            return None
+    except ValueError as problem:  # torchvision's of a name that it has not
+        raise UnknownName(f"{name}: {_first_line(problem)}") from problem
+    except (AttributeError, TypeError) as problem:  # timm gives None of a model without weights
+        raise DataError(
+            f"{source} does not tell how images of {rest} were scaled; give inputs=mest.Inputs(...), on the command "
+            "line --image, --mean and --std"
+        ) from problem
+    height, width = size
+    pixels = (tuple(255.0 * value for value in values) for values in (mean, std))
+    return Inputs((int(height), int(width)), float(crop), *pixels)
 
 
 _PACKAGES: dict[str, Callable[[str, Sequence[int], int, bool], Any]] = {"timm": _timm, "torchvision": _torchvision}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -17,9 +18,10 @@ from tiny import CLASSES, INPUTS, Tiny, pictures, scaled, tiny
 from torch import nn
 
 import mest_compile as mest
-from mest_compile.base.errors import BudgetError, StateError, UsageError
+from mest_compile.base.errors import BudgetError, DataError, StateError, UsageError
 from mest_compile.finetuning import importing
 from mest_compile.finetuning.importing import imported
+from mest_compile.finetuning.net import prepared_net, wanted_inputs
 from mest_compile.finetuning.stages import _Enough, _Watch, gone
 from mest_compile.finetuning.timing import SAVING_SECONDS, Clock, epochs_within
 from mest_compile.finetuning.watching import Quiet
@@ -28,6 +30,7 @@ from mest_compile.models.catalog import build_model
 from mest_compile.runtime import checkpoint
 from mest_compile.training.run import Silent
 
+MEAN, STD = (0.2, 0.4, 0.5), (0.2,) * 3  # as packages tell them
 TRAIN, TEST = pictures(48), pictures(30, seed=1)
 
 
@@ -264,3 +267,34 @@ def test_a_net_of_a_name_is_imported_once(tmp_path, builder, monkeypatch):
     torch.save(build_model("resnet8", (1, 3, 12, 12), 5, seed=5).state_dict(), weights)
     with pytest.raises(mest.MestError):  # other weights, another net
         imported("resnet8", (2, 3, 12, 12), weights, builder)
+
+
+def test_nets_of_packages_come_with_their_weights_and_inputs(tmp_path, builder, monkeypatch):
+    asked = []
+
+    def created(name, pretrained, num_classes, in_chans):
+        asked.append((name, pretrained))
+        net = tiny()
+        net.fc = nn.Linear(8, num_classes)
+        return net
+
+    def told(name):
+        return None if name == "bare" else SimpleNamespace(input_size=(3, 12, 14), crop_pct=0.9, mean=MEAN, std=STD)
+
+    timm = SimpleNamespace(is_model=bool, list_models=list, create_model=created, get_pretrained_cfg=told)
+    made = SimpleNamespace(crop_size=[12], resize_size=[16], mean=MEAN, std=STD)
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: made))
+    models = SimpleNamespace(get_model_weights=lambda name: weights)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    found = wanted_inputs("timm:small", None, None, None)
+    assert found == mest.Inputs((12, 14), 0.9, (51.0, 102.0, 127.5), (51.0,) * 3)
+    assert wanted_inputs("torchvision:small", None, None, (3, 8, 8)) == mest.Inputs((8, 8), 0.75, found.mean, found.std)
+    net = prepared_net("timm:small", found, 2, CLASSES, None, builder)
+    assert asked == [("small", True)] and net.state["fc.weight"].shape == (CLASSES, 8)
+    assert not net.state["fc.weight"].any()
+    assert np.array_equal(net.state["stem.0.weight"], tiny().state_dict()["stem.0.weight"])
+    with pytest.raises(DataError, match="timm does not tell how images of bare were scaled"):
+        wanted_inputs("timm:bare", None, None, None)
+    with pytest.raises(UsageError, match="nobody says how"):  # weights of one's own
+        wanted_inputs("timm:small", None, tmp_path / "own.safetensors", None)
