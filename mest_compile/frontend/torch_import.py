@@ -73,6 +73,7 @@ def _read(
     state = read_state(module)
     with _kept_as_it_was(module), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own pytree classes
+        warnings.filterwarnings("ignore", "The tensor attribute")  # and about its own recurrent layers
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # which are put back
         module.eval()
         with marked(module):
