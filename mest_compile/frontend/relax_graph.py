@@ -150,6 +150,8 @@ class Reader(Arranger):
             )
         if isinstance(result, Seen) and len(result.shape) == 1:  # a number for each example
             result = self.reshaped(result, (*result.shape, 1))
+        if isinstance(result, Seen) and len(result.shape) == 4 and result.shape[2:] == (1, 1):
+            result = self.reshaped(result, result.shape[:2])
         shape = result.shape if isinstance(result, Seen) else ()
         if shape and (len(shape) not in (2, 4) or shape[0] != input_shape[0]):
             raise SpecError(

@@ -159,3 +159,15 @@ def test_several_outputs_are_refused_with_the_way_out():
         mest.compile("net.onnx", IMAGES, output="out")
     with pytest.raises(UsageError, match="output is -1; wanted a whole number of 0 or more, an output's name, or None"):
         mest.compile(Heads(), IMAGES, output=-1)
+
+
+def test_logits_of_one_pixel_are_logits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1))
+    step = mest.compile(model, IMAGES, "dense", 0)
+    images, labels = np.ones(IMAGES, np.float32), np.arange(5)
+    wanted = model(torch.from_numpy(images)).flatten(1)
+    assert step.output_shape == (5, 5)
+    assert step(images, labels).loss == pytest.approx(
+        F.cross_entropy(wanted, torch.from_numpy(labels)).item(), rel=1e-5
+    )
