@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.sparsity.schemes.unstructured import Unstructured as Unstructured
     from mest_compile.training.loop import Trainer as Trainer
     from mest_compile.training.recipe import Recipe as Recipe
+    from mest_compile.training.writers import CsvWriter as CsvWriter
+    from mest_compile.training.writers import TensorBoardWriter as TensorBoardWriter
     from mest_compile.tuning.tuned import tune as tune
 
 __version__ = "0.2.0"
@@ -69,6 +71,8 @@ _HOME = {
     "LayerSpec": "mest_compile.ir.graph",
     "Recipe": "mest_compile.training.recipe",
     "Trainer": "mest_compile.training.loop",
+    "CsvWriter": "mest_compile.training.writers",
+    "TensorBoardWriter": "mest_compile.training.writers",
     "tune": "mest_compile.tuning.tuned",
     "speed_table": "mest_compile.measuring.speedtable",
     "Target": "mest_compile.hardware.target",

@@ -1,7 +1,10 @@
 """What a run shows while it trains and afterwards: a table of epochs, compiling, reprs, frames and plots."""
 
+import csv
+import sys
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,3 +125,31 @@ def test_what_moved_is_the_share_of_live_weights_that_are_new():
         "sparsity": {"a": 0.6, "b": 0.0},
         "overall_sparsity": pytest.approx(3 / 7),
     }
+
+
+def test_metrics_are_written_for_other_software(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+        def flush(self):
+            written.append(self.folder)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    writers = [mest.CsvWriter(tmp_path / "run.csv"), mest.TensorBoardWriter(tmp_path / "board")]
+    run = Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05), callbacks=writers).fit(TRAIN, TEST)
+    rows = list(csv.DictReader((tmp_path / "run.csv").read_text().splitlines()))
+    assert [float(row["loss"]) for row in rows] == [one["loss"] for one in run.history]
+    assert float(rows[1]["memory_bytes.total"]) == 4096 and "mutation" not in rows[0]
+    assert ("test_accuracy", run.test_accuracy, 2) in written and ("sparsity/weight", pytest.approx(0.9), 1) in written
+    assert written[-1] == str(tmp_path / "board")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(mest.MestError, match="pip install tensorboard"):
+        mest.TensorBoardWriter(tmp_path)
+    with pytest.raises(UsageError, match="cannot be written"):
+        mest.CsvWriter(tmp_path / "absent" / "run.csv").on_epoch({"loss": 1.0})
