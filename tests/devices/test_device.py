@@ -84,6 +84,18 @@ def test_ten_steps_on_the_device_equal_torch_as_they_do_here(scheme, phone):
     step.close()
 
 
+def test_passes_add_up_on_the_device_as_they_do_here(phone):
+    options = {"scheme": "unstructured", "optimizer": OPTIMIZER, "threads": 1, "microbatch": 2}
+    there = mest.compile("mlp", (6, 1, 8, 8), target="arm_cpu", device=phone, **options)
+    here = mest.compile("mlp", (6, 1, 8, 8), **options)
+    batches = [make_batches((size, 1, 8, 8), 10, 1, seed=size)[0] for size in (6, 5, 6)]
+    for batch, following in itertools.zip_longest(batches, batches[1:]):
+        got, wanted = there(*batch, ahead=following), here(*batch)
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-5)
+        np.testing.assert_array_equal(got.correct, wanted.correct)
+    there.close()
+
+
 def test_a_mutation_uploads_the_changed_layers_and_nothing_else(phone):
     step = compiled(phone)
     changed = list(step.masks())[3]
