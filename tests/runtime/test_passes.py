@@ -224,3 +224,19 @@ def test_a_step_of_passes_goes_on_in_larger_batches_of_the_same_passes(tmp_path)
     assert (loaded.batch, loaded.microbatch) == (12, 4)
     with pytest.raises(mest.MestError, match="batch is 10, and the step makes passes of 4 examples"):
         mest.load(tmp_path / "a.safetensors", batch=10)
+
+
+def test_passes_and_what_is_left_go_on_bit_for_bit_specialized_and_frozen():
+    steps = [mest.compile("mlp", (8, 1, 6, 6), scheme="filter", microbatch=4, threads=1) for _ in range(2)]
+    steps[0].specialize()
+    assert "specialized" in {one.choice.variant for one in steps[0].plan()}
+    sizes = (8, 7, 8)
+    for frozen in (False, True):
+        for step in steps if frozen else ():
+            step.freeze("fc1.*")
+        for size in sizes:
+            batch = make_batches((size, 1, 6, 6), 10, 1, seed=size)[0]
+            one, other = (step(*batch).loss for step in steps)
+            assert one == other
+    for name, value in steps[0].state_dict().items():
+        np.testing.assert_array_equal(value, steps[1].state_dict()[name])

@@ -73,9 +73,9 @@ class LocalRunner:
 
     def exchange(self, kernels: Mapping[str, Any]) -> None:
         """Puts other kernels in place of some of the training program's: {call name: callable}."""
-        program, _ = self._programs["train"]
+        program, _ = self._programs["update"]  # which every training program has
         self._functions |= {kernel_name(self._prefix, program, call): kernel for call, kernel in kernels.items()}
-        machine, before = self._new_machine(self._executable, self._functions), self._machines["train"]
+        machine, before = self._new_machine(self._executable, self._functions), self._machines["update"]
         self._machines |= {name: machine for name, one in self._machines.items() if one is before}
 
     def extend(self, programs: Functions, kernels: Mapping[str, Mapping[str, Any]]) -> None:
