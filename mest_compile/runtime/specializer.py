@@ -84,6 +84,7 @@ class Specializer:
     exchange  puts kernels of the program in place: {call: callable}
     get       a copy of a held buffer's array
     steps     between two mutations, None without
+    passes    of a step, in each of which a kernel runs
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Specializer:
         steps: int | None,
         threads: int,
         workers: Workers | None = None,
+        passes: int = 1,
     ):
         names = set(layers)
         self._places: dict[str, list[Place]] = {name: [] for name in names}
@@ -104,7 +106,7 @@ class Specializer:
             if call.layer in names and isinstance(call.problem, GatherConv | GatherGrad):
                 self._places[call.layer].append(Place(call, sources[program.name, call.name]))
         self._exchange, self._get, self._builder = exchange, get, builder
-        self._steps, self._threads = steps, threads
+        self._steps, self._threads, self._passes = steps, threads, passes
         self.workers = workers or Workers(builder.folder)
         self._states = {name: _State() for name in names}
         self._baked: dict[str, dict[Structure, KernelSource]] = {}
@@ -143,6 +145,7 @@ class Specializer:
             steps,
             compiled.facts.threads,
             workers,
+            compiled.facts.passes,
         )
 
     def successor(self, compiled: Compiled, runner: Runner, get: Callable[[str], np.ndarray]) -> Specializer:
@@ -154,6 +157,11 @@ class Specializer:
         for name in found._places:
             found.changed(name)
         return found
+
+    @property
+    def _runs(self) -> int | None:
+        """Of a kernel between two mutations."""
+        return None if self._steps is None else self._steps * self._passes
 
     def plan(self) -> list[Planned]:
         """Every call's variant under the present masks. What was not measured before is compiled and timed first."""
@@ -181,7 +189,7 @@ class Specializer:
                     planned.append(Planned(name, place.call.phase, Choice("indexed", why)))
                 else:
                     times = self._gains[place.key]
-                    planned.append(Planned(name, place.call.phase, choose(times, self._steps), source, times=times))
+                    planned.append(Planned(name, place.call.phase, choose(times, self._runs), source, times=times))
         return planned
 
     def candidates(self, layers: Iterable[str]) -> list[KernelSource]:
@@ -296,7 +304,7 @@ class Specializer:
             source = self._source(name, place)
             if isinstance(source, str) or source.key in self._failed:
                 continue
-            if place.key not in self._gains or choose(self._gains[place.key], self._steps).variant == "specialized":
+            if place.key not in self._gains or choose(self._gains[place.key], self._runs).variant == "specialized":
                 state.wanted[place.name] = source
 
     def _measure_new(self, name: str) -> bool:

@@ -228,7 +228,8 @@ def test_a_step_of_passes_goes_on_in_larger_batches_of_the_same_passes(tmp_path)
 
 def test_passes_and_what_is_left_go_on_bit_for_bit_specialized_and_frozen():
     steps = [mest.compile("mlp", (8, 1, 6, 6), scheme="filter", microbatch=4, threads=1) for _ in range(2)]
-    steps[0].specialize()
+    steps[0].specialize(10**6)
+    assert steps[0]._specializer._runs == 2 * 10**6  # a kernel runs in each pass
     assert "specialized" in {one.choice.variant for one in steps[0].plan()}
     sizes = (8, 7, 8)
     for frozen in (False, True):
