@@ -45,6 +45,8 @@ NETS = {  # model, input, how many times as fast as torch's fastest it is to be
     "mobilenetv2 of 224x224": ("mobilenetv2", (8, 3, 224, 224), 3.5),
     "ds-cnn": ("ds-cnn", (32, 1, 49, 10), 3.0),
     "resnet50 of 32x32": ("resnet50", (32, 3, 32, 32), 4.5),
+    "deit-tiny of 32x32": ("deit-tiny", (64, 3, 32, 32), 3.0),
+    "cct": ("cct", (64, 3, 32, 32), 3.0),
 }
 CHAINS = "mobilenetv2"  # whose
 PHASES = ("forward", "backward")

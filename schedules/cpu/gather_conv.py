@@ -89,7 +89,8 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     vector, over = pixels * result.vector, overhang(grid_pass.grid[1], pixels)
     paired = pairs(target, source)
     rows, most = rows_and_pixels(problem, target)
-    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid, result.slices, most))
+    free = target.registers - 3 if rows == 1 and not paired else 0  # beside a weight, what it is multiplied by, a start
+    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid, result.slices, most, free))
     parts = problem.row_block // rows
     down, across, layers = grid[0] // high, grid[1] // wide, result.slices // deep
     assert grid_pass.grid[1] + over <= result.part_columns - result.halo[1], "the last vector of a row ends in its halo"

@@ -15,17 +15,22 @@ ACCUMULATORS = (
     0.5  # share of the vector registers: eight hide the latency of a multiply-add, ten and more gained nothing
 )
 SHARING = 4  # results of a group that make it worth it that a load comes from farther away
+LEAST_ROW = 6  # pixels of a tile: with fewer sums multiply-adds wait for one another
 PIXELS = 8  # of a row, or vectors of several: what sections are cut for
 ROW = 48  # pixels of a row at a time: 16 to 96 channels of 48x48 take 1.9 ms and not 3.2 with 4 (Zen 4)
 STACK_BYTES = 1024  # what TVM keeps on the stack, from where LLVM takes it into registers
 
 
-def pick_tile(grid: tuple[int, int], slices: int, accumulators: int) -> tuple[int, int, int]:
+def pick_tile(grid: tuple[int, int], slices: int, accumulators: int, registers: int = 0) -> tuple[int, int, int]:
     """(grid rows, grid columns, slices) of a register tile, each a divisor; the product is at most `accumulators`.
 
     Most accumulators first, then the longest row: it reads whole cache lines (1 x 8 beats 2 x 4 by 5-10% when these are
-    not in cache).
+    not in cache). A row that has no such divisor but one of at most `registers` has that: 13 of 65 tokens take half
+    the time of one of 8 slices.
     """
+    longest = max((wide for wide in divisors(grid[1]) if wide <= registers), default=1)
+    if longest > accumulators and not any(LEAST_ROW <= wide <= accumulators for wide in divisors(grid[1])):
+        return 1, longest, 1
     fits = [
         (high, wide, deep)
         for high in divisors(grid[0])

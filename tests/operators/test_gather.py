@@ -21,6 +21,7 @@ from mest_compile.operators.layers.gather import (
     gather_conv_reference,
     gather_grad_reference,
 )
+from mest_compile.schedules.cpu.gather_sizes import pick_tile
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")
@@ -361,6 +362,13 @@ def test_answers_do_not_depend_on_threads(builder):
     for answer in answers[1:]:
         for got, wanted in zip(answer, answers[0], strict=True):
             np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_row_that_no_short_tile_divides_has_a_longer_one():
+    """Of 65 tokens: 13 pixels, as far as there are registers."""
+    assert pick_tile((1, 65), 8, 8, 13) == (1, 13, 1) and pick_tile((1, 65), 8, 8) == (1, 1, 8)
+    assert pick_tile((10, 10), 8, 8, 13) == (1, 10, 1) and pick_tile((32, 32), 8, 8, 13) == (1, 8, 1)
+    assert pick_tile((1, 197), 8, 8, 13) == (1, 1, 8) and pick_tile((3, 3), 8, 8, 13) == (1, 1, 8)
 
 
 def test_sections_fit_the_first_level_cache():
