@@ -49,12 +49,13 @@ MARKS = {
 }
 
 
-# Files in which whole formulas and small steps are asked what they compute, each once. LLVM does not optimise their code,
-# which takes a fifth of the time; kernels have files of their own, and test_nonfinite.py every one, as users get them.
-HASTY = tuple(
-    f"operators/test_{name}"
-    for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets", "joins", "losses", "norm")
-    + ("opencl_kernels", "opencl_patterns", "optimizers", "packing", "rearrange", "recurrent")
+# Files in which whole formulas and small steps are asked what they compute, each once. LLVM does not optimise their
+# code, which takes a fifth of the time; kernels have files of their own, and test_nonfinite.py every one, as users get
+# them.
+HASTY = (
+    *(f"operators/test_{name}" for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets")),
+    *(f"operators/test_{name}" for name in ("joins", "losses", "norm", "opencl_kernels", "opencl_patterns")),
+    *(f"operators/test_{name}" for name in ("optimizers", "packing", "rearrange", "recurrent")),
 )
 
 
