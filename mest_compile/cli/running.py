@@ -191,9 +191,11 @@ def _header(trainer: Trainer) -> str:
     step = trainer.step
     live, masks = step.live_weights(), step.masks()
     weights = sum(layer.spec.weight_elems for layer in step.layers.values())
+    model = (trainer.source or {}).get("model")
     folder = "" if trainer.folder is None else f"; run folder {trainer.folder.path}"
     return (
-        f"{len(masks)} of {len(step.layers)} layers sparse, {sum(live.values())} of {weights} weights live; "
+        f"{model or 'model'}: {len(masks)} of {len(step.layers)} layers sparse, "
+        f"{sum(live.values())} of {weights} weights live; "
         f"{step.memory()['total'] / 2**20:.1f} MiB in steps of {step.batch}; target {step.describe()['target']}, "
         f"{step.describe()['threads']} thread(s){folder}"
     )

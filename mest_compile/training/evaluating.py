@@ -40,7 +40,8 @@ def judge_all(step: Any, judge: Judge, given: Given, epoch: int, folder: RunFold
     found: dict[str, Any] = {**dict.fromkeys(names), "evaluation_seconds": 0.0}
     for part, data in given.judging.items() if now else ():
         classes = step.reading.classes
-        whole = isinstance(data, Dataset) and len(data) * len(classes) <= MOST_ANSWERS
+        classed = isinstance(data, Dataset) and data.labels.ndim == 1 and not data.numbers
+        whole = classed and len(data) * len(classes) <= MOST_ANSWERS
         keeps = folder is not None and judge.loss.tells_correct and len(judge.shape) == 2 and whole
         kept: list[np.ndarray] | None = [] if keeps else None
         answered = evaluate(step, judge, data, part, kept)

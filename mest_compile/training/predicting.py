@@ -168,8 +168,8 @@ def evaluated(step: TrainStep, data: Dataset) -> dict[str, Any]:
     outputs, score = step.predict(images), Score(metrics_of(step.loss, step.classes))
     score.add(outputs, compared(step.loss, data.labels))
     found: dict[str, Any] = {"examples": len(data), **score.values("")}
-    if step.loss.tells_correct and data.labels.ndim == 1:
-        counted = data.labels >= 0
+    if step.loss.tells_correct and data.labels.ndim == 1 and not data.numbers:
+        counted = (data.labels >= 0) & (data.labels < step.classes)
         names = [reading.name(place) if reading else str(place) for place in range(step.classes)]
         about = judged(outputs[counted], data.labels[counted], names)
         found |= {name: about[name] for name in ("classes", "confusion")}

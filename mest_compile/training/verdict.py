@@ -91,7 +91,7 @@ def verdict_of(outputs: np.ndarray, data: Any, classes: Sequence[str], part: str
     outputs  (n, classes) float32 for the examples of `data`, a Dataset or a Stream's (labels alone)
     part     "test" or "val"
     """
-    counted = np.flatnonzero(data.labels >= 0)
+    counted = np.flatnonzero((data.labels >= 0) & (data.labels < len(classes)))
     outputs, labels = outputs[counted], data.labels[counted]
     return {
         "part": part,
