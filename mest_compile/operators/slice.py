@@ -80,6 +80,8 @@ def read_strided_slice(reader: Reader, call: Any, arguments: list) -> Any:
         start[axis], step[axis] = min(begin + size if begin < 0 else begin, size), by
     if min(step) < 1:
         raise reader.error(f"slice with step {min(step)}")
+    if min(shape) < 1:
+        raise reader.error(f"slice to {shape}, which has no elements")
     if isinstance(value, View):
         return _range(reader, value, start, step, shape)
     return part(reader, reader.activation(value), start, step, shape)

@@ -114,6 +114,10 @@ def _shares(
         left |= {name: "scheme" for name, (scheme, _) in schemes.items() if isinstance(scheme, Dense)}
     if options.one_sparsity is not None:
         sparse = [spec for spec in specs if spec.name not in left]
+        if not sparse and options.dense_layers is None:  # dense for other reasons, or the scheme fits nothing
+            for spec in specs:
+                if spec.name in schemes and every[spec.name].startswith(f"{schemes[spec.name][0]} "):
+                    schemes[spec.name][0].check(spec)
         share = distribute(options.distribution, sparse, options.one_sparsity)
         for name, value in share.items():
             scheme_of(name, schemes).asked(value, f"{name}: ")

@@ -169,7 +169,7 @@ def test_doctor_counts_the_cores_of_a_quota(monkeypatch):
     ("arguments", "said"),
     [
         (("build", "--out", "x", "--model", "net.onnx", "--width", 8), "an .onnx file has its width already"),
-        (("build", "--out", "x", "--model", "net.onnx", "--classes", 8), "an .onnx file has its classes already"),
+        (("build", "--out", "x", "--model", "net.onnx", "--classes", 8), "net.onnx has its classes already"),
         (("build", "--out", "x", "--scheme", "dense", "--sparsity", 0.5), "scheme dense has sparsity 0, not 0.5"),
         (("bench", "--profile", "--vs", "torch"), "--profile times our step alone"),
         (("tracker", "--query", "127.0.0.1:1", "--port", 9), "listens nowhere; leave out --port"),

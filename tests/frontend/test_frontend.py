@@ -486,10 +486,10 @@ def test_unknown_names_and_files_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_refusals_name_the_operator_and_its_node(tmp_path):
-    path = export(part(nn.Softmax(1)).eval(), (2, 3, 8, 8), tmp_path / "softmax.onnx", **KEEP)
+    path = export(part(nn.LogSoftmax(1)).eval(), (2, 3, 8, 8), tmp_path / "softmax.onnx", **KEEP)
     with pytest.raises(
         UnsupportedOperator,
-        match="^Softmax in node '.*' cannot be trained here; supported: add, ",
+        match="^LogSoftmax in node '.*' cannot be trained here; supported: add, ",
     ):
         from_onnx(path, (2, 3, 8, 8))
     with pytest.raises(SpecError, match=r"takes an input of shape \(2, 3, 8, 8\), input_shape is \(2, 1, 8, 8\)"):

@@ -130,6 +130,13 @@ def test_a_layer_that_the_scheme_has_no_units_for_stays_dense_and_says_why_unles
             mest.check(net, (2, 12), **{"sparsity": 0.5} | named)
 
 
+def test_a_scheme_that_fits_no_layer_is_refused():
+    net = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 10), nn.Linear(10, 4))
+    with pytest.raises(SparsityError, match="0.weight: scheme block:4x1 needs multiples of 4 .* choose another scheme"):
+        mest.check(net, (2, 12), sparsity=0.5)
+    assert mest.check(net[-1:], (2, 10), sparsity=0.5).layers[0].why == "the last layer"
+
+
 def test_a_model_that_comes_out_dense_says_so_and_one_that_is_sparse_says_nothing(caplog):
     with caplog.at_level(logging.WARNING):
         say("stem = conv3 input")
