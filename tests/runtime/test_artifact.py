@@ -368,6 +368,7 @@ epochs = 6
 method = "em_s"
 lr = 0.05
 mutate_every = 1
+drop_last = true
 [freeze]
 share = 0.25
 begin = 0.3
