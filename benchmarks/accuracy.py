@@ -138,6 +138,7 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
     rounds, and the spread.
     """
     from mest_compile.data import load
+    from mest_compile.training.given import Given
     from mest_compile.training.loop import Trainer
 
     split = load("fashion-mnist", data_folder)
@@ -156,11 +157,11 @@ def measure_pace(data_folder: Path | None) -> dict[str, Any]:
                 again = [step.mutate(run.sparsity, sparsity).seconds for _ in range(3)]
                 mutations[f"{run.scheme} {run.sparsity:g}{run.stored}"] = statistics.median(again)
             trainers[kind(run, sparsity)] = Trainer(step, Recipe(1, "static", lr=1e-3))
-            trainers[kind(run, sparsity)]._train(0, few)  # warms up
+            trainers[kind(run, sparsity)]._train(0, Given(few))  # warms up
     turns: dict[str, list[float]] = {name: [] for name in trainers}
     for number in range(PACE_ROUNDS):
         for name in list(trainers)[:: 1 if number % 2 else -1]:
-            turns[name].append(trainers[name]._train(0, few)["train_seconds"] / PACE_BATCHES)
+            turns[name].append(trainers[name]._train(0, Given(few))["train_seconds"] / PACE_BATCHES)
     return {
         "seconds": {name: statistics.median(found) for name, found in turns.items()},
         "lowest": {name: min(found) for name, found in turns.items()},

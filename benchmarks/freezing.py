@@ -150,6 +150,7 @@ def measure_pace(setting: Setting, data_folder: Path | None) -> dict[str, Any]:
     training loop in one process; medians over the rounds, and the spread."""
     import mest_compile as mest
     from mest_compile.sparsity.distributions import together
+    from mest_compile.training.given import Given
     from mest_compile.training.loop import Trainer
 
     split = load(setting, data_folder)
@@ -171,11 +172,11 @@ def measure_pace(setting: Setting, data_folder: Path | None) -> dict[str, Any]:
                 with tempfile.TemporaryDirectory() as folder:
                     step.save(path := Path(folder) / "step.safetensors")
                     trainers[state] = Trainer(mest.load(path), Recipe(1, "static", lr=1e-3))
-                trainers[state]._train(0, data)  # warms up
+                trainers[state]._train(0, Given(data))  # warms up
     turns: dict[str, list[float]] = {name: [] for name in trainers}
     for number in range(setting.rounds):
         for name in list(trainers)[:: 1 if number % 2 else -1]:
-            turns[name].append(trainers[name]._train(0, data)["train_seconds"] / accuracy.PACE_BATCHES)
+            turns[name].append(trainers[name]._train(0, Given(data))["train_seconds"] / accuracy.PACE_BATCHES)
     return {
         "seconds": {name: statistics.median(found) for name, found in turns.items()},
         "lowest": {name: min(found) for name, found in turns.items()},

@@ -57,7 +57,7 @@ def from_torch(
     import torch
 
     from mest_compile.frontend.remembered import key_of, recall, remember
-    from mest_compile.frontend.torch_checks import read_state
+    from mest_compile.frontend.torch_checks import check_module, read_state
     from mest_compile.frontend.torch_import import read_module
 
     if not isinstance(module, torch.nn.Module):
@@ -69,11 +69,13 @@ def from_torch(
     if refusals is not None:
         return read_module(module, shape, several, output, refusals)
     key = key_of(module, [several or shape, output])
+    noted = Refusals()
     if key and (graph := recall(key)):
+        check_module(module, noted)
+        noted.check()
         state = read_state(module)
         check_finite(graph, state)
         return graph, state
-    noted = Refusals()
     graph, state = read_module(module, shape, several, output, noted)
     noted.check()
     if key:

@@ -111,7 +111,11 @@ def _told(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _tensor(tensor: torch.Tensor, of_value: bool, places: dict[int, str], name: str) -> Any:
-    content = tensor.detach().cpu().contiguous().view(-1).numpy().tobytes() if of_value else b""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise _Unknown(tensor.layout)
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if of_value else b""
     facts = list(tensor.shape), str(tensor.dtype), str(tensor.layout), tensor.requires_grad, type(tensor).__name__
     return [*facts, places.setdefault(id(tensor), name), digest(content)]
 

@@ -59,6 +59,7 @@ class ImageComb:
 
     def __post_init__(self) -> None:
         assert self.plain.combed == 1 < self.combed.combed, "one side is combed"
+        assert self.plain.dtype == self.combed.dtype == "float32", "rows are combed in float32 alone"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,18 @@ import numpy as np
 
 from mest_compile.frontend.relax_graph import Reader, _shape, _single, reads
 from mest_compile.frontend.values import Fixed, Formula, Parameter, Scores, Spread, Value
-from mest_compile.ir.expressions import OPERATIONS, Constant, Expression, Variable, apply, exp, scalar, select, sqrt
+from mest_compile.ir.expressions import (
+    OPERATIONS,
+    Apply,
+    Constant,
+    Expression,
+    Variable,
+    apply,
+    exp,
+    scalar,
+    select,
+    sqrt,
+)
 from mest_compile.ir.graph import Preparation
 from mest_compile.ir.wording import COMPARISONS
 from mest_compile.operators.activation import ACTIVATIONS, POINTS, X
@@ -224,9 +235,16 @@ def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     arguments = _constant_first(arguments, call.op.name)
     if any(isinstance(one, Scores) for one in arguments):
         return scaled(reader, name, *arguments)
+    if any(_compares(one) for one in arguments):
+        raise reader.error(f"{name} of a comparison, which is no number,")
     if len(arguments) == 2 and name not in COMPARISONS:
         return operation(reader, name, arguments[0], arguments[1], _shape(call))
     return combined(reader, name, *arguments)
+
+
+def _compares(operand: Any) -> bool:
+    trees = operand.trees.values() if isinstance(operand, Formula) else ()
+    return any(isinstance(tree, Apply) and tree.operation in COMPARISONS for tree in trees)
 
 
 @reads("relax.sigmoid", "relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh", pointwise=True)

@@ -114,7 +114,6 @@ def test_the_finetuning_page_says_what_was_found_of_pruned_models():
 def test_pruned_models_are_measured_in_turns(monkeypatch):
     monkeypatch.setattr(pruned, "GRADUAL", ("resnet20", 4))
     monkeypatch.setattr(pruned, "PRUNED", {"4x1 blocks": pruned.PRUNED["4x1 blocks"]})
-    monkeypatch.setattr(pruned, "build_model", lambda model, shape, classes, width: short_resnet(shape, width))
     shape = (8, 3, 8, 8)
     one = pruned.measure("resnet20", 4, shape, rounds=1)
     results = {"models": [one], "gradual": pruned.measure_gradual(shape, 1, (0.0, 0.8))}

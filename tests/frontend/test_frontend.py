@@ -415,7 +415,7 @@ def test_tied_weights_are_refused():
         (nn.Linear(5, 4), (2, 6), "does not take input_shape"),
         (nn.Identity(), (2, 3), "nothing to train"),
         (nn.Linear(5, 4).double(), (2, 5), "weight is float64: call model.float"),
-        (nn.Linear(5, 4), (2, 0), "every size 1 or more"),
+        (nn.Linear(5, 4), (2, 0), "whole numbers of 1 or more"),
         (nn.Linear(5, 4), (2, 3, 5, 5, 5), r"\(N, C, H, W\), \(N, C, L\) or \(N, features\)"),
         (nn.Linear(5, 4), (2, 3, 5), r"logits of shape \(2, classes\) .* the model gives \(2, 3, 4\)"),
         (nn.Linear(5, 4), None, "input_shape is"),
@@ -475,7 +475,7 @@ def test_two_outputs_are_refused():
 
 
 def test_unknown_names_and_files_are_named(tmp_path):
-    with pytest.raises(UnknownName, match="no model 'resnet21'; there are: autoencoder, ds-cnn, "):
+    with pytest.raises(UnknownName, match="no model 'resnet21'; there are: autoencoder, cct, "):
         import_model("resnet21", (2, 3, 8, 8))
     with pytest.raises(DataError, match="missing.onnx"):
         import_model(str(tmp_path / "missing.onnx"), (2, 3, 8, 8))

@@ -442,6 +442,19 @@ def image_parts(kernel, rng, dtype) -> Iterator:
         yield problem, [pack(shape, x), pack(other, before)], {1: (other, image.part_reference(problem, x, before))}
 
 
+@case("image.comb", "image.uncomb")
+def image_combs(kernel, rng, _) -> Iterator:
+    plain = Image(3, 5, 12, 2, (1, 1, 0, 2), 2, abreast=2)  # rows are lanes in float32 alone
+    combed = replace(plain, combed=2, halo=(1, 2, 1, 1))
+    x, before = draw(rng, plain), draw(rng, plain)
+    if kernel == "image.comb":
+        yield image.ImageComb(plain, combed), [pack(plain, x), pack(combed, before)], {1: (combed, x)}
+    else:
+        for accumulate in (False, True):
+            problem = image.ImageComb(plain, combed, accumulate)
+            yield problem, [pack(combed, x), pack(plain, before)], {1: (plain, x + before if accumulate else x)}
+
+
 @case("resize.forward", "resize.backward")
 def resized(kernel, rng, dtype) -> Iterator:
     shape = make(9, 6, 6, 7, (1, 1, 1, 1), dtype)

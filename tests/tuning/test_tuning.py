@@ -566,7 +566,7 @@ def test_no_kernel_is_compiled_after_the_deadline(target, tmp_path):
 def test_what_cannot_be_measured_here_is_refused_before_anything_is_built(
     mest_compile_command, monkeypatch, tmp_path, arguments, said
 ):
-    monkeypatch.setattr(command, "import_model", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(command, "read_any", lambda *_: pytest.fail("it went on"))
     ran = mest_compile_command(*TINY, *arguments, "--log", tmp_path / "log.jsonl")
     assert ran.code == 2 and re.search(said, " ".join(ran.err.split())), ran.err
     assert not (tmp_path / "log.jsonl").exists()
