@@ -112,16 +112,16 @@ def test_the_finetuning_page_says_what_was_found_of_pruned_models():
 
 
 def test_pruned_models_are_measured_in_turns(monkeypatch):
-    monkeypatch.setattr(pruned, "GRADUAL", ("resnet20", 4))
+    monkeypatch.setattr(pruned, "GRADUAL", ("resnet20", 8))
     monkeypatch.setattr(pruned, "PRUNED", {"4x1 blocks": pruned.PRUNED["4x1 blocks"]})
-    shape = (8, 3, 8, 8)
-    one = pruned.measure("resnet20", 4, shape, rounds=1)
+    shape = (8, 3, 16, 16)
+    one = pruned.measure("resnet20", 8, shape, rounds=1)
     results = {"models": [one], "gradual": pruned.measure_gradual(shape, 1, (0.0, 0.8))}
     assert all(one["given_back_untrained"].values()) and not any(one["weights_outside_after_training"].values())
     assert results["gradual"]["as_sparse_as_compiled"]
     rows = pruned.table(results).splitlines()[2:]
-    assert len(rows) == 3 and rows[0].startswith("| resnet20, width 4 | 4x1 blocks | ")
-    assert rows[-1].startswith("| resnet20, width 4 | gradually, 4x1 blocks, at 0.8 | ")
+    assert len(rows) == 3 and rows[0].startswith("| resnet20, width 8 | 4x1 blocks | ")
+    assert rows[-1].startswith("| resnet20, width 8 | gradually, 4x1 blocks, at 0.8 | ")
 
 
 def test_the_finetuning_page_keeps_to_its_budgets(capsys):
