@@ -49,13 +49,14 @@ MARKS = {
 }
 
 
-# Files in which whole formulas and small steps are asked what they compute, each once. LLVM does not optimise their
+# Files in which whole formulas and steps are asked what they compute, each once. LLVM does not optimise their
 # code, which takes a fifth of the time; kernels have files of their own, and test_nonfinite.py every one, as users get
 # them.
 HASTY = (
     *(f"operators/test_{name}" for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets")),
     *(f"operators/test_{name}" for name in ("joins", "losses", "norm", "opencl_kernels", "opencl_patterns")),
-    *(f"operators/test_{name}" for name in ("optimizers", "packing", "rearrange", "recurrent")),
+    *(f"operators/test_{name}" for name in ("activations", "optimizers", "packing", "rearrange", "recurrent")),
+    *(f"runtime/test_{name}" for name in ("depthwise_step", "float16", "given_step", "nm_step", "passes")),
 )
 
 
