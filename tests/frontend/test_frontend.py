@@ -148,11 +148,11 @@ def rearranged(node, x):
     """By indices of its own: every part counts up within its dimension, the last fastest."""
     places = {dim: torch.zeros(1, dtype=torch.long) for dim in "CHW"}
     for axis, name in enumerate(("channels", "rows", "columns")):
-        for number, part in enumerate(parts := node.attrs[name]):
-            apart = int(np.prod([other.size for other in parts[number + 1 :]]))
-            size = int(np.prod([other.size for other in parts]))
-            digit = torch.arange(size) // apart % part.size * part.stride
-            places[part.dim] = places[part.dim] + digit.reshape([-1 if k == axis else 1 for k in range(3)])
+        for number, (dim, size, stride) in enumerate(parts := node.attrs[name]):
+            apart = int(np.prod([size for _, size, _ in parts[number + 1 :]]))
+            places_of_axis = int(np.prod([size for _, size, _ in parts]))
+            digit = torch.arange(places_of_axis) // apart % size * stride
+            places[dim] = places[dim] + digit.reshape([-1 if k == axis else 1 for k in range(3)])
     x = x.reshape(*x.shape, *[1] * (4 - x.ndim))
     return x[:, places["C"], places["H"], places["W"]].reshape(node.shape)
 
