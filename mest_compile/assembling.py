@@ -179,6 +179,7 @@ def _compile(
         "schemes": {name: str(layer.scheme) for name, layer in facts.layers.items()},
         "sparsity": {name: layer.sparsity for name, layer in facts.layers.items()},
         "sparsity_of_all": sparsity_of_all(facts.layers),
+        "weights": sum(layer.spec.weight_elems for layer in facts.layers.values()),
         "trainable": facts.graph.trainable(),
         "frozen": dict(facts.graph.frozen),
         **({} if plan.spared is None else {"spared_bytes": dict(plan.spared)}),

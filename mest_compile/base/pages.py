@@ -4,17 +4,19 @@ clicked."""
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 STYLE = (
     ":root{color-scheme:light dark;--line:#ccc;--shade:#f4f4f4;--right:#e0f0e0}"
-    "@media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--right:#1d3a24}"
-    "img,svg{background:#fff;border-radius:4px}}"
+    "@media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--right:#1d3a24}}"
     "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}"
     "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid var(--line)}"
-    "td:first-child,th:first-child{text-align:left} th[data-sorts]{cursor:pointer;background:var(--shade)}"
+    "td:first-child,th:first-child,.said td{text-align:left} th[data-sorts]{cursor:pointer;background:var(--shade)}"
     "figure{display:inline-block;margin:.5em;font-size:small;max-width:12em}"
-    "img,svg{max-width:100%;height:auto} .wide{overflow-x:auto}"
+    "figure img{min-width:6em;image-rendering:pixelated}"
+    "img{max-width:100%;height:auto} .wide{overflow-x:auto}"
+    ".plots{display:grid;gap:0 2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,26em),1fr))}"
+    ".plot{width:100%;max-width:36em;height:auto}"
 )
 # Sorts by numbers where cells begin with one, else by text; again: the other way round.
 SORT = (
@@ -44,5 +46,12 @@ def table(rows: Sequence[Sequence[object]], columns: Sequence[object] = ()) -> s
     """As HTML, whatever the cells hold. columns: names by which it sorts; none: it has no head."""
     head = "".join(f'<th data-sorts="">{html.escape(str(name))}</th>' for name in columns)
     lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    kind = "" if columns else ' class="said"'
     body = f"{f'<tr>{head}</tr>' if columns else ''}{''.join(f'<tr>{line}</tr>' for line in lines)}"
-    return f'<div class="wide"><table>{body}</table></div>'
+    return f'<div class="wide"><table{kind}>{body}</table></div>'
+
+
+def plots(drawn: Mapping[str, str]) -> str:
+    """As HTML, two beside each other where there is room. drawn: {title: SVG}, see `figures.svg`."""
+    parts = (f"<section><h2>{html.escape(title)}</h2>{svg}</section>" for title, svg in drawn.items())
+    return f'<div class="plots">{"".join(parts)}</div>'

@@ -15,7 +15,7 @@ from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import print_choice
 from mest_compile.cli.output import print_json, print_table, stderr_console
 from mest_compile.cli.progress import CompileProgress, TrainingProgress
-from mest_compile.hardware.host import load_average
+from mest_compile.hardware.host import BUSY, load_average
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mest_compile.training.ondevice import Job
     from mest_compile.training.recipe import Recipe
     from mest_compile.training.run import Run
-
-BUSY = 0.5  # cores that others use, from which on times are not to be compared
 
 
 @dataclass(frozen=True, slots=True)

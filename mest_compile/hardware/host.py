@@ -22,6 +22,7 @@ except ImportError:  # Windows has none: nothing is locked there
 log = logging.getLogger(__name__)
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+BUSY = 0.5  # cores that others use, from which on times are not to be compared
 _taken: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,8 +11,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.base.errors import UsageError
+from mest_compile.base.figures import svg
 from mest_compile.base.files import write_atomically
 from mest_compile.base.pages import page, table
+from mest_compile.hardware.host import BUSY
 from mest_compile.measuring.benchmark import median_interval
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
-BUSY = 0.5  # cores that others use, from which on times are not to be compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +201,7 @@ class SpeedTable:
         parts = [f"<h1>{html.escape(title)}</h1>", self._table()]
         parts += [f"<p>{html.escape(text)}</p>" for text in (self.caption(), when)]
         if any(row.speedup is not None for row in self.rows):
-            drawn = io.StringIO()
-            self._figure().savefig(drawn, format="svg")
-            parts.append(drawn.getvalue().partition("<svg")[1] + drawn.getvalue().partition("<svg")[2])
+            parts.append(svg(self._draw))
         _write(path, page(title, parts))
 
     def _table(self) -> str:
@@ -212,16 +210,16 @@ class SpeedTable:
     def plot(self, path: str | Path) -> None:
         """Speed-up over sparsity, a line a scheme with its intervals; the format follows from the path's ending. Raises
         UsageError."""
-        figure = self._figure()
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        self._draw(figure)
         try:
             figure.savefig(path)
         except (OSError, ValueError) as problem:
             raise UsageError(f"cannot write the plot to {path}: {problem}") from problem
 
-    def _figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+    def _draw(self, figure: Figure) -> None:
         axes = figure.add_subplot()
         for scheme in dict.fromkeys(row.scheme for row in self.rows):
             rows = [row for row in self.rows if row.scheme == scheme and row.speedup is not None]
@@ -235,7 +233,6 @@ class SpeedTable:
             title=str(self.facts["model"]),
         )
         axes.legend()
-        return figure
 
 
 def _write(path: str | Path, text: str) -> None:

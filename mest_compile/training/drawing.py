@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mest_compile.base.figures import svg
 from mest_compile.training.metrics import main_metric
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _by_layer(key: str, label: str) -> Callable[[Axes, Epochs], None]:
             values, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=(*ends, len(layers) - 0.5, -0.5)
         )
         some = range(0, len(layers), -(-len(layers) // MOST_NAMES))
-        axes.set_yticks(list(some), [layers[place] for place in some], fontsize="small")
+        axes.set_yticks(list(some), [layers[place].removesuffix(".weight") for place in some], fontsize="small")
         axes.figure.colorbar(shown, ax=axes, label=label)
 
     return draw
@@ -105,22 +105,22 @@ def draw_all(epochs: Epochs) -> Figure:
     return figure
 
 
-def png(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> bytes:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def plot(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> str:
+    """One of the plots as SVG."""
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes, epochs)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    def drawn(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.add_subplot()
+        draw(axes, epochs)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return svg(drawn)
 
 
-def overlaid(runs: Mapping[str, Epochs]) -> dict[str, bytes]:
-    """{title: PNG} of what several runs have in common, a line a run; runs are of one metric."""
+def overlaid(runs: Mapping[str, Epochs]) -> dict[str, str]:
+    """{title: SVG} of what several runs have in common, a line a run; runs are of one metric."""
     metric = main_metric(next(iter(runs.values()))[0])
     tested = f"test_{metric.name}"
     kinds: dict[str, tuple[str, str]] = {
@@ -138,7 +138,7 @@ def overlaid(runs: Mapping[str, Epochs]) -> dict[str, bytes]:
         axes.legend(fontsize="small")
 
     return {
-        title: png(lambda axes, _, key=key, label=label: draw(axes, key, label), [])  # type: ignore[misc]
+        title: plot(lambda axes, _, key=key, label=label: draw(axes, key, label), [])  # type: ignore[misc]
         for title, (key, label) in kinds.items()
         if any(metrics[key] is not None for epochs in runs.values() for metrics in epochs)
     }

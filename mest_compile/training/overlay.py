@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import UsageError
 from mest_compile.base.files import write_atomically
-from mest_compile.base.pages import page, table
+from mest_compile.base.pages import page, plots, table
 from mest_compile.training.drawing import Epochs, overlaid
 from mest_compile.training.metrics import main_metric
 from mest_compile.training.reporting import read_epochs, summary
@@ -62,9 +60,7 @@ def write_overlay(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any
         "MiB",
     )
     parts = ["<h1>Runs beside each other</h1>", table(rows, columns)]
-    for title, picture in overlaid({name: epochs for name, (epochs, _) in runs.items()}).items():
-        data = base64.b64encode(picture).decode()
-        parts.append(f'<h2>{html.escape(title)}</h2><img alt="" src="data:image/png;base64,{data}">')
+    parts.append(plots(overlaid({name: epochs for name, (epochs, _) in runs.items()})))
     place = Path(out)
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@ can be reported."""
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_atomically
-from mest_compile.base.pages import page, table
+from mest_compile.base.pages import page, plots, table
+from mest_compile.hardware import host
 from mest_compile.runtime import checkpoint
 from mest_compile.training import exhibits
-from mest_compile.training.drawing import PLOTS, Epochs, has, png
+from mest_compile.training.drawing import PLOTS, Epochs, has, plot
 from mest_compile.training.metrics import METRICS, main_metric
 from mest_compile.training.runfolder import RunFolder
 
@@ -48,7 +48,12 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "machine": run.get("machine", {}),
         "model": _source(folder).get("model"),
         "command": _source(folder).get("command"),
-        "versions": run["versions"],
+        "versions": run["versions"] | run["step"].get("versions", {}),
+        "schemes": sorted(set(run["step"].get("schemes", {}).values())),
+        "sparsity_of_all": run["step"].get("sparsity_of_all"),
+        "weights": run["step"].get("weights"),
+        "lr": f"{recipe['lr']:g}, {recipe['lr_schedule']}",
+        "step_seconds": median(metrics["step_seconds"] for metrics in epochs),
         "loss": last["loss"],
         "metric": metric.name,
         **scores,
@@ -147,6 +152,7 @@ FREEZE: dict[str, Callable[[Any], bool]] = {
 REMEDY = "mest-compile train --resume writes it anew"
 NEEDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("epoch", "loss", "train_seconds", "iterations", "iterations_saved", "images_per_second"), _number),
+    "step_seconds": _number,
     "overall_sparsity": lambda value: value is None or _number(value),
     "mutation": lambda value: value is None or _with(value, {"seconds": _number}),
     "sieve": lambda value: value is None or _with(value, {"dropped": _number, "counts": _numbers}),
@@ -157,7 +163,7 @@ NEEDED: dict[str, Callable[[Any], bool]] = {
 
 
 def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """Writes report.html and its plots as PNG to `out`, by default RUN/report; returns `summary` with the files' names
+    """Writes report.html and its plots as SVG to `out`, by default RUN/report; returns `summary` with the files' names
     under "files".
 
     Raises StateError when `path` holds no run, UsageError when `out` cannot be written.
@@ -166,24 +172,27 @@ def write_report(path: str | Path, out: str | Path | None = None) -> dict[str, A
     epochs = read_epochs(folder)
     facts = summary(folder, epochs)
     out = folder.path / "report" if out is None else Path(out)
-    pictures = {name: png(draw, epochs) for name, (_, draw) in PLOTS.items() if has(name, epochs)}
+    pictures = {name: plot(draw, epochs) for name, (_, draw) in PLOTS.items() if has(name, epochs)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            (out / f"{name}.png").write_bytes(picture)
+            write_atomically(out / f"{name}.svg", picture + "\n")
         write_atomically(out / "report.html", _page(facts, pictures, folder.read_verdict()))
     except OSError as problem:
         raise UsageError(f"cannot write the report to {out}: {problem.strerror}; pass another --out") from problem
-    return {**facts, "files": [str(out / "report.html"), *(str(out / f"{name}.png") for name in pictures)]}
+    return {**facts, "files": [str(out / "report.html"), *(str(out / f"{name}.svg") for name in pictures)]}
 
 
-def _page(facts: dict[str, Any], pictures: dict[str, bytes], verdict: Mapping[str, Any] | None) -> str:
+def _page(facts: dict[str, Any], pictures: dict[str, str], verdict: Mapping[str, Any] | None) -> str:
     metric = main_metric(facts)
     others = [METRICS[name] for name in METRICS if name != metric.name and f"test_{name}" in facts]
     tested = {one: facts[f"test_{one.name}"] for one in (metric, *others)}
     sparsities = list(facts["sparsity"].values())
     overall = facts["overall_sparsity"]
     said = {"model": facts["model"], "began": facts["began"], "command": facts["command"]}
+    dead, weights = facts["sparsity_of_all"], facts["weights"]
+    machine = {name: round(value, 1) if name == "load" else value for name, value in facts["machine"].items()}
+    busy = "; busy: times do not compare" if machine.get("load", 0.0) > host.BUSY else ""
     rows = [
         *((name, value) for name, value in said.items() if value is not None),
         ("epochs", f"{facts['epochs']} of {facts['of_epochs']}"),
@@ -192,6 +201,8 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes], verdict: Mapping[st
             for one in facts["continued"]
         ),
         ("method", facts["method"]),
+        ("scheme", ", ".join(facts["schemes"])),
+        ("learning rate", facts["lr"]),
         ("data", facts["data"]),
         ("target", facts["target"]),
         ("seed", facts["seed"]),
@@ -199,20 +210,24 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes], verdict: Mapping[st
         (f"training {metric.label}", metric.shown(facts[f"train_{metric.name}"])),
         *((f"test {one.label}", "not tested" if value is None else one.shown(value)) for one, value in tested.items()),
         (
-            "sparsity of all their weights together",
+            "sparsity of sparse layers, all their weights together",
             "dense" if overall is None else f"{overall:.3f}",
         ),
+        ("sparsity of each of them", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
+        *([] if weights is None else [("live of all weights", f"{round(weights * (1 - dead))} of {weights}")]),
         ("images per second", f"{facts['images_per_second']:.0f}"),
-        ("sparsity of sparse layers", f"{min(sparsities):.3f} to {max(sparsities):.3f}" if sparsities else "dense"),
+        ("milliseconds a step", f"{facts['step_seconds'] * 1e3:.2f}"),
         ("seconds of training", f"{facts['train_seconds']:.1f}"),
         ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
         ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),
         *_frozen_rows(facts["freeze"]),
-        ("machine", ", ".join(f"{name} {value}" for name, value in facts["machine"].items())),
+        ("machine", ", ".join(f"{name} {value}" for name, value in machine.items()) + busy),
         ("planned memory", f"{facts['memory_bytes']['total'] / 2**20:.1f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]
-    parts = [f"<h1>{html.escape(str(Path(facts['folder']).resolve().name))}</h1>", table(rows)]
+    titles = {name: metric.label.capitalize() if name == "accuracy" else PLOTS[name][0] for name in pictures}
+    drawn = plots({titles[name]: picture for name, picture in pictures.items()})
+    parts = [f"<h1>{html.escape(str(Path(facts['folder']).resolve().name))}</h1>", table(rows), drawn]
     if counts := facts["forgetting_counts"]:
         parts += [
             "<h2>Forgetting events when examples were last dropped</h2>",
@@ -221,11 +236,7 @@ def _page(facts: dict[str, Any], pictures: dict[str, bytes], verdict: Mapping[st
     if verdict is not None:
         parts += exhibits.of_verdict(verdict)
     kinds = [(name, f"{need / 2**20:.2f} MiB") for name, need in facts["memory_bytes"].items()]
-    parts += ["<h2>Planned memory by kind</h2>", table(kinds, ("kind", "bytes"))]
-    for name, picture in pictures.items():
-        data = base64.b64encode(picture).decode()
-        title = metric.label.capitalize() if name == "accuracy" else PLOTS[name][0]
-        parts.append(f'<h2>{html.escape(title)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    parts += ["<h2>Planned memory by kind</h2>", table(kinds, ("kind", "need"))]
     return page(f"Run {Path(facts['folder']).resolve().name}", parts)
 
 

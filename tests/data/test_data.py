@@ -45,7 +45,7 @@ def write_cifar10(folder, rows=3):
 def test_digits_are_embedded_stratified_and_the_same_every_time():
     split, again = load("digits"), load("digits")
     assert split.train.images.shape == (1442, 1, 8, 8) and split.test.images.shape == (355, 1, 8, 8)
-    assert not split.train.flip
+    assert not split.train.flip and (split.train.images.min(), split.train.images.max()) == (0, 255)  # as pictures are
     assert split.train.describe() == again.train.describe() and split.test.describe() == again.test.describe()
     shares = np.bincount(split.test.labels) / (np.bincount(split.train.labels) + np.bincount(split.test.labels))
     assert (abs(shares - 0.2) < 0.01).all()

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,14 +11,13 @@ from matplotlib.figure import Figure
 from test_training import RECIPE, TEST, TRAIN, Interrupter, SoftmaxStep, interrupt
 
 from mest_compile.base.errors import StateError, UsageError
+from mest_compile.base.figures import INK
 from mest_compile.training.drawing import PLOTS
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.reporting import read_epochs, write_report
 from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.sieve import SieveRule
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -31,13 +31,18 @@ def test_a_report_is_plots_and_one_page_that_needs_nothing_else(finished):
     facts = write_report(finished)
     out = finished / "report"
     plots = [name for name in PLOTS if name != "freeze"]  # of which this run has nothing to show
-    assert sorted(path.name for path in out.iterdir()) == sorted(["report.html", *(f"{name}.png" for name in plots)])
-    assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.png") for name in plots)]
-    assert all((out / f"{name}.png").read_bytes().startswith(PNG) for name in plots)
+    assert sorted(path.name for path in out.iterdir()) == sorted(["report.html", *(f"{name}.svg" for name in plots)])
+    assert facts["files"] == [str(out / "report.html"), *(str(out / f"{name}.svg") for name in plots)]
     page = (out / "report.html").read_text()
     verdict = json.loads((finished / "verdict.json").read_text())
-    shown = len(plots) + len(verdict["worst"])
-    assert page.count('src="data:image/png;base64,') == shown and not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count('src="data:image/png;base64,') == len(verdict["worst"]) > 0
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for name in plots:  # drawn in the page's colour, for the light and the dark
+        picture = (out / f"{name}.svg").read_text()
+        assert picture.rstrip() in page and "currentColor" in picture and INK not in picture
+        root = ElementTree.fromstring(picture)
+        words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert "epoch" in words and "#000000" not in picture and "#ffffff" not in picture
     assert "run &lt;a&gt;" in page and "<a>" not in page
     assert json.loads(json.dumps(facts)) == facts
 
@@ -103,7 +108,7 @@ def test_a_plot_changes_with_the_run(finished, tmp_path):
     folder.rewrite_metrics(lines)
     write_report(finished, tmp_path / "after")
     before, after = (
-        {path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("before", "after")
+        {path.stem: path.read_bytes() for path in (tmp_path / name).glob("*.svg")} for name in ("before", "after")
     )
     assert {name for name in before if before[name] != after[name]} == {"loss", "survival"}
 
@@ -129,14 +134,15 @@ def test_a_dense_run_has_no_plots_of_masks(tmp_path):
             return {}
 
     Trainer(Dense(sparsity=0.0), Recipe(2, "static", lr=0.05), tmp_path / "run").fit(TRAIN, TEST)
-    assert not {"sparsity.png", "survival.png"} & {
+    assert not {"sparsity.svg", "survival.svg"} & {
         path.rpartition("/")[2] for path in write_report(tmp_path / "run")["files"]
     }
 
 
 def test_the_page_says_what_classes_were_called_and_where_the_run_is_from(finished):
     verdict = json.loads((finished / "verdict.json").read_text())
-    last = RunFolder(finished).read_metrics()[-1]
+    lines = RunFolder(finished).read_metrics()
+    last = lines[-1]
     confusion = np.array(verdict["confusion"])
     assert verdict["part"] == "test" and verdict["epoch"] == 6 and confusion.sum() == len(TEST[1])
     assert confusion.trace() / confusion.sum() == last["test_accuracy"] == verdict["accuracy"]
@@ -146,8 +152,11 @@ def test_the_page_says_what_classes_were_called_and_where_the_run_is_from(finish
     write_report(finished)
     page = (finished / "report" / "report.html").read_text()
     rows = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", page))
+    assert rows["milliseconds a step"] == f"{1e3 * np.median([one['step_seconds'] for one in lines]):.2f}"
+    assert rows["learning rate"] == f"{RECIPE.lr:g}, {RECIPE.lr_schedule}" and rows["scheme"] == "unstructured"
+    assert rows["live of all weights"] == "64 of 640"
     assert rows["began"].startswith("20") and "cpus" in rows["machine"] and rows["total"] == "0.00 MiB"
-    assert rows["sparsity of all their weights together"] == f"{last['overall_sparsity']:.3f}"
+    assert rows["sparsity of sparse layers, all their weights together"] == f"{last['overall_sparsity']:.3f}"
     assert "What follows is of 50 test examples after epoch 6." in page and page.count("<figcaption>") == len(
         verdict["worst"]
     )
@@ -158,7 +167,7 @@ def test_several_runs_are_laid_over_each_other(finished, tmp_path, mest_compile_
     ran = mest_compile_command("report", finished, tmp_path / "short", "--out", tmp_path / "both", "--json")
     assert ran.code == 0 and [one["epochs"] for one in ran.document["runs"]] == [6, 2], ran.err
     page = (tmp_path / "both" / "compare.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "<td>run &lt;a&gt;</td>" in page and "<td>short</td>" in page
+    assert page.count('<svg class="plot"') == 4 and "<td>run &lt;a&gt;</td>" in page and "<td>short</td>" in page
     shown = mest_compile_command("report", finished, tmp_path / "short", "--out", tmp_path / "both").out
     assert "2/2" in shown and "compare.html" in shown
     ran = mest_compile_command("report", finished, tmp_path / "none", "--out", tmp_path / "both")

@@ -111,6 +111,8 @@ class SoftmaxStep:
             "seed": 0,
             "schemes": {"weight": "unstructured"},
             "sparsity": {"weight": self.target_sparsity},
+            "sparsity_of_all": self.target_sparsity,
+            "weights": math.prod(self.input_shape[1:]) * self.classes,
             "versions": {},
         }
 
