@@ -167,6 +167,7 @@ def measure_pace(setting: Setting, data_folder: Path | None) -> dict[str, Any]:
                 told = {"freeze": frozen}
             if phase := recipe.mutation_at(epoch):
                 step.mutate(phase.prune_to, phase.grow_to)
+                freezer.settle(step, recipe, epoch)
             state = state_of({**told, "overall_sparsity": together(step.sparsity(), elems)})
             if state not in trainers:
                 with tempfile.TemporaryDirectory() as folder:

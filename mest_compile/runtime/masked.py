@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,24 @@ class Masked:
         is changed then.
         """
         return self._drawn(rng, lambda drawn: self._mutating.by_pruning(to, importance_lambda, drawn))
+
+    @in_turn
+    def settle(
+        self,
+        names: Collection[str],
+        to: float,
+        importance_lambda: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> MutationReport:
+        """Prunes the sparse layers among `names` that are denser to what they have when all sparse layers together have
+        the sparsity `to`, by importance. Nothing grows: before a layer freezes it still trains at the mask that it
+        keeps, and the BatchNorm behind it sees that.
+
+        names  of parameters, such as parts of `freezing_parts`
+        importance_lambda  as `mutate` has it
+        Raises UsageError, SparsityError; nothing is changed then. Ours.
+        """
+        return self._drawn(rng, lambda drawn: self._mutating.without_growth(names, to, importance_lambda, drawn))
 
     def check_room(self, grow_to: float) -> dict[str, int]:
         """{weight name: live units} of the sparse layers that train at that sparsity of all sparse layers. Raises

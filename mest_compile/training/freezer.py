@@ -115,6 +115,18 @@ class Freezer:
             "seconds": 0.0 if now is None else perf_counter() - began,
         }
 
+    def settle(self, step: Any, recipe: Recipe, epoch: int) -> float:
+        """After the mutation before an epoch (from 0): what freezes at the next one has the target's sparsity from then
+        on, so that it trains an interval at the masks that it keeps, and its BatchNorms' running statistics are of
+        them. Gives the seconds that it took."""
+        after = next((later for later in range(epoch + 1, recipe.epochs) if recipe.mutation_at(later)), None)
+        names = [name for one in self.freezes if one.epoch == after for name in one.names]
+        if not names:
+            return 0.0
+        rng = np.random.default_rng([recipe.seed, epoch, FREEZE])
+        report = step.settle(names, recipe.phases[-1].grow_to, recipe.importance_lambda, rng)
+        return report.seconds
+
     def about(self) -> list[str]:
         """A line on what will freeze, if anything does."""
         if not self:

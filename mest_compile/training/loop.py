@@ -303,11 +303,12 @@ class Trainer:
             report = self.step.prune(to=phase.prune_to, **common)
         else:
             report = self.step.mutate(prune_to=phase.prune_to, grow_to=phase.grow_to, **common, **gradients)
+        settled = self._freezer.settle(self.step, self.recipe, epoch)
         return {
             **said,
             "moved": self._survival.mutated(),
             "layers": dict(Counter(report.layers.values())),
-            "seconds": report.seconds,
+            "seconds": report.seconds + settled,
             "reindex_seconds": report.reindex_seconds,
             "uploaded_bytes": report.uploaded_bytes,
         }

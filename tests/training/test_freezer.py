@@ -158,7 +158,10 @@ def test_a_run_freezes_front_to_back_and_ends_at_its_sparsity(whole):
     assert last["freeze"]["weights"] == pytest.approx(1 - 330 / 3466)
     # Layers that froze while others were denser are as sparse as they were to be.
     assert {name: round(share, 2) for name, share in last["sparsity"].items()} == {"fc1.weight": 0.8, "fc2.weight": 0.8}
-    assert max(metrics["overall_sparsity"] for metrics in run.history[1:4]) < 0.8
+    # They are so from the mutation before, and train an epoch at the masks that they keep; the others are denser.
+    shares = [[round(share, 2) for share in metrics["sparsity"].values()] for metrics in run.history]
+    assert told[2]["now"] == ["fc1"] and told[3]["now"] == ["fc2"]
+    assert shares[:3] == [[0.8, 0.8], [0.8, 0.75], [0.8, 0.8]]
     memory = [metrics["memory_bytes"]["total"] for metrics in run.history]
     assert memory[-1] < 0.8 * memory[1]
     assert [metrics["sieve"] is not None for metrics in run.history] == [False, False, True, False, True, False]
