@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mest_compile.base.errors import UsageError
+from mest_compile.base.files import write_atomically
 
 STYLE = (
     ":root{color-scheme:light dark;--line:#ccc;--shade:#f4f4f4;--right:#e0f0e0}"
@@ -55,3 +59,11 @@ def plots(drawn: Mapping[str, str]) -> str:
     """As HTML, two beside each other where there is room. drawn: {title: SVG}, see `figures.svg`."""
     parts = (f"<section><h2>{html.escape(title)}</h2>{svg}</section>" for title, svg in drawn.items())
     return f'<div class="plots">{"".join(parts)}</div>'
+
+
+def write_page(path: str | Path, text: str) -> None:
+    """Whole or not at all. Raises UsageError."""
+    try:
+        write_atomically(Path(path), text)
+    except OSError as problem:
+        raise UsageError(f"cannot write {path}: {problem.strerror}") from problem

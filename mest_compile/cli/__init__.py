@@ -15,6 +15,7 @@ import typer
 
 from mest_compile import __version__
 from mest_compile.base.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
+from mest_compile.base.names import near
 from mest_compile.cli import (
     analyze,
     bench,
@@ -99,9 +100,19 @@ def _run(arguments: list[str]) -> int:
         with results_alone() if "--json" in arguments else nullcontext():
             code = app(arguments, prog_name="mest-compile", standalone_mode=False)
     except typer.TyperException as error:
-        return complain(error.format_message(), error.exit_code)
+        return complain(f"{error.format_message()}{_meant(error)}", error.exit_code)
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     if code == INTERRUPTED:  # typer tells it so
         raise KeyboardInterrupt
     return code or 0
+
+
+def _meant(error: typer.TyperException) -> str:
+    """Which option was meant by one that there is not and that is spelt like none."""
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if name is None or context is None or getattr(error, "possibilities", None):
+        return ""
+    there = [option.lstrip("-") for parameter in context.command.params for option in parameter.opts]
+    found = near(name.lstrip("-"), there)
+    return "" if found is None else f"; did you mean --{found}?"

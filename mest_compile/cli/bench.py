@@ -68,6 +68,7 @@ def bench(
         bool, typer.Option("--profile", help="Time the kernels of our step instead of comparing it.")
     ] = False,
     seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option(help="Also write this HTML page, with every round.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time whole training steps in alternation with a rival, or, with --profile, the parts of our step.
@@ -77,10 +78,12 @@ def bench(
     """
     from mest_compile.measuring.case import Case
 
-    if profile and (others := sorted(given_options(context) & {"vs", "rival_python"})):
+    if profile and (others := sorted(given_options(context) & {"vs", "rival_python", "html"})):
         raise UsageError(
             f"--profile times our step alone; leave out --{others[0].replace('_', '-')}, or --profile to compare"
         )
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {html.absolute().parent} to write {html.name} into")
     case = Case(model, shape_of(model, batch, image), width, classes, None if weights is None else str(weights)).but(
         scheme=said_schemes(scheme),
         sparsity=said_sparsity(sparsity),
@@ -95,11 +98,12 @@ def bench(
     if profile:
         _profile(case, repeats, as_json)
     else:
-        _compare(case, vs, rival_python, repeats, as_json)
+        _compare(case, vs, rival_python, repeats, html, as_json)
 
 
-def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, as_json: bool) -> None:
-    from mest_compile.measuring.benchmark import Side, compare
+def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, html: Path | None, as_json: bool) -> None:
+    from mest_compile.measuring.benchmark import compare
+    from mest_compile.measuring.sheet import COLUMNS, caption, cells, write_sheet
 
     with stderr_console().status("starting") as status:
         comparison = compare(
@@ -109,32 +113,14 @@ def _compare(case: Case, vs: str, rival_python: Path | None, repeats: int, as_js
             rival_python=rival_python,
             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rounds done"),
         )
+    if html is not None:
+        write_sheet(comparison, html)
     if as_json:
         print_json(comparison.to_dict())
         return
 
-    def row(side: Side) -> list[object]:
-        return [
-            side.name,
-            *(
-                f"{seconds * 1e3:.2f}"
-                for seconds in (side.median_seconds, min(side.round_seconds), max(side.round_seconds))
-            ),
-            f"{case.input_shape[0] / side.median_seconds:.0f}",
-            f"{side.setup_seconds:.1f}",
-            f"{side.training_peak_bytes / 2**20:.0f}",
-        ]
-
-    print_table(
-        ["", "median ms", "min ms", "max ms", "images/s", "setup s", "training peak MiB"],
-        [row(comparison.ours), row(comparison.rival)],
-    )
-    low, high, confidence = comparison.ratio_interval
-    print(
-        f"\n{vs} / {comparison.ours.name}: {comparison.ratio:.2f} ({confidence:.0%} interval of {repeats} "
-        f"rounds: {low:.2f} to "
-        f"{high:.2f}); {case.threads} thread(s), {comparison.machine['cpu']}"
-    )
+    print_table(COLUMNS, cells(comparison))
+    print(f"\n{caption(comparison)}")
     for side in (comparison.ours, comparison.rival):
         for note in side.notes:
             print(f"{side.name}: {note}")

@@ -52,6 +52,13 @@ def table(
     activations: Activations = "float32",
     repeats: Annotated[int, typer.Option(help="Rounds of each pair.", min=1)] = 9,
     seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the rows as they finish, and the table so far as page, CSV and JSON. A table that was "
+            "stopped goes on from there."
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write this CSV file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write this HTML page.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw this picture: .png, .svg or .pdf.")] = None,
@@ -69,9 +76,18 @@ def table(
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into")
 
     from mest_compile.measuring.speedtable import speed_table
-    from mest_compile.measuring.table import COLUMNS
+    from mest_compile.measuring.table import COLUMNS, SpeedTable
 
-    with stderr_console().status("starting") as status:
+    console = stderr_console()
+
+    def shown(so_far: SpeedTable) -> None:
+        cells = so_far.cells()[-1]
+        console.print("  ".join(filter(None, cells)), highlight=False, markup=False, soft_wrap=True)
+        for path, write in ((csv, so_far.to_csv), (html, so_far.to_html), (plot, so_far.plot)):
+            if path is not None:
+                write(path)
+
+    with console.status("starting") as status:
         found = speed_table(
             model,
             shape_of(model, batch, image),
@@ -88,11 +104,10 @@ def table(
             device=device,
             classes=classes,
             weights=weights,
+            out=out,
+            on_row=shown,
             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} rows done"),
         )
-    for path, write in ((csv, found.to_csv), (html, found.to_html), (plot, found.plot)):
-        if path is not None:
-            write(path)
     if as_json:
         print_json(found.to_dict())
     else:

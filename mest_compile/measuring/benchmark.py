@@ -29,6 +29,7 @@ from typing import Any
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import Built, find_contestant, find_interpreter, run_miniature
+from mest_compile.measuring.machine import Others, machine
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ANSWER_SECONDS = 3600  # that a contestant may take for one answer; compiling a step takes minutes
@@ -176,11 +177,13 @@ def compare(
             runner.turn(warmup)
             runner.steps_per_turn = max(1, math.ceil(TURN_SECONDS / min(runner.turn(1))))
         rounds: dict[_Runner, list[float]] = {runner: [] for runner in runners}
+        others = Others(runner.process.pid for runner in runners)
         for number in range(repeats):
             say("measuring", number, repeats)
             for runner in runners if number % 2 == 0 else reversed(runners):
                 time.sleep(SETTLE_SECONDS)
                 rounds[runner].append(statistics.median(runner.turn(runner.steps_per_turn)))
+        others_cores = others.cores()
         say("measuring", repeats, repeats)
         sides = [runner.finish(tuple(rounds[runner])) for runner in runners]
     finally:
@@ -193,27 +196,10 @@ def compare(
         case,
         sides[0],
         sides[1],
-        {**machine(), "load_before": load_before},
+        {**machine(), "load_before": load_before, "others_cores": others_cores},
         versions,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def machine() -> dict[str, Any]:
-    """What a reader needs to know about this machine to judge a timing."""
-    import psutil
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = facts.get("flags", facts.get("Features", "")).split()
-    return {
-        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "vector_isa": [flag for flag in ("avx2", "fma", "avx512f", "amx_tile", "asimd", "sve") if flag in flags],
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}",
-    }
 
 
 class _Runner:
@@ -239,7 +225,7 @@ class _Runner:
         if python != sys.executable:
             Path(self._path.name, "mest_compile").symlink_to(PACKAGE, target_is_directory=True)
             environment["PYTHONPATH"] = self._path.name
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [python, "-m", "mest_compile.measuring.benchmark", name],
             text=True,
             bufsize=1,
@@ -250,22 +236,22 @@ class _Runner:
         )
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
+        assert self.process.stdin and self.process.stdout
         try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            there = select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            there = select.select([self.process.stdout], [], [], ANSWER_SECONDS)[0]
             if not there:
-                self._process.kill()
+                self.process.kill()
                 raise MestError(
                     f"the {self.name} process of the benchmark has not answered for {ANSWER_SECONDS} s, and was "
                     "killed; it was "
                     f"asked for {json.dumps(request)[:100]}"
                 )
-            answer = self._process.stdout.readline()
+            answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
-            code = self._process.wait()
+            code = self.process.wait()
             self._messages.seek(0)
             last = self._messages.read().strip().splitlines()[-1:] or ["it wrote nothing"]
             raise MestError(f"the {self.name} process of the benchmark died with exit code {code}: {last[0]}")
@@ -309,9 +295,9 @@ class _Runner:
         )
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.communicate()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
         self._messages.close()
         self._path.cleanup()
 

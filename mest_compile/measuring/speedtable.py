@@ -4,7 +4,7 @@ that the rounds allow."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare
 from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import PROGRAM, STEP, find_interpreter
+from mest_compile.measuring.kept import KeptRows
 from mest_compile.measuring.table import Row, SpeedTable
 from mest_compile.sparsity import parse_scheme
 
@@ -47,6 +48,8 @@ def speed_table(
     device: Device | None = None,
     activations: str = "float32",
     weights: str | Path | None = None,
+    out: str | Path | None = None,
+    on_row: Callable[[SpeedTable], None] | None = None,
 ) -> SpeedTable:
     """Times a whole SGD-momentum step of every scheme at every sparsity against the baseline, each pair alternated in
     two processes.
@@ -61,10 +64,13 @@ def speed_table(
     width, classes, weights  of a model that is given by its name
     activations  what our steps store them as
     progress     called with (what happens now, rows done, rows in all)
+    out          folder that holds the rows as they finish, and the table so far as table.html, .csv and .json; a table
+                 that was stopped goes on from it, and measures those that failed again
+    on_row       called with the table so far after each row that was measured
     device       mest.rpc(...): whole steps on a device that `target` describes, one after the other, by its own clock;
                  None: here
-    A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled,
-    DeviceError.
+    A scheme that the model cannot have is a row that says why. Raises UnknownName, UsageError, NotInstalled, StateError
+    (`out` is damaged), DeviceError.
     """
     kind = backend_of(find_target(target))
     if device is None and (why := obstacle(find_target(target))):
@@ -87,45 +93,83 @@ def speed_table(
     case = Case("", tuple(input_shape), width, classes, None if weights is None else str(weights)).but(
         target=target, threads=threads, seed=seed, distribution=distribution, activations=activations
     )
-    say, load = progress or (lambda what, done, total: None), load_average()
+    facts = _facts(model, case, baseline, repeats)
+    rows = _Rows(pairs, facts, case, out, progress or (lambda what, done, total: None), on_row)
     if device is not None:
-        return _on_device(model, case, pairs, replace(device, early=False), repeats, say)
+        return _on_device(model, case, rows, replace(device, early=False), repeats)
+    load = load_average()
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, str):
             case = replace(case, model=model)
             case.network()  # says what is wrong with it
         else:
             case = replace(case, model=scratch, classes=_export(model, case, baseline, Path(scratch)))
-        rows, found, problems = [], None, []
-        for number, (scheme, sparsity) in enumerate(pairs):
-            say(f"{scheme} {sparsity}", number, len(pairs))
-            try:
-                here = case.but(scheme=scheme, sparsity=sparsity)
-                if not isinstance(model, str):
-                    _compile_into(model, here, Path(scratch))
-                found = compare(here, baseline, repeats=repeats)
-                rows.append(Row.of(found.to_dict()))
-            except MestError as problem:
-                problems.append(problem)
-                rows.append(Row(scheme, sparsity, problem=" ".join(str(problem).split())))
-    if found is None:
-        raise problems[0]
-    facts = _facts(model, case, baseline, repeats) | {
-        "machine": found.machine,
-        "load": load,
-        "versions": found.versions,
-        "measured_at": found.measured_at,
-    }
-    return SpeedTable(tuple(rows), facts | kind.describe_device(find_target(target)))
+
+        def measured(scheme: str, sparsity: float) -> tuple[Row, dict[str, Any]]:
+            here = case.but(scheme=scheme, sparsity=sparsity)
+            if not isinstance(model, str):
+                _compile_into(model, here, Path(scratch))
+            found = compare(here, baseline, repeats=repeats)
+            said = {"machine": found.machine, "versions": found.versions, "measured_at": found.measured_at}
+            return Row.of(found.to_dict()), said | {"load": load} | kind.describe_device(find_target(target))
+
+        return rows.measure(measured)
+
+
+class _Rows:
+    """The rows of a table, as they are measured or were kept."""
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[str, float]],
+        facts: Mapping[str, Any],
+        case: Case,
+        out: str | Path | None,
+        say: Callable[[str, int, int], None],
+        on_row: Callable[[SpeedTable], None] | None,
+    ):
+        self._pairs, self._facts, self.say, self._on_row = pairs, facts, say, on_row
+        asked = {**facts, "classes": case.classes, "weights": case.weights, "seed": case.options.seed}
+        self._kept = None if out is None else KeptRows(out, asked)
+        self._known = {} if self._kept is None else dict(self._kept.rows)
+
+    @property
+    def total(self) -> int:
+        return len(self._pairs)
+
+    def measure(self, measured: Callable[[str, float], tuple[Row, dict[str, Any]]]) -> SpeedTable:
+        """measured: (scheme, sparsity) -> (its row, what is known of the machine). Raises what the first row raises
+        where none could be measured."""
+        rows: list[Row] = []
+        said, problems = {} if self._kept is None else self._kept.facts, []
+        for number, (scheme, sparsity) in enumerate(self._pairs):
+            row = self._known.get((scheme, sparsity))
+            if row is None:
+                self.say(f"{scheme} {sparsity}", number, self.total)
+                try:
+                    row, said = measured(scheme, sparsity)
+                    if self._kept is not None:
+                        self._kept.add(row, said)
+                except MestError as problem:
+                    problems.append(problem)
+                    row = Row(scheme, sparsity, problem=" ".join(str(problem).split()))
+            rows.append(row)
+            table = SpeedTable(tuple(rows), {**self._facts, "wanted_rows": self.total, **said})
+            if said and self._kept is not None:
+                self._kept.show(table)
+            if said and self._on_row is not None:
+                self._on_row(table)
+        if len(problems) == self.total:
+            raise problems[0]
+        return table
 
 
 def _on_device(
     model: str | torch.nn.Module,
     case: Case,
-    pairs: Sequence[tuple[str, float]],
+    rows: _Rows,
     device: Device,
     repeats: int,
-    say: Callable[[str, int, int], None],
 ) -> SpeedTable:
     """A device takes one step at a time: first the baseline, then every pair."""
     from importlib import metadata
@@ -144,19 +188,6 @@ def _on_device(
         with closing(compile_step(net, case.input_shape, options, device)) as step:
             return step.device_seconds(*case.batch(), repeats), step.memory()["total"]
 
-    say(DENSE, 0, len(pairs))
-    baseline, _ = timed("dense", 0.0)
-    rows, problems = [], []
-    for number, (scheme, sparsity) in enumerate(pairs):
-        say(f"{scheme} {sparsity}", number, len(pairs))
-        try:
-            seconds, planned = timed(scheme, sparsity)
-            rows.append(Row.on_device(scheme, sparsity, seconds, baseline, planned))
-        except MestError as problem:
-            problems.append(problem)
-            rows.append(Row(scheme, sparsity, problem=" ".join(str(problem).split())))
-    if len(problems) == len(pairs):
-        raise problems[0]
     facts = {
         "machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},
         "emulated": there.emulated,
@@ -165,7 +196,14 @@ def _on_device(
         "versions": {name: metadata.version(name) for name in ("mest-compile", "apache-tvm")},
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return SpeedTable(tuple(rows), _facts(model, case, DENSE, repeats) | facts)
+    rows.say(DENSE, 0, rows.total)
+    baseline, _ = timed("dense", 0.0)
+
+    def measured(scheme: str, sparsity: float) -> tuple[Row, dict[str, Any]]:
+        seconds, planned = timed(scheme, sparsity)
+        return Row.on_device(scheme, sparsity, seconds, baseline, planned), facts
+
+    return rows.measure(measured)
 
 
 def _facts(model: str | torch.nn.Module, case: Case, baseline: str, repeats: int) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mest_compile.base.errors import UsageError
 from mest_compile.base.figures import svg
-from mest_compile.base.files import write_atomically
-from mest_compile.base.pages import page, table
+from mest_compile.base.pages import page, table, write_page
 from mest_compile.hardware.host import BUSY
 from mest_compile.measuring.benchmark import median_interval
 
@@ -34,6 +33,7 @@ class Row:
     planned_bytes                       what our step says it needs: step.memory()["total"]
     peak_bytes, baseline_peak_bytes     measured: highest resident set while training, above a process that has trained
                                         a miniature net; None on a device behind a tracker
+    others_cores                        cores that other processes used while it was measured; None: not known
     """
 
     scheme: str
@@ -48,6 +48,12 @@ class Row:
     peak_bytes: int | None = None
     baseline_peak_bytes: int | None = None
     problem: str | None = None
+    others_cores: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether others worked on the machine meanwhile, so that its times do not compare."""
+        return (self.others_cores or 0.0) > BUSY
 
     @classmethod
     def on_device(
@@ -86,7 +92,12 @@ class Row:
             ours["planned_bytes"],
             ours["training_peak_bytes"],
             rival["training_peak_bytes"],
+            others_cores=comparison["machine"].get("others_cores"),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
 
 
 COLUMNS = ("scheme", "sparsity", "step ms", "speed-up", "interval", "planned MiB", "peak MiB", "of baseline's peak")
@@ -97,7 +108,7 @@ class SpeedTable:
     """Rows in the order asked for.
 
     facts  model, width, input_shape, distribution, target, baseline, threads, repeats, machine, versions, measured_at,
-           load (of the machine before the first row)
+           load (of the machine before the first row), wanted_rows (there are fewer while it is measured)
     """
 
     rows: tuple[Row, ...]
@@ -125,7 +136,7 @@ class SpeedTable:
                 peaks = [f"{row.peak_bytes / MIB:.0f}", f"{row.peak_bytes / row.baseline_peak_bytes:.2f}"]
             return [
                 *name,
-                f"{row.step_seconds * 1e3:.1f}",
+                f"{row.step_seconds * 1e3:.1f}{' busy' if row.busy else ''}",
                 f"{row.speedup:.2f}",
                 f"{row.speedup_low:.2f} to {row.speedup_high:.2f}",
                 planned,
@@ -155,8 +166,10 @@ class SpeedTable:
         )
         if driver := facts.get("opencl"):
             said = f"{said} OpenCL device {driver}."
-        if (load := facts.get("load", 0.0)) > BUSY:
+        if (load := facts.get("load", 0.0)) > BUSY or any(row.busy for row in measured):
             said = f"{said} The machine was busy, its load {load:.1f}: times do not compare with others."
+        if facts.get("wanted_rows", 0) > len(self.rows):
+            said = f"{said} {len(self.rows)} of {facts['wanted_rows']} rows so far."
         if clock := facts.get("clock"):
             return f"{said} A millisecond is a million {clock}: the device counts them instead of time."
         return (
@@ -182,15 +195,15 @@ class SpeedTable:
 
     def to_csv(self, path: str | Path) -> None:
         """`to_pandas` as CSV. Raises UsageError when the file cannot be written."""
-        _write(path, self.to_pandas().to_csv(index=False))
+        write_page(path, self.to_pandas().to_csv(index=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
-        return {**self.facts, "rows": [asdict(row) for row in self.rows]}
+        return {**self.facts, "rows": [row.to_dict() for row in self.rows]}
 
     def to_json(self, path: str | Path) -> None:
         """`to_dict` as a file. Raises UsageError when it cannot be written."""
-        _write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_page(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_html(self, path: str | Path) -> None:
         """One page that needs nothing else, its table sorts, its plot below. Raises UsageError when it cannot be
@@ -202,7 +215,7 @@ class SpeedTable:
         parts += [f"<p>{html.escape(text)}</p>" for text in (self.caption(), when)]
         if any(row.speedup is not None for row in self.rows):
             parts.append(svg(self._draw))
-        _write(path, page(title, parts))
+        write_page(path, page(title, parts))
 
     def _table(self) -> str:
         return table(self.cells(), COLUMNS)
@@ -233,10 +246,3 @@ class SpeedTable:
             title=str(self.facts["model"]),
         )
         axes.legend()
-
-
-def _write(path: str | Path, text: str) -> None:
-    try:
-        write_atomically(Path(path), text)
-    except OSError as problem:
-        raise UsageError(f"cannot write {path}: {problem.strerror}") from problem

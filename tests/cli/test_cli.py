@@ -86,6 +86,7 @@ def test_every_command_is_in_the_help_and_takes_json(mest_compile_command, name)
         (["bench", "--batch", "0"], "--batch"),
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--colour", "blue"], "--colour"),
+        (["train", "--learning-rate", "0.1"], "did you mean --lr?"),
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(mest_compile_command, arguments, said):

@@ -3,7 +3,9 @@ and resumes."""
 
 import csv
 import json
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import readme_table
@@ -13,6 +15,7 @@ import mest_compile as mest
 from mest_compile.base.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.measuring.benchmark import Comparison, Side
 from mest_compile.measuring.case import Case
+from mest_compile.measuring.sheet import write_sheet
 from mest_compile.measuring.speedtable import speed_table
 from mest_compile.measuring.table import COLUMNS, Row, SpeedTable
 
@@ -173,6 +176,7 @@ def test_a_scheme_that_the_model_cannot_have_is_a_row(monkeypatch):
         progress=lambda *now: seen.append(now),
     )
     why = "fc1: a linear layer has no patterns"
+    assert "wanted_rows" in table.facts and "so far" not in table.caption()
     assert [(row.scheme, row.sparsity, row.problem) for row in table.rows] == [
         ("unstructured", 0.8, None),
         ("unstructured", 0.9, None),
@@ -182,6 +186,64 @@ def test_a_scheme_that_the_model_cannot_have_is_a_row(monkeypatch):
     assert seen[2] == ("pattern 0.8", 2, 4) and table.facts["repeats"] == 3
     with pytest.raises(SparsityError, match="no patterns"):
         speed_table("mlp", (8, 3, 32, 32), ["pattern"], [0.9])
+
+
+def test_a_table_that_was_stopped_goes_on_where_it_was(monkeypatch, tmp_path):
+    measured, shown = [], []
+
+    def fake(case, baseline, repeats):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case.options.sparsity)
+        found = comparison(case.options.scheme, case.options.sparsity)
+        return replace(found, machine={"cpu": "Abacus 9", "others_cores": 0.7 if len(measured) == 1 else 0.1})
+
+    monkeypatch.setattr("mest_compile.measuring.speedtable.compare", fake)
+    wanted = {"schemes": ["block"], "sparsities": [0.5, 0.8, 0.9], "repeats": 3, "out": tmp_path / "table"}
+
+    def start(**options):
+        return mest.speed_table("mlp", (8, 3, 32, 32), **wanted | options, on_row=shown.append)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert [len(table.rows) for table in shown] == [1, 2] and "2 of 3 rows so far" in shown[-1].caption()
+    assert shown[0].cells()[0][2] == "100.0 busy" and shown[1].cells()[1][2] == "100.0"
+    assert "The machine was busy" in shown[1].caption()
+    so_far = {path.name for path in (tmp_path / "table").iterdir()}
+    assert so_far == {"rows.jsonl", "table.html", "table.csv", "table.json"}
+    assert len(json.loads((tmp_path / "table" / "table.json").read_text())["rows"]) == 2
+    with pytest.raises(UsageError, match="holds a table whose repeats is 3, not 4"):
+        start(repeats=4)
+    measured.clear()
+    table = start()
+    assert measured == [0.9] and [row.sparsity for row in table.rows] == [0.5, 0.8, 0.9]
+    assert table.rows[:2] == shown[1].rows
+    page = (tmp_path / "table" / "table.html").read_text()
+    cells = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(<td>.*?)</tr>", page)]
+    assert cells == table.cells() and "Abacus 9" in page and "so far" not in page
+    measured.clear()
+    assert start().rows == table.rows and measured == []
+    (tmp_path / "table" / "rows.jsonl").write_text("{}\n{")
+    with pytest.raises(StateError, match="rows.jsonl is damaged"):
+        start()
+
+
+def test_a_comparison_is_a_page_that_says_what_its_json_says(tmp_path):
+    found = comparison()
+    found = replace(found, machine={"cpu": "Abacus <9>", "load_before": 1.25, "others_cores": 0.75})
+    write_sheet(found, tmp_path / "bench.html")
+    page, told = (tmp_path / "bench.html").read_text(), found.to_dict()
+    rows = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(<td>.*?)</tr>", page)]
+    for row, side in zip(rows, (told["ours"], told["rival"])):
+        times = [f"{1e3 * side[name]:.2f}" for name in ("median_seconds", "min_seconds", "max_seconds")]
+        assert row[:4] == [side["name"], *times]
+    about = dict(row for row in rows if len(row) == 2)
+    assert about["scheme"] == "block:4x1" and about["measured"] == told["measured_at"]
+    assert about["model"] == "resnet32, width 32" and about["load before"] == "1.2"
+    assert "torch / mest: 3.00 (75% interval of 3 rounds: 2.00 to 4.00)" in page and "others used 0.8 cores" in page
+    assert '<svg class="plot"' in page and "Abacus &lt;9&gt;" in page and "<9>" not in page
+    with pytest.raises(UsageError, match="cannot write"):
+        write_sheet(found, tmp_path / "absent" / "bench.html")
 
 
 def test_a_torch_module_of_ones_own_is_measured_and_left_alone():
@@ -242,6 +304,7 @@ def test_the_command_measures_and_writes_its_files(mest_compile_command, tmp_pat
     )
     assert ran.code == 0, ran.err
     (row,) = ran.document["rows"]
+    assert "unstructured  90%  " in ran.err and row["others_cores"] >= 0
     assert row["scheme"] == "unstructured" and row["speedup"] > 0 and row["peak_bytes"] > 0 and row["planned_bytes"] > 0
     assert (tmp_path / "t.csv").exists() and (tmp_path / "t.html").exists()
 
