@@ -82,35 +82,36 @@ class Again:
     """Compiles a step's model for other facts (`runtime.compiled.Recompiles`): on the same device, kernels that there
     were before with the knobs that they had.
 
+    builder, device, records  the step's; device None: it runs here
     known  what the knobs of the step's first kernels were
     """
 
     def __init__(
         self, builder: Builder, device: Device | None, records: Records, known: Mapping[choosing.Kind, choosing.Choice]
     ):
-        self._builder, self._device, self._records, self._known = builder, device, records, known
+        self.builder, self.device, self.records, self._known = builder, device, records, known
 
     def knobs(self, facts: Facts) -> Knobs:
-        choices = choose_knobs(facts.lower(), facts.layers, facts.target, self._records, self._known)
+        choices = choose_knobs(facts.lower(), facts.layers, facts.target, self.records, self._known)
         return choosing.facts(choices)
 
     def ahead(self, coming: Sequence[tuple[Facts, Knobs]]) -> None:
         """On the machine's own processor; elsewhere kernels are compiled when they are needed."""
         missing = []
         for facts, knobs in coming:
-            if self._device is None and backend_of(facts.target).processor and not obstacle(facts.target):
+            if self.device is None and backend_of(facts.target).processor and not obstacle(facts.target):
                 programs = facts.lower()
                 sources = choosing.sources(programs, facts.target, remembered(programs, knobs))
                 every = [source for by_call in sources.values() for source in by_call.values()]
-                missing += [source for source in every if not self._builder.has(source)]
+                missing += [source for source in every if not self.builder.has(source)]
         if missing:
-            workers = Workers(self._builder.folder)
+            workers = Workers(self.builder.folder)
             workers.ask(missing)
             workers.dismiss()
 
     def compiled(self, facts: Facts, knobs: Knobs) -> Compiled:
         with exclusive.COMPILER:
-            return _compile(Plan(facts, self._records), self._builder, self._device, knobs, self)
+            return _compile(Plan(facts, self.records), self.builder, self.device, knobs, self)
 
 
 def _compile(

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mest_compile.assembling import Again, make_step
 from mest_compile.base.errors import UsageError
-from mest_compile.budgeting import Choice, sampled
+from mest_compile.budgeting import Batches, Choice, choose, runs_here, sampled
 from mest_compile.compiling import chosen_step, planned_step
-from mest_compile.options import StepOptions, find_loss, find_optimizer
+from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
+from mest_compile.planning.plan import Plan
+from mest_compile.runtime.state import as_conv
+
+if TYPE_CHECKING:
+    from mest_compile.runtime.step import TrainStep
+
+
+def choose_again(step: TrainStep, budget: float | int | str, batches: Batches) -> Choice:
+    """What of a step should train from now on, among what it was compiled to train: as `choose_trainable`, with the
+    weights and masks that it has. The full step is compiled beside it, and needs its memory meanwhile.
+
+    batches  (images, labels) as a step takes them
+    Raises UsageError of a step without a compiler, and as `choose_trainable` does.
+    """
+    facts, again = step.whole()
+    if not isinstance(again, Again):
+        raise UsageError("an artifact's step has no compiler to choose anew with; train where the compiler is")
+    state, masks = step.state_dict(), {name: as_conv(mask) for name, mask in step.masks().items()}
+
+    def make(plan: Plan) -> TrainStep:
+        return make_step(plan, state, again.builder, None, None, masks)
+
+    local = again.device is None and runs_here(facts.target)
+    return choose(Plan(facts, again.records), batches, read_budget(budget), make, local)
 
 
 def choose_trainable(

@@ -212,9 +212,9 @@ def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def read_budget(budget: Any) -> float | int:
+def read_budget(budget: Any, name: str = "update_budget") -> float | int:
     """A share of the full step's time, 0 < share <= 1, as a float; bytes, more than 1, as an int; a text of either:
-    "0.5", "24MiB", "300000". Raises UsageError."""
+    "0.5", "24MiB", "300000". name: what it was given as. Raises UsageError."""
     number, factor = budget, 1
     if isinstance(budget, str):
         found = checks.SIZE.fullmatch(budget.strip())
@@ -226,7 +226,7 @@ def read_budget(budget: Any) -> float | int:
         if number * factor > 1 and (factor > 1 or float(number).is_integer()):
             return int(number * factor)
     raise UsageError(
-        f"update_budget is {checks.shown(budget)}; wanted a share of the full step's time above 0 and at most 1, such "
+        f"{name} is {checks.shown(budget)}; wanted a share of the full step's time above 0 and at most 1, such "
         'as 0.5, or bytes, such as "24MiB"'
     )
 

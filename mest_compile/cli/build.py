@@ -197,4 +197,9 @@ def _recipe(path: Path, given: set[str], seed: int) -> Recipe:
     recipe = Recipe.from_file(path)
     if recipe.freeze is not None and recipe.freeze.of == "time":
         raise UsageError('what is to freeze by time is measured where it trains, and built before; give of = "flops"')
+    if recipe.budget_at_mutations is not None:
+        raise UsageError(
+            "budget_at_mutations chooses what trains while it trains, for which an artifact has no compiler; give "
+            "--update-budget, which chooses once, or train where the compiler is"
+        )
     return replace(recipe, seed=seed) if "seed" in given else recipe

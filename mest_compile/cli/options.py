@@ -107,7 +107,9 @@ Activations = Annotated[
 ]
 
 
-def chosen_by(update_budget: str | None, data: str | None, data_folder: Path | None, loss: Loss) -> Dataset | None:
+def chosen_by(
+    update_budget: float | int | str | None, data: str | None, data_folder: Path | None, loss: Loss
+) -> Dataset | None:
     """The examples that an update budget is to choose by; None: there is no budget. Raises UsageError where one is
     given without the other."""
     from mest_compile.data import load

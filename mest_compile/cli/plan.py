@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +66,11 @@ def plan(
     data: ChoiceData = None,
     data_folder: DataFolder = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe with a table [freeze]: say also what freezes after which epoch.")
+        Path | None,
+        typer.Option(
+            help="Recipe with a table [freeze], or budget_at_mutations: say also what freezes after which epoch, or "
+            "what trains first."
+        ),
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -95,14 +99,16 @@ def plan(
         update_budget=update_budget,
         microbatch=microbatch,
     )
-    examples = chosen_by(update_budget, data, data_folder, options.loss)
+    chosen_recipe = None if recipe is None else Recipe.from_file(recipe)
+    if chosen_recipe is not None and update_budget is None:
+        options = replace(options, update_budget=chosen_recipe.budget_at_mutations)
+    examples = chosen_by(options.update_budget, data, data_folder, options.loss)
     if examples is None:
         shape = shape_of(model, batch, image)
     elif others := sorted({"image", "classes"} & given_options(context)):
         raise UsageError(f"--data has its {others[0]} already; leave out --{others[0]}")
     else:
         shape, classes = (batch, *examples.images.shape[1:]), examples.outputs
-    chosen_recipe = None if recipe is None else Recipe.from_file(recipe)
     if chosen_recipe is not None:
         options = chosen_recipe.step_options(options)
     with stderr_console().status("compiling and timing"):
@@ -111,7 +117,7 @@ def plan(
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)
         by_microbatch = step.memory_by_microbatch()
-        freezing = [] if chosen_recipe is None else _freezing(step, chosen_recipe)
+        freezing = _freezing(step, chosen_recipe)
     saved = sum(
         one.times.indexed_seconds - one.times.specialized_seconds
         for one in planned
@@ -175,14 +181,19 @@ def plan(
         )
 
 
-def _freezing(step: TrainStep, recipe: Recipe) -> list[dict[str, Any]]:
+def _freezing(step: TrainStep, recipe: Recipe | None) -> list[dict[str, Any]]:
     """What freezes when, what that spares of a step, and the bytes that the rest needs at its densest. Raises
     UsageError."""
     from mest_compile.training.fitting import resolved
     from mest_compile.training.freezer import Freezer
 
+    if recipe is None or (recipe.freeze is None and recipe.budget_at_mutations is not None):
+        return []
     if recipe.freeze is None:
-        raise UsageError("the recipe has no table [freeze], which is what plan reads of one; leave --recipe out")
+        raise UsageError(
+            "the recipe has no table [freeze] and no budget_at_mutations, which is what plan reads of one; leave "
+            "--recipe out"
+        )
 
     def profile() -> dict[str, float]:
         images, outputs = np.zeros(step.input_shape, np.float32), step.output_shape

@@ -106,6 +106,8 @@ def notes_of(metrics: Mapping[str, Any]) -> list[str]:
     if (freeze := metrics.get("freeze")) and freeze["now"]:
         names = freeze["now"]
         found.append(f"froze {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    if (budget := metrics.get("budget")) and budget["since"] == metrics["epoch"]:
+        found.append(f"trains {len(budget['layers'])} of {budget['of']} layers")
     if sieve := metrics["sieve"]:
         found.append(f"sieved {sieve['dropped']}" + (f", {sieve['returned']} back" if sieve["returned"] else ""))
     return found

@@ -4,7 +4,7 @@ of what froze."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base import checks
-from mest_compile.base.errors import MestError, UsageError
+from mest_compile.base.errors import MestError, UnknownName, UsageError
 from mest_compile.base.interrupts import uninterrupted
 from mest_compile.hardware.host import give_memory_back
 from mest_compile.ir.graph import FROZE
@@ -31,6 +31,7 @@ from mest_compile.planning.freezing import (
     parts_of,
     seconds_of,
     stages,
+    thawed,
     with_frozen,
 )
 from mest_compile.runtime.changes import Changes, Part, in_turn
@@ -82,15 +83,59 @@ class Freezes:
         Raises UnknownName, SpecError where nothing would be left to train, UsageError where there is no compiler,
         BuildError; nothing is changed then.
         """
-        facts, again = self._compiled.facts, self._recompiles()
-        chosen = named(facts.graph, trainable_patterns(names))
-        facts = with_frozen(facts, {*frozen_meanwhile(facts.graph), *chosen})
+        graph = self._compiled.graph
+        chosen = named(graph, trainable_patterns(names))
+        self._freeze_exactly({*frozen_meanwhile(graph), *chosen}, chosen, prune_to, importance_lambda, rng)
+
+    @in_turn
+    def train_only(
+        self,
+        names: Sequence[str],
+        prune_to: float | None = None,
+        importance_lambda: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """From the next step on these parameters train, and of what the step was compiled to train nothing else: the
+        others are frozen as by `freeze`. Those that were frozen meanwhile go on with the weights, masks and statistics
+        that they have, and optimizer state 0.
+
+        names     of parameters
+        prune_to  as `freeze` has it, of what freezes now
+        Raises as `freeze` does; nothing is changed then.
+        """
+        graph = self._compiled.graph
+        able, chosen = thawed(graph).trainable(), checks.names("names", names, " of parameters")
+        if strange := [name for name in chosen if name not in able]:
+            raise UnknownName(
+                f"{strange[0]} is not among what the step was compiled to train; there are: {', '.join(able)}"
+            )
+        frozen = set(able) - set(chosen)
+        new = frozen - set(frozen_meanwhile(graph))
+        self._freeze_exactly(frozen, new, prune_to, importance_lambda, rng)
+
+    @in_turn
+    def whole(self) -> tuple[Facts, Recompiles]:
+        """The facts of the step in which nothing has frozen meanwhile, and what compiles it. Raises UsageError."""
+        again = self._recompiles()
+        return with_frozen(self._compiled.facts, ()), again
+
+    def _freeze_exactly(
+        self,
+        frozen: Collection[str],
+        new: Collection[str],
+        prune_to: float | None,
+        importance_lambda: float,
+        rng: np.random.Generator | None,
+    ) -> None:
+        """Lets that be frozen meanwhile, and nothing else. new: of it, what is pruned."""
+        again = self._recompiles()
+        facts = with_frozen(self._compiled.facts, frozen)
         compiled = again.compiled(facts, self._knobs_of(facts, again))
         rng = self._rng if rng is None else rng
         drawn = deepcopy(rng)  # what is refused or interrupted has drawn nothing
         changes: dict[str, Change] = {}
         if prune_to is not None:
-            changes = self._mutating.without_growth(chosen, prune_to, importance_lambda, drawn)
+            changes = self._mutating.without_growth(new, prune_to, importance_lambda, drawn)
         last = partial(set_state, rng, drawn.bit_generator.state), partial(self._become, compiled)
         self._changes.make(*self._mutating.parts(changes, self._state.install), *last)
 

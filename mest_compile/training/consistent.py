@@ -8,6 +8,7 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import SparsityError, UnknownName, UsageError
 from mest_compile.base.names import meant
+from mest_compile.options import read_budget
 from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS
@@ -72,6 +73,24 @@ def check_freeze(recipe: Any) -> None:
             f"nothing would freeze: from {recipe.freeze.begin:g} to {recipe.freeze.end:g} of {recipe.epochs} epochs "
             f"there is no epoch that begins after the {'warm-up' if recipe.warmup_epochs else 'first one'}; train "
             "for more epochs, or leave freeze out"
+        )
+
+
+def check_budget(recipe: Any) -> None:
+    """Also reads the budget."""
+    if recipe.budget_at_mutations is None:
+        return
+    object.__setattr__(recipe, "budget_at_mutations", read_budget(recipe.budget_at_mutations, "budget_at_mutations"))
+    if recipe.freeze is not None:
+        raise UsageError(
+            "budget_at_mutations chooses what trains again and again, and what freezes stays frozen; leave one of "
+            "the two out"
+        )
+    if METHODS[recipe.method] is None or recipe.starts_dense:
+        never = "prunes all layers by and by" if recipe.starts_dense else "never mutates"
+        raise UsageError(
+            f"the method {recipe.method!r} {never}; use method 'em_s', or update_budget, which chooses once, in the "
+            "place of budget_at_mutations"
         )
 
 

@@ -20,7 +20,7 @@ from mest_compile.training.sieve import Sieve
 
 # Streams of random numbers: a generator is a pure function of (seed, epoch, stream), so a resumed run needs no
 # generator's state.
-SHUFFLE, MUTATION, SIEVE, GRADIENT, FREEZE = 0, 1, 2, 3, 4
+SHUFFLE, MUTATION, SIEVE, GRADIENT, FREEZE, CHOICE = 0, 1, 2, 3, 4, 5
 
 
 def train_epoch(

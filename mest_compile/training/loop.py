@@ -21,6 +21,7 @@ from mest_compile import __version__
 from mest_compile.base.errors import DeviceLost, MestError, StateError
 from mest_compile.data import batches_of
 from mest_compile.operators.losses.loss import read_loss
+from mest_compile.training.chooser import Chooser
 from mest_compile.training.epoch import GRADIENT, MUTATION, SIEVE, train_epoch
 from mest_compile.training.evaluating import judge_all
 from mest_compile.training.fitting import check_start, resolved
@@ -83,6 +84,7 @@ class Trainer:
         self.judge = Judge(read_loss(described), tuple(output_shape), recipe, teacher)
         self._sieve: Sieve | None = None
         self._freezer = freezer or Freezer.of_run(self.recipe, step)
+        self._chooser = Chooser(self.recipe, step)
         self._survival = Survival(step)
         self._idle = recipe.idle()
         self._resumed: Sequence[Any] | None = None  # (extra, arrays) of a checkpoint
@@ -214,10 +216,11 @@ class Trainer:
             **self._survival.describe(),
             "memory_bytes": self.step.memory(),
             **({"freeze": frozen} if frozen else {}),
+            **({"budget": self._chooser.told} if self._chooser.told else {}),
         }
         if self.specialize:
             metrics["kernels"] = {name: asdict(times) for name, times in self.step.kernel_times().items()}
-        self._keep(run, metrics, data, f"{given.chooses}_{self.judge.main.name}")
+        self._keep(run, metrics, data, f"{given.chooses}_{self.judge.main.name}", given)
         self._watchers.on_epoch(metrics)
 
     @property
@@ -255,7 +258,7 @@ class Trainer:
                     f"the run was trained on {extra['data'][part]['name']}; this is other data: {data[part]['name']}, "
                     f"{data[part]['examples']} examples. A run resumes on its own data, labels and order included"
                 )
-            run.history, run.best = list(extra["history"]), extra["best"]
+            run.history, run.best, self._chooser.told = list(extra["history"]), extra["best"], extra.get("budget")
             if self._sieve:
                 self._sieve.restore(arrays)
             self._survival.restore(arrays, extra["first_live"])
@@ -270,6 +273,7 @@ class Trainer:
             raise self._diverged(f"{_some(broken)} not finite before training", len(run.history))
         if self._resumed is None:
             check_start(self.recipe, self.step)
+            self._chooser.choose(self.step, 0, partial(given.batch, self.step, self.judge))
         if self._resumed is None and self.folder:
             self.folder.begin(
                 self.recipe.to_dict(),
@@ -340,7 +344,7 @@ class Trainer:
             self.step, self.judge, self.recipe, epoch, given, sieve, rates, self._watchers, self._diverged
         )
 
-    def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any], key: str) -> None:
+    def _keep(self, run: Run, metrics: dict[str, Any], data: dict[str, Any], key: str, given: Given) -> None:
         """Adds an epoch to the run and its folder; the checkpoint comes last, so what it says is always on disk.
 
         key  of the metric that the best model is chosen by
@@ -358,6 +362,9 @@ class Trainer:
             self.folder.append_metrics(metrics)
             if improved:
                 self._save(self.folder.best, run, data)
+        if len(run.history) < self.recipe.epochs:
+            self._chooser.choose(self.step, len(run.history), partial(given.batch, self.step, self.judge))
+        if self.folder:
             self.folder.keep_previous()
             self._save(self.folder.checkpoint, run, data)
 
@@ -381,6 +388,7 @@ class Trainer:
                 "history": run.history,
                 "first_live": self._survival.first_live,
                 **({"freezing": self._freezer.to_json()} if self._freezer else {}),
+                **({"budget": self._chooser.told} if self._chooser.told else {}),
             },
             self._survival.arrays() | (self._sieve.arrays() if self._sieve else {}),
         )

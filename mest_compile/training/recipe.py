@@ -18,6 +18,7 @@ from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.consistent import (
     AUGMENTATIONS,
     check_augment,
+    check_budget,
     check_freeze,
     check_phases,
     check_pruning,
@@ -62,6 +63,9 @@ class Recipe:
     freeze             what freezing is to save of the run: parts of the model stop training, front to back, at epochs
                        at which masks mutate, or every `mutate_every` epochs where they never do; None: all train to the
                        end
+    budget_at_mutations  what a step may cost, as `update_budget` of `mest.compile`: what trains within it is chosen
+                       when the run begins and again before every mutation; None: all trains that the step was compiled
+                       to train
     augment            "none", "shift", "mirror" or "shift,mirror"; True: shift, and mirror images of data sets known to
                        allow it; False: neither; None: as data sets are known to allow, others not at all
     mirror             whether images are mirrored left to right; None: as `augment` says
@@ -93,6 +97,7 @@ class Recipe:
     freeze: FreezeRule | None = None
     patience: int | None = None
     drop_last: bool | None = None
+    budget_at_mutations: float | int | str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -133,6 +138,7 @@ class Recipe:
             )
         check_sieve(self)
         check_freeze(self)
+        check_budget(self)
         check_phases(self)
         check_pruning(self)
 

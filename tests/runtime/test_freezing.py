@@ -102,9 +102,17 @@ def test_the_same_step_goes_on_with_its_state_and_less_memory(scheme, tmp_path):
     assert all(name.startswith(("conv1", "bn1", "conv2", "bn2")) for name in state.keys() - moved)
     assert moved == {name for name in state if not name.startswith(("conv1", "bn1", "conv2", "bn2"))}
     assert "bn1.running_mean" not in moved and "bn5.running_var" in moved
-    assert step.describe()["frozen"] == dict.fromkeys(
-        ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"], "frozen while training"
-    )
+    names = ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]
+    assert step.describe()["frozen"] == dict.fromkeys(names, "frozen while training")
+    state, frozen = step.state_dict(), held(step, tmp_path / "c")
+    step.train_only([*names, *step.describe()["trainable"]])  # all trains again, what was frozen with state 0
+    assert step.memory() == memory and not step.describe()["frozen"]
+    assert all(np.array_equal(array, step.state_dict()[name]) for name, array in state.items())
+    back = held(step, tmp_path / "d")
+    assert all(np.array_equal(array, back[name]) for name, array in frozen.items())
+    assert before["held/conv1.weight:momentum"].any() and not back["held/conv1.weight:momentum"].any()
+    run(step, BATCHES[:1])
+    assert not np.array_equal(step.state_dict()["conv1.weight"], state["conv1.weight"])
 
 
 def test_a_step_compiled_so_computes_the_same_bits(tmp_path):

@@ -10,6 +10,7 @@ from test_kill import assert_same, outcome
 from test_training import TEST, TRAIN, Interrupter, interrupt
 
 import mest_compile as mest
+from mest_compile import budgeting
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.models.catalog import build_model
 from mest_compile.training.freezer import Freezer
@@ -256,3 +257,63 @@ def test_the_command_line_freezes_and_plans_it(mest_compile_command, tmp_path):
     (tmp_path / "a.toml").write_text("epochs = 8\n")
     ran = mest_compile_command("plan", "--model", "mlp", "--recipe", tmp_path / "a.toml")
     assert ran.code == 2 and "the recipe has no table [freeze]" in ran.err
+
+
+BUDGET = Recipe(4, "em_s", 0.05, mutate_every=1, budget_at_mutations="24KiB", drop_last=True)
+
+
+def test_what_trains_within_a_budget_is_chosen_again_at_mutations(tmp_path, monkeypatch):
+    """By the weights and masks of then; a run that is stopped goes on with the same choice, bit for bit."""
+    step = perceptron(scheme="block:4x1")
+    full = step.memory()["total"]
+    chosen, budget = [], full - 2000
+    recipe = replace(BUDGET, budget_at_mutations=budget)
+    importances = budgeting.importances
+
+    def spied(step, units, batches, importance):
+        """As they are, but that each layer in turn matters most."""
+        found = importances(step, units, batches, importance)
+        chosen.append({name: mask.mean() for name, mask in step.masks().items()})
+        return found | {units[len(chosen) % 2].name: 1e9}
+
+    monkeypatch.setattr(budgeting, "importances", spied)
+    run = Trainer(step, recipe, tmp_path / "whole").fit(TRAIN, TEST)
+    told = [metrics["budget"] for metrics in run.history]
+    assert [one["since"] for one in told] == [1, 2, 3, 4] and {one["of"] for one in told} == {3}
+    assert all(("fc2" in one["layers"]) != ("fc1" in one["layers"]) for one in told), told
+    assert ["fc2" in one["layers"] for one in told] == [True, False, True, False]
+    assert all(metrics["memory_bytes"]["total"] <= budget < full for metrics in run.history)
+    # What stops training is pruned to the target, however dense it was.
+    assert {name: round(share, 2) for name, share in step.sparsity().items()} == {"fc1.weight": 0.8, "fc2.weight": 0.8}
+    assert run.history[1]["sparsity"]["fc1.weight"] == 0.75 and run.history[2]["sparsity"]["fc1.weight"] > 0.79
+    chosen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(perceptron(scheme="block:4x1"), recipe, tmp_path / "run", Interrupter(3, 5, interrupt)).fit(TRAIN, TEST)
+    Trainer.resume(tmp_path / "run").fit(TRAIN, TEST)
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_choosing_again_is_refused_where_it_cannot_be(tmp_path, mest_compile_command):
+    for settings, said in (
+        ({"method": "static"}, "'static' never mutates; use method 'em_s', or update_budget, which chooses once"),
+        ({"method": "gradual"}, "'gradual' prunes all layers by and by"),
+        ({"freeze": FreezeRule(0.2)}, "what freezes stays frozen; leave one of the two out"),
+        ({"budget_at_mutations": 1.5}, "budget_at_mutations is 1.5; wanted a share"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            replace(BUDGET, **settings)
+    assert Recipe.from_dict(json.loads(json.dumps(BUDGET.to_dict()))) == BUDGET
+    step = perceptron()
+    step.export(tmp_path / "artifact")
+    with pytest.raises(UsageError, match="no compiler to freeze with"):
+        Trainer(mest.open_artifact(tmp_path / "artifact"), BUDGET)
+    with pytest.raises(UsageError, match=r"fc9\.weight is not among what the step was compiled to train"):
+        step.train_only(["fc9.weight"])
+    (tmp_path / "a.toml").write_text('epochs = 4\nmethod = "em_s"\nbudget_at_mutations = "1MiB"\n')
+    command = ["--model", "mlp", "--width", 16, "--batch", 16, "--recipe", tmp_path / "a.toml"]
+    ran = mest_compile_command("build", *command, "--out", tmp_path / "b", "--image", "1x8x8")
+    assert ran.code == 2 and "an artifact has no compiler" in ran.err
+    ran = mest_compile_command("plan", *command, "--data", "digits", "--json")
+    assert ran.code == 0 and ran.document["update_budget"]["budget"] == 2**20 and ran.document["freezing"] == []
+    with pytest.raises(UsageError, match="compiled with an update_budget, and the recipe has budget_at_mutations"):
+        Trainer(perceptron(data=TRAIN, update_budget=10**6), BUDGET)

@@ -56,6 +56,8 @@ def without_clock(metrics):
     kept = {key: value for key, value in metrics.items() if key not in CLOCKED}
     if "freeze" in kept:
         kept["freeze"] = {key: value for key, value in kept["freeze"].items() if key != "seconds"}
+    if "budget" in kept:
+        kept["budget"] = {key: value for key, value in kept["budget"].items() if key != "seconds"}
     if kept["mutation"]:
         kept["mutation"] = {
             key: value for key, value in kept["mutation"].items() if key not in ("seconds", "reindex_seconds")
@@ -73,6 +75,7 @@ def outcome(folder: Path):
     states = []
     for name in ("checkpoint", "checkpoint.previous", "best"):
         arrays, facts = checkpoint.read(folder / f"{name}.safetensors")
+        facts["extra"].get("budget", {}).pop("seconds", None)
         facts["extra"]["history"] = [without_clock(metrics) for metrics in facts["extra"]["history"]]
         states.append((arrays, facts))
     return lines, states
