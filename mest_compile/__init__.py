@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.choosing import choose_trainable as choose_trainable
     from mest_compile.compiling import compile as compile
     from mest_compile.devices.session import rpc as rpc
+    from mest_compile.exporting import read_safetensors as read_safetensors
     from mest_compile.exporting import to_onnx as to_onnx
     from mest_compile.exporting import to_safetensors as to_safetensors
     from mest_compile.exporting import to_torch as to_torch
@@ -59,6 +60,7 @@ _HOME = {
     "choose_trainable": "mest_compile.choosing",
     "Choice": "mest_compile.budgeting",
     "load": "mest_compile.opening",
+    "read_safetensors": "mest_compile.exporting",
     "to_torch": "mest_compile.exporting",
     "to_onnx": "mest_compile.exporting",
     "to_safetensors": "mest_compile.exporting",

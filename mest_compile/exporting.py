@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mest_compile.base import tensorfile
-from mest_compile.base.errors import StateError, UsageError
+from mest_compile.base import weightfile
+from mest_compile.base.errors import DataError, StateError, UsageError
 from mest_compile.base.files import write_whole
 from mest_compile.ir.graph import COUNTER, Preparation
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from mest_compile.runtime.step import TrainStep
-
-MASK = "mask:"  # before the name of a weight: the name of its mask in a safetensors file
 
 
 def to_torch(step: TrainStep, model: torch.nn.Module) -> None:
@@ -107,12 +105,27 @@ def _scaling(step: TrainStep) -> list[Preparation]:
     return [] if plain else [Preparation("subtract", inputs.mean), Preparation("divide", inputs.std)]
 
 
-def to_safetensors(step: TrainStep, path: str | Path) -> None:
-    """Writes `step.state_dict()` to a safetensors file, whole or not at all; beside each sparse weight NAME lies its
-    mask, the bool array "mask:NAME". `step.reading` is the text "reading" of its header. Raises UsageError."""
+def to_safetensors(step: TrainStep, path: str | Path, compressed: bool = False) -> None:
+    """Writes `step.state_dict()` and `step.masks()` to a safetensors file, whole or not at all; `read_safetensors`
+    reads it. `step.reading` is the text "reading" of its header.
+
+    compressed  of each sparse weight only what lives, and a bit for each of its weights (base/weightfile.py has the
+                form); else the whole array NAME, and its mask as the bool array "mask:NAME"
+    Raises UsageError.
+    """
     told = {} if step.reading is None else {"reading": json.dumps(step.reading.to_json())}
-    masks = {f"{MASK}{name}": mask for name, mask in step.masks().items()}
-    _write(path, tensorfile.pack(step.state_dict() | masks, {"format": "pt", **told}))
+    _write(path, weightfile.pack(step.state_dict(), step.masks(), {"format": "pt", **told}, compressed))
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(what `step.load_state_dict` takes, what `step.set_masks` takes) of a file that `to_safetensors` wrote, in either
+    form: {torch name: array in torch's shape, 0 where it is dead} and {weight name: bool array}. Raises DataError."""
+    try:
+        return weightfile.unpack(Path(path).read_bytes())
+    except OSError as problem:
+        raise DataError(f"{path} cannot be read: {problem.strerror}; give a file of weights") from problem
+    except ValueError as problem:
+        raise DataError(f"{path} is no whole safetensors file: {problem}; write it again") from problem
 
 
 def save_torch(step: TrainStep, path: str | Path) -> None:

@@ -28,6 +28,12 @@ def export(
             help="The .onnx file takes images that are scaled already, as the step does, not pixels.",
         ),
     ] = False,
+    compressed: Annotated[
+        bool,
+        typer.Option(
+            "--compressed", help="Of sparse weights the safetensors file holds what lives, and a bit a weight."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the trained model as ONNX, torch state_dict or safetensors. Nothing is compiled.
@@ -41,6 +47,8 @@ def export(
     ]
     if form != "onnx" and asked:
         raise UsageError(f"--{asked[0]} belongs to --format onnx; leave it out")
+    if form != "safetensors" and compressed:
+        raise UsageError("--compressed belongs to --format safetensors; leave it out")
     from mest_compile import exporting
     from mest_compile.runtime.trained import read_step
 
@@ -49,8 +57,10 @@ def export(
     pixels = form == "onnx" and into is None and not scaled and known
     if form == "onnx":
         exporting.to_onnx(step, out, opset, into, pixels)
+    elif form == "torch":
+        exporting.save_torch(step, out)
     else:
-        {"torch": exporting.save_torch, "safetensors": exporting.to_safetensors}[form](step, out)
+        exporting.to_safetensors(step, out, compressed)
     size = out.stat().st_size
     if as_json:
         told = {"reading": None if step.reading is None else step.reading.to_json()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mest_compile.base import checks, tensorfile
+from mest_compile.base import checks, weightfile
 from mest_compile.base.errors import DataError, NotInstalled, StateError, UnknownName
 from mest_compile.ir.graph import COUNTER
 from mest_compile.models.catalog import build_model
@@ -85,14 +85,15 @@ def load_weights(module: torch.nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a safetensors file or of a state_dict's. Raises DataError."""
+    """{name: tensor} of a safetensors file, also of one that `mest.to_safetensors` wrote, or of a state_dict's. Raises
+    DataError."""
     import torch
 
     path = Path(path)
     try:
         content = path.read_bytes()
         if content[8:9] == b"{":  # the header of safetensors; what torch.save writes begins otherwise
-            found = {name: torch.from_numpy(array) for name, array in tensorfile.unpack(content)[0].items()}
+            found = {name: torch.from_numpy(array) for name, array in weightfile.unpack(content)[0].items()}
         else:
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as problem:

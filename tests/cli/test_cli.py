@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import mest_compile as mest
 from mest_compile import __version__
 from mest_compile.hardware.target import target_names
+from mest_compile.models.pretrained import read_weights
 from mest_compile.runtime import checkpoint
 from mest_compile.training.loop import Trainer
 
@@ -368,6 +369,24 @@ def test_the_model_of_a_run_comes_out(trained, mest_compile_command, tmp_path, f
         assert {name: found.pop(f"mask:{name}").tolist() for name in masks} == {
             name: mask.tolist() for name, mask in masks.items()
         }
+        small = tmp_path / "small.safetensors"
+        ran = mest_compile_command("export", folder, "--format", form, "--compressed", "--out", small, "--json")
+        assert ran.code == 0 and ran.document["bytes"] < 0.7 * (tmp_path / "new" / "net").stat().st_size, ran.err
+        for path in (small, tmp_path / "new" / "net"):
+            read, read_masks = mest.read_safetensors(path)
+            assert read.keys() == state.keys() and read_masks.keys() == masks.keys()
+            assert all(np.array_equal(read[name], array) for name, array in state.items())
+            assert all(np.array_equal(read_masks[name], mask) for name, mask in masks.items())
+            assert {name: tuple(one.shape) for name, one in read_weights(path).items()} == {
+                name: array.shape for name, array in state.items()
+            }
+        content = small.read_bytes()
+        for damaged in (content[:-5], content.replace(b"bits:", b"bats:", 1), content[:-1] + bytes([content[-1] ^ 1])):
+            small.write_bytes(damaged)
+            with pytest.raises(mest.MestError, match="small.safetensors is no whole safetensors file"):
+                mest.read_safetensors(small)
+        with pytest.raises(mest.MestError, match="absent cannot be read"):
+            mest.read_safetensors(tmp_path / "absent")
     assert found.keys() == state.keys() and masks
     for name, array in state.items():
         assert found[name].dtype == array.dtype
@@ -380,6 +399,7 @@ def test_what_cannot_come_out_is_said(trained, mest_compile_command, tmp_path):
     for arguments, code, said in (
         ((folder, "--format", "pickle"), 2, "no format 'pickle'; there are: onnx, torch, safetensors"),
         ((folder, "--format", "torch", "--opset", 18), 2, "--opset belongs to --format onnx"),
+        ((folder, "--format", "torch", "--compressed"), 2, "--compressed belongs to --format safetensors"),
         ((folder, "--format", "onnx", "--into", tmp_path / "no.onnx"), 1, "no.onnx cannot be read"),
         ((tmp_path / "empty", "--format", "torch"), 1, "no checkpoint"),
         ((folder / "recipe.json", "--format", "torch"), 1, "recipe.json is damaged"),

@@ -1,6 +1,7 @@
 """Python in the documentation runs and says what the text around it says."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import opencl_loads
 import pruned
 import pytest
 import roofline
-import safetensors.numpy
+import safetensors
 import torch
 from nets import short_resnet
 from torch.nn.utils import prune
@@ -47,8 +48,14 @@ def test_the_page_on_own_models_tells_how_models_come_out_again(tmp_path, monkey
     other = mest.compile("new.onnx", (2, 8), **options)
     np.testing.assert_array_equal(other.predict(x), step.predict(x))
     np.testing.assert_allclose(model(x).detach(), step.predict(x), rtol=0, atol=1e-6)
-    exec(blocks[1], {"step": made, "safetensors": safetensors})
-    assert len(blocks) == 2 and made.state_dict().keys() == step.state_dict().keys()
+    exec(blocks[1], {"step": made, "mest": mest})
+    mest.to_safetensors(step, "small.safetensors", compressed=True)
+    told = {"json": json, "math": math, "np": np, "safetensors": safetensors}
+    exec(blocks[2], told)
+    state = step.state_dict()
+    assert told["held"].keys() == state.keys() and list(told["shapes"]) == list(step.masks())
+    assert all(np.array_equal(told["held"][name], array) for name, array in state.items())
+    assert len(blocks) == 3 and made.state_dict().keys() == step.state_dict().keys()
     for part in ("state_dict", "masks"):
         for name, array in getattr(step, part)().items():
             np.testing.assert_array_equal(getattr(made, part)()[name], array)
