@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.sparsity.schemes.unstructured import Unstructured as Unstructured
     from mest_compile.training.loop import Trainer as Trainer
     from mest_compile.training.recipe import Recipe as Recipe
+    from mest_compile.training.run import Silent as Silent
     from mest_compile.training.writers import CsvWriter as CsvWriter
     from mest_compile.training.writers import TensorBoardWriter as TensorBoardWriter
     from mest_compile.tuning.tuned import tune as tune
@@ -72,6 +73,7 @@ _HOME = {
     "Group": "mest_compile.operators.optimizers.groups",
     "LayerSpec": "mest_compile.ir.graph",
     "Recipe": "mest_compile.training.recipe",
+    "Silent": "mest_compile.training.run",
     "Trainer": "mest_compile.training.loop",
     "CsvWriter": "mest_compile.training.writers",
     "TensorBoardWriter": "mest_compile.training.writers",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base import exclusive
+from mest_compile.base.screens import CompileLine
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import find_target, is_foreign, obstacle
 from mest_compile.ir.program import Functions, functions_of, functions_of_fewer
@@ -47,7 +48,7 @@ def make_step(
     them."""
     from mest_compile.runtime.step import TrainStep
 
-    builder = builder or Builder()
+    builder = builder or Builder(progress=CompileLine())
     with exclusive.COMPILER:
         compiled = _compile(plan, builder, device, knobs)
     return TrainStep(compiled, state, masks or {})

@@ -135,7 +135,7 @@ def builder(request):
 def steps_of_it(request, monkeypatch):
     if hasty(request.path):
         builder = request.getfixturevalue("hasty_builder")
-        monkeypatch.setattr("mest_compile.assembling.Builder", lambda: builder)
+        monkeypatch.setattr("mest_compile.assembling.Builder", lambda **options: builder)
 
 
 def hasty(path: Path) -> bool:

@@ -22,7 +22,7 @@ from mest_compile.cli.options import (
     said_sparsity,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
-from mest_compile.cli.progress import TrainingProgress
+from mest_compile.training.showing import TrainingProgress
 
 if TYPE_CHECKING:
     from rich.console import Console

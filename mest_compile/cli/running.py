@@ -14,8 +14,9 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import print_choice
 from mest_compile.cli.output import print_json, print_table, stderr_console
-from mest_compile.cli.progress import CompileProgress, TrainingProgress
+from mest_compile.cli.progress import CompileProgress
 from mest_compile.hardware.host import BUSY, load_average
+from mest_compile.training.showing import TrainingProgress
 
 if TYPE_CHECKING:
     from rich.console import Console

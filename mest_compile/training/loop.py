@@ -30,8 +30,9 @@ from mest_compile.training.given import Given, given
 from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
-from mest_compile.training.run import Progress, Run, Silent
+from mest_compile.training.run import Progress, Run
 from mest_compile.training.runfolder import RunFolder, machine
+from mest_compile.training.showing import watched
 from mest_compile.training.sieve import Sieve
 from mest_compile.training.survival import Survival
 from mest_compile.training.watching import Watchers, check_callbacks
@@ -47,7 +48,7 @@ class Trainer:
     """Trains a compiled step by a recipe.
 
     out       folder for the run's files (RunFolder names them), or None to write nothing
-    progress  told about every batch and epoch
+    progress  told about every batch and epoch; None: what `showing.watched` shows, mest.Silent(): nothing
     callbacks  told as well, each what it has a method for: on_batch, on_epoch, on_mutation (`run.Progress`). Any of
                them may call `stop()`
     specialize  run layers on kernels with their structure baked in where that is faster (`TrainStep.specialize`); the
@@ -76,8 +77,9 @@ class Trainer:
         self.source: dict[str, Any] | None = None
         self.recipe = resolved(recipe, step)
         self.folder = None if out is None else RunFolder(out)
-        self.progress = progress or Silent()
+        self.progress = progress
         self.callbacks = check_callbacks(callbacks)
+        self._shown: Progress
         self._stop = False
         described = step.describe()
         output_shape = described.get("output_shape", (step.batch, step.classes))
@@ -136,7 +138,7 @@ class Trainer:
         """
         found = given(self.step, self.judge, self.recipe, train_set, test_set, val_set)
         self._stop = False
-        with self._alone():
+        with self._alone(), watched(self.progress, self.step.batch, self.judge.main) as self._shown:
             return self._fit(found)
 
     def stop(self) -> None:
@@ -225,7 +227,7 @@ class Trainer:
 
     @property
     def _watchers(self) -> Watchers:
-        return Watchers(self.progress, self.callbacks)
+        return Watchers(self._shown, self.callbacks)
 
     def _on_another_device(self, given: Given) -> tuple[Run, dict[str, Any]]:
         """The run as its last checkpoint has it, on whatever device the tracker gives. Raises DeviceLost."""

@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from mest_compile import opening
 from mest_compile.base.errors import DeviceLost, InputError, MestError, SparsityError, StateError, UsageError
-from mest_compile.cli.progress import TrainingProgress
 from mest_compile.data import Dataset, as_dataset
 from mest_compile.operators.optimizers.sgd import SGD
 from mest_compile.runtime import checkpoint
@@ -30,6 +29,7 @@ from mest_compile.training.metrics import METRICS
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES
 from mest_compile.training.runfolder import RunFolder
+from mest_compile.training.showing import TrainingProgress
 from mest_compile.training.sieve import SieveRule
 
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds"}

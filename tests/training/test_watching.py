@@ -12,13 +12,15 @@ from rich.console import Console
 from test_training import RECIPE, TEST, TRAIN, SoftmaxStep
 
 import mest_compile as mest
+from mest_compile.base import screens
 from mest_compile.base.errors import UsageError
-from mest_compile.cli.progress import CompileProgress, TrainingProgress, notes_of
+from mest_compile.cli.progress import CompileProgress
 from mest_compile.kernels.cache import Builder
 from mest_compile.training.loop import Trainer
 from mest_compile.training.metrics import METRICS
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.run import Run
+from mest_compile.training.showing import TrainingProgress, notes_of
 from mest_compile.training.sieve import SieveRule
 
 
@@ -40,6 +42,30 @@ def test_epochs_are_a_table_of_aligned_columns_that_fits_a_narrow_terminal():
         assert f"{epoch['test_accuracy']:.2%}" in line
     assert "moved" not in lines[1] and "moved 50" in lines[2] and "moved" not in lines[6]
     assert sum("sieved 20" in line for line in lines) == 1
+
+
+def test_what_nobody_watches_is_a_line_and_what_somebody_watches_is_a_table(capsys, monkeypatch):
+    run = Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
+    score, out = f"test accuracy {run.test_accuracy:.2%}", capsys.readouterr()
+    assert out.err.startswith("trained 2 epochs: loss ") and out.err.endswith(f"{score}\n") and out.out == ""
+    Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05), progress=mest.Silent()).fit(TRAIN, TEST)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
+    assert "epoch" in (said := capsys.readouterr().err) and "2/2" in said
+
+
+def test_a_compilation_that_takes_a_while_is_a_line_that_goes(capsys, monkeypatch):
+    now = iter([0.0, 0.0, 0.5, 2.0, 2.5, 3.0])
+    monkeypatch.setattr(screens, "perf_counter", lambda: next(now))
+    line = screens.CompileLine()
+    line(1, 5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for done in (2, 3, 4, 5):
+        line(done, 5)
+    said = capsys.readouterr().err.split("\r")
+    assert next(filter(str.strip, said)) == "compiling: 3 of 5 kernels, 2 s left"
+    assert said[-1] == "" and said[-2].isspace()
 
 
 def test_what_did_not_change_is_not_told():
