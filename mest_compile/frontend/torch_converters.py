@@ -81,10 +81,11 @@ def _attention(node: Any, importer: Any, constants: Mapping[str, torch.Tensor]) 
     scale = named.get("scale")
     scale = shapes[0][-1] ** -0.5 if scale is None else float(scale)
     mask = _mask(importer, named.get("attn_mask"), constants)
-    shared = shapes[0][-3] // shapes[1][-3] if named.get("enable_gqa") else 1
+    heads = [shape[-3] if len(shape) > 2 else 1 for shape in shapes]
+    shared = heads[0] // heads[1] if named.get("enable_gqa") or heads[1:] == [1, 1] else 1
     if shared > 1:  # queries that share a head of keys are more tokens of that head
         if mask is not None or named.get("is_causal"):
-            raise NotImplementedError("enable_gqa=True with a mask")
+            raise NotImplementedError("a mask of queries that share heads of keys")
         queries = (*shapes[0][:-3], shapes[1][-3], shared * shapes[0][-2], shapes[0][-1])
         values[0] = emit(relax.op.reshape(values[0], queries))
     if mask is None and len(shapes[0]) == 4:

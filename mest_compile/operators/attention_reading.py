@@ -114,14 +114,26 @@ def product(reader: Reader, a: Any, b: Any) -> Any:
     """Of two values, neither a weight: scores of queries and keys, or an attention of shares and values."""
     if isinstance(a, Scores):
         return _attended(reader, a, reader.seen(b))
+    if isinstance(b, Scores):  # a b is the transpose of (b's transpose) (a's transpose)
+        shares = replace(b, arrangement=_turned(b.arrangement))
+        found = _attended(reader, shares, _seen_turned(reader, reader.seen(a)))
+        return _seen_turned(reader, found)
     q, k = reader.seen(a), reader.seen(b)
-    rank = len(k.shape)
-    turned = reader.arrangement(k).permuted((*range(rank - 2), rank - 1, rank - 2))
-    if rank < 3 or q.shape[:-2] != k.shape[:-2]:
+    if len(k.shape) < 3 or q.shape[:-2] != k.shape[:-2]:
         raise reader.error(f"matmul of {q.shape} and {k.shape}")
     keys = merged([Part("K", k.shape[-1], 1)])
     axes = Arrangement((*reader.arrangement(q).axes[:-1], keys))
-    return Scores(q, reader.viewed(reader.bare(k), turned), 1.0, axes)
+    return Scores(q, _seen_turned(reader, k), 1.0, axes)
+
+
+def _turned(arrangement: Arrangement) -> Arrangement:
+    """The last two axes exchanged."""
+    rank = len(arrangement.axes)
+    return arrangement.permuted((*range(rank - 2), rank - 1, rank - 2))
+
+
+def _seen_turned(reader: Reader, value: Any) -> Any:
+    return reader.viewed(reader.bare(value), _turned(reader.arrangement(value)))
 
 
 def _attended(reader: Reader, shares: Scores, v: Any) -> Any:

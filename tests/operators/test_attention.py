@@ -77,6 +77,7 @@ def masked(self, x):
     q, k, v = self.qkv(x).view(batch, tokens, 3, 2, -1).permute(2, 0, 3, 1, 4)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     x = F.scaled_dot_product_attention(x, k[:, :1], v[:, :1], enable_gqa=True)
+    x = F.scaled_dot_product_attention(x, k[:, 1:], v[:, :1])
     scores = (x @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
     return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
 
@@ -104,7 +105,8 @@ def over_channels(self, x, heads=2):
     batch, tokens, width = x.shape
     q, k, v = self.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 4, 1)
     shares = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.heat).softmax(-1)
-    x = self.proj((shares @ v).permute(0, 3, 1, 2).reshape(batch, tokens, width))
+    x = v.transpose(-2, -1) @ shares.transpose(-2, -1)  # as SHViT has it
+    x = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
     return x * (self.weigh(x).softmax(1) * x).sum(1, keepdim=True)
 
 
@@ -171,7 +173,7 @@ def test_the_graph_is_the_model(way):
     graph, state = from_torch(module, SHAPE)
     assert_same(module, graph, state, SHAPE)
     node, *more = [node for node in graph.nodes if node.op == "attention"]
-    assert len(more) == 2 * (way == "masked") and node.attrs.get("causal", False) == (way == "causal")
+    assert len(more) == 3 * (way == "masked") and node.attrs.get("causal", False) == (way == "causal")
     assert not [other for other in graph.nodes if other.op == "rearrange"] or way in AGAIN
     assert ("bias" in node.params) == (way in ("biased", "shifted"))
 
