@@ -267,7 +267,8 @@ class Lowering:
             dtype = "float32"
         batch, channels, height, width = image_shape(shape)
         each, pixels = self.target.slice_examples, self.target.abreast(width)
-        return Image(channels, height, width, batch, halo, each, dtype, pixels).haloed(halo)
+        image = Image(channels, height, width, batch, halo, each, dtype, pixels).haloed(halo)
+        return image.spread() if backend_of(self.target).processor else image
 
 
 def _buffer_of(name: str, image: Image) -> Activation:

@@ -200,12 +200,12 @@ class LogFile:
             ) from problem
 
 
-USUAL = (("dtype", "float32"), ("epilogue", None), ("abreast", 1), ("combed", 1), ("adds", False))
+USUAL = (("dtype", "float32"), ("epilogue", None), ("abreast", 1), ("combed", 1), ("gap", 0), ("adds", False))
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON gives it back. Images in float32, rows of one pixel a vector, and kernels without an epilogue or
-    that do not add, do not say so: records from before there was a choice stay theirs."""
+    """`value` as JSON gives it back. Images in float32, rows of one pixel a vector, channels without a gap, and
+    kernels without an epilogue or that do not add, do not say so: records from before there was a choice are theirs."""
     if is_dataclass(value) and not isinstance(value, type):
         found = {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
         return {name: item for name, item in found.items() if (name, item) not in USUAL}

@@ -187,7 +187,7 @@ def frame_row(text: Text, name: str, image: Image) -> None:
             strip(f"plane * {image.channel_elems}", top)
     if bottom:
         with text.nest(f"if h == {image.height - 1}"):
-            strip(f"plane * {image.channel_elems} + {image.channel_elems - bottom}", bottom)
+            strip(f"plane * {image.channel_elems} + {image.channel_elems - image.gap - bottom}", bottom)
 
 
 def pointwise(images: dict[str, Image], result: str, value: str, accumulate: bool = False) -> str:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import mest_compile as mest
 
 BATCH = (3, 3, 10, 10)
+GAPS = (9, 3, 16, 16)  # whose maps of 8x8 lie in memory with gaps between channels
 
 
 class Pooling(nn.Module):
@@ -84,13 +85,16 @@ class Blocks(nn.Module):
         return self.last(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("scheme", "activations"), [("block", "float32"), ("unstructured", "float16")])
-def test_three_steps_equal_torchs(scheme, activations):
+@pytest.mark.parametrize(
+    ("scheme", "activations", "shape"),
+    [("block", "float32", BATCH), ("unstructured", "float16", BATCH), ("block", "float32", GAPS)],
+)
+def test_three_steps_equal_torchs(scheme, activations, shape):
     torch.manual_seed(0)
     model, optimizer = Blocks(), mest.SGD(lr=0.05, momentum=0.9, weight_decay=1e-3)
     named = {"scheme": scheme, "sparsity": 0.5, "activations": activations}
-    step = mest.compile(model, BATCH, optimizer=optimizer, **named)
-    batches, exact = make_batches(BATCH, 5, 3), activations == "float32"
+    step = mest.compile(model, shape, optimizer=optimizer, **named)
+    batches, exact = make_batches(shape, 5, 3), activations == "float32"
     found = step.gradients(*batches[0])
     losses, gradients = masked_steps(model, step.masks(), batches, 0.05, optimizer)
     for key, wanted in gradients.items():

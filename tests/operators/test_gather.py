@@ -110,12 +110,8 @@ def conv_case(problem: GatherConv, index: Index, rng: np.random.Generator):
     """(values, source, result before, bias)"""
     values = rng.standard_normal((len(index.offsets), problem.unit[0], problem.row_block)).astype(np.float32)
     bias = rng.standard_normal(problem.result.channels).astype(np.float32) if problem.bias else None
-    return (
-        values,
-        activation(rng, problem.source),
-        rng.standard_normal(problem.result.shape).astype(problem.result.dtype),
-        bias,
-    )
+    before = rng.standard_normal(problem.result.elems).astype(problem.result.dtype)
+    return values, activation(rng, problem.source), before if problem.result.gap else problem.result.view(before), bias
 
 
 def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.random.Generator, **knobs) -> None:
@@ -137,7 +133,7 @@ def check_conv(builder: Builder, problem: GatherConv, index: Index, rng: np.rand
             np.full((problem.result.slices * rows, 2, problem.result.channels, problem.result.vector), 7, np.float32)
         )
     after = call(builder, "gather.conv", problem, *arrays, **knobs)
-    got = after[-2] if problem.statistics else after[-1]
+    got = problem.result.view(after[-2] if problem.statistics else after[-1])
     terms = index.most_terms * problem.unit[0] * problem.sections + 1
     assert_close(got, wanted, scale, terms)
     if problem.statistics:
@@ -164,10 +160,11 @@ def check_grad(builder: Builder, problem: GatherGrad, index: Index, rng: np.rand
     assert_close(got, wanted, scale, problem.delta.height * problem.delta.width * problem.delta.lanes)
 
 
-def random_problem(seed: int, taps: int = 1, live: float | None = None):
+def random_problem(seed: int, taps: int = 1, live: float | None = None, gap: int = 0):
     """(GatherConv, GatherGrad, Index): a convolution of random sizes whose units have `taps` neighbouring taps.
 
     live  share of units; None: any
+    gap   vectors behind a channel
     """
     rng = np.random.default_rng(seed)
     pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
@@ -189,6 +186,7 @@ def random_problem(seed: int, taps: int = 1, live: float | None = None):
         pick((0, 0, 0, 0), (1, 1, 1, 1), (0, 2, 1, 0)),
         VECTOR,
     )
+    source, result = replace(source, gap=2 * gap * VECTOR), replace(result, gap=gap * VECTOR)
     section = source_block * int(rng.integers(1, source.channels // source_block + 1))
     accumulate = bool(rng.integers(2))
     statistics = not accumulate and batch % VECTOR == 0 and bool(rng.integers(2))
@@ -226,6 +224,21 @@ def test_convolutions_of_random_sizes(builder, seed):
     print("seed", seed, conv)
     check_conv(builder, conv, index, np.random.default_rng(seed))
     check_grad(builder, grad, index, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("seed", [3, 9])
+def test_nobody_writes_between_channels(builder, seed):
+    conv, grad, index = random_problem(seed, gap=1)
+    print("seed", seed, conv)
+    check_conv(builder, conv, index, np.random.default_rng(seed))
+    check_grad(builder, grad, index, np.random.default_rng(seed))
+    values, source, before, bias = conv_case(conv, index, np.random.default_rng(seed))
+    arrays = [index.pointers, index.offsets, values, *([bias] if conv.bias else []), source, before]
+    conv = replace(conv, statistics=False)
+    between = np.ones(conv.result.elems, bool)
+    conv.result.view(between)[...] = False
+    assert between.sum() == conv.result.slices * conv.result.channels * VECTOR
+    np.testing.assert_array_equal(call(builder, "gather.conv", conv, *arrays)[-1][between], before[between])
 
 
 @pytest.mark.parametrize("once", [False, True])

@@ -111,7 +111,7 @@ class DepthwiseGradWeight:
 
 def _read(window: Window, source: np.ndarray, image: Image, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
     """(tap, what all result pixels read by it (slices, channels, *size, vector)) in float64."""
-    array = source.astype(np.float64).reshape(image.shape)
+    array = image.view(source.astype(np.float64))
     for tap in range(window.taps):
         first = [
             halo + at * dilation - pad
@@ -142,7 +142,7 @@ def depthwise_forward_reference(
         total += bias.astype(np.float64)[:, None, None, None]
     for tap, read in _read(problem.window, source, problem.source, (image.height, image.width)):
         total += weights[:, tap] * np.repeat(read, problem.multiplier, axis=1)
-    out = result.astype(np.float64).reshape(image.shape)
+    out = image.view(result.astype(np.float64))
     out[image.interior] = total
     return out if problem.epilogue is None else finished(problem.epilogue, image, out, scaling, residual)
 
@@ -152,9 +152,9 @@ def depthwise_grad_input_reference(
 ) -> np.ndarray:
     """The result array in float64, shape `problem.result.shape`; `result` before it, whose halo stays."""
     image, window, (top, left) = problem.result, problem.window, problem.delta.halo[:2]
-    given = delta.astype(np.float64).reshape(problem.delta.shape)
+    given = problem.delta.view(delta.astype(np.float64))
     weights = values.astype(np.float64).reshape(-1, window.taps, 1)
-    out = result.astype(np.float64).reshape(image.shape)
+    out = image.view(result.astype(np.float64))
     total = out[image.interior]
     if not problem.accumulate:
         total[...] = 0
@@ -168,7 +168,7 @@ def depthwise_grad_input_reference(
 def depthwise_grad_weight_reference(problem: DepthwiseGradWeight, source: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """Gradients (channels, taps) in float64."""
     image = problem.delta
-    inner = delta.astype(np.float64).reshape(image.shape)[image.interior]
+    inner = image.view(delta.astype(np.float64))[image.interior]
     out = np.zeros((image.channels, problem.window.taps))
     for tap, read in _read(problem.window, source, problem.source, (image.height, image.width)):
         out[:, tap] = (inner * np.repeat(read, problem.multiplier, axis=1)).sum((0, 2, 3, 4))

@@ -203,7 +203,7 @@ def gather_conv_reference(
 ) -> np.ndarray:
     """The result array in float64, shape `problem.result.shape`. `result` holds the start values; its halo stays.
     scaling, residual: what an epilogue takes."""
-    out = np.zeros(problem.result.shape) if result is None else result.astype(np.float64).reshape(problem.result.shape)
+    out = np.zeros(problem.result.shape) if result is None else problem.result.view(result.astype(np.float64))
     flat, top, left = source.astype(np.float64).ravel(), problem.result.halo[0], problem.result.halo[1]
 
     def pixels(grid_pass: Pass) -> tuple[slice, slice]:
@@ -243,7 +243,7 @@ def finished(
     shift, scale = scaling.astype(np.float64).reshape(2, 1, -1, 1, 1, 1)
     value = out[image.interior] * scale + shift
     if epilogue.residual is not None and residual is not None:
-        value = value + residual.astype(np.float64).reshape(epilogue.residual.shape)[epilogue.residual.interior]
+        value = value + epilogue.residual.view(residual.astype(np.float64))[epilogue.residual.interior]
     if epilogue.activation:
         value = activation_of(epilogue.activation).forward_reference(value)
     out[image.interior] = value
@@ -262,7 +262,7 @@ def gather_grad_reference(
     problem adds."""
     flat = source.astype(np.float64).ravel()
     image = problem.delta
-    inner = delta.astype(np.float64).reshape(image.shape)[image.interior]
+    inner = image.view(delta.astype(np.float64))[image.interior]
     depth, distance = problem.unit
     out = np.zeros((len(offsets), depth, problem.row_block))
     for _, group, unit in _units_of(problem, pointers):
