@@ -49,7 +49,7 @@ def halves(lanes: int) -> list[int]:
 
 def keeps_sums(problem: GatherGrad, target: Target) -> bool:
     """Whether the kernel keeps vectors of sums of all units in memory."""
-    return not is_at_once(problem, pick_strip(problem, prod(_shared(problem, target)) > 1, target))
+    return not is_at_once(problem, pick_strip(problem, prod(_shared(problem, target)) > 1, target), target)
 
 
 def _strips(problem: GatherGrad, target: Target) -> list[tuple[int, int]]:
@@ -141,7 +141,8 @@ def gather_grad(
     chunks = min(target.cores, strips_each)
     share = -(-strips_each // chunks)
 
-    at_once = is_at_once(problem, (high, wide))
+    at_once = is_at_once(problem, (high, wide), target)
+    examples = [f"for z in T.serial({delta.slices})"] if at_once and delta.slices > 1 else []
     prefetch = prefetch and not at_once
 
     if delta.height * delta.width == 1:
@@ -195,7 +196,7 @@ def gather_grad(
 
         text(*(f"sums_{unit} = T.alloc_buffer(({each * lanes},), 'float32')" for unit in range(units)))
         per_unit(loops, f"{total} = " + ("T.float32(0)" if at_once else f"scratch[{weight} * {lanes} + i]"))
-        with text.nest(f"for a in T.serial({high})"):
+        with text.nest(*examples, f"for a in T.serial({high})"):
             add()
         if not at_once:
             per_unit(loops, f"scratch[{weight} * {lanes} + i] = {total}")
@@ -253,12 +254,13 @@ def gather_grad(
                 together(units, f"(pointers[{cell} + 1] - {left} + several * {units})")
             left = f"({left} % {units})"
 
-    if at_once:  # threads share groups
+    if at_once:  # threads share groups, which have what a section reads from a near cache
         with text.nest(
+            f"for section in T.serial({problem.sections})",
             f"for group in T.parallel({'live_groups[0]' if problem.rows_live else problem.groups})",
-            f"for section, layer, part in T.grid({problem.sections}, {layers}, {parts})",
+            f"for layer, part in T.grid({layers}, {parts})",
         ):
-            text("z: T.let = 0", "y: T.let = 0", "x: T.let = 0")
+            text(*([] if examples else ["z: T.let = 0"]), "y: T.let = 0", "x: T.let = 0")
             strips()
         return recorded(text)
 

@@ -226,6 +226,20 @@ def test_convolutions_of_random_sizes(builder, seed):
     check_grad(builder, grad, index, np.random.default_rng(seed))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("row_block", [1, 4])
+def test_weight_gradients_of_small_images_without_a_halo_keep_no_sums(builder, row_block, stride):
+    """Over several examples and sections, whatever reads them; larger images do."""
+    rng, size, channels = np.random.default_rng(stride), (3, 5), (2, 7)
+    source = Image(13, 3 * stride, 5 * stride, 20, (0, 0, 0, 0), VECTOR, gap=VECTOR)
+    grad = GatherGrad(source, Image(12, *size, 20, (0, 0, 0, 0), VECTOR), row_block, 1, (stride, stride), 7)
+    index = random_index(rng, source, (stride, stride), 1, 12 // row_block, channels, [size], (1, 1), 0.8)
+    check_grad(builder, grad, index, rng)
+    large = replace(grad, source=replace(source, batch=4096), delta=replace(grad.delta, batch=4096))
+    keeps_sums = backend_of(TARGET).keeps_sums
+    assert [keeps_sums(problem, TARGET) for problem in (grad, large)] == [False, True]
+
+
 @pytest.mark.parametrize("seed", [3, 9])
 def test_nobody_writes_between_channels(builder, seed):
     conv, grad, index = random_problem(seed, gap=1)
