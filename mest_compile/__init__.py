@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.sparsity.schemes.nm import NM as NM
     from mest_compile.sparsity.schemes.pattern import Pattern as Pattern
     from mest_compile.sparsity.schemes.unstructured import Unstructured as Unstructured
+    from mest_compile.sweeping.sweep import sweep as sweep
     from mest_compile.training.loop import Trainer as Trainer
     from mest_compile.training.recipe import Recipe as Recipe
     from mest_compile.training.run import Silent as Silent
@@ -79,6 +80,7 @@ _HOME = {
     "TensorBoardWriter": "mest_compile.training.writers",
     "tune": "mest_compile.tuning.tuned",
     "speed_table": "mest_compile.measuring.speedtable",
+    "sweep": "mest_compile.sweeping.sweep",
     "Target": "mest_compile.hardware.target",
     "MestError": "mest_compile.base.errors",
 }

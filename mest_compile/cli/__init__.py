@@ -31,6 +31,7 @@ from mest_compile.cli import (
     plan,
     predict,
     report,
+    sweep,
     table,
     train,
     tune,
@@ -47,6 +48,7 @@ app = typer.Typer(
 for command in (
     train.train,
     finetune.finetune,
+    sweep.sweep,
     predict.predict,
     report.report,
     bench.bench,

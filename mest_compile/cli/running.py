@@ -53,6 +53,18 @@ class Request:
     specialize: bool = False
     tracker: str | None = None
     key: str | None = None
+    until: int | None = None
+
+
+class Until:
+    """A trainer's callback that pauses it after an epoch."""
+
+    def __init__(self, trainer: Trainer, epoch: int):
+        self._trainer, self._epoch = trainer, epoch
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None:
+        if metrics["epoch"] >= self._epoch:
+            self._trainer.stop()
 
 
 def run_artifact(job: Job) -> Run:
@@ -112,7 +124,7 @@ def start_run(request: Request) -> Run:
         if request.teacher is not None:
             source["teacher"] = str(request.teacher.resolve())
         trainer.source = source
-        return _fit(trainer, split, console, busy)
+        return _fit(trainer, split, console, busy, until=request.until)
 
 
 def _check_target(target: Target, device: Device | None) -> None:
@@ -126,14 +138,23 @@ def _check_target(target: Target, device: Device | None) -> None:
         )
 
 
-def continue_run(folder: Path, epochs: int | None = None, batch: int | None = None, target: str | None = None) -> Run:
-    """Resumes the run in `folder` on its own data; what is given is otherwise than it was."""
+def continue_run(
+    folder: Path,
+    epochs: int | None = None,
+    batch: int | None = None,
+    target: str | None = None,
+    until: int | None = None,
+) -> Run:
+    """Resumes the run in `folder` on its own data; what is given is otherwise than it was, but
+    for `until`, the epoch after which it pauses."""
     import mest_compile as mest
     from mest_compile.hardware.target import find_target
     from mest_compile.training.loop import Trainer
     from mest_compile.training.runfolder import RunFolder
 
-    source = RunFolder(folder).read_source()
+    source, done = RunFolder(folder).read_source(), len(RunFolder(folder).read_metrics())
+    if until is not None and until <= done:
+        raise UsageError(f"--until is {until}, and the run in {folder} has made {done} epochs; give a later one")
     split = load_source(source)
     teacher = mest.load(source["teacher"]).predict if "teacher" in source else None
     device = find_device(source.get("tracker"), source.get("key"))
@@ -144,7 +165,7 @@ def continue_run(folder: Path, epochs: int | None = None, batch: int | None = No
         trainer = Trainer.resume(folder, device=device, epochs=epochs, batch=batch, target=target, teacher=teacher)
     with TrainingProgress(console, trainer.step.batch, trainer.judge.main) as progress:
         trainer.progress, trainer.specialize = progress, source.get("specialize", False)
-        return _fit(trainer, split, console, busy)
+        return _fit(trainer, split, console, busy, until=until)
 
 
 def load_source(source: Mapping[str, Any]) -> Split:
@@ -162,8 +183,13 @@ def load_source(source: Mapping[str, Any]) -> Split:
     )
 
 
-def _fit(trainer: Trainer, split: Split, console: Console, load: float, origin: str = "") -> Run:
-    """load: of the machine before anything was compiled. origin: what to give beside --resume."""
+def _fit(
+    trainer: Trainer, split: Split, console: Console, load: float, origin: str = "", until: int | None = None
+) -> Run:
+    """load: of the machine before anything was compiled. origin: what to give beside --resume. until: the epoch after
+    which it pauses."""
+    if until is not None:
+        trainer.callbacks = [*trainer.callbacks, Until(trainer, until)]
     parts = split.train, split.known_test, split.val
     for line in (_header(trainer), trainer.about(*parts), *_busy(load)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

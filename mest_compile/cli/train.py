@@ -109,12 +109,16 @@ def train(
         int | None, typer.Option(help="Evaluations without a better model after which training ends.", min=1)
     ] = None,
     setting: Setting = None,
+    until: Annotated[
+        int | None, typer.Option(help="Epoch after which the run pauses; --resume goes on as if it had not.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, shuffling, augmentation and mutation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<model>-<scheme>-<time>.")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Continue the run in this folder; takes --epochs to make it longer, --batch, --target and --json."
+            help="Continue the run in this folder; takes --epochs to make it longer, --until, --batch, "
+            "--target and --json."
         ),
     ] = None,
     artifact: Annotated[
@@ -148,11 +152,11 @@ def train(
     if artifact is not None:
         check_artifact_options(given)
     elif resume is not None:
-        if others := sorted(given - {"resume", "as_json", "epochs", "batch", "target"}):
+        if others := sorted(given - {"resume", "as_json", "epochs", "batch", "target", "until"}):
             raise UsageError(
                 f"a resumed run keeps its settings; leave out --{others[0].replace('_', '-')} or start a new run"
             )
-        asked: dict[str, Any] = {"epochs": epochs, "batch": batch, "target": target}
+        asked: dict[str, Any] = {"epochs": epochs, "batch": batch, "target": target, "until": until}
         show(continue_run(resume, **{name: value for name, value in asked.items() if name in given}), as_json)
         return
     elif runtime is not None:
@@ -230,5 +234,6 @@ def train(
         tracker=tracker,
         key=key,
         specialize=specialize,
+        until=until,
     )
     show(start_run(request), as_json)

@@ -375,6 +375,7 @@ class Trainer:
         whole = f"Epoch {epochs} is the last whole one" if epochs else "No epoch is whole"
         kept = ""
         if self.folder:
+            self.folder.write_diverged(what, epochs)
             kept = f", {self.folder.checkpoint} holds the model {'after it' if epochs else 'before training'}"
         return MestError(f"{what}; lower lr or add warmup_epochs. {whole}{kept}")
 

@@ -12,7 +12,7 @@ from typing import Any
 from mest_compile.base import checks
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
 from mest_compile.base.names import meant
-from mest_compile.options import AS_GIVEN, StepOptions, find_loss
+from mest_compile.options import StepOptions, find_loss
 from mest_compile.sparsity.distributions import DIGITS
 from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.consistent import (
@@ -27,7 +27,7 @@ from mest_compile.training.consistent import (
 from mest_compile.training.freezing import FreezeRule
 from mest_compile.training.methods import GRADUAL, METHODS, PAPER_EPOCHS, PAPER_MUTATE_EVERY, PRUNE_BEGIN, PRUNE_END
 from mest_compile.training.sieve import SieveRule
-from mest_compile.training.tables import KINDS, NUMBERS, RUN_OPTIONS, TABLES, check_keys, nearest, read_toml
+from mest_compile.training.tables import check_keys, read_run_options, read_toml
 
 MOST_EPOCHS, MOST_SEED = 1_000_000, 2**63 - 1  # beyond what anybody trains; a longer number is a slip
 
@@ -188,23 +188,7 @@ class Recipe:
     @staticmethod
     def run_options(path: str | os.PathLike) -> dict[str, Any]:
         """What the table [run] of a recipe's file says: options of `mest-compile train` by name. Raises UsageError."""
-        table = read_toml(path).get("run", {})
-        if not isinstance(table, Mapping):
-            raise UsageError(f'{path}: run must be a table, for example [run] with model = "resnet32"')
-        for key, value in table.items():
-            if key not in RUN_OPTIONS:
-                raise UsageError(f"{path}, run: unknown key {key!r}; did you mean {nearest(key, RUN_OPTIONS)!r}?")
-            wanted = RUN_OPTIONS[key]
-            table_or_number = (key in TABLES and isinstance(value, Mapping)) or (
-                key in NUMBERS and checks.is_number(value)
-            )
-            if table_or_number or (key == "sparsity" and value == AS_GIVEN):
-                continue
-            if isinstance(value, bool) != (wanted is bool) or not isinstance(
-                value, (int, float) if wanted is float else wanted
-            ):
-                raise UsageError(f"{path}, run: {key} must be a {KINDS[wanted]}, not {value!r}")
-        return dict(table)
+        return read_run_options(read_toml(path).get("run", {}), str(path))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -25,6 +25,7 @@ class RunFolder:
     source.json (where data and device are from)  recipe.json  run.json (seed, data, step, machine, versions)
     metrics.jsonl (one line an epoch)
     verdict.json (what every class was called when it was last tested)
+    diverged.json (what was no longer finite, and after how many whole epochs, where that ended the run)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
                                                          one be damaged)
     best.safetensors (best test accuracy, or other metric of the loss, among models at
@@ -38,6 +39,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.verdict = self.path / "verdict.json"
+        self.diverged = self.path / "diverged.json"
         self.source = self.path / "source.json"
         self.checkpoint = self.path / CHECKPOINTS[0]
         self.previous = self.path / "checkpoint.previous.safetensors"
@@ -45,7 +47,7 @@ class RunFolder:
 
     @property
     def _facts(self) -> tuple[Path, ...]:
-        return self.source, self.recipe, self.run, self.metrics, self.verdict
+        return self.source, self.recipe, self.run, self.metrics, self.verdict, self.diverged
 
     def require_free(self) -> None:
         """Raises UsageError when the folder already holds a run or cannot be written; writes nothing.
@@ -114,6 +116,15 @@ class RunFolder:
         with _told(self.verdict):
             write_json(self.verdict, dict(verdict))
 
+    def write_diverged(self, what: str, epochs: int) -> None:
+        """epochs: whole ones before. Raises StateError."""
+        with _told(self.diverged):
+            write_json(self.diverged, {"what": what, "epochs": epochs})
+
+    def read_diverged(self) -> dict[str, Any] | None:
+        """None where the run has not ended so. Raises StateError where it is damaged."""
+        return _read(self.diverged) if self.diverged.is_file() else None
+
     def read_verdict(self) -> dict[str, Any] | None:
         """None where there is none. Raises StateError where it is damaged."""
         return _read(self.verdict) if self.verdict.is_file() else None
@@ -125,8 +136,10 @@ class RunFolder:
             write_atomically(self.metrics, "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history))
 
     def remove_torn(self) -> None:
-        """Removes what writers that were killed left behind: files that never got their name. Raises StateError."""
+        """Removes what a run that goes on leaves behind: how it diverged, and files of killed writers, which never got
+        their name. Raises StateError."""
         with _told(self.path):
+            self.diverged.unlink(missing_ok=True)
             for file in (*self._facts, self.checkpoint, self.previous, self.best):
                 for torn in self.path.glob(f".{file.name}.*"):
                     torn.unlink()

@@ -10,8 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
 from mest_compile.base.names import near
+from mest_compile.options import AS_GIVEN
 
 # What a recipe's table [run] may say, and of which type it is.
 RUN_OPTIONS: dict[str, type] = {
@@ -56,6 +58,24 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"the recipe {path} cannot be read: {problem.strerror}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise UsageError(f"the recipe {path} is not TOML: {problem}") from problem
+
+
+def read_run_options(table: Any, where: str) -> dict[str, Any]:
+    """What a table [run] says: options of `mest-compile train` by name. Raises UsageError."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f'{where}: run must be a table, for example [run] with model = "resnet32"')
+    for key, value in table.items():
+        if key not in RUN_OPTIONS:
+            raise UsageError(f"{where}, run: unknown key {key!r}; did you mean {nearest(key, RUN_OPTIONS)!r}?")
+        wanted = RUN_OPTIONS[key]
+        table_or_number = (key in TABLES and isinstance(value, Mapping)) or (key in NUMBERS and checks.is_number(value))
+        if table_or_number or (key == "sparsity" and value == AS_GIVEN):
+            continue
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(
+            value, (int, float) if wanted is float else wanted
+        ):
+            raise UsageError(f"{where}, run: {key} must be a {KINDS[wanted]}, not {value!r}")
+    return dict(table)
 
 
 def nearest(name: str, there: Iterable[str]) -> str:

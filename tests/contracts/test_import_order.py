@@ -38,6 +38,7 @@ ORDER = (
     "measuring",
     "tuning",
     "training",
+    "sweeping",
     "finetuning",
     "cli",
     "__main__",
