@@ -160,8 +160,8 @@ def make_cell(settings: Mapping[str, Any], varied: Mapping[str, Any], root: Path
         raise problem if str(problem).startswith(said) else UsageError(f"{said}: {problem}") from problem
     data = data_facts(run["data"], run.get("data_folder"), resize, options.loss.takes_numbers)
     content = {
-        "recipe": resolved.to_dict(),
-        "options": options.to_json(),
+        "recipe": {"epochs": resolved.epochs, **_unusual(resolved.to_dict(), Recipe(resolved.epochs).to_dict())},
+        "options": _unusual(options.to_json(), StepOptions().to_json()),
         "run": {key: value for key, value in run.items() if key not in OF_STEP and key not in WHERE},
         "batch": run.get("batch", USUAL_BATCH),
         "files": [_digest_of(run["model"]), _digest_of(run.get("weights"))],
@@ -170,6 +170,11 @@ def make_cell(settings: Mapping[str, Any], varied: Mapping[str, Any], root: Path
     text = json.dumps(content, sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return Cell(settings, varied, recipe, options, data, key, root / "cells" / key)
+
+
+def _unusual(said: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as usual: an option that a later version has more changes no key."""
+    return {key: value for key, value in said.items() if value != usual[key]}
 
 
 def _options(run: Mapping[str, Any]) -> StepOptions:
