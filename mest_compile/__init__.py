@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.training.run import Silent as Silent
     from mest_compile.training.writers import CsvWriter as CsvWriter
     from mest_compile.training.writers import TensorBoardWriter as TensorBoardWriter
+    from mest_compile.training.writers import WandbWriter as WandbWriter
     from mest_compile.tuning.tuned import tune as tune
 
 __version__ = "0.2.0"
@@ -78,6 +79,7 @@ _HOME = {
     "Trainer": "mest_compile.training.loop",
     "CsvWriter": "mest_compile.training.writers",
     "TensorBoardWriter": "mest_compile.training.writers",
+    "WandbWriter": "mest_compile.training.writers",
     "tune": "mest_compile.tuning.tuned",
     "speed_table": "mest_compile.measuring.speedtable",
     "sweep": "mest_compile.sweeping.sweep",

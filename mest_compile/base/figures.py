@@ -30,3 +30,15 @@ def svg(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str
     text = text[text.index("<svg") :].rstrip().replace(INK, "currentColor")
     # Ids of groups are counted anew in every figure, and a page has several.
     return re.sub(r'<g id="[^"]*_\d+">', "<g>", text).replace("<svg ", '<svg class="plot" ', 1)
+
+
+def shown(figure: Figure) -> Figure:
+    """The same, which a notebook shows as a picture whether or not pyplot was imported there."""
+
+    def png() -> bytes:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
+        return drawn.getvalue()
+
+    figure._repr_png_ = png  # type: ignore[attr-defined]  # what IPython asks an object for
+    return figure

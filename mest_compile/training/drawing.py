@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mest_compile.base.figures import svg
+from mest_compile.base.figures import shown, svg
 from mest_compile.training.metrics import main_metric
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def _by_layer(key: str, label: str) -> Callable[[Axes, Epochs], None]:
         layers = list(epochs[0][key])
         values = [[metrics[key][name] for metrics in epochs] for name in layers]
         ends = (epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5)
-        shown = axes.imshow(
+        picture = axes.imshow(
             values, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=(*ends, len(layers) - 0.5, -0.5)
         )
         some = range(0, len(layers), -(-len(layers) // MOST_NAMES))
         axes.set_yticks(list(some), [layers[place].removesuffix(".weight") for place in some], fontsize="small")
-        axes.figure.colorbar(shown, ax=axes, label=label)
+        axes.figure.colorbar(picture, ax=axes, label=label)
 
     return draw
 
@@ -102,7 +102,7 @@ def draw_all(epochs: Epochs) -> Figure:
         axes = figure.add_subplot(rows, 2, place + 1)
         draw(axes, epochs)
         axes.set(xlabel="epoch", title=title)
-    return figure
+    return shown(figure)
 
 
 def plot(draw: Callable[[Axes, Epochs], None], epochs: Epochs) -> str:

@@ -1,4 +1,4 @@
-"""Callbacks that write a run's metrics for other software: a CSV file, TensorBoard."""
+"""Callbacks that write a run's metrics for other software: a CSV file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -57,3 +57,26 @@ class TensorBoardWriter:
         for name, value in flat(metrics):
             self._writer.add_scalar(name.replace(".", "/"), value, metrics["epoch"])
         self._writer.flush()
+
+
+class WandbWriter:
+    """Logs every number of every epoch to a new run of Weights & Biases; `close` ends that run, as the end of the
+    process does.
+
+    project  its project there
+    options  of wandb.init: name, config, dir, mode="offline" (files in dir, for `wandb sync`)
+    Raises NotInstalled without the package wandb.
+    """
+
+    def __init__(self, project: str, **options: Any):
+        try:
+            import wandb
+        except ImportError as problem:
+            raise NotInstalled("WandbWriter needs the package wandb: pip install wandb") from problem
+        self._run = wandb.init(project=project, **options)
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None:
+        self._run.log({name.replace(".", "/"): value for name, value in flat(metrics)}, step=metrics["epoch"])
+
+    def close(self) -> None:
+        self._run.finish()

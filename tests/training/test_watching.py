@@ -167,13 +167,31 @@ def test_metrics_are_written_for_other_software(tmp_path, monkeypatch):
             written.append(self.folder)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    runs = {}
+
+    def init(**options):
+        runs[options["project"]] = SimpleNamespace(
+            options=options, logged=(logged := {}), log=lambda told, step: logged.update({step: told}),
+            finish=lambda: logged.update(finished=True),
+        )  # fmt: skip
+        return runs[options["project"]]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     writers = [mest.CsvWriter(tmp_path / "run.csv"), mest.TensorBoardWriter(tmp_path / "board")]
+    writers.append(mest.WandbWriter("digits", mode="offline"))
     run = Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05), callbacks=writers).fit(TRAIN, TEST)
     rows = list(csv.DictReader((tmp_path / "run.csv").read_text().splitlines()))
     assert [float(row["loss"]) for row in rows] == [one["loss"] for one in run.history]
     assert float(rows[1]["memory_bytes.total"]) == 4096 and "mutation" not in rows[0]
     assert ("test_accuracy", run.test_accuracy, 2) in written and ("sparsity/weight", pytest.approx(0.9), 1) in written
     assert written[-1] == str(tmp_path / "board")
+    writers[-1].close()
+    found = runs["digits"]
+    assert found.options["mode"] == "offline" and found.logged["finished"] and list(found.logged)[:2] == [1, 2]
+    assert found.logged[2]["test_accuracy"] == run.test_accuracy and found.logged[1]["memory_bytes/total"] == 4096
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(mest.MestError, match="pip install wandb"):
+        mest.WandbWriter("digits")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(mest.MestError, match="pip install tensorboard"):
         mest.TensorBoardWriter(tmp_path)
