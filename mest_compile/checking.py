@@ -14,16 +14,18 @@ from mest_compile.frontend.naming import REFUSED
 from mest_compile.frontend.refusals import Refusals
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.graph import LAYERS, ForwardGraph, Node
+from mest_compile.kernels.choosing import choose_knobs
 from mest_compile.models.sources import is_trained
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.options import StepOptions, find_loss, find_optimizer
 from mest_compile.planning.facts import read_facts
 from mest_compile.planning.given import first_masks
 from mest_compile.planning.layers import plan_layers, sparsity_of_all, why_dense
+from mest_compile.planning.layout import step_facts
 from mest_compile.planning.plan import Plan, plan_step
 from mest_compile.planning.retargeting import retargeted
 from mest_compile.planning.trainable import choose_trainable
-from mest_compile.records.log import Records
+from mest_compile.records.log import STEP, Records, text_digest
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.trained import read_any
 from mest_compile.sparsity import parse_schemes
@@ -57,6 +59,19 @@ class CheckedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTime:
+    """What the target's tuning records say of a step's time.
+
+    seconds  of the whole step, where such a one was timed, else the sum of the kernel calls that were
+    timed    calls whose time is in it; calls: of the step
+    """
+
+    seconds: float
+    timed: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """What becomes of a model.
 
@@ -65,6 +80,7 @@ class Check:
     words     of the error that `mest.compile` would raise
     sparsity  of all weights of convolutions and linear layers together, dense ones too
     memory    {examples of a step: planned bytes on the target}, of a model that is taken, at batches that it can have
+    step      its time at its own batch; None: nothing of it is on record
     """
 
     input_shape: tuple[int, ...]
@@ -74,6 +90,7 @@ class Check:
     words: str
     sparsity: float
     memory: Mapping[int, int]
+    step: StepTime | None = None
 
     @property
     def taken(self) -> bool:
@@ -136,15 +153,15 @@ def check(model: Any, input_shape: Sequence[int], **options: Any) -> Check:
         plan.target.name,
         refusals,
         _memory(plan),
+        _step_time(plan),
     )
 
 
 def _of_checkpoint(path: str | Path) -> Check:
     _, document = checkpoint.read(path)
     facts = read_facts(document, f"checkpoint {path}")
-    return _check(
-        facts.graph, facts.layers, {}, facts.target.name, Refusals(), _memory(Plan(facts, Records(facts.target)))
-    )
+    plan = Plan(facts, Records.of(facts.target))
+    return _check(facts.graph, facts.layers, {}, facts.target.name, Refusals(), _memory(plan), _step_time(plan))
 
 
 def _memory(plan: Plan) -> dict[int, int]:
@@ -155,6 +172,16 @@ def _memory(plan: Plan) -> dict[int, int]:
     return found
 
 
+def _step_time(plan: Plan) -> StepTime | None:
+    calls, facts = len(plan.train.calls), step_facts(plan.layers)
+    whole = plan.records.best(STEP, facts, 0, lambda knobs: text_digest(STEP))
+    if whole.seconds is not None and not whole.modelled:
+        return StepTime(whole.seconds, calls, calls)
+    chosen = choose_knobs((plan.train,), plan.layers, plan.target, plan.records)[plan.train.name].values()
+    known = [choice.seconds for choice in chosen if choice.seconds is not None and not choice.modelled]
+    return StepTime(sum(known) * plan.facts.passes, len(known), calls) if known else None
+
+
 def _check(
     graph: ForwardGraph,
     layers: Mapping[str, Layer],
@@ -162,6 +189,7 @@ def _check(
     target: str,
     refusals: Refusals,
     memory: Mapping[int, int],
+    step: StepTime | None = None,
 ) -> Check:
     rows = []
     for node in graph.nodes:
@@ -186,6 +214,7 @@ def _check(
         refusals.words(),
         sparsity_of_all(layers),
         dict(memory),
+        step,
     )
 
 

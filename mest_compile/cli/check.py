@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,9 @@ from mest_compile.cli.options import (
     shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
+
+if TYPE_CHECKING:
+    from mest_compile.checking import Check
 
 
 def check(
@@ -97,5 +100,17 @@ def check(
     if found.memory:
         told = ", ".join(f"{need / 2**20:.1f} MiB at batch {batch}" for batch, need in found.memory.items())
         print(f"planned memory on {found.target}: {told}")
+    if found.taken:
+        print(_step_time(found))
     print("taken: it can be trained" if found.taken else f"refused: {found.words}")
     raise typer.Exit(0 if found.taken else 1)
+
+
+def _step_time(found: Check) -> str:
+    batch, step = found.input_shape[0], found.step
+    if step is None:
+        return "step time: nothing of this step is on record for this target and machine; mest-compile tune measures it"
+    if step.timed == step.calls:
+        return f"step time, from tuning records: {step.seconds * 1e3:.1f} ms at batch {batch}"
+    least = f"{step.seconds * 1e3:.1f} ms at batch {batch}"
+    return f"step time, from tuning records: {least} in the {step.timed} of its {step.calls} kernel calls that have any"

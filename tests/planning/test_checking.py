@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,25 @@ import torch
 from torch import nn
 
 import mest_compile as mest
+from mest_compile import checking
 from mest_compile.base.errors import UnsupportedOperator, UsageError
 from mest_compile.cli import main
+from mest_compile.cli.check import _step_time
+from mest_compile.kernels.choosing import kind_of
+from mest_compile.kernels.source import kernel_source
+from mest_compile.planning.layout import step_facts
+from mest_compile.planning.plan import plan_step
+from mest_compile.records.log import (
+    STEP,
+    FixedRecords,
+    Measure,
+    Outcome,
+    Record,
+    Records,
+    plain,
+    target_facts,
+    text_digest,
+)
 
 SHAPE = (4, 3, 8, 8)
 
@@ -45,6 +63,34 @@ def test_what_is_said_is_what_is_compiled():
     assert same.memory[8] == compiled.memory()["total"]
     zeros = sum(int((mask == 0).sum()) for mask in step.masks().values())
     assert found.sparsity == pytest.approx(zeros / found.weights) and found.weights - found.live_weights == zeros
+
+
+def test_the_time_of_a_step_is_what_is_on_record_of_it(monkeypatch):
+    plans = []
+    monkeypatch.setattr(checking, "plan_step", lambda *given: plans.append(plan_step(*given)) or plans[-1])
+    monkeypatch.setattr(checking.Records, "of", lambda target: FixedRecords(target, {}))
+    assert mest.check(Net(), SHAPE, sparsity=0.75).step is None
+
+    def record(kernel, problem, live, seconds, text, target):
+        facts = plain(problem), live, target_facts(target), "any", {}, Outcome.OK, Measure.MEASURED
+        return Record(kernel, *facts, (seconds, seconds), text)
+
+    target, calls = plans[0].target, plans[0].train.calls
+    kinds = {kind_of(call, plans[0].layers) for call in calls if call.phase == "forward" and call.layer}
+    count = sum(kind_of(call, plans[0].layers) in kinds for call in calls)
+    held = Records(target, [], "any")
+    for kind in kinds:
+        held.add(record(*kind, 0.25, text_digest(kernel_source(*kind[:2], target).text), target))
+    monkeypatch.setattr(checking.Records, "of", lambda target: held)
+    found = mest.check(Net(), SHAPE, sparsity=0.75).step
+    assert (found.seconds, found.timed, found.calls) == (0.25 * count, count, len(calls)) and 0 < count < len(calls)
+    held.add(record(STEP, step_facts(plans[0].layers), 0, 0.125, text_digest(STEP), target))
+    whole = mest.check(Net(), SHAPE, sparsity=0.75)
+    assert (whole.step.seconds, whole.step.timed) == (0.125, len(calls))
+    partly = replace(whole, step=found)
+    assert _step_time(whole) == "step time, from tuning records: 125.0 ms at batch 4"
+    assert f"{250.0 * count:.1f} ms at batch 4 in the {count} of its {len(calls)} kernel calls" in _step_time(partly)
+    assert "mest-compile tune measures it" in _step_time(replace(whole, step=None))
 
 
 def test_refused_operators_stand_among_the_layers_that_would_be_taken():
