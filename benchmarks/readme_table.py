@@ -38,13 +38,19 @@ NOT_MEASURED = "Not measured yet: `make bench` measures it, `python benchmarks/r
 
 def table(results: Mapping[str, Any] | None) -> str:
     """The markdown between the markers, for a file of results that `benchmarks/run.py` wrote, or None."""
+    found = speeds(results)
+    return NOT_MEASURED if found is None else found.to_markdown()
+
+
+def speeds(results: Mapping[str, Any] | None) -> SpeedTable | None:
+    """The headline net beside dense torch; None where nothing of it was measured."""
     chosen = [
         entry
         for entry in (results or {"entries": {}})["entries"].values()
         if "ratio" in entry and entry["rival"]["name"] == "torch" and HEADLINE.items() <= entry["case"].items()
     ]
     if not chosen:
-        return NOT_MEASURED
+        return None
     last = max(chosen, key=lambda entry: entry["measured_at"])
     facts = {
         **{name: last["case"][name] for name in ("model", "width", "input_shape", "distribution", "target", "threads")},
@@ -54,7 +60,7 @@ def table(results: Mapping[str, Any] | None) -> str:
         "versions": last["versions"],
         "measured_at": last["measured_at"],
     }
-    return SpeedTable(tuple(Row.of(entry) for entry in chosen), facts).to_markdown()
+    return SpeedTable(tuple(Row.of(entry) for entry in chosen), facts)
 
 
 def pairs(results: Mapping[str, Any] | None, headline: bool) -> str:

@@ -6,8 +6,10 @@ import json
 import re
 import sys
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
+import readme_picture
 import readme_table
 import run
 
@@ -390,6 +392,12 @@ def test_the_readme_shows_the_recorded_table(repository):
     assert set(pages) == {readme_table.README, readme_table.DOCUMENT, readme_table.TUNING}
     for path, text in pages.items():
         assert path.read_text() == text, "run python benchmarks/readme_table.py"
+    assert f"]({readme_picture.PICTURE.relative_to(repository)})" in readme_table.README.read_text()
+    drawn = ElementTree.parse(readme_picture.PICTURE).iter("{http://www.w3.org/2000/svg}text")
+    words = [element.text for element in drawn]
+    results = json.loads((readme_table.FOLDER / "full.json").read_text())
+    bars = [f"{row.speedup:.2f}" for row in readme_table.speeds(results).rows]
+    assert len(bars) == 15 and [word for word in words if re.fullmatch(r"\d+\.\d\d", word)] == bars, "readme_picture.py"
 
 
 def test_the_readme_table_takes_the_headline_net_only(repository):
