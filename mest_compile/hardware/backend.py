@@ -50,6 +50,7 @@ class Backend(ABC):
     tuner       name of the runner that tunes kernels on this machine's device of the kind
     processor   whether it is one: what runs on a machine's processor, torch and artifacts, runs there
     activations  what its kernels store values between layers as
+    whole_buffers  whether what a kernel takes has to be an allocation from its start, as memory has no addresses
     """
 
     suffix: ClassVar[str]
@@ -57,6 +58,7 @@ class Backend(ABC):
     tuner: ClassVar[str]
     processor: ClassVar[bool]
     activations: ClassVar[tuple[str, ...]]
+    whole_buffers: ClassVar[bool] = False
 
     # Planning.
 

@@ -1,10 +1,8 @@
-"""A program: the kernel calls of one step in order, the buffers they use, and where the temporary ones lie in
-memory."""
+"""A program: the kernel calls of one step in order, and the buffers they use."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,13 +97,17 @@ class Call:
 
 @dataclass(slots=True)
 class Program:
-    """Calls in order. `slots` are the arena's storages in bytes; `slot_of` says which one holds a temporary buffer;
-    `kept` are buffers that the step holds whether a call takes them or not."""
+    """Calls in order.
+
+    slots   the arena's storages in bytes
+    places  of every temporary buffer (slot, bytes from its start); `ir/arena.py` chooses both
+    kept    buffers that the step holds whether a call takes them or not
+    """
 
     name: str
     calls: list[Call]
     slots: list[int] = field(default_factory=list)
-    slot_of: dict[Buffer, int] = field(default_factory=dict)
+    places: dict[Buffer, tuple[int, int]] = field(default_factory=dict)
     kept: tuple[Buffer, ...] = ()
 
     def buffers(self) -> list[Buffer]:
@@ -125,79 +127,23 @@ class Program:
         """What a step of this training program can run."""
         return ADDING if self.adds else FUNCTIONS
 
+    def lifetimes(self) -> dict[Buffer, tuple[int, int]]:
+        """Temporary buffer -> places of the first and the last call that takes it."""
+        found: dict[Buffer, tuple[int, int]] = {}
+        for place, call in enumerate(self.calls):
+            for buffer in call.buffers:
+                if not buffer.held:
+                    found[buffer] = found.get(buffer, (place, place))[0], place
+        return found
+
     def saved_bytes(self) -> int:
         """Arena bytes that the forward pass leaves for the backward pass."""
-        born, dies = _lifetimes(self.calls)
         turn = next((place for place, call in enumerate(self.calls) if call.stage == "backward"), len(self.calls))
-        return sum(buffer.size_bytes for buffer in born if born[buffer] < turn <= dies[buffer])
+        return sum(buffer.size_bytes for buffer, (first, last) in self.lifetimes().items() if first < turn <= last)
 
     @property
     def arena_bytes(self) -> int:
         return sum(self.slots)
-
-
-def _lifetimes(calls: Sequence[Call]) -> tuple[dict[Buffer, int], dict[Buffer, int]]:
-    """(first, last) call of every temporary buffer."""
-    born: dict[Buffer, int] = {}
-    dies: dict[Buffer, int] = {}
-    for place, call in enumerate(calls):
-        for buffer in call.buffers:
-            if not buffer.held:
-                born.setdefault(buffer, place)
-                dies[buffer] = place
-    return born, dies
-
-
-def plan_memory(program: Program, slots: Sequence[int] = ()) -> None:
-    """Gives every temporary buffer a slot, such that no two that live at the same time share one.
-
-    `slots` (bytes) are there already and used first: the evaluation program runs in the training program's memory.
-    Large buffers come first, each into the smallest slot that is free while it lives; a new slot is made when there is
-    none. So small ones fill the gaps in the lives of large ones. Source: "greedy by size" of Pisarchyk and Lee,
-    arXiv:2001.03288.
-    """
-    born, dies = _lifetimes(program.calls)
-    sizes = list(slots)
-    taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
-    for buffer in sorted(born, key=lambda b: (-b.size_bytes, born[b])):
-        first, last = born[buffer], dies[buffer]
-        free = [
-            slot
-            for slot, size in enumerate(sizes)
-            if size >= buffer.size_bytes
-            and all(last < other_first or other_last < first for other_first, other_last in taken[slot])
-        ]
-        slot = min(free, key=sizes.__getitem__, default=len(sizes))
-        if slot == len(sizes):
-            sizes.append(buffer.size_bytes)
-            taken.append([])
-        program.slot_of[buffer] = slot
-        taken[slot].append((first, last))
-    program.slots = sizes
-
-
-def plan_memory_like(program: Program, like: Program) -> None:
-    """Gives the temporary buffers of a program those slots that the same ones, which are no smaller, have in a program
-    of the same calls for more examples. Where calls differ it plans anew, in slots that are there as far as it can."""
-    theirs, mine = (_numbered(one.buffers()) for one in (like, program))
-    if all(
-        key in theirs and buffer.size_bytes <= like.slots[like.slot_of[theirs[key]]] for key, buffer in mine.items()
-    ):
-        program.slots = list(like.slots)
-        program.slot_of = {buffer: like.slot_of[theirs[key]] for key, buffer in mine.items()}
-    else:
-        plan_memory(program, like.slots)
-
-
-def _numbered(buffers: Iterable[Buffer]) -> dict[tuple[str, int], Buffer]:
-    """(name, how many of that name came before) -> temporary buffer: a value that is computed again comes again."""
-    counts: Counter[str] = Counter()
-    found = {}
-    for buffer in buffers:
-        if not buffer.held:
-            found[buffer.name, counts[buffer.name]] = buffer
-            counts[buffer.name] += 1
-    return found
 
 
 Functions = Mapping[str, tuple[Program, tuple[Stage, ...]]]  # name -> a program and the stages of it that are run

@@ -55,7 +55,7 @@ def emit(
     if arena is None:
         return builder.finalize()
     with builder.function("arena", [], pure=False):
-        slots = max((program.slots for program, _ in functions.values()), key=len)
+        slots = next(program.slots for program, _ in functions.values())  # all have the same
         storages = [
             builder.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")) for size in slots
         ]
@@ -69,15 +69,14 @@ def emit(
 
 
 def _place(buffers: Iterable[Buffer], known: dict[Buffer, Any], storages: list, program: Program, builder: Any) -> None:
-    """Emits the view of each temporary buffer into its slot, when it is first used."""
+    """Emits the view of each temporary buffer into the arena, when it is first used."""
     from tvm import relax
 
     for buffer in buffers:
         if buffer not in known:
+            slot, offset = program.places[buffer]
             known[buffer] = builder.emit(
-                relax.op.memory.alloc_tensor(
-                    storages[program.slot_of[buffer]], 0, relax.ShapeExpr([buffer.elems]), buffer.dtype
-                )
+                relax.op.memory.alloc_tensor(storages[slot], offset, relax.ShapeExpr([buffer.elems]), buffer.dtype)
             )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target
+from mest_compile.ir.arena import plan_memory, plan_memory_like
 from mest_compile.ir.graph import ForwardGraph, Node
-from mest_compile.ir.program import Activation, Buffer, Program, plan_memory, plan_memory_like
+from mest_compile.ir.program import Activation, Buffer, Program
 from mest_compile.lowering.lowering import Lowering
 from mest_compile.lowering.updating import record_bound, record_updates, record_zero
 from mest_compile.operators.adding import SHARE, Scale
@@ -70,10 +72,10 @@ def lower_training(
     kept = tuple(buffer for buffer in held.values() if buffer.kind == "values")
     if like is not None:
         program = Program(f"train_of_{graph.input_shape[0]}", low.calls, kept=kept)
-        plan_memory_like(program, like)
+        plan_memory_like(program, like, backend_of(target).whole_buffers)
         return program
     program = Program("train", low.calls, kept=kept)
-    plan_memory(program)
+    plan_memory(program, whole=backend_of(target).whole_buffers)
     return program
 
 
@@ -92,7 +94,7 @@ def lower_prediction(
     outputs = int(np.prod(graph.nodes[-1].shape))
     low.call("image.export", ImageExport(logits.image), logits, low.hold("logits", outputs, "batch"))
     program = Program("predict", low.calls)
-    plan_memory(program, slots)
+    plan_memory(program, slots, backend_of(target).whole_buffers)
     return program
 
 
@@ -115,4 +117,6 @@ def lower(
     """
     held: dict[str, Buffer] = {}
     train = lower_training(graph, layers, target, held, recomputed, loss, activations, optimizer, parts, adds)
-    return train, lower_prediction(graph, layers, target, held, train.slots, activations)
+    predict = lower_prediction(graph, layers, target, held, train.slots, activations)
+    train.slots = predict.slots
+    return train, predict

@@ -33,7 +33,6 @@ def footprint(
     found["indices"] += sum(
         FAMILIES.find(layers[name].kernels).kept_bytes(layers[name], cells) for name, cells in live_units.items()
     )
-    arena_bytes = sum(max(sizes) for sizes in zip(_padded(train, predict), _padded(predict, train)))
     found["activations"] = min(train.saved_bytes(), train.arena_bytes)
     spared = {
         call.layer
@@ -50,7 +49,7 @@ def footprint(
     )
     lanes = target.vector // 2 if target.pairs else target.vector  # of sums
     kernels = (most_live * lanes + _copied_elems(train, target)) * target.cores * ITEM_BYTES["float32"]
-    found["workspace"] = arena_bytes - found["activations"] + kernels
+    found["workspace"] = train.arena_bytes - found["activations"] + kernels
     return found | {"total": sum(found.values())}
 
 
@@ -75,7 +74,3 @@ def _copied_elems(train: Program, target: Target) -> int:
 
 def _held(programs: Iterable[Program]) -> list[Buffer]:
     return list(dict.fromkeys(buffer for program in programs for buffer in program.held()))
-
-
-def _padded(program: Program, other: Program) -> list[int]:
-    return program.slots + [0] * (len(other.slots) - len(program.slots))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mest_compile.backends.cpu import offsets
 from mest_compile.backends.cpu.bfloat16 import helped
 from mest_compile.backends.cpu.intrinsics import teach_tvm
 from mest_compile.hardware.target import Target
@@ -29,6 +30,7 @@ PASSES = (
     "tirx.AnnotateEntryFunc",
     "tirx.SplitHostDevice",
     "tirx.MakePackedAPI",
+    offsets.NAME,
     "tirx.LowerTVMBuiltin",
     "tirx.LowerIntrin",
 )
@@ -46,7 +48,10 @@ def compile_cpu(text: str, symbol: str, target: Target, checked: bool = True) ->
     passes = [tvm.tirx.transform.BindTarget(device)]
     for name in PASSES:
         family, _, each = name.partition(".")
-        passes.append(getattr(getattr(tvm, family).transform, each)(*_ARGUMENTS.get(name, ())))
+        ours = name == offsets.NAME
+        passes.append(
+            offsets.made() if ours else getattr(getattr(tvm, family).transform, each)(*_ARGUMENTS.get(name, ()))
+        )
     if not checked:
         passes.append(tvm.tirx.transform.SkipAssert())
     module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({symbol: helped(parse(text, symbol), text, target)}))

@@ -23,6 +23,7 @@ class OpenclBackend(Backend):
     tuner = "opencl"
     processor = False
     activations = ("float32",)
+    whole_buffers = True
 
     def has(self, kernel: str) -> bool:
         return f"opencl/{kernel}" in SCHEDULES.load()

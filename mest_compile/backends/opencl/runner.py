@@ -126,7 +126,7 @@ class OpenclRunner:
         self._check_limits()
         self._code: dict[str, Any] = {}  # name of what is launched -> the program of OpenCL that has it
         self._build()
-        slots = max((program.slots for program, _ in programs.values()), key=len)
+        slots = next(program.slots for program, _ in programs.values())  # all have the same
         with self._errors("the arena cannot be allocated"):
             self._slots = [self._new(size) for size in slots]
         self._scratch: dict[str, Any] = {}
@@ -314,7 +314,7 @@ class OpenclRunner:
     def _arguments(self, kernel: OpenclKernel, call: Call, program: Program) -> dict[str, Any]:
         found: dict[str, Any] = {name: np.int32(value) for name, value in self._symbols(kernel, call).items()}
         for name, buffer in zip(kernel.parameters, call.buffers, strict=True):
-            found[name] = self._held[buffer.name] if buffer.held else self._slots[program.slot_of[buffer]]
+            found[name] = self._held[buffer.name] if buffer.held else self._slots[program.places[buffer][0]]
         return found | {scratch.name: self._scratch[scratch.name] for scratch in kernel.scratch}
 
     def _size(self, buffer: Buffer) -> int:
