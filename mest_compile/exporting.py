@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,17 +81,17 @@ def to_onnx(
             raise UsageError(f"{into} has its opset already; leave one of opset and into out")
         if pixels:
             raise UsageError(f"what {into} does to its input stays as it is; leave one of pixels and into out")
-        model = written_into(into, step.graph, state)
+        model, weights = written_into(into, step.graph, state), None
     else:
         opset = onnx_writer.OPSET if opset is None else onnx_writer.check_opset(opset)
         writer = onnx_writer.Writer(state, step.input_shape)
         writer.prepare((*(_scaling(step) if pixels else ()), *step.graph.prepared))
         for node in step.graph.nodes:
             writer.operator(node, OPERATORS.find(node.op).onnx)
-        model = writer.model(step.graph, opset)
+        model, weights = writer.model(step.graph, opset), writer.weights
     if step.reading is not None and step.reading.classes:
         model.metadata_props.add(key="classes", value=json.dumps(step.reading.classes))
-    _write(path, onnx_writer.content_of(model))
+    _write(path, onnx_writer.content_of(model) if weights is None else onnx_writer.pieces(model, weights))
 
 
 def _scaling(step: TrainStep) -> list[Preparation]:
@@ -114,7 +114,7 @@ def to_safetensors(step: TrainStep, path: str | Path, compressed: bool = False) 
     Raises UsageError.
     """
     told = {} if step.reading is None else {"reading": json.dumps(step.reading.to_json())}
-    _write(path, weightfile.pack(step.state_dict(), step.masks(), {"format": "pt", **told}, compressed))
+    _write(path, weightfile.pieces(step.state_dict(), step.masks(), {"format": "pt", **told}, compressed))
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -140,7 +140,7 @@ def save_torch(step: TrainStep, path: str | Path) -> None:
     _write(path, file.getvalue())
 
 
-def _write(path: str | Path, content: bytes) -> None:
+def _write(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

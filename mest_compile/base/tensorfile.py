@@ -35,8 +35,13 @@ MOST_HEADER_BYTES = 100_000_000  # as the format has it
 
 def pack(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> bytes:
     """The file's content."""
+    return b"".join(pieces(arrays, texts))
+
+
+def pieces(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> list[bytes | memoryview]:
+    """The same in pieces, one behind another; those of arrays are the arrays' own memory."""
     header: dict[str, object] = {"__metadata__": dict(texts)}
-    place, parts = 0, []
+    place, parts = 0, list[bytes | memoryview]()
     # Widest types first, so that every array lies at a multiple of its own width.
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # no copy: nets are large
@@ -49,7 +54,7 @@ def pack(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> bytes:
         place += content.nbytes
     said = json.dumps(header).encode()
     said += b" " * (-len(said) % 8)
-    return b"".join([struct.pack("<Q", len(said)), said, *parts])
+    return [struct.pack("<Q", len(said)), said, *parts]
 
 
 def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -21,18 +21,19 @@ MASK, LIVE, BITS, SHAPES = "mask:", "live:", "bits:", "shapes"
 Arrays = dict[str, np.ndarray]
 
 
-def pack(
+def pieces(
     state: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], texts: Mapping[str, str], compressed: bool
-) -> bytes:
-    """A file's content. masks: of some of the state's arrays, bool, in their shapes; what is dead is 0."""
+) -> list[bytes | memoryview]:
+    """A file's content, one piece behind another. masks: of some of the state's arrays, bool, in their shapes; what is
+    dead is 0."""
     if not compressed:
-        return tensorfile.pack({**state, **{f"{MASK}{name}": mask for name, mask in masks.items()}}, texts)
+        return tensorfile.pieces({**state, **{f"{MASK}{name}": mask for name, mask in masks.items()}}, texts)
     arrays = {name: array for name, array in state.items() if name not in masks}
     for name, mask in masks.items():
         arrays[f"{LIVE}{name}"] = state[name][mask]
         arrays[f"{BITS}{name}"] = np.packbits(mask.reshape(-1), bitorder="little")
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return tensorfile.pack(arrays, {**texts, SHAPES: json.dumps(shapes)})
+    return tensorfile.pieces(arrays, {**texts, SHAPES: json.dumps(shapes)})
 
 
 def unpack(content: bytes) -> tuple[Arrays, Arrays]:

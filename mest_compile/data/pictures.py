@@ -15,7 +15,7 @@ from mest_compile.base.errors import DataError
 from mest_compile.base.foreign import is_picture
 from mest_compile.data.dataset import Dataset, Split
 from mest_compile.data.examples import Array, Examples, array_of, labels_of
-from mest_compile.data.sources.folder import SUFFIXES, fitted, read_picture
+from mest_compile.data.sources.folder import SUFFIXES, check_depth, fitted, open_image, read_picture
 from mest_compile.models.inputs import Inputs
 
 TEST_SHARE = 0.2  # of each class, where there is no test part
@@ -26,14 +26,50 @@ TRAIN, TESTS = "train", ("test", "val", "valid", "validation")  # names of folde
 class Pictures:
     """Labelled images, split, and what they are called.
 
-    split    uint8 images (n, C, H, W), pixels as they are: a net does the rest
     classes  their names, in the order of labels
     files    of the test images, where they were; numbers of examples where they were in no files
     """
 
-    split: Split
+    train: Photos
+    test: Photos
     classes: tuple[str, ...]
     files: tuple[str, ...]
+
+    @property
+    def split(self) -> Split:
+        """All of them read. Raises DataError."""
+        return Split(self.train.read(), self.test.read())
+
+
+class Photos:
+    """Labelled images that are read when they are asked for, so that no more of them than are used are in memory.
+
+    shape   (n, C, H, W), as `inputs` cuts and resizes them
+    labels  (n,) int64, in [0, classes)
+    """
+
+    def __init__(self, part: _Part, inputs: Inputs, classes: int, name: str):
+        self._part, self._inputs, self.classes, self.name = part, inputs, classes, name
+        self.labels = part.labels
+        self.shape = (len(part.labels), inputs.channels, *inputs.size)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """(places, C, H, W) uint8, pixels as they are: a net does the rest. Raises DataError."""
+        wanted = range(len(self))[places]
+        images = np.empty((len(wanted), *self.shape[1:]), np.uint8)
+        for image, place in zip(images, wanted):
+            found = self._part.read(place)
+            fit = read_picture if isinstance(found, Path) else fitted
+            image[:] = fit(found, self._inputs)
+        return images
+
+    def read(self) -> Dataset:
+        """All of them. Raises DataError."""
+        plain = np.zeros(self.shape[1], np.float32), np.ones(self.shape[1], np.float32)
+        return Dataset(self[:], self.labels, self.classes, *plain, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +120,8 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, k
         raise DataError(f"there is no image to train on of class {empty[0]!r}; give some, or leave the class out")
     if len(names) < 2:
         raise DataError(f"there is one class, {names[0]!r}; wanted two or more: a folder of images for each")
-    plain = np.zeros(inputs.channels, np.float32), np.ones(inputs.channels, np.float32)
-    read = Dataset(_images(part, inputs), part.labels, len(names), *plain, "pictures")
-    kept = Dataset(_images(tested, inputs), tested.labels, len(names), *plain, "pictures test")
-    return Pictures(Split(read, kept), tuple(names), tested.files)
-
-
-def _images(part: _Part, inputs: Inputs) -> np.ndarray:
-    images = np.empty((len(part.labels), inputs.channels, *inputs.size), np.uint8)
-    for place in range(len(images)):
-        found = part.read(place)
-        images[place] = read_picture(found, inputs) if isinstance(found, Path) else fitted(found, inputs)
-    return images
+    read = Photos(part, inputs, len(names), "pictures")
+    return Pictures(read, Photos(tested, inputs, len(names), "pictures test"), tuple(names), tested.files)
 
 
 def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[list[str], _Part]:
@@ -140,6 +166,9 @@ def _of_files(path: Path, names: Sequence[str] | None) -> tuple[_Part, list[str]
         raise DataError(f"{path} has the class {unknown[0]!r}, which is not trained on")
     if not listed:
         raise DataError(f"{path} has no {', '.join(SUFFIXES)} files in folders, one a class")
+    for file, _ in listed:
+        with open_image(file) as picture:
+            check_depth(picture, file)
     order = list(names or there)
     files = [file for file, _ in listed]
     labels = np.array([order.index(name) for _, name in listed], np.int64)
@@ -198,12 +227,10 @@ def _of_arrays(images: Any, labels: Any, names: Sequence[str] | None) -> tuple[_
 
 
 def _of_dataset(data: Examples, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
-    """Its images are read twice, for labels and where they are used, so that not all of them are in memory as they
-    are."""
+    """Its images are read twice, for labels and where they are used, so that not all of them are in memory."""
     from PIL import Image
 
-    def read(place: int) -> Any:
-        image = data[place][0]
+    def as_picture(place: int, image: Any) -> Any:
         if is_picture(image):
             return image
         array = array_of(image, f"the image of example {place}")
@@ -215,7 +242,15 @@ def _of_dataset(data: Examples, names: Sequence[str] | None) -> tuple[_Part, lis
         array = array if array.ndim == 2 else array.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
-    numbers = labels_of(np.array([int(data[place][1]) for place in range(len(data))], np.int64), "the data set")
+    def read(place: int) -> Any:
+        return as_picture(place, data[place][0])
+
+    found = []
+    for place in range(len(data)):
+        image, label = data[place]
+        as_picture(place, image)
+        found.append(int(label))
+    numbers = labels_of(np.array(found, np.int64), "the data set")
     said = getattr(data, "classes", None)  # as torchvision's ImageFolder names them
     if names is None and isinstance(said, list | tuple) and len(said) > numbers.max(initial=-1):
         names = [str(name) for name in said]

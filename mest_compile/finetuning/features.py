@@ -10,8 +10,10 @@ import numpy as np
 
 from mest_compile.base import exclusive
 from mest_compile.base.errors import DataError
+from mest_compile.data.pictures import Photos
 from mest_compile.finetuning.cutting import between, evaluating
 from mest_compile.hardware.backend import backend_of
+from mest_compile.hardware.host import give_memory_back
 from mest_compile.kernels import choosing
 from mest_compile.kernels.cache import Builder
 from mest_compile.lowering.fusing import fuse
@@ -22,6 +24,7 @@ from mest_compile.records.log import Records
 from mest_compile.runtime import arguments
 from mest_compile.runtime.feeding import prepared
 from mest_compile.runtime.mutating import Mutating
+from mest_compile.runtime.runner import Spares
 from mest_compile.runtime.state import HeldState
 
 BATCH = 16  # images at a time, whatever the batch of training steps: nothing of a prediction is kept
@@ -72,8 +75,14 @@ class Extractor:
         self._runner.run("predict")
         return self._runner.get("logits").reshape(BATCH, *self.output_shape)[: len(images)]
 
+    def spare(self) -> None:
+        """Gives back the memory that it computes in; the next images take it again."""
+        if isinstance(self._runner, Spares):
+            self._runner.spare()
+        give_memory_back()
+
     def cached(
-        self, images: np.ndarray, path: Path, budget_bytes: int, progress: Callable[[int, int], None]
+        self, images: np.ndarray | Photos, path: Path, budget_bytes: int, progress: Callable[[int, int], None]
     ) -> np.ndarray:
         """Features of all images, which the file has from before or is given; in memory where they take at most
         `budget_bytes`, else read from the file as they are used. progress: of images that are done, and all. Raises

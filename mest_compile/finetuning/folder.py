@@ -136,10 +136,10 @@ class TunedFolder:
         tasks: list[dict[str, Any]],
         clock: Clock,
     ) -> None:
-        test, names = pictures.split.test, pictures.classes
+        test, names = pictures.test, pictures.classes
         shown = [
             (
-                test.images[place],
+                test[place : place + 1][0],
                 f"{pictures.files[place]}: {names[test.labels[place]]}, called {names[called]}, {sure:.0%}",
             )
             for place, called, sure in worst(logits[: len(test)], test.labels)  # those of tasks before are features
@@ -148,7 +148,7 @@ class TunedFolder:
         rows = [
             ("accuracy", f"{verdict['accuracy']:.2%} of {verdict['examples']} test images"),
             ("accuracy with the classifier alone trained", f"{head_accuracy:.2%}"),
-            ("images to train on", str(len(pictures.split.train))),
+            ("images to train on", str(len(pictures.train))),
             (
                 "sparse layers",
                 f"{len(sparse)}, {min(sparse.values()):.3f} to {max(sparse.values()):.3f}" if sparse else "none",

@@ -214,6 +214,7 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     work = Work(job, folder, pictures, net, builder, watch, clock, before)
     head = work.head()
     head_accuracy = judged(head.predict(work.images(work.pooled.test)), work.labels, pictures.classes)["accuracy"]
+    del net, before  # whose weights need not be there when others have taken their place
     step, logits = work.blocks(head)
     watch.on_stage("writing files")
     verdict = judged(logits, work.labels, pictures.classes)
@@ -223,10 +224,10 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
             "epochs, a lower sparsity, or trainable=%r",
             100 * verdict["accuracy"],
             100 * head_accuracy,
-            ",".join(net.head),
+            ",".join(step.graph.nodes[-1].params.values()),
         )
     with clock("writing"):
         replay, tasks = work.kept(logits.argmax(1) == work.labels)
-        folder.finish(job, step, net.inputs, pictures, logits, verdict, head_accuracy, replay, tasks, clock)
+        folder.finish(job, step, inputs, pictures, logits, verdict, head_accuracy, replay, tasks, clock)
     seconds = {**clock.seconds, "total": clock.total}
-    return Tuned(out, step, pictures.classes, net.inputs, verdict, head_accuracy, tasks, seconds)
+    return Tuned(out, step, pictures.classes, inputs, verdict, head_accuracy, tasks, seconds)

@@ -14,7 +14,7 @@ from mest_compile.assembling import make_step
 from mest_compile.budgeting import sampled
 from mest_compile.compiling import chosen_step, of_machine
 from mest_compile.data import Dataset, Split
-from mest_compile.data.pictures import Pictures
+from mest_compile.data.pictures import Photos, Pictures
 from mest_compile.finetuning.continuing import Before, protected
 from mest_compile.finetuning.cutting import cut_of
 from mest_compile.finetuning.features import Extractor
@@ -61,8 +61,9 @@ class Work:
         clock: Clock,
         before: Before | None,
     ):
-        self._before, self._masks = before, {} if before is None else before.masks
-        self._job, self._folder, self._pictures, self._net = job, folder, pictures, net
+        self._replayed = None if before is None else before.replay
+        self._masks: Mapping[str, np.ndarray] = {} if before is None else before.masks
+        self._job, self._folder, self._pictures, self._graph = job, folder, pictures, net.graph
         self._builder, self._watch, self._clock = builder, watch, clock
         self._state = dict(net.state)
         self._records = cache(_records)  # a log of thousands of lines, and several plans
@@ -73,15 +74,15 @@ class Work:
         self._gate = cut_of(self._head_plan.facts.graph)
         # Where the last blocks begin: 0 where they are not known yet, or run on images themselves.
         self._start = 0 if self._plan is None or job.augment else cut_of(self._plan.facts.graph)
-        self._new = self._low = self._features(pictures.split, self._head_plan, 0, self._start, folder.features)
-        if before is not None:
-            self._low = mixed(self._new, before.replay)
+        self._new = self._low = self._features(pictures, self._head_plan, 0, self._start, folder.features)
+        if self._replayed is not None:
+            self._low = mixed(self._new, self._replayed)
         self.pooled = self._features(self._low, self._head_plan, self._start, self._gate, folder.pooled)
         self.labels = self._low.test.labels
-        task = 0 if before is None else len(before.replay.told)
+        task = 0 if self._replayed is None else len(self._replayed.told)
         self.tasks = np.full(len(self.labels), task)
-        if before is not None:
-            self.tasks[len(self._new.test) :] = before.replay.test.tasks
+        if self._replayed is not None:
+            self.tasks[len(self._new.test) :] = self._replayed.test.tasks
 
     def head(self) -> TrainStep:
         """The classifier, trained on what the pretrained net says."""
@@ -93,14 +94,14 @@ class Work:
         return step
 
     def blocks(self, head: TrainStep) -> tuple[TrainStep, np.ndarray]:
-        """(the whole net's step with the last blocks trained, logits of the test part)."""
+        """(the whole net's step with the last blocks trained, logits of the test part), and nothing else of it."""
         job, masks, plan = self._job, self._masks, self._plan or self._chosen()
         start = 0 if job.augment else cut_of(plan.facts.graph)
         if start == self._gate:  # nothing but the classifier trains
             logits, plan = head.predict(self.images(self.pooled.test)), self._head_plan
         else:
             if start != self._start:  # it was not known before
-                self._new = self._low = self._features(self._pictures.split, plan, 0, start, self._folder.features)
+                self._new = self._low = self._features(self._pictures, plan, 0, start, self._folder.features)
             data = self._low
             sparse = any(not layer.frozen and not isinstance(layer.scheme, Dense) for layer in plan.layers.values())
             method = "em" if sparse and job.epochs > 1 else "static"
@@ -111,13 +112,17 @@ class Work:
             logits = step.predict(self.images(data.test))
             self._state |= step.state_dict()
             masks = {name: as_conv(mask) for name, mask in step.masks().items()}
+            step.spare()
+            del step
         self._watch.on_stage("putting the net together")
         with self._clock("compiling"):
-            return make_step(plan, self._state, self._builder, None, None, masks), logits
+            step = make_step(plan, self._state, self._builder, None, None, masks)
+            self._state = {}  # which the step has: what is written needs the room
+            return step, logits
 
     def kept(self, right: np.ndarray) -> tuple[Replay, list[dict[str, Any]]]:
         """(what later fine-tunings replay, what each task is told by). right: whether answers for the test part are."""
-        classes, replayed = self._pictures.classes, None if self._before is None else self._before.replay
+        classes, replayed = self._pictures.classes, self._replayed
         told = () if replayed is None else replayed.told
         train, test = kept(replayed, self._new, len(classes), self._job.buffer_bytes, len(told), self._job.options.seed)
         there = np.unique(self._new.train.labels)
@@ -132,9 +137,9 @@ class Work:
     def _protects(self, plan: Plan) -> Callable[[TrainStep], None]:
         """What protects units that tasks before need, in a step that is to train; which they are is decided when it
         begins."""
-        if self._before is None or not len(self._before.replay.train.labels):
+        if self._replayed is None or not len(self._replayed.train.labels):
             return _nothing
-        replayed, path = self._before.replay.train, self._folder.protected
+        replayed, path = self._replayed.train, self._folder.protected
 
         def protects(step: TrainStep) -> None:
             if not path.is_file():
@@ -171,7 +176,7 @@ class Work:
     def _planned(self, options: StepOptions) -> Plan:
         """The plan of the whole net in which what is frozen is dense: nothing would make up for what pruning takes.
         BatchNorms of steps of few examples stay in evaluation mode."""
-        graph = self._net.graph
+        graph = self._graph
         if self._job.batch < FEW:
             norms = {name for name, node in graph.parameters().items() if node.op == "batch_norm"}
             chosen = choose_trainable(graph, options.trainable).trainable()
@@ -184,30 +189,32 @@ class Work:
 
     def _chosen(self) -> Plan:
         """The plan of what trains within the update budget, chosen with the classifier trained."""
-        options, data = self._job.options, self._pictures.split.train
+        options, data = self._job.options, self._low.train  # of images: it is not known yet where features begin
         self._watch.on_stage("choosing what trains")
         with self._clock("compiling"):
-            batches = sampled(data, self._net.graph.input_shape, options)
-            full = plan_step(self._net.graph, options, self._records)
+            batches = sampled(data, self._graph.input_shape, options)
+            full = plan_step(self._graph, options, self._records)
             choice = chosen_step((full, self._state, {}), options, batches, None, self._builder)
             plan = self._planned(replace(options, trainable=choice.trainable, update_budget=None))
             return replace(plan, chosen=choice.to_dict())
 
-    def _features(self, data: Split, plan: Plan, start: int, end: int, folder: Path) -> Split:
+    def _features(self, data: Split | Pictures, plan: Plan, start: int, end: int, folder: Path) -> Split:
         """What the plan's nodes from `start` to `end` make of the data."""
         if start == end:
-            return data
+            return data if isinstance(data, Split) else data.split
         self._watch.on_stage("computing features")
         with self._clock("compiling"):
-            extractor = Extractor(plan, start, end, self._net.state, self._builder)
+            extractor = Extractor(plan, start, end, self._state, self._builder)
         with self._clock("features"):
             budget, parts = self._job.feature_bytes, []
             for part in (data.train, data.test):
                 path = folder / f"{part.name.split()[-1]}.npy"
-                images = extractor.cached(self.images(part), path, budget, self._watch.on_features)
+                given = part if isinstance(part, Photos) else self.images(part)
+                images = extractor.cached(given, path, budget, self._watch.on_features)
                 images = images if images.ndim == 4 else images[:, :, None, None]
                 plain = np.zeros(images.shape[1], np.float32), np.ones(images.shape[1], np.float32)
                 parts.append(Dataset(images, part.labels, part.classes, *plain, part.name))
+            extractor.spare()
         return Split(*parts)
 
 

@@ -31,6 +31,8 @@ IRREGULAR = {
     "at_most": "LessOrEqual",
     "select": "Where",
 }
+MOST_BYTES = 2**31  # of a message
+TOO_LARGE = "the model has more than 2 GiB of weights, which one .onnx file cannot hold"
 COMPARISONS = ("greater", "less", "at_least", "at_most")
 
 
@@ -192,8 +194,8 @@ class Writer:
         raise AssertionError(f"{formula!r} is no expression")
 
     def model(self, graph: ForwardGraph, opset: int) -> Any:
-        """The whole, as an onnx.ModelProto, the last node's value as `OUTPUT`."""
-        from onnx import helper, numpy_helper
+        """The whole but for the initializers, as an onnx.ModelProto, the last node's value as `OUTPUT`."""
+        from onnx import helper
 
         logits = self.values[graph.nodes[-1].name]
         for node in self.nodes:
@@ -213,16 +215,13 @@ class Writer:
             value_info=[described(name) for name in sizes if name not in (INPUT, OUTPUT)],
         )
         imported = [helper.make_opsetid("", opset)]
-        model = helper.make_model(
+        return helper.make_model(
             made,
             opset_imports=imported,
             ir_version=helper.find_min_ir_version_for(imported),
             producer_name="mest-compile",
             producer_version=__version__,
         )
-        for name, array in self.weights.items():  # one by one: make_graph and make_model copy all that they are given
-            model.graph.initializer.add().CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return model
 
     def _free(self, name: str) -> str:
         number, found = 1, name
@@ -258,7 +257,47 @@ def content_of(model: Any) -> bytes:
     try:
         return model.SerializeToString()
     except (ValueError, EncodeError) as error:
-        raise UsageError("the model has more than 2 GiB of weights, which one .onnx file cannot hold") from error
+        raise UsageError(TOO_LARGE) from error
+
+
+def pieces(model: Any, weights: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
+    """The file of an onnx.ModelProto with these initializers, in pieces, one behind another; those of arrays are the
+    arrays' own memory. With them in the model they would be in memory twice more, in it and as it is written.
+
+    weights  name -> float32 array
+    Raises UsageError as `content_of`. Source: https://protobuf.dev/programming-guides/encoding, a message in a message
+    is its field's tag, its size and its fields in any order.
+    """
+    from onnx import GraphProto, ModelProto, TensorProto
+
+    def opened(message: Any, field: str, size: int) -> bytes:
+        return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2) + _varint(size)
+
+    heads = []
+    for name, array in weights.items():
+        tensor = TensorProto(dims=array.shape, data_type=TensorProto.FLOAT, name=name)
+        head = tensor.SerializeToString() + opened(TensorProto, "raw_data", array.nbytes)
+        heads.append(opened(GraphProto, "initializer", len(head) + array.nbytes) + head)
+    graph, around = model.graph.SerializeToString(), ModelProto()
+    around.CopyFrom(model)
+    around.ClearField("graph")
+    size = len(graph) + sum(len(head) + array.nbytes for head, array in zip(heads, weights.values()))
+    begin = around.SerializeToString() + opened(ModelProto, "graph", size)
+    if len(begin) + size >= MOST_BYTES:
+        raise UsageError(TOO_LARGE)
+    found: list[bytes | memoryview] = [begin + graph]
+    for head, array in zip(heads, weights.values()):
+        found += head, np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data
+    return found
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit says that more come."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def _kinds() -> dict[str, int]:

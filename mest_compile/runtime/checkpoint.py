@@ -26,13 +26,13 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
     path = Path(path)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     said = json.dumps(facts)
-    content = tensorfile.pack(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
+    content = tensorfile.pieces(whole, {"format": FORMAT, "facts": said, "digest": _digest(whole, said)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with scratch.open("wb") as file:
-                file.write(content)
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, path)

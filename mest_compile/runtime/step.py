@@ -14,6 +14,7 @@ import numpy as np
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import InputError, StateError, UsageError
 from mest_compile.base.interrupts import uninterrupted
+from mest_compile.hardware.host import give_memory_back
 from mest_compile.models.inputs import Reading
 from mest_compile.operators.optimizers.groups import hyper_name
 from mest_compile.runtime import arguments, checkpoint, saving
@@ -22,7 +23,7 @@ from mest_compile.runtime.compiled import Compiled, StepResult
 from mest_compile.runtime.feeding import Part
 from mest_compile.runtime.freezing import Freezes, held_by
 from mest_compile.runtime.masked import Masked, set_state
-from mest_compile.runtime.runner import Clocked, Closes
+from mest_compile.runtime.runner import Clocked, Closes, Spares
 from mest_compile.runtime.telling import Tells
 
 if TYPE_CHECKING:
@@ -322,6 +323,13 @@ class TrainStep(Masked, Tells, Freezes):
         """Gives a device that is not this process back; the step cannot run after it."""
         if isinstance(self._runner, Closes):
             self._runner.close()
+
+    @in_turn
+    def spare(self) -> None:
+        """Gives back memory that is not state; the next call takes it again."""
+        if isinstance(self._runner, Spares):
+            self._runner.spare()
+        give_memory_back()
 
     # Internal.
 

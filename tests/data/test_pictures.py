@@ -105,6 +105,16 @@ def test_arrays_and_torch_datasets_hold_pixels():
     assert len(read_pictures(split, INPUTS).split.test) == 2
 
 
+def test_pictures_are_read_when_they_are_asked_for(photos):
+    found = read_pictures(photos, INPUTS, seed=1)
+    assert found.train.shape == (12, 3, 8, 8) and found.train[3:5].shape == (2, 3, 8, 8)
+    assert np.array_equal(found.train[3:5], found.split.train.images[3:5])
+    for path in photos.rglob("*.png"):  # whose headers were in order
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match="is damaged"):
+        found.test[:1]
+
+
 def test_a_picture_is_cut_from_the_middle_turned_as_the_camera_was_and_resized_bicubic(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))

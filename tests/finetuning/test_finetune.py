@@ -18,6 +18,7 @@ from tiny import CLASSES, INPUTS, Tiny, pictures, scaled, tiny
 from torch import nn
 
 import mest_compile as mest
+from mest_compile.backends.cpu.runner import LocalRunner
 from mest_compile.base.errors import BudgetError, DataError, StateError, UsageError
 from mest_compile.finetuning import importing
 from mest_compile.finetuning.importing import imported
@@ -61,9 +62,23 @@ class Stops(Quiet):
         return Counts()
 
 
+SPARED = []
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, builder):
-    return tune(tmp_path_factory.mktemp("tuned"), builder, artifact=True)
+    """What gave its memory back is noted."""
+    spare = LocalRunner.spare
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LocalRunner, "spare", lambda runner: SPARED.append(1) or spare(runner))
+        return tune(tmp_path_factory.mktemp("tuned"), builder, artifact=True)
+
+
+def test_what_has_computed_gives_its_memory_back(tuned):
+    assert len(SPARED) == 3  # what gave features, what gave the classifier's, the last blocks
+    before = tuned.step.predict(TEST[0])
+    tuned.step.spare()
+    assert np.array_equal(tuned.step.predict(TEST[0]), before)
 
 
 def test_what_trains_is_sparse_and_what_is_frozen_stays_as_it_was(tuned):

@@ -110,6 +110,13 @@ def test_a_file_that_was_written_reads_back_as_the_same_model(every, tmp_path):
         np.testing.assert_array_equal(array, every.state_dict()[name])
 
 
+def test_a_file_has_room_for_2_gib(every, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_writer, "MOST_BYTES", 1000)
+    with pytest.raises(UsageError, match="more than 2 GiB"):
+        mest.to_onnx(every, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_operator_is_written_or_says_why_not():
     for name, operator in OPERATORS.load().items():
         writes = type(operator).onnx is not Operator.onnx
