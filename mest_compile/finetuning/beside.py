@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -35,11 +36,14 @@ def digits(count: int, seed: int) -> tuple[Labelled, Labelled]:
     return drawn_digits(count, SIZE, seed), drawn_digits(TESTED, SIZE, 10_000 + seed)
 
 
-def measured(contestant: str, data: tuple[Labelled, Labelled], epochs: int, seed: int, out: Path) -> dict[str, Any]:
-    """JSON-able: what one of CONTESTANTS reaches, in this process, and what it takes. out: ours leaves its files there.
+def measured(
+    contestant: str, data: tuple[Labelled, Labelled], epochs: int, seed: int, out: Path, rate: float = RATE
+) -> dict[str, Any]:
+    """JSON-able: what one of CONTESTANTS reaches, in this process, and what it takes. out: ours leaves its files there;
+    rate: AdamW's, the highest of a cosine.
 
     seconds  beside "compiling_seconds"; processor_seconds  of all of it
-    peak_bytes  of memory, beyond what the process had with libraries and images in it
+    peak_bytes  of memory, beyond what the process had with libraries and images in it: process_bytes
     """
     import resource
 
@@ -48,11 +52,12 @@ def measured(contestant: str, data: tuple[Labelled, Labelled], epochs: int, seed
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, process_time()
     if contestant in (OURS, DENSE):
-        found = _ours(data, epochs, seed, "dense" if contestant == DENSE else "block", out)
+        found = _ours(data, epochs, seed, "dense" if contestant == DENSE else "block", out, rate)
     else:
-        found = _torchs(data, epochs, seed, contestant != ALL, contestant == KEPT)
+        found = _torchs(data, epochs, seed, contestant != ALL, contestant == KEPT, rate)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {**found, "processor_seconds": process_time() - began, "peak_bytes": 1024.0 * (after - before)}
+    peak = {"peak_bytes": 1024.0 * (after - before), "process_bytes": 1024.0 * before}
+    return {**found, "rate": rate, "processor_seconds": process_time() - began, **peak}
 
 
 def asked(contestant: str, count: int, epochs: int, seed: int, out: Path) -> dict[str, Any]:
@@ -65,18 +70,22 @@ def asked(contestant: str, count: int, epochs: int, seed: int, out: Path) -> dic
     return found
 
 
-def _ours(data: tuple[Labelled, Labelled], epochs: int, seed: int, scheme: str, out: Path) -> dict[str, Any]:
+def _ours(
+    data: tuple[Labelled, Labelled], epochs: int, seed: int, scheme: str, out: Path, rate: float
+) -> dict[str, Any]:
     from mest_compile.finetuning.tuning import finetune
+    from mest_compile.models.pretrained import PRETRAINED
 
     tuned = finetune(
         NET,
         data[0],
         test=data[1],
         out=out,
-        image=(3, SIZE, SIZE),
+        inputs=replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0),  # the whole image, as torch sees it
         scheme=scheme,
         batch=BATCH,
         epochs=epochs,
+        optimizer=f"adamw:lr={rate}",
         patience=None,
         threads=1,
         seed=seed,
@@ -90,7 +99,9 @@ def _ours(data: tuple[Labelled, Labelled], epochs: int, seed: int, scheme: str, 
     }
 
 
-def _torchs(data: tuple[Labelled, Labelled], epochs: int, seed: int, last: bool, keep: bool) -> dict[str, Any]:
+def _torchs(
+    data: tuple[Labelled, Labelled], epochs: int, seed: int, last: bool, keep: bool, rate: float
+) -> dict[str, Any]:
     """The same with torch in channels_last. last: all but the last three blocks is frozen, in evaluation mode; keep:
     what that gives is computed once."""
     import torch
@@ -127,7 +138,7 @@ def _torchs(data: tuple[Labelled, Labelled], epochs: int, seed: int, last: bool,
             return torch.cat([front.eval()(given(part)) for part in pixels.split(BATCH)])
 
     kept = features(x) if keep else None
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], RATE)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // BATCH))
     best = 0.0
     tested = features(tx) if keep else None

@@ -19,6 +19,8 @@ def test_digits_are_drawn_by_seed():
 def test_each_class_has_as_many_examples():
     labels = np.arange(100) % 10
     places = finetune.chosen(labels, labels, 3, np.random.default_rng(0))
+    (x, y), (vx, vy) = finetune.halves((np.arange(100), labels))
+    assert np.bincount(vy).tolist() == [2] * 10 and np.bincount(y).tolist() == [8] * 10 and not set(x) & set(vx)
     assert len(set(places)) == 30 and np.bincount(labels[places]).tolist() == [3] * 10
     assert finetune.grown(np.full((1, 28, 28), 7, np.uint8)).tolist() == np.full((1, 96, 96, 3), 7).tolist()
 
@@ -28,6 +30,7 @@ def test_the_table_has_medians_over_seeds():
         {
             "contestant": contestant,
             "data": "digits",
+            "rate": 0.001,
             "accuracy": 0.5 + seed / 10,
             "seconds": 2.0 + seed,
             "cold_compiling_seconds": 1.0,
@@ -37,26 +40,36 @@ def test_the_table_has_medians_over_seeds():
         for seed in range(3)
     ]
     table = finetune.table({"runs": runs})
-    assert "| digits | ours | 60.0% | 3.0 | 1.0 | 2 |" in table and table.count("\n") == 1 + len(finetune.CONTESTANTS)
+    assert "| digits | ours | 0.001 | 60.0% | 3.0 | 1.0 | 2 | 1.0 | 1.0 |" in table and table.count("\n") == 1 + len(
+        finetune.CONTESTANTS
+    )
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     asked = []
 
     def alone(said, cache):
-        asked.append(said[0])
-        if len(asked) == 4:
+        contestant, *_, rate, part = said
+        asked.append((contestant, rate, part))
+        if len(asked) == 16:
             raise KeyboardInterrupt
-        return {"compiling_seconds": 3.0 if len(asked) == 1 else 0.1, "accuracy": 0.5}
+        accuracy = 0.9 if rate == "0.004" and contestant == "ours" else 0.5
+        return {"compiling_seconds": 3.0 if len(asked) == 13 else 0.1, "accuracy": accuracy, "peak_bytes": len(asked)}
 
     monkeypatch.setattr(finetune, "alone", alone)
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         finetune.measure(file, ["digits"], 20, 5, 1)
-    assert asked == ["ours", "ours", "ours, dense", "ours, dense"]
+    rates = ("0.0005", "0.0015", "0.004")
+    some = [contestant for contestant in finetune.CONTESTANTS if contestant != finetune.KEPT]
+    assert asked[:12] == [(contestant, rate, "validate") for contestant in some for rate in rates]
+    dense = ("ours, dense", "0.0015", "test")  # the middle of rates that are as good
+    assert asked[12:] == [("ours", "0.004", "test")] * 2 + [dense] * 2
     runs = finetune.measure(file, ["digits"], 20, 5, 1)["runs"]
-    assert [run["contestant"] for run in runs] == list(finetune.CONTESTANTS) and asked.count("ours") == 2
-    assert runs[0]["cold_compiling_seconds"] == 3.0 and json.loads(file.read_text())["runs"] == runs
+    assert [run["contestant"] for run in runs] == list(finetune.CONTESTANTS) and len(asked) == 21
+    assert asked.count(("ours", "0.004", "test")) == 2 and asked[-1] == (finetune.KEPT, "0.0015", "test")
+    assert runs[0]["cold_compiling_seconds"] == 3.0 and runs[0]["cold_peak_bytes"] == 13
+    assert json.loads(file.read_text())["runs"] == runs
     with pytest.raises(SystemExit, match="was measured otherwise"):
         finetune.measure(file, ["digits"], 20, 6, 1)
 
