@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mest_compile.base.errors import UsageError
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
+    from mest_compile.sweeping.pace import Estimate
     from mest_compile.sweeping.results import SweepResults
     from mest_compile.sweeping.running import Progress
 
@@ -29,14 +31,24 @@ def sweep(
     plan: Annotated[Path, typer.Argument(help="Recipe as TOML with [grid], [zip] or [[list]], and [asha].")],
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: runs/NAME of NAME.toml.")] = None,
     ray: Ray = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Train nothing: say what is there, and what the rest takes, time and memory."),
+    ] = False,
     csv: Csv = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Train every cell of a grid, as many at once as cores and memory allow; what is finished is not trained again, and
     what was stopped goes on."""
+    from mest_compile.sweeping.sweep import foresee
     from mest_compile.sweeping.sweep import sweep as run
 
+    if dry_run:
+        if others := [name for name, value in (("ray", ray), ("csv", csv), ("html", html)) if value is not None]:
+            raise UsageError(f"--dry-run trains nothing; leave out --{others[0]}")
+        _show_estimate(foresee(plan, out, _measuring), as_json)
+        return
     with LiveTable() as table:
         found = run(plan, out, table.told, ray)
     write(found, csv, html)
@@ -60,6 +72,40 @@ def show(found: SweepResults, as_json: bool) -> None:
             said = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
             print(f"{said}: {row['problem']}")
     print(f"\n{found.trained_now} epochs trained; cells in {found.folder}/cells")
+
+
+def _measuring(what: str, number: int, count: int) -> None:
+    line = f"measuring {number + 1} of {count}: {what}"
+    stderr_console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_estimate(found: Estimate, as_json: bool) -> None:
+    said = found.to_dict()
+    if as_json:
+        print_json(said)
+        return
+    names = list(dict.fromkeys(name for row in found.rows for name in row["settings"]))
+    rows = [
+        [
+            *(str(row["settings"].get(name, "")) for name in names),
+            row["state"],
+            *(row[name] for name in ("epochs", "epochs_left")),
+            *(
+                "-" if row[name] is None else f"{row[name]:.2f}"
+                for name in ("begin_seconds", "epoch_seconds", "seconds_left")
+            ),
+            "-" if row["planned_bytes"] is None else f"{row['planned_bytes'] / 2**20:.1f}",
+            row["source"] or "-",
+        ]
+        for row in found.rows
+    ]
+    columns = ["state", "epochs", "left", "s to begin", "s an epoch", "s left", "planned MiB", "by"]
+    print_table([*names, *columns], rows)
+    print(
+        f"\n{said['cells_left']} of {len(rows)} cells and {said['epochs_left']} epochs left: about "
+        f"{said['seconds'] / 60:.1f} min with {said['at_once']} at once, of it {said['begin_seconds'] / 60:.1f} min to "
+        f"begin, imports and compiling; up to {said['planned_bytes'] / 2**20:.1f} MiB planned for a step"
+    )
 
 
 class LiveTable:
@@ -91,6 +137,11 @@ class LiveTable:
         self._ended = ended
         if self._console.is_terminal:
             self._live.update(self._table(cells, len(ended)), refresh=True)
+
+    def say(self, what: str) -> None:
+        """Tells what comes after the cells."""
+        self._live.stop()
+        self._console.print(what, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, cells: Sequence[Progress], ended: int) -> Any:
         from rich.table import Table

@@ -98,6 +98,11 @@ class Cell:
         return self.folder / "log.txt"
 
     @property
+    def resize(self) -> tuple[int, int] | None:
+        """(height, width) that images are cut and resized to."""
+        return _sizes(self.settings["run"].get("resize"))
+
+    @property
     def has_val(self) -> bool:
         return self.data.has_val or bool(self.settings["run"].get("val_split"))
 
@@ -115,6 +120,17 @@ class Cell:
         history, best = tuple(found["history"]), found["best"]
         patience = self.recipe.patience is not None and _gone(history, best, self.recipe.patience)
         return State(history, diverged, True, patience)
+
+    def note_command(self, epochs: int, seconds: float) -> None:
+        """Adds a command to what is known of its commands: the epochs that it trained, and all of its time."""
+        with (self.folder / "commands.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epochs": epochs, "seconds": seconds}) + "\n")
+
+    def commands(self) -> list[dict[str, float]]:
+        """What `note_command` has noted; a last line that was not finished is left out."""
+        file = self.folder / "commands.jsonl"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def command(self, until: int, begun: bool) -> list[str]:
         """Arguments of `mest-compile` that train it to the end of an epoch."""

@@ -19,9 +19,14 @@ def local_workers(cells: Sequence[Cell], threads: int) -> LocalWorkers:
     """For cells that are not finished, the largest of which decides."""
     import psutil
 
-    need, free = max(map(need_bytes, one_of_each(cells))), psutil.virtual_memory().available
+    need, free = most_bytes(cells), psutil.virtual_memory().available
     slots = min(len(cells), cores() // threads, int(SHARE * free) // need)
     return LocalWorkers(max(1, slots), threads)
+
+
+def most_bytes(cells: Sequence[Cell]) -> int:
+    """That the process of one of them needs, whichever it is."""
+    return max(map(need_bytes, one_of_each(cells)))
 
 
 def one_of_each(cells: Sequence[Cell]) -> list[Cell]:

@@ -39,6 +39,7 @@ class Progress:
     problem: str | None = None
     trained: int = 0
     losses: int = field(default=0, repr=False)
+    began: float = field(default=0.0, repr=False)
 
     @property
     def done(self) -> int:
@@ -148,7 +149,7 @@ def _begin(one: Progress, place: int, until: int, workers: Workers) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(one.cell.recipe_file, to_toml(one.cell.settings))
     _wait_for_lock(one.cell)
-    one.running = True
+    one.running, one.began = True, time.perf_counter()
     workers.start(place, one.cell.command(until, one.state.begun), one.cell.log)
 
 
@@ -167,6 +168,8 @@ def _end(one: Progress, code: int, before: int) -> None:
     """What has become of a cell whose command has ended; before: epochs that it had when it began."""
     one.running = False
     _seen(one)
+    if code == 0:
+        one.cell.note_command(one.done - before, time.perf_counter() - one.began)
     if code == 0 or one.problem is not None:
         return
     if code != LOST:

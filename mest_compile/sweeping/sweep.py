@@ -13,9 +13,10 @@ from mest_compile.hardware import host
 from mest_compile.sweeping import running
 from mest_compile.sweeping.asha import AshaRule
 from mest_compile.sweeping.cell import Cell, make_cell
+from mest_compile.sweeping.pace import Estimate, estimate
 from mest_compile.sweeping.plan import folder_of, read_plan
 from mest_compile.sweeping.results import SweepResults
-from mest_compile.sweeping.room import local_workers
+from mest_compile.sweeping.room import local_workers, most_bytes
 from mest_compile.sweeping.running import Progress, look
 from mest_compile.sweeping.workers import Workers
 
@@ -47,6 +48,17 @@ def sweep(
         results = SweepResults.of(found, root)
         results.to_json(root / "sweep.json")
     return results
+
+
+def foresee(
+    plan: str | os.PathLike | Mapping[str, Any],
+    out: str | os.PathLike | None = None,
+    tell: Callable[[str, int, int], None] | None = None,
+) -> Estimate:
+    """What a sweep would find there and what the rest would cost, training nothing. Raises as `sweep` does, and what is
+    wrong with a cell's model."""
+    cells, _, _ = read(plan, out)
+    return estimate(look(cells), tell or (lambda what, number, count: None))
 
 
 def read(
@@ -91,8 +103,9 @@ def alone(root: Path) -> Iterator[None]:
 
 def _workers(cells: Sequence[Progress], ray: str | None) -> Workers:
     threads = max(one.cell.threads for one in cells)
+    left = [one.cell for one in cells if not one.finished]
     if ray is not None:
         from mest_compile.sweeping.onray import RayWorkers
 
-        return RayWorkers(ray, threads)
-    return local_workers([one.cell for one in cells if not one.finished], threads)
+        return RayWorkers(ray, threads, most_bytes(left))
+    return local_workers(left, threads)

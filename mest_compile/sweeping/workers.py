@@ -26,9 +26,11 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class Workers(Protocol):
-    """Who runs commands. slots: how many at once."""
+    """Who runs commands."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """How many at once."""
 
     def start(self, job: int, arguments: Sequence[str], log: Path) -> None:
         """Begins `mest-compile` with such arguments, whose output is added to the file `log`; job: the caller's name

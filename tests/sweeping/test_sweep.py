@@ -15,7 +15,7 @@ import mest_compile as mest
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.cli import main
 from mest_compile.hardware import host
-from mest_compile.sweeping import running
+from mest_compile.sweeping import pace, running
 from mest_compile.sweeping.results import SweepResults
 from mest_compile.sweeping.sweep import read
 from mest_compile.sweeping.workers import LOST, LocalWorkers
@@ -34,7 +34,8 @@ def workers(monkeypatch):
     """Makes sweeps run here; returns a function that says by what."""
 
     def use(found):
-        monkeypatch.setattr("mest_compile.sweeping.sweep.local_workers", lambda cells, threads: found)
+        for module in ("sweep", "pace"):
+            monkeypatch.setattr(f"mest_compile.sweeping.{module}.local_workers", lambda cells, threads: found)
         monkeypatch.setattr(running, "LOOKS_SECONDS", 0.0)
         return found
 
@@ -220,3 +221,31 @@ def test_the_front_is_of_cells_that_none_beats_in_both():
     assert [one["key"] for one in found.pareto] == ["a", "b", "d"] and found.best["key"] == "d"
     errors = SweepResults(tuple(rows), "mae", "")
     assert errors.best["key"] == "e" and [one["key"] for one in errors.pareto] == ["e"]
+
+
+def test_a_dry_run_tells_what_is_there_and_what_the_rest_takes(workers, mest_compile_command, monkeypatch, tmp_path):
+    def measured(cell):
+        return pace.Pace(1.0, pace.measure(cell)["epoch_seconds"], 10, pace.MEASUREMENT)
+
+    monkeypatch.setattr(pace, "_measured", measured)
+    root, plan = tmp_path / "sweep", tmp_path / "plan.toml"
+    plan.write_text('epochs = 2\nmethod = "static"\n[run]\nmodel = "mlp"\nwidth = 16\ndata = "digits"\n')
+    workers(Here())
+    mest.sweep(plan, root)
+    plan.write_text(f'{plan.read_text()}[grid]\nscheme = ["block", "unstructured"]\nseed = [0, 1]\n')
+    before = sorted(root.rglob("*"))
+    found = mest_compile_command("sweep", plan, "--out", root, "--dry-run", "--json").document
+    assert sorted(root.rglob("*")) == before
+    there, recorded, *others = found["cells"]
+    assert (there["state"], there["epochs"], there["epochs_left"], there["source"]) == ("finished", 2, 0, None)
+    assert recorded["source"] == "records" and recorded["planned_bytes"] > 10 and recorded["begin_seconds"] > 0
+    (command,) = [
+        json.loads(line) for line in (root / "cells" / there["key"] / "commands.jsonl").read_text().splitlines()
+    ]
+    spent = recorded["begin_seconds"] + 2 * recorded["epoch_seconds"]
+    assert command["epochs"] == 2 and spent == pytest.approx(command["seconds"])
+    assert {one["source"] for one in others} == {"measurement"} and others[0]["epoch_seconds"] > 0
+    assert found["cells_left"] == 3 and found["epochs_left"] == 6 and found["at_once"] == 1
+    assert found["seconds"] == pytest.approx(sum(one["seconds_left"] for one in found["cells"]))
+    assert mest_compile_command("sweep", plan, "--out", root, "--dry-run").out.count("measurement") == 2
+    assert mest_compile_command("sweep", plan, "--dry-run", "--ray", "auto").code == 2
