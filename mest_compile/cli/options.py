@@ -180,6 +180,19 @@ def said_sparsity(said: Any) -> Any:
         ) from problem
 
 
+def said_list(text: str) -> list[str]:
+    """Of "block, pattern"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def said_numbers(option: str, text: str) -> list[float]:
+    """Of "0.8,0.9". Raises UsageError."""
+    try:
+        return [float(part) for part in said_list(text)]
+    except ValueError as problem:
+        raise UsageError(f"--{option} is {text!r}; wanted numbers separated by commas, such as 0.8,0.9") from problem
+
+
 def _share(text: str) -> float:
     """Of "0.9"; "90%" is one as well."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)

@@ -19,6 +19,8 @@ from mest_compile.cli.options import (
     Seed,
     Weights,
     Width,
+    said_list,
+    said_numbers,
     shape_of,
 )
 from mest_compile.cli.output import Json, print_json, print_table, stderr_console
@@ -70,7 +72,7 @@ def table(
     SGD with momentum. Every row is a pair of processes that take turns.
     """
     device = find_device(tracker, key)
-    wanted = _numbers(sparsities)
+    wanted = said_numbers("sparsities", sparsities)
     for path in (csv, html, plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into")
@@ -91,7 +93,7 @@ def table(
         found = speed_table(
             model,
             shape_of(model, batch, image),
-            [name.strip() for name in schemes.split(",") if name.strip()],
+            said_list(schemes),
             wanted,
             target,
             vs,
@@ -113,10 +115,3 @@ def table(
     else:
         print_table(COLUMNS, found.cells())
         print(f"\n{found.caption()}")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as problem:
-        raise UsageError(f"--sparsities is {text!r}; wanted numbers separated by commas, such as 0.8,0.9") from problem
