@@ -1,6 +1,6 @@
 """What frozen blocks spare: `python benchmarks/frozen.py measure` times whole steps of which the last blocks train in
-turns with full ones, in results/frozen.json, and writes the table of docs/finetuning.md; without `measure` the table
-alone.
+turns with full ones, in seconds of the processor, as others use the machine, too; `--only NAME` those of one net. They
+go into results/frozen.json and the table of docs/finetuning.md; without `measure` the table alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import documents
@@ -25,6 +25,7 @@ from torch import nn
 from mest_compile.base.errors import MestError
 from mest_compile.base.files import write_atomically, write_json
 from mest_compile.measuring.benchmark import machine
+from mest_compile.models.catalog import build_model
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
@@ -109,11 +110,16 @@ def lite() -> nn.Module:
     )
 
 
-MODELS = {"ResNet-18": resnet18, "EfficientNet-lite0, dense": lite}
+def lite0() -> nn.Module:
+    """EfficientNet-lite0 itself, with its depthwise convolutions."""
+    return build_model("efficientnet-lite0", SHAPE, CLASSES)
+
+
+MODELS = {"ResNet-18": resnet18, "EfficientNet-lite0": lite0, "EfficientNet-lite0, dense": lite}
 
 
 def measure(name: str, shape: tuple[int, ...] = SHAPE, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Seconds of every round of each step, one thread, and planned bytes."""
+    """Seconds of the processor of every round of each step, one thread, and planned bytes."""
     import mest_compile as mest
 
     rng = np.random.default_rng(0)
@@ -124,8 +130,9 @@ def measure(name: str, shape: tuple[int, ...] = SHAPE, rounds: int = ROUNDS) -> 
         steps[trained or "all"] = mest.compile(
             MODELS[name](), shape, scheme=SCHEME, sparsity=SPARSITY, threads=1, trainable=trained
         )
-    seconds = in_turns(steps, images, labels, rounds)
-    return {"seconds": seconds, "memory": {trained: step.memory() for trained, step in steps.items()}}
+    seconds = in_turns(steps, images, labels, rounds, process_time)
+    memory = {trained: step.memory() for trained, step in steps.items()}
+    return {"seconds": seconds, "memory": memory, "machine": machine()}
 
 
 def in_turns(
@@ -184,15 +191,17 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="?", choices=["measure"])
+    parser.add_argument("--only", choices=[*MODELS], help="measure this net alone; the others stay as they are")
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     try:
-        if parser.parse_args().what:
+        if (chosen := parser.parse_args()).what:
+            names = [chosen.only] if chosen.only else [*MODELS]
+            found = results.get("models", {}) | {name: measure(name) for name in names}
             results = {
                 "command": "python benchmarks/frozen.py measure",
                 "case": {"input_shape": SHAPE, "scheme": SCHEME, "sparsity": SPARSITY, "threads": 1},
-                "machine": machine(),
                 "tvm": metadata.version("apache-tvm"),
-                "models": {name: measure(name) for name in MODELS},
+                "models": {name: found[name] for name in MODELS if name in found},
             }
             write_json(FILE, results)
     except MestError as problem:
