@@ -463,4 +463,9 @@ def test_a_step_on_the_device_freezes_as_one_here(phone, tmp_path):
     data = np.zeros((8, *SHAPE[1:]), np.float32), np.zeros(8, int)
     with pytest.raises(UsageError, match='of is "time", and a step on another device cannot be profiled'):
         Trainer(away, Recipe(4, "static", freeze=FreezeRule(0.1, "time"))).fit(data, data)
+    whole = away.memory()["total"]
+    budget = Recipe(2, "em_s", 0.05, mutate_every=1, budget_at_mutations=whole - 1, drop_last=True)
+    run = Trainer(away, budget).fit(data)  # the full step is compiled here, to choose by its gradients
+    assert [metrics["budget"]["since"] for metrics in run.history] == [1, 2]
+    assert away.memory()["total"] < whole and away.describe()["frozen"]
     away.close()
