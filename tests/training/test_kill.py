@@ -7,13 +7,11 @@ Every other kill comes at a random moment, the others while a checkpoint is writ
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -21,7 +19,6 @@ from mest_compile.runtime import checkpoint
 
 KILLS = int(os.environ.get("MEST_KILLS", "2"))
 CLOCKED = {"images_per_second", "train_seconds", "step_seconds", "evaluation_seconds", "kernels"}
-MAIN = [sys.executable, "-c", "from mest_compile.cli import main; main()", "train"]
 RECIPE = """
 epochs = 8
 method = "em_s"
@@ -43,13 +40,9 @@ sparsity = 0.8
 """
 
 
-def start(*arguments):
-    return subprocess.Popen([*MAIN, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def finish(process):
-    said = process.communicate(timeout=1200)[1]
-    assert process.returncode == 0, said
+    process.join(1200)
+    assert process.exitcode == 0, forked.said(process)
 
 
 def without_clock(metrics):
@@ -101,6 +94,10 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, schem
     moments = random.Random(seed)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("{scheme}", scheme).replace("{freeze}", freeze))
+
+    def start(*arguments):
+        return forked.start(tmp_path, "train", *arguments)
+
     finish(start("--recipe", recipe, "--out", tmp_path / "warm", *options))  # kernels are in the cache from here on
     began = time.perf_counter()
     process = start("--recipe", recipe, "--out", tmp_path / "whole", *options)
@@ -120,8 +117,8 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, schem
         stale, left = set(), seconds - start_seconds
         while kills < KILLS and lives(process, folder, moments, writing=kills % 2 == 1, seconds=left):
             before = scratch(folder)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.kill()
+            process.join()
             kills += 1
             torn += bool(scratch(folder) & (before - stale))
             stale = scratch(folder)
@@ -137,7 +134,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, schem
 def until_begun(process, folder):
     """What is killed before it has begun has nothing to resume."""
     while not (folder / "checkpoint.safetensors").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), forked.said(process)
         time.sleep(0.002)
 
 
@@ -151,7 +148,7 @@ def lives(process, folder, moments, writing, seconds):
     goes on then."""
     end, writes = time.perf_counter() + moments.uniform(0, 1.1 * seconds), moments.randrange(6)
     stale, seen = scratch(folder), set()
-    while process.poll() is None:
+    while process.is_alive():
         if writing:
             seen |= (now := scratch(folder) - stale)
             if now and len(seen) > writes:
