@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,25 +50,28 @@ MARKS = {
 }
 
 
-# Files in which whole formulas and steps are asked what they compute, each once. LLVM does not optimise their
+# Files in which whole formulas, steps and runs are asked what they compute, each once. LLVM does not optimise their
 # code, which takes a fifth of the time; kernels have files of their own, and test_nonfinite.py every one, as users get
 # them.
 HASTY = (
     *(f"operators/test_{name}" for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets")),
     *(f"operators/test_{name}" for name in ("joins", "losses", "norm", "opencl_kernels", "opencl_patterns")),
     *(f"operators/test_{name}" for name in ("activations", "optimizers", "packing", "rearrange", "recurrent")),
-    *(f"runtime/test_{name}" for name in ("depthwise_step", "float16", "given_step", "nm_step", "passes")),
+    *(f"runtime/test_{name}" for name in ("believed", "bfloat16", "depthwise_step", "exporting", "float16")),
+    *(f"runtime/test_{name}" for name in ("freezing", "frozen", "given_step", "interruptions", "nm_step", "passes")),
+    *(f"runtime/test_{name}" for name in ("schemes_step", "step")),
+    "training/test_kill",
 )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    marks = cache(lambda stem: [mark for mark, files in MARKS.items() if any(fnmatch(stem, file) for file in files)])
     for item in items:
-        for mark, files in MARKS.items():
-            if any(fnmatch(item.path.stem, file) for file in files) or (
-                mark == "device" and "port" in item.fixturenames
-            ):
-                item.add_marker(mark)
+        for mark in marks(item.path.stem):
+            item.add_marker(mark)
+        if "port" in item.fixturenames:
+            item.add_marker("device")
 
 
 @dataclass(frozen=True)
@@ -120,26 +124,31 @@ def usual_builder(kept_kernels):
 
 @pytest.fixture(scope="session")
 def hasty_builder(kept_kernels):
-    from hasty import HastyBuilder
+    """For files whose builders are hasty."""
+    from mest_compile.kernels.cache import Builder
 
-    return HastyBuilder(folder=kept_kernels / "hasty")
+    return Builder(folder=kept_kernels / "hasty" / "mest-compile" / "kernels")
 
 
 @pytest.fixture(scope="module")
 def builder(request):
     """Of the kernels of one file's tests."""
-    return request.getfixturevalue("hasty_builder" if hasty(request.path) else "usual_builder")
+    return request.getfixturevalue("hasty_builder" if is_hasty(request.path) else "usual_builder")
 
 
-@pytest.fixture(autouse=True)
-def steps_of_it(request, monkeypatch):
-    if hasty(request.path):
-        builder = request.getfixturevalue("hasty_builder")
-        monkeypatch.setattr("mest_compile.assembling.Builder", lambda **options: builder)
+@pytest.fixture(scope="module", autouse=True)
+def kernels_of_it(request):
+    """How what one file's tests have compiled is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        if is_hasty(request.path):
+            import hasty
+
+            hasty.compile_hastily(patch, request.getfixturevalue("kept_kernels") / "hasty")
+        yield
 
 
-def hasty(path: Path) -> bool:
-    return any(fnmatch(f"{path.parent.name}/{path.stem}", files) for files in HASTY)
+def is_hasty(path: Path) -> bool:
+    return f"{path.parent.name}/{path.stem}" in HASTY
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
-"""Which files a mark or a builder is for, by their names; and what the hasty builder leaves out."""
+"""Which files a mark is for or are hasty, by their names; and what haste leaves out."""
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 from conftest import HASTY, MARKS
-from hasty import HastyBuilder
+from hasty import compile_hastily
 
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
@@ -21,16 +24,39 @@ def test_every_name_in_the_lists_of_files_is_one():
     assert not missing
 
 
-def test_hasty_code_has_the_usual_names_and_computes_the_same_by_other_instructions(tmp_path):
+def test_hasty_code_has_the_usual_names_and_computes_the_same_by_other_instructions(tmp_path, monkeypatch):
     import tvm
 
     image = Image(3, 4, 5, 8)
     source = kernel_source("add.forward", AddForward(image, image, image), find_target("local"))
     ones, code = np.ones(image.elems, np.float32), []
-    for kind in (Builder, HastyBuilder):
-        builder, tensors = kind(tmp_path / kind.__name__), [tvm.runtime.tensor(ones * value) for value in (1, 2, 0)]
+    for kind in ("usual", "hasty"):
+        if kind == "hasty":
+            compile_hastily(monkeypatch, tmp_path)
+        builder, tensors = Builder(tmp_path / kind), [tvm.runtime.tensor(ones * value) for value in (1, 2, 0)]
         builder.function(source)(*tensors)
         np.testing.assert_array_equal(tensors[2].numpy(), 3 * ones)
         code.append(builder.objects([source]))
     usual, hasty = code
     assert usual.keys() == hasty.keys() and usual != hasty
+    assert objects_of_a_process(tmp_path / "other") == hasty
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from mest_compile.hardware.target import find_target
+from mest_compile.ir.layouts.batch import Image
+from mest_compile.kernels.cache import Builder
+from mest_compile.kernels.source import kernel_source
+from mest_compile.operators.add import AddForward
+
+image = Image(3, 4, 5, 8)
+source = kernel_source("add.forward", AddForward(image, image, image), find_target("local"))
+print(Builder(Path(sys.argv[1])).objects([source]))
+"""
+
+
+def objects_of_a_process(folder):
+    command = [sys.executable, "-c", PROCESS, folder]
+    return ast.literal_eval(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
