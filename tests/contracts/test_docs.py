@@ -16,8 +16,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 COVERED_ELSEWHERE = {
-    'pip install "torch>=2.9,<2.14"': "tests/contracts/test_packaging.py compares the bound with pyproject.toml",
+    'pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cpu': "test_packaging.py compares the "
+    "bound with pyproject.toml",
     "pip install -e .": "make venv",
+    "python -m build --wheel": "tests/contracts/test_packaging.py builds it of a copy",
+    "pip install dist/mest_compile-*.whl": "tests/contracts/test_packaging.py runs what is in it",
     "benchmarks/environments.sh": "gigabytes of environments; tests/measuring/test_benchmark.py compares its "
     "names and bounds",
     'pip install -e ".[opencl]"': "make venv installs the same packages",

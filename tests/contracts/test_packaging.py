@@ -84,6 +84,7 @@ def test_makefile_installs_torch_within_the_bound_of_pyproject(repository):
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     (bound,) = [name for name in project["dependencies"] if name.startswith("torch")]
     assert f"TORCH := {bound}\n" in (repository / "Makefile").read_text()
+    assert f'pip install "{bound}" --index-url' in (repository / "docs" / "getting-started.md").read_text()
 
 
 def test_make_venv_does_nothing_when_it_is_current(repository, tmp_path):
