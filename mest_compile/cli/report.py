@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mest_compile.cli.output import Json, print_json, print_table
+from mest_compile.cli.output import Json, print_json, print_table, stderr_console
 
 
 def report(
@@ -18,6 +18,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for what is written. Default: RUN/report, of several runs: report.")
     ] = None,
+    against_dense: Annotated[
+        bool,
+        typer.Option("--against-dense", help="Time the run's step beside the same one with all weights alive, first."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Plots and one self-contained HTML page from a run folder, or a page that lays several runs over each other."""
@@ -25,6 +29,12 @@ def report(
     from mest_compile.training.overlay import write_overlay
     from mest_compile.training.reporting import write_report
 
+    if against_dense:
+        from mest_compile.training.against import against_dense as measure
+
+        for run in runs:
+            with stderr_console().status(f"timing the step of {run} beside a dense one"):
+                measure(run)
     if len(runs) > 1:
         _beside(write_overlay(runs, out or Path("report")), as_json)
         return

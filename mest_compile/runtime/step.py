@@ -141,10 +141,14 @@ class TrainStep(Masked, Tells, Freezes):
 
         They come from a dense step on the same weights, which exists for this call only: what RigL needs at a mutation.
         """
-        twin = self._compiled.dense()
+        twin = self.dense_twin()
         twin.load_state_dict(self.state_dict())
         found = twin.gradients(images, labels)
         return {name: found[name] for name in self._mutating.mutating}, twin.memory()["total"]
+
+    def dense_twin(self) -> TrainStep:
+        """A step of the same model with all weights alive, and 0, for this machine, untuned."""
+        return self._compiled.dense()
 
     @in_turn
     def profile(self, images: Any, labels: Any, repeats: int = 5) -> dict[str, float]:

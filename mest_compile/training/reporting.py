@@ -16,6 +16,7 @@ from mest_compile.base.pages import page, plots, table
 from mest_compile.hardware import host
 from mest_compile.runtime import checkpoint
 from mest_compile.training import exhibits
+from mest_compile.training.against import told
 from mest_compile.training.drawing import PLOTS, Epochs, has, plot
 from mest_compile.training.metrics import METRICS, main_metric
 from mest_compile.training.runfolder import RunFolder
@@ -53,6 +54,7 @@ def summary(folder: RunFolder, epochs: Epochs) -> dict[str, Any]:
         "sparsity_of_all": run["step"].get("sparsity_of_all"),
         "weights": run["step"].get("weights"),
         "lr": f"{recipe['lr']:g}, {recipe['lr_schedule']}",
+        "against_dense": folder.read_dense(),
         "step_seconds": median(metrics["step_seconds"] for metrics in epochs),
         "loss": last["loss"],
         "metric": metric.name,
@@ -217,6 +219,7 @@ def _page(facts: dict[str, Any], pictures: dict[str, str], verdict: Mapping[str,
         *([] if weights is None else [("live of all weights", f"{round(weights * (1 - dead))} of {weights}")]),
         ("images per second", f"{facts['images_per_second']:.0f}"),
         ("milliseconds a step", f"{facts['step_seconds'] * 1e3:.2f}"),
+        *([] if facts["against_dense"] is None else [("our dense step", told(facts["against_dense"]))]),
         ("seconds of training", f"{facts['train_seconds']:.1f}"),
         ("mutations", f"{facts['mutations']}, {facts['mutation_seconds']:.2f} s"),
         ("iterations saved by the sieve", f"{facts['iterations_saved']} beside {facts['iterations']} made"),

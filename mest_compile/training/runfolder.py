@@ -25,6 +25,7 @@ class RunFolder:
     source.json (where data and device are from)  recipe.json  run.json (seed, data, step, machine, versions)
     metrics.jsonl (one line an epoch)
     verdict.json (what every class was called when it was last tested)
+    dense.json (its step beside a dense one, where that was asked for)
     diverged.json (what was no longer finite, and after how many whole epochs, where that ended the run)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
                                                          one be damaged)
@@ -39,6 +40,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.verdict = self.path / "verdict.json"
+        self.dense = self.path / "dense.json"
         self.diverged = self.path / "diverged.json"
         self.source = self.path / "source.json"
         self.checkpoint = self.path / CHECKPOINTS[0]
@@ -47,7 +49,7 @@ class RunFolder:
 
     @property
     def _facts(self) -> tuple[Path, ...]:
-        return self.source, self.recipe, self.run, self.metrics, self.verdict, self.diverged
+        return self.source, self.recipe, self.run, self.metrics, self.verdict, self.dense, self.diverged
 
     def require_free(self) -> None:
         """Raises UsageError when the folder already holds a run or cannot be written; writes nothing.
@@ -128,6 +130,10 @@ class RunFolder:
     def read_verdict(self) -> dict[str, Any] | None:
         """None where there is none. Raises StateError where it is damaged."""
         return _read(self.verdict) if self.verdict.is_file() else None
+
+    def read_dense(self) -> dict[str, Any] | None:
+        """None where there is none. Raises StateError where it is damaged."""
+        return _read(self.dense) if self.dense.is_file() else None
 
     def rewrite_metrics(self, history: list[dict[str, Any]]) -> None:
         """Makes metrics.jsonl hold exactly these epochs: what a stopped run wrote after its last checkpoint goes.

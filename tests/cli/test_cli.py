@@ -19,6 +19,7 @@ from mest_compile import __version__
 from mest_compile.hardware.target import target_names
 from mest_compile.models.pretrained import read_weights
 from mest_compile.runtime import checkpoint
+from mest_compile.training.against import told
 from mest_compile.training.loop import Trainer
 
 HELP = """
@@ -341,6 +342,27 @@ def test_a_finished_run_goes_on_for_longer_in_other_batches(trained, mest_compil
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     assert "<td>went on</td><td>after epoch 2 to 4, batch 16, local</td>" in page
     assert mest_compile_command("train", "--resume", tmp_path / "run", "--json").document == ran.document
+
+
+def test_a_report_tells_the_step_beside_its_dense_twin(trained, mest_compile_command, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    ran = mest_compile_command("report", folder, "--against-dense", "--json")
+    assert ran.code == 0, ran.err
+    found = ran.document["against_dense"]
+    assert (
+        found == json.loads((folder / "dense.json").read_text()) and found["low"] <= found["speedup"] <= found["high"]
+    )
+    step = mest.load(folder)
+    assert found["planned_bytes"] == step.memory()["total"] < found["dense_planned_bytes"]
+    times = (
+        f"{found['step_seconds'] * 1e3:.2f} ms against {found['dense_seconds'] * 1e3:.2f}: {found['speedup']:.2f} times"
+    )
+    page = (folder / "report" / "report.html").read_text()
+    assert f"<td>our dense step</td><td>{times} as fast (" in page
+    assert "busy: times do not compare" in told(found | {"others_cores": 0.6}) and "busy" not in told(
+        found | {"others_cores": 0.4}
+    )
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
