@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import typer
+
+from mest_compile.base.commandline import complain
+from mest_compile.base.errors import TargetError
 from mest_compile.cli.output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from mest_compile.hardware.target import Target
 
 
 def models(as_json: Json = False) -> None:
@@ -28,10 +36,28 @@ def schemes(as_json: Json = False) -> None:
 
 
 def targets(as_json: Json = False) -> None:
-    """List the devices that kernels can be compiled for."""
-    from mest_compile.hardware.target import boards_of, find_target, target_names
+    """List the devices that kernels can be compiled for.
 
-    found = [find_target(name) for name in target_names()]
+    A file with an error is left out and named, and the exit code is 1.
+    """
+    from mest_compile.hardware.target import find_target, target_names
+
+    found, problems = [], []
+    for name in target_names():
+        try:
+            found.append(find_target(name))
+        except TargetError as problem:
+            problems.append(problem)
+    _print_targets(found, as_json)
+    for told in problems:
+        complain(told, told.exit_code)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_targets(found: Sequence[Target], as_json: bool) -> None:
+    from mest_compile.hardware.target import boards_of
+
     if as_json:
         told = [asdict(target) | {"llvm": target.tvm_fields, "boards": boards_of(target.name)} for target in found]
         print_json(told)

@@ -228,9 +228,13 @@ def boards_of_targets() -> dict[str, str]:
 
 
 def boards_of(name: str) -> list[str]:
-    """Names of the boards and chips that a shipped target is for."""
+    """Names of the boards and chips that a shipped target is for; of a file with an error, which says itself when it is
+    asked for, none."""
     text = (resources.files("mest_compile.targets") / f"{name}.toml").read_text()
-    return list(tomllib.loads(text).get("boards", []))
+    try:
+        return list(tomllib.loads(text).get("boards", []))
+    except tomllib.TOMLDecodeError:
+        return []
 
 
 def _plain(name: str) -> str:
@@ -288,9 +292,11 @@ def _read(name: str, text: str) -> Target:
         )
     except TargetError as problem:
         raise TargetError(problem if name in str(problem) else f"target file {name}.toml: {problem}") from problem
-    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as problem:
+    except KeyError as problem:
+        raise TargetError(f"target file {name}.toml lacks {problem}; compare it with targets/local.toml") from problem
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError) as problem:
         raise TargetError(
-            f"target file {name}.toml is not a target: {problem!r}; compare it with targets/local.toml"
+            f"target file {name}.toml is not a target: {problem}; compare it with targets/local.toml"
         ) from problem
     return _complete_from_host(found) if fields.get("detect", False) else found
 

@@ -1,11 +1,15 @@
 """Misspelt names say what was meant; sizes and shares are read as they are written."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 import mest_compile as mest
 from mest_compile.base import checks
 from mest_compile.base.errors import TargetError, UnknownName, UsageError
 from mest_compile.base.names import meant, near
+from mest_compile.hardware import target
 from mest_compile.hardware.target import boards_of_targets, find_target, target_names
 from mest_compile.options import StepOptions
 from mest_compile.training.recipe import Recipe
@@ -56,7 +60,7 @@ def test_boards_are_targets_by_any_spelling_and_no_two_share_one():
     assert len(boards) > 10 and set(boards.values()) <= set(target_names()) and not set(boards) & set(target_names())
 
 
-def test_a_targets_file_with_an_error_names_itself(tmp_path):
+def test_a_targets_file_with_an_error_names_itself(tmp_path, monkeypatch, mest_compile_command):
     file = tmp_path / "mine.toml"
     good = "device = 'cpu'\nvector = 4\nregisters = 32\nl1_bytes = '32KiB'\nl2_bytes = 262144\ncores = 4\n"
     tail = "[llvm]\nkind = 'llvm'\n"
@@ -67,12 +71,21 @@ def test_a_targets_file_with_an_error_names_itself(tmp_path):
         (good + "vectr = 4\n" + tail, "mine.toml has no key 'vectr'; did you mean 'vector'?"),
         (good.replace("vector = 4", "vector = 3") + tail, "'mine': vector is 3 floats"),
         (good.replace("32KiB", "32Kilo") + tail, "mine.toml: l1_bytes is '32Kilo'"),
-        (good, "mine.toml is not a target: KeyError"),
-        ("device = ", "mine.toml is not a target: TOMLDecodeError"),
+        (good, "mine.toml lacks 'llvm'"),
+        ("device = ", "mine.toml is not a target: Invalid value"),
     ):
         file.write_text(text)
         with pytest.raises(TargetError) as caught:
             find_target(file)
         assert said in str(caught.value)
+    shipped = tmp_path / "shipped"
+    shutil.copytree(Path(mest.__file__).parent.parent / "targets", shipped, ignore=shutil.ignore_patterns("*.py*"))
+    (shipped / "broken.toml").write_text("device = ")
+    with monkeypatch.context() as patch:
+        patch.setattr(target.resources, "files", lambda package: shipped)
+        ran = mest_compile_command("targets", "--json")
+        listed = {one["name"] for one in ran.document}
+        assert ran.code == 1 and "broken.toml is not a target" in ran.err and ran.err.count("\n") == 1
+        assert listed == set(target_names()) - {"broken"} and "cortex-a72" in listed
     with pytest.raises(UnknownName, match="boards as `mest-compile targets` lists them"):
         find_target("nothing-like-it")
