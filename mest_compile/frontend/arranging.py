@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Picked, Seen, Spread, Value, View
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Picked, Scores, Seen, Spread, Value, View
 from mest_compile.ir.arrangement import Arrangement, Axis, merged, size_of, together, whole
 
 
@@ -47,6 +47,15 @@ class Arranger(ABC):
     def activation(self, value: Any) -> Value:
         """The value, which must be an activation, as it is: (N, C, H, W) or (N, features). Raises
         UnsupportedOperator."""
+
+    @abstractmethod
+    def seen(self, value: Any) -> Any:
+        """The value, which must be an activation or a formula of one, whatever its axes. Raises
+        UnsupportedOperator."""
+
+    @abstractmethod
+    def scaled(self, call: Any, arguments: list) -> Scores | None:
+        """An operation some of whose operands are scores, as far as scores are left; None: it takes activations."""
 
     @abstractmethod
     def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
@@ -155,6 +164,10 @@ class Arranger(ABC):
 
     def pointwise(self, read: Callable[..., Any], call: Any, arguments: list) -> Any:
         """What `read` makes of call and arguments as they lie beside the largest, with the axes of that one."""
+        if any(isinstance(one, Scores) for one in arguments):
+            if (scores := self.scaled(call, arguments)) is not None:
+                return scores
+            arguments = [self.seen(one) if isinstance(one, Scores) else one for one in arguments]
         values = [one for item in arguments for one in (item if isinstance(item, tuple) else [item])]
         known = [one.value if isinstance(one, Spread) else one for one in values if isinstance(one, Seen | Spread)]
         if not known or not any(isinstance(one, View | Picked) for one in [*known, *values]):

@@ -99,6 +99,7 @@ class Reader(Arranger):
         self.trees: dict[Value, Mapping[Value, Expression]] = {}
         self.spelled: dict[tuple[Value, str], Value] = {}
         self.prepared: dict[tuple[Value, Preparation], Value] = {}
+        self.products: dict[tuple[Any, ...], Any] = {}  # scores that became activations
         self.where = self.name = self.called = self.trouble = ""
         self.input_shape: tuple[int, ...] = ()
 
@@ -243,6 +244,7 @@ class Reader(Arranger):
 
     def activation(self, value: Any) -> Value:
         """The value, which must be an activation. Raises UnsupportedOperator."""
+        value = self.seen(value) if isinstance(value, Scores) else value
         if isinstance(value, Formula) and value.base:
             return self.prepare(value.base, *value.prepared)
         if isinstance(value, Formula) and value.trees and not value.compares:
@@ -264,7 +266,6 @@ class Reader(Arranger):
             kinds = {
                 Parameter: "a parameter",
                 Fixed: "a constant",
-                Scores: "products of queries and keys",
                 Whole: "whole numbers",
             }
             kind = kinds.get(type(value), "a tuple")
@@ -273,7 +274,12 @@ class Reader(Arranger):
 
     def seen(self, value: Any) -> Any:
         """The value, which must be an activation or a formula of one, whatever its axes. Raises UnsupportedOperator."""
+        if isinstance(value, Scores):
+            return READERS.find("mest.scores")(self, None, [value])
         return value if isinstance(value, View | Formula) else self.activation(value)
+
+    def scaled(self, call: Any, arguments: list) -> Scores | None:
+        return READERS.find("mest.scaled")(self, call, arguments)
 
     def standing(self, array: np.ndarray) -> Value:
         """Numbers that stand there for every example alike. Raises UnsupportedOperator."""

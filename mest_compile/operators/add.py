@@ -10,10 +10,9 @@ import numpy as np
 
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _shape, reads
-from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores, Value
+from mest_compile.frontend.values import Fixed, Parameter, Picked, Value
 from mest_compile.ir.graph import LAYERS, Node
 from mest_compile.ir.layouts.batch import Image
-from mest_compile.operators.attention_reading import scaled
 from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.formulas import operation
 from mest_compile.operators.operator import Operator, Trace, operator
@@ -67,8 +66,6 @@ def _biased(reader: Reader, held: Parameter | Picked, constant: Fixed) -> Picked
 @reads("relax.add", gives=("add",), pointwise=True)
 def read_add(reader: Reader, call: Any, arguments: list) -> Any:
     left, right = arguments
-    if any(isinstance(one, Scores) for one in arguments):
-        return scaled(reader, "add", left, right)
     if any(isinstance(one, Parameter | Picked) for one in arguments) and any(
         isinstance(one, Fixed) for one in arguments
     ):

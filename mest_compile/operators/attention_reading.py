@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from mest_compile.frontend.relax_graph import READERS, Reader, _single, reads
+from mest_compile.frontend.relax_graph import Reader, _single, reads
 from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores
 from mest_compile.ir.arrangement import Arrangement, Axis, Part, cut, merged, size_of, whole
 from mest_compile.operators.attention_bias import spread
 from mest_compile.operators.rearrange import picked
+from mest_compile.operators.scores import Operand, applied, cut_alike, multiplied, turned
+
+NOTHING = -1e4  # the exponential of what is so far below others is 0 beside theirs, as torch's masks have it
 
 
 def attention(
@@ -23,8 +24,8 @@ def attention(
 ) -> Any:
     """The attention of activations (..., tokens, channels of a head), whose axes before these are examples, heads and
     groups. biases: as Scores has them. Raises UnsupportedOperator."""
-    given = [_Laid(reader, value) for value in (q, k, v)]
-    pieces = _cut_alike(given)
+    given = [Operand(reader, value) for value in (q, k, v)]
+    pieces = cut_alike(given)
     if pieces is None or any(part.dim == "N" for one in given for part in one.tokens + one.channels):
         raise reader.error(f"attention of {q.shape}, {k.shape} and {v.shape}")
     # A part of the pixels of q tells groups apart, one of its channels heads.
@@ -69,35 +70,6 @@ def _tokens(shape: tuple[int, ...], rows: int, grouped: bool) -> Axis:
     return dims["W"] if grouped else merged((*([Part("H", rows, 1)] if rows > 1 else []), *dims["W"]))
 
 
-class _Laid:
-    """An operand: what its axes before the last two, its tokens and the channels of a head are made of."""
-
-    def __init__(self, reader: Reader, value: Any):
-        *self.outer, self.tokens, self.channels = reader.arrangement(value).axes
-        self.value = value
-
-
-def _cut_alike(given: list[_Laid]) -> list[tuple[Part, ...]] | None:
-    """Pieces of the outer axes, of equal sizes in all operands; None where there are none."""
-    sizes = {tuple(size_of(axis) for axis in one.outer) for one in given}
-    if len(sizes) > 1:
-        return None
-    ends: set[int] = {1}
-    for one in given:
-        count = 1
-        for part in reversed([part for axis in one.outer for part in axis]):
-            count *= part.size
-            ends.add(count)
-    steps = sorted(ends)
-    if any(high % low for low, high in pairwise(steps)):
-        return None
-    pieces = [high // low for low, high in pairwise(steps)][::-1]
-    found = [cut([part for axis in one.outer for part in axis], pieces) for one in given]
-    if any(axes is None or any(len(axis) != 1 for axis in axes) for axes in found):
-        return None
-    return list(zip(*([axis[0] for axis in axes] for axes in found if axes is not None), strict=True))
-
-
 @reads("relax.nn.attention", gives=("scaled_dot_product_attention",))
 def read_attention(reader: Reader, call: Any, arguments: list) -> Any:
     """Its operands are (N, tokens, heads, channels), and so is what it gives."""
@@ -111,55 +83,51 @@ def read_attention(reader: Reader, call: Any, arguments: list) -> Any:
 
 
 def product(reader: Reader, a: Any, b: Any) -> Any:
-    """Of two values, neither a weight: scores of queries and keys, or an attention of shares and values."""
-    if isinstance(a, Scores):
-        return _attended(reader, a, reader.seen(b))
+    """Of two values, neither a weight: scores of queries and keys, an attention of shares and values, or a product as
+    good as any. Raises UnsupportedOperator."""
+    if isinstance(a, Scores) and (found := _attended(reader, a, b)) is not None:
+        return found
     if isinstance(b, Scores):  # a b is the transpose of (b's transpose) (a's transpose)
-        shares = replace(b, arrangement=_turned(b.arrangement))
-        found = _attended(reader, shares, _seen_turned(reader, reader.seen(a)))
-        return _seen_turned(reader, found)
+        found = _attended(reader, turned(reader, b), turned(reader, reader.seen(a)))
+        if found is not None:
+            return turned(reader, found)
     q, k = reader.seen(a), reader.seen(b)
     if len(k.shape) < 3 or q.shape[:-2] != k.shape[:-2]:
         raise reader.error(f"matmul of {q.shape} and {k.shape}")
-    keys = merged([Part("K", k.shape[-1], 1)])
-    axes = Arrangement((*reader.arrangement(q).axes[:-1], keys))
-    return Scores(q, _seen_turned(reader, k), 1.0, axes)
+    if isinstance(a, Scores) or isinstance(b, Scores):
+        return multiplied(reader, q, k)[0]
+    axes = Arrangement((*reader.arrangement(q).axes[:-1], _keys(k.shape[-1])))
+    return Scores(q, turned(reader, k), 1.0, axes)
 
 
-def _turned(arrangement: Arrangement) -> Arrangement:
-    """The last two axes exchanged."""
-    rank = len(arrangement.axes)
-    return arrangement.permuted((*range(rank - 2), rank - 1, rank - 2))
-
-
-def _seen_turned(reader: Reader, value: Any) -> Any:
-    return reader.viewed(reader.bare(value), _turned(reader.arrangement(value)))
+def _keys(count: int) -> Axis:
+    return merged([Part("K", count, 1)])
 
 
 def _attended(reader: Reader, shares: Scores, v: Any) -> Any:
-    q, k = shares.q, shares.k
+    """None: they are no shares, or of other values. Raises UnsupportedOperator."""
+    q, k, v = shares.q, shares.k, reader.seen(v)
     mine = [part for axis in shares.arrangement.axes for part in axis]
     straight = [part for axis in reader.arrangement(q).axes[:-1] for part in axis]
-    ends = shares.arrangement.axes[-1] == merged([Part("K", k.shape[-2], 1)])
+    ends = shares.arrangement.axes[-1] == _keys(k.shape[-2])
     if not shares.shares or not ends or merged(mine[: len(mine) - (k.shape[-2] > 1)]) != merged(straight):
-        raise reader.error(f"matmul of {shares.shape} and {v.shape}, which is no attention,")
-    outer = tuple(v.shape[:-2])
-    bare = reader.bare(q)
+        return None
+    outer, bare = tuple(v.shape[:-2]), reader.bare(q)
     q, k = (reader.reshaped(one, (*outer, *one.shape[-2:])) for one in (q, k))
     if shares.biases and reader.bare(q) is not bare:
-        raise reader.error(f"matmul of {shares.shape}, to which something was added, and {v.shape}")
+        return None
     return attention(reader, q, k, v, shares.scale, biases=shares.biases)
 
 
-def _warmed(reader: Reader, scores: Scores, held: Parameter | Picked) -> Scores:
-    """Scores times numbers that are learned, the same for all keys: it is queries that are multiplied by them. Raises
-    UnsupportedOperator."""
+def _warmed(reader: Reader, scores: Scores, held: Parameter | Picked) -> Scores | None:
+    """Scores times numbers that are learned, the same for all keys: it is queries that are multiplied by them. None:
+    they are others."""
     places, sizes = picked(reader, held), scores.shape
     numbers = (1,) * (len(sizes) - len(places.shape)) + places.shape
     q = reader.reshaped(scores.q, (*sizes[:-1], scores.q.shape[-1]))
     alike = reader.arrangement(q).axes[:-1] == scores.arrangement.axes[:-1]
     if not alike or reader.bare(q) is not reader.bare(scores.q) or numbers[-1] != 1 or places.added is not None:
-        raise reader.error(f"{reader.called} of attention's scores and {held.name}")
+        return None
     # Where heads are channels of their own, numbers of heads are numbers of channels.
     *others, last = reader.arrangement(q).axes
     own, rest = (
@@ -173,39 +141,58 @@ def _warmed(reader: Reader, scores: Scores, held: Parameter | Picked) -> Scores:
     )
     image = {"N": whole(q.shape)["N"], "C": own, "H": rest, "W": last}
     q = reader.viewed(reader.lay(q, image), reader.arrangement(q).moved(image))
-    name = "relax.multiply"
-    lies = SimpleNamespace(op=SimpleNamespace(name=name), attrs=None, args=(), ty=SimpleNamespace(shape=q.shape))
-    operands = [q, places.seen_as(lambda array: array.reshape(numbers))]
-    q = reader.pointwise(READERS.find(name), lies, operands)
+    q = applied(reader, "multiply", q, places.seen_as(lambda array: array.reshape(numbers)))
     axes = Arrangement((*reader.arrangement(q).axes[:-1], scores.arrangement.axes[-1]))
     return replace(scores, q=q, arrangement=axes)
 
 
-def scaled(reader: Reader, name: str, a: Any, b: Any) -> Scores:
-    """Scores times a number, or and a constant or numbers of a parameter. Raises UnsupportedOperator."""
-    scores, other = (a, b) if isinstance(a, Scores) else (b, a)
-    if name == "add" and not scores.shares:
-        if isinstance(other, Fixed) and (other.number is not None or other.array is not None):
-            array = np.array(other.number) if other.array is None else other.array
-            return replace(scores, biases=(*scores.biases, (scores.arrangement, Fixed(array=array))))
-        if isinstance(other, Parameter | Picked):
-            return replace(scores, biases=(*scores.biases, (scores.arrangement, picked(reader, other))))
-    if name == "multiply" and not (scores.shares or scores.biases) and isinstance(other, Parameter | Picked):
-        return _warmed(reader, scores, other)
+@reads("mest.scaled")
+def read_scaled(reader: Reader, call: Any, arguments: list) -> Scores | None:
+    """An operation on scores of which scores are left: times a number, or plus a constant or numbers of a parameter, or
+    some of them hidden. None: it is another."""
+    name = call.op.name.removeprefix("relax.")
+    if name == "where":
+        return _hidden(*arguments)
+    if name not in ("add", "multiply", "divide"):
+        return None
+    scores, other = arguments if isinstance(arguments[0], Scores) else arguments[::-1]
+    if scores.shares:
+        return None
+    array = other.array if isinstance(other, Fixed) else None
     number = other.number if isinstance(other, Fixed) else None
-    if (
-        number is None
-        or scores.shares
-        or scores.biases
-        or name not in ("multiply", "divide")
-        or (name == "divide" and scores is b)
-    ):
-        raise reader.error(f"{reader.name or name} of attention's scores and what is no number")
+    if name == "add":
+        if isinstance(other, Parameter | Picked):
+            return _biased(scores, picked(reader, other))
+        array = np.array(number) if array is None and number is not None else array
+        return None if array is None else _biased(scores, Fixed(array=array))
+    if scores.biases or (name == "divide" and scores is not arguments[0]):
+        return None
+    if name == "multiply" and isinstance(other, Parameter | Picked):
+        return _warmed(reader, scores, other)
+    if number is None:
+        return None
     return replace(scores, scale=scores.scale * number if name == "multiply" else scores.scale / number)
 
 
-def shared(reader: Reader, call: Any, scores: Scores) -> Scores:
-    """The softmax of scores, over the keys. Raises UnsupportedOperator."""
-    if int(call.attrs.axis) not in (-1, len(scores.shape) - 1):
-        raise reader.error(f"{reader.called} of attention's scores over queries")
+def _biased(scores: Scores, held: Fixed | Picked) -> Scores:
+    return replace(scores, biases=(*scores.biases, (scores.arrangement, held)))
+
+
+def _hidden(condition: Any, chosen: Any, other: Any) -> Scores | None:
+    """Some replaced by a number that is as good as none, by a constant that says which."""
+    scores, number, kept = (chosen, other, True) if isinstance(chosen, Scores) else (other, chosen, False)
+    if not all(isinstance(one, Fixed) for one in (condition, number)) or condition.array is None or scores.shares:
+        return None
+    value = number.array.flat[0] if number.number is None and number.array is not None else number.number
+    if value is None or value > NOTHING:
+        return None
+    shown = condition.array if kept else ~condition.array
+    return _biased(scores, Fixed(array=np.where(shown, np.float32(0), np.float32(value))))
+
+
+def shared(reader: Reader, call: Any, scores: Scores) -> Scores | None:
+    """The softmax of scores, over the keys. None: it is over others."""
+    keys = int(call.attrs.axis) in (-1, len(scores.shape) - 1) and not scores.shares
+    if not keys or scores.arrangement.axes[-1] != _keys(scores.k.shape[-2]):
+        return None
     return replace(scores, shares=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.frontend.relax_graph import Reader, _shape, _single, reads
-from mest_compile.frontend.values import Fixed, Formula, Parameter, Scores, Spread, Value
+from mest_compile.frontend.values import Fixed, Formula, Parameter, Spread, Value
 from mest_compile.ir.expressions import (
     OPERATIONS,
     Apply,
@@ -33,10 +33,8 @@ from mest_compile.ir.expressions import (
 from mest_compile.ir.graph import Preparation
 from mest_compile.ir.wording import COMPARISONS
 from mest_compile.operators.activation import ACTIVATIONS, POINTS, X
-from mest_compile.operators.attention_reading import scaled
 from mest_compile.operators.combine import NAMES, combination
 
-NOTHING = -1e4  # the exponential of what is so far below others is 0 beside theirs, as torch's masks have it
 STEPS = ("add", "subtract", "multiply", "divide")  # of an input's normalisation
 MOST_PARTS = 100  # of a formula that is written down: longer ones are no activations that anybody means
 POWERS = {2: X * X, 3: X * X * X, 1: X, 0.5: sqrt(X), -0.5: 1 / sqrt(X), -1: 1 / X, -2: 1 / (X * X)}
@@ -233,8 +231,6 @@ def read_operation(reader: Reader, call: Any, arguments: list) -> Any:
     name = call.op.name.removeprefix("relax.")
     name = {"greater_equal": "at_least", "less_equal": "at_most"}.get(name, name)
     arguments = _constant_first(arguments, call.op.name)
-    if any(isinstance(one, Scores) for one in arguments):
-        return scaled(reader, name, *arguments)
     if any(_compares(one) for one in arguments):
         raise reader.error(f"{name} of a comparison, which is no number,")
     if len(arguments) == 2 and name not in COMPARISONS:
@@ -351,22 +347,12 @@ def read_isnan(reader: Reader, call: Any, arguments: list) -> Any:
 def read_where(reader: Reader, call: Any, arguments: list) -> Any:
     condition, chosen, other = arguments
     if isinstance(condition, Fixed) and condition.array is not None:
-        return _masked(reader, condition.array, chosen, other)
+        raise reader.error("where of constant places")
     if isinstance(condition, Formula):
         return combined(reader, "select", condition, chosen, other)
     if not isinstance(condition, Fixed) or condition.number is None:
         raise reader.error("where")
     return chosen if condition.number else other
-
-
-def _masked(reader: Reader, condition: np.ndarray, chosen: Any, other: Any) -> Scores:
-    """Attention's scores, those that are not to count replaced by a number that is as good as none."""
-    scores, hidden, number = (chosen, ~condition, other) if isinstance(chosen, Scores) else (other, condition, chosen)
-    value = number.number if isinstance(number, Fixed) else None
-    value = number.array.flat[0] if value is None and isinstance(number, Fixed) and number.array is not None else value
-    if not isinstance(scores, Scores) or value is None or value > NOTHING:
-        raise reader.error("where of constant places")
-    return scaled(reader, "add", scores, Fixed(array=np.where(hidden, np.float32(value), np.float32(0))))
 
 
 def _constant_first(arguments: list, name: str) -> list:

@@ -16,7 +16,7 @@ import numpy as np
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _shape, reads
 from mest_compile.frontend.values import Fixed, Parameter, Picked, Scores, Spread
-from mest_compile.ir.arrangement import Arrangement, Axis, Part, inverse, whole
+from mest_compile.ir.arrangement import Axis, Part, inverse, whole
 from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.operators.operator import Halo, Operator, Trace, operator
@@ -164,15 +164,9 @@ def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
         return Fixed(array=value.array.reshape(shape))
     if isinstance(value, Picked):
         return value.seen_as(lambda array: array.reshape(shape))
-    if isinstance(value, Scores):
-        return _seen_as(reader, value, value.arrangement.reshaped(shape))
+    if isinstance(value, Scores) and (arrangement := value.arrangement.reshaped(shape)) is not None:
+        return replace(value, arrangement=arrangement)
     return reader.reshaped(reader.seen(value), shape)
-
-
-def _seen_as(reader: Reader, scores: Scores, arrangement: Arrangement | None) -> Scores:
-    if arrangement is None:
-        raise reader.error(f"{reader.called} of attention's scores {scores.shape}")
-    return replace(scores, arrangement=arrangement)
 
 
 def picked(reader: Reader, held: Parameter | Picked) -> Picked:
@@ -219,6 +213,6 @@ def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
     if isinstance(value, Parameter | Picked):
         return picked(reader, value).seen_as(lambda array: array.transpose(order))
     if isinstance(value, Scores):
-        return _seen_as(reader, value, value.arrangement.permuted(order))
+        return replace(value, arrangement=value.arrangement.permuted(order))
     value = reader.seen(value)
     return reader.viewed(reader.bare(value), reader.arrangement(value).permuted(order))

@@ -66,8 +66,8 @@ class SoftmaxOperator(Operator):
 @reads("relax.nn.softmax", gives=("softmax",))
 def read_softmax(reader: Reader, call: Any, arguments: list) -> Any:
     """Over any axis, which is then the channels of an image; or of attention's scores."""
-    if isinstance(arguments[0], Scores):
-        return shared(reader, call, arguments[0])
+    if isinstance(arguments[0], Scores) and (shares := shared(reader, call, arguments[0])) is not None:
+        return shares
     value = reader.seen(arguments[0])
     rank = len(value.shape)
     axis = int(call.attrs.axis) % rank

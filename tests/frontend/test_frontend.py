@@ -77,6 +77,7 @@ def run_node(node, state, inputs):
         "flatten": lambda: x.flatten(1),
         "rearrange": lambda: rearranged(node, x),
         "softmax": lambda: inputs[0].softmax(1),
+        "matmul": lambda: x @ other,
         "attention": lambda: attended(node, state, *inputs),
         "norm": lambda: normed(node, x, held.get("weight"), held.get("bias")),
         "dropout": lambda: x,

@@ -30,6 +30,7 @@ from mest_compile.operators import (
     dropout,
     embedding,
     frozen_norm,
+    matmul,
     norm,
     pool,
     rearrange,
@@ -344,6 +345,14 @@ def attention_biases(kernel, rng, dtype) -> Iterator:
     dscores, firsts = salted(rng, rng.standard_normal(12)), np.array([0, 2, 2, 5, 6], np.int32)
     wanted = attention_bias.table_reference(problem, dscores, order, firsts)
     yield problem, [dscores, order, firsts, np.zeros(4, np.float32)], {3: wanted}
+
+
+@case("matmul.forward")
+def products(kernel, rng, dtype) -> Iterator:
+    image = replace(shapes(dtype)[0], channels=2, height=5, width=5)
+    a, b, start = draw(rng, image), draw(rng, image), draw(rng, image)
+    problem = matmul.Product(image, image, image, (False, True))
+    yield problem, [pack(image, a), pack(image, b), pack(image, start)], {2: (image, matmul.reference(problem, a, b))}
 
 
 @case("softmax.forward", "softmax.backward")

@@ -30,6 +30,7 @@ from mest_compile.operators import (
     combine,
     dropout,
     frozen_norm,
+    matmul,
     norm,
     pool,
     rearrange,
@@ -651,6 +652,25 @@ def test_softmax(run, rng, shape, accumulate):
     problem = softmax.SoftmaxBackward(shape, other, shape, accumulate)
     got = run("softmax.backward", problem, pack(shape, dy, 0), pack(other, stored), pack(shape, start, 0))[2]
     assert_close(unpack(shape, got, gradient=True), wanted, terms=20 + shape.channels, stored=shape)
+
+
+@some_shapes
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True)])
+def test_products_of_matrices(run, rng, shape, turned):
+    a, b = (sized(shape, 3, *(sizes[::-1] if turn else sizes)) for sizes, turn in zip(((5, 7), (7, 6)), turned))
+    y = other_halo(sized(shape, 3, 5, 6))
+    first, second, start = draw(rng, a), draw(rng, b), draw(rng, y)
+    wanted = matmul.reference(matmul.Product(a, b, y, turned), first, second)
+    left, right = (np.swapaxes(array, 1, 2) if turn else array for array, turn in zip((first, second), turned))
+    for channel, example in (0, 0), (2, shape.batch - 1):
+        np.testing.assert_allclose(
+            wanted[channel, :, :, example], left[channel, :, :, example].astype(float) @ right[channel, :, :, example]
+        )
+    problem = matmul.Product(a, b, y, turned, any(turned))
+    got = run("matmul.forward", problem, pack(a, first), pack(b, second), pack(y, start))[2]
+    assert_close(unpack(y, got), wanted + any(turned) * start, terms=16, stored=y)
+    with pytest.raises(SpecError, match="do not make a product"):
+        matmul.Product(a, b, sized(shape, 3, 5, 5), turned)
 
 
 @pytest.mark.parametrize("mask", [None, (1, 1), (3, 2)])
