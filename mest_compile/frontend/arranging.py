@@ -210,8 +210,7 @@ class Arranger(ABC):
         laid = laid.reshape(laid.shape[: len(image)])
         if isinstance(one, Fixed):
             return Fixed(array=laid)
-        if isinstance(one, Picked):
-            one = Parameter(one.name)
+        held, one = one, Parameter(one.name) if isinstance(one, Picked) else one
         if laid.flat[0] == 0 and (np.diff(laid.ravel()) == 1).all() and one.form != "transposed":
             channel = len(self.state_shapes[one.name]) == 1 and laid.shape[1:] == (numbers.size, 1, 1)
             return Parameter(one.name, "channel") if channel else Parameter(one.name, "shaped", laid.shape)
@@ -219,5 +218,7 @@ class Arranger(ABC):
             int(np.diff(laid, axis=axis).ravel()[0]) if laid.shape[axis] > 1 else 0 for axis in range(1, laid.ndim)
         ]
         if one.form == "transposed" or not np.array_equal(np.tensordot([0, *strides], np.indices(laid.shape), 1), laid):
+            if isinstance(held, Picked):
+                return Picked(one.name, laid)
             raise self.error(f"{self.called} of values of shapes {wanted.shape} and {numbers.shape}")
         return Parameter(one.name, "laid", laid.shape, (*strides, 0, 0)[:3])

@@ -17,6 +17,7 @@ from mest_compile.operators.conversion import ImageCopy
 from mest_compile.operators.formulas import operation
 from mest_compile.operators.operator import Operator, Trace, operator
 from mest_compile.operators.rearrange import picked
+from mest_compile.operators.table import plus_picked
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,9 @@ def read_add(reader: Reader, call: Any, arguments: list) -> Any:
         return _biased(reader, *sorted(arguments, key=lambda one: isinstance(one, Fixed)))
     if isinstance(left, Value) and isinstance(right, Value) and left.shape == right.shape:
         return reader.add("add", (left, right), left.shape)
+    if isinstance(left, Picked) or isinstance(right, Picked):
+        value, held = (right, left) if isinstance(left, Picked) else (left, right)
+        return plus_picked(reader, reader.activation(value), held)
     value, bias = (right, left) if isinstance(left, Parameter) else (left, right)
     if isinstance(value, Value) and isinstance(bias, Parameter) and value.draft >= 0:
         layer, held = reader.drafts[value.draft], reader.shape_of(bias)

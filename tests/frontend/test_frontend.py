@@ -78,6 +78,7 @@ def run_node(node, state, inputs):
         "rearrange": lambda: rearranged(node, x),
         "softmax": lambda: inputs[0].softmax(1),
         "matmul": lambda: x @ other,
+        "table": lambda: x + held["bias"].flatten()[picked(node)],
         "attention": lambda: attended(node, state, *inputs),
         "norm": lambda: normed(node, x, held.get("weight"), held.get("bias")),
         "dropout": lambda: x,
@@ -120,6 +121,12 @@ def normed(node, x, weight, bias):
     )
 
 
+def picked(node):
+    """(heads, queries, keys) of a table's places."""
+    pair, heads = node.attrs["bias"][2:], torch.arange(node.attrs["heads"])
+    return torch.tensor(node.attrs["places"]).reshape(pair) + heads[:, None, None] * node.attrs["apart"]
+
+
 def attended(node, state, *inputs):
     """By torch's function; each group of rows is one batch of heads."""
     heads, (queries, keys) = node.attrs["heads"], node.attrs["rows"]
@@ -137,8 +144,7 @@ def attended(node, state, *inputs):
         scores = scores + torch.tensor(attrs["mask"]).reshape(*attrs["mask_sizes"], *pair).transpose(0, 1)
     if "places" in attrs:
         table = torch.from_numpy(state[node.params["bias"]]).flatten()
-        places = torch.tensor(attrs["places"]).reshape(pair) + torch.arange(heads)[:, None, None] * attrs["apart"]
-        scores = scores + table[places]
+        scores = scores + table[picked(node)]
     if attrs.get("causal"):
         scores = scores.masked_fill(torch.ones(pair).tril() == 0, -torch.inf)
     y = scores.softmax(-1) @ v

@@ -117,7 +117,7 @@ def without(self, x, heads=2):
     q, k, v = self.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
     found = q.relu() @ (k.relu().transpose(-1, -2) @ F.pad(v, (0, 1), value=1.0))
     found = found[..., :-1] / (found[..., -1:] + 1)
-    scores = q @ k.transpose(-1, -2) * 0.5 + self.place
+    scores = q @ k.transpose(-1, -2) * 0.5 + self.table[:, self.distances[:tokens, :tokens]]
     shares = self.after(self.before(scores).softmax(-1)) + scores.transpose(-1, -2).softmax(-1).transpose(-1, -2)
     return self.proj((found + shares @ v).transpose(1, 2).reshape(batch, tokens, width))
 
@@ -156,7 +156,8 @@ WAYS = {
     "without": lambda: Block(
         without,
         **linears(qkv=24, proj=8),
-        place=table(6, 6),
+        table=table(2, 7),
+        distances=DISTANCES,
         before=nn.Conv2d(2, 2, 1, bias=False),
         after=nn.Conv2d(2, 2, 1),
     ),
