@@ -1,4 +1,4 @@
-"""Attention on a CPU: a tile of queries against all keys of its head, vectors of examples throughout."""
+"""Attention on a CPU: tiles of queries against all keys of their head, vectors of examples throughout."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.batch import Image
+from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.attention import Attention, AttentionBackward
 from mest_compile.schedules.cpu.attention_bias import bias_at
 from mest_compile.schedules.cpu.rows import array, buffer, loop, narrowed, number, widened, zero
+from mest_compile.schedules.cpu.tiles import largest_divisor
 
 QUERIES, KEYS = 4, 2  # of a tile: eight sums and what they are made of fit sixteen registers
+CHANNELS = 2  # that share what they take of a tile's scores, for the same number of sums
+TILES = 7  # at most, that have keys and values from near caches one after another
+PAIRS = 2  # of keys that a tile passes while they and it are in the first-level cache
+PIECE = 32  # keys whose scores of all tiles stay there while channels pass
 
 
 @contextmanager
@@ -37,15 +43,69 @@ def _each_head(text: Text, problem: Attention, images: dict[str, Image]) -> Iter
         yield
 
 
-def _tiles(text: Text, rows: int, width: int, size: int, prefix: str, body: Callable[..., None]) -> None:
-    """body(row, first column, columns) for tiles of `size` tokens of a row, and for one of those that are left over."""
-    main, rest = divmod(width, size)
-    with text.nest(f"for {prefix}r in T.serial({rows})"):
+def _tiles_together(problem: Attention, target: Target, arrays: int) -> int:
+    """How many whole tiles of a row of queries pass over all keys together: a divisor, as many as leave half of the
+    second-level cache to keys and values beside their scores in so many arrays. With one at a time each tile has keys,
+    values and their gradients from a far cache (256 tokens of 64 channels: 1.36 times as long; Zen 3)."""
+    tile_bytes = arrays * problem.tokens[1] * QUERIES * problem.q.vector * FLOAT_BYTES
+    most = min(target.l2_bytes // 2 // tile_bytes, TILES)
+    return largest_divisor(max(problem.q.width // QUERIES, 1), max(most, 1))
+
+
+def _query_tiles(text: Text, problem: Attention, tiles: int, body: Callable[..., None]) -> None:
+    """body(row, first column of tile `tile`, columns, tiles) for `tiles` tiles of a row of queries at a time, and for
+    the tile that is left over."""
+    main, rest = divmod(problem.q.width, QUERIES)
+    with text.nest(f"for qr in T.serial({problem.rows[0]})"):
         if main:
-            with text.nest(f"for {prefix}t in T.serial({main})"):
-                body(f"{prefix}r", f"{prefix}t * {size}", size)
+            with text.nest(f"for qt in T.serial({main // tiles})"):
+                body("qr", f"(qt * {tiles} + tile) * {QUERIES}", QUERIES, tiles)
         if rest:
-            body(f"{prefix}r", str(main * size), rest)
+            body("qr", str(main * QUERIES), rest, 1)
+
+
+def _key_pairs(text: Text, problem: Attention, tiles: int, body: Callable[..., None]) -> None:
+    """body(row, first column, columns) for each tile of queries and each pair of keys, and for one that is left
+    over."""
+    main, rest = divmod(problem.k.width, KEYS)
+    pairs = largest_divisor(max(main, 1), PAIRS)
+    with text.nest(f"for kr in T.serial({problem.rows[1]})"):
+        if main:
+            with text.nest(f"for few, tile, pair in T.grid({main // pairs}, {tiles}, {pairs})"):
+                body("kr", f"(few * {pairs} + pair) * {KEYS}", KEYS)
+        if rest:
+            with text.nest(f"for tile in T.serial({tiles})"):
+                body("kr", str(main * KEYS), rest)
+
+
+def _pieces(problem: Attention) -> tuple[int, int]:
+    """Of the rows of keys: (pieces, rows of each)."""
+    rows = largest_divisor(problem.rows[1], max(PIECE // problem.k.width, 1))
+    return problem.rows[1] // rows, rows
+
+
+def _combined(text: Text, problem: Attention, tiles: int, many: int, scores: str, held: tuple[str, Image, int]) -> None:
+    """Sets `out` (tiles, channels, QUERIES): of a head's keys what `held` (name, image, channels) has, by their scores
+    for each query."""
+    name, image, channels = held
+    vector, (_, keys), (pieces, rows) = problem.q.vector, problem.tokens, _pieces(problem)
+    together = largest_divisor(channels, CHANNELS)
+    channel = f"(c * {together} + d)"
+    total = f"out[((tile * {channels} + {channel}) * {QUERIES} + j) * {vector} + i]"
+    lanes = f"for i in T.vectorized({vector})"
+    sums = f"for d in T.unroll({together})", f"for j in T.unroll({many})", lanes
+    slot = f"score[(d * {QUERIES} + j) * {vector} + i]"
+    with text.nest(f"for e in T.serial({tiles * channels * QUERIES})", lanes):
+        text(f"out[e * {vector} + i] = T.float32(0)")
+    with text.nest(f"for piece, tile, c in T.grid({pieces}, {tiles}, {channels // together})"):
+        with text.nest(*sums):
+            text(f"{slot} = {total}")
+        with text.nest(f"for kr, kw in T.grid({rows}, {problem.k.width})", *sums):
+            row = f"(piece * {rows} + kr)"
+            share = f"{scores}[((tile * {keys} + {row} * {problem.k.width} + kw) * {QUERIES} + j) * {vector} + i]"
+            text(f"{slot} = {slot} + {share} * {_read(name, image, row, 'kw', channel)}")
+        with text.nest(*sums):
+            text(f"{total} = {slot}")
 
 
 def _at(name: str, image: Image, row: str, column: str, channel: str = "c") -> str:
@@ -83,8 +143,9 @@ def _scores(text: Text, problem: Attention, row: str, column: str, many: int, ke
 
 
 def _place(problem: Attention, keys: tuple[Any, ...], vector: int) -> str:
-    """Of a score among those of the tile: all keys, then QUERIES."""
-    return f"((({keys[0]}) * {problem.k.width} + {keys[1]} + u) * {QUERIES} + j) * {vector} + i"
+    """Of a score among those of the tiles: all keys, then QUERIES."""
+    key = f"tile * {problem.tokens[1]} + ({keys[0]}) * {problem.k.width} + {keys[1]} + u"
+    return f"(({key}) * {QUERIES} + j) * {vector} + i"
 
 
 @schedule("attention.forward", device="cpu")
@@ -98,52 +159,49 @@ def attention_forward(problem: Attention, target: Target) -> str:
     text = Text(*arguments, buffer("sums", problem.sums_elems))
     lanes = f"for i in T.vectorized({vector})"
 
-    def tile(row: str, column: str, many: int) -> None:
+    tiles = _tiles_together(problem, target, 1)
+
+    def block(row: str, column: str, many: int, tiles: int) -> None:
         each = f"for j in T.unroll({many})", lanes
-        with text.nest(*each):
-            text(f'most[j * {vector} + i] = T.float32("-inf")', f"total[j * {vector} + i] = T.float32(0)")
+        most, total = (f"{name}[(tile * {QUERIES} + j) * {vector} + i]" for name in ("most", "total"))
+        with text.nest(f"for tile in T.serial({tiles})", *each):
+            text(f'{most} = T.float32("-inf")', f"{total} = T.float32(0)")
 
         def score(*key: Any) -> None:
             _scores(text, problem, row, column, many, key)
             with text.nest(f"for u in T.unroll({key[2]})", *each):
-                found, most = f"score[(u * {QUERIES} + j) * {vector} + i]", f"most[j * {vector} + i]"
+                found = f"score[(u * {QUERIES} + j) * {vector} + i]"
                 text(f"scores[{_place(problem, key, vector)}] = {found}")
                 text(f"{most} = T.Select({found} <= {most}, {most}, {found})")  # NaN stays
 
-        _tiles(text, problem.rows[1], k.width, KEYS, "k", score)
-        with text.nest(f"for t in T.serial({keys})", *each):
-            place = f"scores[(t * {QUERIES} + j) * {vector} + i]"
-            text(f"{place} = T.exp({place} - most[j * {vector} + i])")
-            text(f"total[j * {vector} + i] = total[j * {vector} + i] + {place}")
-        with text.nest(*each):
+        _key_pairs(text, problem, tiles, score)
+        with text.nest(f"for tile, t in T.grid({tiles}, {keys})", *each):
+            place = f"scores[((tile * {keys} + t) * {QUERIES} + j) * {vector} + i]"
+            text(f"{place} = T.exp({place} - {most})", f"{total} = {total} + {place}")
+        with text.nest(f"for tile in T.serial({tiles})", *each):
             first = f"sums_head + ({row} * {q.width} + {column} + j) * {vector}"
-            text(f"sums[{first} + i] = most[j * {vector} + i] + T.log(total[j * {vector} + i])")
-        with text.nest(f"for c in T.serial({problem.width})"):
-            zero(text, "score", QUERIES * vector, vector)
-            with text.nest(f"for kr, kw in T.grid({problem.rows[1]}, {k.width})", *each):
-                share = f"scores[((kr * {k.width} + kw) * {QUERIES} + j) * {vector} + i]"
-                value = _read("v", v, "kr", "kw")
-                text(f"score[j * {vector} + i] = score[j * {vector} + i] + {share} * {value}")
-            with text.nest(*each):
-                result = f"score[j * {vector} + i] / total[j * {vector} + i]"
-                text(f"{_at('y', y, row, f'{column} + j')} = {narrowed(y, result)}")
+            text(f"sums[{first} + i] = {most} + T.log({total})")
+        _combined(text, problem, tiles, many, "scores", ("v", v, problem.width))
+        with text.nest(f"for tile, c in T.grid({tiles}, {problem.width})", *each):
+            result = f"out[((tile * {problem.width} + c) * {QUERIES} + j) * {vector} + i] / {total}"
+            text(f"{_at('y', y, row, f'{column} + j')} = {narrowed(y, result)}")
 
     with _each_head(text, problem, images):
         for name, elems in (
-            ("scores", keys * QUERIES),
+            ("scores", tiles * keys * QUERIES),
             ("score", KEYS * QUERIES),
-            ("most", QUERIES),
-            ("total", QUERIES),
+            ("most", tiles * QUERIES),
+            ("total", tiles * QUERIES),
+            ("out", tiles * problem.width * QUERIES),
         ):
             text.local(name, elems * vector)
-        _tiles(text, problem.rows[0], q.width, QUERIES, "q", tile)
+        _query_tiles(text, problem, tiles, block)
     return str(text)
 
 
 @schedule("attention.backward", device="cpu")
 def attention_backward(problem: AttentionBackward, target: Target) -> str:
-    """Tile by tile of queries: their shares and what is due to their scores again, then what these give to q, k and
-    v."""
+    """By tiles of queries: their shares and what is due to their scores again, then what these give to q, k and v."""
     forward, dy = problem.forward, problem.dy
     q, k, v, y, dq, dk, dv = forward.q, forward.k, forward.v, forward.y, problem.dq, problem.dk, problem.dv
     vector, (_, keys) = q.vector, forward.tokens
@@ -168,16 +226,21 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
     def over(channels: int) -> tuple[str, str]:
         return f"for c, kr, kw in T.grid({channels}, {forward.rows[1]}, {k.width})", lanes
 
-    def summed(name: str, image: Image) -> str:
-        place = f"sum_{name}[(c * {keys} + kr * {k.width} + kw) * {vector} + i]"
-        return _at(name, image, "kr", "kw") if image.dtype == "float32" else place
+    def summed(name: str, image: Image, channel: str = "c", row: str = "kr") -> str:
+        place = f"sum_{name}[({channel} * {keys} + {row} * {k.width} + kw) * {vector} + i]"
+        return _at(name, image, row, "kw", channel) if image.dtype == "float32" else place
 
-    def tile(row: str, column: str, many: int) -> None:
+    tiles = _tiles_together(forward, target, 2)
+
+    def block(row: str, column: str, many: int, tiles: int) -> None:
         each = f"for j in T.unroll({many})", lanes
-        zero(text, "due", QUERIES * vector, vector)
-        with text.nest(f"for c in T.serial({forward.width})", *each):
-            product = f"{_read('dy', dy, row, f'{column} + j')} * {_read('y', y, row, f'{column} + j')}"
-            text(f"due[j * {vector} + i] = due[j * {vector} + i] + {product}")
+        due = f"due[(tile * {QUERIES} + j) * {vector} + i]"
+        with text.nest(f"for tile in T.serial({tiles})"):
+            with text.nest(*each):
+                text(f"{due} = T.float32(0)")
+            with text.nest(f"for c in T.serial({forward.width})", *each):
+                product = f"{_read('dy', dy, row, f'{column} + j')} * {_read('y', y, row, f'{column} + j')}"
+                text(f"{due} = {due} + {product}")
 
         def score(*key: Any) -> None:
             _scores(text, forward, row, column, many, key)
@@ -192,7 +255,7 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
                 place = f"[{_place(forward, key, vector)}]"
                 text(
                     f"shares{place} = T.exp(score{slot} - sums[{first} + i])",
-                    f"dshare{slot} = shares{place} * (dshare{slot} - due[j * {vector} + i])",
+                    f"dshare{slot} = shares{place} * (dshare{slot} - {due})",
                     f"dscores{place} = dshare{slot} * {number(forward.scale)}",
                 )
             if problem.biased:
@@ -207,44 +270,44 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
                         )
                         text(f"{here} = {here} + {term}")
 
-        _tiles(text, forward.rows[1], k.width, KEYS, "k", score)
-        all_keys = f"for kr, kw in T.grid({forward.rows[1]}, {k.width})"
-
-        def place(name: str, query: str | int = "j") -> str:
-            return f"{name}[((kr * {k.width} + kw) * {QUERIES} + {query}) * {vector} + i]"
-
+        _key_pairs(text, forward, tiles, score)
         if dq:
-            with text.nest(f"for c in T.serial({forward.depth})"):
-                zero(text, "score", QUERIES * vector, vector)
-                with text.nest(all_keys, *each):
-                    product = f"{place('dscores')} * {_read('k', k, 'kr', 'kw')}"
-                    text(f"score[j * {vector} + i] = score[j * {vector} + i] + {product}")
-                with text.nest(*each):
-                    here = _at("dq", dq, row, f"{column} + j")
-                    total = f"score[j * {vector} + i]"
-                    total = f"{widened(dq, here)} + {total}" if more["dq"] else total
-                    text(f"{here} = {narrowed(dq, total)}")
-        for name, image, source, held, channels in (
+            _combined(text, forward, tiles, many, "dscores", ("k", k, forward.depth))
+            with text.nest(f"for tile, c in T.grid({tiles}, {forward.depth})", *each):
+                here = _at("dq", dq, row, f"{column} + j")
+                total = f"out[((tile * {forward.depth} + c) * {QUERIES} + j) * {vector} + i]"
+                total = f"{widened(dq, here)} + {total}" if more["dq"] else total
+                text(f"{here} = {narrowed(dq, total)}")
+        (pieces, rows), query = _pieces(forward), f"held[(d * {QUERIES} + j) * {vector} + i]"
+        for name, image, source, other, channels in (
             ("dk", dk, "dscores", "q", forward.depth),
             ("dv", dv, "shares", "dy", forward.width),
         ):
-            if image:
-                with text.nest(*over(channels)):
-                    here, held_image = summed(name, image), given[held]
-                    terms = (
-                        f"{place(source, j)} * {_read(held, held_image, row, f'{column} + {j}')}" for j in range(many)
-                    )
+            if not image:
+                continue
+            together = largest_divisor(channels, CHANNELS)
+            several, channel = f"for d in T.unroll({together})", f"(c * {together} + d)"
+            key = f"(piece * {rows} + kr)"
+            with text.nest(f"for piece, c, tile in T.grid({pieces}, {channels // together}, {tiles})"):
+                with text.nest(several, *each):
+                    text(f"{query} = {_read(other, given[other], row, f'{column} + j', channel)}")
+                with text.nest(f"for kr, kw in T.grid({rows}, {k.width})", several, lanes):
+                    share = f"{source}[((tile * {keys} + {key} * {k.width} + kw) * {QUERIES} + %j) * {vector} + i]"
+                    terms = (f"{share} * {query.replace('+ j', '+ %j')}".replace("%j", str(j)) for j in range(many))
+                    here = summed(name, image, channel, key)
                     text(f"{here} = {' + '.join((here, *terms))}")
 
     with _each_head(text, forward, given | results):
         if problem.biased:
             text(f"dscores_head: T.let = n * {forward.tokens[0] * keys}")
         for name, elems in (
-            ("shares", keys * QUERIES),
-            ("dscores", keys * QUERIES),
+            ("shares", tiles * keys * QUERIES),
+            ("dscores", tiles * keys * QUERIES),
             ("score", KEYS * QUERIES),
             ("dshare", KEYS * QUERIES),
-            ("due", QUERIES),
+            ("held", CHANNELS * QUERIES),
+            ("due", tiles * QUERIES),
+            *([("out", tiles * forward.depth * QUERIES)] if dq else []),
         ):
             text.local(name, elems * vector)
         for name, _, channels in aside:
@@ -253,7 +316,7 @@ def attention_backward(problem: AttentionBackward, target: Target) -> str:
             if image and not (more[name] and image.dtype == "float32"):
                 with text.nest(*over(channels)):
                     text(f"{summed(name, image)} = T.float32(0)")
-        _tiles(text, forward.rows[0], q.width, QUERIES, "q", tile)
+        _query_tiles(text, forward, tiles, block)
         for name, image, channels in aside:
             with text.nest(*over(channels)):
                 here = _at(name, image, "kr", "kw")

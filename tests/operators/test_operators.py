@@ -578,10 +578,10 @@ def test_bias_gradient(run, rng, shape):
 # Attention
 
 ATTENTIONS = {  # heads, channels of a head in q and k, in v; (rows, width) of q, of k; groups; causal; bias
-    "patches": (2, 5, 5, (3, 3), (3, 3), 1, False, (2, 1)),
+    "patches": (2, 4, 5, (2, 9), (9, 5), 1, False, (2, 1)),
     "windows": (3, 4, 2, (1, 6), (1, 5), 4, False, (1, 4)),
     "alone": (2, 3, 2, (1, 3), (1, 5), 2, False, None),
-    "causal": (1, 3, 4, (1, 7), (1, 7), 1, True, None),
+    "causal": (1, 3, 4, (1, 17), (1, 17), 1, True, None),
 }
 
 
