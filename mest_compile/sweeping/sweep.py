@@ -84,7 +84,12 @@ def _check_asha(cells: Sequence[Cell], asha: AshaRule) -> None:
         )
     if len({cell.recipe.epochs for cell in cells}) > 1:
         raise UsageError("asha compares cells epoch by epoch: give all of them the same epochs")
-    asha.rungs(cells[0].recipe.epochs)
+    rungs = asha.rungs(cells[0].recipe.epochs)
+    if blind := [rung for rung in rungs for cell in cells if not cell.recipe.evaluates(rung - 1)]:
+        raise UsageError(
+            f"asha compares cells after {', '.join(map(str, rungs))} epochs, and eval_every leaves epoch {blind[0]} "
+            "out; leave eval_every out, or give asha a first that it divides"
+        )
 
 
 @contextmanager

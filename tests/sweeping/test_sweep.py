@@ -158,6 +158,7 @@ def test_the_command_tells_what_the_folder_has(mest_compile_command, workers, tm
         ({"asha": {"rate": 3}}, "did you mean"),
         ({"asha": {"first": 3}}, "first is 3 of 3"),
         ({"asha": {"factor": 1}}, "factor"),
+        ({"asha": {}, "eval_every": 2}, "leaves epoch 1 out"),
         ({"asha": {}, "run": {"model": "mlp", "data": "digits"}}, "no validation part"),
         ({"asha": {}, "grid": {"epochs": [3, 4]}}, "the same epochs"),
     ],
