@@ -37,19 +37,6 @@ def cores() -> int:
     return usable if quota is None else max(1, min(usable, int(quota)))
 
 
-def pin(process: int, first: int, count: int) -> None:
-    """Lets a process that has just begun, and whatever it begins, run on `count` of this process's cores, from its
-    `first` one on; one core after the last is the first again. Nothing where the system has no such thing, or the
-    process has ended."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    there = sorted(os.sched_getaffinity(0))
-    try:
-        os.sched_setaffinity(process, {there[(first + one) % len(there)] for one in range(count)})
-    except OSError as problem:
-        log.info("process %d keeps all cores: %s", process, problem.strerror)
-
-
 def load_average() -> float:
     """Cores that were busy in the last minute, whoever used them; 0 where the system does not tell."""
     tell = getattr(os, "getloadavg", None)

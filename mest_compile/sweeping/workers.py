@@ -1,4 +1,4 @@
-"""Where a sweep's commands run: processes of this machine, each on cores of its own."""
+"""Where a sweep's commands run: processes of this machine, each with threads of its own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-from mest_compile.hardware import host
 
 LOST = -1  # exit code of a command that did not end by itself: killed, or on a machine that is gone
 
@@ -43,41 +40,33 @@ class Workers(Protocol):
         """Kills what still runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    process: subprocess.Popen
-    slot: int
-
-
 class LocalWorkers:
-    """Processes here. Each slot has its cores, `threads` of them where there are enough."""
+    """Processes here, so many at once, each with so many threads. All may use all cores, and the system spreads them:
+    with fewer cores in sight kernels are cut otherwise, and a cell would not be what it is when trained alone."""
 
     def __init__(self, slots: int, threads: int):
         self.slots, self._threads = slots, threads
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, subprocess.Popen] = {}
 
     def start(self, job: int, arguments: Sequence[str], log: Path) -> None:
-        slot = min(set(range(self.slots)) - {one.slot for one in self._running.values()})
         with log.open("ab") as file:
-            process = subprocess.Popen(
+            self._running[job] = subprocess.Popen(
                 command_line(arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment(self._threads),
             )
-        host.pin(process.pid, slot * self._threads, self._threads)
-        self._running[job] = _Running(process, slot)
 
     def ended(self) -> dict[int, int]:
-        codes = {job: code for job, one in self._running.items() if (code := one.process.poll()) is not None}
+        codes = {job: code for job, one in self._running.items() if (code := one.poll()) is not None}
         for job in codes:
             del self._running[job]
         return {job: LOST if code < 0 else code for job, code in codes.items()}
 
     def close(self) -> None:
         for one in self._running.values():
-            one.process.kill()
+            one.kill()
         for one in self._running.values():
-            one.process.wait()
+            one.wait()
         self._running.clear()

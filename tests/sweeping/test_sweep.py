@@ -195,20 +195,24 @@ def test_a_command_ends_with_the_process_that_began_it():
     assert not os.path.exists(f"/proc/{child}")
 
 
-def test_local_workers_pin_a_command_and_tell_its_end(tmp_path):
+def test_local_workers_tell_how_a_command_ended_and_leave_it_all_cores(tmp_path):
     here = LocalWorkers(2, 1)
     here.start(7, ["--version"], tmp_path / "log")
-    cores = os.sched_getaffinity(here._running[7].process.pid)
+    cores = os.sched_getaffinity(here._running[7].pid)
     while not (ended := here.ended()):
         time.sleep(0.05)
-    assert ended == {7: 0} and len(cores) == 1 and (tmp_path / "log").read_text().startswith("mest-compile ")
+    assert (
+        ended == {7: 0}
+        and cores == os.sched_getaffinity(0)
+        and (tmp_path / "log").read_text().startswith("mest-compile ")
+    )
     here.start(1, ["train", "--epochs", "1"], tmp_path / "other")
-    here._running[1].process.kill()
+    here._running[1].kill()
     while not (ended := here.ended()):
         time.sleep(0.05)
     assert ended == {1: LOST}
     here.start(2, ["train"], tmp_path / "third")
-    process = here._running[2].process
+    process = here._running[2]
     here.close()
     assert process.returncode < 0
 
