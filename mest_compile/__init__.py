@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and the plug-ins that come with the package
     from mest_compile.base.errors import MestError as MestError
+    from mest_compile.base.plugins import plug_in as plug_in
     from mest_compile.budgeting import Choice as Choice
     from mest_compile.checking import check as check
     from mest_compile.choosing import choose_trainable as choose_trainable
@@ -85,6 +86,7 @@ _HOME = {
     "sweep": "mest_compile.sweeping.sweep",
     "Target": "mest_compile.hardware.target",
     "MestError": "mest_compile.base.errors",
+    "plug_in": "mest_compile.base.plugins",
 }
 
 # Registries whose classes are public under their own names, those of files that somebody adds too: module -> registry.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
+from mest_compile.base import plugins
 from mest_compile.base.errors import DuplicateName, UnknownName
 from mest_compile.base.names import meant
 
@@ -37,6 +38,7 @@ class Registry(dict[str, Any]):
                         package = importlib.import_module(self.package)
                         for name in self._modules(package):
                             importlib.import_module(name)
+                        plugins.take_given()
                         self._loaded = True
                     finally:
                         self._begun = self._loaded  # what was interrupted begins anew

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ import typer
 from mest_compile import __version__
 from mest_compile.base.commandline import INTERRUPTED, complain, guarded, refuse_empty, results_alone
 from mest_compile.base.names import near
+from mest_compile.base.plugins import plug_in
 from mest_compile.cli import (
     analyze,
     bench,
@@ -84,8 +86,13 @@ def _about(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file of a scheme, an operator, ..., or a target's TOML file; anywhere in the line."),
+    ] = None,
 ) -> None:
     """A compiler for sparse training on devices: training steps that compute at the live weights only."""
+    plug_in(*(plugin or ()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     refuse_empty(arguments)
+    arguments = _plugins_first(arguments)
     try:
         with results_alone() if "--json" in arguments else nullcontext():
             code = app(arguments, prog_name="mest-compile", standalone_mode=False)
@@ -120,3 +128,16 @@ def _meant(error: typer.TyperException) -> str:
     there = [option.lstrip("-") for parameter in context.command.params for option in parameter.opts]
     found = near(name.lstrip("-"), there)
     return "" if found is None else f"; did you mean --{found}?"
+
+
+def _plugins_first(arguments: list[str]) -> list[str]:
+    """The line with every --plugin and its file before the command, whose options are read by then."""
+    first: list[str] = []
+    rest: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument == "--plugin":
+            first += [argument, *([path] if (path := next(left, None)) is not None else [])]
+        else:
+            (first if argument.startswith("--plugin=") else rest).append(argument)
+    return [*first, *rest]

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mest_compile.base import checks
+from mest_compile.base import checks, plugins
 from mest_compile.base.errors import TargetError, UnknownName
 from mest_compile.base.names import meant
 from mest_compile.hardware.cpu import (
@@ -212,27 +212,33 @@ def _needed(target: Target) -> frozenset[str]:
 
 
 def target_names() -> list[str]:
-    """Names of the targets that are shipped."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("mest_compile.targets").iterdir()
-        if entry.name.endswith(".toml")
-    )
+    """Names of the targets that are shipped or plugged in."""
+    shipped = resources.files("mest_compile.targets").iterdir()
+    found = {entry.name.removesuffix(".toml") for entry in shipped if entry.name.endswith(".toml")}
+    return sorted(found | _plugged().keys())
 
 
-@cache
+def _plugged() -> dict[str, Path]:
+    plugins.take_given()
+    return plugins.targets()
+
+
+def _text_of(name: str) -> str:
+    """Of its file, a plugged one first."""
+    path = _plugged().get(name)
+    return (resources.files("mest_compile.targets") / f"{name}.toml").read_text() if path is None else path.read_text()
+
+
 def boards_of_targets() -> dict[str, str]:
-    """{name of a board or chip, in small letters without spaces, "-" and "_": the target that it has}, of those that
-    are shipped."""
+    """{name of a board or chip, in small letters without spaces, "-" and "_": the target that it has}."""
     return {_plain(board): name for name in target_names() for board in boards_of(name)}
 
 
 def boards_of(name: str) -> list[str]:
-    """Names of the boards and chips that a shipped target is for; of a file with an error, which says itself when it is
-    asked for, none."""
-    text = (resources.files("mest_compile.targets") / f"{name}.toml").read_text()
+    """Names of the boards and chips that a target of `target_names` is for; of a file with an error, which says itself
+    when it is asked for, none."""
     try:
-        return list(tomllib.loads(text).get("boards", []))
+        return list(tomllib.loads(_text_of(name)).get("boards", []))
     except tomllib.TOMLDecodeError:
         return []
 
@@ -261,7 +267,7 @@ def find_target(target: str | Path | Target) -> Target:
             f"no target {str(target)!r}; there are: {', '.join(names)}, boards as `mest-compile targets` lists them, "
             f"or a path to a TOML file{near}"
         )
-    return _read(str(target), (resources.files("mest_compile.targets") / f"{target}.toml").read_text())
+    return _read(str(target), _text_of(str(target)))
 
 
 FILE_KEYS = {field.name for field in fields_of(Target)} - {"name"} | {"boards", "detect"}

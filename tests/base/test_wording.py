@@ -1,14 +1,17 @@
 """Misspelt names say what was meant; sizes and shares are read as they are written."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 import mest_compile as mest
-from mest_compile.base import checks
+from mest_compile.base import checks, plugins
 from mest_compile.base.errors import TargetError, UnknownName, UsageError
 from mest_compile.base.names import meant, near
+from mest_compile.cli import _plugins_first
 from mest_compile.hardware import target
 from mest_compile.hardware.target import boards_of_targets, find_target, target_names
 from mest_compile.options import StepOptions
@@ -89,3 +92,24 @@ def test_a_targets_file_with_an_error_names_itself(tmp_path, monkeypatch, mest_c
         assert listed == set(target_names()) - {"broken"} and "cortex-a72" in listed
     with pytest.raises(UnknownName, match="boards as `mest-compile targets` lists them"):
         find_target("nothing-like-it")
+
+
+def test_a_target_that_is_plugged_in_has_a_name_and_what_is_no_plug_in_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "_targets", {})
+    monkeypatch.setenv(plugins.GIVEN, "")
+    mine = tmp_path / "mine.toml"
+    shipped = (Path(mest.__file__).parent.parent / "targets" / "cortex-a72.toml").read_text()
+    mine.write_text(re.sub("^boards = .*$", "boards = ['My Board']", shipped, flags=re.MULTILINE))
+    mest.plug_in(mine)
+    mest.plug_in(mine)  # nothing more
+    assert os.environ[plugins.GIVEN] == str(mine)  # what processes that are started read
+    assert find_target("mine").name == find_target("my-board").name == "mine" and "mine" in target_names()
+    monkeypatch.setattr(plugins, "_targets", {})
+    assert find_target("mine").registers == find_target("cortex-a72").registers  # as in one that was started
+    (tmp_path / "bad.py").write_text("import nothing_like_it")
+    for name, said in (("bad.py", "cannot be imported: ModuleNotFoundError"), ("no.py", "is no Python file and no")):
+        with pytest.raises(UsageError, match=said):
+            mest.plug_in(tmp_path / name)
+    assert _plugins_first(["train", "--plugin", "a.py", "--lr", "1", "--plugin=b.toml", "--plugin"]) == [
+        "--plugin", "a.py", "--plugin=b.toml", "--plugin", "train", "--lr", "1",
+    ]  # fmt: skip

@@ -1,6 +1,9 @@
 """Three visits of new users, from what they bring to what they take home."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +117,47 @@ def test_an_embedded_engineer_builds_a_run_for_a_board_trains_on_there_and_predi
     assert [one["probability"] for one in found] == pytest.approx([one["probability"] for one in here], abs=1e-4)
 
 
+GATE = """
+from mest_compile.ir.expressions import maximum, minimum
+from mest_compile.operators.activation import X, activation
+
+activation("gate", X * minimum(maximum(0.25 * X + 0.5, 0.0), 1.0))
+"""
+GATED = """
+import torch
+
+
+class Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(192, 16), torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.first(x.flatten(1))
+        return self.last(y * torch.clamp(0.25 * y + 0.5, 0, 1))
+
+
+def make():
+    return Gated()
+"""
+
+
 def test_a_systems_engineer_measures_and_compares_a_target_and_a_scheme_of_their_own(mest_compile_command, tmp_path):
     board = tmp_path / "cortex-a78.toml"
     shipped = (Path(mest.__file__).parent.parent / "targets" / "cortex-a76.toml").read_text()
     board.write_text(shipped.replace("cortex-a76", "cortex-a78").replace("65536", '"64KiB"'))
+    (tmp_path / "gate.py").write_text(GATE)
+    (tmp_path / "net.py").write_text(GATED)
+    # In a process of its own: an operator that is plugged in stays for as long as the process.
+    build = ["build", "--model", "net.py:make", "--image", "3x8x8", "--classes", "3", "--scheme", "2:4", "--json"]
+    theirs = ["--plugin", "gate.py", "--target", "cortex-a78", "--plugin=cortex-a78.toml", "--out", "artifact"]
+    command = [sys.executable, "-c", "from mest_compile.cli import main; main()", *build, *theirs]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["target"] == "cortex-a78", done.stderr
+    manifest = (tmp_path / "artifact" / "manifest.json").read_text()
+    assert re.findall('"op": "(.*?)"', manifest) == ["flatten", "linear", "gate", "linear"]
+
     small = ("--model", "mlp", "--width", 16, "--image", "3x8x8", "--classes", 3, "--scheme", "2:4")
-    built = mest_compile_command("build", *small, "--target", board, "--out", tmp_path / "artifact", "--json")
-    assert built.code == 0 and built.document["target"] == "cortex-a78", built.err
     found = mest_compile_command("check", "mlp", *small[2:], "--target", board, "--json").document
     assert found["target"] == "cortex-a78" and found["memory"]["1"] > 0
     assert [layer["sparsity"] for layer in found["layers"] if layer["state"] == "sparse"] == [0.5, 0.5]
