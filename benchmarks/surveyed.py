@@ -73,10 +73,11 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> (family,
 }  # fmt: skip
 
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of mest.compile, for models that give several values
+OPTIONS: dict[str, dict[str, Any]] = {  # of mest.compile, for models that give several values, or a number
     "torchvision:googlenet": {"output": "logits"},
     "torchvision:inception_v3": {"output": "logits"},
     "boards:two heads": {"output": 0},
+    "boards:regression to one number": {"loss": "mse"},
 }
 
 

@@ -1,8 +1,10 @@
 """benchmarks/coverage.py: its list, what it says of a model, and the table that it writes."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import coverage
+import numpy as np
 import pytest
 from torch import nn
 
@@ -58,14 +60,28 @@ def test_a_model_is_asked_in_a_process_of_its_own(monkeypatch):
     assert coverage.apart(crash, case(), 60)["failed"] == "RuntimeError: no such model"
 
 
-def test_three_steps_are_compared_with_torch(monkeypatch):
-    found = coverage.verify(case())
-    assert found["verified"] and found["errors"].keys() == {"unstructured", "block"}
-    assert all(0 < ours < 1e-5 and 0 < theirs < 1e-5 for ours, theirs in found["errors"].values())
-    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme, options: [0.1, 1e-6])
-    assert not coverage.verify(case())["verified"]
-    monkeypatch.setattr(coverage, "_errors", lambda net, shape, scheme, options: [0.1, 0.05])
-    assert coverage.verify(case())["verified"]
+def test_three_steps_are_compared_with_torch(monkeypatch, tmp_path):
+    """With the same elements dropped."""
+    found = coverage.verify(case(), 5, tmp_path)
+    assert found["verified"] and found["batch"] == 5 and found["errors"].keys() == {"gradients", "steps"}
+    assert all(0 < ours < 1e-3 and 0 < theirs < 1e-3 for _, ours, theirs, _ in found["errors"].values())
+    monkeypatch.setattr(coverage, "dropping", lambda net, graph, update: nullcontext())
+    assert not coverage.verify(case(), 5, tmp_path)["verified"]
+
+
+def test_a_tensor_that_is_wrong_is_found_among_others():
+    exact = {"large": np.full(1000, 100.0), "small": np.array([0.1, -0.2]), "none": np.zeros(4)}
+    theirs = {name: value + 1e-6 for name, value in exact.items()}
+    name, ours, _, allowed = coverage._worst(theirs, theirs, exact)
+    assert ours <= allowed
+    name, ours, others, allowed = coverage._worst({**theirs, "small": exact["small"] * 1.01}, theirs, exact)
+    assert (name, allowed) == ("small", coverage.TOLERANCE) and ours == pytest.approx(0.01) and others < 1e-4
+
+
+def test_the_document_says_what_was_compared():
+    compared = {"timm:b": MODELS["timm:b"] | {"verified": True}, "boards:d": MODELS["boards:d"] | {"verified": False}}
+    text = coverage.compared(MODELS | compared)
+    assert text == "Trained beside torch: 2 of 3 families; 1 came out as torch's. Others: three. Not yet: two."
 
 
 def test_packages_that_are_missing_are_told(monkeypatch, tmp_path):
