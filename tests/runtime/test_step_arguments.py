@@ -1,5 +1,6 @@
 """What a step is handed: read as what it is, or refused in one line that says what was wanted, with nothing changed."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import mest_compile as mest
+from mest_compile import compiling
 
 SHAPE = (4, 1, 8, 8)
 INFINITE, NAN = float("inf"), float("nan")
@@ -207,3 +209,19 @@ def test_a_checkpoint_that_lacks_arrays_is_refused_before_anything_is_changed(gi
     with pytest.raises(mest.MestError, match="random generator"):
         given.step.restore(tmp_path / "b")
     assert all_of(given.step) == before
+
+
+def test_what_compiling_needed_is_given_back(monkeypatch):
+    """When nothing holds the model's own weights any more."""
+    planned, held, found = compiling.planned_step, [], []
+
+    def watched(*arguments):
+        plan, state, masks = planned(*arguments)
+        state = {name: array.copy() for name, array in state.items()}
+        held.extend(weakref.ref(array) for array in state.values())
+        return plan, state, masks
+
+    monkeypatch.setattr(compiling, "planned_step", watched)
+    monkeypatch.setattr(compiling, "give_memory_back", lambda: found.append([one() for one in held]))
+    mest.compile(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SHAPE, threads=1)
+    assert found == [[None, None]]
