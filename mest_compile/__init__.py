@@ -71,6 +71,7 @@ _HOME = {
     "open_artifact": "mest_compile.opening",
     "rpc": "mest_compile.devices.session",
     "finetune": "mest_compile.finetuning.tuning",
+    "learn": "mest_compile.finetuning.ondevice",
     "Inputs": "mest_compile.models.inputs",
     "Reading": "mest_compile.models.inputs",
     "Group": "mest_compile.operators.optimizers.groups",

@@ -90,6 +90,9 @@ def finetune(
         ),
     ] = None,
     buffer: Annotated[str, typer.Option(help="Bytes of examples that are kept for --continue.")] = "16MiB",
+    spare_classes: Annotated[
+        int, typer.Option(help="Outputs for classes that come later, for which nothing is compiled.", min=0)
+    ] = 0,
     resume: Annotated[Path | None, typer.Option(help="Go on with what was stopped in this folder.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +144,7 @@ def finetune(
             augment=augment,
             artifact=artifact,
             buffer_bytes=buffer,  # type: ignore[arg-type]
+            spare_classes=spare_classes,
         )
         folder = out or new_folder()
     console = stderr_console()

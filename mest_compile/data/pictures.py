@@ -19,6 +19,7 @@ from mest_compile.data.sources.folder import SUFFIXES, check_depth, fitted, open
 from mest_compile.models.inputs import Inputs
 
 TEST_SHARE = 0.2  # of each class, where there is no test part
+SPARE = "(spare "  # the name of an output that no class has yet begins so
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")  # names of folders
 
 
@@ -88,7 +89,9 @@ class _Part:
         )
 
 
-def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, known: Sequence[str] = ()) -> Pictures:
+def read_pictures(
+    train: Any, inputs: Inputs, test: Any = None, seed: int = 0, known: Sequence[str] = (), spare: int = 0
+) -> Pictures:
     """Pictures of a folder, a CSV file, a pair (images, labels), a torch Dataset, or a `Split`, cut and resized as
     `inputs` says.
 
@@ -96,7 +99,9 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, k
            are file and label, files relative to it, with or without a line of names first; uint8 arrays (n, C, H, W),
            (n, H, W) or (n, H, W, C), or a torch Dataset of them or of Pillow's images, and labels
     test   the same; None: a fifth of every class, at least one, drawn by seed
-    known  classes that there are already, of which there need be no images; others come behind them
+    known  classes that there are already, of which there need be no images; others take the places of spare ones among
+           them, or come behind them
+    spare  how many classes come behind all others that have no images yet, "(spare 1)" and so on
     Raises DataError.
     """
     if isinstance(train, Split):
@@ -113,13 +118,14 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, k
         tested, its = _found(test, None if known else names)
         if known:
             its, tested = _among(names, its, tested)
-            if len(its) > len(names):
-                raise DataError(f"{test} has the class {its[-1]!r}, which is not trained on")
+            if unknown := [name for name in its if name not in names]:
+                raise DataError(f"{test} has the class {unknown[0]!r}, which is not trained on")
     counts = np.bincount(part.labels, minlength=len(names))
     if empty := [name for name, count in zip(names, counts) if count == 0 and name not in known]:
         raise DataError(f"there is no image to train on of class {empty[0]!r}; give some, or leave the class out")
     if len(names) < 2:
         raise DataError(f"there is one class, {names[0]!r}; wanted two or more: a folder of images for each")
+    names = [*names, *(f"{SPARE}{number})" for number in range(1, spare + 1))]
     read = Photos(part, inputs, len(names), "pictures")
     return Pictures(read, Photos(tested, inputs, len(names), "pictures test"), tuple(names), tested.files)
 
@@ -127,7 +133,11 @@ def read_pictures(train: Any, inputs: Inputs, test: Any = None, seed: int = 0, k
 def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[list[str], _Part]:
     """(known classes and what else has examples, the part with labels among these)."""
     there = [name for name, count in zip(names, np.bincount(part.labels, minlength=len(names))) if count]
-    order = [*known, *(name for name in there if name not in known)]
+    order = list(known)
+    for name in there:
+        if name not in order:
+            free = next((place for place, one in enumerate(order) if one.startswith(SPARE)), len(order))
+            order[free : free + 1] = [name]
     places = np.array([order.index(name) if name in order else -1 for name in names])
     return order, _Part(part.read, places[part.labels], part.files)
 

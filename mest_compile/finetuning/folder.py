@@ -15,6 +15,7 @@ from mest_compile.base.errors import NotInstalled, StateError, UsageError
 from mest_compile.base.files import write_json
 from mest_compile.data.pictures import Pictures
 from mest_compile.finetuning.job import Job
+from mest_compile.finetuning.ondevice import write_beside
 from mest_compile.finetuning.page import write_page
 from mest_compile.finetuning.replay import Replay
 from mest_compile.finetuning.timing import Clock
@@ -110,7 +111,8 @@ class TunedFolder:
             self.onnx.unlink(missing_ok=True)  # the package onnx is not needed for the rest
         if job.artifact:
             step.export(self.artifact)
-            write_json(self.artifact / "inputs.json", told)
+            pixels = None if job.continue_from is None else Path(job.continue_from) / self.artifact.name
+            write_beside(self.artifact, told, pictures.split, job.buffer_bytes, verdict["accuracy"], pixels)
         replay.write(self.replay)
         result = {
             **verdict,

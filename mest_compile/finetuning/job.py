@@ -44,9 +44,10 @@ class Job:
     feature_bytes: int = GIB
     continue_from: str | Path | None = None
     buffer_bytes: int = BUFFER_BYTES
+    spare_classes: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("epochs", 1), ("feature_bytes", 0)):
+        for name, least in (("batch", 1), ("epochs", 1), ("feature_bytes", 0), ("spare_classes", 0)):
             object.__setattr__(self, name, checks.whole(name, getattr(self, name), least))
         object.__setattr__(self, "buffer_bytes", checks.size("buffer_bytes", self.buffer_bytes, at_least=0))
         if self.patience is not None:

@@ -103,6 +103,7 @@ def finetune(
     feature_bytes: int = GIB,
     continue_from: str | Path | None = None,
     buffer_bytes: int | str = BUFFER_BYTES,
+    spare_classes: int = 0,
     resume: bool = False,
     builder: Builder | None = None,
     watch: Watches | None = None,
@@ -136,6 +137,8 @@ def finetune(
              asked again: beside it only data, test, out, epochs, seconds, patience, artifact, buffer_bytes and resume
              may be given
     buffer_bytes  that examples kept for later may take, "16MiB", and test examples once more; 0: none is kept
+    spare_classes  outputs beside those of the classes, for classes that come later: nothing at all is compiled for one
+             then, so that a device learns it from an artifact (`mest.learn`)
     resume   go on with what was stopped in `out`, bit for bit, given the same model and data
     Raises MestError.
     """
@@ -152,7 +155,7 @@ def finetune(
     if continue_from is not None:
         given = (model, weights, inputs, image, trainable, update_budget, scheme, sparsity, batch, optimizer, augment)
         usual = (None, None, None, None, TRAINABLE, None, "block", None, BATCH, None, False)
-        if (*given, target, threads, activations, seed) != (*usual, "local", None, "float32", 0):
+        if (*given, target, threads, activations, seed, spare_classes) != (*usual, "local", None, "float32", 0, 0):
             raise UsageError(
                 "a fine-tuning that continues another keeps its net and settings; beside continue_from give data, "
                 "test, out, epochs, seconds, patience, artifact, feature_bytes, buffer_bytes and resume only"
@@ -170,7 +173,8 @@ def finetune(
             update_budget=update_budget,
             seed=seed,
         )
-        job = Job(model, data, options, test, weights, inputs=inputs, image=image, batch=batch, augment=augment, **said)
+        said |= {"inputs": inputs, "image": image, "batch": batch, "augment": augment, "spare_classes": spare_classes}
+        job = Job(model, data, options, test, weights, **said)
     return tune(job, new_folder() if out is None else Path(out), resume, builder, watch)
 
 
@@ -202,7 +206,8 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     watch.on_stage("reading images")
     with clock("reading"):
         known = () if before is None else before.classes
-        pictures = read_pictures(job.data, inputs, job.test, job.options.seed, known)
+        spare = job.spare_classes if before is None else 0  # those that are left are known
+        pictures = read_pictures(job.data, inputs, job.test, job.options.seed, known, spare)
     classes = len(pictures.classes)
     if before is None:
         watch.on_stage("importing the net")

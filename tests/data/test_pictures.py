@@ -115,6 +115,15 @@ def test_pictures_are_read_when_they_are_asked_for(photos):
         found.test[:1]
 
 
+def test_new_classes_take_the_places_of_spare_ones(photos):
+    found = read_pictures(photos, INPUTS, seed=1, spare=2)
+    assert found.classes == ("blue", "green", "red", "(spare 1)", "(spare 2)") and found.train.classes == 5
+    for name in COLOURS:
+        (photos / name).rename(photos / f"light {name}")
+    more = read_pictures(photos, INPUTS, seed=1, known=found.classes)
+    assert more.classes[3:] == ("light blue", "light green", "light red") and min(more.train.labels) == 3
+
+
 def test_a_picture_is_cut_from_the_middle_turned_as_the_camera_was_and_resized_bicubic(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))

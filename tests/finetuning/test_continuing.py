@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_finetune import Stops
 from tiny import INPUTS, pictures, tiny
 
@@ -95,6 +96,30 @@ def test_it_goes_on_where_it_was_stopped_bit_for_bit(first, second, tmp_path, bu
             go_on(first, tmp_path / "out", builder, resume=number > 0, watch=Stops(*stop))
     found, wanted = go_on(first, tmp_path / "out", builder, resume=True), second[0].step.state_dict()
     assert all(np.array_equal(value, wanted[name]) for name, value in found.step.state_dict().items())
+
+
+def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(tmp_path, builder):
+    given = {"inputs": INPUTS, "batch": 8, "epochs": 3, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
+    given |= {"artifact": True, "spare_classes": 1, "test": of([0, 1], 45, 1), "builder": builder}
+    begun = mest.finetune(tiny(), of([0, 1], 72), out=tmp_path / "begun", **given)
+    photos = [Image.fromarray(image) for image in of([0, 1], 30)[0].transpose(0, 2, 3, 1)]
+    assert begun.classes == ("0", "1", "(spare 1)") and {name for name, _ in begun.predict(photos)} == {"0", "1"}
+    artifact = begun.folder / "artifact"
+    found = mest.learn(artifact, of([2], 72), tmp_path / "more", test=of([2], 45, 1), lr=0.01)
+    assert found.classes == ("0", "1", "2") and [task["classes"] for task in found.tasks] == [["0", "1"], ["2"]]
+    images, labels = pictures(45, 1)
+    right = found.step.predict(images).argmax(1) == labels
+    assert right[labels == 2].mean() > 0.6 and right[labels < 2].mean() > 0.6
+    assert found.tasks[1]["accuracy"] == right[labels == 2].mean() and found.step.reading.classes == found.classes
+    replay = Replay.read(tmp_path / "more" / "replay.safetensors")
+    assert replay.train.images.dtype == np.uint8 and np.bincount(replay.train.labels).tolist() == [24] * 3
+    fourth = of([0], 9)[0], np.full(3, 3)
+    with pytest.raises(UsageError, match="no output is left for the class '3'"):
+        mest.learn(artifact, fourth, tmp_path / "fourth", test=fourth, since=tmp_path / "more")
+    with pytest.raises(UsageError, match="already holds something"):
+        mest.learn(artifact, of([2], 72), tmp_path / "more")
+    with pytest.raises(StateError, match=r"holds no inputs\.json"):
+        mest.learn(tmp_path, of([2], 9), tmp_path / "none")
 
 
 def test_a_buffer_is_bounded_and_herding_chooses_it():
