@@ -150,10 +150,11 @@ def continue_run(
     import mest_compile as mest
     from mest_compile.hardware.target import find_target
     from mest_compile.training.loop import Trainer
+    from mest_compile.training.recovery import kept
     from mest_compile.training.runfolder import RunFolder
 
-    source, done = RunFolder(folder).read_source(), len(RunFolder(folder).read_metrics())
-    if until is not None and until <= done:
+    source = RunFolder(folder).read_source()
+    if until is not None and until <= (done := len((kept(RunFolder(folder)) or {}).get("history", ()))):
         raise UsageError(f"--until is {until}, and the run in {folder} has made {done} epochs; give a later one")
     split = load_source(source)
     teacher = mest.load(source["teacher"]).predict if "teacher" in source else None

@@ -10,12 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mest_compile.base.errors import MestError, StateError, UsageError
+from mest_compile.base.errors import MestError, UsageError
 from mest_compile.data import load
 from mest_compile.models.sources import checkpoint_in
 from mest_compile.options import StepOptions, find_loss, find_optimizer
-from mest_compile.runtime import checkpoint
 from mest_compile.training.recipe import Recipe
+from mest_compile.training.recovery import kept
 from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.tables import read_run_options
 
@@ -112,7 +112,7 @@ class Cell:
 
     def state(self) -> State:
         """Raises StateError where its checkpoints are damaged."""
-        found = _checkpoint(self.run)
+        found = kept(self.run)
         ended = self.run.read_diverged()
         diverged = None if ended is None else str(ended["what"])
         if found is None:
@@ -137,18 +137,6 @@ class Cell:
         how = ["--resume", str(self.run.path)] if begun else ["--recipe", str(self.recipe_file)]
         how += [] if begun else ["--out", str(self.run.path)]
         return ["train", *how, *([] if until >= self.recipe.epochs else ["--until", str(until)])]
-
-
-def _checkpoint(run: RunFolder) -> dict[str, Any] | None:
-    """What the last whole checkpoint says of the run; None: there is none yet. Raises StateError."""
-    files = [file for file in (run.checkpoint, run.previous) if file.is_file()]
-    for file in files:
-        try:
-            return dict(checkpoint.read(file)[1]["extra"])
-        except StateError:
-            if file == files[-1]:
-                raise
-    return None
 
 
 def _gone(history: tuple[dict[str, Any], ...], best: Any, patience: int) -> bool:

@@ -125,6 +125,19 @@ def restored(folder: RunFolder, restore: Callable[[Path], Restored]) -> Restored
         return found
 
 
+def kept(folder: RunFolder) -> dict[str, Any] | None:
+    """What the last whole checkpoint says of the run; None: there is none yet. Writes nothing. Raises StateError where
+    all are damaged."""
+    files = [file for file in (folder.checkpoint, folder.previous) if file.is_file()]
+    for file in files:
+        try:
+            return dict(checkpoint.read(file)[1]["extra"])
+        except StateError:
+            if file == files[-1]:
+                raise
+    return None
+
+
 def why_lost(problem: DeviceLost, losses: Sequence[bool]) -> str:
     """Why a run ends with the last of `losses`, each of them whether the device had the step by then."""
     whose = (

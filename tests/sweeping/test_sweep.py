@@ -254,3 +254,16 @@ def test_a_dry_run_tells_what_is_there_and_what_the_rest_takes(workers, mest_com
     assert found["seconds"] == pytest.approx(sum(one["seconds_left"] for one in found["cells"]))
     assert mest_compile_command("sweep", plan, "--out", root, "--dry-run").out.count("measurement") == 2
     assert mest_compile_command("sweep", plan, "--dry-run", "--ray", "auto").code == 2
+
+
+def test_a_pause_comes_after_the_checkpoints_epochs_not_those_of_the_log(mest_compile_command, tmp_path):
+    """A run that is killed between the two has logged an epoch that it makes again."""
+    run = tmp_path / "run"
+    asked = ["--model", "mlp", "--width", "16", "--epochs", "3", "--method", "static", "--until", "1"]
+    assert mest_compile_command("train", *asked, "--out", run).code == 0
+    line = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(line + line.replace('"epoch": 1', '"epoch": 2'))
+    assert mest_compile_command("train", "--resume", run, "--until", "2").code == 0
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    refused = mest_compile_command("train", "--resume", run, "--until", "2")
+    assert refused.code == 2 and "has made 2 epochs" in refused.err
