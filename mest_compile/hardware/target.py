@@ -142,7 +142,11 @@ class Target:
 
     def for_batch(self, batch: int) -> Target:
         """This device with the vector that steps of `batch` examples use: of one wider than 8 floats half, where more
-        would stay empty. A register that is filled by 16 of two bytes is so from 9 on."""
+        would stay empty. A register that is filled by 16 of two bytes is so from 9 on. What is no processor takes fewer
+        examples than a vector holds by the largest power of two that divides them: it has as many threads then, each
+        with less to do, and no lane is empty."""
+        if self.gpu is not None:
+            return replace(self, vector=batch & -batch) if batch < self.vector else self
         least = 16 if self.pairs and batch > 8 else 8
         wasteful = self.vector > least and 0 < batch % self.vector <= self.vector // 2
         return replace(self, vector=self.vector // 2).for_batch(batch) if wasteful else self

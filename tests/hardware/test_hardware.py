@@ -170,6 +170,11 @@ def test_vectors_wider_than_eight_floats_are_used_where_the_batch_fills_them(vec
     assert replace(find_target("avx2"), vector=vector).for_batch(batch).vector == used
 
 
+@pytest.mark.parametrize(("batch", "used"), [(1, 1), (2, 2), (3, 1), (4, 4), (6, 4)])
+def test_threads_of_a_gpu_take_fewer_examples_where_there_are_fewer(batch, used):
+    assert find_target("mali").for_batch(batch).vector == used
+
+
 def test_tuning_compares_widths_where_registers_may_be_wider_than_multipliers():
     narrow = find_target("avx2")
     wide = replace(narrow, llvm=(("kind", "llvm"), ("mcpu", "x86-64-v4")))

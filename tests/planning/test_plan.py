@@ -4,11 +4,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 import mest_compile as mest
 from mest_compile.base.errors import BudgetError
 from mest_compile.compiling import compile_step
-from mest_compile.frontend import import_model
+from mest_compile.frontend import from_torch, import_model
 from mest_compile.hardware.target import find_target
 from mest_compile.models.catalog import build_model
 from mest_compile.options import StepOptions
@@ -55,6 +56,19 @@ def test_a_plan_has_the_width_that_is_told_else_the_one_on_record(graph):
     assert (
         plan_step(graph, StepOptions(target="avx2"), lambda target: FixedRecords(target, fastest)).facts == told.facts
     )
+
+
+@pytest.mark.parametrize(("batch", "examples"), [(1, 1), (6, 2), (8, None), (9, None), (12, 4), (44, None)])
+def test_slices_hold_half_a_vector_where_many_lanes_would_be_empty(batch, examples, graph):
+    """Of 44 examples in slices of 8 it is 4 lanes; 9 are no multiple of 4."""
+    assert plan_step(graph.with_batch(batch), StepOptions(target="avx2")).target.examples == examples
+
+
+def test_nets_whose_kernels_take_a_pixel_at_a_time_have_whole_vectors():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 4))
+    graph, _ = from_torch(model, (12, 3, 8, 8))
+    assert plan_step(graph, StepOptions(target="avx2")).target.examples is None
+    assert plan_step(graph.with_batch(4), StepOptions(target="avx2")).target.examples == 4
 
 
 def least_bytes(graph, options):
