@@ -1,6 +1,7 @@
 """Steps of small batches: `python benchmarks/small.py measure [net ...]` times whole steps of batches 1 to 16 in turns
 with dense torch's in both of its layouts, and bytes beside them, into results/small.json, and writes the table of
-docs/benchmarks.md; without `measure` the table alone. One thread, processor time, half an hour.
+docs/benchmarks.md; without `measure` the table alone. One thread, processor time, an hour. What is in the file is not
+measured again but with --again, so that a measurement that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -94,10 +95,11 @@ def peak(net: str, batch: int, side: str) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: how many times as long torch's faster layout takes, and our bytes of `block` over torch's smaller."""
+    """Markdown: how many times as long torch's faster layout takes, our bytes of `block`, torch's in the layout that
+    needs less."""
     lines = [
-        "| net | batch | block, ms | block | unstructured | dense | MB | of torch's |",
-        "|---|" + "---:|" * 7,
+        "| net | batch | block, ms | block | unstructured | dense | MB | torch, MB | of torch's |",
+        "|---|" + "---:|" * 8,
     ]
     for net, batches in results["nets"].items():
         for batch, found in sorted(batches.items(), key=lambda entry: int(entry[0])):
@@ -105,9 +107,9 @@ def table(results: dict[str, Any]) -> str:
             times = {side: min(ratio(seconds[layout], seconds[side]) for layout in TORCH) for side in OURS}
             planned = found["planned_bytes"]["block"]
             told = " | ".join(f"{times[side]:.2f}" for side in OURS)
-            share = planned / min(found["torch_bytes"].values())
-            milliseconds = statistics.median(seconds["block"]) * 1e3
-            lines.append(f"| {net} | {batch} | {milliseconds:.1f} | {told} | {planned / 1e6:.1f} | {share:.2f} |")
+            theirs = min(found["torch_bytes"].values())
+            sizes = f"{planned / 1e6:.1f} | {theirs / 1e6:.0f} | {planned / theirs:.2f}"
+            lines.append(f"| {net} | {batch} | {statistics.median(seconds['block']) * 1e3:.1f} | {told} | {sizes} |")
     return "\n".join(lines) + "\n"
 
 
@@ -115,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="?", choices=["measure", "peak"])
     parser.add_argument("names", nargs="*", metavar="net", help="nets, all by default; of `peak` a net, batch and side")
+    parser.add_argument("--again", action="store_true", help="measure what is in the file already as well")
     arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"nets": {}}
     try:
@@ -129,11 +132,16 @@ def main() -> int:
                 "machine": machine(),
                 "versions": {name: metadata.version(name) for name in ("apache-tvm", "torch", "numpy")},
             }
-            for net in arguments.names or NETS:
+            wanted = arguments.names or list(NETS)
+            if arguments.again:
+                results["nets"] = {net: found for net, found in results["nets"].items() if net not in wanted}
+            for net in wanted:
+                found = results["nets"].setdefault(net, {})
                 for batch in BATCHES:
-                    print(f"{net}, batch {batch}", file=sys.stderr)
-                    results["nets"].setdefault(net, {})[str(batch)] = measure(net, batch)
-                    write_json(FILE, results)
+                    if str(batch) not in found:
+                        print(f"{net}, batch {batch}", file=sys.stderr)
+                        found[str(batch)] = measure(net, batch)
+                        write_json(FILE, results)
     except MestError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code

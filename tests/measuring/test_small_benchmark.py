@@ -13,7 +13,7 @@ def test_the_faster_layout_of_torch_counts():
     }
     lines = small.table({"nets": {"net": {"16": found, "2": found}}}).splitlines()
     assert lines[2:] == [
-        f"| net | {batch} | 1000.0 | 6.00 | 3.00 | 1.50 | 3.0 | 0.50 |" for batch in (2, 16)
+        f"| net | {batch} | 1000.0 | 6.00 | 3.00 | 1.50 | 3.0 | 6 | 0.50 |" for batch in (2, 16)
     ]  # by batch, not by its text
     assert small.embed(small.DOCUMENT.read_text(), "text\n").count("text\n") >= 1
 
