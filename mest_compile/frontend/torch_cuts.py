@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from mest_compile.frontend.torch_attention import written_out
 from mest_compile.frontend.torch_depth import shown
 
 CUTS = ("detach", "detach_", "data")  # functions and attributes of tensors
@@ -71,7 +72,7 @@ def marked(module: torch.nn.Module) -> Iterator[None]:
 
     module.forward = marking
     try:
-        with shown(module):
+        with shown(module), written_out(module):
             yield
     finally:
         module.forward = forward

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mest_compile.base.errors import UnsupportedOperator
+from mest_compile.frontend.torch_attention import written_out
 from mest_compile.frontend.torch_cuts import CUTS, DROPOUTS, RECURRENT, dropping, name_of
 from mest_compile.frontend.torch_depth import shown
 from mest_compile.frontend.torch_inputs import names_of
@@ -159,7 +160,7 @@ def _forward(
         warnings.simplefilter("ignore")
         values = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
         images = fake.from_tensor(torch.zeros(input_shape, dtype=torch.float32, device="cpu"))
-        with shown(module), _watched(module) as stack:
+        with shown(module), written_out(module), _watched(module) as stack:
             recorder = _recorder(stack, {id(value): name for name, value in values.items()} | {id(images): "input"})
             try:
                 with fake, recorder:

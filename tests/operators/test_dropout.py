@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import mest_compile as mest
 from mest_compile.base.errors import UnsupportedOperator
 from mest_compile.frontend import from_onnx, from_torch
+from mest_compile.frontend.torch_attention import written_out
 from mest_compile.operators.dropout import WHOLE, draws, stays
 
 BATCH = (6, 3, 9, 9)
@@ -49,7 +50,9 @@ def drawn(graph, monkeypatch):
         update, place = divmod(called[0], len(nodes))
         called[0] += 1
         (draw,) = draws(graph, SEED, update + 1)[f"{nodes[place].name}:draw"]
-        return torch.tensor(stays(int(draw), tuple(x.shape), p, WHOLE.get(name, "element")).copy()) / (1 - p)
+        drawn = stays(int(draw), nodes[place].shape, p, WHOLE.get(name, "element"))
+        drawn = drawn if drawn.shape == x.shape else np.moveaxis(drawn, 1, -1)  # shares lie with keys for channels
+        return torch.tensor(drawn.copy()) / (1 - p)
 
     def like(name):
         def drop(x, p, training, inplace=False):
@@ -140,6 +143,20 @@ class Depths(nn.Module):
         return self.last(x + self.features(F.silu(self.never[1](self.never[0](x)))))
 
 
+class Attending(nn.Module):
+    """No patch sees the next one; shares are dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, 3), nn.Linear(8, 5)
+        self.attend = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+        self.register_buffer("hidden", torch.eye(9, dtype=torch.bool).roll(1, 1))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.last((x + self.attend(x, x, x, attn_mask=self.hidden, need_weights=False)[0]).mean(1))
+
+
 def test_stochastic_depth_is_read_as_what_it_drops():
     model = Depths()
     before = torch.get_rng_state()
@@ -183,7 +200,8 @@ def test_what_does_not_train_does_not_drop():
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [(Dropping, "local"), (Dropping, "opencl"), (Depths, "local"), (Depths, "opencl")]
+    ("kind", "target"),
+    [(Dropping, "local"), (Dropping, "opencl"), (Depths, "local"), (Depths, "opencl"), (Attending, "local")],
 )
 def test_three_steps_equal_torchs_that_drops_the_same(kind, target, monkeypatch, tmp_path):
     if target == "opencl":
@@ -195,7 +213,8 @@ def test_three_steps_equal_torchs_that_drops_the_same(kind, target, monkeypatch,
     batches = make_batches(BATCH, 5, 3)
     found = step.gradients(*batches[0])
     drawn(graph_of(model), monkeypatch)
-    losses, gradients = masked_steps(model, step.masks(), batches, 0.05, optimizer)
+    with written_out(model):
+        losses, gradients = masked_steps(model, step.masks(), batches, 0.05, optimizer)
     for key, wanted in gradients.items():
         assert relative(found[key], wanted) < 1e-4, key
     made = [step(*batch).loss for batch in batches[:2]]
