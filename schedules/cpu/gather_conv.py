@@ -10,7 +10,7 @@ from mest_compile.ir.layouts.batch import Image, overhang
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.gather import GatherConv, Pass
-from mest_compile.schedules.cpu.gather_sizes import KNOBS, pick_tile, rows_and_pixels, run_pixels, vectors_of
+from mest_compile.schedules.cpu.gather_sizes import KNOBS, register_tile, run_pixels, vectors_of
 from mest_compile.schedules.cpu.pairs import add_pair, back, order_of, pairs, set_rounded, set_words, turn
 from mest_compile.schedules.cpu.rows import narrowed, widened
 from mest_compile.schedules.cpu.tiles import (
@@ -88,9 +88,7 @@ def _write_pass(text: Text, problem: GatherConv, index: int, grid_pass: Pass, ta
     pixels, grid = vectors_of(problem, grid_pass)
     vector, over = pixels * result.vector, overhang(grid_pass.grid[1], pixels)
     paired = pairs(target, source)
-    rows, most = rows_and_pixels(problem, target)
-    free = target.registers - 3 if rows == 1 and not paired else 0  # beside a weight, what it is multiplied by, a start
-    rows, high, wide, deep = knobs.tile or (rows, *pick_tile(grid, result.slices, most, free))
+    rows, high, wide, deep = knobs.tile or register_tile(problem, grid, target)
     parts = problem.row_block // rows
     down, across, layers = grid[0] // high, grid[1] // wide, result.slices // deep
     assert grid_pass.grid[1] + over <= result.part_columns - result.halo[1], "the last vector of a row ends in its halo"

@@ -41,6 +41,25 @@ def pick_tile(grid: tuple[int, int], slices: int, accumulators: int, registers: 
     return max(fits, key=lambda tile: (tile[0] * tile[1] * tile[2], tile[1], tile[0]))
 
 
+def register_tile(problem: GatherConv, grid: tuple[int, int], target: Target) -> tuple[int, int, int, int]:
+    """(rows of a group, grid rows, grid columns, slices) of a tile whose sums are accumulators.
+
+    Where a row is odd and no tile of all rows divides it, what half or a quarter of them leave registers for may: of 65
+    tokens five and two rows take 0.7 of the time of one, two slices and four rows; three of 3x3 pixels and four rows
+    0.85 (Zen 3).
+    """
+    rows, most = rows_and_pixels(problem, target)
+    paired = pairs(target, problem.source)
+    free = target.registers - 3 if rows == 1 and not paired else 0  # beside a weight, what it is multiplied by, a start
+    tile = pick_tile(grid, problem.result.slices, most, free)
+    if tile[1] == 1 and grid[1] % 2 and not (paired or problem.rows_live):
+        for fewer in reversed(divisors(rows)):
+            wide = max(size for size in divisors(grid[1]) if size <= max((target.registers - 4) // fewer, 1))
+            if wide > 1:
+                return fewer, 1, wide, 1
+    return rows, *tile
+
+
 def vectors_of(problem: GatherConv, grid_pass: Pass) -> tuple[int, tuple[int, int]]:
     """Of a pass: how many of its grid's pixels are a vector, those that lie side by side in the result; and the grid
     (rows, vectors)."""

@@ -21,7 +21,7 @@ from mest_compile.operators.layers.gather import (
     gather_conv_reference,
     gather_grad_reference,
 )
-from mest_compile.schedules.cpu.gather_sizes import pick_tile
+from mest_compile.schedules.cpu.gather_sizes import pick_tile, register_tile
 
 EPS = np.finfo(np.float32).eps
 TARGET = find_target("local")
@@ -394,6 +394,16 @@ def test_a_row_that_no_short_tile_divides_has_a_longer_one():
     assert pick_tile((1, 65), 8, 8, 13) == (1, 13, 1) and pick_tile((1, 65), 8, 8) == (1, 1, 8)
     assert pick_tile((10, 10), 8, 8, 13) == (1, 10, 1) and pick_tile((32, 32), 8, 8, 13) == (1, 8, 1)
     assert pick_tile((1, 197), 8, 8, 13) == (1, 1, 8) and pick_tile((3, 3), 8, 8, 13) == (1, 1, 8)
+
+
+def test_tiles_of_an_odd_row_that_all_rows_of_a_group_leave_no_registers_for():
+    """Have fewer rows; where there is no such divisor, or a row is even, they are as they were."""
+    found = {}
+    for width in (65, 3, 7, 16, 197):
+        image = Image(8, 1, width, 4 * VECTOR, (0, 0, 0, 0), VECTOR)
+        problem = GatherConv(image, image, 4, 1, (1, 1), (Pass((1, width)),), 8)
+        found[width] = register_tile(problem, (1, width), replace(TARGET, registers=16))
+    assert found == {65: (2, 1, 5, 1), 3: (4, 1, 3, 1), 7: (1, 1, 7, 1), 16: (4, 1, 2, 1), 197: (4, 1, 1, 2)}
 
 
 def test_sections_fit_the_first_level_cache():
