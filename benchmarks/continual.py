@@ -4,10 +4,12 @@ the whole net with the same buffer of 200 examples, and with all examples of the
     python benchmarks/continual.py measure [--examples 100] [--epochs 5] [--seeds 1] [--quick]
     python benchmarks/continual.py table
 
-EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW of 0.001, the same epochs for each;
-images of Debian's package dataset-fashion-mnist. Every contestant of a seed is a process of its own; what is done stays
-in results/continual.json, and another call does the rest. Seconds and operations are of training, without compiling.
-Operations are counted, two for a multiplication with an addition: a backward pass is two forward passes.
+EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW, the same images and epochs for each;
+images of Debian's package dataset-fashion-mnist. The rate of each contestant is that of RATES which is best when a
+fourth of the examples is trained on and others of the training part validate. Every contestant of a seed is a process
+of its own; what is done stays in results/continual.json, and another call does the rest. Seconds and operations are of
+training, without compiling. Operations are counted, two for a multiplication with an addition: a backward pass is two
+forward passes.
 """
 
 from __future__ import annotations
@@ -18,24 +20,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import numpy as np
-from finetune import chosen, grown
+from finetune import best_rate, chosen, grown
 
-from mest_compile.finetuning.beside import BATCH, NET, RATE, SIZE, TESTED, Labelled
+from mest_compile.finetuning.beside import BATCH, NET, SIZE, TESTED, Labelled
 
 FILE = Path(__file__).parent / "results" / "continual.json"
 CONTESTANTS = ("ours", "torch, same buffer", "torch, full replay")
 TASKS, BUFFER = 5, 200
+RATES = (0.0003, 0.001, 0.003)
 
 
-def tasks_of(count: int, seed: int) -> list[tuple[Labelled, Labelled]]:
+def tasks_of(count: int, seed: int, validates: bool = False) -> list[tuple[Labelled, Labelled]]:
     """(training, test) part of each task: two classes, numbered as they come, `count` examples of each; which they are
-    is drawn by seed."""
+    is drawn by seed. validates: with other examples of the training part, as many, in the place of the test part."""
     from mest_compile.data import load
 
     split = load("fashion-mnist", "/usr/share/datasets/fashion-mnist")
@@ -44,11 +48,12 @@ def tasks_of(count: int, seed: int) -> list[tuple[Labelled, Labelled]]:
     order = rng.permutation(10)
     for pair in order.reshape(TASKS, 2):
         parts = []
-        for data, most in ((split.train, count), (split.test, TESTED)):
+        for data, most in ((split.train, 2 * count), (split.test, TESTED)):
             mine = np.flatnonzero(np.isin(data.labels, pair))
-            places = mine[chosen(np.arange(len(mine)), data.labels[mine], most, rng)]
-            parts.append((grown(data.images[places, 0]), np.argsort(order)[data.labels[places]]))
-        found.append((parts[0], parts[1]))
+            places = mine[chosen(np.arange(len(mine)), data.labels[mine], most, rng)].reshape(2, most)
+            for some in (places[:, :count], places[:, count:]) if data is split.train else (places,):
+                parts.append((grown(data.images[some.ravel(), 0]), np.argsort(order)[data.labels[some.ravel()]]))
+        found.append((parts[0], parts[1 if validates else 2]))
     return found
 
 
@@ -62,11 +67,13 @@ def operations(nodes: Any, shapes: Any, sparsity: dict[str, float]) -> float:
     return total
 
 
-def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int) -> dict[str, Any]:
+def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate: float) -> dict[str, Any]:
     import mest_compile as mest
     from mest_compile.finetuning.cutting import cut_of
     from mest_compile.finetuning.work import HEAD_EPOCHS
+    from mest_compile.models.pretrained import PRETRAINED
 
+    whole = replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0)  # images as torch sees them
     spent, work, compiling, began = 0.0, 0.0, [], process_time()
     with tempfile.TemporaryDirectory() as folder:
         before = None
@@ -75,7 +82,7 @@ def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int) -> dict
             given: dict[str, Any] = {"epochs": epochs, "patience": None, "buffer_bytes": BUFFER * 4 * 192 * 9}
             began = process_time()
             if before is None:
-                given |= {"image": (3, SIZE, SIZE), "batch": BATCH, "threads": 1, "seed": seed}
+                given |= {"inputs": whole, "batch": BATCH, "threads": 1, "seed": seed, "optimizer": f"adamw:lr={rate}"}
                 tuned = mest.finetune(NET, train, test=test, out=out, **given)
             else:
                 tuned = mest.finetune(data=train, test=test, continue_from=before, out=out, **given)
@@ -98,7 +105,7 @@ def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int) -> dict
     }
 
 
-def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, full: bool) -> dict[str, Any]:
+def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate: float, full: bool) -> dict[str, Any]:
     """Dense, in channels_last, all of it trained. full: all examples of tasks before are replayed; else a buffer of
     BUFFER, as many of each class, that makes half of every epoch."""
     import torch
@@ -137,9 +144,9 @@ def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, full:
         count = len(labels) if full else len(y) * (len(labels) > 0)
         again = np.resize(np.arange(len(labels)), count)
         images, wanted = np.concatenate([x, pixels[again]]), np.concatenate([y, labels[again]])
-        optimizer = torch.optim.AdamW(model.parameters(), RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), rate)
         steps = len(wanted) // BATCH
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * steps, pct_start=0.2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps, pct_start=0.2)
         began = process_time()
         model.train()
         for _ in range(epochs):
@@ -161,29 +168,45 @@ def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, full:
     return {"accuracies": scores, "learnt": learnt, "seconds": seconds, "operations": work, "compiling_seconds": []}
 
 
-def run(contestant: str, count: int, epochs: int, seed: int) -> dict[str, Any]:
+def run(contestant: str, count: int, epochs: int, seed: int, rate: float, validates: bool) -> dict[str, Any]:
     """One contestant in this process."""
-    tasks = tasks_of(count, seed)
+    tasks = tasks_of(count, seed, validates)
     if contestant == "ours":
-        return ours(tasks, epochs, seed)
-    return torchs(tasks, epochs, seed, "full" in contestant)
+        return ours(tasks, epochs, seed, rate)
+    return torchs(tasks, epochs, seed, rate, "full" in contestant)
+
+
+def alone(contestant: str, *said: object) -> dict[str, Any]:
+    """What `run` gives in a process of its own."""
+    arguments = [contestant, *map(str, said)]
+    done = subprocess.run([sys.executable, __file__, "run", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{contestant} failed")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def measure(file: Path, count: int, epochs: int, seeds: int) -> dict[str, Any]:
     """What the file has not yet is done; it is written after every contestant."""
     asked = {"examples_a_class": count, "epochs": epochs, "buffer": BUFFER}
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**asked, "runs": []}
-    if {name: results[name] for name in asked} != asked:
+    fresh: dict[str, Any] = {**asked, "rates": list(RATES), "validated": {}, "runs": []}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else fresh
+    if {name: results.get(name) for name in asked} != asked or results.get("rates") != fresh["rates"]:
         raise SystemExit(f"{file} was measured otherwise; move it away")
+    for contestant in CONTESTANTS:
+        tried = results["validated"].setdefault(contestant, {})
+        for rate in RATES:
+            if str(rate) not in tried:
+                accuracies = alone(contestant, max(2, count // 4), epochs, 0, rate, "validate")["accuracies"]
+                tried[str(rate)] = statistics.mean(accuracies)
+                file.write_text(json.dumps(results, indent=1) + "\n")
     for seed in range(seeds):
         for contestant in CONTESTANTS:
             if any((one["contestant"], one["seed"]) == (contestant, seed) for one in results["runs"]):
                 continue
-            said = [contestant, str(count), str(epochs), str(seed)]
-            done = subprocess.run([sys.executable, __file__, "run", *said], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise SystemExit(f"{contestant} failed")
-            results["runs"].append({"contestant": contestant, "seed": seed, **json.loads(done.stdout)})
+            rate = best_rate(results["validated"][contestant])
+            found = alone(contestant, count, epochs, seed, rate, "test")
+            results["runs"].append({"contestant": contestant, "seed": seed, "rate": rate, **found})
             file.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -214,8 +237,9 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["run"]:
-        contestant, *numbers = sys.argv[2:]
-        print(json.dumps(run(contestant, *map(int, numbers))))
+        contestant, *numbers, rate, part = sys.argv[2:]
+        count, epochs, seed = map(int, numbers)
+        print(json.dumps(run(contestant, count, epochs, seed, float(rate), part == "validate")))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["measure", "table"])

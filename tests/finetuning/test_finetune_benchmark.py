@@ -88,3 +88,18 @@ def test_the_continual_table_compares_with_ours():
     table = continual.table({"runs": runs})
     assert "| ours | 65.0% | 40.0% | 10 | 1.0 | 1.0 |" in table
     assert "| torch, full replay | 65.0% | 40.0% | 200 | 20.0 | 20.0 |" in table
+
+
+def test_each_continual_contestant_has_the_rate_that_validates_best(tmp_path, monkeypatch):
+    asked = []
+
+    def alone(contestant, count, epochs, seed, rate, part):
+        asked.append((contestant, count, rate, part))
+        return {"accuracies": [0.9 if (contestant, rate) == ("ours", 0.003) else 0.5] * 5}
+
+    monkeypatch.setattr(continual, "alone", alone)
+    file = tmp_path / "results.json"
+    runs = continual.measure(file, 100, 5, 1)["runs"]
+    assert [run["rate"] for run in runs] == [0.003, 0.001, 0.001] and len(asked) == 12
+    assert asked[0] == ("ours", 25, 0.0003, "validate") and asked[9] == ("ours", 100, 0.003, "test")
+    assert continual.measure(file, 100, 5, 1)["runs"] == runs and len(asked) == 12
