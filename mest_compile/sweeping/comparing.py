@@ -7,20 +7,22 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.base import checks
 from mest_compile.base.errors import UsageError
-from mest_compile.base.pages import page, table
+from mest_compile.base.figures import svg
+from mest_compile.base.pages import page, plots, table, write_page
 from mest_compile.measuring.speedtable import speed_table
 from mest_compile.measuring.table import Row as Speed
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sweeping import dense
 from mest_compile.sweeping.cell import make_cell
-from mest_compile.sweeping.page import curves_figure, svg
-from mest_compile.sweeping.results import SweepResults, write
+from mest_compile.sweeping.page import draw_curves
+from mest_compile.sweeping.results import SweepResults
 from mest_compile.sweeping.room import shape
 from mest_compile.sweeping.sweep import Tell, read, sweep
 
@@ -112,18 +114,15 @@ class Comparison:
         """One page that needs nothing else. Raises UsageError when it cannot be written."""
         title = f"Sparse training of {self.speeds.facts['model']}"
         parts = [f"<h1>{html.escape(title)}</h1>", table([row.cells() for row in self.rows], COLUMNS)]
-        parts += [f"<p>{html.escape(self.caption())}</p>", svg(self._figure()), "<h2>Curves</h2>"]
-        parts += [svg(curves_figure(self.cells)), "<h2>Every run</h2>"]
+        drawn = {"Accuracy against speed": svg(self._draw), "Curves": svg(partial(draw_curves, self.cells))}
+        parts += [f"<p>{html.escape(self.caption())}</p>", plots(drawn), "<h2>Every run</h2>"]
         parts.append(table(self.cells.cells(), self.cells.columns()))
         if problems := [(*row.cells()[:3], row.problem) for row in self.rows if row.problem]:
             parts += ["<h2>What went wrong</h2>", table(problems, (*COLUMNS[:3], "problem"))]
-        write(path, page(title, parts))
+        write_page(path, page(title, parts))
 
-    def _figure(self) -> Figure:
+    def _draw(self, figure: Figure) -> None:
         """Accuracy against speed-up, with spread and interval."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for row in self.rows:
             if row.mean is None or row.speedup is None:
@@ -134,7 +133,6 @@ class Comparison:
             axes.errorbar([row.speedup], [100 * row.mean], spread, reach, fmt="o", capsize=3, label=label)
         axes.set(xlabel="speed-up over dense torch, whole step", ylabel="test accuracy, %")
         axes.legend(fontsize="x-small")
-        return figure
 
 
 def compare(
@@ -183,7 +181,7 @@ def compare(
         out=root / "speed",
     )
     result = Comparison(tuple(_rows(found, accuracies, speeds.rows)), found, speeds)
-    write(root / "compare.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_page(root / "compare.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
     return result
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mest_compile.base.pages import page, table
+from mest_compile.base.figures import svg
+from mest_compile.base.pages import page, plots, table
 from mest_compile.training.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ def page_of(results: Any) -> str:
             f"<p>Best {'test' if best['val'] is None else 'validation'} score: {html.escape(said)}, {shown}.</p>"
         )
     parts.append(table(results.cells(), results.columns()))
-    if results.pareto:
-        parts += ["<h2>Accuracy against speed</h2>", svg(pareto_figure(results))]
-        parts.append("<p>Cells that trained at the same time share the machine: their speeds are lower than alone.</p>")
+    drawn = {"Accuracy against speed": svg(partial(draw_pareto, results))} if results.pareto else {}
     if any(row["curve"] for row in results.rows):
-        parts += ["<h2>Curves</h2>", svg(curves_figure(results))]
+        drawn["Curves"] = svg(partial(draw_curves, results))
+    parts.append(plots(drawn))
+    if results.pareto:
+        parts.append("<p>Cells that trained at the same time share the machine: their speeds are lower than alone.</p>")
     problems = [(name_of(row, results), row["problem"]) for row in results.rows if row["problem"]]
     if problems:
         parts += ["<h2>What went wrong</h2>", table(problems, ("cell", "problem"))]
@@ -44,18 +46,8 @@ def name_of(row: dict, results: Any) -> str:
     return " ".join(str(row["settings"][name]) for name in results.settings if name in row["settings"])
 
 
-def svg(figure: Figure) -> str:
-    """As it stands in a page."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    return "<svg" + drawn.getvalue().partition("<svg")[2]
-
-
-def pareto_figure(results: Any) -> Figure:
+def draw_pareto(results: Any, figure: Figure) -> None:
     """Every finished cell, and a line through those that no other beats in both."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     finished = [row for row in results.rows if row["state"] == "finished" and results.score(row) is not None]
     axes.plot(*_places(finished, results), "o", color="grey", label="finished cells")
@@ -64,18 +56,14 @@ def pareto_figure(results: Any) -> Figure:
         axes.annotate(name_of(row, results), (row["images_per_second"], results.score(row) or 0.0), fontsize="x-small")
     axes.set(xlabel="images per second", ylabel=METRICS[results.metric].label)
     axes.legend()
-    return figure
 
 
 def _places(rows: list[dict], results: Any) -> tuple[list[float], list[float]]:
     return [row["images_per_second"] for row in rows], [results.score(row) or 0.0 for row in rows]
 
 
-def curves_figure(results: Any) -> Figure:
+def draw_curves(results: Any, figure: Figure) -> None:
     """The score of every cell over its epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     named = len(results.rows) <= MOST_NAMED
     for row in results.rows:
@@ -85,4 +73,3 @@ def curves_figure(results: Any) -> Figure:
     axes.set(xlabel="epoch", ylabel=METRICS[results.metric].label)
     if named and len(results.rows) > 1:
         axes.legend(fontsize="x-small")
-    return figure

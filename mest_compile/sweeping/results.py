@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mest_compile.base.errors import UsageError
-from mest_compile.base.files import write_atomically
+from mest_compile.base.pages import write_page
 from mest_compile.sweeping.running import Progress, metric_of
 from mest_compile.training.metrics import METRICS, Metric
 
@@ -144,7 +143,7 @@ class SweepResults:
 
     def to_json(self, path: str | Path) -> None:
         """`to_dict` as a file. Raises UsageError when it cannot be written."""
-        write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_page(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_csv(self, path: str | Path) -> None:
         """A line a cell: its settings, then its figures. Raises UsageError when the file cannot be written."""
@@ -154,18 +153,10 @@ class SweepResults:
         for row in self.rows:
             said = [row["settings"].get(name) for name in self.settings]
             lines.writerow([*said, *(row[name] for name in (*FIGURES, "key", "folder", "problem"))])
-        write(path, text.getvalue())
+        write_page(path, text.getvalue())
 
     def to_html(self, path: str | Path) -> None:
         """One page that needs nothing else. Raises UsageError when it cannot be written."""
         from mest_compile.sweeping.page import page_of
 
-        write(path, page_of(self))
-
-
-def write(path: str | Path, text: str) -> None:
-    """Raises UsageError."""
-    try:
-        write_atomically(Path(path), text)
-    except OSError as problem:
-        raise UsageError(f"cannot write {path}: {problem.strerror}") from problem
+        write_page(path, page_of(self))

@@ -10,12 +10,13 @@ import pytest
 from test_training import RECIPE, TEST, TRAIN, SoftmaxStep
 
 from mest_compile.measuring.table import Row, SpeedTable
+from mest_compile.sweeping.results import SweepResults
 from mest_compile.training.loop import Trainer
 from mest_compile.training.reporting import write_report
 from mest_compile.training.run import Silent
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = (1200, 400)
+PAGES, WIDTHS = ("table", "report", "sweep"), (1200, 400)
 LOOK = """<!doctype html><meta charset="utf-8"><body>{frames}<pre id="found"></pre><script>
 onload = () => {{
   const cells = t => [...t.rows].map(r => [...r.cells].map(c => c.textContent));
@@ -45,10 +46,17 @@ def test_pages_say_what_their_json_says_sort_and_fit_a_phone(tmp_path):
     table.to_html(tmp_path / "table.html")
     Trainer(SoftmaxStep(), RECIPE, tmp_path / "run", Silent()).fit(TRAIN, TEST)
     report = write_report(tmp_path / "run", tmp_path)
+    cell = {"state": "finished", "epochs": 3, "of_epochs": 3, "planned_bytes": 2**20, "problem": None, "curve": []}
+    cells = [
+        {**cell, "settings": {"scheme": name}, "val": x / 20, "test": x / 25, "images_per_second": 1000 / x}
+        for name, x in speeds.items()
+    ]
+    sweep = SweepResults(tuple(cells), "accuracy", "digits")
+    sweep.to_html(tmp_path / "sweep.html")
 
     frames = "".join(
         f'<iframe data-page="{page}" src="{page}.html" width="{width}" height="800"></iframe>'
-        for page in ("table", "report")
+        for page in PAGES
         for width in WIDTHS
     )
     (tmp_path / "look.html").write_text(LOOK.format(frames=frames))
@@ -57,9 +65,7 @@ def test_pages_say_what_their_json_says_sort_and_fit_a_phone(tmp_path):
     asked = [BROWSER, *options, own, (tmp_path / "look.html").as_uri()]
     dom = subprocess.run(asked, capture_output=True, text=True, timeout=300).stdout
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
-    assert [(one["page"], one["width"]) for one in found] == [
-        (page, width) for page in ("table", "report") for width in WIDTHS
-    ]
+    assert [(one["page"], one["width"]) for one in found] == [(page, width) for page in PAGES for width in WIDTHS]
     for one in found:
         assert one["wide"] <= one["width"] and one["letters"] >= 8, one  # nothing to scroll sideways, letters to read
         assert one["ink"] == "rgb(0, 0, 0)"
@@ -67,7 +73,9 @@ def test_pages_say_what_their_json_says_sort_and_fit_a_phone(tmp_path):
         assert one["said"][0][1:] == table.cells()
         up = [[line[0] for line in order] for order in one["sorted"]]
         assert up == [["filter", "pattern", "block"], ["block", "pattern", "filter"]]  # by number: 2, 9.25, 10.5
-    for one in found[2:]:
+    for one in found[4:]:
+        assert one["said"][0] == [sweep.columns(), *sweep.cells()]
+    for one in found[2:4]:
         said = {line[0]: line[1] for part in one["said"] for line in part if len(line) == 2}
         assert said["training loss"] == f"{report['loss']:.4f}"
         assert said["test accuracy"] == f"{report['test_accuracy']:.2%}"
