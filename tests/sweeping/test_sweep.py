@@ -267,3 +267,15 @@ def test_a_pause_comes_after_the_checkpoints_epochs_not_those_of_the_log(mest_co
     assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     refused = mest_compile_command("train", "--resume", run, "--until", "2")
     assert refused.code == 2 and "has made 2 epochs" in refused.err
+
+
+def test_asha_pauses_cells_which_another_sweep_takes_up(workers, tmp_path):
+    plan = {"epochs": 3, "run": PLAN["run"], "method": "static", "grid": {"lr": [0.0001, 0.1]}, "asha": {"factor": 2}}
+    here = workers(Here())
+    found = mest.sweep(plan, tmp_path)
+    assert [(row["state"], row["epochs"]) for row in found.rows] == [("paused", 1), ("finished", 3)]
+    assert [command[-2:] for command in here.commands[:3]] == [["--until", "1"], ["--until", "1"], ["--until", "2"]]
+    workers(Here())
+    assert mest.sweep(plan, tmp_path).trained_now == 0
+    del plan["asha"]
+    assert mest.sweep(plan, tmp_path).trained_now == 2
