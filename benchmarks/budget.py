@@ -1,7 +1,7 @@
 """Whether a step keeps to its update budget: `python benchmarks/budget.py measure` chooses what of frozen.py's nets
-trains in half of a step's time, and times the chosen steps in turns with full ones; `cycles` chooses of the first by
-modelled cycles of a Cortex-A76. Both go into results/budget.json and the table of docs/finetuning.md; without either
-the table alone.
+trains in half of a step's time, and times the chosen steps in turns with full ones; `cycles` chooses by modelled cycles
+of a Cortex-A76, which takes long; `--only NAME` does so for one net. Both go into results/budget.json, net by net, and
+the table of docs/finetuning.md; without either the table alone.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def measure(name: str, shape: tuple[int, ...] = frozen.SHAPE, rounds: int = froz
     return {
         "choice": choice.to_dict(),
         "seconds": frozen.in_turns(steps, images[: shape[0]], labels[: shape[0]], rounds, process_time),
+        "machine": machine(),
     }
 
 
@@ -55,7 +56,7 @@ def cycles(name: str, shape: tuple[int, ...] = (4, *frozen.SHAPE[1:])) -> dict[s
 
     model, images, labels = case(name, shape)
     choice = mest.choose_trainable(model, shape, (images, labels), BUDGET, target="cortex-a76", **STEP)
-    return {"choice": choice.to_dict()}
+    return {"choice": choice.to_dict(), "machine": machine()}
 
 
 def case(name: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -67,7 +68,7 @@ def case(name: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray, np.ndarray
 
 
 MEASURES = {"measure": measure, "cycles": cycles}
-NETS = {"measure": [*frozen.MODELS], "cycles": [*frozen.MODELS][:1]}
+NETS = {"measure": [*frozen.MODELS], "cycles": ["ResNet-18", "EfficientNet-lite0"]}
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,21 +106,23 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="?", choices=[*MEASURES])
+    parser.add_argument("--only", choices=[*frozen.MODELS], help="this net alone; the others stay as they are")
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     try:
-        if what := parser.parse_args().what:
-            results[what] = {
-                "command": f"python benchmarks/budget.py {what}",
-                "case": {
-                    **STEP,
-                    "budget": BUDGET,
-                    "input_shape": signature(MEASURES[what]).parameters["shape"].default,
-                },
-                "machine": machine(),
-                "tvm": metadata.version("apache-tvm"),
-                "models": {name: MEASURES[what](name) for name in NETS[what]},
-            }
-            write_json(FILE, results)
+        if what := (said := parser.parse_args()).what:
+            for name in [said.only] if said.only else NETS[what]:
+                found = results.get(what, {}).get("models", {}) | {name: MEASURES[what](name)}
+                results[what] = {
+                    "command": f"python benchmarks/budget.py {what}",
+                    "case": {
+                        **STEP,
+                        "budget": BUDGET,
+                        "input_shape": signature(MEASURES[what]).parameters["shape"].default,
+                    },
+                    "tvm": metadata.version("apache-tvm"),
+                    "models": {name: found[name] for name in frozen.MODELS if name in found},
+                }
+                write_json(FILE, results)
     except MestError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
