@@ -25,7 +25,8 @@ class Chooser:
 
     def __init__(self, recipe: Recipe, step: Any):
         """Raises UsageError for a step that cannot be chosen for."""
-        self._recipe, self.told = recipe, None
+        self.told: Mapping[str, Any] | None = None
+        self._recipe = recipe
         if recipe.budget_at_mutations is None:
             return
         if step.describe().get("update_budget") is not None:
@@ -33,9 +34,7 @@ class Chooser:
                 "the step was compiled with an update_budget, and the recipe has budget_at_mutations; leave one of the "
                 "two out"
             )
-        step.whole()
-
-    told: Mapping[str, Any] | None
+        step.whole()  # refuses where there is no compiler
 
     def choose(self, step: Any, epoch: int, batch: Callable[[np.random.Generator], Any]) -> None:
         """Before an epoch (from 0), where it is one to choose before. It comes before the epoch's mutation, so that the
