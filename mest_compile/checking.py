@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import Refusal, SpecError, UnsupportedOperator, UsageError
+from mest_compile.base.pages import table
 from mest_compile.frontend.naming import REFUSED
 from mest_compile.frontend.refusals import Refusals
 from mest_compile.hardware.target import find_target
@@ -71,7 +73,7 @@ class StepTime:
     calls: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Check:
     """What becomes of a model.
 
@@ -91,6 +93,22 @@ class Check:
     sparsity: float
     memory: Mapping[int, int]
     step: StepTime | None = None
+
+    def __repr__(self) -> str:
+        states = [layer.state for layer in self.layers]
+        kinds = [kind for kind in ("sparse", "dense", "refused") if kind in states]
+        counts = ", ".join(f"{states.count(kind)} {kind}" for kind in kinds)
+        live = f"{self.live_weights} of {self.weights} weights live"
+        return f"<Check {'taken' if self.taken else 'refused'}: layers {counts}; {live}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer.name, layer.kind, layer.weights, f"{layer.sparsity:.3f}", layer.state, layer.why)
+            for layer in self.layers
+        ]
+        said = "" if self.taken else f"<p>{html.escape(self.words)}</p>"
+        columns = ("layer", "operator", "weights", "sparsity", "state", "why")
+        return f"<p>{html.escape(repr(self))}</p>{table(rows, columns)}{said}"
 
     @property
     def taken(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mest_compile.base.pages import table
 from mest_compile.ir.graph import ForwardGraph
 from mest_compile.ir.program import Program
 from mest_compile.operators.layers.family import held_cells
@@ -44,6 +46,14 @@ class Tells:
             f"{weights} weights live, {self.memory()['total'] / 2**20:.1f} MiB, {self.loss.name}, "
             f"{self.optimizer.name}, target {facts.target.name}>"
         )
+
+    def _repr_html_(self) -> str:
+        live = self.live_weights()
+        rows = [
+            (name.removesuffix(".weight"), layer.scheme, layer.spec.weight_elems, live[name])
+            for name, layer in self.layers.items()
+        ]
+        return f"<p>{html.escape(repr(self))}</p>{table(rows, ('layer', 'scheme', 'weights', 'live'))}"
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -50,6 +50,9 @@ def test_what_is_said_is_what_is_compiled():
     found = mest.check(Net(), SHAPE, sparsity=0.75)
     step = mest.compile(Net(), SHAPE, sparsity=0.75)
     assert found.taken and found.words == "" and found.refused == ()
+    counted = f"{found.live_weights} of {found.weights} weights live"
+    assert repr(found) == f"<Check taken: layers 1 sparse, 3 dense; {counted}>"
+    assert "<td>body</td>" in found._repr_html_() and "<td>depthwise</td>" in found._repr_html_()
     assert {f"{layer.name}.weight": layer.live_weights for layer in found.layers} == step.live_weights()
     assert [(layer.name, layer.kind, layer.state, layer.frozen, layer.why) for layer in found.layers] == [
         ("stem", "conv2d 3x3", "dense", True, "the first convolution"),

@@ -116,6 +116,9 @@ def test_a_step_says_what_it_is(builder):
     said = repr(step)
     assert said.startswith("<TrainStep 4x20 to 10: 2 of 3 layers sparse, ") and "cross_entropy, sgd, target" in said
     assert f"{sum(step.live_weights().values())} of " in said and len(said) < 200
+    name, live = next(iter(step.live_weights().items()))
+    cells = f"<td>{name.removesuffix('.weight')}</td><td>unstructured</td><td>20480</td><td>{live}</td>"
+    assert "&lt;TrainStep" in step._repr_html_() and cells in step._repr_html_()
 
 
 def test_a_table_that_sorts_needs_nothing_else(tmp_path):
