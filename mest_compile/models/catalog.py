@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mest_compile.base import checks
-from mest_compile.base.errors import SpecError, UnknownName
+from mest_compile.base.errors import NotInstalled, SpecError, UnknownName
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.models.gated import _efficientnet_b0, _mobilenetv3_small
 from mest_compile.models.mlp import _autoencoder, _mlp
@@ -45,7 +45,7 @@ def build_model(
     input_shape  (N, C, H, W), nets of linear layers also (N, features); N is not used
     width        channels of the first stage, or hidden features, an int; a float, such as 0.35, is what the model's own
                  are multiplied by; None: the model's own
-    Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory).
+    Raises UnknownName, SpecError, UsageError, BudgetError (more weights than this machine has memory), NotInstalled.
     """
     if not isinstance(name, str) or name not in MODELS:
         raise UnknownName(f"no model {checks.shown(name)}; there are: {', '.join(model_names())}")
@@ -58,7 +58,13 @@ def build_model(
             f"{name} takes an input_shape of (N, C, H, W){' or (N, features)' if of_features else ''}, got "
             f"{input_shape}"
         )
-    import torch
+    try:
+        import torch
+    except ImportError as problem:
+        raise NotInstalled(
+            f"the built-in model {name} is made with torch, which is not installed: pip install torch --index-url "
+            "https://download.pytorch.org/whl/cpu; or give an .onnx file"
+        ) from problem
 
     with torch.random.fork_rng(devices=[]):
         _check_memory(name, MODELS[name], input_shape, classes, width)

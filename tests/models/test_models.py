@@ -1,12 +1,13 @@
 """Built-in models: torchvision's names, the sizes that the papers state, weights that follow from the seed alone."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from mest_compile.base.errors import SpecError, UnknownName
+from mest_compile.base.errors import NotInstalled, SpecError, UnknownName
 from mest_compile.models.catalog import build_model, model_names
 
 
@@ -207,3 +208,11 @@ def test_bad_arguments_are_named():
         build_model("vgg11", (1, 3, 8, 8), width=0)
     with pytest.raises(SpecError, match="classes is 0; wanted"):
         build_model("vgg11", (1, 3, 8, 8), classes=0)
+
+
+def test_a_built_in_model_without_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        NotInstalled, match=r"the built-in model mlp is made with torch.* pip install torch .*\.onnx file"
+    ):
+        build_model("mlp", (1, 3, 8, 8))
