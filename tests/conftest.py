@@ -57,10 +57,10 @@ HASTY = (
     *(f"operators/test_{name}" for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets")),
     *(f"operators/test_{name}" for name in ("joins", "losses", "norm", "opencl_kernels", "opencl_patterns")),
     *(f"operators/test_{name}" for name in ("activations", "optimizers", "packing", "rearrange", "recurrent")),
-    *(f"runtime/test_{name}" for name in ("believed", "bfloat16", "depthwise_step", "exporting", "float16")),
-    *(f"runtime/test_{name}" for name in ("freezing", "frozen", "given_step", "interruptions", "nm_step", "passes")),
-    *(f"runtime/test_{name}" for name in ("schemes_step", "step")),
-    "training/test_kill",
+    *(f"runtime/test_{name}" for name in ("artifact", "believed", "bfloat16", "depthwise_step", "exporting")),
+    *(f"runtime/test_{name}" for name in ("float16", "freezing", "frozen", "given_step", "interruptions")),
+    *(f"runtime/test_{name}" for name in ("method_step", "nm_step", "passes", "schemes_step", "step")),
+    *("planning/test_capacity", "training/test_kill"),
 )
 
 
@@ -138,12 +138,13 @@ def builder(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels_of_it(request):
-    """How what one file's tests have compiled is compiled."""
+    """How what one file's tests have compiled is read and compiled."""
     with pytest.MonkeyPatch.context() as patch:
         if is_hasty(request.path):
             import hasty
 
             hasty.compile_hastily(patch, request.getfixturevalue("kept_kernels") / "hasty")
+            hasty.remember_own_nets(patch)
         yield
 
 

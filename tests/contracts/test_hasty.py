@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from conftest import HASTY, MARKS
-from hasty import compile_hastily
+from hasty import compile_hastily, remember_own_nets
+from torch import nn
 
+from mest_compile.frontend.remembered import key_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
@@ -45,6 +47,7 @@ def test_hasty_code_has_the_usual_names_and_computes_the_same_by_other_instructi
 PROCESS = """
 import sys
 from pathlib import Path
+from mest_compile.frontend.remembered import key_of
 from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
@@ -60,3 +63,22 @@ print(Builder(Path(sys.argv[1])).objects([source]))
 def objects_of_a_process(folder):
     command = [sys.executable, "-c", PROCESS, folder]
     return ast.literal_eval(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+class Net(nn.Sequential):
+    pass
+
+
+class Other(nn.Sequential):
+    pass
+
+
+def test_nets_of_tests_have_keys_of_their_own_and_those_made_in_functions_none(monkeypatch):
+    class Local(nn.Sequential):
+        pass
+
+    nets = [kind(nn.Linear(3, 2)) for kind in (Net, Net, Other, Local, type("Net", (Net,), {}))]
+    assert {key_of(net, (4, 3)) for net in nets} == {None}
+    remember_own_nets(monkeypatch)
+    one, same, other, *unknown = (key_of(net, (4, 3)) for net in nets)
+    assert one == same and None not in (one, other) and one != other and unknown == [None, None]

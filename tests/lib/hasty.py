@@ -2,7 +2,9 @@
 fifths of that are LLVM's optimisations."""
 
 import os
+import sys
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 
@@ -35,3 +37,34 @@ def compile_hastily(monkeypatch, folder):
     monkeypatch.setattr(Builder, "_new_library", hastily(Builder._new_library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "processes"), prepend=os.pathsep)
+
+
+def remember_own_nets(monkeypatch):
+    """Graphs of nets that test files define are kept as those of packages are, in this process: torch takes longer to
+    read such a net than all else that a test of it does. What a class of a test file does is known by that file."""
+    from mest_compile.frontend import remembered
+
+    told, code = remembered._told, remembered._code()
+
+    def told_of_files(module):
+        if not all(_is_by_its_name(type(part)) for part in module.modules()):  # a function may make one each time
+            raise remembered._Unknown(type(module))
+        return told(module)
+
+    monkeypatch.setattr(remembered, "KNOWN", (*remembered.KNOWN, "nets", "test_"))
+    monkeypatch.setattr(remembered, "_told", told_of_files)
+    monkeypatch.setattr(remembered, "_code", lambda: code + _tests())
+
+
+def _is_by_its_name(kind):
+    found = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
+
+
+@cache
+def _tests():
+    from mest_compile.hardware.folders import digest
+
+    return digest(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
