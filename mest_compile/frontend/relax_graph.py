@@ -26,20 +26,21 @@ from mest_compile.ir.wording import as_text
 
 READERS = Registry("reader of a Relax operator", "mest_compile.operators")
 POINTWISE: set[str] = set()  # Relax operators that do the same to every element, wherever it lies
+SCORED: set[str] = set()  # those whose readers take an attention's scores; others get the activation that they are
 R = TypeVar("R", bound=Callable[..., Any])
 
 
-def reads(*names: str, gives: tuple[str, ...] = (), pointwise: bool = False) -> Callable[[R], R]:
+def reads(*names: str, gives: tuple[str, ...] = (), pointwise: bool = False, scores: bool = False) -> Callable[[R], R]:
     """Function decorator: the function (reader, call, arguments) -> value reads these Relax operators.
 
     gives      what people know them as, for the list of what is supported
-    pointwise  they do the same to every element: the function gets call and arguments as values lie, whatever their
-               axes are
+    pointwise  the same of every element: the function gets call and arguments as values lie, whatever their axes are
+    scores     it takes an attention's scores as they are
     """
 
     def register(function: R) -> R:
-        if pointwise:
-            POINTWISE.update(names)
+        POINTWISE.update(names if pointwise else ())
+        SCORED.update(names if pointwise or scores else ())
         for registry, entries in (READERS, names), (SUPPORTED, gives):
             for name in entries:
                 registry.add(name, function)
@@ -202,9 +203,10 @@ class Reader(Arranger):
                 raise self.error(f"{self.called} ({self.trouble})" if self.trouble else self.called)
             if not self.lost.isdisjoint(item for item in operands if isinstance(item, Value)):
                 return self._stand_in(expr, operands)
-            if name in POINTWISE:
-                return self.pointwise(READERS[name], expr, arguments)
-            return READERS[name](self, expr, arguments)
+            if name not in SCORED:
+                arguments = [self.seen(one) if isinstance(one, Scores) else one for one in arguments]
+            read = READERS[name]
+            return self.pointwise(read, expr, arguments) if name in POINTWISE else read(self, expr, arguments)
         except UnsupportedOperator as error:
             return self._stand_in(expr, operands, error)
 

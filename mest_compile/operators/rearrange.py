@@ -151,6 +151,7 @@ class Rearranged(Arranging):
     "relax.nn.batch_flatten",
     "relax.expand_dims",
     gives=("reshape", "flatten", "squeeze", "unsqueeze"),
+    scores=True,
 )
 def read_reshape(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
@@ -187,7 +188,7 @@ def _repeated(reader: Reader, weight: Parameter, shape: tuple[int, ...]) -> Para
     return weight
 
 
-@reads("relax.broadcast_to")
+@reads("relax.broadcast_to", scores=True)
 def read_broadcast_to(reader: Reader, call: Any, arguments: list) -> Any:
     """What spreads operands does it itself; before a product of matrices torch writes it of the size that is there."""
     value, shape = arguments[0], _shape(call)
@@ -201,7 +202,7 @@ def read_broadcast_to(reader: Reader, call: Any, arguments: list) -> Any:
     return value if value.shape == shape else Spread(value, shape)
 
 
-@reads("relax.permute_dims", gives=("permute",))
+@reads("relax.permute_dims", gives=("permute",), scores=True)
 def read_permute_dims(reader: Reader, call: Any, arguments: list) -> Any:
     value, shape = arguments[0], _shape(call)
     if _is_stored(value) and len(reader.state_shapes[value.name]) == 2:

@@ -63,7 +63,7 @@ class SoftmaxOperator(Operator):
         return writer.call("Softmax", writer.inputs(node), node.shape, axis=1)
 
 
-@reads("relax.nn.softmax", gives=("softmax",))
+@reads("relax.nn.softmax", gives=("softmax",), scores=True)
 def read_softmax(reader: Reader, call: Any, arguments: list) -> Any:
     """Over any axis, which is then the channels of an image; or of attention's scores."""
     if isinstance(arguments[0], Scores) and (shares := shared(reader, call, arguments[0])) is not None:

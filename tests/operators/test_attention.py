@@ -282,6 +282,25 @@ def test_three_steps_equal_torchs(ways, target, scheme, tmp_path):
         assert relative(logits, wanted) < 1e-4
 
 
+def test_a_softmax_over_queries_is_none_over_keys():
+    """However it is written."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            return self.last(((x @ x.mT).mT.softmax(-1).mT @ x).mean(1))
+
+    torch.manual_seed(0)
+    module = Net()
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert "attention" not in {node.op for node in graph.nodes}
+
+
 def test_a_value_that_is_all_three():
     """Gradients of a value that stands in three places are added up."""
 

@@ -133,7 +133,7 @@ def read_conv1d(reader: Reader, call: Any, arguments: list) -> Any:
     return reader.viewed(made, Arrangement.plain(shape))
 
 
-@reads("relax.matmul", gives=("linear", "matmul"))
+@reads("relax.matmul", gives=("linear", "matmul"), scores=True)
 def read_matmul(reader: Reader, call: Any, arguments: list) -> Any:
     """A linear layer on the last axis; one of several pixels convolves them one by one."""
     value, weight = arguments
