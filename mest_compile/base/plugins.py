@@ -28,14 +28,14 @@ def plug_in(*paths: str | os.PathLike) -> None:
         if os.pathsep in str(file):
             raise UsageError(f"plug-in {path} has {os.pathsep!r} in its path; move it")
         _take(file)
-        there = _given()
+        there = given()
         if file not in there:
             os.environ[GIVEN] = os.pathsep.join(map(str, [*there, file]))
 
 
 def take_given() -> None:
     """Those of the process that started this one."""
-    for file in _given():
+    for file in given():
         _take(file)
 
 
@@ -44,7 +44,8 @@ def targets() -> dict[str, Path]:
     return dict(_targets)
 
 
-def _given() -> list[Path]:
+def given() -> list[Path]:
+    """The files that this process and those that it starts have taken, or will."""
     return [Path(path) for path in os.environ.get(GIVEN, "").split(os.pathsep) if path]
 
 

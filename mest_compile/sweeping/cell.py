@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mest_compile.base import plugins
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.data import load
 from mest_compile.models.sources import checkpoint_in
@@ -73,7 +74,7 @@ class State:
 class Cell:
     """settings  a whole recipe's table with its table [run]: what `mest-compile train --recipe` takes
     varied    of them, what is not the same in all cells
-    key       digest of all that decides the outcome: resolved recipe, options of the step, model, data
+    key       digest of all that decides the outcome: resolved recipe, options of the step, model, data, plug-ins
     """
 
     settings: Mapping[str, Any]
@@ -163,7 +164,7 @@ def make_cell(settings: Mapping[str, Any], varied: Mapping[str, Any], root: Path
     except UsageError as problem:
         raise problem if str(problem).startswith(said) else UsageError(f"{said}: {problem}") from problem
     data = data_facts(run["data"], run.get("data_folder"), resize, options.loss.takes_numbers)
-    content = {
+    content: dict[str, Any] = {
         "recipe": {"epochs": resolved.epochs, **_unusual(resolved.to_dict(), Recipe(resolved.epochs).to_dict())},
         "options": _unusual(options.to_json(), StepOptions().to_json()),
         "run": {key: value for key, value in run.items() if key not in OF_STEP and key not in WHERE},
@@ -171,6 +172,8 @@ def make_cell(settings: Mapping[str, Any], varied: Mapping[str, Any], root: Path
         "files": [_digest_of(run["model"]), _digest_of(run.get("weights"))],
         "data": data.described,
     }
+    if plug_ins := sorted(str(_digest_of(str(file))) for file in plugins.given()):
+        content["plug_ins"] = plug_ins
     text = json.dumps(content, sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return Cell(settings, varied, recipe, options, data, key, root / "cells" / key)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mest_compile.base import plugins
 from mest_compile.base.errors import MestError, NotInstalled
 from mest_compile.sweeping.workers import LOST, command_line, environment
 
 
-def run_command(arguments: Sequence[str], log: str, folder: str, threads: int) -> int:
+def run_command(arguments: Sequence[str], log: str, folder: str, threads: int, plug_ins: str) -> int:
     """On a node: a command of `mest-compile` in a process of its own; its exit code, or LOST. The process ends with the
     one of Ray that waits for it."""
     with open(log, "ab") as file:
@@ -23,7 +24,7 @@ def run_command(arguments: Sequence[str], log: str, folder: str, threads: int) -
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(threads),
+            env={**environment(threads), plugins.GIVEN: plug_ins},
         ).returncode
     return LOST if code < 0 else code
 
@@ -53,7 +54,8 @@ class RayWorkers:
         return max(1, int(self._ray.cluster_resources().get("CPU", 0)) // self._threads)
 
     def start(self, job: int, arguments: Sequence[str], log: Path) -> None:
-        self._jobs[self._remote.remote(list(arguments), str(log), os.getcwd(), self._threads)] = job
+        plug_ins = os.environ.get(plugins.GIVEN, "")
+        self._jobs[self._remote.remote(list(arguments), str(log), os.getcwd(), self._threads, plug_ins)] = job
 
     def ended(self) -> dict[int, int]:
         ready, _ = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)

@@ -12,6 +12,7 @@ from here import Here
 from test_kill import assert_same, outcome
 
 import mest_compile as mest
+from mest_compile.base import plugins
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.cli import main
 from mest_compile.hardware import host
@@ -120,7 +121,7 @@ def test_a_sweep_has_its_folder_alone(tmp_path):
         mest.sweep(PLAN, tmp_path)
 
 
-def test_the_key_is_of_what_decides_the_outcome(tmp_path):
+def test_the_key_is_of_what_decides_the_outcome(monkeypatch, tmp_path):
     def keys(**changed):
         return {cell.key for cell in read({**PLAN, **changed}, tmp_path)[0]}
 
@@ -130,6 +131,12 @@ def test_the_key_is_of_what_decides_the_outcome(tmp_path):
     others += [{"run": {**PLAN["run"], "optimizer": "adam"}}, {"run": {**PLAN["run"], "threads": 2}}]
     for other in others:
         assert not keys() & keys(**other), other
+    mine, before = tmp_path / "mine.toml", keys()
+    mine.write_text("")
+    monkeypatch.setenv(plugins.GIVEN, str(mine))
+    given = keys()
+    mine.write_text("# changed")
+    assert not before & given and not given & keys() and not before & keys()
 
 
 def test_the_command_tells_what_the_folder_has(mest_compile_command, workers, tmp_path):
