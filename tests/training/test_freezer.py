@@ -169,7 +169,7 @@ def test_a_run_freezes_front_to_back_and_ends_at_its_sparsity(whole):
     facts = write_report(folder)
     assert facts["freeze"]["saved_overall"] == pytest.approx(saved) and facts["freeze"]["parts"] == 2
     page = (folder / "report" / "report.html").read_text()
-    assert "2 parts, 90.5% of the parameters" in page and (folder / "report" / "freeze.png").is_file()
+    assert "2 parts, 90.5% of the parameters" in page and (folder / "report" / "freeze.svg").is_file()
 
 
 @pytest.mark.parametrize("epoch", [1, 3, 4, 6])
