@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the names in _HOME, and
     from mest_compile.exporting import to_onnx as to_onnx
     from mest_compile.exporting import to_safetensors as to_safetensors
     from mest_compile.exporting import to_torch as to_torch
+    from mest_compile.finetuning.ondevice import learn as learn
     from mest_compile.finetuning.tuning import finetune as finetune
     from mest_compile.hardware.target import Target as Target
     from mest_compile.ir.graph import LayerSpec as LayerSpec
