@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ def watched(progress: Progress | None, batch: int, metric: Metric) -> Iterator[P
         yield progress
         return
     where = screen()
-    if where is None:
+    if where is None or find_spec("rich") is None:  # a device need not have it
         last = LastLine(metric)
         yield last
         if last.said:

@@ -53,6 +53,9 @@ def test_what_nobody_watches_is_a_line_and_what_somebody_watches_is_a_table(caps
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
     assert "epoch" in (said := capsys.readouterr().err) and "2/2" in said
+    monkeypatch.setitem(sys.modules, "rich", None)  # as on a device
+    Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
+    assert capsys.readouterr().err.startswith("trained 2 epochs: loss ")
 
 
 def test_a_compilation_that_takes_a_while_is_a_line_that_goes(capsys, monkeypatch):
