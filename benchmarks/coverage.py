@@ -112,7 +112,7 @@ def verify(case: Case, batch: int, folder: str) -> dict[str, Any]:
     rule, options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}, OPTIONS.get(case.name, {})
     given = tuple(shapes) if len(shapes) > 1 else shapes[0]
     sparse = [layer.name for layer in mest.check(net, given, **options).layers if layer.state == "sparse"]
-    schemes = {name: SCHEMES[place % len(SCHEMES)] for place, name in enumerate(sparse)} or "dense"
+    schemes = {name: SCHEMES[place % len(SCHEMES)] for place, name in enumerate(sparse)} | {"*": SCHEMES[0]}
     made: dict[str, Any] = {"optimizer": mest.SGD(**rule), "threads": 1, "builder": HastyBuilder(folder=Path(folder))}
     step = mest.compile(net, given, schemes, SPARSITY if sparse else 0, **made, **options)
     masks = {name: torch.from_numpy(mask) for name, mask in step.masks().items()}
@@ -187,7 +187,11 @@ def dropping(net: Any, graph: Any, update: int) -> Iterator[None]:
     def drop(x: Any, *_: Any, **__: Any) -> Any:
         node = next(nodes)
         (draw,) = draws(graph, 0, update)[f"{node.name}:draw"]
-        kept = stays(int(draw), tuple(x.shape), node.attrs["p"], node.attrs.get("whole", "element"))
+        kept = stays(int(draw), node.shape, node.attrs["p"], node.attrs.get("whole", "element"))
+        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels
+            kept = np.moveaxis(kept, 1, -1).reshape(len(kept), -1, kept.shape[1])
+        if kept.shape != x.shape:
+            raise AssertionError(f"{node.name} drops of {node.shape}, torch of {tuple(x.shape)}")
         return x * torch.from_numpy(kept.copy()) / (1 - node.attrs["p"])
 
     def function(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
