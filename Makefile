@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed-for-pyproject
 # Same bound as pyproject.toml. Torch comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: venv demo test test-quick lint bench device help
+.PHONY: venv demo test test-quick test-thorough lint bench device help
 
 venv: $(STAMP) ## the project's own virtual environment in .venv
 
@@ -26,12 +26,16 @@ device: .device/built ## an emulated aarch64 device for the tests
 .device/built: tests/device/build.sh tests/device/rpcd.cc tests/device/icount.c pyproject.toml | venv
 	PYTHON=$(abspath $(BIN)/python) tests/device/build.sh .device
 
-test: venv device ## all tests
+test: venv device ## the tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not thorough"
+
+# Before a release.
+test-thorough: venv device ## all tests, with those that take long and ask further cases of the same
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # What pre-commit asks before a push.
 test-quick: venv ## the tests that need neither an emulated device nor OpenCL, without the slow ones and the documentation's commands
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not (opencl or device or docs or slow)"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not (opencl or device or docs or slow or thorough)"
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+import hasty
 import pytest
 
 # Tests run on few cores, often several processes at once: one thread each unless a test asks for more.
@@ -63,6 +64,46 @@ HASTY = (
     *("planning/test_capacity", "training/test_kill"),
 )
 
+# Tests that only `make test-thorough` runs: they take long and ask further cases of what others ask, or put together
+# what others ask piece by piece. How their node ids begin.
+THOROUGH = (
+    "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[adreno-650-",
+    "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[mali-g710-",
+    "backends/test_opencl_step.py::test_a_checkpoint_of_the_device_goes_on_here[filter]",
+    "backends/test_opencl_step.py::test_a_speed_table_of_the_device_",
+    "backends/test_opencl_step.py::test_digits_are_learned_",
+    "cli/test_cli.py::test_the_demo_from_scratch_",
+    "contracts/test_docs.py::test_command_runs[mest-compile tune --target local ",
+    "contracts/test_docs.py::test_command_runs[python benchmarks/run.py ",
+    "contracts/test_docs_python.py::test_frozen_blocks_are_measured_in_turns",
+    "contracts/test_docs_python.py::test_pruned_models_are_measured_in_turns",
+    "devices/test_device.py::test_a_device_lost_in_mid_epoch_costs_the_steps_since_the_checkpoint[killed]",
+    "devices/test_device.py::test_a_library_needs_nothing_but_libc_and_libm[local]",
+    "devices/test_device.py::test_kernels_that_are_wrong_crash_or_hang_cost_their_trial_only",
+    "devices/test_device.py::test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart[True]",
+    "devices/test_emulation.py::test_goals_on_the_stages_of_a_wide_residual_net[pattern",
+    "devices/test_opencl_remote.py::test_a_run_over_the_tracker_trains_as_one_that_runs_here",
+    "devices/test_opencl_remote.py::test_tuning_over_the_tracker_",
+    "devices/test_serve.py::test_a_device_behind_a_tracker_measures",
+    "finetuning/test_opencl_finetune.py::",
+    "kernels/test_building.py::test_several_processes_share_a_folder_",
+    "kernels/test_parsing.py::test_every_kernel_is_the_function_that_tvm_reads[opencl]",
+    "kernels/test_specializing.py::test_specialized_kernels_give_the_same_bits_before_during_and_after_an_exchange[filter]",
+    "measuring/test_accuracy_benchmark.py::test_a_run_becomes_an_entry[em_s]",
+    "measuring/test_benchmark.py::test_planned_memory_is_what_a_process_that_loads_the_step_needs[resnet20-32-",
+    "measuring/test_small_benchmark.py::test_every_side_takes_its_turns",
+    "runtime/test_artifact.py::test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_compiled_step[here]",
+    "runtime/test_float16.py::test_an_arm_cpu_without_float16_arithmetic_converts[cortex-a76]",
+    "runtime/test_float16.py::test_ten_steps_of_a_deep_net_are_near_torch",
+    *(
+        f"runtime/test_fuzz.py::test_a_random_layer_computes_what_torch_computes_in_float64[{seed}]"
+        for seed in range(14, 27)
+    ),
+    "tuning/test_opencl_tuning.py::test_tune_for_a_device_with_little_local_memory",
+    "tuning/test_tuning.py::test_tune_goes_on_after_kill_9_",
+)
+READ_ANEW = ("contracts", "frontend", "models")  # folders of tests that ask how a module is read
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
@@ -72,6 +113,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(mark)
         if "port" in item.fixturenames:
             item.add_marker("device")
+        if item.nodeid.removeprefix("tests/").startswith(THOROUGH):
+            item.add_marker("thorough")
 
 
 @dataclass(frozen=True)
@@ -139,12 +182,12 @@ def builder(request):
 @pytest.fixture(scope="module", autouse=True)
 def kernels_of_it(request):
     """How what one file's tests have compiled is read and compiled."""
+    kept = request.getfixturevalue("kept_kernels")
     with pytest.MonkeyPatch.context() as patch:
         if is_hasty(request.path):
-            import hasty
-
-            hasty.compile_hastily(patch, request.getfixturevalue("kept_kernels") / "hasty")
-            hasty.remember_own_nets(patch)
+            hasty.compile_hastily(patch, kept / "hasty")
+        if request.path.parent.name not in READ_ANEW:
+            hasty.remember_own_nets(patch, kept / "graphs")
         yield
 
 

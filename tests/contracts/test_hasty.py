@@ -1,12 +1,13 @@
-"""Which files a mark is for or are hasty, by their names; and what haste leaves out."""
+"""Which files and tests a mark is for or are hasty, by their names; and what haste leaves out."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import HASTY, MARKS
+from conftest import HASTY, MARKS, READ_ANEW, THOROUGH
 from hasty import compile_hastily, remember_own_nets
 from torch import nn
 
@@ -23,7 +24,16 @@ TESTS = Path(__file__).parents[1]
 def test_every_name_in_the_lists_of_files_is_one():
     missing = [name for name in HASTY if not list(TESTS.glob(f"{name}.py"))]
     missing += [name for names in MARKS.values() for name in names if not list(TESTS.glob(f"*/{name}.py"))]
+    missing += [name for name in THOROUGH if not (TESTS / name.partition("::")[0]).exists()]
+    missing += [name for name in READ_ANEW if not (TESTS / name).is_dir()]
     assert not missing
+
+
+def test_thorough_tests_are_there():
+    for name in THOROUGH:
+        file, _, test = name.partition("::")
+        function = test.partition("[")[0]
+        assert re.search(rf"^def {function}", (TESTS / file).read_text(), re.MULTILINE) or not function, name
 
 
 def test_hasty_code_has_the_usual_names_and_computes_the_same_by_other_instructions(tmp_path, monkeypatch):
@@ -73,12 +83,12 @@ class Other(nn.Sequential):
     pass
 
 
-def test_nets_of_tests_have_keys_of_their_own_and_those_made_in_functions_none(monkeypatch):
+def test_nets_of_tests_have_keys_of_their_own_and_those_made_in_functions_none(monkeypatch, tmp_path):
     class Local(nn.Sequential):
         pass
 
     nets = [kind(nn.Linear(3, 2)) for kind in (Net, Net, Other, Local, type("Net", (Net,), {}))]
     assert {key_of(net, (4, 3)) for net in nets} == {None}
-    remember_own_nets(monkeypatch)
+    remember_own_nets(monkeypatch, tmp_path)
     one, same, other, *unknown = (key_of(net, (4, 3)) for net in nets)
     assert one == same and None not in (one, other) and one != other and unknown == [None, None]

@@ -39,9 +39,10 @@ def compile_hastily(monkeypatch, folder):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "processes"), prepend=os.pathsep)
 
 
-def remember_own_nets(monkeypatch):
-    """Graphs of nets that test files define are kept as those of packages are, in this process: torch takes longer to
-    read such a net than all else that a test of it does. What a class of a test file does is known by that file."""
+def remember_own_nets(monkeypatch, folder):
+    """Graphs of nets that test files define are kept as those of packages are, in this process and in that folder:
+    torch takes longer to read such a net than all else that a test of it does. What a class of a test file does is
+    known by that file."""
     from mest_compile.frontend import remembered
 
     told, code = remembered._told, remembered._code()
@@ -52,6 +53,7 @@ def remember_own_nets(monkeypatch):
         return told(module)
 
     monkeypatch.setattr(remembered, "KNOWN", (*remembered.KNOWN, "nets", "test_"))
+    monkeypatch.setattr(remembered, "_folder", lambda: folder)
     monkeypatch.setattr(remembered, "_told", told_of_files)
     monkeypatch.setattr(remembered, "_code", lambda: code + _tests())
 
