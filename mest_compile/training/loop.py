@@ -30,7 +30,7 @@ from mest_compile.training.given import Given, given
 from mest_compile.training.judging import Judge, Teacher
 from mest_compile.training.recipe import Recipe
 from mest_compile.training.recovery import MOST_LOSSES, restored, resumed, why_lost
-from mest_compile.training.run import Progress, Run
+from mest_compile.training.run import Progress, Run, Silent
 from mest_compile.training.runfolder import RunFolder, machine
 from mest_compile.training.showing import watched
 from mest_compile.training.sieve import Sieve
@@ -79,7 +79,7 @@ class Trainer:
         self.folder = None if out is None else RunFolder(out)
         self.progress = progress
         self.callbacks = check_callbacks(callbacks)
-        self._shown: Progress
+        self._shown: Progress = Silent()
         self._stop = False
         described = step.describe()
         output_shape = described.get("output_shape", (step.batch, step.classes))

@@ -22,6 +22,8 @@ CPU_ONLY = {
     "test_answers_do_not_depend_on_threads",
     "test_sections_fit_the_first_level_cache",  # its threads and caches,
     "test_activations_in_float16",  # what it stores them in,
+    "test_nobody_writes_between_channels",  # the gaps between their channels,
+    "test_weight_gradients_of_small_images_without_a_halo_keep_no_sums",
     "test_units_of_neighbouring_taps",
     "test_tiles_change_speed_alone",
 }  # and the family "pattern", in whose place layers here run on "pattern_groups"

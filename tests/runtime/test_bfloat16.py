@@ -94,7 +94,7 @@ def test_activations_and_their_gradients_take_half_the_bytes_and_files_keep_that
     model, shape = Shallow(), (16, 3, 8, 8)
     step, full = (compiled("local", model, shape, dense_layers=["first", "last"], activations=kind) for kind in KINDS)
     half, whole = step.memory(), full.memory()
-    assert 0.5 <= half["activations"] / whole["activations"] < 0.51  # moments stay float32
+    assert 0.5 <= half["activations"] / whole["activations"] < 0.54  # moments stay float32, gaps 128 bytes
     assert half["workspace"] < 0.6 * whole["workspace"] and half["values"] == whole["values"]
     images = {buffer.dtype for call in step.program.calls for buffer in call.buffers if buffer.image}
     assert images == {"uint16", "float32"}  # of logits

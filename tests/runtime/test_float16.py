@@ -170,7 +170,7 @@ def test_ten_steps_of_a_deep_net_are_near_torch():
 
 def test_activations_take_half_the_bytes_and_everything_else_as_many():
     half, full = compiled().memory(), compiled("float32").memory()
-    assert 0.5 <= half["activations"] / full["activations"] < 0.505  # moments stay float32
+    assert 0.5 <= half["activations"] / full["activations"] < 0.52  # moments stay float32, gaps 128 bytes
     assert (
         full["total"] - half["total"] > 0.4 * full["activations"]
     )  # half of them, but for room that slots of two sizes share worse
