@@ -82,6 +82,18 @@ Trainable = Annotated[
         "Default: all."
     ),
 ]
+DenseLayers = Annotated[
+    str | None,
+    typer.Option(
+        help='Names of the layers that stay dense, with commas between them; "" for none. Default: the first '
+        "convolution, 1x1 convolutions of shortcuts, depthwise layers, the classifier, and what the scheme has no "
+        "units for."
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(help="Of a model that gives several values, the name or number of the one that is the logits."),
+]
 UpdateBudget = Annotated[
     str | None,
     typer.Option(
@@ -178,6 +190,16 @@ def said_sparsity(said: Any) -> Any:
         raise UsageError(
             f"--sparsity is {said!r}; wanted a number, {AS_GIVEN}, or numbers of layers as in layer1.*=0.8,*=0.9"
         ) from problem
+
+
+def said_dense_layers(said: str | list[str] | None) -> list[str] | None:
+    """The names that an option's text tells, or a recipe's text or list."""
+    return said_list(said) if isinstance(said, str) else said
+
+
+def said_output(said: str | int | None) -> str | int | None:
+    """The name, or the number, that an option's text tells, or a recipe's text or number."""
+    return int(said) if isinstance(said, str) and said.isdecimal() else said
 
 
 def said_list(text: str) -> list[str]:

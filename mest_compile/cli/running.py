@@ -217,11 +217,13 @@ def _header(trainer: Trainer) -> str:
     step = trainer.step
     live, masks = step.live_weights(), step.masks()
     weights = sum(layer.spec.weight_elems for layer in step.layers.values())
+    in_sparse = sum(step.layers[name].spec.weight_elems for name in masks)
+    sparsity = f", sparsity {1 - sum(live[name] for name in masks) / in_sparse:.3f} in sparse layers" if masks else ""
     model = (trainer.source or {}).get("model")
     folder = "" if trainer.folder is None else f"; run folder {trainer.folder.path}"
     return (
         f"{model or 'model'}: {len(masks)} of {len(step.layers)} layers sparse, "
-        f"{sum(live.values())} of {weights} weights live; "
+        f"{sum(live.values())} of {weights} weights live{sparsity}; "
         f"{step.memory()['total'] / 2**20:.1f} MiB in steps of {step.batch}; target {step.describe()['target']}, "
         f"{step.describe()['threads']} thread(s){folder}"
     )

@@ -12,9 +12,11 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Activations,
     Batch,
+    DenseLayers,
     Distribution,
     Microbatch,
     Model,
+    Output,
     Pretrained,
     Scheme,
     Sparsity,
@@ -24,6 +26,8 @@ from mest_compile.cli.options import (
     Weights,
     Width,
     given_options,
+    said_dense_layers,
+    said_output,
     said_schemes,
     said_sparsity,
     sizes_of,
@@ -54,6 +58,8 @@ def train(
     scheme: Scheme = "block",
     sparsity: Sparsity = None,
     distribution: Distribution = "uniform",
+    dense_layers: DenseLayers = None,
+    output: Output = None,
     method: Annotated[
         str,
         typer.Option(help="em, em_s, set, rigl, gradual (prunes a dense model) or static (the mask never changes)."),
@@ -174,6 +180,8 @@ def train(
         "scheme": scheme,
         "sparsity": sparsity,
         "distribution": distribution,
+        "dense_layers": dense_layers,
+        "output": output,
         "target": target,
         "threads": threads,
         "memory_budget": memory_budget,
@@ -222,6 +230,8 @@ def train(
         return
     of_step = {field.name: where.pop(field.name) for field in fields(StepOptions) if field.name in where}
     of_step |= {
+        "dense_layers": said_dense_layers(of_step["dense_layers"]),
+        "output": said_output(of_step["output"]),
         "loss": find_loss(of_step["loss"] or "cross_entropy"),
         "optimizer": find_optimizer(of_step["optimizer"]),
     }

@@ -28,6 +28,8 @@ RUN_OPTIONS: dict[str, type] = {
     "scheme": str,
     "sparsity": float,
     "distribution": str,
+    "dense_layers": str,
+    "output": str,
     "batch": int,
     "target": str,
     "threads": int,
@@ -41,7 +43,8 @@ RUN_OPTIONS: dict[str, type] = {
     "microbatch": str,
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
-NUMBERS = ("update_budget", "memory_budget", "microbatch")  # which are a text or a number
+NUMBERS = ("update_budget", "memory_budget", "microbatch", "output")  # which are a text or a number
+LISTS = ("dense_layers", "trainable")  # which are a text, with commas in it, or a list of texts
 KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
@@ -68,8 +71,12 @@ def read_run_options(table: Any, where: str) -> dict[str, Any]:
         if key not in RUN_OPTIONS:
             raise UsageError(f"{where}, run: unknown key {key!r}; did you mean {nearest(key, RUN_OPTIONS)!r}?")
         wanted = RUN_OPTIONS[key]
-        table_or_number = (key in TABLES and isinstance(value, Mapping)) or (key in NUMBERS and checks.is_number(value))
-        if table_or_number or (key == "sparsity" and value == AS_GIVEN):
+        if (
+            (key in TABLES and isinstance(value, Mapping))
+            or (key in NUMBERS and checks.is_number(value))
+            or (key in LISTS and isinstance(value, list) and all(isinstance(one, str) for one in value))
+            or (key == "sparsity" and value == AS_GIVEN)
+        ):
             continue
         if isinstance(value, bool) != (wanted is bool) or not isinstance(
             value, (int, float) if wanted is float else wanted

@@ -102,7 +102,7 @@ def _tune(
     left_out: list[str] = []
     paths = [shipped(target), user_log(target), log.path] if request.log else [shipped(target), user_log(target)]
     records = Records(target, paths, runner.cpu if runner.measure is Measure.MEASURED else None)
-    graph, _ = read_any(request.network(), request.input_shape)
+    graph, _ = read_any(request.network(), request.input_shape, output=options.output)
     request = replace(request, classes=graph.nodes[-1].shape[1])  # of a model that has its own
     by_steps = runner.measure is Measure.MEASURED and runner.whole_steps
     builder = TimedBuilder(deadline=deadline)

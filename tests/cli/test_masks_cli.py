@@ -98,3 +98,74 @@ def test_a_recipes_tables_are_honoured_and_the_command_line_wins(mest_compile_co
     assert schemes["tables"]["sparsity"] == {"fc1.weight": 0.5, "fc2.weight": 0.8, "fc3.weight": 0.0}
     assert schemes["line"]["schemes"] == {"fc1.weight": "1:4", "fc2.weight": "1:4", "fc3.weight": "dense"}
     assert schemes["line"]["sparsity"]["fc2.weight"] == 0.75
+
+
+HEADS = """
+import torch
+
+
+class Heads(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.one, self.two, self.three = (torch.nn.Conv2d(c, 8, 3) for c in (1, 8, 8))
+        self.aux, self.head = torch.nn.Linear(8, classes), torch.nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.three(self.two(self.one(x).relu()).relu()).mean((2, 3))
+        return {"aux": self.aux(x), "logits": self.head(x)}
+
+
+def heads(classes):
+    return Heads(classes)
+"""
+
+
+def test_layers_that_stay_dense_and_the_output_that_trains_are_said_in_every_command_and_in_recipes(
+    mest_compile_command, tmp_path
+):
+    (tmp_path / "nets.py").write_text(HEADS)
+    model, said = f"{tmp_path / 'nets.py'}:heads", ("--dense-layers", "one.weight, head.weight", "--output", "logits")
+    of = {"--image": "1x8x8", "--batch": 16}
+    ran = mest_compile_command("check", model, *[part for item in of.items() for part in item], *said, "--json")
+    assert ran.code == 0, ran.err
+    states = {layer["name"]: layer["state"] for layer in ran.document["layers"]}
+    assert states == {"one": "dense", "two": "sparse", "three": "sparse", "head": "dense"}
+    where = ("--model", model, "--image", "1x8x8", "--batch", 16, *said)
+    ran = mest_compile_command("build", *where, "--target", "local", "--out", tmp_path / "artifact")
+    assert ran.code == 0, ran.err
+    assert mest.open_artifact(tmp_path / "artifact").masks().keys() == {"two.weight", "three.weight"}
+    for option, message in (("--dense-layers", "fc9"), ("--output", "there are: aux, logits")):
+        ran = mest_compile_command("plan", *where, option, "fc9")
+        assert ran.code == 2 and message in ran.err
+
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+epochs = 1
+method = "static"
+[run]
+model = "{model}"
+batch = 16
+dense_layers = ["one.weight", "head.weight"]
+output = 1
+trainable = ["three.*", "head.*"]
+"""
+    )
+    ran = mest_compile_command("train", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "run", "--json")
+    assert ran.code == 2 and "there are: aux, logits" in ran.err
+    ran = mest_compile_command(
+        *("train", "--recipe", tmp_path / "recipe.toml", "--output", "logits", "--out", tmp_path / "run", "--json")
+    )
+    assert ran.code == 0, ran.err
+    assert "sparsity 0.903 in sparse layers" in ran.err
+    step = mest.load(tmp_path / "run" / "checkpoint.safetensors")
+    assert step.masks().keys() == {"two.weight", "three.weight"}
+    assert step.describe()["trainable"] == ["three.weight", "three.bias", "head.weight", "head.bias"]
+
+
+def test_the_output_that_trains_is_the_one_that_is_tuned(mest_compile_command, tmp_path):
+    (tmp_path / "nets.py").write_text(HEADS)
+    where = ("--model", f"{tmp_path / 'nets.py'}:heads", "--image", "1x8x8", "--batch", 16, "--log", tmp_path / "log")
+    ran = mest_compile_command("tune", *where, "--trials", 1, "--vectors", 8, "--time-limit", 0)
+    assert ran.code == 2 and "say which they are by output=" in ran.err
+    ran = mest_compile_command("tune", *where, "--trials", 1, "--vectors", 8, "--time-limit", 0, "--output", "logits")
+    assert ran.code == 0, ran.err
