@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed-for-pyproject
 # Same bound as pyproject.toml. Torch comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: venv demo test test-quick test-thorough lint bench device help
+.PHONY: venv demo test test-quick test-thorough lint bench docs device help
 
 venv: $(STAMP) ## the project's own virtual environment in .venv
 
@@ -44,6 +44,11 @@ lint: venv ## ruff and mypy
 
 bench: venv ## the published figures, measured on this machine
 	$(BIN)/python benchmarks/run.py
+
+# -E: docstrings are read anew, whose files Sphinx does not watch.
+docs: venv ## the site, in build/site
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/trees -c docs . build/site
+	@echo build/site/index.html
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
