@@ -19,13 +19,14 @@ from mest_compile.base.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class AshaRule:
-    """first  epochs that every cell is trained for
+    """first   epochs that every cell is trained for; of a recorded sweep of 24 cells 2 found the winner from ten of ten
+           seeds, 1 from two or three (tests/sweeping/test_asha.py)
     factor  of those that have reached a rung, one in so many goes on to the next, which is as many times as far
     seed    of the order in which cells begin
     Raises UsageError.
     """
 
-    first: int = 1
+    first: int = 2
     factor: int = 3
     seed: int = 0
 

@@ -165,7 +165,7 @@ def test_the_command_tells_what_the_folder_has(mest_compile_command, workers, tm
         ({"asha": {"rate": 3}}, "did you mean"),
         ({"asha": {"first": 3}}, "first is 3 of 3"),
         ({"asha": {"factor": 1}}, "factor"),
-        ({"asha": {}, "eval_every": 2}, "leaves epoch 1 out"),
+        ({"asha": {"first": 1}, "eval_every": 2}, "leaves epoch 1 out"),
         ({"asha": {}, "run": {"model": "mlp", "data": "digits"}}, "no validation part"),
         ({"asha": {}, "grid": {"epochs": [3, 4]}}, "the same epochs"),
     ],
@@ -277,7 +277,8 @@ def test_a_pause_comes_after_the_checkpoints_epochs_not_those_of_the_log(mest_co
 
 
 def test_asha_pauses_cells_which_another_sweep_takes_up(workers, tmp_path):
-    plan = {"epochs": 3, "run": PLAN["run"], "method": "static", "grid": {"lr": [0.0001, 0.1]}, "asha": {"factor": 2}}
+    plan = {"epochs": 3, "run": PLAN["run"], "method": "static", "grid": {"lr": [0.0001, 0.1]}}
+    plan["asha"] = {"first": 1, "factor": 2}
     here = workers(Here())
     found = mest.sweep(plan, tmp_path)
     assert [(row["state"], row["epochs"]) for row in found.rows] == [("paused", 1), ("finished", 3)]
