@@ -22,7 +22,7 @@ PAGES = {
     "Training": ("docs/method", "docs/schemes", "docs/finetuning", "docs/sweeps", "examples/flower/README"),
     "Devices": ("docs/devices", "docs/arm", "docs/opencl", "docs/memory", "docs/planning", "docs/tuning"),
     "Examples": ("docs/keyword-spotting", "docs/wearable-activity"),
-    "Figures": ("docs/results", "docs/benchmarks"),
+    "Figures": ("docs/results", "docs/leaderboard", "docs/benchmarks"),
     "Reference": ("docs/api", "docs/errors", "docs/architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 

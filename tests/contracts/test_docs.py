@@ -40,6 +40,16 @@ COVERED_ELSEWHERE = {
     "measures a small net with it",
     "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it "
     "would write",
+    **dict.fromkeys(
+        (
+            'python benchmarks/accuracy.py --results runs/release.json --runs runs/release --only "dense torch"',
+            "python benchmarks/accuracy.py --results runs/release.json --runs runs/release --only "
+            '"em_s block:4x1 0.9 sieve float16"',
+            "python benchmarks/accuracy.py --results runs/release.json --pace",
+            "python benchmarks/leaderboard.py --results runs/release.json",
+        ),
+        "hours; tests/measuring/test_accuracy_benchmark.py makes entries and the row of them",
+    ),
 }
 COVERED_ELSEWHERE[
     "mest-compile tune --target arm_cpu --model resnet20 --scheme pattern --sparsity 0.9 --tracker 127.0.0.1:9190 "

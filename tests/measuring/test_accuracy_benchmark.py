@@ -4,9 +4,12 @@ import json
 from dataclasses import asdict
 
 import accuracy
+import documents
+import leaderboard
 import numpy as np
 import pytest
 
+from mest_compile.base.errors import StateError
 from mest_compile.data import Split, as_dataset
 from mest_compile.training.recipe import Recipe
 
@@ -132,3 +135,31 @@ def test_the_page_of_results_is_made_of_the_recorded_runs():
     results = json.loads(accuracy.RESULTS.read_text())
     assert accuracy.embed(document, accuracy.table(results)) == document
     assert set(results["entries"]) <= {run.key for run in accuracy.runs()} and results["entries"]
+
+
+def test_the_leaderboard_has_the_fastest_run_that_gets_there_from_every_seed():
+    def made(row, *accuracies):
+        entries = [entry(accuracy.Run(*row, seed=seed), list(found)) for seed, found in enumerate(accuracies)]
+        return {accuracy.Run(**one["run"]).key: one | {"versions": {"mest-compile": "0.10.0"}} for one in entries}
+
+    dense = made(("torch",), (0.9, 0.92), (0.9, 0.91), (0.92, 0.93))
+    often = made(("static", "unstructured", 0.9), (0.92, 0.9), (0.92, 0.9), (0.9, 0.91))  # sooner, from two of three
+    always = made(("em_s", "unstructured", 0.9), (0.9, 0.92), (0.93, 0.91), (0.9, 0.94))
+    old = {"old": {**next(iter(always.values())), "versions": {"mest-compile": "0.9.0"}}}
+    found = leaderboard.row(
+        {"entries": dense | often | always | old, "pace": PACE | {"machine": {}, "measured_at": "a"}}
+    )
+    assert found["release"] == "0.10.0" and found["run"] == "em_s unstructured 0.9" and found["seeds"] == 3
+    assert found["seconds"] == accuracy.seconds_to(next(iter(always.values())), PACE, 0.92)
+    assert found["dense_seconds"] == (160 + 80) / 2 and found["dense_seeds"] == 2
+    with pytest.raises(StateError, match="come to 92% in all seeds"):
+        leaderboard.row({"entries": dense | often, "pace": PACE})
+    with pytest.raises(StateError, match="no pace"):
+        leaderboard.row({"entries": dense})
+
+
+def test_the_leaderboard_page_has_the_recorded_rows():
+    rows, page = json.loads(leaderboard.ROWS.read_text())["rows"], leaderboard.DOCUMENT.read_text()
+    assert page == documents.embed(page, leaderboard.table(rows), "leaderboard"), "run python benchmarks/leaderboard.py"
+    made = leaderboard.row(json.loads(accuracy.RESULTS.read_text()))
+    assert rows[made.pop("release")] == made
