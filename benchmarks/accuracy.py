@@ -86,6 +86,8 @@ def runs() -> list[Run]:
         *((method, "unstructured", 0.95, False) for method in ("em_s", "em", "set", "static")),
     ]
     halves = [Run("em_s", "block:4x1", 0.9, sieve, activations="float16") for sieve in (False, True)]
+    halves.append(Run("em_s", "block:4x1", 0.9, activations="bfloat16"))
+    halves += [Run("em_s", "block:4x1", 0.95, activations=stored) for stored in ("float32", "float16", "bfloat16")]
     return [replace(run, seed=seed) for seed in SEEDS for run in [*(Run(*row) for row in rows), *halves]]
 
 
@@ -201,6 +203,12 @@ def train(run: Run, folder: Path, data_folder: Path | None) -> dict[str, Any]:
     }
 
 
+def paced(entry: Mapping[str, Any], pace: Mapping[str, Any]) -> bool:
+    """Whether that pace has every kind of iteration that the entry's run passed through."""
+    run, recipe = Run(**entry["run"]), Recipe.from_dict(entry["recipe"])
+    return all(kind(run, sparsity) in pace["seconds"] for sparsity, _ in densities(recipe, run.sparsity))
+
+
 def seconds_to(entry: Mapping[str, Any], pace: Mapping[str, Any], accuracy: float | None) -> float | None:
     """Seconds of training at the measured pace until the end of the first epoch whose test accuracy is at least
     `accuracy`.
@@ -241,7 +249,7 @@ def table(results: Mapping[str, Any]) -> str:
         if common and row != "dense torch":
             apart = [100 * (seeds[seed]["test_accuracy"] - dense[seed]["test_accuracy"]) for seed in common]
             beside = f"{statistics.mean(apart):+.2f}"
-        if common and pace and row != "dense torch":
+        if common and pace and row != "dense torch" and paced(entries[0], pace):
             wanted = statistics.mean(entry["test_accuracy"] for entry in dense.values()) - WITHIN
             whole = f"{statistics.median(_ratio(dense[seed], seeds[seed], pace, None) or 0.0 for seed in common):.2f}"
             reached = [ratio for seed in common if (ratio := _ratio(dense[seed], seeds[seed], pace, wanted))]

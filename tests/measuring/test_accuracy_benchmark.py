@@ -39,7 +39,7 @@ def entry(run, accuracies, iterations=80, saved=0):
 
 def test_every_run_has_its_own_key_and_each_seed_all_rows():
     keys = [run.key for run in accuracy.runs()]
-    assert len(set(keys)) == len(keys) == 3 * 17
+    assert len(set(keys)) == len(keys) == 3 * 21
     rows = {seed: {run.row for run in accuracy.runs() if run.seed == seed} for seed in accuracy.SEEDS}
     assert (
         rows[0]
@@ -52,6 +52,10 @@ def test_every_run_has_its_own_key_and_each_seed_all_rows():
             "em_s pattern 0.9",
             "em_s block:4x1 0.9 float16",
             "em_s block:4x1 0.9 sieve float16",
+            "em_s block:4x1 0.9 bfloat16",
+            "em_s block:4x1 0.95",
+            "em_s block:4x1 0.95 float16",
+            "em_s block:4x1 0.95 bfloat16",
             "set unstructured 0.95",
         }
     )
@@ -73,6 +77,9 @@ def test_the_table_compares_with_dense_of_the_same_seed():
     assert lines[3].startswith("| em_s unstructured 0.9 sieve | 2 | 92.50 | 0.71 | -0.50 | 0.900 | 20.0% |")
     assert lines[3].endswith(f"| {160 / 33:.2f} | {160 / 33:.2f} (1 of 2) |")
     assert accuracy.table({"entries": entries}).splitlines()[3].endswith("| -0.50 | 0.900 | 20.0% | - | - |")
+    half = accuracy.Run("em_s", "block:4x1", 0.9, activations="bfloat16")  # a kind whose pace was not measured
+    lines = accuracy.table({"entries": entries | {half.key: entry(half, [0.8, 0.93])}, "pace": PACE}).splitlines()
+    assert lines[4] == "| em_s block:4x1 0.9 bfloat16 | 1 | 93.00 | - | +1.00 | 0.900 | 0.0% | - | - |"
 
 
 def test_time_counts_the_pace_of_each_epochs_density_and_the_mutations_until_the_accuracy_is_met():
@@ -113,7 +120,7 @@ def test_the_pace_of_every_published_kind_is_measured(monkeypatch):
 
 @pytest.mark.parametrize(
     "run",
-    [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True, activations="float16")],
+    [accuracy.Run("torch"), accuracy.Run("em_s", "block:4x1", 0.9, sieve=True, activations="bfloat16")],
     ids=lambda run: run.method,
 )
 def test_a_run_becomes_an_entry(run, tmp_path, monkeypatch):
