@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -11,6 +12,9 @@ from pathlib import Path
 import hasty
 import pytest
 
+# Tests start hundreds of processes, which need not compile this package's modules each anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Tests run on few cores, often several processes at once: one thread each unless a test asks for more.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
