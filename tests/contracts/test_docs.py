@@ -1,5 +1,6 @@
-"""Every command in the README and docs/ exists and runs; every file they link to is there."""
+"""Every command in the README and docs/ exists, runs and prints what is shown; every file they link to is there."""
 
+import itertools
 import os
 import re
 import runpy
@@ -74,6 +75,26 @@ def commands() -> list[str]:
     return sorted(set(found) - set(COVERED_ELSEWHERE))
 
 
+def shown() -> dict[str, str]:
+    """{command: what a page says that it prints}: the block "text" that comes next after its block "bash"."""
+    found = {}
+    for document in DOCUMENTS:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+        for (kind, command), (after, text) in itertools.pairwise(blocks):
+            if (kind, after) == ("bash", "text"):
+                found[command.splitlines()[-1]] = text
+    return found
+
+
+def prints(text: str, printed: str) -> bool:
+    """Whether that was printed: in any numbers and widths of columns, and with anything where the text has "..."."""
+
+    def masked(lines: str) -> str:
+        return re.sub(r"\s+", " ", re.sub(r"\d+(?:[.,]\d+)*", "#", lines)).strip()
+
+    return bool(re.fullmatch(re.escape(masked(text)).replace(r"\.\.\.", ".*"), masked(printed)))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run that has ended."""
@@ -83,14 +104,19 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+SHOWN = shown()
+
+
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[:60])
-def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypatch):
-    """In this process, which has torch and TVM already; tests of the command line start processes."""
+def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypatch, capsys):
+    """And prints what is shown. In this process, which has torch and TVM already; tests of the command line start
+    processes."""
     program, *arguments = shlex.split(command)
     lacking = emulation.missing_tools(emulation.MACHINES["aarch64"]) + cycles.missing_tools()
     if (arguments[:1] == ["analyze"] or "--measure" in arguments) and lacking:
         pytest.skip(f"{', '.join(lacking)} not installed; `mest-compile doctor` tells how")
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    printed = ""
     if program == "make":
         done = run(["make", "--dry-run", *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
@@ -98,6 +124,7 @@ def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypa
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", arguments)
         runpy.run_path(arguments[0], run_name="__main__")
+        printed = capsys.readouterr().out
     elif program == "python":
         done = run([sys.executable, *arguments], REPOSITORY)
         assert done.returncode == 0, done.stderr
@@ -106,12 +133,23 @@ def test_command_runs(command, tmp_path, trained, mest_compile_command, monkeypa
         monkeypatch.chdir(tmp_path)
         done = mest_compile_command(*arguments)
         assert done.code == 0, done.err
+        printed = done.out
     else:
         assert program == "mest-compile", f"no way to check {command!r}"
         monkeypatch.chdir(tmp_path)
         done = mest_compile_command(*arguments, *SHORTENED.get(arguments[0], []))
         assert done.code == 0, done.err
         assert "--json" not in arguments or done.document
+        printed = done.out
+    assert command not in SHOWN or prints(SHOWN[command], printed), printed
+
+
+def test_what_is_printed_is_compared_but_for_numbers_and_what_is_left_out():
+    text = "layer  loss\nfc1    0.25\n...\nfc9 ... 3 MiB\n"
+    assert prints(text, " layer loss \nfc1   1,000.5\nfc2 b\nfc7 in 4 MiB\n")
+    for wrong in ("layer  rate\nfc1 1\nfc2 b\nfc7 in 4 MiB", "layer loss\nfc1 -\nfc9 in 4 MiB", "layer loss\nfc1 2"):
+        assert not prints(text, wrong)
+    assert len(SHOWN) >= 10 and set(SHOWN) <= set(commands()), "text after bash is what its last command prints"
 
 
 def test_the_docs_have_commands_and_the_uncovered_list_is_current():
