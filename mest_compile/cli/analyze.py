@@ -45,7 +45,7 @@ def analyze(
     """
     from mest_compile.devices.cycles import VERSION
     from mest_compile.measuring.analysis import PHASES, analyse
-    from mest_compile.models.sources import find_model
+    from mest_compile.models.sources import model_to_read
     from mest_compile.options import StepOptions
     from mest_compile.runtime.trained import read_any
 
@@ -57,7 +57,7 @@ def analyze(
         target=target,
         activations=activations,
     )
-    graph, _ = read_any(find_model(model, shape, classes, width, weights=weights), shape)
+    graph, _ = read_any(model_to_read(model, shape, classes, width, weights=weights), shape)
     with stderr_console().status("emulating") as status:
         found = analyse(
             graph,

@@ -106,7 +106,7 @@ def build(
     import mest_compile as mest
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.sources import find_model, is_trained
+    from mest_compile.models.sources import is_trained, model_to_read
     from mest_compile.options import StepOptions, find_loss, find_optimizer
     from mest_compile.runtime.artifact import size_bytes
     from mest_compile.training.fitting import resolved
@@ -156,7 +156,7 @@ def build(
                 where |= {name: value for name, value in said if name in where and name not in given}
             model, width = where.pop("model"), where.pop("width")
             shape = shape_of(model, where.pop("batch"), image)
-            net = find_model(model, shape, classes, width, seed, pretrained, weights)
+            net = model_to_read(model, shape, classes, width, seed, pretrained, weights)
             where |= {
                 "scheme": said_schemes(where["scheme"]),
                 "sparsity": said_sparsity(where["sparsity"]),

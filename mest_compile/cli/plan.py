@@ -90,7 +90,7 @@ def plan(
     """
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.sources import find_model
+    from mest_compile.models.sources import model_to_read
     from mest_compile.options import StepOptions
     from mest_compile.training.recipe import Recipe
 
@@ -120,7 +120,7 @@ def plan(
     if chosen_recipe is not None:
         options = chosen_recipe.step_options(options)
     with stderr_console().status("compiling and timing"):
-        net = find_model(model, shape, classes, width, seed, pretrained, weights)
+        net = model_to_read(model, shape, classes, width, seed, pretrained, weights)
         batches = None if examples is None else sampled(examples, shape, options)
         step = compile_step(net, shape, options, batches=batches)
         planned = step.plan(steps_between_mutations)

@@ -245,11 +245,11 @@ def _next(folder: Path) -> str:
 def _compile(request: Request, split: Split, teacher: Any, builder: Builder) -> Any:
     from mest_compile.budgeting import sampled
     from mest_compile.compiling import compile_step
-    from mest_compile.models.sources import find_model
+    from mest_compile.models.sources import model_to_read
 
     shape = (request.batch, *split.train.images.shape[1:])
     options = request.recipe.step_options(request.options)
-    model = find_model(
+    model = model_to_read(
         request.model,
         shape,
         split.train.outputs,

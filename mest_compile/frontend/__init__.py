@@ -13,20 +13,22 @@ from mest_compile.base.errors import SpecError
 from mest_compile.base.foreign import is_module
 from mest_compile.frontend.refusals import Refusals, check_finite
 from mest_compile.ir.graph import ForwardGraph
+from mest_compile.models.catalog import BuiltIn
 
 if TYPE_CHECKING:
     import torch
 
 
 def import_model(
-    model: torch.nn.Module | str | Path,
+    model: torch.nn.Module | BuiltIn | str | Path,
     input_shape: Sequence[Any],
     refusals: Refusals | None = None,
     output: str | int | None = None,
 ) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
     """The model's forward graph and its state: parameters and BatchNorm buffers by torch name, float32 copies.
 
-    model        torch.nn.Module, a path that ends in .onnx, or a model's name: see models.sources
+    model        torch.nn.Module, a path that ends in .onnx, or a model's name: see models.sources. Of a built-in model
+                 that was read before nothing is made
     input_shape  (N, C, H, W), (N, C, L) or (N, features); of a torch module of several inputs one for each
     refusals     where goes what cannot be trained, in whose places the graph then has nodes that nothing compiles, as
                  far as there is a graph without it; None: it is raised
@@ -40,11 +42,28 @@ def import_model(
             )
         return from_onnx(model, input_shape, refusals)
     if isinstance(model, str):
-        from mest_compile.models.sources import find_model
+        from mest_compile.models.sources import model_to_read
 
-        model = find_model(model, _checked(input_shape)[0])
+        model = model_to_read(model, _checked(input_shape)[0])
         assert not isinstance(model, str)
+    if isinstance(model, BuiltIn):
+        return _from_built_in(model, input_shape, refusals, output)
     return from_torch(model, input_shape, refusals, output)
+
+
+def _from_built_in(
+    model: BuiltIn, input_shape: Sequence[Any], refusals: Refusals | None, output: str | int | None
+) -> tuple[ForwardGraph, dict[str, np.ndarray]]:
+    from mest_compile.frontend.remembered import recall_fresh, remember_fresh
+
+    if refusals is not None or output is not None:
+        return from_torch(model.made(), input_shape, refusals, output)
+    shape, _ = _checked(input_shape)
+    if known := recall_fresh(model, shape):
+        return known
+    graph, state = from_torch(model.made(), input_shape)
+    remember_fresh(model, shape, graph, state)
+    return graph, state
 
 
 def from_torch(

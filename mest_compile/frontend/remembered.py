@@ -1,4 +1,5 @@
-"""Forward graphs of modules that were read before, kept between processes: reading one again takes seconds.
+"""Forward graphs of modules that were read before, kept between processes: reading one again takes seconds. Of
+built-in models fresh weights are kept beside them, so that torch, which makes them, need not be imported.
 
 What a module computes is known without running it where all of its parts are of packages whose code has a version: then
 its key is made of their classes, of what their attributes say and of the tensors' shapes. Ours.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -16,17 +16,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mest_compile.base.files import write_whole
+import numpy as np
+
+from mest_compile.base.tensorfile import pack, unpack
 from mest_compile.frontend.relax_graph import READERS
-from mest_compile.hardware.folders import cache_folder, digest
+from mest_compile.hardware.folders import Kept, cache_folder, digest
 from mest_compile.ir.graph import ForwardGraph
+from mest_compile.models.catalog import BuiltIn
 
 if TYPE_CHECKING:
     import torch
 
 KNOWN = ("torch.nn.modules.", "mest_compile.models.", "torchvision.", "timm.")  # modules whose classes have a version
 PACKAGES = ("torch", "torchvision", "timm", "apache-tvm")
-MOST_GRAPHS = 500  # that are kept, of some 50 KB
+MOST_BYTES = 25 * 2**20  # of graphs, each some 50 KB
+MOST_WEIGHT_BYTES = 2**28  # of weights, of resnet20 1 MB, of resnet50 94
 
 
 class _Unknown(Exception):
@@ -47,28 +51,44 @@ def key_of(module: torch.nn.Module, input_shape: Sequence[Any]) -> str | None:
 
 def recall(key: str) -> ForwardGraph | None:
     """The graph of that key, if it is there and whole."""
-    for path in _folder().glob(f"{key}.*.json"):
-        with suppress(OSError):
-            content = path.read_bytes()
-            if path.name == f"{key}.{digest(content)}.json":
-                os.utime(path)
-                return ForwardGraph.from_json(json.loads(content))
-            path.unlink()
-    return None
+    content = Kept(_folder(), MOST_BYTES).find(key)
+    return None if content is None else ForwardGraph.from_json(json.loads(content))
 
 
 def remember(key: str, graph: ForwardGraph) -> None:
     """Keeps a graph, where a file can be written and says all of it."""
     content = json.dumps(graph.to_json())
-    if ForwardGraph.from_json(json.loads(content)) != graph:
-        return
-    with suppress(OSError):
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{key}.{digest(content.encode())}.json", content.encode())
-        there = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        for path in there[:-MOST_GRAPHS]:
-            path.unlink()
+    if ForwardGraph.from_json(json.loads(content)) == graph:
+        Kept(_folder(), MOST_BYTES).keep(key, content.encode())
+
+
+def recall_fresh(model: BuiltIn, input_shape: Sequence[Any]) -> tuple[ForwardGraph, dict[str, np.ndarray]] | None:
+    """The graph of a built-in model, and its fresh weights, if both are there."""
+    weights = _fresh_weights().find(_key_of_fresh(model))
+    graph = recall(_key_of_fresh(model, input_shape)) if weights is not None else None
+    if graph is None or weights is None:
+        return None
+    arrays, texts = unpack(weights)
+    return graph, {name: arrays[name] for name in json.loads(texts["order"])}  # torch's, in which `pack` has none
+
+
+def remember_fresh(
+    model: BuiltIn, input_shape: Sequence[Any], graph: ForwardGraph, state: Mapping[str, np.ndarray]
+) -> None:
+    """Keeps what reading that built-in model gave."""
+    if sum(array.nbytes for array in state.values()) <= MOST_WEIGHT_BYTES // 4:
+        remember(_key_of_fresh(model, input_shape), graph)
+        _fresh_weights().keep(_key_of_fresh(model), pack(state, {"order": json.dumps(list(state))}))
+
+
+def _key_of_fresh(model: BuiltIn, input_shape: Sequence[Any] = ()) -> str:
+    """Weights are the same for any batch."""
+    said = [model.name, model.input_shape[1:], model.classes, model.width, model.seed]
+    return digest(json.dumps([_code(), *said, list(input_shape)]).encode())
+
+
+def _fresh_weights() -> Kept:
+    return Kept(cache_folder() / "fresh", MOST_WEIGHT_BYTES)
 
 
 def _folder() -> Path:

@@ -9,11 +9,14 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from mest_compile.base.errors import BuildError
+from mest_compile.base.files import write_whole
 from mest_compile.hardware import host
 
 DIGEST_DIGITS = 32  # of a content's SHA-256, in the name of a file that is believed
@@ -98,3 +101,47 @@ def kept_file(folder: Path, key: str, name: str, make: Callable[[Path], None]) -
         "folder that "
         "can be written and executed from"
     ) from refused
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Contents by key, each in a file of its own that is believed only while it is what its name says. Where the folder
+    cannot be written nothing is kept.
+
+    most_bytes  that the folder may hold: beyond it those go that were used longest ago
+    """
+
+    folder: Path
+    most_bytes: int
+
+    def find(self, key: str) -> bytes | None:
+        """What was kept by that key, if it is there and whole."""
+        with suppress(OSError):
+            for path in self.folder.glob(f"{key}.{'?' * DIGEST_DIGITS}"):
+                content = path.read_bytes()
+                if path.name == f"{key}.{digest(content)}":
+                    os.utime(path)
+                    return content
+                path.unlink()
+        return None
+
+    def keep(self, key: str, content: bytes) -> None:
+        """key: of all that decides the content."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / f"{key}.{digest(content)}", content)
+            there = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.iterdir()]
+            total = sum(size for _, size, _ in there)
+            for _, size, path in sorted(there):
+                if total <= self.most_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def made(self, key: str, make: Callable[[], bytes]) -> bytes:
+        """What was kept by that key, or what `make` gives, which is kept then. Raises what `make` does."""
+        found = self.find(key)
+        if found is None:
+            found = make()
+            self.keep(key, found)
+        return found

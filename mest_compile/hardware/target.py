@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from functools import cache
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from mest_compile.hardware.cpu import (
     joined,
     lacking_features,
 )
+from mest_compile.hardware.folders import Kept, cache_folder, digest
 from mest_compile.hardware.host import cores
+from mest_compile.hardware.tvmruntime import runtime
 from mest_compile.ir.layouts.batch import abreast
 
 BFLOAT16 = "+avx512bf16"  # LLVM's name of the instructions
@@ -194,6 +197,9 @@ class Target:
 _IN_LOOPS = re.compile(r"s?sse|avx(?!10)|fma|xop|f16c|bmi|tbm|lzcnt|popcnt|movbe|cmov|gfni|egpr")
 
 
+_FEATURE_BYTES = 2**20  # of what LLVM told of targets, some 2 KB each, kept as asking it takes a second
+
+
 def needed_features(target: Target) -> frozenset[str]:
     """CPU features, by the kernel's names without dots and dashes, that LLVM may use in code for the target.
 
@@ -204,15 +210,24 @@ def needed_features(target: Target) -> frozenset[str]:
 
 @cache
 def _needed(target: Target) -> frozenset[str]:
-    from tvm.target.codegen import llvm_get_cpu_features
-
-    found = set(map(str, llvm_get_cpu_features(target.to_tvm())))
+    key = digest(json.dumps([host_machine(), metadata.version("apache-tvm"), target.tvm_fields]).encode())
+    kept = Kept(cache_folder() / "features", _FEATURE_BYTES).made(
+        key, lambda: json.dumps(_told_by_llvm(target)).encode()
+    )
+    found = set(json.loads(kept))
     machine = target.tvm_fields.get("mtriple", host_machine()).partition("-")[0]
     for start, names in LINUX_NAMES_OF_ARM.items():
         if machine.startswith(start):
             return frozenset(name for feature in found & names.keys() for name in names[feature])
     used = filter(_IN_LOOPS.match, found)
     return frozenset(joined(name) for feature in used for name in LINUX_NAMES.get(feature, (feature,)))
+
+
+def _told_by_llvm(target: Target) -> list[str]:
+    runtime()
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    return sorted(map(str, llvm_get_cpu_features(target.to_tvm())))
 
 
 def target_names() -> list[str]:

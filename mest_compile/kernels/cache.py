@@ -24,6 +24,7 @@ from mest_compile.base.errors import BuildError, MestError
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.folders import cache_folder, digest
 from mest_compile.hardware.host import cores
+from mest_compile.hardware.tvmruntime import runtime
 from mest_compile.kernels.source import KernelSource, object_code
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class Builder:
 
     def _side_by_side(self, get: Callable[[KernelSource], Any], sources: Iterable[KernelSource]) -> list[Any]:
         sources, before = list(sources), self.compiled
-        if not self._ready.keys() >= {source.key for source in sources}:
+        if not all(self.has(source) for source in sources):
+            runtime()  # before tvm, which would import torch
             import tvm  # noqa: F401  # before the threads, which would all wait for it
             from tvm.script import tirx  # noqa: F401
         found = []

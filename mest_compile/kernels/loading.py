@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mest_compile.hardware.tvmruntime import runtime
+
 
 def load_library(content: bytes, folders: Iterable[Path] = ()) -> Any:
     """TVM's module of a library with exactly this content; with the last of what comes from it the library goes.
@@ -19,15 +21,13 @@ def load_library(content: bytes, folders: Iterable[Path] = ()) -> Any:
              temporary folder at last
     Raises OSError, RuntimeError, as the last place did.
     """
-    import tvm_ffi
-
     refused: Exception | None = None
     for folder in (*folders, None):
         try:
             with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
                 path = Path(scratch) / "library.so"
                 path.write_bytes(content)
-                return tvm_ffi.load_module(path, keep_module_alive=False)
+                return runtime().load_module(path, keep_module_alive=False)
         except (OSError, RuntimeError) as problem:
             refused = problem
     assert refused is not None

@@ -7,9 +7,12 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mest_compile.ir.program import Buffer, Program, Stage
+
+_TEXT = Path(__file__).read_text(encoding="utf-8")
 
 
 def emit(
@@ -78,6 +81,27 @@ def _place(buffers: Iterable[Buffer], known: dict[Buffer, Any], storages: list, 
             known[buffer] = builder.emit(
                 relax.op.memory.alloc_tensor(storages[slot], offset, relax.ShapeExpr([buffer.elems]), buffer.dtype)
             )
+
+
+def said_of(
+    functions: Mapping[str, tuple[Program, tuple[Stage, ...]]],
+    symbol: Callable[[Program, str], str],
+    arena: str | None = None,
+) -> list[Any]:
+    """All that decides what `emit` gives, ready for JSON: the same is the same module."""
+    found: list[Any] = [_TEXT, arena]
+    for name, (program, stages) in functions.items():
+        held = program.held()
+        numbers = {buffer: number for number, buffer in enumerate(held)}
+
+        def place(buffer: Buffer, numbers: Mapping[Buffer, int] = numbers, program: Program = program) -> Any:
+            return numbers[buffer] if buffer.held else [*program.places[buffer], buffer.elems, buffer.dtype]
+
+        calls = [
+            [symbol(program, call.name), *map(place, call.buffers)] for call in program.calls if call.stage in stages
+        ]
+        found.append([name, [buffer.dtype for buffer in held], program.slots, calls])
+    return found
 
 
 def kernel_name(prefix: str, program: Program, call_name: str) -> str:

@@ -32,6 +32,21 @@ class Model:
     rounds: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A built-in model with fresh weights that nobody has made: what reading it gave before may be known."""
+
+    name: str
+    input_shape: tuple[int, ...]
+    classes: int = 10
+    width: float | None = None
+    seed: int = 0
+
+    def made(self) -> torch.nn.Module:
+        """Raises as `build_model`."""
+        return build_model(self.name, self.input_shape, self.classes, self.width, self.seed)
+
+
 def model_names() -> list[str]:
     return sorted(MODELS)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mest_compile.base import checks
 from mest_compile.base.errors import DataError, MestError, NotInstalled, SpecError, UnknownName, UsageError
 from mest_compile.base.names import meant
-from mest_compile.models.catalog import build_model, model_names
+from mest_compile.models.catalog import BuiltIn, build_model, model_names
 from mest_compile.models.inputs import Inputs
 from mest_compile.models.pretrained import (
     PRETRAINED,
@@ -32,6 +32,22 @@ if TYPE_CHECKING:
 
 NAMED = 6  # names that an error offers
 CHECKPOINTS = ("checkpoint.safetensors", "state.safetensors")  # of run folders, and of artifacts
+
+
+def model_to_read(
+    name: str,
+    input_shape: Sequence[int],
+    classes: int = 10,
+    width: float | None = None,
+    seed: int = 0,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+) -> torch.nn.Module | BuiltIn | str:
+    """As `find_model`, for `mest.compile` alone: a built-in model with fresh weights is only made if reading it needs
+    that."""
+    if isinstance(name, str) and name in model_names() and not pretrained and weights is None:
+        return BuiltIn(name, tuple(input_shape), classes, width, seed)
+    return find_model(name, input_shape, classes, width, seed, pretrained, weights)
 
 
 def find_model(

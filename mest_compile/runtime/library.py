@@ -13,13 +13,12 @@ import numpy as np
 
 from mest_compile.base.errors import DeviceError, NotInstalled
 from mest_compile.hardware.host import cores
+from mest_compile.hardware.tvmruntime import machine_of, tensor, tvm_ffi
 from mest_compile.ir.program import Program, Stage
 from mest_compile.kernels.loading import load_library
 from mest_compile.runtime.artifact import LIBRARY
 
 RUNTIME = "libtvm_runtime.so"
-ALIGN_BYTES = 64  # of every array: vectorised kernels assume it
-CPU, POOLED = 1, 2  # DLPack's device, TVM's allocator that hands the same memory out again
 
 
 def find_runtime(path: Path, given: str | os.PathLike | None = None) -> Path | str:
@@ -54,13 +53,13 @@ def _load(path: Path, library: bytes, runtime: Path | str) -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
     try:
-        import tvm_ffi
+        found = tvm_ffi()
     except ImportError as problem:
         raise NotInstalled(
             f"tvm_ffi cannot be imported ({problem}); run: pip install apache-tvm-ffi==0.1.14.post1"
         ) from problem
     try:
-        if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
+        if found.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # stays, as libraries do that ctypes opens
         return load_library(library, [path.resolve().parent])
     except (OSError, RuntimeError) as problem:
@@ -80,13 +79,10 @@ class LibraryRunner:
     def __init__(
         self, module: Any, programs: Mapping[str, tuple[Program, tuple[Stage, ...]]], threads: int, number: int = 0
     ):
-        import tvm_ffi
-
-        self._ffi, self._module = tvm_ffi, module
+        self._ffi, self._module = tvm_ffi(), module
         self._programs, self._threads = programs, threads
-        self._threadpool = tvm_ffi.get_global_func("runtime.config_threadpool")
-        self._machine = module["vm_load_executable"]()
-        self._machine["vm_initialization"](CPU, 0, POOLED)
+        self._threadpool = self._ffi.get_global_func("runtime.config_threadpool")
+        self._machine = machine_of(module)
         self._functions = {name: self._machine[f"{name}{number or ''}"] for name in programs}
         self._held: dict[str, tuple[np.ndarray, Any]] = {}  # with the tensor in its memory
         self._arguments: dict[str, list] = {}
@@ -97,8 +93,7 @@ class LibraryRunner:
         if held is None or held[0].size != flat.size or held[0].dtype != flat.dtype:
             # first, and then all at once: an interruption leaves no arguments that are not what is held
             self._arguments.clear()
-            there = _aligned(flat.size, flat.dtype)
-            self._held[name] = held = there, self._ffi.from_dlpack(there)
+            self._held[name] = held = tensor(flat.size, flat.dtype)
         held[0][...] = flat
 
     def get(self, name: str) -> np.ndarray:
@@ -120,10 +115,3 @@ class LibraryRunner:
         raise DeviceError(
             "an artifact's step cannot be profiled call by call; compile it on this machine and profile that"
         )
-
-
-def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """A new array that starts at a multiple of ALIGN_BYTES."""
-    room = np.empty(size * dtype.itemsize + ALIGN_BYTES, np.uint8)
-    start = -room.ctypes.data % ALIGN_BYTES
-    return room[start : start + size * dtype.itemsize].view(dtype)

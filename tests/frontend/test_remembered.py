@@ -6,9 +6,9 @@ from torch import nn
 
 import mest_compile.frontend.torch_import as torch_import
 from mest_compile.base.errors import SpecError
-from mest_compile.frontend import from_torch
+from mest_compile.frontend import from_torch, import_model
 from mest_compile.frontend.remembered import key_of
-from mest_compile.models.catalog import build_model
+from mest_compile.models.catalog import BuiltIn, build_model
 
 SHAPE = (2, 3, 8, 8)
 
@@ -50,6 +50,25 @@ def test_what_is_kept_is_what_was_read(name, shape, unread):
     kept, state = from_torch(module, shape)
     assert kept == read
     assert all((array == module.state_dict()[name].numpy()).all() for name, array in state.items())
+
+
+def test_a_built_in_model_that_was_read_by_its_name_is_not_made_again(cold, monkeypatch):
+    read = import_model(BuiltIn("resnet8", SHAPE, 4, 8, seed=3), SHAPE)
+    made = build_model("resnet8", SHAPE, 4, 8, seed=3).state_dict()
+    monkeypatch.setattr(BuiltIn, "made", lambda self: pytest.fail(f"{self} was made"))
+    graph, state = import_model(BuiltIn("resnet8", SHAPE, 4, 8, seed=3), SHAPE)
+    assert graph == read[0] and list(state) == list(read[1])
+    assert all(
+        (array == made[name].numpy()).all() and array.dtype == read[1][name].dtype for name, array in state.items()
+    )
+    for other in ({"seed": 4}, {"classes": 5}, {"width": 16}, {"name": "resnet20"}, {"input_shape": (2, 1, 8, 8)}):
+        model = BuiltIn(**{"name": "resnet8", "input_shape": SHAPE, "classes": 4, "width": 8, "seed": 3} | other)
+        with pytest.raises(pytest.fail.Exception):
+            import_model(model, model.input_shape)
+    (weights,) = (cold.parent / "fresh").iterdir()
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(pytest.fail.Exception):
+        import_model(BuiltIn("resnet8", SHAPE, 4, 8, seed=3), SHAPE)
 
 
 def frozen(module):

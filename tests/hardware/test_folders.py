@@ -8,7 +8,7 @@ import pytest
 
 from mest_compile.base.errors import BuildError
 from mest_compile.hardware import folders, host
-from mest_compile.hardware.folders import cache_folder, kept_file
+from mest_compile.hardware.folders import Kept, cache_folder, kept_file
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,21 @@ def test_a_file_that_cannot_be_kept_there_is_kept_in_the_temporary_folder(why, t
         monkeypatch.setattr(host, "forbids_execution", lambda folder: folder == place)
     found = kept_file(place, "key", "a.so", lambda path: path.write_bytes(b"content"))
     assert found.parent == spare() and found.read_bytes() == b"content"
+
+
+def test_contents_are_kept_while_they_are_whole_and_there_is_room(tmp_path):
+    kept, made = Kept(tmp_path / "kept", most_bytes=25), []
+
+    def make(key):
+        return kept.made(key, lambda: made.append(key) or key.encode() * 10)
+
+    assert [make(key) for key in "aba"] == [b"a" * 10, b"b" * 10, b"a" * 10] and made == ["a", "b"]
+    for number, path in enumerate(sorted(kept.folder.iterdir(), reverse=True)):
+        os.utime(path, ns=(number, number))  # b was used longest ago
+    make("c")
+    assert [kept.find(key) is None for key in "abc"] == [False, True, False]
+    next(kept.folder.glob("a.*")).write_bytes(b"torn")
+    assert kept.find("a") is None and not list(kept.folder.glob("a.*"))
+    nowhere = Kept(tmp_path / "file" / "below", 25)
+    (tmp_path / "file").write_text("no folder")
+    assert nowhere.made("a", lambda: b"x") == b"x" and nowhere.find("a") is None
