@@ -49,6 +49,7 @@ def test_digits_are_embedded_stratified_and_the_same_every_time():
     assert split.train.describe() == again.train.describe() and split.test.describe() == again.test.describe()
     shares = np.bincount(split.test.labels) / (np.bincount(split.train.labels) + np.bincount(split.test.labels))
     assert (abs(shares - 0.2) < 0.01).all()
+    assert split.test.reading == split.train.reading
     normal = split.train.normalise(split.train.images)
     assert abs(normal.mean()) < 1e-4 and abs(normal.std() - 1) < 1e-4
     with pytest.raises(DataError, match="takes no folder"):
@@ -467,11 +468,21 @@ def test_images_of_more_than_8_bits_are_not_cut(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"std": np.zeros(1, np.float32)}, {"mean": np.full(1, np.nan, np.float32)}, {"mean": np.zeros(2, np.float32)}],
+    [
+        {"std": np.zeros(1, np.float32)},
+        {"std": np.full(1, np.inf, np.float32)},
+        {"mean": np.full(1, np.nan, np.float32)},
+        {"mean": np.zeros(2, np.float32)},
+    ],
 )
 def test_statistics_that_no_image_can_be_divided_by_are_refused(change):
     with pytest.raises(DataError, match="mean and std must be 1 finite numbers"):
         replace(as_dataset((bytes_of(3, 1, 8, 8), np.arange(3))), **change)
+
+
+def test_labels_that_steps_do_not_read_are_refused():
+    with pytest.raises(DataError, match=r"3 images need as many int64 labels, not \(3,\) int32"):
+        replace(as_dataset((bytes_of(3, 1, 8, 8), np.arange(3))), labels=np.arange(3, dtype=np.int32))
 
 
 def test_only_data_sets_known_to_allow_it_are_mirrored(tmp_path):
@@ -543,6 +554,14 @@ def test_batches_are_a_function_of_their_generator():
     for one, two, unaugmented in zip(first, again, plain, strict=True):
         assert all((a == b).all() for a, b in zip(one, two, strict=True))
         assert (one[2] == unaugmented[2]).all() and (one[0] != unaugmented[0]).any()
+
+
+def test_a_data_set_that_allows_mirroring_alone_is_not_shifted():
+    data = Dataset.of(bytes_of(40, 1, 8, 8), np.zeros(40, int), "random", flip=True)
+    for images, _, places in batches(data, 40, np.random.default_rng(7), augment=True):
+        plain = data.normalise(data.images[places])
+        same, mirrored = ((images == one).all((1, 2, 3)) for one in (plain, plain[..., ::-1]))
+        assert (same | mirrored).all() and same.any() and mirrored.any()
 
 
 def test_a_data_set_smaller_than_a_batch_is_an_error_at_once():

@@ -71,9 +71,10 @@ def test_a_csv_file_names_files_and_labels(photos):
     path.write_text("red/0.png,red\nred/99.png,red")
     with pytest.raises(DataError, match="line 2: no file .*99.png"):
         read_pictures(path, INPUTS)
-    path.write_text("red/0.png")
-    with pytest.raises(DataError, match="line 1: wanted a file and its label"):
-        read_pictures(path, INPUTS)
+    for line in ("red/0.png", "red/0.png, "):
+        path.write_text(line)
+        with pytest.raises(DataError, match="line 1: wanted a file and its label"):
+            read_pictures(path, INPUTS)
 
 
 class Shapes:
@@ -81,8 +82,11 @@ class Shapes:
 
     classes = ("dark", "light")
 
+    def __init__(self, count=8):
+        self.count = count
+
     def __len__(self):
-        return 8
+        return self.count
 
     def __getitem__(self, place):
         return Image.new("L", (6 + place, 7), 200 * (place % 2)), place % 2
@@ -92,7 +96,8 @@ def test_arrays_and_torch_datasets_hold_pixels():
     images = np.zeros((8, 6, 7), np.uint8)
     images[1::2] = 200
     labels = np.arange(8) % 2
-    forms = [images, images[:, None], np.repeat(images[..., None], 3, -1), np.repeat(images[:, None], 3, 1)]
+    grey = [images, images[:, None], images[..., None]]
+    forms = [*grey, np.repeat(grey[2], 3, -1), np.repeat(grey[1], 3, 1)]
     for given in [*((form, labels) for form in forms), Shapes()]:
         found = read_pictures(given, INPUTS)
         train = found.split.train
@@ -144,6 +149,7 @@ def test_what_cannot_be_meant_is_refused(photos, tmp_path):
         (tmp_path / "nowhere", "no folder or CSV file .*nowhere"),
         (3, "a folder, a CSV file, .* not int"),
         ((images.astype(np.float32), labels), "images must be uint8 pixels .* not .* float32"),
+        (Shapes(0), "of one example or more"),
         ((images, labels[:3]), "4 images and 3 labels"),
         ((images, labels - 1), "numbers of classes from 0 on"),
         ((images, np.zeros(4, np.int64)), "there is one class, '0'"),

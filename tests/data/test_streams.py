@@ -36,6 +36,7 @@ def test_batches_of_any_size_become_the_steps(size):
     assert np.concatenate([labels for _, labels, _ in drawn]).tolist() == LABELS[:20].tolist()
     whole = list(parts(stream, 5))
     assert [len(images) for images, _ in whole] == [5, 5, 5, 5, 3] and whole[-1][0][-1, 0, 0, 0] == 22
+    assert [len(images) for images, _ in parts(stream, 23)] == [23]
 
 
 def test_a_torch_loader_is_drawn_anew_each_epoch_with_its_transforms():
