@@ -61,7 +61,11 @@ def test_mutations_keep_whole_units_and_exactly_as_many_as_asked_for(name, layer
         assert mask.sum() == keep.sum() * scheme.cell_elems(layer)
         np.testing.assert_array_equal(scheme.collapse(layer, mask), keep)
 
+    for share in (-0.1, 1.0, np.nan):
+        with pytest.raises(SparsityError, match=layer.name):
+            scheme.live_units(layer, share)
     weight = rng.standard_normal(layer.weight_shape)
+    assert (scheme.energy(layer, (1e-30 * weight).astype(np.float32)) > 0).all()  # small importances stay apart
     energy = scheme.energy(layer, weight)
     keep = scheme.start(layer, energy, start, np.random.default_rng(1))
     check(keep, start)

@@ -45,6 +45,8 @@ def test_a_folder_is_split_by_itself_each_class_for_itself(photos):
     assert [file.split("/")[-2] for file in found.files] == ["blue", "green", "red"]
     again, other = (read_pictures(photos, INPUTS, seed=seed).files for seed in (1, 2))
     assert again == found.files != other
+    (photos / "red").rename(photos / "test")  # a class of that name, beside no folder to train on
+    assert read_pictures(photos, INPUTS).classes == ("blue", "green", "test")
 
 
 @pytest.mark.parametrize("name", ["test", "val"])

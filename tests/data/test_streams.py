@@ -70,6 +70,7 @@ def test_parts_in_order_are_the_data_sets_own():
         (lambda x, y: (x.astype(np.uint8), y), "images are uint8, and nobody says how they are scaled"),
         (lambda x, y: (x / 0 * 0, y), "hold NaN or infinity"),
         (lambda x, y: (x, y + 2), "labels must be in 0..3, found 2..5"),
+        (lambda x, y: (x, y - 2), "labels must be in 0..3, found -2..1"),
         (lambda x, y: (x[:-1], y), "6 of them and 7 labels"),
         (lambda x, y: (x[:, :, : 2 + (y[0] == 0)], y), "batch 1: images have shape"),
         (lambda x, y: x, "must be a pair"),

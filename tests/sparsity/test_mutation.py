@@ -170,8 +170,10 @@ def test_equal_scores_are_drawn_evenly_whatever_decides():
         counts = sum(decide().astype(int) for _ in range(2000))
         assert counts[0] == 2000 and counts[9] == 0, name
         assert (abs(counts[1:9] - 500) < EVEN).all(), (name, counts)
-    counts = np.bincount([int(choices(np.array([[1.0, 1, 0, 1]]), rng)[0]) for _ in range(3000)], minlength=4)
-    assert counts[2] == 0 and (abs(counts[[0, 1, 3]] - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
+    scores, filters = np.array([1.0, 1, 0, 1]), (np.array([0, 4]), np.array([0]))
+    for decide in (lambda: choices(scores[None], rng), lambda: mutation.highest(scores, 1, rng, *filters)):
+        counts = np.bincount([int(decide()[0]) for _ in range(3000)], minlength=4)
+        assert counts[2] == 0 and (abs(counts[[0, 1, 3]] - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
 
 
 def test_where_no_scores_are_equal_the_generator_is_not_asked():

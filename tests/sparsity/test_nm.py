@@ -116,6 +116,8 @@ def test_the_sparsity_follows_from_the_scheme():
     with pytest.raises(SparsityError, match="scheme 1:4 has sparsity 0.75, not 0.9; leave sparsity out, or choose"):
         StepOptions("1:4", 0.9)
     assert mest.NM(2, 4) == parse_scheme("2:4") == parse_scheme("nm:2:4") == parse_scheme("nm")
+    with pytest.raises(UsageError, match="NM: m"):
+        mest.NM(2, 4.5)
     for text, error in (("4:4", UsageError), ("0:4", UsageError), ("nm:4x4", UsageError), ("2:", UnknownName)):
         with pytest.raises(error):
             parse_scheme(text)

@@ -14,6 +14,7 @@ from mest_compile.base.errors import InputError, SparsityError, StateError, Unkn
 from mest_compile.ir.graph import LayerSpec
 from mest_compile.sparsity import parse_scheme
 from mest_compile.sparsity.distributions import distribute
+from mest_compile.sparsity.scheme import loads_shared
 from mest_compile.sparsity.schemes.pattern import PATTERNS
 
 CONV = LayerSpec("conv", (8, 12, 3, 3), (2, 12, 6, 6), (1, 1), (1, 1))
@@ -204,6 +205,10 @@ def test_grown_kernels_are_drawn_evenly_and_so_are_their_patterns():
     for counts in (places, patterns):  # binomial: five standard deviations
         share = 1 / len(counts)
         assert counts.sum() == 400 and (abs(counts - 400 * share) < 5 * np.sqrt(400 * share * (1 - share))).all()
+
+
+def test_channels_share_loads_as_far_as_they_go_into_fours_or_pairs():
+    assert [loads_shared(channels) for channels in (3, 6, 8)] == [1, 2, 4]
 
 
 def test_an_energy_that_is_not_one_a_cell_is_refused():

@@ -13,6 +13,7 @@ from mest_compile.base.errors import DataError, InputError, MestError, UsageErro
 from mest_compile.data import as_dataset
 from mest_compile.operators.losses.loss import LOSSES
 from mest_compile.training.metrics import METRICS, Score, compared, metrics_of
+from mest_compile.training.predicting import evaluated
 from mest_compile.training.reporting import write_report
 from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.sieve import SieveRule
@@ -131,6 +132,7 @@ LABELS = {
     "shares": lambda images: 0.9 * np.eye(3)[LABELS["classes"](images)] + 0.1 / 3,
     "maps": lambda images: (images[:, 0] > 0).astype(int),
 }
+CLASSES = ("classes", "unknown", "void")  # of an example there is one
 KEEP = {"method": "static", "lr": 0.05, "augment": False, "lr_schedule": "constant"}
 RUNS = {
     "mse": ("number", 1, {"mse", "mae"}),
@@ -185,6 +187,10 @@ def test_a_run_is_judged_by_the_metrics_of_its_loss(loss, builder, tmp_path):
     assert [json.loads(line) for line in lines] == run.history
     again = mest.load(tmp_path / "run" / "best.safetensors")
     assert again.loss == step.loss
+    told = evaluated(step, as_dataset(test, **step.loss.labels))
+    assert told[main.name] == pytest.approx(run.test_score, rel=1e-6)
+    # Which classes are taken for which is told where an example has one class.
+    assert RunFolder(tmp_path / "run").verdict.is_file() == ("classes" in told) == (kind in CLASSES)
 
 
 def test_a_resumed_run_of_numbers_goes_on_bit_for_bit(builder, tmp_path):

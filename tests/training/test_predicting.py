@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ from mest_compile.data import Dataset
 from mest_compile.models.inputs import Inputs, Reading
 from mest_compile.runtime import checkpoint
 from mest_compile.training import ondevice, verdict
-from mest_compile.training.predicting import answers, evaluated
+from mest_compile.training.predicting import answers, evaluated, readable
 
 COLOURS = {"leaf": (40, 160, 60), "night": (20, 20, 60), "sand": (220, 190, 120)}
 SIDE = 8
@@ -169,6 +170,18 @@ def test_a_step_of_scaled_numbers_does_not_guess_what_pixels_are(trained, pictur
         next(answers(step, [pictures / "test" / "sand" / "0.png"]))
     with pytest.raises(UsageError, match="nobody says how pixels"):
         mest.to_onnx(step, "nowhere.onnx", pixels=True)
+
+
+def test_pictures_have_one_channel_or_three_and_their_answer_is_no_map():
+    def step(channels, *outputs):
+        pixels = Inputs((4, 4), mean=(0.0,) * channels, std=(1.0,) * channels)
+        return SimpleNamespace(reading=Reading((), pixels), output_shape=(2, *outputs))
+
+    assert [readable(step(channels, 5))[0].channels for channels in (1, 3)] == [1, 3]
+    with pytest.raises(UsageError, match="images of 2 channels, and pictures have 1 or 3"):
+        readable(step(2, 5))
+    with pytest.raises(UsageError, match=r"answers are maps, \(5, 4\) an example"):
+        readable(step(3, 5, 4))
 
 
 def test_data_of_other_classes_is_refused(trained):

@@ -59,7 +59,7 @@ class SoftmaxStep:
         keep = prune(np.ones(units, bool), abs(weight), self._live(sparsity), np.random.default_rng(seed))
         self.state = {"weight": weight * keep, "momentum": np.zeros(units, np.float32), "keep": keep}
         self.rates, self.mutations = [], []
-        self.optimizer, self.asked_lr, self.whole_batches = SGD(), None, True
+        self.optimizer, self.asked_lr, self.whole_batches, self.reading = SGD(), None, True, None
 
     def _live(self, sparsity):
         return round(math.prod(self.input_shape[1:]) * self.classes * (1 - sparsity))
