@@ -45,6 +45,7 @@ class Buffer:
     parts       torch names of the dense parameters or statistics in it, one after another
     layer       the layer's weight, where a layer holds it; `role` is what it is of the layer: "" its values,
                 "gradient", an index array
+    sharers     weights of the layers that use it one after another, where it is as large as the largest needs it
     """
 
     name: str
@@ -55,6 +56,7 @@ class Buffer:
     parts: tuple[str, ...] = ()
     layer: str = ""
     role: str = ""
+    sharers: tuple[str, ...] = ()
 
     @property
     def held(self) -> bool:

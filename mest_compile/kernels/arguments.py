@@ -41,10 +41,11 @@ def any_arrays(call: Call, layers: Mapping[str, Layer], program: Program, seed: 
     """Arrays, flat, that any call of a program takes: as `call_arrays`, of layers that are indexed together, and what
     kernels divide by above 0."""
     rng, indices = np.random.default_rng(seed), dict[str, LayerIndex]()
-    return [_argument(buffer, program, layers, indices, False, rng) for buffer in call.buffers]
+    return [_argument(call, buffer, program, layers, indices, False, rng) for buffer in call.buffers]
 
 
 def _argument(
+    call: Call,
     buffer: Buffer,
     program: Program,
     layers: Mapping[str, Layer],
@@ -52,7 +53,7 @@ def _argument(
     exact: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    name, role = buffer.layer, buffer.role
+    name, role = call.layer if buffer.sharers else buffer.layer, buffer.role
     if name in layers and name not in indices:
         layer = layers[name]
         energy = rng.random(layer.scheme.grid(layer.spec))
@@ -68,7 +69,7 @@ def _argument(
     if buffer.elems is None:
         order, there = indices[name].sort, indices[name].arrays.get("transposed_from")
         if there is None:
-            return _whole(rng, masked_elems(buffer, layers, {name: len(order)}))
+            return _whole(rng, masked_elems(buffer, layers, {name: len(order)}, name))
         # A cell may be held twice, to fill up a list of rows, and then with one value.
         return _whole(rng, int(order.max()) + 1).take(order.take(there) if role == "transposed" else order)
     if buffer.dtype == "int32":

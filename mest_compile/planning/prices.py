@@ -30,7 +30,7 @@ def call_bytes(call: Call, plan: Plan) -> int:
     live = held_cells(plan.layers, {})
 
     def size(buffer: Buffer) -> int:
-        elems = masked_elems(buffer, plan.layers, live) if buffer.elems is None else buffer.elems
+        elems = masked_elems(buffer, plan.layers, live, call.layer) if buffer.elems is None else buffer.elems
         return elems * ITEM_BYTES[buffer.dtype]
 
     return sum(map(size, call.buffers))

@@ -89,7 +89,7 @@ class Mutating:
             layer.check_room(units, 1 - units * layer.scheme.unit_cells(layer.spec) / keep.size)
         return {
             name: (
-                np.flatnonzero(keep.ravel()[self._state.cells[name]]),
+                np.flatnonzero(keep.ravel()[self._state.cells(name)]),
                 cells_of(keep & ~self._state.keep(name)),
                 None,
             )
@@ -145,7 +145,7 @@ class Mutating:
         it does not name do not grow."""
         changes: dict[str, Change] = {}
         for name in self.mutating:
-            spec, scheme, cells = self._layers[name].spec, self._layers[name].scheme, self._state.cells[name]
+            spec, scheme, cells = self._layers[name].spec, self._layers[name].scheme, self._state.cells(name)
             live = min(fewest[name], len(cells) // scheme.unit_cells(spec))
             stay, dead = self._pruned(name, live, importance_lambda, rng)
             wanted = None if gradients is None else scheme.energy(spec, as_conv(gradients[name]))
@@ -172,7 +172,7 @@ class Mutating:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`Scheme.prune` of a layer, by importance, to `fewest` units or as many as it has."""
         spec, scheme = self._layers[name].spec, self._layers[name].scheme
-        cells, places = self._state.cells[name], self._state.places[name]
+        cells, places = self._state.cells(name), self._state.places[name]
         score = importance(
             self._state.get(name), self._state.get(f"{name}:gradient") if importance_lambda else None, importance_lambda
         )
@@ -206,7 +206,7 @@ class Mutating:
         changing = {
             name: change
             for name, change in changes.items()
-            if len(change[1]) or len(change[0]) < len(self._state.cells[name])
+            if len(change[1]) or len(change[0]) < len(self._state.cells(name))
         }
         return [partial(self._exchange, name, change, install) for name, change in changing.items()]
 

@@ -38,7 +38,7 @@ def write(
     except (TypeError, ValueError) as problem:
         raise UsageError(f"extra cannot be written as JSON ({problem}); arrays go to `arrays`") from problem
     held = {f"held/{name}": state.get(name) for name in state.own()}
-    orders = {f"order/{name}": state.order(name) for name in state.cells}
+    orders = {f"order/{name}": state.order(name) for name in state.places}
     others = {f"extra/{name}": array for name, array in arrays.items()} | {
         f"kept/{name}": array for name, array in state.kept.items()
     }

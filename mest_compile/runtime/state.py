@@ -14,7 +14,8 @@ from mest_compile.ir.graph import COUNTER
 from mest_compile.ir.program import Buffer, Program
 from mest_compile.operators.batch_norm import BatchNormRunning
 from mest_compile.operators.layers.family import FAMILIES
-from mest_compile.operators.layers.values import carry_over, gather_units, merge, scatter_units
+from mest_compile.operators.layers.turning import TURNED
+from mest_compile.operators.layers.values import carry_over, cell_type, gather_units, merge, scatter_units
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
 
@@ -55,8 +56,7 @@ class HeldState:
     """The arrays of one step on a runner, and their translation to torch's names and shapes and back.
 
     held   name -> buffer of all arrays that outlive a call
-    cells  weight name -> where the live cells lie in the grid, (live,) int32, ascending: the mask
-    places weight name -> where in the value array each of them stands
+    places weight name -> where in the value array each live cell stands, of the layers that have a mask
     kept   torch name -> what no operator of the model uses, in its own type: it stays in this process as it is
     """
 
@@ -69,8 +69,10 @@ class HeldState:
     ):
         """programs: of the step, the training program first; shapes: torch name -> shape."""
         self.held: dict[str, Buffer] = {buffer.name: buffer for program in programs for buffer in program.held()}
-        self.cells: dict[str, np.ndarray] = {}
         self.places: dict[str, np.ndarray] = {}
+        self._cells: dict[str, np.ndarray] = {}  # in the smallest type that has room for them
+        shared = self.held.get(TURNED)
+        self._turned = dict.fromkeys(shared.sharers if shared else (), 0)  # weight name -> elements of its values
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
@@ -86,8 +88,9 @@ class HeldState:
         for buffer in self.held.values():
             if buffer.elems is not None:
                 runner.put(buffer.name, np.zeros(buffer.elems, buffer.dtype))
-        self.cells.clear()
         self.places.clear()
+        self._cells.clear()
+        self._turned, self._room = dict.fromkeys(self._turned, 0), 0
         self._runner = runner
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -120,11 +123,15 @@ class HeldState:
 
     # Masks.
 
+    def cells(self, name: str) -> np.ndarray:
+        """Where the layer's live cells lie in the grid, (live,) int32, ascending: its mask."""
+        return self._cells[name].astype(np.int32)
+
     def keep(self, name: str) -> np.ndarray:
         """The layer's mask, a bool array of its scheme's grid."""
         layer = self._layers[name]
         keep = np.zeros(layer.scheme.grid(layer.spec), bool)
-        keep.ravel()[self.cells[name]] = True
+        keep.ravel()[self._cells[name]] = True
         return keep
 
     def mask(self, name: str) -> np.ndarray:
@@ -134,7 +141,7 @@ class HeldState:
 
     def order(self, name: str) -> np.ndarray:
         """Where each cell of the value array lies in the grid."""
-        cells = self.cells[name]
+        cells = self.cells(name)
         return cells.take(self._index[name](cells).sort)
 
     def arranged(
@@ -178,8 +185,8 @@ class HeldState:
     def snapshot(self, states: Sequence[str]) -> Snapshot:
         """states: names of what the optimizer keeps."""
         return Snapshot(
-            {name: self.order(name) for name in self.cells},
-            {part: self.get(part) for name in self.cells for part in self.parts(name)},
+            {name: self.order(name) for name in self.places},
+            {part: self.get(part) for name in self.places for part in self.parts(name)},
             {suffix: dict(self._collect_dense(suffix)) for suffix in ("", ":gradient", *(f":{one}" for one in states))},
             {name: array.copy() for name, array in self.kept.items()},
         )
@@ -199,29 +206,37 @@ class HeldState:
         """`arranged` of those of `cells` that stay, told by their places in that list, and of new ones, of a unit that
         died and was drawn again as well.
         """
-        return self.arranged(name, *merge(self.cells[name].take(stay), self.places[name].take(stay), new), start)
+        return self.arranged(name, *merge(self.cells(name).take(stay), self.places[name].take(stay), new), start)
 
     def install(self, arrangement: Arrangement) -> None:
         """Makes it what the layer holds."""
-        self.cells[arrangement.name], self.places[arrangement.name] = arrangement.cells, arrangement.places
+        name = arrangement.name
+        layer = self._layers[name]
+        self._cells[name] = arrangement.cells.astype(cell_type(layer.scheme.grid(layer.spec)))
+        self.places[name] = arrangement.places
         self.write(arrangement.arrays)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Puts arrays by name, and brings up to date what is made from them."""
+        self._turned |= {name: arrays[name].size for name in self._turned.keys() & arrays.keys()}
+        most = max(self._turned.values(), default=0)
+        self._make_room(max(most, self._room))  # first: kernels of what is written next need it
         for name, array in arrays.items():
             self.put(name, array)
         for name in self._layers:
             if name in arrays:
                 self.transpose(name)
+        self._make_room(most)
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""
         if f"{name}:transposed" not in self.held:
             return
         layer = self._layers[name]
-        if (places := self._index_array(name, "transposed_from")) is not None:
-            self.put(f"{name}:transposed", self.get(name)[places])
-        elif (permutation := self._index_array(name, "permutation")) is not None:
+        index = self._index[name](self.cells(name)).arrays
+        if "transposed_from" in index:
+            self.put(f"{name}:transposed", self.get(name)[index["transposed_from"]])
+        elif "permutation" in index:
             rows, sources = layer.scheme.block(layer.spec)
             values: np.ndarray = (
                 self.get(name).reshape(-1, sources, rows).transpose(0, 2, 1).reshape(-1, rows * sources)
@@ -229,13 +244,14 @@ class HeldState:
             if rows * sources == 1:
                 values = values[:, 0]  # NumPy moves plain numbers three times as fast as rows of one
             turned = np.empty_like(values)
-            turned[permutation] = values
+            turned[index["permutation"]] = values
             self.put(f"{name}:transposed", turned)
 
-    def _index_array(self, name: str, part: str) -> np.ndarray | None:
-        """An index array of the layer, made again where it is not held; None where its kernels have none such."""
-        held = f"{name}:{part}"
-        return self.get(held) if held in self.held else self._index[name](self.cells[name]).arrays.get(part)
+    def _make_room(self, elems: int) -> None:
+        """Lets the array for values that kernels turn have so many."""
+        if elems != self._room:
+            self.put(TURNED, np.zeros(elems, np.float32))
+            self._room = elems
 
     # Torch's names and shapes.
 
@@ -286,7 +302,7 @@ class HeldState:
             values = (
                 self.get(name + suffix).reshape(-1, layer.scheme.cell_elems(layer.spec)).take(self.places[name], axis=0)
             )
-            dense = scatter_units(values, self.cells[name], grid, layer.spec.weight_shape)
+            dense = scatter_units(values, self._cells[name], grid, layer.spec.weight_shape)
             found[name] = dense.reshape(self._shapes[name])
         return found
 

@@ -142,8 +142,7 @@ class Tells:
     def not_finite(self) -> list[str]:
         """Which arrays hold NaN or infinity, of live weights, statistics, optimizer state and gradients; none when
         training is sound."""
-        held = self._state.of_kinds("values", "optimizer", "gradients")
-        return [name for name, array in held.items() if not np.isfinite(array).all()]
+        return [name for name in self._state.own() if not np.isfinite(self._state.get(name)).all()]
 
     def memory_by_microbatch(self) -> dict[int, int]:
         """{examples of a pass: bytes that the step would need at its densest if it made such passes}, most first."""
@@ -163,8 +162,8 @@ class Tells:
         """
         layers = self._compiled.layers
         units = {
-            name: len(cells) // layers[name].scheme.unit_cells(layers[name].spec)
-            for name, cells in self._state.cells.items()
+            name: len(places) // layers[name].scheme.unit_cells(layers[name].spec)
+            for name, places in self._state.places.items()
         }
         if at_capacity:
             units |= {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None}

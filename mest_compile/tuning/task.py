@@ -150,7 +150,7 @@ def prepare(task: Task, program: Program, layers: Mapping[str, Layer], builder: 
     call = program.calls[number]
     indices: dict[str, LayerIndex] = {}
     exact = not EXACT.isdisjoint(task.kernel.split("."))
-    arguments = [_argument(buffer, program, layers, indices, exact, rng) for buffer in call.buffers]
+    arguments = [_argument(call, buffer, program, layers, indices, exact, rng) for buffer in call.buffers]
     after = _default_answer(task, arguments, builder)
     wanted = {place: array for place, array in enumerate(after) if not np.array_equal(array, arguments[place])}
     _check_default(task, arguments, after)

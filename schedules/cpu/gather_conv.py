@@ -61,7 +61,8 @@ def gather_conv(
     text(
         "units = T.int32()",
         "offsets = T.match_buffer(offsets_handle, (units,), 'int32')",
-        f"values = T.match_buffer(values_handle, (units * {block},), 'float32')",
+        "n_values = T.int32()",
+        "values = T.match_buffer(values_handle, (n_values,), 'float32')",
     )
     if pairs(target, source):
         set_words(text, problem.unit[0], problem.row_block)

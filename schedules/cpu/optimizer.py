@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from mest_compile.hardware.target import Target
 from mest_compile.ir.expressions import Variable
 from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
-from mest_compile.operators.optimizers.optimizer import (
-    Bound,
-    CopyValues,
-    Norm,
-    Update,
-    UpdatePart,
-    UpdateUnits,
-    rule_of,
-)
+from mest_compile.operators.optimizers.optimizer import Bound, Norm, Update, UpdatePart, rule_of
 from mest_compile.schedules.cpu.rows import UNROLL, buffer, number
 
-CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time, still in L2 when a unit's values are copied
-
-
-def _start(rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Text:
-    """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
-    kind = rule_of(rule)
-    handles = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
-    handles |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
-    text = Text(*(f"{name}_handle: T.handle" for name in handles))
-    text.symbolic(symbol, handles)
-    text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
-    return text
+CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time
+NORM_PARTS = 64  # that a sum of squares is cut into, so that it is the same on any number of threads
 
 
 def _update(text: Text, rule: str, at: str) -> None:
@@ -66,7 +45,12 @@ def _update_chunk(text: Text, rule: str, vector: int, elems: int) -> None:
 
 @schedule("optimizer.update", device="cpu")
 def update(problem: Update, target: Target) -> str:
-    text = _start(problem.rule, "n", "n")
+    kind = rule_of(problem.rule)
+    handles = dict.fromkeys(("values", "gradients", *kind.state), ("n", "float32"))
+    handles |= {"hyper": (str(len(kind.scalars)), "float32")}
+    text = Text(*(f"{name}_handle: T.handle" for name in handles))
+    text.symbolic("n", handles)
+    text(*(f"{name}: T.let = hyper[{place}]" for place, name in enumerate(kind.scalars)))
     with text.nest(f"if n >= {CHUNK_ELEMS}", f"for chunk in T.parallel(n // {CHUNK_ELEMS})"):
         _update_chunk(text, problem.rule, target.vector, CHUNK_ELEMS)
     with text.nest(f"for e in T.serial(n % {CHUNK_ELEMS})"):
@@ -86,47 +70,6 @@ def update_part(problem: UpdatePart, target: Target) -> str:
         text(f"at: T.let = {problem.start} + e")
         _update(text, problem.rule, "at")
     return str(text)
-
-
-@schedule("optimizer.update_units", device="cpu")
-def update_units(problem: UpdateUnits, target: Target) -> str:
-    """Updates a chunk of units, then copies their values from the cache."""
-    size = problem.source_block * problem.row_block
-    units = -(-CHUNK_ELEMS // (size * target.vector)) * target.vector  # whole vectors, whatever the unit's size
-    elems = f"units * {size}"
-    text = _start(problem.rule, elems, "units", {"permutation": ("units", "int32"), "transposed": (elems, "float32")})
-
-    def copy(unit: str) -> None:
-        with text.nest(f"for j in T.unroll({problem.row_block})", f"for k in T.unroll({problem.source_block})"):
-            text(
-                f"transposed[permutation[{unit}] * {size} + j * {problem.source_block} + k] = "
-                f"values[{unit} * {size} + k * {problem.row_block} + j]"
-            )
-
-    with text.nest(f"if units >= {units}", f"for chunk in T.parallel(units // {units})"):
-        _update_chunk(text, problem.rule, target.vector, units * size)
-        with text.nest(f"for u in T.serial({units})"):
-            copy(f"(chunk * {units} + u)")
-    with text.nest(f"for u in T.serial(units % {units})"):
-        text(f"unit: T.let = units // {units} * {units} + u")
-        with text.nest(f"for e in T.serial({size})"):
-            text(f"at: T.let = unit * {size} + e")
-            _update(text, problem.rule, "at")
-        copy("unit")
-    return str(text)
-
-
-@schedule("optimizer.copy", device="cpu")
-def copy_values(problem: CopyValues, target: Target) -> str:
-    text = Text("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
-    text.symbolic("n", {"values": ("n", "float32")})
-    text.symbolic("m", {"places": ("m", "int32"), "copies": ("m", "float32")})
-    with text.nest("for i in T.serial(m)"):
-        text("copies[i] = values[places[i]]")
-    return str(text)
-
-
-NORM_PARTS = 64  # that a sum of squares is cut into, so that it is the same on any number of threads
 
 
 @schedule("optimizer.norm", device="cpu")

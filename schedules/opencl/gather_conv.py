@@ -129,8 +129,8 @@ def gather_conv(
         image("result", result),
         *statistics,
     )
-    block = problem.source_block * problem.row_block
-    text.symbolic("units", {"offsets": ("units", "int32"), "values": (f"units * {block}", "float32")})
+    text.symbolic("units", {"offsets": ("units", "int32")})
+    text.symbolic("n_values", {"values": ("n_values", "float32")})
     for index, grid_pass in enumerate(problem.passes):
         if min(grid_pass.grid) > 0:
             _conv_pass(

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from mest_compile.hardware.target import Target
 from mest_compile.ir.infix import written
 from mest_compile.kernels.source import schedule
-from mest_compile.operators.optimizers.optimizer import (
-    Bound,
-    CopyValues,
-    Norm,
-    Update,
-    UpdatePart,
-    UpdateUnits,
-    rule_of,
-)
+from mest_compile.operators.optimizers.optimizer import Bound, Norm, Update, UpdatePart, rule_of
 from mest_compile.schedules.opencl.sums import ENOUGH_GROUPS, tree
 from mest_compile.schedules.opencl.text import DeviceText, number, scalars, whole_groups
-
-
-def _start(
-    rule: str, elems: str, symbol: str, others: Mapping[str, tuple[str, str]] = MappingProxyType({})
-) -> DeviceText:
-    """A kernel of `elems` values in terms of `symbol`. others: its arguments after `hyper`, name -> (size, dtype)."""
-    kind = rule_of(rule)
-    sizes = dict.fromkeys(("values", "gradients", *kind.state), (elems, "float32"))
-    sizes |= {"hyper": (str(len(kind.scalars)), "float32"), **others}
-    text = DeviceText(*(f"{name}_handle: T.handle" for name in sizes))
-    text.symbolic(symbol, sizes)
-    return text
 
 
 def _update(text: DeviceText, rule: str, at: str = "n") -> None:
@@ -47,7 +24,11 @@ def _update(text: DeviceText, rule: str, at: str = "n") -> None:
 
 @schedule("optimizer.update", device="opencl")
 def update(problem: Update, target: Target) -> str:
-    text = _start(problem.rule, "n_values", "n_values")
+    kind = rule_of(problem.rule)
+    sizes = dict.fromkeys(("values", "gradients", *kind.state), ("n_values", "float32"))
+    sizes |= {"hyper": (str(len(kind.scalars)), "float32")}
+    text = DeviceText(*(f"{name}_handle: T.handle" for name in sizes))
+    text.symbolic("n_values", sizes)
     with text.each_of("n_values", ENOUGH_GROUPS, target.limits.threads):
         _update(text, problem.rule)
     return str(text)
@@ -60,32 +41,6 @@ def update_part(problem: UpdatePart, target: Target) -> str:
     text = DeviceText(*(scalars(name, elems) for name, elems in arrays.items()))
     with text.each(problem.elems, target.limits.threads):
         _update(text, problem.rule, f"({problem.start} + n)")
-    return str(text)
-
-
-@schedule("optimizer.update_units", device="opencl")
-def update_units(problem: UpdateUnits, target: Target) -> str:
-    """A thread for each weight, which also puts the new value where the input gradient reads it."""
-    size = problem.source_block * problem.row_block
-    elems = f"units * {size}"
-    text = _start(problem.rule, elems, "units", {"permutation": ("units", "int32"), "transposed": (elems, "float32")})
-    with text.each_of(f"(units * {size})", ENOUGH_GROUPS, target.limits.threads):
-        _update(text, problem.rule)
-        text(
-            f"k: T.let = n % {size} // {problem.row_block}",
-            f"j: T.let = n % {problem.row_block}",
-            f"transposed[permutation[n // {size}] * {size} + j * {problem.source_block} + k] = values[n]",
-        )
-    return str(text)
-
-
-@schedule("optimizer.copy", device="opencl")
-def copy_values(problem: CopyValues, target: Target) -> str:
-    text = DeviceText("values_handle: T.handle", "places_handle: T.handle", "copies_handle: T.handle")
-    text.symbolic("n_values", {"values": ("n_values", "float32")})
-    text.symbolic("n_copies", {"places": ("n_copies", "int32"), "copies": ("n_copies", "float32")})
-    with text.each_of("n_copies", ENOUGH_GROUPS, target.limits.threads):
-        text("copies[n] = values[places[n]]")
     return str(text)
 
 

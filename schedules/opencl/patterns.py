@@ -96,7 +96,8 @@ def pattern_conv(
         image("result", result),
         *([statistics] if gather.statistics else []),
     )
-    text.symbolic("units", {"offsets": ("units", "int32"), "values": (f"units * {problem.taps}", "float32")})
+    text.symbolic("units", {"offsets": ("units", "int32")})
+    text.symbolic("n_values", {"values": ("n_values", "float32")})
 
     def place(layout: Image, start: tuple[int, int], q: str) -> str:
         """Distance in vectors from the first channel's start to the first pixel of run q, which is counted through all

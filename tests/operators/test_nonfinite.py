@@ -47,7 +47,7 @@ from mest_compile.operators.activation import (
     FormulaForward,
     activation_of,
 )
-from mest_compile.operators.layers import bias
+from mest_compile.operators.layers import bias, turning
 from mest_compile.operators.layers.depthwise import (
     DepthwiseForward,
     DepthwiseGradInput,
@@ -692,12 +692,19 @@ def sums_of_passes(kernel, rng, dtype) -> Iterator:
         yield adding.Scale(), [gradients, share], {0: adding.scale_reference(gradients, share)}
 
 
-@case("optimizer.update", "optimizer.update_part", "optimizer.update_units", "optimizer.copy")
-def optimizers(kernel, rng, dtype) -> Iterator:
-    if kernel == "optimizer.copy":
-        values, places = salted(rng, rng.standard_normal(48)), rng.permutation(48).astype(np.int32)
-        yield optimizer.CopyValues(), [values, places, np.zeros(48, np.float32)], {2: values[places]}
+@case("values.turn", "values.copy")
+def turned_values(kernel, rng, dtype) -> Iterator:
+    values, turned = salted(rng, rng.standard_normal(48)), np.zeros(48, np.float32)
+    if kernel == "values.copy":
+        places = rng.permutation(48).astype(np.int32)
+        yield turning.CopyValues(), [values, places, turned], {2: values[places]}
         return
+    problem, permutation = turning.TurnUnits(2, 3), rng.permutation(8).astype(np.int32)
+    yield problem, [values, permutation, turned], {2: turning.turned_reference(problem, values, permutation)}
+
+
+@case("optimizer.update", "optimizer.update_part")
+def optimizers(kernel, rng, dtype) -> Iterator:
     for rule in EVERY.values():
         values, gradients, *states = (salted(rng, rng.standard_normal(48)) for _ in range(2 + len(rule.state)))
         arrays = [values, gradients, *states, rule.hyper(3, 0.1)]
@@ -705,17 +712,10 @@ def optimizers(kernel, rng, dtype) -> Iterator:
         wanted = {0: new, **dict(enumerate(moved, 2))}
         if kernel == "optimizer.update":
             yield optimizer.Update(rule.rule_name), arrays, wanted
-        elif kernel == "optimizer.update_part":
+        else:
             part = np.arange(48) >= 8
             kept = {place: np.where(part, new, arrays[place]) for place, new in wanted.items()}
             yield optimizer.UpdatePart(rule.rule_name, 8, 40, 48), arrays, kept
-        else:
-            problem, permutation = optimizer.UpdateUnits(rule.rule_name, 2, 3), rng.permutation(8).astype(np.int32)
-            yield (
-                problem,
-                [*arrays, permutation, np.zeros_like(values)],
-                {**wanted, len(arrays) + 1: optimizer.transposed_reference(problem, new, permutation)},
-            )
 
 
 # Convolutions

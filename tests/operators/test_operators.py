@@ -39,7 +39,7 @@ from mest_compile.operators import (
 )
 from mest_compile.operators import conversion as image
 from mest_compile.operators.activation import ACTIVATIONS, ActivationBackward, ActivationForward
-from mest_compile.operators.layers import bias
+from mest_compile.operators.layers import bias, turning
 from mest_compile.operators.losses import cross_entropy as loss
 from mest_compile.operators.losses.cross_entropy import CrossEntropy
 from mest_compile.operators.losses.loss import answers as given_answers
@@ -1285,21 +1285,23 @@ def test_a_norm_is_its_reference_and_bounds_gradients(run, rng, count, first, li
             assert_close(bounded, reference)
 
 
-@every_rule
 @pytest.mark.parametrize(("source_block", "row_block"), [(1, 1), (1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("units", [1, 5000])
-def test_an_update_of_units_writes_the_transposed_copy(run, rng, rule, units, source_block, row_block):
-    problem = optimizer.UpdateUnits(rule.rule_name, source_block, row_block)
-    values, gradients, *states = rng.standard_normal((2 + len(rule.state), units * source_block * row_block)).astype(
-        np.float32
-    )
-    arrays = [values, gradients, *map(np.abs, states), rule.hyper(2, rule.lr)]
+def test_units_are_turned_and_what_is_behind_them_stays(run, rng, units, source_block, row_block):
+    problem = turning.TurnUnits(source_block, row_block)
+    values = rng.standard_normal(units * source_block * row_block, np.float32)
     permutation = rng.permutation(units).astype(np.int32)
-    got = run("optimizer.update_units", problem, *arrays, permutation, np.zeros_like(values))
-    wanted = optimizer.update_reference(rule.rule_name, *arrays)
-    for place, want in zip((0, *range(2, 2 + len(rule.state))), wanted, strict=True):
-        assert_close(got[place], want)
-    assert np.array_equal(got[-1], optimizer.transposed_reference(problem, got[0], permutation))
+    before = rng.standard_normal(values.size + 7, np.float32)
+    *_, got = run("values.turn", problem, values, permutation, before.copy())
+    assert np.array_equal(got[: values.size], turning.turned_reference(problem, values, permutation))
+    assert np.array_equal(got[values.size :], before[values.size :])
+
+
+def test_values_are_copied_from_their_places_and_what_is_behind_them_stays(run, rng):
+    values, before = (rng.standard_normal(size, np.float32) for size in (90, 75))
+    places = rng.permutation(90)[:70].astype(np.int32)
+    *_, got = run("values.copy", turning.CopyValues(), values, places, before.copy())
+    assert np.array_equal(got, np.concatenate([values[places], before[70:]]))
 
 
 # Threads

@@ -68,9 +68,9 @@ def test_fewer_examples_than_a_slice_has_train_as_in_torch():
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512", "cortex-a76"])
-def test_a_step_of_one_example_is_planned_in_less_than_a_fifth_of_the_bytes_of_eight(name):
+def test_a_step_of_one_example_is_planned_in_a_sixth_of_the_bytes_of_eight(name):
     target = find_target("avx2" if name == "avx512" else name)
     if name == "avx512":
         target = replace(target, vector=16, registers=32, llvm=(("kind", "llvm"), ("mcpu", "x86-64-v4")))
     memory = mest.check("resnet20", (8, 3, 32, 32), scheme="block", sparsity=0.9, target=target).memory
-    assert memory[1] < memory[8] / 5.6
+    assert memory[1] <= memory[8] / 6

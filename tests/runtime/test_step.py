@@ -301,6 +301,21 @@ def test_memory_counts_every_kind():
     )
 
 
+def test_what_is_planned_for_values_is_what_is_held_whatever_lives():
+    """Among it the array that layers turn their values in, which is as large as the largest needs it."""
+    step, (batch,) = small_step(scheme="unstructured"), make_batches((8, 3, 8, 8), 10, 1)
+    masks = step.masks()
+    largest = max(masks, key=lambda name: masks[name].sum())
+    fewer = np.where(np.arange(masks[largest].size).reshape(masks[largest].shape) % 3 == 0, masks[largest], False)
+    for mask in (masks[largest], fewer, np.ones_like(fewer)):
+        step.set_masks({largest: mask})
+        held = step._state.held.items()
+        there = sum(step._state.get(name).nbytes for name, buffer in held if buffer.kind == "values")
+        assert step.memory()["values"] == there
+        assert step._state.get(":transposed").size == max(int(one.sum()) for one in step.masks().values())
+        assert np.isfinite(step(*batch).loss)
+
+
 BAD = {
     "shape": (lambda s, x, y: s(x[:, :2], y), "compiled for"),
     "nan": (lambda s, x, y: s(np.where(x > 2, np.nan, x), y), "NaN or infinite"),

@@ -20,8 +20,8 @@ from mest_compile.operators.layers.family import INDEX_BYTES, KernelFamily, fami
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import images_read, parity_passes, reaching_passes
 from mest_compile.operators.layers.index import LayerIndex, Places, places_of
+from mest_compile.operators.layers.turning import CopyValues
 from mest_compile.operators.operator import Trace
-from mest_compile.operators.optimizers.optimizer import CopyValues
 from mest_compile.sparsity.scheme import Scheme, loads_shared
 
 if TYPE_CHECKING:
@@ -131,29 +131,18 @@ class CompactFamily(KernelFamily):
             rows_live=rows_live,
             sources_live=sources_live,
         )
+        values = self.turned(layer, low, node, "values.copy", CopyValues(), "transposed_from")
         low.call(
             "compact.conv",
             problem,
             *self._index(layer, problem, low, "transposed_"),
-            self.hold(layer, low, "transposed", "values"),
+            values,
             *self._lists(layer, problem, delta, low, "transposed_"),
             delta,
             target,
             node=node,
             phase="grad_input",
         )
-
-    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
-        super().update(layer, transposed, low, name)
-        if transposed:
-            low.call_update(
-                "optimizer.copy",
-                CopyValues(),
-                self.hold(layer, low, "", "values"),
-                self.hold(layer, low, "transposed_from", "indices"),
-                self.hold(layer, low, "transposed", "values"),
-                name=f"{layer.spec.name}.transpose",
-            )
 
     def once(self, layer: Layer, transposed: bool, low: Trace) -> Buffer | None:
         """Where the last of listed rows fill their group up; the transposed copy has each weight once, from there."""

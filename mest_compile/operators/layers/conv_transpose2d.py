@@ -39,7 +39,7 @@ class ConvTranspose2d(Operator):
         bias = (low.parameter(node, "bias"),) if "bias" in node.params else ()
         kernels, problem = _kernels(layer), gradient_problem(layer, x.image, y.image, False, bool(bias))
         kernels.hold(layer, low, "", "values")  # of which what is read here is a copy
-        values = kernels.hold(layer, low, "transposed", "values")
+        values = kernels.transposed(layer, low, node.name)
         index = kernels.index_arrays(layer, problem, low, "transposed_")
         low.call("gather.conv", problem, *index, values, *bias, x, y, node=node.name, phase="forward")
 
@@ -58,7 +58,7 @@ class ConvTranspose2d(Operator):
             index, values = kernels.index_arrays(layer, problem, low), kernels.hold(layer, low, "", "values")
             low.call("gather.conv", problem, *index, values, dy, dx, node=node.name, phase="grad_input")
         if trains:
-            kernels.update(layer, True, low, f"{layer.spec.name}.update")
+            kernels.update(layer, low)
 
     def onnx(self, node: Node, writer: Writer) -> str:
         (x,), weight, bias = writer.inputs(node), writer.weight(node.params["weight"]), writer.parameters(node, "bias")

@@ -92,7 +92,7 @@ class DepthwiseFamily(KernelFamily):
             node=node.name,
             phase="backward",
         )
-        self.update(layer, True, low, f"{layer.spec.name}.update")
+        self.update(layer, low)
 
     def convolve(
         self,

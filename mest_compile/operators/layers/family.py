@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from mest_compile.operators.layers.bias import BiasGradient
 from mest_compile.operators.layers.combing import gradient_goal, read_source
 from mest_compile.operators.layers.gather import Epilogue, GatherConv
 from mest_compile.operators.layers.geometry import gradient_halo, grid_abreast, reads_combed
-from mest_compile.operators.layers.values import cells_of
+from mest_compile.operators.layers.turning import TURNED
+from mest_compile.operators.layers.values import cell_type, cells_of
 from mest_compile.operators.operator import Trace
 from mest_compile.operators.optimizers.optimizer import Update
 from mest_compile.sparsity.layer import Layer
@@ -96,11 +97,30 @@ class KernelFamily(ABC):
             if goal is not target:
                 low.call("image.uncomb", ImageComb(target.image, goal.image, accumulate), goal, target)
         if trains:
-            self.update(layer, transposed, low, f"{layer.spec.name}.update")
+            self.update(layer, low)
 
-    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
-        """Records the optimizer's step. transposed: whether the layer has an input gradient."""
-        low.call_update("optimizer.update", Update(low.optimizer.rule_name), *self.state(layer, low), name=name)
+    def update(self, layer: Layer, low: Trace) -> None:
+        """Records the optimizer's step."""
+        low.call_update(
+            "optimizer.update",
+            Update(low.optimizer.rule_name),
+            *self.state(layer, low),
+            name=f"{layer.spec.name}.update",
+        )
+
+    def turned(self, layer: Layer, low: Trace, node: str, kernel: str, problem: Any, places: str) -> Buffer:
+        """The layer's values in the order of its transposed index. Where they train they are put there now, into an
+        array that layers share; what is frozen has its own. kernel: what puts them there, by the index array
+        `places`."""
+        found = low.node(node)
+        assert found is not None, f"{node} is no node"
+        if not low.trains(found, "weight"):
+            return self.hold(layer, low, "transposed", "values")
+        shared = low.hold(TURNED, None, "values")
+        shared.role, shared.sharers = "transposed", tuple(dict.fromkeys((*shared.sharers, layer.spec.name)))
+        index = self.hold(layer, low, places, "indices")
+        low.call(kernel, problem, self.hold(layer, low, "", "values"), index, shared)
+        return shared
 
     def state(self, layer: Layer, low: Trace) -> tuple[Buffer, ...]:
         """(values, gradients, each state, hyper): what the optimizer works on."""
@@ -217,7 +237,7 @@ class KernelFamily(ABC):
         """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells
         long, and where in the value array each of them stands.
         """
-        return (INDEX_BYTES + np.min_scalar_type(cells).itemsize) * cells
+        return (cell_type(layer.scheme.grid(layer.spec)).itemsize + np.min_scalar_type(cells).itemsize) * cells
 
     @abstractmethod
     def sections(
@@ -254,12 +274,21 @@ def problem_of(program: Program, layer: Layer, part: str) -> GatherConv | None:
     )
 
 
-def masked_elems(buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int]) -> int:
+def masked_elems(
+    buffer: Buffer, layers: Mapping[str, Layer], live_units: Mapping[str, int], sharer: str | None = None
+) -> int:
     """Elements of a buffer whose size follows from its layer's mask: its kernels know their index arrays, the others
-    have one a weight."""
+    have one a weight. sharer: the layer that those count of which use what several share; None: the largest."""
+    if buffer.sharers:
+        names = buffer.sharers if sharer is None else (sharer,)
+        return max(_value_elems(layers[name], live_units[name]) for name in names)
     layer, cells = layers[buffer.layer], live_units[buffer.layer]
     if buffer.kind == "indices":
         return FAMILIES.find(layer.kernels).index_elems(layer, buffer.role, cells)
+    return _value_elems(layer, cells)
+
+
+def _value_elems(layer: Layer, cells: int) -> int:
     return cells * layer.scheme.cell_elems(layer.spec)
 
 

@@ -61,7 +61,7 @@ class GatherConv:
       pointers   (passes * sections * groups + 1,) int32: units of (pass, section, group) are pointers[i] .. pointers[i
                  + 1]
       offsets    (units,) int32, in the first slice
-      values     (units * source_block * row_block,) float32, [unit, source channel, result channel]
+      values     (units * source_block * row_block or more,) float32, [unit, source channel, result channel]
       channels   (groups * row_block,) int32, live_groups (1,) int32, only if `rows_live`: row j of group g is result
                  channel channels[g * row_block + j]; groups from live_groups on are left out, their results are not
                  written

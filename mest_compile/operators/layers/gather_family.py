@@ -16,8 +16,8 @@ from mest_compile.operators.layers.family import KernelFamily, family, problem_o
 from mest_compile.operators.layers.gather import Epilogue, GatherConv, GatherGrad, Pass
 from mest_compile.operators.layers.geometry import images_read, parity_passes, reaching_passes
 from mest_compile.operators.layers.index import LayerIndex, Places, Runs, divide, inverse, places_of
+from mest_compile.operators.layers.turning import TurnUnits
 from mest_compile.operators.operator import Trace
-from mest_compile.operators.optimizers.optimizer import UpdateUnits
 from mest_compile.sparsity.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -162,30 +162,22 @@ class GatherFamily(KernelFamily):
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
     ) -> None:
         problem = gradient_problem(layer, delta.image, target.image, accumulate)
+        values = self.transposed(layer, low, node)
         low.call(
             "gather.conv",
             problem,
             *self.index_arrays(layer, problem, low, "transposed_"),
-            self.hold(layer, low, "transposed", "values"),
+            values,
             delta,
             target,
             node=node,
             phase="grad_input",
         )
 
-    def update(self, layer: Layer, transposed: bool, low: Trace, name: str) -> None:
-        if not transposed:
-            super().update(layer, transposed, low, name)
-            return
+    def transposed(self, layer: Layer, low: Trace, node: str) -> Buffer:
+        """The layer's values as kernels read them that are given its transposed index, from now on."""
         rows, sources = layer.scheme.block(layer.spec)
-        low.call_update(
-            "optimizer.update_units",
-            UpdateUnits(low.optimizer.rule_name, sources, rows),
-            *self.state(layer, low),
-            self.hold(layer, low, "permutation", "indices"),
-            self.hold(layer, low, "transposed", "values"),
-            name=name,
-        )
+        return self.turned(layer, low, node, "values.turn", TurnUnits(sources, rows), "permutation")
 
     def indexer(self, layer: Layer, program: Program) -> Callable[[np.ndarray], LayerIndex]:
         if layer.spec.transposed:

@@ -76,11 +76,12 @@ class PatternFamily(GatherFamily):
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
     ) -> None:
         problem = replace(gradient_problem(layer, delta.image, target.image, accumulate), taps=PAIR)
+        values = self.transposed(layer, low, node)
         low.call(
             "pattern.conv",
             problem,
             *self.index_arrays(layer, problem, low, "transposed_"),
-            self.hold(layer, low, "transposed", "values"),
+            values,
             delta,
             target,
             node=node,

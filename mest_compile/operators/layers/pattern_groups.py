@@ -22,7 +22,7 @@ Shape = tuple[tuple[int, int], ...]
 class GroupedConv:
     """Kernel "pattern_groups.conv": arguments and result as "gather.conv" has them for `gather`, but every cell of the
     index has a run of units for each shape: pointers (gather.cells * len(shapes) + 1,), offsets (units,) of the first
-    tap, values (units * taps,).
+    tap, values (units * taps or more,).
 
     gather  of blocks of 1 x 1, stride 1
     shapes  of equally many taps each; the first distance is (0, 0)

@@ -122,11 +122,12 @@ class PatternGroupsFamily(GatherFamily):
         self, layer: Layer, delta: Activation, target: Activation, accumulate: bool, low: Trace, node: str
     ) -> None:
         problem = GroupedConv(gradient_problem(layer, delta.image, target.image, accumulate), SHAPES)
+        values = self.transposed(layer, low, node)
         low.call(
             "pattern_groups.conv",
             problem,
             *self._runs(layer, problem, low, "transposed_"),
-            self.hold(layer, low, "transposed", "values"),
+            values,
             delta,
             target,
             node=node,

@@ -10,6 +10,11 @@ def cells_of(keep: np.ndarray) -> np.ndarray:
     return np.flatnonzero(keep).astype(np.int32)
 
 
+def cell_type(grid: tuple[int, ...]) -> np.dtype:
+    """The smallest type that places of a grid's cells fit into."""
+    return np.min_scalar_type(int(np.prod(grid)) - 1)
+
+
 def merge(cells: np.ndarray, places: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ascending cells and new ones, ascending too, as one list; where each stood): `places` of the old ones, -1 of the
     new ones."""

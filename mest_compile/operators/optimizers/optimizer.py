@@ -173,25 +173,6 @@ class UpdatePart:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateUnits:
-    """Kernel "optimizer.update_units": as "optimizer.update" with n = units * source_block * row_block, then
-    permutation (units,) int32 and transposed (n,): the new values in the order that the input gradient reads.
-
-    transposed[permutation[u], j, k] = values[u, k, j] for k < source_block, j < row_block.
-    """
-
-    rule: str
-    source_block: int
-    row_block: int
-
-
-@dataclass(frozen=True, slots=True)
-class CopyValues:
-    """Kernel "optimizer.copy": values (n,), places (m,) int32, copies (m,). copies[i] = values[places[i]]; n and m are
-    symbolic."""
-
-
-@dataclass(frozen=True, slots=True)
 class Norm:
     """Kernel "optimizer.norm": gradients (n,), where `listed` places (m,) int32, norm (1,). n and m are symbolic.
 
@@ -234,11 +215,3 @@ def update_reference(
     for name, expression in kind.formula.items():
         known[name] = expression.evaluate(**known)
     return [known["values"], *(known[name] for name in kind.state)]
-
-
-def transposed_reference(problem: UpdateUnits, values: np.ndarray, permutation: np.ndarray) -> np.ndarray:
-    """(n,): what `transposed` holds after the update to `values`."""
-    units = values.reshape(-1, problem.source_block, problem.row_block)
-    out = np.empty((len(units), problem.row_block, problem.source_block), values.dtype)
-    out[permutation] = units.transpose(0, 2, 1)
-    return out.ravel()
