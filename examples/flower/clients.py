@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from exchange import Layout, pack_values, partitions, unpack_masks, unpack_values
+from exchange import Layout, pack_masks, pack_values, partitions, take
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -35,10 +35,10 @@ def settings_of(config: ConfigRecord) -> tuple[Any, ...]:
     return tuple(config[name] for name in ("model", "width", "data", "scheme", "sparsity", "seed"))
 
 
-def put(step: Any, layout: Layout, values: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+def put(step: Any, state: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> None:
     """Masks first: values where a weight is dead would be refused."""
     step.set_masks(masks)
-    step.load_state_dict({**step.state_dict(), **unpack_values(layout, values, masks)})
+    step.load_state_dict({**step.state_dict(), **state})
 
 
 client = ClientApp()
@@ -46,11 +46,16 @@ client = ClientApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Some epochs on the client's own examples; live values go back, and how many examples they are of."""
+    """Some epochs on the client's own examples; live values go back, and how many examples they are of. A message
+    without a bitmap is for those who have the mask of the round before, which `context.state` keeps."""
     config, number = message.content["config"], int(context.node_config["partition-id"])
     step, split, layout = opened(*settings_of(config))
-    masks = unpack_masks(layout, config["bitmap"])
-    put(step, layout, message.content["values"]["values"].numpy(), masks)
+    held = context.state.get("mask", {"round": 0, "bitmap": b""})
+    bitmap = config["bitmap"] or (held["bitmap"] if held["round"] == config["round"] - 1 else b"")
+    drawn_by = (config["seed"], config["round"])
+    values = message.content["values"]["values"].numpy()
+    state, masks = take(layout, values, bitmap, config["share"], drawn_by, config["digest"])
+    put(step, state, masks)
     mine = partitions(split.train.labels, config["clients"], config["alpha"], config["seed"])[number]
     losses = []
     for epoch in range(config["epochs"]):
@@ -58,6 +63,7 @@ def train(message: Message, context: Context) -> Message:
         for images, labels, _ in batches(split.train, BATCH, rng, False, mine, drop_last=False):
             losses.append(step(images.reshape(len(images), *step.input_shape[1:]), labels, lr=config["lr"]).loss)
     values = pack_values(layout, step.state_dict(), masks)
+    context.state["mask"] = ConfigRecord({"round": config["round"], "bitmap": pack_masks(layout, masks)})
     return Message(
         RecordDict(
             {

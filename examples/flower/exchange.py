@@ -1,10 +1,12 @@
-"""What a fleet that trains one sparse model exchanges: the values of live weights, and a bitmap of the mask.
+"""What a fleet that trains one sparse model exchanges: the values of live weights, and once a bitmap of the mask.
 
-Nothing here knows Flower. All clients have one mask, which the server changes between rounds.
+Nothing here knows Flower. All clients have one mask. The server changes it between rounds by a rule of the values that
+it sends, so that whoever has the mask of the round before works out the next one; a digest shows that it is the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +75,24 @@ def unpack_masks(layout: Layout, bitmap: bytes) -> dict[str, np.ndarray]:
     return {name: part.reshape(layout.shapes[name]) for name, part in zip(layout.sparse, parts)}
 
 
+def digest(layout: Layout, masks: Arrays) -> bytes:
+    """Eight bytes that other masks do not have."""
+    return hashlib.sha256(pack_masks(layout, masks)).digest()[:8]
+
+
+def take(
+    layout: Layout, values: np.ndarray, bitmap: bytes, share: float, drawn_by: Sequence[int], wanted: bytes
+) -> tuple[dict, dict]:
+    """(state, masks) of a round: `values` lie where `bitmap`, the mask of the round before, lives; then `mutate` with
+    the generator of the numbers `drawn_by`. Raises ValueError where values or bitmap do not fit, or where the masks
+    that come out have another digest than `wanted`."""
+    masks = unpack_masks(layout, bitmap)
+    state, masks = mutate(unpack_values(layout, values, masks), masks, share, np.random.default_rng(drawn_by))
+    if digest(layout, masks) != wanted:
+        raise ValueError("the mask that comes out is not the server's; its bitmap is needed again")
+    return state, masks
+
+
 def average(values: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray:
     """The mean over clients, each as often as it has examples. Raises ValueError where they differ in length."""
     if not values or len({one.shape for one in values}) > 1 or min(examples) < 1:
@@ -84,9 +104,10 @@ def average(values: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray
 def mutate(state: Arrays, masks: Arrays, share: float, rng: np.random.Generator) -> tuple[dict, dict]:
     """(state, masks) in which that share of each masked array's live weights, the smallest, are dead and as many of the
     dead ones, drawn evenly, live: they begin at 0. One step of Elastic Mutation, arXiv:2110.14032, at the server: what
-    clients have trained decides, and all keep one mask."""
+    clients have trained decides, and all keep one mask. In the order of names, whatever the mappings' is."""
     state, masks = dict(state), {name: mask.copy() for name, mask in masks.items()}
-    for name, mask in masks.items():
+    for name in sorted(masks):
+        mask = masks[name]
         flat, live, dead = mask.reshape(-1), np.flatnonzero(mask), np.flatnonzero(~mask)
         count = min(round(share * live.size), dead.size)
         weights = state[name].copy()

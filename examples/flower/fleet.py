@@ -18,7 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
 from clients import BATCH, client, opened, put, settings_of
-from exchange import average, mutate, pack_masks, pack_values, unpack_values
+from exchange import average, digest, mutate, pack_masks, pack_values, unpack_values
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -26,9 +26,10 @@ from flwr.simulation import run_simulation
 from mest_compile.data import parts
 
 
-def bytes_of(content: RecordDict, bitmap: bytes) -> int:
+def bytes_of(content: RecordDict) -> int:
     """What a message carries of the model, with the array's header."""
-    return sum(len(array.data) for array in content["values"].values()) + len(bitmap)
+    config = content.get("config", {})
+    return sum(len(array.data) for array in content["values"].values()) + len(config.get("bitmap", b""))
 
 
 def accuracy(step: Any, data: Any) -> float:
@@ -46,34 +47,38 @@ def server_of(asked: argparse.Namespace, told: list[dict[str, Any]]) -> ServerAp
     def main(grid: Grid, context: Context) -> None:
         said = {name: getattr(asked, name) for name in ("model", "width", "data", "scheme", "sparsity", "seed")}
         said |= {name: getattr(asked, name) for name in ("clients", "alpha", "epochs", "lr")}
+        until = asked.mutate_until * asked.rounds
         step, split, layout = opened(*settings_of(said))
         state, masks = step.state_dict(), step.masks()
         values = pack_values(layout, state, masks)
+        holding: dict[int, int] = {}  # {node: the last round whose mask it has}
         while len(nodes := list(grid.get_node_ids())) < asked.clients:
             time.sleep(0.2)
         for number in range(1, asked.rounds + 1):
-            if masks and number > 1 and number <= asked.mutate_until * asked.rounds:
-                rng = np.random.default_rng([asked.seed, number])
-                state, masks = mutate(unpack_values(layout, values, masks), masks, asked.mutate, rng)
-                values = pack_values(layout, state, masks)
-            bitmap = pack_masks(layout, masks)
-            config = ConfigRecord({**said, "round": number, "bitmap": bitmap})
-            content = RecordDict({"values": ArrayRecord({"values": Array(values)}), "config": config})
-            sent = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
+            before, share = pack_masks(layout, masks), asked.mutate if 1 < number <= until else 0.0
+            rng = np.random.default_rng((asked.seed, number))
+            state, masks = mutate(unpack_values(layout, values, masks), masks, share, rng)
+            common = {**said, "round": number, "share": share, "digest": digest(layout, masks)}
+            sent = []
+            for node in nodes:
+                bitmap = b"" if holding.get(node) == number - 1 else before
+                config = ConfigRecord({**common, "bitmap": bitmap})
+                content = RecordDict({"values": ArrayRecord({"values": Array(values)}), "config": config})
+                sent.append(Message(content, dst_node_id=node, message_type="train"))
             replies = [one for one in grid.send_and_receive(sent) if not one.has_error()]
             if not replies:
                 raise RuntimeError(f"round {number}: all clients failed; the simulation's log says why")
+            holding = {one.metadata.src_node_id: number for one in replies}
             got = [one.content["values"]["values"].numpy() for one in replies]
             counts = [int(one.content["metrics"]["num-examples"]) for one in replies]
             values = average(got, counts)
-            put(step, layout, values, masks)
-            up = max(bytes_of(one.content, b"") for one in replies)
+            put(step, unpack_values(layout, values, masks), masks)
             line = {
                 "round": number,
                 "clients": len(replies),
                 "accuracy": accuracy(step, split.test),
-                "down_bytes": bytes_of(content, bitmap),
-                "up_bytes": up,
+                "down_bytes": max(bytes_of(one.content) for one in sent),
+                "up_bytes": max(bytes_of(one.content) for one in replies),
                 "dense_bytes": layout.dense_bytes,
                 "loss": float(np.average([one.content["metrics"]["loss"] for one in replies], weights=counts)),
             }
@@ -104,7 +109,10 @@ def main() -> None:
         backend_config={"init_args": resources, "client_resources": {"num_cpus": 1}},
     )
     if asked.out:
-        asked.out.write_text(json.dumps({**vars(asked), "out": str(asked.out), "rounds": told}, indent=1) + "\n")
+        whole = sum(line["dense_bytes"] for line in told)
+        shares = {f"{way}_share": sum(line[f"{way}_bytes"] for line in told) / whole for way in ("down", "up")}
+        said = {**vars(asked), "out": str(asked.out), **shares, "rounds": told}
+        asked.out.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,22 @@ def test_a_mutation_drops_the_smallest_and_keeps_the_count():
         assert not state[name][new].any()
 
 
+def test_a_client_works_out_the_mask_that_the_server_has_and_says_where_it_cannot():
+    values, bitmap, drawn_by = exchange.pack_values(LAYOUT, STATE, MASKS), exchange.pack_masks(LAYOUT, MASKS), (7, 3)
+    state, masks = exchange.mutate(STATE, MASKS, 0.2, np.random.default_rng(drawn_by))
+    wanted = exchange.digest(LAYOUT, masks)
+    got, here = exchange.take(LAYOUT, values, bitmap, 0.2, drawn_by, wanted)
+    assert all(np.array_equal(here[name], masks[name]) for name in masks) and wanted != exchange.digest(LAYOUT, MASKS)
+    assert all(np.array_equal(got[name], state[name]) for name in got)
+    assert (
+        exchange.take(LAYOUT, values, bitmap, 0.0, drawn_by, exchange.digest(LAYOUT, MASKS))[1].keys() == MASKS.keys()
+    )
+    with pytest.raises(ValueError, match="not the server's"):
+        exchange.take(LAYOUT, values, bitmap, 0.2, (7, 4), wanted)
+    with pytest.raises(ValueError, match="bitmap of"):  # who has no mask of the round before
+        exchange.take(LAYOUT, values, b"", 0.2, drawn_by, wanted)
+
+
 def test_every_example_has_one_client_and_classes_are_not_alike():
     labels = np.repeat(np.arange(10), 100)
     parts = exchange.partitions(labels, 10, 0.3, seed=0)
