@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ def _checked(input_shape: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], 
     """As `checks.shapes` has it, of lists and sizes of any kind."""
 
     def plain(value: Any) -> Any:
-        return tuple(map(plain, value)) if hasattr(value, "__iter__") and not isinstance(value, str) else int(value)
+        return tuple(map(plain, value)) if isinstance(value, Iterable) and not isinstance(value, str) else int(value)
 
     try:
         return checks.shapes("input_shape", plain(input_shape), SpecError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,10 +114,10 @@ def _read(data: Any, name: str, step: Any, kind: dict[str, Any], like: Dataset |
     """A Stream of what can only be gone through and of a list of batches, else a Dataset, whose pixels are scaled as
     the step's were before."""
     held = isinstance(data, Dataset | Examples | tuple) and not _of_batches(data)
-    if not held and hasattr(type(data), "__iter__"):
+    if not held and isinstance(data, Iterable):
         return Stream(data, name, classes=step.classes, **kind)
     found = as_dataset(data, classes=step.classes, like=like, name=name, **kind)
-    return found.scaled_as(getattr(step, "reading", None))
+    return found.scaled_as(step.reading)
 
 
 def _of_batches(data: Any) -> bool:

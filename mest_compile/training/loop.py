@@ -169,7 +169,7 @@ class Trainer:
         return lock
 
     def _fit(self, given: Given) -> Run:
-        self.step.reading = given.reading(getattr(self.step, "reading", None))
+        self.step.reading = given.reading(self.step.reading)
         run, data = self._begin(given)
         log.info(self._about(given))
         self._stamp = None  # who resumes may do so once: from here on the step is not what the checkpoint says

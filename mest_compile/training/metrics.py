@@ -109,8 +109,7 @@ def compared(loss: Loss, labels: np.ndarray) -> np.ndarray:
     """Labels as metrics take them: classes, negative where they do not count, or numbers."""
     if loss.reads[0][1] is not np.int64:
         return labels.argmax(1) if loss.tells_correct else labels
-    ignored = getattr(loss, "ignore_index", None)
-    return labels if ignored is None else np.where(labels == ignored, -1, labels)
+    return labels if loss.ignored is None else np.where(labels == loss.ignored, -1, labels)
 
 
 class Score:

@@ -81,6 +81,10 @@ class CrossEntropy(Loss):
             )
 
     @property
+    def ignored(self) -> int | None:
+        return self.ignore_index
+
+    @property
     def _scaled(self) -> bool:
         return self.weight is not None or self.ignore_index is not None
 

@@ -69,8 +69,12 @@ class Loss(ABC):
     @property
     def labels(self) -> dict[str, Any]:
         """Of which kind labels are, as `as_dataset` is told."""
-        ignored = getattr(self, "ignore_index", None)
-        return {"numbers": self.takes_numbers, **({} if ignored is None else {"ignored": ignored})}
+        return {"numbers": self.takes_numbers, **({} if self.ignored is None else {"ignored": self.ignored})}
+
+    @property
+    def ignored(self) -> int | None:
+        """Label of what does not count; None: every label is a class."""
+        return None
 
     def check(self, shape: Shape) -> None:  # noqa: B027
         """Raises SpecError when it is none of outputs of that shape."""
