@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mest_compile as mest
 from mest_compile.base.errors import MestError, SparsityError, UnknownName, UsageError
+from mest_compile.options import StepOptions
 from mest_compile.sparsity.mutation import Phase
 from mest_compile.training.methods import METHODS
 from mest_compile.training.recipe import Recipe
@@ -317,6 +319,8 @@ def test_a_recipe_without_a_rate_takes_the_steps():
     )
     with pytest.raises(UsageError, match="the recipe has no lr"):
         Recipe(4, "static").lr_at(0, 0, 1)
+    for given, lr in ((mest.SGD(), 0.5), (mest.SGD(lr=0.2), 0.2)):
+        assert Recipe(4, "static", lr=0.5).step_options(StepOptions("2:4", optimizer=given)).optimizer.lr == lr
 
 
 @pytest.mark.parametrize(

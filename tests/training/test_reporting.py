@@ -61,6 +61,11 @@ def test_what_a_report_says_is_what_the_metrics_say(finished):
     )
 
 
+def test_a_run_of_one_epoch_has_its_plots(tmp_path):
+    Trainer(SoftmaxStep(), replace(RECIPE, epochs=1, phases=()), tmp_path).fit(TRAIN, TEST)
+    assert write_report(tmp_path)["epochs"] == 1
+
+
 def test_the_page_shows_the_numbers_of_the_metrics(finished):
     lines = RunFolder(finished).read_metrics()
     lines[-1].update(loss=0.54321, train_accuracy=0.8125, test_accuracy=0.75)

@@ -97,6 +97,15 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_no_run_and_starts_again
     assert not (tmp_path / "run" / "source.json").exists() and not list((tmp_path / "run").glob(".*"))
 
 
+def test_what_killed_writers_left_goes_when_a_run_goes_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    for file in (folder.metrics, folder.checkpoint, folder.best):
+        (tmp_path / f".{file.name}.part").write_text("torn")
+    folder.diverged.touch()
+    folder.remove_torn()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "lost", [["checkpoint.safetensors"], ["checkpoint.safetensors", "checkpoint.previous.safetensors"]]
 )

@@ -44,6 +44,19 @@ def test_epochs_are_a_table_of_aligned_columns_that_fits_a_narrow_terminal():
     assert sum("sieved 20" in line for line in lines) == 1
 
 
+def test_a_terminal_shows_how_far_a_run_is_moving_means_and_the_last_score():
+    step, said = SoftmaxStep(), StringIO()
+    with TrainingProgress(Console(file=said, force_terminal=True, width=200), 16, METRICS["accuracy"]) as progress:
+        run = Trainer(step, Recipe(1, "static", lr=0.05), progress=progress).fit(TRAIN, TEST)
+        progress._means = None
+        for batch, (loss, right) in enumerate([(2.0, 0.5), (1.0, 1.0)], 1):
+            progress.on_batch(2, 3, batch, 5, loss, right)
+        (task,) = progress._bar.tasks
+    assert (task.completed, task.total) == (7, 15)
+    line = said.getvalue().rpartition("epoch 2/3")[2]
+    assert f"loss 1.9000  train 55.00% test {run.test_accuracy:.2%}  " in line
+
+
 def test_what_nobody_watches_is_a_line_and_what_somebody_watches_is_a_table(capsys, monkeypatch):
     run = Trainer(SoftmaxStep(), Recipe(2, "static", lr=0.05)).fit(TRAIN, TEST)
     score, out = f"test accuracy {run.test_accuracy:.2%}", capsys.readouterr()
