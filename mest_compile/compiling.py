@@ -16,13 +16,14 @@ from mest_compile.base import checks, exclusive
 from mest_compile.base.errors import UsageError
 from mest_compile.base.foreign import is_optimizer
 from mest_compile.budgeting import Batches, Choice, choose, runs_here, sampled
+from mest_compile.deciding import decided
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import cores, give_memory_back
 from mest_compile.hardware.target import Target
 from mest_compile.ir.layouts.layout import FLOAT_BYTES
 from mest_compile.kernels.cache import Builder
 from mest_compile.operators.optimizers.from_torch import check_trains
-from mest_compile.options import StepOptions, find_loss, find_optimizer, read_budget
+from mest_compile.options import AUTO, StepOptions, find_loss, find_optimizer, read_budget
 from mest_compile.planning.given import first_masks
 from mest_compile.planning.layers import say_what_stays_dense, why_dense
 from mest_compile.planning.plan import Plan, plan_step
@@ -116,7 +117,9 @@ def compile(
     activations    "float16": values between layers are stored in half the bytes, rounded to 11 bits, where the target
                    can; everything is computed in float32, and weights, gradients, optimizer state, statistics and
                    logits stay float32. "bfloat16": these values and their gradients are, rounded to 8 bits, and so are
-                   weights where they are multiplied; CPUs with AVX512-BF16 multiply pairs of them at once
+                   weights where they are multiplied; CPUs with AVX512-BF16 multiply pairs of them at once. "auto":
+                   what is fastest, as steps of a small net were timed once on this machine, the vector width too; what
+                   runs elsewhere by the target's features. The step has what was chosen, wherever it is loaded again
     builder        where kernels are compiled and cached; None: the user's cache folder
     records        what tuning found, which decides the kernels' knobs and the vector width; None: the user's logs and
                    the shipped ones; Records(target) has none
@@ -218,6 +221,7 @@ def planned_step(
     shape, _ = checks.shapes("input_shape", input_shape)
     check_objects(builder, device, records)
     checks.memory(FLOAT_BYTES * prod(shape), "a batch of this input_shape")
+    options = decided(options, _examples(shape[0], options), device, builder)
     with exclusive.COMPILER:
         graph, state = read_any(model, input_shape, output=options.output)
 
@@ -227,6 +231,11 @@ def planned_step(
     options, masks = first_masks(model, graph, state, options)
     plan = plan_step(graph, options, known)
     return plan, state, masks
+
+
+def _examples(batch: int, options: StepOptions) -> int:
+    """Of a pass, as far as that is said."""
+    return batch if options.microbatch in (None, AUTO) else int(options.microbatch)
 
 
 def _at_first(plan: Plan, masks: Mapping[str, np.ndarray], options: StepOptions) -> Mapping[str, np.ndarray]:

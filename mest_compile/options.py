@@ -30,7 +30,7 @@ from mest_compile.sparsity.scheme import Scheme
 from mest_compile.sparsity.schemes.block import Block
 from mest_compile.sparsity.schemes.dense import Dense
 
-AUTO = "auto"  # as `microbatch`: the largest that a memory_budget has room for
+AUTO = "auto"  # as `microbatch`: the largest that a memory_budget has room for; as `activations`: see `deciding`
 AS_GIVEN = "as-given"  # as `sparsity`: masks are the zeros of the model's weights
 
 
@@ -294,8 +294,11 @@ def find_optimizer(optimizer: Any, model: Any = None) -> Optimizer:
 
 def check_activations(activations: str, target: Target) -> None:
     """Whether a target can store values so. Raises UsageError, TargetError."""
+    if isinstance(activations, str) and activations == AUTO:
+        return
     if not isinstance(activations, str) or activations not in ACTIVATIONS:
-        raise UsageError(f"activations is {checks.shown(activations)}; wanted {' or '.join(map(repr, ACTIVATIONS))}")
+        wanted = " or ".join(map(repr, (*ACTIVATIONS, AUTO)))
+        raise UsageError(f"activations is {checks.shown(activations)}; wanted {wanted}")
     if activations not in backend_of(target).activations:
         raise TargetError(
             f"target {target.name!r} has no kernels that store activations as {activations}: processors have; leave "

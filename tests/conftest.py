@@ -59,6 +59,7 @@ MARKS = {
 # code, which takes a fifth of the time; kernels have files of their own, and test_nonfinite.py every one, as users get
 # them.
 HASTY = (
+    "runtime/test_deciding",
     *(f"operators/test_{name}" for name in ("attention", "block_nets", "conv_transpose", "dropout", "joined_nets")),
     *(f"operators/test_{name}" for name in ("joins", "losses", "norm", "opencl_kernels", "opencl_patterns")),
     *(f"operators/test_{name}" for name in ("activations", "optimizers", "packing", "rearrange", "recurrent")),

@@ -50,6 +50,7 @@ def _checks() -> Iterator[Check]:
     yield _arm_model()
     yield _opencl()
     yield _host_target()
+    yield _timed()
     yield _threads()
     yield _huge_pages()
     yield _cache_folder()
@@ -169,6 +170,18 @@ def _host_target() -> Check:
         f"{target.tvm_fields.get('mcpu')}, {target.vector} floats a vector, "
         f"L1 {target.l1_bytes // 1024} KiB, L2 {target.l2_bytes // 1024} KiB",
     )
+
+
+def _timed() -> Check:
+    """What `--activations auto` found on this machine."""
+    from mest_compile.deciding import known
+
+    told = [
+        f"{one.target}, {one.examples} examples: {one.chosen} of "
+        + "; ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in one.seconds.items())
+        for one in known()
+    ]
+    return Check("activations auto", "ok", " | ".join(told) or "not timed yet: the first step that asks for it does")
 
 
 def _threads() -> Check:

@@ -115,7 +115,10 @@ DataFolder = Annotated[Path | None, typer.Option(help="Where the data set's file
 Seed = Annotated[int, typer.Option(help="Of initial weights, and of all else that is drawn.")]
 Activations = Annotated[
     str,
-    typer.Option(help="What values between layers are stored as: float32, bfloat16, or float16 where the target can."),
+    typer.Option(
+        help="What values between layers are stored as: float32, bfloat16, float16 where the target can, or auto: what "
+        "is fastest here."
+    ),
 ]
 
 

@@ -125,6 +125,13 @@ class Kept:
                 path.unlink()
         return None
 
+    def contents(self) -> Iterator[bytes]:
+        """All that is kept and whole."""
+        for key in sorted({path.name.partition(".")[0] for path in self.folder.glob(f"*.{'?' * DIGEST_DIGITS}")}):
+            content = self.find(key)
+            if content is not None:
+                yield content
+
     def keep(self, key: str, content: bytes) -> None:
         """key: of all that decides the content."""
         with suppress(OSError):

@@ -13,6 +13,7 @@ from mest_compile.base import checks
 from mest_compile.base.errors import BudgetError, UsageError
 from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.graph import ForwardGraph
+from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.ir.program import Program
 from mest_compile.lowering.fusing import fuse
 from mest_compile.operators.layers.family import held_cells
@@ -87,6 +88,11 @@ def plan_step(
     Raises SparsityError, SpecError, UnknownName, UsageError, TargetError, BudgetError.
     """
     batch, budget = graph.input_shape[0], options.memory_budget
+    if options.activations == AUTO:
+        raise UsageError(
+            f"activations {AUTO!r} is decided where a step is compiled: by mest.compile, train, build, plan, bench, "
+            f"table and tune; here give one of {', '.join(ACTIVATIONS)}"
+        )
     if options.microbatch == AUTO:
         return _plan_largest(graph, options, records, vector)
     examples = batch if options.microbatch is None else int(options.microbatch)

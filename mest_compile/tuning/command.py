@@ -13,6 +13,7 @@ import numpy as np
 
 from mest_compile.base.errors import UsageError
 from mest_compile.compiling import compile_step
+from mest_compile.deciding import decided
 from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.target import Target, find_target, obstacle
 from mest_compile.kernels.choosing import live_of
@@ -73,6 +74,7 @@ def tune(
     time_limit  seconds from now
     """
     started, deadline = monotonic(), Deadline.after(time_limit)
+    request = replace(request, options=decided(request.options, request.input_shape[0]))
     target = find_target(request.options.target).storing(request.options.activations).for_batch(request.input_shape[0])
     kind = find_runner(request.runner or _usual_runner(target, options))
     if kind.whole_steps and (why := obstacle(target)):

@@ -31,6 +31,7 @@ ORDER = (
     "budgeting",
     "checking",
     "assembling",
+    "deciding",
     "compiling",
     "choosing",
     "opening",

@@ -234,7 +234,7 @@ def test_a_step_mutates_and_gives_dense_gradients():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"activations": "float8"}, "wanted 'float32' or 'float16' or 'bfloat16'"),
+        ({"activations": "float8"}, "wanted 'float32' or 'float16' or 'bfloat16' or 'auto'"),
         ({"target": "mali"}, "target 'mali' has no kernels that store activations as float16: processors have"),
         ({"target": replace(find_target("avx2"), float16=False)}, "target 'avx2' has no"),
     ],
