@@ -39,6 +39,8 @@ COVERED_ELSEWHERE = {
     "pictures is built so in tests/training/test_predicting.py",
     "python benchmarks/threads.py zen5-threads": "overwrites a result; tests/measuring/test_benchmark.py "
     "measures a small net with it",
+    "python benchmarks/growth.py measure": "hours; tests/measuring/test_growth_benchmark.py measures a small "
+    "net with it",
     "python benchmarks/readme_table.py": "writes the README; tests/measuring/test_speedtable.py compares what it "
     "would write",
     **dict.fromkeys(
