@@ -103,9 +103,9 @@ def fastest(target: Target, examples: int, builder: Builder | None = None) -> Ti
 
 def known() -> list[Timed]:
     """All that was timed on machines like this one, by these versions, and is kept."""
-    found = [Timed.from_json(json.loads(content)) for content in _kept().contents()]
-    here = (host_model(), _versions())
-    return sorted((one for one in found if (one.cpu, one.versions) == here), key=lambda one: (one.target, one.examples))
+    documents, here = map(json.loads, _kept().contents()), (host_model(), _versions())
+    found = [Timed.from_json(one) for one in documents if (one.get("cpu"), one.get("versions")) == here]
+    return sorted(found, key=lambda one: (one.target, one.examples))
 
 
 def ways(target: Target) -> Iterator[Way]:
