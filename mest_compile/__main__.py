@@ -22,7 +22,7 @@ def _main() -> None:
 
         whole()
     else:
-        from mest_compile.training.ondevice import main as small
+        from mest_compile.ondevice import main as small
 
         sys.exit(small())
 

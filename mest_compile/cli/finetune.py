@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +28,7 @@ from mest_compile.training.showing import TrainingProgress
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mest_compile.finetuning.ondevice import Learnt
     from mest_compile.finetuning.tuning import Tuned
     from mest_compile.models.inputs import Inputs
     from mest_compile.runtime.step import TrainStep
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 
 CONTINUED = {"data_folder", "continue_from", "epochs", "time_limit", "patience", "artifact", "buffer", "out", "as_json"}
+LEARNT = {"data_folder", "continue_from", "epochs", "threads", "seed", "buffer", "out", "as_json"}  # by an artifact
 
 
 def finetune(
@@ -86,7 +89,8 @@ def finetune(
         Path | None,
         typer.Option(
             "--continue",
-            help="In the place of --from: run folder whose net learns these images and classes as well.",
+            help="In the place of --from: run folder whose net learns these images and classes as well; an artifact "
+            "does so without a compiler.",
         ),
     ] = None,
     buffer: Annotated[str, typer.Option(help="Bytes of examples that are kept for --continue.")] = "16MiB",
@@ -100,6 +104,7 @@ def finetune(
     from mest_compile.finetuning.continuing import continued_job
     from mest_compile.finetuning.folder import TunedFolder
     from mest_compile.finetuning.job import Job
+    from mest_compile.finetuning.ondevice import EPOCHS, is_artifact, learn
     from mest_compile.finetuning.tuning import new_folder, tune, tuning_options
 
     given = given_options(context)
@@ -111,9 +116,18 @@ def finetune(
     elif data_folder is None:
         raise UsageError("finetune: give --data-folder, a folder with a folder of images for each class, or a CSV file")
     elif continue_from is not None:
-        if others := sorted(given - CONTINUED):
+        device = is_artifact(continue_from)
+        if others := sorted(given - (LEARNT if device else CONTINUED)):
             name = "from" if others[0] == "model" else others[0].replace("_", "-")
-            raise UsageError(f"what continues a run keeps its net and settings; leave out --{name} or start a new run")
+            what = "an artifact" if device else "a run"
+            raise UsageError(f"what continues {what} keeps its net and settings; leave out --{name} or start a new run")
+        if device:
+            asked: dict[str, Any] = {"threads": threads, "seed": seed, "buffer_bytes": buffer}
+            asked["epochs"] = epochs if "epochs" in given else EPOCHS
+            with _Shown(stderr_console()) as watch:
+                learnt = learn(continue_from, data_folder, out or new_folder(), watch=watch, **asked)
+            _show_learnt(learnt, as_json)
+            return
         said = {"epochs": epochs, "seconds": time_limit, "patience": patience, "artifact": artifact}
         job = continued_job(continue_from, data_folder, None, {**said, "buffer_bytes": buffer})
         folder = out or new_folder()
@@ -226,7 +240,23 @@ def _show(tuned: Tuned, as_json: bool) -> None:
             ]
         ],
     )
-    if len(tuned.tasks) > 1:
+    _show_tasks(tuned.tasks)
+    page, net = tuned.folder / "report.html", tuned.folder / "model.onnx"
+    print(f"\n{page} shows what it gets wrong; {net} takes pixels 0 to 255")
+
+
+def _show_learnt(learnt: Learnt, as_json: bool) -> None:
+    if as_json:
+        print_json(learnt.told())
+        return
+    print_table(["accuracy", "folder"], [[f"{learnt.accuracy:.2%}", str(learnt.folder)]])
+    _show_tasks(learnt.tasks)
+    print(f"\n{learnt.artifact} predicts, trains on, and learns more")
+
+
+def _show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Where there is more than one."""
+    if len(tasks) > 1:
         print()
         print_table(
             ["task", "classes", "when learnt", "now"],
@@ -236,8 +266,6 @@ def _show(tuned: Tuned, as_json: bool) -> None:
                     ", ".join(task["classes"]),
                     *("" if task[when] is None else f"{task[when]:.2%}" for when in ("learnt", "accuracy")),
                 ]
-                for number, task in enumerate(tuned.tasks, 1)
+                for number, task in enumerate(tasks, 1)
             ],
         )
-    page, net = tuned.folder / "report.html", tuned.folder / "model.onnx"
-    print(f"\n{page} shows what it gets wrong; {net} takes pixels 0 to 255")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,30 +23,45 @@ from mest_compile.data import Split
 from mest_compile.data.pictures import read_pictures
 from mest_compile.finetuning.job import BUFFER_BYTES
 from mest_compile.finetuning.replay import Replay, kept, mixed, told_of
+from mest_compile.finetuning.watching import Quiet, Watches
 from mest_compile.models.inputs import Inputs, Reading
 from mest_compile.opening import open_artifact
+from mest_compile.runtime.artifact import MANIFEST, STATE, with_files
+from mest_compile.runtime.library import RUNTIME
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
-from mest_compile.training.run import Silent
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
-TOLD, REPLAY, RUN, EPOCHS = "inputs.json", "replay.safetensors", "run", 20
+TOLD, REPLAY, ARTIFACT, RUN = "inputs.json", "replay.safetensors", "artifact", "run"
+EPOCHS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
     """What a device has learnt.
 
-    folder  with checkpoint.safetensors, inputs.json and replay.safetensors: `learn` goes on from it as from an artifact
+    folder  run/, and artifact/, which is the artifact that it began with but for what was learnt: it predicts, and
+            `learn` goes on from it
     tasks   as `Tuned` has them
+    accuracy  of the new test examples and those that are kept of the tasks before
     """
 
     folder: Path
     step: TrainStep
     classes: tuple[str, ...]
     tasks: Sequence[Mapping[str, Any]]
+    accuracy: float
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / ARTIFACT
+
+    def told(self) -> dict[str, Any]:
+        """JSON-able."""
+        said = {"folder": str(self.folder), "accuracy": self.accuracy}
+        return {**said, "classes": list(self.classes), "tasks": list(self.tasks)}
 
 
 def write_beside(
@@ -65,44 +81,51 @@ def write_beside(
     Replay(train, test, (*tasks, task)).write(artifact / REPLAY)
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether `learn` goes on from it: an artifact, or a folder that `learn` left."""
+    return (folder / MANIFEST).is_file() or ((folder / ARTIFACT / MANIFEST).is_file() and (folder / RUN).is_dir())
+
+
 def learn(
     artifact: str | Path,
     data: Any,
     out: str | Path,
     *,
     test: Any = None,
-    since: str | Path | None = None,
     epochs: int = EPOCHS,
     lr: float | None = None,
     buffer_bytes: int | str = BUFFER_BYTES,
     threads: int | None = None,
     runtime: str | os.PathLike | None = None,
     seed: int = 0,
+    watch: Watches | None = None,
 ) -> Learnt:
     """The model of an artifact that `mest.finetune(artifact=True)` left, taught further images where it runs, without a
     compiler; what was learnt before is replayed.
 
+    artifact  its folder, or one that an earlier `learn` left
     data   images, as `data.pictures.read_pictures` takes them; classes that are new take outputs that were left for
            them
     test   the same; None: data's own test part, or a fifth of every class
     out    folder of what is learnt
-    since  folder that an earlier `learn` wrote, of the same artifact, to go on from; None: from the artifact
     epochs  of training, each of the new images and as many of those that are replayed
     lr     highest learning rate of a cosine; None: the one of the artifact's optimizer
     buffer_bytes  that examples kept for later may take, and test examples once more
     threads, runtime  as in `mest.open_artifact`
+    watch  is told what goes on
     Raises UsageError where no output is left for a class or `out` holds something, StateError where files are damaged
     or of something else, DataError, TargetError.
     """
-    artifact, out, begun = Path(artifact), Path(out), Path(artifact if since is None else since)
-    epochs = checks.whole("epochs", epochs, 1)
+    artifact, out, watch = Path(artifact), Path(out), watch or Quiet()
+    if not (artifact / MANIFEST).is_file() and (artifact / ARTIFACT / MANIFEST).is_file():
+        artifact = artifact / ARTIFACT
+    epochs, buffer = checks.whole("epochs", epochs, 1), checks.size("buffer_bytes", buffer_bytes, at_least=0)
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} already holds something; give another folder")
-    told, replay = _told(begun), Replay.read(begun / REPLAY)
+    told, replay = _told(artifact), Replay.read(artifact / REPLAY)
     inputs = Inputs.from_json(told["inputs"])
     step = open_artifact(artifact, threads, runtime)
-    if since is not None:
-        step.restore(begun / "checkpoint.safetensors")
+    watch.on_stage("reading images")
     pictures = read_pictures(data, inputs, test, seed, tuple(told["classes"]))
     if len(pictures.classes) > step.classes:
         raise UsageError(
@@ -111,7 +134,9 @@ def learn(
         )
     new = pictures.split
     split = mixed(new, replay)
-    trainer = Trainer(step, Recipe(epochs, "static", lr, augment=False, seed=seed, drop_last=True), out / RUN, Silent())
+    recipe = Recipe(epochs, "static", lr, augment=False, seed=seed, drop_last=True)
+    watch.on_stage("training")
+    trainer = Trainer(step, recipe, out / RUN, watch.of_training(step))
     trainer.fit(split.train, split.test)
     step.restore(trainer.folder.best)  # type: ignore[union-attr]  # it was given one
     number = len(replay.told)
@@ -119,14 +144,19 @@ def learn(
     tasks = np.concatenate([np.full(len(new.test), number), replay.test.tasks])
     names = [pictures.classes[label] for label in np.unique(new.train.labels)]
     named = [*replay.told, {"classes": names, "learnt": float(right[tasks == number].mean())}]
-    buffer = checks.size("buffer_bytes", buffer_bytes, at_least=0)
     train, tests = kept(replay, new, len(pictures.classes), buffer, number, seed)
     plain = replace(inputs, mean=(0.0,) * inputs.channels, std=(1.0,) * inputs.channels)  # the net scales pixels
     step.reading = Reading(pictures.classes, plain)
-    step.save(out / "checkpoint.safetensors")
-    Replay(train, tests, tuple(named)).write(out / REPLAY)
-    write_json(out / TOLD, {**told, "classes": list(pictures.classes)})
-    return Learnt(out, step, pictures.classes, told_of(named, right, tasks))
+
+    def files(made: Path) -> None:
+        step.save(made / STATE)
+        Replay(train, tests, tuple(named)).write(made / REPLAY)
+        write_json(made / TOLD, {**told, "classes": list(pictures.classes)})
+        if (artifact / RUNTIME).is_file():  # as it may lie there for a device
+            shutil.copy2(artifact / RUNTIME, made / RUNTIME)
+
+    with_files(artifact, files, out / ARTIFACT)
+    return Learnt(out, step, pictures.classes, told_of(named, right, tasks), float(right.mean()))
 
 
 def _told(folder: Path) -> dict[str, Any]:
@@ -136,5 +166,5 @@ def _told(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise StateError(
             f"{folder} holds no {TOLD} of a fine-tuning ({problem}); give an artifact that finetune left, or a folder "
-            "that learn wrote"
+            "that it learnt into"
         ) from problem

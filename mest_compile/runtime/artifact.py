@@ -58,9 +58,36 @@ def write(
             "device over a "
             "tracker (docs/devices.md), or build for its CPU"
         )
+    _check_place(path)
+    manifest = {
+        "format": FORMAT,
+        "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
+        "facts": dict(compiled.document),
+        "features": sorted(needed_features(compiled.facts.target)),
+        "functions": _signatures(compiled.train, compiled.predict),
+        **({"coming": [_signatures(*facts.lower()) for facts, _ in coming]} if coming else {}),
+    }
+    return _put(path, manifest, compiled.library(coming), lambda made: save(made / STATE))
+
+
+def with_files(source: str | os.PathLike, fill: Callable[[Path], None], path: str | os.PathLike) -> dict[str, Any]:
+    """Writes an artifact again with another state of its step, whole or not at all; no compiler is needed.
+
+    fill  writes the state as STATE into a folder, and what else is to lie beside it
+    Raises StateError, UsageError.
+    """
+    manifest, files = _read(Path(source))
+    _check_place(Path(path))
+    return _put(Path(path), manifest, files[LIBRARY], fill)
+
+
+def _check_place(path: Path) -> None:
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path} is there and is no artifact; pass another path")
-    content = compiled.library(coming)
+
+
+def _put(path: Path, manifest: dict[str, Any], library: bytes, fill: Callable[[Path], None]) -> dict[str, Any]:
+    """manifest: all that it says but the facts of files, and its digest; fill: writes all but it and the library."""
     try:
         place = path.resolve()  # where a link leads
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -69,17 +96,9 @@ def write(
         ) as scratch:
             made = Path(scratch) / "new"
             made.mkdir()
-            _write(made / LIBRARY, content)
-            save(made / STATE)
-            manifest = {
-                "format": FORMAT,
-                "versions": {"mest-compile": __version__, "apache-tvm": metadata.version("apache-tvm")},
-                "facts": dict(compiled.document),
-                "features": sorted(needed_features(compiled.facts.target)),
-                "functions": _signatures(compiled.train, compiled.predict),
-                **({"coming": [_signatures(*facts.lower()) for facts, _ in coming]} if coming else {}),
-                "files": {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)},
-            }
+            _write(made / LIBRARY, library)
+            fill(made)
+            manifest["files"] = {name: _facts_of((made / name).read_bytes()) for name in (LIBRARY, STATE)}
             manifest["digest"] = _digest(manifest)
             write_json(made / MANIFEST, manifest)
             made.chmod(0o755)

@@ -641,7 +641,7 @@ def test_a_reader_that_has_heard_enough_ends_the_command_quietly(arguments):
     assert process.communicate("")[1] == "" and process.returncode == 1
 
 
-@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.ondevice"])
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -663,8 +663,8 @@ def test_both_command_lines_of_an_artifact_refuse_alike(capsys, main, options, s
 
 
 def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
+    from mest_compile import ondevice
     from mest_compile.base.errors import DataError
-    from mest_compile.training import ondevice
 
     (tmp_path / "recipe.toml").write_text('epochs = 9\nmethod = "static"\nlr = 0.05\n')
     jobs = []
@@ -675,7 +675,7 @@ def test_on_a_device_options_override_the_recipe(monkeypatch, tmp_path):
     assert (jobs[1].recipe.epochs, jobs[1].recipe.method, jobs[1].recipe.lr) == (10, "em", None)
 
 
-@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.training.ondevice"])
+@pytest.mark.parametrize("main", ["mest_compile.cli", "mest_compile.ondevice"])
 @pytest.mark.parametrize(("options", "epochs"), [([], None), (["--epochs", "12"], 12)])
 def test_a_run_on_a_device_goes_on_for_longer(monkeypatch, capsys, main, options, epochs):
     import importlib

@@ -32,6 +32,11 @@ COVERED_ELSEWHERE = {
     "the extra and photos; tests/finetuning/test_finetune_cli.py runs it on a small net",
     "mest-compile finetune --resume runs/mine": "the same",
     "mest-compile finetune --continue runs/mine --data-folder new-images/ --out runs/more": "the same",
+    "mest-compile finetune --from efficientnet-lite0 --data-folder my-images/ --artifact --spare-classes 2 --out "
+    "runs/mine": "the same",
+    "mest-compile finetune --continue runs/mine/artifact --data-folder new-images/ --out runs/more": "a small net's "
+    "artifact in tests/finetuning/test_continuing.py",
+    "mest-compile predict runs/more/artifact new.jpg": "the same",
     'pip install -e ".[series]"': "the example's quick mode draws series of the same shape",
     "mest-compile predict runs/digits pictures/ --csv answers.csv": "needs pictures; tests/training/test_predicting.py "
     "draws some",

@@ -41,6 +41,7 @@ ORDER = (
     "training",
     "sweeping",
     "finetuning",
+    "ondevice",
     "cli",
     "__main__",
 )

@@ -10,6 +10,7 @@ from test_finetune import Stops
 from tiny import INPUTS, pictures, tiny
 
 import mest_compile as mest
+from mest_compile import ondevice
 from mest_compile.base.errors import BudgetError, DataError, StateError, UsageError
 from mest_compile.data import Dataset, Split
 from mest_compile.data.pictures import read_pictures
@@ -98,7 +99,7 @@ def test_it_goes_on_where_it_was_stopped_bit_for_bit(first, second, tmp_path, bu
     assert all(np.array_equal(value, wanted[name]) for name, value in found.step.state_dict().items())
 
 
-def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(tmp_path, builder):
+def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(mest_compile_command, tmp_path, builder):
     given = {"inputs": INPUTS, "batch": 8, "epochs": 3, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
     given |= {"artifact": True, "spare_classes": 1, "test": of([0, 1], 45, 1), "builder": builder}
     begun = mest.finetune(tiny(), of([0, 1], 72), out=tmp_path / "begun", **given)
@@ -111,11 +112,30 @@ def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(tmp_path, b
     right = found.step.predict(images).argmax(1) == labels
     assert right[labels == 2].mean() > 0.6 and right[labels < 2].mean() > 0.6
     assert found.tasks[1]["accuracy"] == right[labels == 2].mean() and found.step.reading.classes == found.classes
-    replay = Replay.read(tmp_path / "more" / "replay.safetensors")
+    more = tmp_path / "more" / "artifact"
+    replay = Replay.read(more / "replay.safetensors")
     assert replay.train.images.dtype == np.uint8 and np.bincount(replay.train.labels).tolist() == [24] * 3
+    assert found.accuracy == right.mean() and np.array_equal(
+        mest.open_artifact(more).predict(images).argmax(1) == labels, right
+    )
     fourth = of([0], 9)[0], np.full(3, 3)
-    with pytest.raises(UsageError, match="no output is left for the class '3'"):
-        mest.learn(artifact, fourth, tmp_path / "fourth", test=fourth, since=tmp_path / "more")
+    for begun in more, tmp_path / "more":
+        with pytest.raises(UsageError, match="no output is left for the class '3'"):
+            mest.learn(begun, fourth, tmp_path / "fourth", test=fourth)
+    for name in "2", "0":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number, image in enumerate(of([int(name)], 30)[0]):
+            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    said = ["finetune", "--continue", tmp_path / "more", "--data-folder", tmp_path / "photos", "--epochs", 1, "--json"]
+    told = mest_compile_command(*said, "--out", tmp_path / "again")
+    assert told.document["classes"] == ["0", "1", "2"] and len(told.document["tasks"]) == 3, told.err
+    assert ondevice.main([*map(str, said), "--out", str(tmp_path / "small")]) == 0  # where there is no typer
+    assert mest.learn(tmp_path / "again", of([2], 9), tmp_path / "last", epochs=1).tasks[2]["classes"] == ["0", "2"]
+    refused = mest_compile_command(*said, "--out", tmp_path / "no", "--sparsity", 0.5)
+    assert (
+        refused.code == 2
+        and "what continues an artifact keeps its net and settings; leave out --sparsity" in refused.err
+    )
     with pytest.raises(UsageError, match="already holds something"):
         mest.learn(artifact, of([2], 72), tmp_path / "more")
     with pytest.raises(StateError, match=r"holds no inputs\.json"):

@@ -219,7 +219,7 @@ class Refuse:
         if name.partition(".")[0] in {HEAVY}:
             raise ImportError(f"a device has no {{name}}")
 sys.meta_path.insert(0, Refuse())
-import mest_compile.training.ondevice
+import mest_compile.ondevice
 from mest_compile.data import SOURCES
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.operator import OPERATORS

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import mest_compile as mest
+from mest_compile import ondevice
 from mest_compile.base.errors import InputError, UsageError
 from mest_compile.data import Dataset
 from mest_compile.models.inputs import Inputs, Reading
 from mest_compile.runtime import checkpoint
-from mest_compile.training import ondevice, verdict
+from mest_compile.training import verdict
 from mest_compile.training.predicting import answers, evaluated, readable
 
 COLOURS = {"leaf": (40, 160, 60), "night": (20, 20, 60), "sand": (220, 190, 120)}
