@@ -194,15 +194,16 @@ def _threads() -> Check:
 
 
 def _huge_pages() -> Check:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists():
+    from mest_compile.hardware.host import HUGE_PAGES, told
+
+    if not (said := told(HUGE_PAGES)):
         return Check(
             "huge pages", "warn", "this kernel has no transparent huge pages: more TLB misses in large activations"
         )
-    chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    chosen = said.partition("[")[2].partition("]")[0]
     if chosen == "never":
         return Check(
-            "huge pages", "warn", f"transparent huge pages are off: echo madvise > {setting} avoids TLB misses"
+            "huge pages", "warn", f"transparent huge pages are off: echo madvise > {HUGE_PAGES} avoids TLB misses"
         )
     return Check("huge pages", "ok", chosen)
 

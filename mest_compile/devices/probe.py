@@ -16,15 +16,13 @@ import numpy as np
 
 from mest_compile.base.errors import DeviceLost, MestError, TargetError
 from mest_compile.devices.session import Device, Session, last_line
-from mest_compile.hardware.cpu import BOARD, cpu_features, lacking_in, machine_model
+from mest_compile.hardware.cpu import cpu_features, lacking_in, machine_model
+from mest_compile.hardware.host import BOARD, CPUINFO
 from mest_compile.hardware.target import Target, needed_features
 from mest_compile.kernels.linking import link_kernel, triple_of
 from mest_compile.kernels.source import KernelSource
 
-CPUINFO, KERNEL = (
-    "/proc/cpuinfo",
-    "/sys/devices/system/cpu/modalias",
-)  # the second begins with the architecture of the running kernel
+KERNEL = Path("/sys/devices/system/cpu/modalias")  # begins with the architecture of the running kernel
 MOST_BYTES = 65536
 SYSTEM_CALLS = ("open", "read", "close")
 CLOCK = "mest.clock"  # a function of devices whose timer counts something else than time; it gives what
@@ -119,7 +117,7 @@ def _ask(session: Any, target: Target) -> DeviceFacts:
     session.upload(bytearray(library), name)
     read = session.load_module(name)[symbol]
     session.remove(name)
-    cpuinfo, kernel, board = (_read(session, read, path) for path in (CPUINFO, KERNEL, str(BOARD)))
+    cpuinfo, kernel, board = (_read(session, read, str(path)) for path in (CPUINFO, KERNEL, BOARD))
     try:
         clock = str(session.get_function(CLOCK)())
     except (AttributeError, RuntimeError, ValueError):  # TVM's ways to say that there is none

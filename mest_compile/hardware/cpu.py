@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
 from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 
 from mest_compile.base.errors import TargetError
+from mest_compile.hardware import host
 
 # LLVM's own host detection names a CPU by family and then uses features that a hypervisor masks; feature flags decide
 # instead.
@@ -17,7 +16,6 @@ from mest_compile.base.errors import TargetError
 # instead of 207, block, and 262 instead of 232, unstructured; with all 32 registers 231 and 263). On 16 floats where
 # they are 16 wide (Zen 5: 114 ms instead of 149, and 127 instead of 168; a Xeon with AMX: 293 instead of 310, block,
 # 241 instead of 313, filter); flags that no CPU with narrower multipliers has, or has together, tell.
-CPUINFO = Path("/proc/cpuinfo")
 NARROW = ("x86-64-v2",)  # knows no float16
 _AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
 _AVX512 = _AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
@@ -44,7 +42,6 @@ LINUX_NAMES_OF_ARM: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Bits of AT_HWCAP (Linux, arch/arm64/include/uapi/asm/hwcap.h).
 _HWCAP = {"asimd": 1 << 1, "atomics": 1 << 8, "fphp": 1 << 9, "asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
-_AT_HWCAP = 16
 
 
 def host_machine() -> str:
@@ -55,10 +52,8 @@ def host_machine() -> str:
 
 def lacking_features(needed: Collection[str]) -> list[str]:
     """Those of `needed_features` that this machine, of the target's architecture, does not have."""
-    if host_machine() == "aarch64":
-        tell = ctypes.CDLL(None).getauxval  # not /proc/cpuinfo: under emulation that is another machine's
-        tell.restype = ctypes.c_ulong
-        has = tell(ctypes.c_ulong(_AT_HWCAP))
+    if host_machine() == "aarch64" and (has := host.hardware_bits()) is not None:
+        # Not what the kernel lists of its processor: under emulation that is another machine's.
         return [name for name in sorted(needed) if name in _HWCAP and not has & _HWCAP[name]]
     return lacking_in(needed, _cpu_flags())
 
@@ -91,11 +86,11 @@ def has_bfloat16() -> bool:
 
 def _cpu_flags() -> set[str]:
     """The features that the kernel lists of this machine's first processor."""
-    return cpu_features(CPUINFO.read_text())
+    return cpu_features(host.told(host.CPUINFO))
 
 
 def cpu_features(cpuinfo: str) -> set[str]:
-    """The same out of a machine's /proc/cpuinfo."""
+    """The same out of a machine's cpuinfo."""
     for line in cpuinfo.splitlines():
         if line.startswith(("flags", "Features")):
             return set(line.split(":", 1)[1].split())
@@ -104,7 +99,7 @@ def cpu_features(cpuinfo: str) -> set[str]:
 
 def cache_bytes(level: int) -> int | None:
     """Data cache of one core in bytes, as the kernel tells it; None where it does not."""
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+    for index in sorted(host.CACHES.glob("index*")):
         if (index / "level").read_text().strip() == str(level) and (
             index / "type"
         ).read_text().strip() != "Instruction":
@@ -112,17 +107,14 @@ def cache_bytes(level: int) -> int | None:
     return None
 
 
-CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
-
-
 @cache
 def host_model() -> str:
     """This machine."""
-    return machine_model(CPUINFO.read_text(), BOARD.read_text(errors="replace") if BOARD.exists() else "")
+    return machine_model(host.told(host.CPUINFO), host.told(host.BOARD))
 
 
 def machine_model(cpuinfo: str, board: str = "") -> str:
-    """The CPU that a machine's /proc/cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by
+    """The CPU that a machine's cpuinfo tells of: "AMD EPYC, family 26, model 2". Names alone are shared by
     generations, and cores by boards whose caches and memory differ, so that the board's name, where the machine tells
     it, belongs to it. "": nothing is told.
     """

@@ -1,5 +1,5 @@
-"""What the operating system tells and offers: cores that this process may use, locks that end with who holds them,
-memory that is not needed any more.
+"""What the operating system tells and offers: cores that this process may use, the processor and its caches, locks that
+end with who holds them, memory that is not needed any more.
 
 The only module that names what exists on Linux alone, so that another system costs a fallback here and nothing
 elsewhere.
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
+import signal
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,13 @@ except ImportError:  # Windows has none: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+_AT_HWCAP, _PARENT_DEATH_SIGNAL = 16, 1  # of getauxval, and PR_SET_PDEATHSIG of prctl
 BUSY = 0.5  # cores that others use, from which on times are not to be compared
 _taken: weakref.WeakSet[Lock] = weakref.WeakSet()
 
@@ -47,13 +55,13 @@ def cpu_quota() -> float | None:
     """Cores' worth of time that the control groups of this process allow it; None: no limit, or none that can be
     read."""
     found = []
-    for line in _text(OWN_CGROUPS).splitlines():
+    for line in told(OWN_CGROUPS).splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":  # version 2: one tree, "quota period" in a file
-            found += [_ratio(*_text(group / "cpu.max").split()) for group in _groups(CGROUPS, path)]
+            found += [_ratio(*told(group / "cpu.max").split()) for group in _groups(CGROUPS, path)]
         elif "cpu" in kinds.split(","):  # version 1: a tree a kind, two files
             found += [
-                _ratio(*(_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")))
+                _ratio(*(told(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")))
                 for root in (CGROUPS / kinds, CGROUPS / "cpu")
                 for group in _groups(root, path)
             ]
@@ -82,11 +90,51 @@ def forbids_execution(folder: Path) -> bool:
         return False
 
 
-def _text(path: Path) -> str:
+def told(path: Path) -> str:
+    """What stands in a file of the system; "" where it has none."""
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except (OSError, ValueError):
         return ""
+
+
+def hardware_bits() -> int | None:
+    """The C library's bits of what an ARM processor has (AT_HWCAP), which under emulation are the emulated one's; None
+    where it has none."""
+    tell = getattr(ctypes.CDLL(None), "getauxval", None) if os.name == "posix" else None
+    if tell is None:
+        return None
+    tell.restype = ctypes.c_ulong
+    return int(tell(ctypes.c_ulong(_AT_HWCAP)))
+
+
+def end_with_parent() -> None:
+    """This process is killed when its parent ends. Where the system cannot do that nothing is done."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
+def resident_bytes(peak: bool = False) -> int | None:
+    """Memory of this process, or the most that it had since `forget_peak`; None where the system does not tell.
+    getrusage's maximum is no use: it is inherited from the parent over exec."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    found = [line.split()[1] for line in told(STATUS).splitlines() if line.startswith(field)]
+    return int(found[0]) * 1024 if found else None
+
+
+def forget_peak() -> None:
+    """The most memory is what there is now. Raises OSError where the system has no such thing."""
+    REFERENCES.write_text("5")
+
+
+def ask_for_huge_pages(start: int, size: int) -> None:
+    """Lets the system back memory from address `start` on, `size` bytes, with pages of 2 MiB where it may. Where it has
+    no such advice nothing is done."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        rest = start + size - begin
+        if rest >= 2**21:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(rest), mmap.MADV_HUGEPAGE)
 
 
 class Lock:

@@ -10,7 +10,6 @@ cores takes 1.3 times as long.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from queue import Empty, Queue
 from typing import Any
 
 from mest_compile.base.errors import BuildError
-from mest_compile.hardware.host import cores
+from mest_compile.hardware.host import cores, end_with_parent
 from mest_compile.hardware.target import Target
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import KernelSource
@@ -34,7 +33,6 @@ from mest_compile.kernels.source import KernelSource
 log = logging.getLogger(__name__)
 SHARE = 0.05  # of the time: a step of the wide ResNet-32 takes 1.02 times as long then (docs/planning.md)
 RUN_SECONDS = 0.02  # at a time
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +204,9 @@ class Workers:
             return
 
 
-def die_with_parent() -> None:
-    """A worker that rests when the trainer is killed would rest for ever. Where the system cannot do that nothing is
-    done."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-
-
 def serve() -> None:
     """A worker's life: the folder of the cache is its argument."""
-    die_with_parent()
+    end_with_parent()  # one that rests when the trainer is killed would rest for ever
     sys.modules["torch"] = None  # type: ignore[assignment]  # TVM would import it where it is there: 2 s
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

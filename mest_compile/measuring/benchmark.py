@@ -7,7 +7,6 @@ case comes in, then turns of a number of steps, then the end.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mest_compile.base.errors import MestError, UsageError
+from mest_compile.hardware import host
 from mest_compile.measuring.case import Case
 from mest_compile.measuring.contestants import Built, find_contestant, find_interpreter, run_miniature
 from mest_compile.measuring.machine import Others, machine
@@ -302,38 +302,31 @@ class _Runner:
         self._path.cleanup()
 
 
-def _memory_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process. getrusage's maximum is no use: it is inherited from the parent over exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise MestError(f"/proc/self/status has no {field}; memory can be measured on Linux only")
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to set VmHWM back to VmRSS
+def _memory_bytes(peak: bool = False) -> int:
+    """Of this process, now or the most. Raises MestError where the system does not tell."""
+    if (found := host.resident_bytes(peak)) is None:
+        raise MestError("this system does not tell what memory a process has; measure it on Linux")
+    return found
 
 
 def _settle_memory() -> int:
     """Gives freed memory back to the system, as far as the C library can; returns the resident bytes."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries have none
-    if trim is not None:
-        trim(0)
-    return _memory_bytes("VmRSS")
+    host.give_memory_back()
+    return _memory_bytes()
 
 
 def _set_up(name: str, case: Case) -> tuple[Built, dict[str, Any]]:
     """The built step, and the answer to the request for it."""
     contestant = find_contestant(name)
     contestant.load()
-    imported = _memory_bytes("VmRSS")
+    imported = _memory_bytes()
     cold = run_miniature(contestant, case.threads)
     warm = _settle_memory()
-    _forget_peak()
+    host.forget_peak()
     started = time.perf_counter()
     built = contestant.build(case)
-    seconds, peak = time.perf_counter() - started, _memory_bytes("VmHWM")
+    seconds, peak = time.perf_counter() - started, _memory_bytes(peak=True)
     answer = {
         "setup_seconds": seconds,
         "import_bytes": imported,
@@ -345,7 +338,7 @@ def _set_up(name: str, case: Case) -> tuple[Built, dict[str, Any]]:
         "notes": built.notes,
         "versions": {package: metadata.version(package) for package in contestant.packages},
     }
-    _forget_peak()
+    host.forget_peak()
     return built, answer
 
 
@@ -370,7 +363,7 @@ def _serve(name: str) -> None:
                     seconds.append(time.perf_counter() - started)
                 reply = {"seconds": seconds, "loss": loss}
             else:
-                print(json.dumps({"peak_bytes": _memory_bytes("VmHWM")}), file=replies)
+                print(json.dumps({"peak_bytes": _memory_bytes(peak=True)}), file=replies)
                 return
         except MestError as error:
             reply = {"error": " ".join(str(error).split())}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
-from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+from mest_compile.hardware import host
 
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know about this machine to judge a timing."""
     import psutil
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = host.told(host.CPUINFO).splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", facts.get("Features", "")).split()
     return {

@@ -69,7 +69,7 @@ def copies_of(path: Path) -> tuple[Arrays, list[list[Any]]]:
     """The arguments, and as many copies of them on the device as are never in cache together."""
     import tvm
 
-    from mest_compile.backends.cpu.runner import ask_for_huge_pages
+    from mest_compile.backends.cpu.runner import back_by_huge_pages
 
     if path not in _loaded:
         _loaded.clear()
@@ -78,7 +78,7 @@ def copies_of(path: Path) -> tuple[Arrays, list[list[Any]]]:
         copies = []
         for _ in range(min(max(2, -(-COLD_BYTES // size)), MOST_COPIES)):
             copy = [tvm.runtime.empty(array.shape, str(array.dtype)) for array in arrays.arguments]
-            ask_for_huge_pages(copy)
+            back_by_huge_pages(copy)
             for tensor, array in zip(copy, arrays.arguments):
                 tensor.copyfrom(np.ascontiguousarray(array))
             copies.append(copy)

@@ -1,6 +1,7 @@
 """What every module keeps to: it is small, and asks a kind of device instead of comparing its name."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def test_no_module_is_longer_than_one_reads():
     found = modules("mest_compile", "schedules", "benchmarks", "examples")
     assert len(found) > 200
     assert not {path: text.count("\n") for path, text in found.items() if text.count("\n") > MOST_LINES}
+
+
+def test_one_module_knows_what_only_linux_has():
+    """Of others it costs a fallback there. What is asked of devices and containers is theirs, whatever runs here."""
+    only = re.compile(r"/proc/|/sys/|\.(prctl|madvise)\b|sched_getaffinity|malloc_trim|getauxval")
+    allowed = {"mest_compile/hardware/host.py", "mest_compile/devices/probe.py"}
+    assert allowed == {path for path, text in modules("mest_compile", "schedules").items() if only.search(text)}
 
 
 def compared(code: str) -> list[str]:

@@ -10,8 +10,9 @@ import mest_compile as mest
 from mest_compile.base.errors import TargetError
 from mest_compile.devices import probe
 from mest_compile.hardware import cpu as processor
+from mest_compile.hardware import host
 from mest_compile.hardware import target as targets
-from mest_compile.hardware.cpu import CPUINFO, host_cpu, host_machine, lacking_features
+from mest_compile.hardware.cpu import host_cpu, host_machine, host_model, lacking_features
 from mest_compile.hardware.target import find_target, needed_features
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.linkers import linkers
@@ -36,14 +37,14 @@ AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"
 )
 def test_feature_flags_decide_cpu_and_vector(tmp_path, monkeypatch, line, found):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
     assert host_cpu() == found
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A function that makes this machine an x86 with those flags."""
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
     for module in (processor, targets):
         monkeypatch.setattr(module, "host_machine", lambda: "x86_64")
     return lambda flags: (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
@@ -117,7 +118,7 @@ def foreign_file(tmp_path):
 
 
 @pytest.mark.skipif(
-    host_machine() != "x86_64" or "xop" in CPUINFO.read_text(), reason="this machine has what the file asks for"
+    host_machine() != "x86_64" or "xop" in host.told(host.CPUINFO), reason="this machine has what the file asks for"
 )
 def test_a_target_file_for_another_cpu_is_refused_before_anything_runs(foreign_file, mest_compile_command, tmp_path):
     step = mest.compile("mlp", (8, 64), scheme="unstructured", target=foreign_file, builder=Builder(tmp_path / "cache"))
@@ -155,9 +156,23 @@ def test_lists_of_features_work_wherever_targets_do(tmp_path):
         )
 
 
+def test_a_system_that_tells_nothing_of_its_cpu_costs_a_message(tmp_path, monkeypatch):
+    """As on macOS, which has neither /proc nor getauxval."""
+    for name in ("CPUINFO", "BOARD", "CACHES", "STATUS"):
+        monkeypatch.setattr(host, name, tmp_path / "none")
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
+    host_model.cache_clear()
+    assert host_model() == "" and processor.cache_bytes(1) is None and host.resident_bytes() is None
+    host_model.cache_clear()
+    monkeypatch.setattr(processor, "host_machine", lambda: "aarch64")
+    assert host.hardware_bits() is None and lacking_features(["asimd"]) == ["asimd"]
+    with pytest.raises(TargetError, match="write a TOML target"):
+        host_cpu()
+
+
 def test_a_cpu_without_vectors_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse\n")
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
     with pytest.raises(TargetError, match="none of AVX2"):
         host_cpu()
 

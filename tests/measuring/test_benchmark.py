@@ -258,10 +258,10 @@ before = benchmark._settle_memory()
 step = mest.load(sys.argv[1])
 images, labels = Case("resnet20").batch()
 benchmark._settle_memory()
-benchmark._forget_peak()
+benchmark.host.forget_peak()
 for _ in range(3):
     step(images, labels)
-print(step.memory()["total"], benchmark._memory_bytes("VmHWM") - before)
+print(step.memory()["total"], benchmark._memory_bytes(peak=True) - before)
 """
 
 

@@ -297,7 +297,7 @@ def test_a_cpu_that_lacks_what_the_kernels_use_is_refused(local, tmp_path, monke
     newer_cpu(tmp_path / "copy")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : sse4_2 avx2 fma bmi2\n")
-    monkeypatch.setattr("mest_compile.hardware.cpu.CPUINFO", cpuinfo)
+    monkeypatch.setattr("mest_compile.hardware.host.CPUINFO", cpuinfo)
     with pytest.raises(mest.MestError, match="this machine's CPU lacks .*avx512f"):
         mest.open_artifact(tmp_path / "copy")
 

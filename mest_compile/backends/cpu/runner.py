@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,7 @@ import numpy as np
 
 from mest_compile.base import exclusive
 from mest_compile.hardware.folders import Kept, cache_folder, digest
+from mest_compile.hardware.host import ask_for_huge_pages
 from mest_compile.hardware.target import Target
 from mest_compile.hardware.tvmruntime import machine_of, runtime, tensor
 from mest_compile.ir.program import Functions, Program
@@ -53,7 +52,7 @@ class LocalRunner:
         self._held: dict[str, tuple[np.ndarray, Any]] = {}
         self._arguments: dict[str, list] = {}
         self._functions = self._named(programs, kernels)
-        self._functions[ARENA] = lambda *storages: ask_for_huge_pages(storages)
+        self._functions[ARENA] = lambda *storages: back_by_huge_pages(storages)
         self._executable = self._compiled(programs, ARENA)
         machine = self._new_machine(self._executable, self._functions)
         self._machines = dict.fromkeys(programs, machine)
@@ -180,17 +179,9 @@ class LocalRunner:
                     self._ffi.remove_global_func(name)
 
 
-def ask_for_huge_pages(storages: Iterable[Any]) -> None:
-    """Lets the kernel back the arena with 2 MiB pages where it may: kernels jump between channels, and with 4 KiB pages
-    address translation costs 7% of a step (wide ResNet-32, block, 90%, Zen 3). Where the system has no such advice
-    nothing is done.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    advise = ctypes.CDLL(None).madvise
+def back_by_huge_pages(storages: Iterable[Any]) -> None:
+    """Asks for pages of 2 MiB behind the arena: kernels jump between channels, and with 4 KiB pages address translation
+    costs 7% of a step (wide ResNet-32, block, 90%, Zen 3)."""
     for storage in storages:
         view = np.from_dlpack(storage)
-        start = -(-view.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = view.ctypes.data + view.nbytes - start
-        if size >= 2**21:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        ask_for_huge_pages(view.ctypes.data, view.nbytes)
