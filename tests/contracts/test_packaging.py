@@ -21,20 +21,21 @@ WITHOUT_CACHES = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> Path:
-    """Built from a copy, because setuptools puts stale files of an earlier build/ into later wheels."""
+    """Of the source distribution, which is built from a copy, because setuptools puts stale files of an earlier build/ into later wheels."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repository / name, copy / name)
     for folder in FOLDERS.values():
         shutil.copytree(repository / folder, copy / folder, ignore=WITHOUT_CACHES)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out", "."],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", "out", "."],
         cwd=copy,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (built,) = (copy / "out").glob("*.whl")
+    assert list((copy / "out").glob("*.tar.gz"))
     return built
 
 
