@@ -21,7 +21,8 @@ WITHOUT_CACHES = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> Path:
-    """Of the source distribution, which is built from a copy, because setuptools puts stale files of an earlier build/ into later wheels."""
+    """Of the source distribution, which is built from a copy, because setuptools puts stale files of an earlier build/
+    into later wheels."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repository / name, copy / name)
