@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from mest_compile.base.errors import BuildError
 from mest_compile.base.files import write_whole
 from mest_compile.hardware import host
@@ -34,6 +32,8 @@ def cache_folders() -> Iterator[Path]:
     folder. A variable that names no folder that can be used counts as if it was absent, and no HOME is made that is not
     there.
     """
+    import platformdirs  # which a device that loads an artifact need not have
+
     home = Path(os.path.expanduser("~"))
     for place in (platformdirs.user_cache_path("mest-compile"), home / ".cache" / "mest-compile"):
         if not place.is_relative_to(home) or os.path.isdir(home):
