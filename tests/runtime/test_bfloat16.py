@@ -17,6 +17,7 @@ from mest_compile.hardware.target import find_target, needed_features
 from mest_compile.ir.layouts.layout import to_stored
 from mest_compile.kernels.cache import Builder
 from mest_compile.lowering.fusing import fuse
+from mest_compile.measuring.profiling import LayerTime, Profile
 from mest_compile.tuning.task import prepare, tasks_of
 
 LOCAL = find_target("local")
@@ -165,6 +166,19 @@ def test_depthwise_nets_train_so(way):
     assert {call.kernel for call in step.program.calls} >= {"normed_depthwise.forward", "normed_depthwise.backward"}
     batches = make_batches(shape, 10, 3)
     np.testing.assert_allclose([step(*one).loss for one in batches], [full(*one).loss for one in batches], rtol=0.03)
+
+
+def test_shares_of_the_peak_are_of_the_sparse_layers_of_a_stage():
+    def layer(size, live, forward):
+        seconds = {"forward": forward, "grad_weight": 2 * forward}
+        return LayerTime("", (10, 10, 3, 3), (size, size), live, 2 * live * size**2 * 64, seconds, {})
+
+    layers = (layer(8, 90, 1e-4), layer(8, 90, 3e-4), layer(8, 900, 1.0), layer(4, 90, 1e-5))
+    rows = bfloat16.shares([Profile(1.0, (), layers)], 20.0)
+    rate = 2 * 2 * 90 * 64 * 64 / 4e-4 / 1e9
+    assert [(row["map"], row["phase"]) for row in rows][:2] == [(8, "forward"), (8, "grad_weight")] and len(rows) == 4
+    assert rows[0]["gflops"] == pytest.approx(rate) and rows[0]["of_peak"] == pytest.approx(rate / 20)
+    assert rows[1]["gflops"] == pytest.approx(rate / 2)
 
 
 def test_the_page_has_the_tables_of_the_recorded_figures():
