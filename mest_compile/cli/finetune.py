@@ -73,7 +73,7 @@ def finetune(
     ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a better accuracy that end it.", min=1)] = 10,
     batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
-    optimizer: Annotated[str | None, typer.Option(help="Name, with options. Default: adamw:lr=0.001.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Name, with options. Default: adamw:lr=0.003.")] = None,
     augment: Annotated[
         bool, typer.Option("--augment", help="Shift images; the whole net then runs for each image and epoch.")
     ] = False,

@@ -15,7 +15,7 @@ from mest_compile.options import StepOptions
 SPARSITY = 0.8  # of what trains
 EPOCHS, PATIENCE, BATCH = 30, 10, 16
 TRAINABLE = "last:3"
-OPTIMIZER = "adamw:lr=0.001"
+OPTIMIZER = "adamw:lr=0.003"
 GIB, MIB = 2**30, 2**20
 BUFFER_BYTES = 16 * MIB
 NAMED = ("model", "data", "test", "weights", "continue_from")  # what a file can tell only where it is a name or a path

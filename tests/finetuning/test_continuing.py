@@ -31,6 +31,7 @@ def of(labels, count, seed=0):
 def first(tmp_path_factory, builder):
     """Two of the three classes."""
     given = {"inputs": INPUTS, "batch": 8, "epochs": 3, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
+    given["optimizer"] = "adamw:lr=0.001"
     out = tmp_path_factory.mktemp("continued") / "first"
     return mest.finetune(tiny(), of([0, 1], 72), test=of([0, 1], 45, 1), out=out, builder=builder, **given)
 
@@ -101,6 +102,7 @@ def test_it_goes_on_where_it_was_stopped_bit_for_bit(first, second, tmp_path, bu
 
 def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(mest_compile_command, tmp_path, builder):
     given = {"inputs": INPUTS, "batch": 8, "epochs": 3, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
+    given["optimizer"] = "adamw:lr=0.001"
     given |= {"artifact": True, "spare_classes": 1, "test": of([0, 1], 45, 1), "builder": builder}
     begun = mest.finetune(tiny(), of([0, 1], 72), out=tmp_path / "begun", **given)
     photos = [Image.fromarray(image) for image in of([0, 1], 30)[0].transpose(0, 2, 3, 1)]
