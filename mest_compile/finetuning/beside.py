@@ -18,15 +18,23 @@ import numpy as np
 from mest_compile.base.errors import MestError
 from mest_compile.data.drawn import drawn_digits
 
-NET, SIZE, BATCH, RATE, TESTED = "efficientnet-lite0", 96, 16, 0.001, 50  # tests of a class
-OURS, DENSE, ALL, LAST, KEPT = (
+NET, SIZE, BATCH, RATE, TESTED = "efficientnet-lite0", 96, 16, 0.003, 50  # tests of a class
+OURS, SPARSER, BUDGET, DENSE, ALL, LAST, KEPT = (
     "ours",
+    "ours, 90%",
+    "ours, by budget",
     "ours, dense",
     "torch, all",
     "torch, last blocks",
     "torch, last blocks, features kept",
 )
-CONTESTANTS = (OURS, DENSE, ALL, LAST, KEPT)
+CONTESTANTS = (OURS, SPARSER, BUDGET, DENSE, ALL, LAST, KEPT)
+OURS_ALL: dict[str, dict[str, Any]] = {  # what `mest.finetune` is asked
+    OURS: {},
+    SPARSER: {"sparsity": 0.9},
+    BUDGET: {"trainable": None, "update_budget": 0.25},  # of a full step's time
+    DENSE: {"scheme": "dense"},
+}
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images (n, 96, 96, 3) uint8, labels (n,) int64
 
@@ -51,8 +59,8 @@ def measured(
     from tvm.relax.frontend.torch import from_exported_program  # noqa: F401
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, process_time()
-    if contestant in (OURS, DENSE):
-        found = _ours(data, epochs, seed, "dense" if contestant == DENSE else "block", out, rate)
+    if contestant in OURS_ALL:
+        found = _ours(data, epochs, seed, OURS_ALL[contestant], out, rate)
     else:
         found = _torchs(data, epochs, seed, contestant != ALL, contestant == KEPT, rate)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -71,7 +79,7 @@ def asked(contestant: str, count: int, epochs: int, seed: int, out: Path) -> dic
 
 
 def _ours(
-    data: tuple[Labelled, Labelled], epochs: int, seed: int, scheme: str, out: Path, rate: float
+    data: tuple[Labelled, Labelled], epochs: int, seed: int, asked: dict[str, Any], out: Path, rate: float
 ) -> dict[str, Any]:
     from mest_compile.finetuning.tuning import finetune
     from mest_compile.models.pretrained import PRETRAINED
@@ -82,13 +90,13 @@ def _ours(
         test=data[1],
         out=out,
         inputs=replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0),  # the whole image, as torch sees it
-        scheme=scheme,
         batch=BATCH,
         epochs=epochs,
         optimizer=f"adamw:lr={rate}",
         patience=None,
         threads=1,
         seed=seed,
+        **asked,
     )
     return {
         "accuracy": tuned.accuracy,
