@@ -21,6 +21,7 @@ DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glo
 COVERED_ELSEWHERE = {
     'pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cpu': "test_packaging.py compares the "
     "bound with pyproject.toml",
+    "source .venv/bin/activate": "a shell's; the tests run in that environment",
     "pip install -e .": "make venv",
     "python -m build --wheel": "tests/contracts/test_packaging.py builds it of a copy",
     "pip install dist/mest_compile-*.whl": "tests/contracts/test_packaging.py runs what is in it",
