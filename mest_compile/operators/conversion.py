@@ -59,7 +59,8 @@ class ImageComb:
 
     def __post_init__(self) -> None:
         assert self.plain.combed == 1 < self.combed.combed, "one side is combed"
-        assert self.plain.dtype == self.combed.dtype == "float32", "rows are combed in float32 alone"
+        assert self.plain.dtype == self.combed.dtype != "bfloat16", "rows are combed in float32 and float16"
+        assert not (self.accumulate and self.plain.dtype == "float16"), "gradients are float32"
 
 
 @dataclass(frozen=True, slots=True)

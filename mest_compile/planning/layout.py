@@ -103,15 +103,15 @@ def with_slices(graph: ForwardGraph, target: Target, activations: str) -> Target
     fewer, the largest power of two that divides the batch, so that none is empty.
 
     Vectors then cover neighbouring pixels, or, in kernels that take a pixel at a time, are as narrow. That is for
-    processors and float32, where nothing is lost by it. Of larger batches too slices hold half a vector where else more
-    than a tenth of the lanes were empty: of 12 examples and 8 lanes resnet20 then takes 0.8 of the time and of the
-    bytes, and DS-CNN, whose depthwise layers take a pixel at a time, 1.15 of the time, so that it is for nets without
-    such.
+    processors and float32 or float16, where nothing is lost by it: pairs of bfloat16 are of examples. Of larger
+    batches too slices hold half a vector where else more than a tenth of the lanes were empty: of 12 examples and 8
+    lanes resnet20 then takes 0.8 of the time and of the bytes, and DS-CNN, whose depthwise layers take a pixel at a
+    time, 1.15 of the time, so that it is for nets without such.
     """
     batch = graph.input_shape[0]
     largest, empty = batch & -batch, -batch % target.vector
     transposed = any(node.op == "conv_transpose2d" for node in graph.nodes)  # its roles of halos are exchanged
-    by_rows = activations == "float32" and backend_of(target).processor and not transposed
+    by_rows = activations != "bfloat16" and backend_of(target).processor and not transposed
     halved = 2 * largest == target.vector and 10 * empty > batch and _takes_rows(graph)
     return replace(target, examples=largest if by_rows and (batch < target.vector or halved) else None)
 

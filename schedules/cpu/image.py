@@ -123,7 +123,7 @@ def _comb(problem: ImageComb, back: bool) -> str:
                 if back:
                     text(f"{pixel} = {pixel} + {tooth}" if problem.accumulate else f"{pixel} = {tooth}")
                 else:
-                    text(f"{tooth} = {pixel if x < plain.width else 'T.float32(0)'}")
+                    text(f"{tooth} = {pixel if x < plain.width else narrowed(combed, 'T.float32(0)')}")
     return str(text)
 
 

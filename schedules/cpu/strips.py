@@ -55,7 +55,7 @@ def is_at_once(problem: GatherGrad, strip: tuple[int, int], target: Target) -> b
     if strip != (delta.height, across_of(problem)):
         return False
     if delta.abreast > 1:  # with a pixel a vector and halos kernels are as records know them
-        return delta.slices == 1
+        return delta.slices == 1 and source.dtype == "float32"
     read = min(problem.section_channels, source.channels) * delta.slices * prod(strip) * problem.source_step[1]
     near = read * source.vector * source.item_bytes <= NEAR * target.l2_bytes
     return near and source.dtype == "float32" and not any(source.halo)

@@ -191,6 +191,10 @@ def test_rows_are_combed_and_put_back(builder, name):
         problem = conversion.ImageComb(plain, combed, accumulate)
         back = call(builder, "image.uncomb", problem, clean, plain.pack(more))[1]
         np.testing.assert_array_equal(back, plain.pack(wanted))
+    half = [replace(image, dtype="float16") for image in (plain, combed)]
+    stored, kept = values.astype(np.float16), np.zeros(combed.shape, np.float16)
+    got = call(builder, "image.comb", conversion.ImageComb(*half), half[0].pack(stored), kept)[1]
+    np.testing.assert_array_equal(got, half[1].pack(stored))
 
 
 def test_moments_come_from_sums_over_the_lanes_of_a_row(builder):

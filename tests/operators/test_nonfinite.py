@@ -452,8 +452,9 @@ def image_parts(kernel, rng, dtype) -> Iterator:
 
 
 @case("image.comb", "image.uncomb")
-def image_combs(kernel, rng, _) -> Iterator:
-    plain = Image(3, 5, 12, 2, (1, 1, 0, 2), 2, abreast=2)  # rows are lanes in float32 alone
+def image_combs(kernel, rng, dtype) -> Iterator:
+    stored = "float16" if dtype == "float16" and kernel == "image.comb" else "float32"  # gradients are float32
+    plain = Image(3, 5, 12, 2, (1, 1, 0, 2), 2, stored, abreast=2)
     combed = replace(plain, combed=2, halo=(1, 2, 1, 1))
     x, before = draw(rng, plain), draw(rng, plain)
     if kernel == "image.comb":
