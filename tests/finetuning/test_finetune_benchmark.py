@@ -132,3 +132,24 @@ def test_each_continual_contestant_has_the_rate_that_validates_best(tmp_path, mo
     assert [run["rate"] for run in runs] == [0.003, 0.001, 0.001] and len(asked) == 15
     assert asked[0] == ("ours", 25, 0.0001, "validate") and asked[12] == ("ours", 100, 0.003, "test")
     assert continual.measure(file, 100, 5, 1)["runs"] == runs and len(asked) == 15
+
+
+def test_one_class_more_is_timed_beside_compiling(tmp_path, monkeypatch):
+    asked = []
+
+    class Step:
+        def predict(self, images):
+            return np.eye(10)[np.minimum(np.arange(len(images)) % 10, 8)]  # the tenth is not known
+
+    def finetune_(*args, data=None, **given):
+        asked.append((args[1] if args else data)[1])
+        return SimpleNamespace(step=Step(), seconds={"total": 3.0 + len(asked), "compiling": 1.0})
+
+    monkeypatch.setattr("mest_compile.finetune", finetune_)
+    monkeypatch.setattr(continual, "digits", lambda count, seed: (drawn_digits(1, 96, 0), drawn_digits(2, 96, 1)))
+    file = tmp_path / "results.json"
+    file.write_text('{"runs": []}')
+    found = continual.one_more(file)
+    assert asked[0].tolist() == list(range(9)) and all(labels.tolist() == [9] for labels in asked[1:])
+    assert found == {"seconds": 7.0, "compiling_seconds": 1.0, "old": 1.0, "new": 0.0}
+    assert json.loads(file.read_text()) == {"runs": [], "class": {"examples": 20, "epochs": 5, **found}}
