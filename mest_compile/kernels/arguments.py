@@ -33,7 +33,10 @@ def _array(buffer: Buffer, layer: Layer, index: LayerIndex, rng: np.random.Gener
         return image.pack(
             to_stored(rng.standard_normal((image.channels, image.height, image.width, image.batch)), image.dtype)
         )
-    elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
+    if buffer.role == "transposed" and "transposed_from" in index.arrays:
+        elems = len(index.arrays["transposed_from"])
+    else:
+        elems = len(index.sort) * layer.scheme.cell_elems(layer.spec) if buffer.elems is None else buffer.elems
     return rng.standard_normal(elems).astype(np.float32)
 
 

@@ -72,7 +72,7 @@ class HeldState:
         self.places: dict[str, np.ndarray] = {}
         self._cells: dict[str, np.ndarray] = {}  # in the smallest type that has room for them
         shared = self.held.get(TURNED)
-        self._turned = dict.fromkeys(shared.sharers if shared else (), 0)  # weight name -> elements of its values
+        self._turned = dict.fromkeys(shared.sharers if shared else (), 0)  # weight name -> elements that it turns
         self._layers, self._shapes = layers, shapes
         self._index = {name: FAMILIES.find(layer.kernels).indexer(layer, programs[0]) for name, layer in layers.items()}
         self._dense = [buffer for buffer in self.held.values() if buffer.parts]
@@ -214,19 +214,21 @@ class HeldState:
         layer = self._layers[name]
         self._cells[name] = arrangement.cells.astype(cell_type(layer.scheme.grid(layer.spec)))
         self.places[name] = arrangement.places
+        if name in self._turned:
+            made = arrangement.arrays
+            self._turned[name] = made.get(f"{name}:transposed_from", made[name]).size
+        most = max(self._turned.values(), default=0)
+        self._make_room(max(most, self._room))  # first: what kernels turn next needs it
         self.write(arrangement.arrays)
+        self._make_room(most)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Puts arrays by name, and brings up to date what is made from them."""
-        self._turned |= {name: arrays[name].size for name in self._turned.keys() & arrays.keys()}
-        most = max(self._turned.values(), default=0)
-        self._make_room(max(most, self._room))  # first: kernels of what is written next need it
         for name, array in arrays.items():
             self.put(name, array)
         for name in self._layers:
             if name in arrays:
                 self.transpose(name)
-        self._make_room(most)
 
     def transpose(self, name: str) -> None:
         """Brings the copy of the values that the input gradient reads up to date."""

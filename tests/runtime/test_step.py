@@ -301,18 +301,21 @@ def test_memory_counts_every_kind():
     )
 
 
-def test_what_is_planned_for_values_is_what_is_held_whatever_lives():
-    """Among it the array that layers turn their values in, which is as large as the largest needs it."""
-    step, (batch,) = small_step(scheme="unstructured"), make_batches((8, 3, 8, 8), 10, 1)
-    masks = step.masks()
-    largest = max(masks, key=lambda name: masks[name].sum())
-    fewer = np.where(np.arange(masks[largest].size).reshape(masks[largest].shape) % 3 == 0, masks[largest], False)
-    for mask in (masks[largest], fewer, np.ones_like(fewer)):
+@pytest.mark.parametrize("scheme", ["unstructured", "channel"])
+def test_what_is_planned_for_values_is_what_is_held_whatever_lives(scheme):
+    """Among it the array that layers turn their values in, which is as large as the largest needs it; of a channel
+    scheme those are more than live, as groups of rows are filled up."""
+    step, (batch,) = small_step(scheme=scheme), make_batches((8, 3, 8, 8), 10, 1)
+    largest = max(step.masks(), key=lambda name: step.masks()[name].size)
+    for channels in (9, 3, 15, 2):
+        mask = np.zeros(step.masks()[largest].shape, bool)
+        mask[:, :channels] = True
         step.set_masks({largest: mask})
         held = step._state.held.items()
         there = sum(step._state.get(name).nbytes for name, buffer in held if buffer.kind == "values")
         assert step.memory()["values"] == there
-        assert step._state.get(":transposed").size == max(int(one.sum()) for one in step.masks().values())
+        turned = step._state.held[f"{largest}:{'transposed_from' if scheme == 'channel' else 'permutation'}"]
+        assert step._state.get(":transposed").size >= step._state.get(turned.name).size
         assert np.isfinite(step(*batch).loss)
 
 

@@ -199,8 +199,10 @@ class CompactFamily(KernelFamily):
         return index
 
     def index_elems(self, layer: Layer, part: str, cells: int) -> int:
-        if part in ("transposed_from", "once"):
+        if part == "once":
             return cells
+        if part == "transposed_from":
+            return self.turned_elems(layer, cells)
         rows, sources, _, _ = _blocks(layer, transposed=part.startswith("transposed"))
         return -(-cells // (rows * sources))
 
@@ -211,6 +213,13 @@ class CompactFamily(KernelFamily):
         return (
             -(-cells // (filter_cells * LISTED_ROWS)) * LISTED_ROWS * filter_cells
         )  # rows are listed in groups, the last one filled up
+
+    def turned_elems(self, layer: Layer, cells: int) -> int:
+        """Rows that the input gradient lists are listed in groups, too."""
+        if layer.scheme.spans[0] == 1:
+            return cells
+        channel_cells = layer.scheme.unit_cells(layer.spec)
+        return -(-cells // (channel_cells * LISTED_ROWS)) * LISTED_ROWS * channel_cells
 
     def kept_bytes(self, layer: Layer, cells: int) -> int:
         """And the index of as many live channels, of the phase that lists its rows."""

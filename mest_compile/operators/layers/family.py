@@ -233,6 +233,10 @@ class KernelFamily(ABC):
         """Cells of the layer's value array when `cells` live: kernels may hold some of them twice."""
         return cells
 
+    def turned_elems(self, layer: Layer, cells: int) -> int:
+        """Elements of the layer's values in the order of its transposed index, with `cells` held cells."""
+        return cells * layer.scheme.cell_elems(layer.spec)
+
     def kept_bytes(self, layer: Layer, cells: int) -> int:
         """What a step keeps of a layer for the next mutation, beside its held buffers: the mask, `cells` held cells
         long, and where in the value array each of them stands.
@@ -281,14 +285,10 @@ def masked_elems(
     have one a weight. sharer: the layer that those count of which use what several share; None: the largest."""
     if buffer.sharers:
         names = buffer.sharers if sharer is None else (sharer,)
-        return max(_value_elems(layers[name], live_units[name]) for name in names)
+        return max(FAMILIES.find(layers[name].kernels).turned_elems(layers[name], live_units[name]) for name in names)
     layer, cells = layers[buffer.layer], live_units[buffer.layer]
     if buffer.kind == "indices":
         return FAMILIES.find(layer.kernels).index_elems(layer, buffer.role, cells)
-    return _value_elems(layer, cells)
-
-
-def _value_elems(layer: Layer, cells: int) -> int:
     return cells * layer.scheme.cell_elems(layer.spec)
 
 
