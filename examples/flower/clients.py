@@ -46,8 +46,11 @@ client = ClientApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Some epochs on the client's own examples; live values go back, and how many examples they are of. A message
-    without a bitmap is for those who have the mask of the round before, which `context.state` keeps."""
+    """Some epochs on the client's own examples; live values go back, and how many examples they are of. Those that do
+    not fill a batch are left out, others each epoch: every client would compile a size of its own for them.
+
+    A message without a bitmap is for those who have the mask of the round before, which `context.state` keeps.
+    """
     config, number = message.content["config"], int(context.node_config["partition-id"])
     step, split, layout = opened(*settings_of(config))
     held = context.state.get("mask", {"round": 0, "bitmap": b""})
@@ -60,7 +63,7 @@ def train(message: Message, context: Context) -> Message:
     losses = []
     for epoch in range(config["epochs"]):
         rng = np.random.default_rng([config["seed"], config["round"], number, epoch])
-        for images, labels, _ in batches(split.train, BATCH, rng, False, mine, drop_last=False):
+        for images, labels, _ in batches(split.train, BATCH, rng, False, mine, drop_last=len(mine) >= BATCH):
             losses.append(step(images.reshape(len(images), *step.input_shape[1:]), labels, lr=config["lr"]).loss)
     values = pack_values(layout, step.state_dict(), masks)
     context.state["mask"] = ConfigRecord({"round": config["round"], "bitmap": pack_masks(layout, masks)})

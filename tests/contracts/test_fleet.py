@@ -1,6 +1,7 @@
 """What examples/flower exchanges between a server and its clients; Flower itself has an environment of its own."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def test_every_example_has_one_client_and_classes_are_not_alike():
     parts = exchange.partitions(labels, 10, 0.3, seed=0)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1000)) and min(map(len, parts)) > 0
     assert max(np.bincount(labels[part], minlength=10).max() / len(part) for part in parts) > 0.3
+
+
+def test_the_page_quotes_what_was_recorded():
+    page, results = PATH.with_name("README.md").read_text(), PATH.parents[2] / "benchmarks" / "results"
+    sparse, dense = (json.loads((results / f"fleet-digits{kind}.json").read_text()) for kind in ("", "-dense"))
+    ends = (f"{run['rounds'][-1]['accuracy']:.1%}" for run in (sparse, dense))
+    assert "{} of the test part at 90% sparsity, still rising, beside {} dense".format(*ends) in page
+    shares = f"in {sparse['down_share']:.3f} of the bytes to a client and {sparse['up_share']:.3f} from it"
+    assert shares in page and max(sparse["down_share"], sparse["up_share"]) <= 0.14 < 1 < dense["down_share"] < 1.001
+    assert all(run["sparsity"] == 0.9 and run["clients"] == 10 and run["model"] == "mlp" for run in (sparse, dense))
