@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-pyproject
-# Same bound as pyproject.toml. Torch comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
+# The torch of the recorded figures, within the bound of pyproject.toml. It comes first and alone, so that resolving the rest cannot exchange a CPU build for a CUDA one.
 TORCH := torch>=2.9,<2.14
 
 .PHONY: venv demo test test-quick test-thorough lint bench docs device help

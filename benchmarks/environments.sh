@@ -6,7 +6,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${FOLDER:-$here/environments}
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-torch="torch>=2.9,<2.14"   # the bound of pyproject.toml: all sides run the same torch
+torch="torch>=2.9,<2.14"   # the bound of the Makefile: all sides run the same torch
 
 fresh() {  # a new virtual environment with torch, alone and first, so that resolving the rest cannot exchange its build
     "$python" -m venv --clear "$folder/$1"

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 COVERED_ELSEWHERE = {
-    'pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cpu': "test_packaging.py compares the "
+    'pip install "torch>=2.9,<2.15" --index-url https://download.pytorch.org/whl/cpu': "test_packaging.py compares the "
     "bound with pyproject.toml",
     "source .venv/bin/activate": "a shell's; the tests run in that environment",
     "pip install -e .": "make venv",
