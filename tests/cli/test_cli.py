@@ -573,7 +573,7 @@ EVERYWHERE = [
     ("mest_compile.tuning.command.tune", ["tune"]),
     ("mest_compile.measuring.speedtable.speed_table", ["table"]),
     ("mest_compile.training.reporting.write_report", ["report", "a"]),
-    ("mest_compile.models.sources.find_model", ["analyze"]),
+    ("mest_compile.models.sources.model_to_read", ["analyze"]),
 ]
 FAULTS = [
     (KeyboardInterrupt(), 130, "interrupted"),
