@@ -21,6 +21,7 @@ class TorchStep:
         torch.set_num_threads(1)
         self.input_shape, self.batch, self.classes = shape, shape[0], classes
         self.whole_batches = True  # as its runs were: of those alone
+        self.reading = None
         self.optimizer, self.asked_lr = SGD(lr=lr), None
         self._model = model.to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)

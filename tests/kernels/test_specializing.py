@@ -16,6 +16,7 @@ import pytest
 from nets import short_resnet
 
 import mest_compile as mest
+from mest_compile.backends.cpu.runner import PREFIX
 from mest_compile.base.errors import BuildError
 from mest_compile.hardware.target import find_target
 from mest_compile.kernels.cache import Builder
@@ -92,7 +93,7 @@ def exchanged(step):
         program.name
         for program in (compiled.train, compiled.predict)
         for call in program.calls
-        if runner._functions[kernel_name(runner._prefix, program, call.name)]
+        if runner._functions[kernel_name(PREFIX, program, call.name)]
         is not compiled.builder.function(compiled.sources[program.name, call.name])
     }
 
