@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,20 @@ WANTED = 0.92  # test accuracy, after the first epoch that has it
 
 
 def row(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The newest release's row of what benchmarks/accuracy.py wrote: its fastest run that comes to WANTED in all seeds,
-    and dense torch. Raises StateError when there is none."""
+    """The row of the newest release of which benchmarks/accuracy.py has run dense torch in all seeds, else of the
+    newest: its fastest run that comes to WANTED in all seeds, of those whose pace was measured, and dense torch.
+    Raises StateError when there is none."""
     if not (pace := results.get("pace")):
         raise StateError("these results have no pace; run python benchmarks/accuracy.py --pace")
-    release = max((_release(entry) for entry in results["entries"].values()), key=Version)
+    entries, seeds = results["entries"].values(), len(accuracy.SEEDS)
+    dense_runs = Counter(_release(entry) for entry in entries if entry["run"]["method"] == "torch")
+    release = max(map(_release, entries), key=lambda name: (dense_runs[name] == seeds, Version(name)))
     times: dict[str, list[float | None]] = {}
-    for entry in results["entries"].values():
-        if _release(entry) == release:
+    for entry in entries:
+        if _release(entry) == release and accuracy.paced(entry, pace):
             name = accuracy.Run(**entry["run"]).row
             times.setdefault(name, []).append(accuracy.seconds_to(entry, pace, WANTED))
-    dense, seeds = times.pop("dense torch", []), len(accuracy.SEEDS)
+    dense = times.pop("dense torch", [])
     medians = {name: _median(found) for name, found in times.items() if len(found) == seeds and None not in found}
     if len(dense) != seeds or not medians:
         raise StateError(
