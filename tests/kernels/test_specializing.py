@@ -382,7 +382,9 @@ def test_rounds_and_batches_that_a_known_length_makes_superfluous_go_and_the_bit
             arrays = [
                 step._state.get(buffer.name)
                 if buffer.held and buffer.role != "transposed"
-                else rng.standard_normal(buffer.elems).astype(buffer.dtype)
+                else rng.standard_normal(step._state.get(buffer.name).size if buffer.held else buffer.elems).astype(
+                    buffer.dtype
+                )
                 for buffer in call.buffers
             ]
             results = []
