@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from documents import embed
-from finetune import DOCUMENT, best_rate, chosen, grown
+from finetune import DOCUMENT, best_rate, chosen, grown, made_on
 
 from mest_compile.base.files import write_atomically
 from mest_compile.finetuning.beside import BATCH, NET, SIZE, TESTED, Labelled, digits
@@ -208,7 +208,9 @@ def one_more(file: Path, count: int = 20, epochs: int = 5) -> dict[str, Any]:
             )
     told = {key: statistics.median(one[key] for one in found[1:]) for key in found[0]}
     results = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps({**results, "class": {"examples": count, "epochs": epochs, **told}}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({**results, "class": {"examples": count, "epochs": epochs, **told, **made_on()}}, indent=1) + "\n"
+    )
     return told
 
 
@@ -253,7 +255,7 @@ def measure(file: Path, count: int, epochs: int, seeds: int) -> dict[str, Any]:
                 continue
             found = alone(contestant, count, epochs, seed, rate, "test")
             results["runs"] = [one for one in results["runs"] if one not in before]
-            results["runs"].append({"contestant": contestant, "seed": seed, "rate": rate, **found})
+            results["runs"].append({"contestant": contestant, "seed": seed, "rate": rate, **found, **made_on()})
             file.write_text(json.dumps(results, indent=1) + "\n")
     return results
 

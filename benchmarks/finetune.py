@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from mest_compile.finetuning.beside import (
     digits,
     measured,
 )
+from mest_compile.measuring.benchmark import machine
 
 FILE = Path(__file__).parent / "results" / "finetune.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results.md"
@@ -149,10 +151,16 @@ def measure(file: Path, names: list[str], count: int, epochs: int, seeds: int) -
                 found["cold_compiling_seconds"] = 0.0 if first is None else first["compiling_seconds"]
                 found["cold_peak_bytes"] = (first or found)["peak_bytes"]
                 results["runs"] = [one for one in results["runs"] if one not in before]
-                results["runs"].append({**told, **found})
+                results["runs"].append({**told, **found, **made_on()})
                 print(results["runs"][-1], file=sys.stderr)
                 keep()
     return results
+
+
+def made_on() -> dict[str, Any]:
+    """Where and with what a run was made."""
+    versions = {name: metadata.version(name) for name in ("mest-compile", "apache-tvm", "torch", "numpy")}
+    return {"machine": machine(), "versions": versions}
 
 
 def alone(said: list[str], cache: str) -> dict[str, Any]:

@@ -152,4 +152,5 @@ def test_one_class_more_is_timed_beside_compiling(tmp_path, monkeypatch):
     found = continual.one_more(file)
     assert asked[0].tolist() == list(range(9)) and all(labels.tolist() == [9] for labels in asked[1:])
     assert found == {"seconds": 7.0, "compiling_seconds": 1.0, "old": 1.0, "new": 0.0}
-    assert json.loads(file.read_text()) == {"runs": [], "class": {"examples": 20, "epochs": 5, **found}}
+    kept = {"examples": 20, "epochs": 5, **found, **continual.made_on()}
+    assert json.loads(file.read_text()) == {"runs": [], "class": kept} and "torch" in kept["versions"]
