@@ -157,7 +157,8 @@ def _train(given: argparse.Namespace) -> int:
 def _learn(given: argparse.Namespace) -> int:
     asked = {"epochs": given.epochs, "buffer_bytes": given.buffer, "threads": given.threads, "runtime": given.runtime}
     found = learn(given.artifact, given.data_folder, given.out, **asked, watch=_Stages())
-    print_result(json.dumps(found.told())) if given.as_json else print(
-        f"accuracy {found.accuracy:.2%}; folder {found.folder}"
-    )
+    if given.as_json:
+        print_result(json.dumps(found.told()))
+    else:
+        print(f"accuracy {found.accuracy:.2%}; folder {found.folder}")
     return 0

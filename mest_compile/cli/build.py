@@ -139,8 +139,8 @@ def build(
                 "scheme": scheme,
                 "sparsity": sparsity,
                 "distribution": distribution,
-                "dense_layers": dense_layers,
-                "output": output,
+                "dense_layers": said_dense_layers(dense_layers),
+                "output": said_output(output),
                 "loss": loss,
                 "optimizer": optimizer,
                 "memory_budget": memory_budget,
@@ -160,8 +160,6 @@ def build(
             where |= {
                 "scheme": said_schemes(where["scheme"]),
                 "sparsity": said_sparsity(where["sparsity"]),
-                "dense_layers": said_dense_layers(where["dense_layers"]),
-                "output": said_output(where["output"]),
                 "loss": find_loss(where["loss"]),
                 "optimizer": find_optimizer(where["optimizer"]),
             }

@@ -195,14 +195,14 @@ def said_sparsity(said: Any) -> Any:
         ) from problem
 
 
-def said_dense_layers(said: str | list[str] | None) -> list[str] | None:
-    """The names that an option's text tells, or a recipe's text or list."""
-    return said_list(said) if isinstance(said, str) else said
+def said_dense_layers(text: str | None) -> list[str] | None:
+    """The names that an option's text tells."""
+    return None if text is None else said_list(text)
 
 
-def said_output(said: str | int | None) -> str | int | None:
-    """The name, or the number, that an option's text tells, or a recipe's text or number."""
-    return int(said) if isinstance(said, str) and said.isdecimal() else said
+def said_output(text: str | None) -> str | int | None:
+    """The name, or the number, that an option's text tells."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def said_list(text: str) -> list[str]:

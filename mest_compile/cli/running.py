@@ -16,6 +16,7 @@ from mest_compile.cli.options import print_choice
 from mest_compile.cli.output import print_json, print_table, stderr_console
 from mest_compile.cli.progress import CompileProgress
 from mest_compile.hardware.host import BUSY, load_average
+from mest_compile.sparsity.distributions import together
 from mest_compile.training.showing import TrainingProgress
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ def _header(trainer: Trainer) -> str:
     step = trainer.step
     live, masks = step.live_weights(), step.masks()
     weights = sum(layer.spec.weight_elems for layer in step.layers.values())
-    in_sparse = sum(step.layers[name].spec.weight_elems for name in masks)
-    sparsity = f", sparsity {1 - sum(live[name] for name in masks) / in_sparse:.3f} in sparse layers" if masks else ""
+    elems = {name: step.layers[name].spec.weight_elems for name in masks}
+    sparsity = f", sparsity {together(step.sparsity(), elems):.3f} in sparse layers" if masks else ""
     model = (trainer.source or {}).get("model")
     folder = "" if trainer.folder is None else f"; run folder {trainer.folder.path}"
     return (

@@ -180,8 +180,8 @@ def train(
         "scheme": scheme,
         "sparsity": sparsity,
         "distribution": distribution,
-        "dense_layers": dense_layers,
-        "output": output,
+        "dense_layers": said_dense_layers(dense_layers),
+        "output": said_output(output),
         "target": target,
         "threads": threads,
         "memory_budget": memory_budget,
@@ -230,8 +230,6 @@ def train(
         return
     of_step = {field.name: where.pop(field.name) for field in fields(StepOptions) if field.name in where}
     of_step |= {
-        "dense_layers": said_dense_layers(of_step["dense_layers"]),
-        "output": said_output(of_step["output"]),
         "loss": find_loss(of_step["loss"] or "cross_entropy"),
         "optimizer": find_optimizer(of_step["optimizer"]),
     }

@@ -64,8 +64,8 @@ def remember(key: str, graph: ForwardGraph) -> None:
 
 def recall_fresh(model: BuiltIn, input_shape: Sequence[Any]) -> tuple[ForwardGraph, dict[str, np.ndarray]] | None:
     """The graph of a built-in model, and its fresh weights, if both are there."""
-    weights = _fresh_weights().find(_key_of_fresh(model))
-    graph = recall(_key_of_fresh(model, input_shape)) if weights is not None else None
+    graph = recall(_key_of_fresh(model, input_shape))
+    weights = None if graph is None else _fresh_weights().find(_key_of_fresh(model))
     if graph is None or weights is None:
         return None
     arrays, texts = unpack(weights)

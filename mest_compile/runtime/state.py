@@ -99,10 +99,6 @@ class HeldState:
     def get(self, name: str) -> np.ndarray:
         return self._runner.get(name)
 
-    def of_kinds(self, *kinds: str) -> dict[str, np.ndarray]:
-        """Copies of the arrays of some kinds, by name."""
-        return {name: self.get(name) for name, buffer in self.held.items() if buffer.kind in kinds}
-
     def count_batches(self, count: int) -> None:
         """Adds to the number of batches that each BatchNorm has taken into its statistics, if torch keeps it."""
         for name in self._counters:

@@ -28,7 +28,7 @@ RUN_OPTIONS: dict[str, type] = {
     "scheme": str,
     "sparsity": float,
     "distribution": str,
-    "dense_layers": str,
+    "dense_layers": list,
     "output": str,
     "batch": int,
     "target": str,
@@ -44,8 +44,8 @@ RUN_OPTIONS: dict[str, type] = {
 }
 TABLES = ("loss", "optimizer", "scheme", "sparsity")  # which may be tables: of options, or of layers and patterns
 NUMBERS = ("update_budget", "memory_budget", "microbatch", "output")  # which are a text or a number
-LISTS = ("dense_layers", "trainable")  # which are a text, with commas in it, or a list of texts
-KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number"}
+LISTS = ("trainable",)  # which are a text, with commas in it, or a list
+KINDS = {bool: "true or false", str: "string", int: "whole number", float: "number", list: "list of names"}
 # Keys that are looked for in a recipe and belong elsewhere.
 ELSEWHERE = {
     key: f"it belongs to the optimizer: mest.SGD({key}=...), or optimizer in the table [run]"
@@ -74,7 +74,7 @@ def read_run_options(table: Any, where: str) -> dict[str, Any]:
         if (
             (key in TABLES and isinstance(value, Mapping))
             or (key in NUMBERS and checks.is_number(value))
-            or (key in LISTS and isinstance(value, list) and all(isinstance(one, str) for one in value))
+            or (key in LISTS and isinstance(value, list))
             or (key == "sparsity" and value == AS_GIVEN)
         ):
             continue

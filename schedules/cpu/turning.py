@@ -6,8 +6,7 @@ from mest_compile.hardware.target import Target
 from mest_compile.kernels.source import schedule
 from mest_compile.kernels.text import Text
 from mest_compile.operators.layers.turning import CopyValues, TurnUnits
-
-CHUNK_ELEMS = 4096  # of each array, 16 KiB: what a thread takes at a time
+from mest_compile.schedules.cpu.optimizer import CHUNK_ELEMS
 
 
 @schedule("values.turn", device="cpu")

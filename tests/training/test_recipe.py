@@ -241,6 +241,7 @@ def test_the_paper_recipe_is_the_preset_written_out():
         ("[run]\nwidth = 1.5", "width must be a whole number, not 1.5"),
         ("[run]\nsparsity = true", "sparsity must be a number, not True"),
         ("[run]\nmodel = 3", "model must be a string, not 3"),
+        ('[run]\ndense_layers = "fc1"', "dense_layers must be a list of names, not 'fc1'"),
     ],
 )
 def test_a_table_run_that_says_nonsense_is_refused(tmp_path, text, message):
