@@ -3,6 +3,7 @@ operator."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +13,11 @@ from mest_compile.base.errors import UsageError
 from mest_compile.cli.options import (
     Activations,
     Batch,
-    BuiltIn,
     Classes,
     Distribution,
     Image,
     Microbatch,
+    Model,
     Scheme,
     Seed,
     Sparsity,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def bench(
     context: typer.Context,
-    model: BuiltIn = "resnet32",
+    model: Model = "resnet32",
     width: Width = None,
     weights: Weights = None,
     image: Image = None,
@@ -131,8 +132,8 @@ def _profile(case: Case, repeats: int, as_json: bool) -> None:
     from mest_compile.measuring.profiling import PHASES, LayerTime, profile
 
     with stderr_console().status("compiling"):
-        step = compile_step(case.network(), case.input_shape, case.options)
-        images, labels = case.batch()
+        step = compile_step(case.source(), case.input_shape, case.options)
+        images, labels = replace(case, classes=step.classes).batch()
         found = profile(step, images, labels, repeats)
     if as_json:
         print_json(found.to_dict())

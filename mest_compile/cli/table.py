@@ -12,10 +12,10 @@ from mest_compile.cli.devices import find_device
 from mest_compile.cli.options import (
     Activations,
     Batch,
-    BuiltIn,
     Classes,
     Distribution,
     Image,
+    Model,
     Seed,
     Weights,
     Width,
@@ -27,7 +27,7 @@ from mest_compile.cli.output import Json, print_json, print_table, stderr_consol
 
 
 def table(
-    model: BuiltIn = "resnet32",
+    model: Model = "resnet32",
     width: Width = None,
     weights: Weights = None,
     image: Image = None,

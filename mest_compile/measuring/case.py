@@ -57,17 +57,22 @@ class Case:
         images = rng.standard_normal(self.input_shape, dtype=np.float32)
         return images, rng.integers(0, self.classes, self.input_shape[0])
 
-    def network(self) -> torch.nn.Module:
-        """The model, with the weights that every contestant starts from. Raises UsageError for an .onnx file."""
+    def source(self) -> torch.nn.Module | str:
+        """The model, with the weights that every contestant starts from; of an .onnx file, a run folder, a checkpoint
+        or an artifact its path, which our steps are compiled from."""
         from mest_compile.models.sources import find_model
 
-        found = find_model(
+        return find_model(
             self.model, self.input_shape, self.classes, self.width, self.options.seed, weights=self.weights
         )
+
+    def network(self) -> torch.nn.Module:
+        """The same for sides that train modules alone. Raises UsageError for a file."""
+        found = self.source()
         if isinstance(found, str):
             raise UsageError(
-                f"model is {found!r}; the other side cannot train an .onnx file or a checkpoint: give it as a "
-                "torch.nn.Module"
+                f"model is {found!r}; torch cannot train an .onnx file, a run folder, a checkpoint or an artifact: "
+                "compare it with our own dense step, --vs mest-dense, or give a torch.nn.Module, as file.py:FACTORY"
             )
         return found
 

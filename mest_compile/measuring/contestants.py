@@ -52,6 +52,7 @@ class Contestant:
     """load         imports all that is needed, `build` returns one training step
     miniature    builds what is run before memory is counted
     environment  folder of its own environment in benchmarks/environments, None: this one
+    takes_files  whether its model may be an .onnx file, a run folder, a checkpoint or an artifact
     """
 
     load: Callable[[], None]
@@ -59,6 +60,7 @@ class Contestant:
     packages: tuple[str, ...]
     miniature: Callable[[Case], Built]
     environment: str | None = None
+    takes_files: bool = False
 
 
 def find_contestant(name: str) -> Contestant:
@@ -103,12 +105,12 @@ def _build_mest(case: Case, tuned: bool = True) -> Built:
     from mest_compile.records.log import Records
 
     builder = Builder()
-    if Path(case.model).is_dir():
+    if Path(case.model, PROGRAM).is_file():
         step = mest.load(Path(case.model, STEP), threads=case.threads, builder=builder)
     else:
         records = None if tuned else Records(find_target(case.options.target))
-        step = compile_step(case.network(), case.input_shape, case.options, builder=builder, records=records)
-    images, labels = case.batch()
+        step = compile_step(case.source(), case.input_shape, case.options, builder=builder, records=records)
+    images, labels = replace(case, classes=step.classes).batch()  # a file has its own
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(step.describe()["kernels"].items()))
     return Built(
         lambda: step(images, labels).loss,
@@ -153,7 +155,7 @@ def torch_model(case: Case) -> torch.nn.Module:
     """The case's model in training mode, with the weights that every contestant starts from."""
     import torch
 
-    if Path(case.model).is_dir():
+    if Path(case.model, PROGRAM).is_file():
         return torch.export.load(Path(case.model, PROGRAM)).module()
     return case.network().train()
 
@@ -364,13 +366,19 @@ def _build_onnxruntime(case: Case) -> Built:
 
 
 OUR_PACKAGES = ("mest-compile", "apache-tvm", "apache-tvm-ffi", "numpy")
+
+
+def _ours(build: Callable[[Case], Built]) -> Contestant:
+    return Contestant(_load_mest, build, OUR_PACKAGES, build, takes_files=True)
+
+
 CONTESTANTS = {
-    "mest": Contestant(_load_mest, _build_mest, OUR_PACKAGES, _build_mest),
-    "mest-untuned": Contestant(_load_mest, _build_mest_untuned, OUR_PACKAGES, _build_mest_untuned),
-    "mest-avx2": Contestant(_load_mest, _build_mest_for_avx2, OUR_PACKAGES, _build_mest_for_avx2),
-    "mest-dense": Contestant(_load_mest, _build_mest_dense, OUR_PACKAGES, _build_mest_dense),
-    "mest-float32": Contestant(_load_mest, _build_mest_in_float32, OUR_PACKAGES, _build_mest_in_float32),
-    "mest-one-thread": Contestant(_load_mest, _build_mest_on_one_thread, OUR_PACKAGES, _build_mest_on_one_thread),
+    "mest": _ours(_build_mest),
+    "mest-untuned": _ours(_build_mest_untuned),
+    "mest-avx2": _ours(_build_mest_for_avx2),
+    "mest-dense": _ours(_build_mest_dense),
+    "mest-float32": _ours(_build_mest_in_float32),
+    "mest-one-thread": _ours(_build_mest_on_one_thread),
     "torch": Contestant(_load_torch, _build_torch, ("torch", "numpy"), _build_torch),
     "torch-bf16": Contestant(_load_torch, _build_torch_in_bfloat16, ("torch", "numpy"), _build_torch_in_bfloat16),
     "torch-best": Contestant(_load_torch, _build_best_torch, ("torch", "numpy"), _build_best_torch),

@@ -18,7 +18,7 @@ from mest_compile.hardware.host import load_average
 from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare
 from mest_compile.measuring.case import Case
-from mest_compile.measuring.contestants import PROGRAM, STEP, find_interpreter
+from mest_compile.measuring.contestants import PROGRAM, STEP, find_contestant, find_interpreter
 from mest_compile.measuring.kept import KeptRows
 from mest_compile.measuring.table import Row, SpeedTable
 from mest_compile.sparsity import parse_scheme
@@ -101,7 +101,7 @@ def speed_table(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, str):
             case = replace(case, model=model)
-            case.network()  # says what is wrong with it
+            (case.source if find_contestant(baseline).takes_files else case.network)()  # says what is wrong with it
         else:
             case = replace(case, model=scratch, classes=_export(model, case, baseline, Path(scratch)))
 
@@ -183,10 +183,10 @@ def _on_device(
         driver = {} if backend_of(target).processor else {target.device: str(place.device_name)}
 
     def timed(scheme: str, sparsity: float) -> tuple[list[float], int]:
-        net = replace(case, model=model).network() if isinstance(model, str) else model
+        net = replace(case, model=model).source() if isinstance(model, str) else model
         options = case.but(scheme=scheme, sparsity=sparsity).options
         with closing(compile_step(net, case.input_shape, options, device)) as step:
-            return step.device_seconds(*case.batch(), repeats), step.memory()["total"]
+            return step.device_seconds(*replace(case, classes=step.classes).batch(), repeats), step.memory()["total"]
 
     facts = {
         "machine": {"cpu": f"emulated on {there.cpu}" if there.emulated else there.cpu or "unknown CPU"},

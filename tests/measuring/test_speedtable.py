@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import readme_picture
 import readme_table
@@ -17,9 +18,11 @@ import mest_compile as mest
 from mest_compile.base.errors import NotInstalled, SparsityError, StateError, UnknownName, UsageError
 from mest_compile.measuring.benchmark import Comparison, Side
 from mest_compile.measuring.case import Case
+from mest_compile.measuring.contestants import find_contestant
 from mest_compile.measuring.sheet import write_sheet
 from mest_compile.measuring.speedtable import speed_table
 from mest_compile.measuring.table import COLUMNS, Row, SpeedTable
+from mest_compile.models.catalog import build_model
 
 MIB = 2**20
 
@@ -270,6 +273,23 @@ def test_a_torch_module_of_ones_own_is_measured_and_left_alone():
     )
     assert table.facts["model"] == "Sequential" and not net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_files_and_what_is_trained_are_measured_beside_our_dense_step(tmp_path):
+    net = build_model("mlp", (16, 1, 8, 8), 7, 16)  # with other classes than cases have that do not say
+    step = mest.compile(net, (16, 1, 8, 8), "unstructured", 0.5, threads=1)
+    mest.to_onnx(step, tmp_path / "net.onnx")
+    (tmp_path / "run").mkdir()
+    step.save(tmp_path / "run" / "checkpoint.safetensors")
+    for name in ("net.onnx", "run", "run/checkpoint.safetensors"):
+        case = Case(str(tmp_path / name), (8, 1, 8, 8)).but(scheme="unstructured", sparsity=0.5, threads=1)
+        for side in ("mest", "mest-dense"):
+            assert np.isfinite(find_contestant(side).build(case).step()), (name, side)
+        for side in ("torch", "torch-best"):
+            with pytest.raises(UsageError, match="torch cannot train an .onnx file, a run folder.*--vs mest-dense"):
+                find_contestant(side).build(case)
+        with pytest.raises(UsageError, match="torch cannot train"):
+            speed_table(case.model, case.input_shape, ["unstructured"], [0.5])
 
 
 def test_a_torch_module_is_compared_with_torch_only(monkeypatch, tmp_path):
