@@ -20,7 +20,7 @@ from mest_compile.base.errors import MestError, NotInstalled, StateError
 from mest_compile.base.files import write_json
 from mest_compile.measuring.benchmark import compare
 from mest_compile.measuring.case import Case
-from mest_compile.measuring.contestants import SWAPPED_ABOVE
+from mest_compile.measuring.rivals import SWAPPED_ABOVE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMES = ("unstructured", "block:4x1", "pattern", "filter", "channel")

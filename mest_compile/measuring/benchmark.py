@@ -27,8 +27,8 @@ from typing import Any
 
 from mest_compile.base.errors import MestError, UsageError
 from mest_compile.hardware import host
-from mest_compile.measuring.case import Case
-from mest_compile.measuring.contestants import Built, find_contestant, find_interpreter, run_miniature
+from mest_compile.measuring.case import Built, Case
+from mest_compile.measuring.contestants import find_contestant, find_interpreter, run_miniature
 from mest_compile.measuring.machine import Others, machine
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from mest_compile.options import StepOptions
 
 if TYPE_CHECKING:
     import torch
+
+PROGRAM, STEP = "model.pt2", "step.safetensors"  # what a folder given as Case.model holds
 
 
 def usual() -> StepOptions:
@@ -89,3 +91,19 @@ class Case:
         model, shape, width, classes = (options.pop(name) for name in ("model", "input_shape", "width", "classes"))
         weights = options.pop("weights", None)
         return cls(model, tuple(shape), width, classes, weights, StepOptions.from_json(options))
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A training step that returns its loss, and what its builder knows about it.
+
+    planned_bytes  memory that the step says it needs, None where it does not say
+    cold           whether something was compiled that a second process would find ready; the harness then starts a
+                   second one, because a compiler leaves memory behind that is no part of training
+    notes          what a reader must know to judge the comparison
+    """
+
+    step: Callable[[], float]
+    planned_bytes: int | None = None
+    cold: bool = False
+    notes: tuple[str, ...] = ()

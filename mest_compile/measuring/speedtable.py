@@ -17,8 +17,8 @@ from mest_compile.hardware.backend import backend_of
 from mest_compile.hardware.host import load_average
 from mest_compile.hardware.target import find_target, obstacle
 from mest_compile.measuring.benchmark import compare
-from mest_compile.measuring.case import Case
-from mest_compile.measuring.contestants import PROGRAM, STEP, find_contestant, find_interpreter
+from mest_compile.measuring.case import PROGRAM, STEP, Case
+from mest_compile.measuring.contestants import find_contestant, find_interpreter
 from mest_compile.measuring.kept import KeptRows
 from mest_compile.measuring.table import Row, SpeedTable
 from mest_compile.sparsity import parse_scheme

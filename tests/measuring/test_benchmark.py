@@ -17,14 +17,9 @@ from mest_compile.base.errors import MestError, NotInstalled, UnknownName, Usage
 from mest_compile.measuring import benchmark
 from mest_compile.measuring.benchmark import Comparison, Side, compare, median_interval
 from mest_compile.measuring.case import Case
-from mest_compile.measuring.contestants import (
-    CONTESTANTS,
-    ENVIRONMENTS,
-    TORCHS,
-    find_interpreter,
-    torch_model,
-    unstructured_masks,
-)
+from mest_compile.measuring.contestants import CONTESTANTS, ENVIRONMENTS, find_interpreter
+from mest_compile.measuring.dense_torch import TORCHS, torch_model
+from mest_compile.measuring.rivals import unstructured_masks
 from mest_compile.models.catalog import build_model
 
 SMALL = Case("mlp", input_shape=(8, 3, 32, 32))
