@@ -243,7 +243,7 @@ import mest_compile as mest
 
 contestant = find_contestant("mest")
 contestant.load()
-run_miniature(contestant, 1)
+compiled = run_miniature(contestant, 1)
 before = benchmark._settle_memory()
 step = mest.load(sys.argv[1])
 images, labels = Case("resnet20").batch()
@@ -251,7 +251,7 @@ benchmark._settle_memory()
 benchmark.host.forget_peak()
 for _ in range(3):
     step(images, labels)
-print(step.memory()["total"], benchmark._memory_bytes(peak=True) - before)
+print(int(compiled), step.memory()["total"], benchmark._memory_bytes(peak=True) - before)
 """
 
 
@@ -268,10 +268,11 @@ def test_planned_memory_is_what_a_process_that_loads_the_step_needs(model, width
         threads=1,
         memory_budget=budget,
     ).save(tmp_path / "step")
-    told = subprocess.run(
-        [sys.executable, "-c", LOADED, str(tmp_path / "step")], capture_output=True, text=True, check=True
-    )
-    planned, peak = map(int, told.stdout.split()[-2:])
+    command = [sys.executable, "-c", LOADED, str(tmp_path / "step")]
+    compiled = True
+    while compiled:  # a compiler leaves memory behind, which the step then takes
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+        compiled, planned, peak = map(int, told.stdout.split()[-3:])
     assert abs(peak - planned) <= max(0.1 * planned, 4 * 2**20)
 
 
