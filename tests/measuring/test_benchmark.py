@@ -256,7 +256,7 @@ print(int(compiled), step.memory()["total"], benchmark._memory_bytes(peak=True) 
 
 
 @pytest.mark.parametrize(
-    ("model", "width", "budget"), [("resnet20", 16, None), ("resnet20", 48, 130_000_000), ("mlp", None, None)]
+    ("model", "width", "budget"), [("resnet20", 16, None), ("resnet20", 48, 130_000_000), ("mlp", 6144, None)]
 )
 def test_planned_memory_is_what_a_process_that_loads_the_step_needs(model, width, budget, tmp_path):
     case = Case(model, width=width)
