@@ -301,6 +301,41 @@ def test_a_softmax_over_queries_is_none_over_keys():
     assert "attention" not in {node.op for node in graph.nodes}
 
 
+class Attending(nn.Module):
+    """Six tokens, shares (x) of theirs."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.stem, self.last, self.attend = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5), attend
+
+    def forward(self, x):
+        return self.last(self.attend(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 1), (1, 6), (1, 1)])
+def test_one_query_or_one_key_is_attention_too(queries, keys):
+    module = Attending(lambda x: (x[:, :queries] @ x[:, 6 - keys :].mT).softmax(-1) @ x[:, 6 - keys :])
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+
+
+@pytest.mark.parametrize("value", [-1e5, -1e4])
+def test_scores_replaced_by_what_is_as_good_as_none_are_a_mask(value):
+    hidden = torch.ones(6, 6).triu(1).bool()
+    module = Attending(lambda x: (x @ x.mT).masked_fill(hidden, value).softmax(-1) @ x)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+
+
+@pytest.mark.parametrize("value", [-9e3, -3.0, 0.0, 2.0])
+def test_scores_replaced_by_what_counts_are_no_mask(value):
+    hidden = torch.ones(6, 6).triu(1).bool()
+    with pytest.raises(UnsupportedOperator, match="where of constant places"):
+        from_torch(Attending(lambda x: (x @ x.mT).masked_fill(hidden, value).softmax(-1) @ x), SHAPE)
+
+
 def test_a_value_that_is_all_three():
     """Gradients of a value that stands in three places are added up."""
 
