@@ -282,25 +282,6 @@ def test_three_steps_equal_torchs(ways, target, scheme, tmp_path):
         assert relative(logits, wanted) < 1e-4
 
 
-def test_a_softmax_over_queries_is_none_over_keys():
-    """However it is written."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
-
-        def forward(self, x):
-            x = self.stem(x).flatten(2).transpose(1, 2)
-            return self.last(((x @ x.mT).mT.softmax(-1).mT @ x).mean(1))
-
-    torch.manual_seed(0)
-    module = Net()
-    graph, state = from_torch(module, SHAPE)
-    assert_same(module, graph, state, SHAPE)
-    assert "attention" not in {node.op for node in graph.nodes}
-
-
 class Attending(nn.Module):
     """Six tokens, shares (x) of theirs."""
 
@@ -310,6 +291,31 @@ class Attending(nn.Module):
 
     def forward(self, x):
         return self.last(self.attend(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [lambda scores: scores.mT.softmax(-1).mT, lambda scores: scores.softmax(-2), lambda scores: scores.softmax(1)],
+    ids=["transposed twice", "last but one", "second"],
+)
+def test_a_softmax_over_queries_is_none_over_keys(softmax):
+    """However it is written."""
+    torch.manual_seed(0)
+    module = Attending(lambda x: softmax(x @ x.mT) @ x)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert "attention" not in {node.op for node in graph.nodes}
+
+
+def test_what_is_added_is_the_same_for_every_example():
+    added = torch.randn(6, 6).expand(3, 6, 6).clone()
+    module = Attending(lambda x: (x @ x.mT + added).softmax(-1) @ x)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+    added[2, 5, 5] += 1
+    with pytest.raises(UnsupportedOperator, match="something else is added for each example"):
+        from_torch(module, SHAPE)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 1), (1, 6), (1, 1)])
