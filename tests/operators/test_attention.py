@@ -370,6 +370,8 @@ def test_a_value_that_is_all_three():
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=q[..., :6] > 0), "a mask that is computed from"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6) < 0), "hides all keys of a q"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
+        (lambda q: F.scaled_dot_product_attention(*[q.transpose(0, 2)] * 3).transpose(0, 2), r"attention of \(6, 1"),
+        (lambda q: F.scaled_dot_product_attention(*[q.transpose(0, 3)] * 3).transpose(0, 3), r"attention of \(8, 1"),
         (lambda q: mixing(q[:, 0].transpose(0, 1)).transpose(0, 1)[:, None], r"matmul of \(6, 3, 8\) and \(6, 8, 3\)"),
     ],
 )
