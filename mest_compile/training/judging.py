@@ -17,6 +17,15 @@ from mest_compile.training.recipe import Recipe
 Teacher = Callable[[np.ndarray], np.ndarray]  # images (N, C, H, W) float32 -> logits, as step.predict
 
 
+def check_targets(loss: Loss, data: Dataset | Stream, shape: tuple[int, ...]) -> None:
+    """Raises InputError when the loss cannot take the labels of `data` for outputs of that shape."""
+    beside = [np.zeros(shape, np.float32)] * (len(loss.reads) - 1)  # a teacher's logits, which nobody has asked for yet
+    try:
+        loss.targets(data.labels, *beside, shape=shape)
+    except InputError as problem:
+        raise InputError(f"{data.name}: {problem}") from problem
+
+
 class Judge:
     """metrics: of the loss, the first decides which model is best; shape: of outputs, the batch first."""
 
@@ -73,11 +82,7 @@ class Judge:
                 f"the step tells {shape[1]} classes apart, {data.name} has {data.classes}; "
                 f"give the model as many outputs"
             )
-        taught = [] if self._teacher is None else [np.zeros(shape, np.float32)]
-        try:
-            self.loss.targets(data.labels, *taught, shape=shape)
-        except InputError as problem:
-            raise InputError(f"{data.name}: {problem}") from problem
+        check_targets(self.loss, data, shape)
 
     def restart(self) -> None:
         """Begins a new epoch."""

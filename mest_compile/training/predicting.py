@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,6 +21,7 @@ from mest_compile.opening import load, open_artifact
 from mest_compile.planning.facts import read_facts
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import MANIFEST
+from mest_compile.training.judging import check_targets
 from mest_compile.training.metrics import Score, compared, metrics_of
 from mest_compile.training.verdict import calibration, judged, probabilities
 
@@ -164,6 +166,9 @@ def evaluated(step: TrainStep, data: Dataset) -> dict[str, Any]:
             f"{data.name} has {'numbers' if data.numbers else f'{data.classes} classes'}, the model gives "
             f"{f'{step.classes} numbers' if step.loss.takes_numbers else f'{step.classes} classes'}; give other data"
         )
+    # What has no label does not count here, whether or not the loss leaves it out.
+    counting = data if data.numbers else replace(data, labels=np.maximum(data.labels, 0))
+    check_targets(step.loss, counting, (len(data), *step.output_shape[1:]))
     images = data.normalise(data.images).reshape(len(data), *step.input_shape[1:])
     outputs, score = step.predict(images), Score(metrics_of(step.loss, step.classes))
     score.add(outputs, compared(step.loss, data.labels))

@@ -184,6 +184,16 @@ def test_buffers_that_are_no_number_a_channel_or_come_later_are_operands(shape):
     assert not graph.prepared and graph.frozen == {"image": BUFFER}
 
 
+@pytest.mark.parametrize(
+    "first", [lambda net, x: (x * 1 - 0.5) / 0.25, lambda net, x: abs(x / 1 + 0)], ids=["-", "abs"]
+)
+def test_a_number_that_changes_nothing_does_so_in_front_of_others(first, builder):
+    module = made(first).eval()
+    x = torch.from_numpy(images())
+    wanted = module(x).detach()
+    np.testing.assert_allclose(compiled(module, builder).predict(x), wanted, rtol=0, atol=2e-6)
+
+
 def test_an_activation_of_the_input_is_still_one():
     graph, _ = from_torch(made(lambda net, x: x * F.relu6(x + 3) / 6), SHAPE)
     assert graph.nodes[0].op == "hardswish" and not graph.prepared

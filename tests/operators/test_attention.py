@@ -282,23 +282,64 @@ def test_three_steps_equal_torchs(ways, target, scheme, tmp_path):
         assert relative(logits, wanted) < 1e-4
 
 
-def test_a_softmax_over_queries_is_none_over_keys():
+class Attending(nn.Module):
+    """Six tokens, shares (x) of theirs."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.stem, self.last, self.attend = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5), attend
+
+    def forward(self, x):
+        return self.last(self.attend(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [lambda scores: scores.mT.softmax(-1).mT, lambda scores: scores.softmax(-2), lambda scores: scores.softmax(1)],
+    ids=["transposed twice", "last but one", "second"],
+)
+def test_a_softmax_over_queries_is_none_over_keys(softmax):
     """However it is written."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
-
-        def forward(self, x):
-            x = self.stem(x).flatten(2).transpose(1, 2)
-            return self.last(((x @ x.mT).mT.softmax(-1).mT @ x).mean(1))
-
     torch.manual_seed(0)
-    module = Net()
+    module = Attending(lambda x: softmax(x @ x.mT) @ x)
     graph, state = from_torch(module, SHAPE)
     assert_same(module, graph, state, SHAPE)
     assert "attention" not in {node.op for node in graph.nodes}
+
+
+def test_what_is_added_is_the_same_for_every_example():
+    added = torch.randn(6, 6).expand(3, 6, 6).clone()
+    module = Attending(lambda x: (x @ x.mT + added).softmax(-1) @ x)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+    added[2, 5, 5] += 1
+    with pytest.raises(UnsupportedOperator, match="something else is added for each example"):
+        from_torch(module, SHAPE)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 1), (1, 6), (1, 1)])
+def test_one_query_or_one_key_is_attention_too(queries, keys):
+    module = Attending(lambda x: (x[:, :queries] @ x[:, 6 - keys :].mT).softmax(-1) @ x[:, 6 - keys :])
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+
+
+@pytest.mark.parametrize("value", [-1e5, -1e4])
+def test_scores_replaced_by_what_is_as_good_as_none_are_a_mask(value):
+    hidden = torch.ones(6, 6).triu(1).bool()
+    module = Attending(lambda x: (x @ x.mT).masked_fill(hidden, value).softmax(-1) @ x)
+    graph, state = from_torch(module, SHAPE)
+    assert_same(module, graph, state, SHAPE)
+    assert [node.op for node in graph.nodes].count("attention") == 1
+
+
+@pytest.mark.parametrize("value", [-9e3, -3.0, 0.0, 2.0])
+def test_scores_replaced_by_what_counts_are_no_mask(value):
+    hidden = torch.ones(6, 6).triu(1).bool()
+    with pytest.raises(UnsupportedOperator, match="where of constant places"):
+        from_torch(Attending(lambda x: (x @ x.mT).masked_fill(hidden, value).softmax(-1) @ x), SHAPE)
 
 
 def test_a_value_that_is_all_three():
@@ -329,6 +370,8 @@ def test_a_value_that_is_all_three():
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=q[..., :6] > 0), "a mask that is computed from"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(6, 6) < 0), "hides all keys of a q"),
         (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), "dropout_p=0.1, set it to 0"),
+        (lambda q: F.scaled_dot_product_attention(*[q.transpose(0, 2)] * 3).transpose(0, 2), r"attention of \(6, 1"),
+        (lambda q: F.scaled_dot_product_attention(*[q.transpose(0, 3)] * 3).transpose(0, 3), r"attention of \(8, 1"),
         (lambda q: mixing(q[:, 0].transpose(0, 1)).transpose(0, 1)[:, None], r"matmul of \(6, 3, 8\) and \(6, 8, 3\)"),
     ],
 )

@@ -162,6 +162,30 @@ class Constants(nn.Module):
         return self.last(torch.tanh(self.flat(self.inner(x.mean((2, 3))))))
 
 
+class Reduced(nn.Module):
+    def __init__(self, of):
+        super().__init__()
+        self.stem, self.of = nn.Conv2d(3, 4, 3), of
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x * (1 + self.of(x))
+
+
+@pytest.mark.parametrize("axes", [(2, 3), (1, 2, 3), (1, 3), (1,)], ids=str)
+@pytest.mark.parametrize("of", ["mean", "sum", "var"])
+def test_a_sum_is_no_mean_over_whatever_axes(of, axes):
+    how = {"unbiased": False} if of == "var" else {}
+    module = Reduced(lambda x: getattr(x, of)(axes, keepdim=True, **how))
+    assert_same(module, *from_torch(module, BATCH), BATCH)
+
+
+def test_a_sum_of_pixels_that_keeps_no_image_is_refused():
+    module = Reduced(lambda x: x.sum((2, 3))[:, :, None, None])
+    with pytest.raises(UnsupportedOperator, match=r"sum of \(6, 4, 7, 7\) over axes \(2, 3\) to \(6, 4\)"):
+        from_torch(module, BATCH)
+
+
 def test_a_scale_and_a_shift_are_one_pass():
     graph, _ = from_torch(Scaled(), BATCH)
     after = [node for node in fuse(graph).nodes if node.op == "combine"]

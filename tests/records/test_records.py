@@ -3,7 +3,8 @@
 import json
 import logging
 import random
-from dataclasses import dataclass, field, fields, replace
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import pytest
 
@@ -13,6 +14,8 @@ from mest_compile.hardware.target import Target, find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.operators.batch_norm import BatchNormBackward, BatchNormForward
+from mest_compile.operators.operator import OPERATORS
+from mest_compile.operators.optimizers.optimizer import Optimizer
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, shipped, tvm_version
 from mest_compile.records.record import read_log, target_facts, unit_of
 
@@ -364,6 +367,22 @@ def test_fields_say_what_makes_problems_alike(path):
         assert (best(read(path), problem).origin, best(read(path), problem).knobs) == ("nearest", {"tile": (5, 5)})
     for problem in (*other, replace(known, images=()), plain(replace(known, channels=33))):
         assert best(read(path), problem).knobs != {"tile": (5, 5)}, problem
+
+
+def test_numbers_that_a_kernel_only_reckons_with_stand_aside_in_every_problem():
+    """So that what was tuned for one norm serves one with another eps."""
+    OPERATORS.load()
+    problems = [
+        one
+        for name, module in sys.modules.items()
+        if name.startswith("mest_compile.operators.")
+        for one in vars(module).values()
+        if isinstance(one, type) and is_dataclass(one) and one.__module__ == name and not issubclass(one, Optimizer)
+    ]
+    marks = {
+        one.__name__: held.metadata for one in problems for held in fields(one) if held.name in ("eps", "momentum")
+    }
+    assert len(marks) >= 5 and all(mark.get("likeness") == "aside" for mark in marks.values()), marks
 
 
 def test_a_line_tells_cpu_and_tvm_and_is_json(path):

@@ -3,12 +3,15 @@
 import csv
 import json
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import mest_compile as mest
 from mest_compile import ondevice
@@ -273,3 +276,130 @@ def test_pixels_in_a_file_of_arrays_are_pictures(trained, pictures, mest_compile
         np.save(tmp_path / "odd.npy", odd)
         with pytest.raises(mest.MestError, match=said):
             list(answers(mest.load(trained[0]), [tmp_path / "odd.npy"]))
+
+
+# What an example is answered with, by loss: (loss, outputs, labels (n, ...) of logits (n, outputs)).
+ANSWERS = {
+    "yes or no": ("bce", 1, lambda wanted: (wanted[:, 0] > 0).float()),
+    "yes or no, in a column": ("bce", 1, lambda wanted: (wanted > 0).float()),
+    "labels": ("bce", 3, lambda wanted: (wanted > 0).float()),
+    "number": ("mse", 1, lambda wanted: wanted[:, 0]),
+    "numbers": ("smooth_l1", 2, lambda wanted: wanted),
+    "one of two": ("cross_entropy", 2, lambda wanted: wanted.argmax(1)),
+    "shares": ("soft_cross_entropy", 3, lambda wanted: wanted.softmax(1)),
+    "taught": ("distill", 3, lambda wanted: wanted.argmax(1)),
+}
+NAMES = ("fog", "ice", "mud")
+
+
+@pytest.fixture(scope="module")
+def answering(builder):
+    """A function that makes of a case (step, module in float64, pixels (7, 3, 4, 4) uint8, labels as torch's)."""
+
+    @cache
+    def made(case):
+        loss, outputs, label = ANSWERS[case]
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, outputs))
+        pixels = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8)
+        options = {"sparsity": 0.0, "threads": 1, "activations": "float32", "builder": builder}
+        step = mest.compile(net, (4, 3, 4, 4), loss=loss, **options)
+        step.reading = Reading(NAMES[:outputs], Inputs((4, 4), mean=(90.0, 120.0, 110.0), std=(60.0, 70.0, 80.0)))
+        return step, net.double(), pixels, label(torch.randn(7, outputs))
+
+    return made
+
+
+def logits_of(net, pixels):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((90.0, 120, 110), (60.0, 70, 80)))
+    with torch.no_grad():
+        return net((pixels.double() - mean) / std)
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_picture_is_answered_as_the_loss_means_outputs(case, answering, tmp_path, mest_compile_command):
+    """The outputs themselves, by name, or the classes in the order of their softmax."""
+    step, net, pixels, _ = answering(case)
+    logits = logits_of(net, pixels)
+    names, file = NAMES[: logits.shape[1]], tmp_path / "some.npy"
+    np.save(file, pixels.numpy())
+    told = list(answers(step, [file]))
+    assert [one["file"] for one in told] == [f"{file}[{place}]" for place in range(7)]
+    for one, its in zip(told, logits, strict=True):
+        if ANSWERS[case][0] in ("bce", "mse", "smooth_l1"):
+            assert one.keys() == {"file", "outputs"} and tuple(one["outputs"]) == names
+            assert list(one["outputs"].values()) == pytest.approx(its.tolist(), rel=1e-4, abs=1e-5)
+            continue
+        order = its.argsort(descending=True).tolist()
+        assert [best["class"] for best in one["top"]] == [names[place] for place in order]
+        assert [best["probability"] for best in one["top"]] == pytest.approx(its.softmax(0)[order].tolist(), rel=1e-4)
+        assert {name: one[name] for name in ("class", "probability")} == one["top"][0]
+
+    step.save(tmp_path / "net.safetensors")
+    command = ("predict", tmp_path / "net.safetensors", file)
+    assert mest_compile_command(*command, "--json").document == told
+    shown, table = (mest_compile_command(*command, *form).out.splitlines() for form in (("--csv", "-"), ()))
+    rows = list(csv.DictReader(shown))
+    for one, row, line in zip(told, rows, table[-7:], strict=True):
+        if "outputs" in one:
+            assert {name: float(row[name]) for name in names} == one["outputs"]
+            assert line.split()[-len(names) :] == [f"{value:.4g}" for value in one["outputs"].values()]
+        else:
+            assert row["class"] == one["class"] and f"{one['probability']:.1%}" in line
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_data_set_is_judged_as_torch_judges_it(case, answering):
+    step, net, pixels, labels = answering(case)
+    loss = ANSWERS[case][0]
+    classes = {} if labels.is_floating_point() else {"classes": step.classes}
+    data = Dataset.of(pixels.numpy(), labels.numpy(), "some", **classes)
+    found, logits = evaluated(step, data), logits_of(net, pixels)
+    assert found.pop("examples") == 7
+    if loss in ("mse", "smooth_l1"):
+        wanted = labels.view_as(logits).double()
+        assert found.keys() == {"mse", "mae"}
+        assert found["mse"] == pytest.approx(nn.functional.mse_loss(logits, wanted).item(), rel=1e-4)
+        assert found["mae"] == pytest.approx(nn.functional.l1_loss(logits, wanted).item(), rel=1e-4)
+    elif loss == "bce":
+        said, wanted = logits.sigmoid() > 0.5, labels.view_as(logits) == 1
+        hits = (said & wanted).sum().item()
+        f1 = 2 * hits / (2 * hits + (said ^ wanted).sum().item())
+        assert 0 < f1 < 1, "a model that is always right or wrong tells little"
+        assert found == {"f1": pytest.approx(f1), "label_accuracy": pytest.approx((said == wanted).double().mean())}
+    else:
+        right = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
+        assert found["accuracy"] == pytest.approx(right.double().mean().item())
+        # Of shares nobody says which class an example is of.
+        assert ("confusion" in found) == ("calibration" in found) == ("classes" in found) == (labels.ndim == 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "labels", "said"),
+    [
+        ("labels", np.zeros((7, 2), np.float32), r"some: targets have shape \(7, 2\); mest.BCE takes numbers of shape"),
+        ("yes or no", np.full(7, 2, np.float32), "some: targets go from 2 to 2; mest.BCE takes 0 for no, 1 for yes"),
+        ("numbers", np.zeros(7, np.float32), r"shape \(7,\); mest.SmoothL1 takes numbers of shape \(7, 2\)"),
+        (
+            "shares",
+            np.zeros((7, 2), np.float32),
+            r"shape \(7, 2\); mest.SoftCrossEntropy takes numbers of shape \(7, 3\)",
+        ),
+        ("one of two", np.zeros((7, 4, 4), np.int64), r"some: labels have shape \(7, 4, 4\); wanted \(7,\)"),
+        ("taught", np.zeros((7, 4, 4), np.int64), r"some: labels have shape \(7, 4, 4\); wanted \(7,\)"),
+        ("labels", np.zeros(7, np.int64), "some has 1 classes, the model gives 3 numbers; give other data"),
+        ("one of two", np.zeros(7, np.float32), "some has numbers, the model gives 2 classes; give other data"),
+    ],
+)
+def test_labels_that_the_loss_cannot_take_are_not_judged(case, labels, said, answering):
+    step, _, pixels, _ = answering(case)
+    with pytest.raises(InputError, match=said):
+        evaluated(step, Dataset.of(pixels.numpy(), labels, "some"))
+
+
+def test_what_has_no_label_is_not_judged(answering):
+    step, net, pixels, labels = answering("one of two")
+    labels = torch.where(torch.arange(7) // 2 == 1, -100, labels)
+    found = evaluated(step, Dataset.of(pixels.numpy(), labels.numpy(), "some", classes=2))
+    right = (logits_of(net, pixels).argmax(1) == labels)[labels >= 0]
+    assert found["accuracy"] == pytest.approx(right.double().mean().item()) and np.sum(found["confusion"]) == 5
