@@ -24,7 +24,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Say what a trained model sees in pictures of any size: they are cut, resized and scaled as its data was."""
-    from mest_compile.training.predicting import answers, open_step, pictures_in, write_csv
+    from mest_compile.training.predicting import answers, by_name, open_step, pictures_in, write_csv
 
     if csv is not None and as_json:
         raise UsageError("--csv and --json are two forms of one result; leave one out")
@@ -58,5 +58,6 @@ def predict(
         ]
         print_table(["picture", "class", "probability", "then"], rows)
     else:
-        rows = [[one["file"], *(f"{value:.4g}" for value in one["outputs"].values())] for one in found]
-        print_table(["picture", *found[0]["outputs"]], rows)
+        shown = "{:.1%}" if "probabilities" in found[0] else "{:.4g}"
+        rows = [[one["file"], *map(shown.format, by_name(one).values())] for one in found]
+        print_table(["picture", *by_name(found[0])], rows)

@@ -23,7 +23,7 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.artifact import MANIFEST
 from mest_compile.training.judging import check_targets
 from mest_compile.training.metrics import Score, compared, metrics_of
-from mest_compile.training.verdict import calibration, judged, probabilities
+from mest_compile.training.verdict import calibration, judged, probabilities, sigmoid
 
 if TYPE_CHECKING:
     from mest_compile.models.inputs import Inputs, Reading
@@ -65,8 +65,9 @@ def pictures_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 def answers(step: TrainStep, files: Sequence[Path], top: int = TOP) -> Iterator[dict[str, Any]]:
     """What the model says of each picture, a file or one of uint8 pixels (n, C, height, width) in an .npy file,
-    JSON-able: {"file", "class", "probability", "top": [{"class", "probability"}, ...]}; of a model of numbers {"file",
-    "outputs": {name: number}}.
+    JSON-able: {"file", "class", "probability", "top": [{"class", "probability"}, ...]}; of a model of yes and no
+    {"file", "classes": [those above a half], "probabilities": {name: share}}, of one of numbers {"file", "outputs":
+    {name: number}}.
 
     top  classes told, the most probable first
     Raises UsageError where nobody says how pictures become the step's images, DataError where one cannot be read.
@@ -125,18 +126,28 @@ def predict_pixels(step: TrainStep, pixels: np.ndarray) -> np.ndarray:
 
 
 def _answer(step: TrainStep, reading: Reading, outputs: np.ndarray, top: int) -> dict[str, Any]:
+    names = [reading.name(place) for place in range(len(outputs))]
+    if step.loss.yes_or_no:
+        sure = dict(zip(names, sigmoid(outputs).tolist(), strict=True))
+        return {"classes": [name for name, share in sure.items() if share > 0.5], "probabilities": sure}
     if not step.loss.tells_correct:
-        return {"outputs": {reading.name(place): float(value) for place, value in enumerate(outputs)}}
+        return {"outputs": dict(zip(names, outputs.tolist(), strict=True))}
     shares = probabilities(outputs[None])[0]
     best = [
-        {"class": reading.name(int(place)), "probability": float(shares[place])}
+        {"class": names[place], "probability": float(shares[place])}
         for place in np.argsort(-shares, kind="stable")[:top]
     ]
     return {**best[0], "top": best}
 
 
+def by_name(answer: dict[str, Any]) -> dict[str, float]:
+    """{name: what is told of that output} of an answer without "top"."""
+    found: dict[str, float] = answer.get("probabilities") or answer["outputs"]
+    return found
+
+
 def write_csv(file: TextIO, told: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> None:
-    """A line an answer: file, class and probability of each place, or the outputs by name."""
+    """A line an answer: file, class and probability of each place, or the probabilities or outputs by name."""
     writer = csv.writer(file)
     for number, one in enumerate(told):
         ranked = one.get("top", ())
@@ -145,9 +156,9 @@ def write_csv(file: TextIO, told: Iterator[dict[str, Any]] | Sequence[dict[str, 
                 ("class", "probability"),
                 *((f"class {n}", f"probability {n}") for n in range(2, len(ranked) + 1)),
             ]
-            names = [name for pair in places for name in pair] if ranked else list(one["outputs"])
+            names = [name for pair in places for name in pair] if ranked else list(by_name(one))
             writer.writerow(["file", *names])
-        values = [value for best in ranked for value in best.values()] if ranked else one["outputs"].values()
+        values = [value for best in ranked for value in best.values()] if ranked else by_name(one).values()
         writer.writerow([one["file"], *values])
 
 

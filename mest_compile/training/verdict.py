@@ -22,6 +22,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return shares / shares.sum(1, keepdims=True)
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """float64 of the same shape, each the probability of a yes."""
+    shares = np.exp(-np.abs(logits.astype(np.float64)))  # at most 1: no overflow
+    return np.where(logits < 0, shares, 1) / (1 + shares)
+
+
 def judged(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """JSON-able: accuracy, confusion matrix (a row a class as it is, a column as it was called), and by class the
     share of its examples that was found (recall) and of its answers that were right (precision); None of nothing.

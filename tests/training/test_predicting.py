@@ -318,7 +318,7 @@ def logits_of(net, pixels):
 
 @pytest.mark.parametrize("case", ANSWERS)
 def test_a_picture_is_answered_as_the_loss_means_outputs(case, answering, tmp_path, mest_compile_command):
-    """The outputs themselves, by name, or the classes in the order of their softmax."""
+    """Numbers by name, of each yes or no how probable a yes is, or the classes in the order of their softmax."""
     step, net, pixels, _ = answering(case)
     logits = logits_of(net, pixels)
     names, file = NAMES[: logits.shape[1]], tmp_path / "some.npy"
@@ -326,7 +326,13 @@ def test_a_picture_is_answered_as_the_loss_means_outputs(case, answering, tmp_pa
     told = list(answers(step, [file]))
     assert [one["file"] for one in told] == [f"{file}[{place}]" for place in range(7)]
     for one, its in zip(told, logits, strict=True):
-        if ANSWERS[case][0] in ("bce", "mse", "smooth_l1"):
+        if ANSWERS[case][0] == "bce":
+            shares = its.sigmoid().tolist()
+            assert one.keys() == {"file", "classes", "probabilities"} and tuple(one["probabilities"]) == names
+            assert list(one["probabilities"].values()) == pytest.approx(shares, rel=1e-4)
+            assert one["classes"] == [name for name, share in zip(names, shares, strict=True) if share > 0.5]
+            continue
+        if ANSWERS[case][0] in ("mse", "smooth_l1"):
             assert one.keys() == {"file", "outputs"} and tuple(one["outputs"]) == names
             assert list(one["outputs"].values()) == pytest.approx(its.tolist(), rel=1e-4, abs=1e-5)
             continue
@@ -344,6 +350,9 @@ def test_a_picture_is_answered_as_the_loss_means_outputs(case, answering, tmp_pa
         if "outputs" in one:
             assert {name: float(row[name]) for name in names} == one["outputs"]
             assert line.split()[-len(names) :] == [f"{value:.4g}" for value in one["outputs"].values()]
+        elif "probabilities" in one:
+            assert {name: float(row[name]) for name in names} == one["probabilities"]
+            assert line.split()[-len(names) :] == [f"{share:.1%}" for share in one["probabilities"].values()]
         else:
             assert row["class"] == one["class"] and f"{one['probability']:.1%}" in line
 

@@ -27,6 +27,7 @@ class BCE(ElementwiseLoss):
     pos_weight: float | tuple[float, ...] = 1.0
 
     metrics = ("f1", "label_accuracy")
+    yes_or_no = True
     forgets = "all of an example's labels were right, and one of them is wrong now"
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ class Loss(ABC):
     tells_correct  whether it says which answers are right
     metrics  what models that are trained with it are judged by (training/metrics.py), the first decides which is best
     forgets  what a forgetting event of an example is, for the data sieve; "": there is none
+    yes_or_no  whether each output is a question of its own, whose probability of a yes is the output's sigmoid
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Loss(ABC):
     tells_correct: ClassVar[bool]
     metrics: ClassVar[tuple[str, ...]]
     forgets: ClassVar[str] = ""
+    yes_or_no: ClassVar[bool] = False
 
     @property
     def takes_numbers(self) -> bool:
