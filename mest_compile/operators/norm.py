@@ -219,7 +219,7 @@ def normalised(reader: Reader, image: Value, groups: int, pixels: bool, eps: flo
     return reader.add("norm", (image,), image.shape, params, attrs)
 
 
-@reads("relax.nn.group_norm", gives=("group_norm",))
+@reads("relax.nn.group_norm", gives=("group_norm", "instance_norm"))  # the importers make one of the other
 def read_group_norm(reader: Reader, call: Any, arguments: list) -> Any:
     attrs, value, groups = call.attrs, reader.seen(arguments[0]), int(call.attrs.num_groups)
     if int(attrs.channel_axis) != 1:
@@ -237,15 +237,6 @@ def _are_groups(value: View) -> bool:
     shape = value.bare.shape
     whole_groups = len(value.shape) == 3 and shape[1] % value.shape[1] == 0
     return whole_groups and value.arrangement == Arrangement.plain(shape).reshaped(value.shape)
-
-
-@reads("relax.nn.instance_norm", gives=("instance_norm",))
-def read_instance_norm(reader: Reader, call: Any, arguments: list) -> Any:
-    attrs, image = call.attrs, reader.activation(arguments[0])
-    if [int(axis) % len(image.shape) for axis in attrs.axes] != list(range(2, len(image.shape))):
-        raise reader.error(f"{reader.name or 'instance_norm'} over axes {[int(axis) for axis in attrs.axes]}")
-    affine = dict(zip(ROLES, arguments[1:], strict=True))
-    return normalised(reader, image, image.shape[1], True, attrs.epsilon, affine)
 
 
 @reads("relax.nn.layer_norm", gives=("layer_norm",))
