@@ -188,8 +188,8 @@ def dropping(net: Any, graph: Any, update: int) -> Iterator[None]:
         node = next(nodes)
         (draw,) = draws(graph, 0, update)[f"{node.name}:draw"]
         kept = stays(int(draw), node.shape, node.attrs["p"], node.attrs.get("whole", "element"))
-        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels
-            kept = np.moveaxis(kept, 1, -1).reshape(len(kept), -1, kept.shape[1])
+        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels, of several series of an example row by row
+            kept = np.moveaxis(kept, 1, -1).reshape(-1, *x.shape[1:])
         if kept.shape != x.shape:
             raise AssertionError(f"{node.name} drops of {node.shape}, torch of {tuple(x.shape)}")
         return x * torch.from_numpy(kept.copy()) / (1 - node.attrs["p"])
