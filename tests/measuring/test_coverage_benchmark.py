@@ -78,6 +78,15 @@ def test_a_tensor_that_is_wrong_is_found_among_others():
     assert (name, allowed) == ("small", coverage.TOLERANCE) and ours == pytest.approx(0.01) and others < 1e-4
 
 
+def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
+    exact = {"large": np.full(1000, 100.0), "none": np.zeros(4)}
+    noisy, noise = ({**exact, "none": np.full(4, size)} for size in (0.02, 0.03))
+    name, ours, theirs, allowed = coverage._worst(noise, noisy, exact)
+    assert name == "none" and theirs > coverage.MOST and ours <= allowed
+    name, ours, theirs, allowed = coverage._worst(noise, exact, exact)
+    assert name == "none" and ours > allowed
+
+
 def test_the_document_says_what_was_compared():
     compared = {"timm:b": MODELS["timm:b"] | {"verified": True}, "boards:d": MODELS["boards:d"] | {"verified": False}}
     text = coverage.compared(MODELS | compared)
