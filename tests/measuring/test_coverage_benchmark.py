@@ -87,6 +87,14 @@ def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
     assert name == "none" and ours > allowed
 
 
+def test_more_examples_are_tried_where_torch_itself_is_far_from_float64():
+    def found(theirs, verified=False):
+        return {"verified": verified, "errors": {"steps": ["a", 1.0, theirs, 0.3]}}
+
+    assert coverage._asks_for_more(found(0.46)) and coverage._asks_for_more({"failed": coverage.ONE_VALUE})
+    assert not coverage._asks_for_more(found(0.01)) and not coverage._asks_for_more(found(0.46, verified=True))
+
+
 def test_the_document_says_what_was_compared():
     compared = {"timm:b": MODELS["timm:b"] | {"verified": True}, "boards:d": MODELS["boards:d"] | {"verified": False}}
     text = coverage.compared(MODELS | compared)
