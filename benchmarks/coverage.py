@@ -47,6 +47,7 @@ LIMIT_SECONDS = 600.0
 ONE_VALUE = "more than 1 value per channel"  # wants torch of BatchNorm, which few examples of one pixel have not
 STEPS, SCHEMES, SPARSITY = 3, ("unstructured", "block"), 0.5
 BATCHES, FEW, LARGE = (1, 4, 8, 16), 2, 128  # the last is a side of images of which a step has few
+FEATURES = 8  # least examples of features: ten BatchNorms of 4 numbers make a third of rounding errors, in torch too
 AS_GOOD, TOLERANCE, MOST = 10.0, 1e-3, 0.3  # times torch's own error in float32, an error that is none, one that is
 
 
@@ -168,10 +169,12 @@ def _worst(ours: Any, theirs: Any, exact: Any) -> tuple[str, float, float, float
     errors = [{name: np.linalg.norm(one[name] - exact[name]) for name in exact} for one in (ours, theirs)]
     usual = float(np.median([errors[1][name] / (size or 1) for name, size in sizes.items()]))
     found = []
-    for name, size in sizes.items():
-        size = max(size, least * exact[name].size ** 0.5)
+    for name, exactly in sizes.items():
+        size = max(exactly, least * exact[name].size ** 0.5)
         mine, torchs = (one[name] / size for one in errors)
-        found.append((name, mine, torchs, min(MOST, max(TOLERANCE, AS_GOOD * max(torchs, usual)))))
+        allowed = max(TOLERANCE, AS_GOOD * max(torchs, usual))
+        lost = exactly < size and torchs > MOST  # it is 0 but for rounding, of which torch gives any number
+        found.append((name, mine, torchs, allowed if lost else min(MOST, allowed)))
     return max(found, key=lambda one: one[1] / one[3])
 
 
@@ -188,8 +191,10 @@ def dropping(net: Any, graph: Any, update: int) -> Iterator[None]:
         node = next(nodes)
         (draw,) = draws(graph, 0, update)[f"{node.name}:draw"]
         kept = stays(int(draw), node.shape, node.attrs["p"], node.attrs.get("whole", "element"))
-        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels
-            kept = np.moveaxis(kept, 1, -1).reshape(len(kept), -1, kept.shape[1])
+        if kept.shape != x.shape and x.ndim == 2:  # features lie as channels of one pixel
+            kept = kept.reshape(len(kept), -1)
+        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels, of several series of an example row by row
+            kept = np.moveaxis(kept, 1, -1).reshape(-1, *x.shape[1:])
         if kept.shape != x.shape:
             raise AssertionError(f"{node.name} drops of {node.shape}, torch of {tuple(x.shape)}")
         return x * torch.from_numpy(kept.copy()) / (1 - node.attrs["p"])
@@ -307,6 +312,13 @@ def write_table(models: dict[str, dict[str, Any]]) -> None:
     DOCUMENT.write_text(f"{text[:start]}\n{table(models)}\n\n{text[end:]}")
 
 
+def _asks_for_more(found: dict[str, Any]) -> bool:
+    """Whether what a verification found tells nothing, as BatchNorms of few numbers make errors of roundings: torch has
+    no value of its own there, or none that is near to its own in float64."""
+    lost = any(theirs > MOST for _, _, theirs, _ in found.get("errors", {}).values())
+    return ONE_VALUE in found.get("failed", "") or (lost and not found["verified"])
+
+
 def verify_all(chosen: list[Case], models: dict[str, dict[str, Any]], given: argparse.Namespace) -> None:
     """Those that match, smallest first, as far as no run has verified them."""
     chosen = sorted(chosen, key=lambda case: models[case.name]["parameters"])
@@ -317,8 +329,10 @@ def verify_all(chosen: list[Case], models: dict[str, dict[str, Any]], given: arg
                 continue
             shape = model["input_shape"]
             batch = FEW if len(shape) == 4 and shape[-1] > LARGE else BATCHES[place % len(BATCHES)]
+            if len(shape) == 2:
+                batch = max(batch, FEATURES)
             found: dict[str, Any] = {"failed": ONE_VALUE}
-            while ONE_VALUE in found.get("failed", "") and batch <= BATCHES[-1]:
+            while _asks_for_more(found) and batch <= BATCHES[-1]:
                 found = apart(partial(verify, batch=batch, folder=folder), case, given.limit)
                 batch *= 4
             model |= {name: found[name] for name in ("batch", "errors") if name in found}

@@ -60,7 +60,7 @@ HASTY = (
     *(f"runtime/test_{name}" for name in ("artifact", "believed", "bfloat16", "depthwise_step", "exporting")),
     *(f"runtime/test_{name}" for name in ("float16", "freezing", "frozen", "given_step", "interruptions")),
     *(f"runtime/test_{name}" for name in ("method_step", "nm_step", "passes", "schemes_step", "step")),
-    *("planning/test_capacity", "training/test_kill"),
+    *("planning/test_capacity", "training/test_kill", "frontend/test_onnx_recurrent"),
 )
 
 # Tests that only `make test-thorough` runs: they take long and ask further cases of what others ask, or put together

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from mest_compile.frontend.onnx_recurrent import DIRECTIONS, KIND, REFUSED
+from mest_compile.frontend.recurrent_calls import call_directions, states
+
 
 def _numbers(value: Any, what: str) -> list[Any]:
     if not hasattr(value, "value"):
@@ -86,6 +89,20 @@ def _resized(x: Any, size: list[int], mode: str, coordinates: str, rounding: str
         coordinate_transformation_mode=coordinates,
         rounding_method=rounding,
     )
+
+
+def recurrent(emit: Callable[[Any], Any], x: Any, rest: list[Any], attrs: dict[str, Any]) -> Any:
+    """What `onnx_recurrent` made of an LSTM, a GRU or an RNN: (values (T, directions, N, H), last states (directions,
+    N, H)) of x (T, N, inputs). emit: of a block builder."""
+    if REFUSED in attrs:
+        raise ValueError(attrs[REFUSED].decode())
+    steps, batch, _ = (int(size) for size in x.ty.shape)
+    names = DIRECTIONS[attrs.get("direction", b"forward")]
+    weights = {name: [one for one in rest[4 * place :][:4] if one is not None] for place, name in enumerate(names)}
+    value = emit(relax.op.permute_dims(x, (1, 0, 2)))
+    found, last = call_directions(emit, attrs[KIND].decode(), value, weights)
+    found = emit(relax.op.reshape(found, (batch, steps, len(names), int(found.ty.shape[2]) // len(names))))
+    return relax.Tuple([emit(relax.op.permute_dims(found, (1, 2, 0, 3))), states(emit, last)])
 
 
 NAMED = ("InstanceNormalization",)  # operators of OWN that take parameters: these stay what they are

@@ -53,7 +53,7 @@ def _fold_once(model: Any) -> bool:
         elif node.op_type in MEASURES and node.input[0] in sizes:
             made = [_measured(node, sizes[node.input[0]])]
         elif node.input and all(name in values or not name for name in node.input):
-            made = _evaluated(model, node, values)
+            made = evaluated(model, node, values)
         if made is None:
             rest.append(node)
             continue
@@ -93,8 +93,11 @@ def _measured(node: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.array(shape, np.int64)[ends.get("start", 0) : ends.get("end", len(shape))]
 
 
-def _evaluated(model: Any, node: Any, values: dict[str, np.ndarray]) -> list[np.ndarray] | None:
-    """The results of a node of known inputs; None where onnx cannot tell, or tells something else than arrays."""
+def evaluated(model: Any, node: Any, values: dict[str, np.ndarray]) -> list[np.ndarray] | None:
+    """The results of a node of known inputs; None where onnx cannot tell, or tells something else than arrays.
+
+    model  whose opsets count
+    """
     from onnx import helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 

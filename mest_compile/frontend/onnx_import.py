@@ -15,6 +15,7 @@ from mest_compile.base.errors import DataError, UnsupportedOperator
 from mest_compile.frontend.onnx_exporters import upgrade
 from mest_compile.frontend.onnx_masks import densify
 from mest_compile.frontend.onnx_plain import opset, plain
+from mest_compile.frontend.onnx_recurrent import Moved
 from mest_compile.frontend.onnx_writer import load_onnx_package
 from mest_compile.frontend.refusals import Origin, Refusals, check_finite
 from mest_compile.frontend.relax_graph import read_main
@@ -33,17 +34,17 @@ def read_onnx(
     refusals     where goes what cannot be trained, as far as the rest can be read without it
     Raises DataError when the file cannot be read, UnsupportedOperator, SpecError.
     """
-    graph, state, _ = read_as_stored(path, input_shape, refusals)
+    graph, state, *_ = read_as_stored(path, input_shape, refusals)
     return graph, state
 
 
 def read_as_stored(
     path: str | Path, input_shape: tuple[int, ...], refusals: Refusals
-) -> tuple[ForwardGraph, dict[str, np.ndarray], set[str]]:
-    """The same, and the names of the weights that the file holds transposed."""
+) -> tuple[ForwardGraph, dict[str, np.ndarray], set[str], dict[str, Moved]]:
+    """The same, the names of the weights that the file holds transposed, and those that it has as parts of others."""
     model = load_model(path)
     model = upgrade(model, opset(model))
-    state, names = plain(model, input_shape)
+    state, names, moved = plain(model, input_shape)
     function, origins = _to_relax(model, input_shape, names)
     parameters = {ours: name for ours, name in names.items() if name in state}
     graph, transposed = read_main(
@@ -57,7 +58,7 @@ def read_as_stored(
     check_finite(graph, state)
     for name in transposed:
         state[name] = np.ascontiguousarray(state[name].T)
-    return replace(graph, nodes=tuple(_torch_momentum(node) for node in graph.nodes)), state, transposed
+    return replace(graph, nodes=tuple(_torch_momentum(node) for node in graph.nodes)), state, transposed, moved
 
 
 def _torch_momentum(node: Node) -> Node:

@@ -20,8 +20,10 @@ def written_into(path: str | Path, graph: ForwardGraph, state: Mapping[str, np.n
     graph  of the model that the state is of
     Raises StateError where the file holds another model, DataError, UnsupportedOperator.
     """
+    from onnx import numpy_helper
+
     refusals = Refusals()
-    theirs, stored, transposed = read_as_stored(path, graph.input_shape, refusals)
+    theirs, stored, transposed, moved = read_as_stored(path, graph.input_shape, refusals)
     refusals.check()
     if (theirs.nodes, theirs.prepared) != (graph.nodes, graph.prepared):
         pairs = zip(graph.nodes, theirs.nodes, strict=False)
@@ -35,6 +37,11 @@ def written_into(path: str | Path, graph: ForwardGraph, state: Mapping[str, np.n
     for name, tensor in _places(model.graph, held):
         if name in stored and name in state:
             _fill(tensor, state[name].T if name in transposed else state[name])
+        if parts := {part: one.places for part, one in moved.items() if one.source == name and part in state}:
+            array = numpy_helper.to_array(tensor).copy()
+            for part, places in parts.items():
+                array.ravel()[places] = state[part]
+            _fill(tensor, array)
     return model
 
 

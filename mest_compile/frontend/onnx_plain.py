@@ -24,6 +24,7 @@ from mest_compile.frontend.onnx_exporters import (
     takes_channels_last,
 )
 from mest_compile.frontend.onnx_folding import factors_to_constants, fold_sizes, shapes
+from mest_compile.frontend.onnx_recurrent import Moved, plain_recurrent
 from mest_compile.frontend.refusals import unsupported
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")
@@ -31,8 +32,9 @@ ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min")
 FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
 
 
-def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Rewrites `model` in place; returns (weights by their own name, name of ours -> the value's own name).
+def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, Moved]]:
+    """Rewrites `model` in place; returns (weights by their own name, name of ours -> the value's own name, weights that
+    the file has as parts of others).
 
     input_shape  of the one input that is no initializer, whose sizes it sets; (N, C, H, W) where the file has
                  (N, H, W, C), too
@@ -53,10 +55,11 @@ def plain(model: Any, input_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarra
     cancel_transpositions(graph)
     _numbers_to_constants(graph)
     fold_sizes(model)
+    moved = plain_recurrent(model)
     _sums_to_additions(graph)
     _same_to_pads(model)
     state = _state(graph)
-    return state, {ours: name for name, ours in _rename(graph).items()}
+    return state, {ours: name for name, ours in _rename(graph).items()}, moved
 
 
 def opset(model: Any) -> int:

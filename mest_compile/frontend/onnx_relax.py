@@ -11,9 +11,10 @@ from typing import Any
 from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, get_constant
 
-from mest_compile.frontend.onnx_converters import NAMED, OWN
+from mest_compile.frontend.onnx_converters import NAMED, OWN, recurrent
 from mest_compile.frontend.onnx_folding import shapes
 from mest_compile.frontend.onnx_plain import opset, where
+from mest_compile.frontend.onnx_recurrent import ORDERS
 from mest_compile.frontend.refusals import Origin, unsupported
 
 # What TVM's converters raise; its own errors are RuntimeErrors.
@@ -55,7 +56,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
         node, why = next(self.pending), ""
         try:
-            made = None
+            made = recurrent(self.bb.emit, inputs[0], list(inputs)[1:], attrs) if op_name in ORDERS else None
             if op_name in OWN:
                 held = [self._nodes, self._params]
                 others = [
@@ -66,21 +67,25 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             made = super()._convert_operator(op_name, inputs, attrs, opset) if theirs else self.bb.normalize(made)
         except CONVERTER_ERRORS as error:
             why = trouble(error, self.names)
-            if op_name in OWN or isinstance(error, NotImplementedError):
-                why = str(error) if op_name in OWN else ""
-            made = self._nothing(node, inputs, error)
+            own = op_name in OWN or op_name in ORDERS
+            if own or isinstance(error, NotImplementedError):
+                why = str(error) if own else ""
+            made = self._nothing(node, inputs, why, error)
         if isinstance(made, relax.Call) and not isinstance(made.ty, relax.ShapeType):
             made = self.bb.emit(made)
             self.origins[made.name] = Origin(where(node), op_name, True, why)
+        elif op_name in ORDERS:
+            self.origins |= {one.name: Origin(where(node), op_name, True) for one in made.fields}
         return made
 
-    def _nothing(self, node: Any, inputs: Any, error: Exception) -> Any:
+    def _nothing(self, node: Any, inputs: Any, why: str, error: Exception) -> Any:
         """A value of the node's type, from what it takes, that nothing makes."""
         if self.shapes is None:
             self.shapes = shapes(self.model)
         types = [relax.TensorType(self.shapes[name], "float32") for name in node.output if name in self.shapes]
         if len(types) != len(node.output):
-            raise unsupported(node.op_type, where(node)) from error
+            what = f"{node.op_type} ({why})" if why else node.op_type
+            raise unsupported(what, where(node), node.op_type) from error
         sources = [one for one in inputs if isinstance(one, relax.Expr) and not isinstance(one.ty, relax.ShapeType)]
         kind = types[0] if len(types) == 1 else relax.TupleType(types)
         return self.bb.normalize(relax.op.call_pure_packed("unknown", *sources, ty_args=kind))

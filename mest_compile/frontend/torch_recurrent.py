@@ -8,6 +8,8 @@ from typing import Any
 
 from tvm import relax
 
+from mest_compile.frontend.recurrent_calls import call_directions, states
+
 ZEROS = ("zeros", "full", "zeros_like", "new_zeros")
 
 
@@ -33,26 +35,13 @@ def recurrent(kind: str) -> Callable[[Any, Any], Any]:
             raise NotImplementedError("proj_size, which is not supported")
         emit, env = importer.block_builder.emit, importer.env
         value = env[given] if batch_first else emit(relax.op.permute_dims(env[given], (1, 0, 2)))
-        batch, steps, _ = (int(size) for size in value.ty.shape)
         pending, last = [env[one] for one in weights], []
         for _ in range(layers):
-            found = []
-            for direction in directions:
-                own, pending = pending[:each], pending[each:]
-                hidden = int(own[1].ty.shape[1])
-                made = relax.op.call_pure_packed(
-                    f"mest.{kind}.{direction}",
-                    value,
-                    *own,
-                    ty_args=relax.TensorType([batch, steps, hidden], "float32"),
-                )
-                found.append(emit(made))
-                end = 0 if direction == "reverse" else steps - 1
-                part = emit(relax.op.strided_slice(found[-1], axes=[1], begin=[end], end=[end + 1], strides=[1]))
-                last.append(emit(relax.op.reshape(part, (batch, hidden))))
-            value = found[0] if len(found) == 1 else emit(relax.op.concat(found, axis=-1))
-        state = last[0] if len(last) == 1 else emit(relax.op.concat(last, axis=1))
-        state = emit(relax.op.permute_dims(emit(relax.op.reshape(state, (batch, len(last), hidden))), (1, 0, 2)))
+            own = {one: pending[each * place : each * (place + 1)] for place, one in enumerate(directions)}
+            pending = pending[each * len(directions) :]
+            value, ended = call_directions(emit, kind, value, own)
+            last += ended
+        state = states(emit, last)
         value = value if batch_first else emit(relax.op.permute_dims(value, (1, 0, 2)))
         return (value, state, None) if kind == "lstm" else (value, state)
 

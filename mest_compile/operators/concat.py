@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 from mest_compile.frontend.onnx_writer import Writer
@@ -79,6 +80,26 @@ def _where_they_lie(reader: Reader, values: list[Any], axis: int) -> View | None
     return View(made, Arrangement(tuple(axes)))
 
 
+def _before_examples(reader: Reader, values: list[Any], shape: tuple[int, ...]) -> Any:
+    """Along the first axis, behind which one of examples comes, as of the last states of several recurrent layers:
+    joined as each example's features."""
+    flat, place = [], 0
+    for value in map(reader.seen, values):
+        axes, examples = reader.arrangement(value).axes, whole(reader.bare(value).shape)["N"]
+        place = next((place for place, axis in enumerate(axes) if place and axis == examples), 0)
+        if not place:
+            raise reader.error(f"concat of values of shape {value.shape} along axis 0")
+        order = (place, *(other for other in range(len(shape)) if other != place))
+        turned = reader.viewed(reader.bare(value), reader.arrangement(value).permuted(order))
+        flat.append(reader.activation(reader.reshaped(turned, (shape[place], prod(value.shape) // shape[place]))))
+    sizes = tuple(one.shape[1] for one in flat)
+    made = reader.add("concat", tuple(flat), (shape[place], sum(sizes)), attrs={"axis": 1, "sizes": sizes})
+    sizes = (shape[place], *(size for other, size in enumerate(shape) if other != place))
+    result = reader.reshaped(made, sizes)
+    back = (*range(1, place + 1), 0, *range(place + 1, len(shape)))
+    return reader.viewed(reader.bare(result), reader.arrangement(result).permuted(back))
+
+
 @reads("relax.concat", gives=("concat",))
 def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
     values, shape = list(arguments[0]), _shape(call)
@@ -87,11 +108,11 @@ def read_concat(reader: Reader, call: Any, arguments: list) -> Any:
         return values[0]
     if axis and (found := _where_they_lie(reader, values, axis)) is not None:
         return found
+    if axis == 0:
+        return _before_examples(reader, values, shape)
     images = [
         standing(reader, value, shape) if isinstance(value, Parameter) else reader.image(value) for value in values
     ]
-    if axis == 0:
-        raise reader.error(f"concat of values of shape {images[0].shape} along axis 0")
     axis = image_axes(len(shape))[axis]
     sizes = tuple(image.shape[axis] for image in images)
     made = reader.add("concat", tuple(images), as_image(shape), attrs={"axis": axis, "sizes": sizes})

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mest_compile.base.registry import Registry
+from mest_compile.frontend.onnx_recurrent import AS_THEY_ARE, ORDERS
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _shape, reads
 from mest_compile.ir.arrangement import Arrangement, merged, whole
@@ -34,13 +35,11 @@ class Cell:
     """gates: how many; hidden: what the hidden state becomes; carried: what the other state does, if there is one.
 
     onnx   its ONNX operator, and its attributes
-    order  of torch's gates in ONNX
     """
 
     gates: int
     hidden: Expression
     onnx: tuple[str, dict[str, Any]]
-    order: tuple[int, ...]
     carried: Expression | None = None
 
     @property
@@ -66,19 +65,18 @@ def sigmoid(a: Expression) -> Expression:
 _x, _p = ([Variable(f"{kind}{gate}") for gate in range(4)] for kind in (DX, DP))
 _h, _c, _sum = Variable("h"), Variable("c"), [x + p for x, p in zip(_x, _p, strict=True)]
 _NEW = tanh(_x[2] + sigmoid(_sum[0]) * _p[2])
-CELLS.add("gru", Cell(3, _NEW + sigmoid(_sum[1]) * (_h - _NEW), ("GRU", {"linear_before_reset": 1}), (1, 0, 2)))
+CELLS.add("gru", Cell(3, _NEW + sigmoid(_sum[1]) * (_h - _NEW), ("GRU", {"linear_before_reset": 1})))
 CELLS.add(
     "lstm",
     Cell(
         4,
         sigmoid(_sum[3]) * tanh(Variable("new_c")),
         ("LSTM", {}),
-        (0, 3, 1, 2),
         sigmoid(_sum[1]) * _c + sigmoid(_sum[0]) * tanh(_sum[2]),
     ),
 )
-CELLS.add("rnn_tanh", Cell(1, tanh(_sum[0]), ("RNN", {"activations": ["Tanh"]}), (0,)))
-CELLS.add("rnn_relu", Cell(1, maximum(0, _sum[0]), ("RNN", {"activations": ["Relu"]}), (0,)))
+CELLS.add("rnn_tanh", Cell(1, tanh(_sum[0]), ("RNN", {"activations": ["Tanh"]})))
+CELLS.add("rnn_relu", Cell(1, maximum(0, _sum[0]), ("RNN", {"activations": ["Relu"]})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +254,11 @@ class RecurrentOperator(Operator):
         """As ONNX has it, which would compute what the linear layer before it does: by a matrix of ones and zeros."""
         (x,), cell, hidden = writer.inputs(node), CELLS.find(node.attrs["cell"]), node.shape[1]
         rows, steps = cell.gates * hidden, node.shape[3]
-        order = np.concatenate([np.arange(gate * hidden, (gate + 1) * hidden) for gate in cell.order])
+        order = np.concatenate([np.arange(gate * hidden, (gate + 1) * hidden) for gate in ORDERS[cell.onnx[0]]])
         series = writer.squeezed(x)
         first = writer.call("Transpose", [series], (), perm=(2, 0, 1))
         writer.sizes[first] = (steps, "N", rows), "float"
-        takes = writer.constant(np.eye(rows, dtype=np.float32)[order][None], "takes gates as they are")
+        takes = writer.constant(np.eye(rows, dtype=np.float32)[order][None], AS_THEY_ARE)
         places = writer.constant(order, "order of gates")
 
         def ordered(role: str) -> str:
@@ -290,30 +288,33 @@ def _kept(node: Node, low: Trace, problem: Recurrent, name: str) -> Buffer:
 
 
 def _read(reader: Reader, call: Any, arguments: list) -> Any:
-    """(N, T, H) of (N, T, inputs), two weights and two biases or none, and a number that says whether it is reverse."""
-    _, cell, reverse = str(call.args[0].global_symbol).split(".")
-    value, weight, inner, *biases = arguments[1:]
-    if not _is_stored(weight, inner, *biases):
+    """(N, T, H) of (N, T, inputs), two weights and two biases or none, or of gates, the second weight and bias."""
+    _, cell, *gated, direction = str(call.args[0].global_symbol).split(".")
+    value, *stored = arguments[1:]
+    if not _is_stored(*stored):
         raise reader.error(f"{cell} with computed weights")
+    weights, biases = ([stored[0]], stored[1:]) if gated else (stored[:2], stored[2:])
     arrangement, dims = reader.arrangement(reader.seen(value)), whole(reader.bare(value).shape)
     examples, steps, inputs = arrangement.axes
     if examples != dims["N"]:
         raise reader.error(f"{cell} of a value of shape {value.shape}, whose examples are not apart,")
-    source = reader.lay(value, {"C": inputs, "H": (), "W": merged(steps)})
+    gates = reader.lay(value, {"C": inputs, "H": (), "W": merged(steps)})
     batch, length, hidden = _shape(call)
-    rows, held = reader.shape_of(weight)[0], [one.name for one in biases]
-    given = {"weight": weight.name} | dict(zip(("bias",), held[:1], strict=False))
-    gates = reader.add("linear", (source,), (batch, rows, 1, length), given)
-    given = {"weight": inner.name} | dict(zip(("bias",), held[1:], strict=False))
-    how = {"cell": cell, "reverse": reverse == "reverse"}
-    made = reader.add("recurrent", (gates,), (batch, hidden, 1, length), given, how)
+    params = [{"weight": weight.name} for weight in weights]
+    for given, bias in zip(params, biases, strict=bool(biases)):
+        given["bias"] = bias.name
+    if not gated:
+        gates = reader.add("linear", (gates,), (batch, reader.shape_of(weights[0])[0], 1, length), params[0])
+    how = {"cell": cell, "reverse": direction == "reverse"}
+    made = reader.add("recurrent", (gates,), (batch, hidden, 1, length), params[-1], how)
     dims = whole(made.shape)
     return reader.viewed(made, Arrangement((dims["N"], dims["W"], dims["C"])))
 
 
-reads("mest.gru.forward", "mest.gru.reverse", gives=("gru",))(_read)
-reads("mest.lstm.forward", "mest.lstm.reverse", gives=("lstm",))(_read)
-reads(
-    *(f"mest.rnn_{kind}.{direction}" for kind in ("tanh", "relu") for direction in ("forward", "reverse")),
-    gives=("rnn",),
-)(_read)
+def _names(*cells: str) -> list[str]:
+    return [f"mest.{cell}{of}.{way}" for cell in cells for of in ("", ".gates") for way in ("forward", "reverse")]
+
+
+reads(*_names("gru"), gives=("gru",))(_read)
+reads(*_names("lstm"), gives=("lstm",))(_read)
+reads(*_names("rnn_tanh", "rnn_relu"), gives=("rnn",))(_read)

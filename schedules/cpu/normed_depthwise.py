@@ -103,7 +103,7 @@ def normed_depthwise_backward(problem: NormedDepthwiseBackward, target: Target) 
     source, z, dy, window = problem.source, problem.z, problem.dy, problem.window
     channels, vector = dy.channels, dy.vector
     padded, padded_delta = problem.padded, problem.padded_delta
-    inner = replace(source, channels=1, halo=(0, 0, 0, 0), dtype="float32")  # the gradient of a channel, before
+    inner = replace(source, channels=1, halo=(0, 0, 0, 0), dtype="float32", gap=0)  # the gradient of a channel, before
     name, dz = ("dz", problem.dz) if problem.dz else ("source", source)
     text = Text(
         buffer("values", channels * window.taps),

@@ -78,6 +78,23 @@ def test_a_tensor_that_is_wrong_is_found_among_others():
     assert (name, allowed) == ("small", coverage.TOLERANCE) and ours == pytest.approx(0.01) and others < 1e-4
 
 
+def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
+    exact = {"large": np.full(1000, 100.0), "none": np.zeros(4)}
+    noisy, noise = ({**exact, "none": np.full(4, size)} for size in (0.02, 0.03))
+    name, ours, theirs, allowed = coverage._worst(noise, noisy, exact)
+    assert name == "none" and theirs > coverage.MOST and ours <= allowed
+    name, ours, theirs, allowed = coverage._worst(noise, exact, exact)
+    assert name == "none" and ours > allowed
+
+
+def test_more_examples_are_tried_where_torch_itself_is_far_from_float64():
+    def found(theirs, verified=False):
+        return {"verified": verified, "errors": {"steps": ["a", 1.0, theirs, 0.3]}}
+
+    assert coverage._asks_for_more(found(0.46)) and coverage._asks_for_more({"failed": coverage.ONE_VALUE})
+    assert not coverage._asks_for_more(found(0.01)) and not coverage._asks_for_more(found(0.46, verified=True))
+
+
 def test_the_document_says_what_was_compared():
     compared = {"timm:b": MODELS["timm:b"] | {"verified": True}, "boards:d": MODELS["boards:d"] | {"verified": False}}
     text = coverage.compared(MODELS | compared)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_depthwise import CASES, Case
-from test_gather import EPS, TARGET, activation, call
+from test_gather import EPS, TARGET, VECTOR, activation, call
 
 from mest_compile.hardware.backend import backend_of
 from mest_compile.ir.layouts.layout import rounded, to_float, to_stored
@@ -153,6 +153,33 @@ def test_kernels_give_what_their_references_give(builder, name):
 def test_activations_on_both_sides_change_nothing_else(builder):
     Chain("3x3 of stride 2", before="hardswish", behind="relu").check_backward(builder)
     Chain("3x3, odd sizes, lanes without example", before=None, behind="relu6").check_backward(builder)
+
+
+def test_gaps_between_channels_change_nothing(builder):
+    """Of several slices, between which there are gaps as well."""
+    made = Chain("3x3 of stride 2")
+    assert made.source.slices > 1
+    plain = made.source, made.z, made.dy, made.dz
+    apart = [replace(image, gap=VECTOR) for image in plain]
+    sums = [np.full((made.dy.channels, made.window.taps), 7, np.float32), *(np.zeros((2, 4), np.float32),) * 2]
+    arrays = [made.values, made.moments, made.affine, made.x, made.moments_behind, made.affine_behind, made.zs]
+
+    def run(source, z, dy, dz):
+        def moved(before, image, array):
+            return replace(image, batch=image.lanes).pack(before.unpack(array, True))
+
+        given = list(arrays)
+        given[3], given[6] = moved(plain[0], source, made.x), moved(plain[1], z, made.zs)
+        result = np.zeros(z.elems, np.float32)
+        problem = NormedDepthwiseForward(source, z, made.window, made.before)
+        forward = call(builder, "normed_depthwise.forward", problem, *given[:4], result)[4]
+        problem = NormedDepthwiseBackward(source, z, dy, dz, made.window, made.before, made.behind)
+        rest = [moved(plain[2], dy, made.gradient), *sums, np.zeros(dz.elems, np.float32)]
+        *found, last = call(builder, "normed_depthwise.backward", problem, *given, *rest)[-4:]
+        return z.unpack(forward), *found, dz.unpack(last)
+
+    for one, other in zip(run(*plain), run(*apart), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in ("float16", "bfloat16") if dtype in STORED])

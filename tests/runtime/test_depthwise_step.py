@@ -57,10 +57,11 @@ def test_layers_run_on_the_kernels_that_take_them():
         assert plan_step(graph, StepOptions(scheme, 0.75)).layers["1.weight"].kernels == kernels
 
 
-@pytest.mark.parametrize("scheme", ["block", "unstructured"])
-def test_a_mobilenetv2_equals_masked_torch(scheme):
-    """Its first blocks: with a stride, with a shortcut, bottlenecks without an activation."""
-    shape = (8, 3, 16, 16)
+@pytest.mark.parametrize(("scheme", "batch"), [("block", 8), ("unstructured", 21)])
+def test_a_mobilenetv2_equals_masked_torch(scheme, batch):
+    """Its first blocks: with a stride, with a shortcut, bottlenecks without an activation; of more examples than a
+    vector has lanes, too."""
+    shape = (batch, 3, 16, 16)
     model = build_model("mobilenetv2", shape, width=8)
     model.features = nn.Sequential(*list(model.features)[:4])
     model.classifier[1] = nn.Linear(8, 10)
