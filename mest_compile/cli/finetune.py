@@ -129,7 +129,7 @@ def finetune(
             _show_learnt(learnt, as_json)
             return
         said = {"epochs": epochs, "seconds": time_limit, "patience": patience, "artifact": artifact}
-        job = continued_job(continue_from, data_folder, None, {**said, "buffer_bytes": buffer})
+        job = continued_job(continue_from, data_folder, None, None, {**said, "buffer_bytes": buffer})
         folder = out or new_folder()
     else:
         options = tuning_options(
@@ -221,6 +221,7 @@ def _show(tuned: Tuned, as_json: bool) -> None:
                 "folder": str(tuned.folder),
                 "accuracy": tuned.accuracy,
                 "head_accuracy": tuned.head_accuracy,
+                "kept": tuned.kept,
                 "classes": tuned.verdict["classes"],
                 "tasks": list(tuned.tasks),
                 "seconds": dict(tuned.seconds),
@@ -229,11 +230,12 @@ def _show(tuned: Tuned, as_json: bool) -> None:
         return
     compiling = tuned.seconds["compiling"]
     print_table(
-        ["accuracy", "classifier alone", "seconds", "compiling", "run folder"],
+        ["accuracy", "classifier alone", "kept", "seconds", "compiling", "run folder"],
         [
             [
                 f"{tuned.accuracy:.2%}",
                 f"{tuned.head_accuracy:.2%}",
+                tuned.kept,
                 f"{tuned.seconds['total'] - compiling:.1f}",
                 f"{compiling:.1f}",
                 str(tuned.folder),

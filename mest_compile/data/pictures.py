@@ -20,26 +20,28 @@ from mest_compile.models.inputs import Inputs
 
 TEST_SHARE = 0.2  # of each class, where there is no test part
 SPARE = "(spare "  # the name of an output that no class has yet begins so
-TRAIN, TESTS = "train", ("test", "val", "valid", "validation")  # names of folders
+TRAIN, TEST, VALS = "train", "test", ("val", "valid", "validation")  # names of folders
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
     """Labelled images, split, and what they are called.
 
+    val      what the best of several models is chosen by; None: there is no such part
     classes  their names, in the order of labels
     files    of the test images, where they were; numbers of examples where they were in no files
     """
 
     train: Photos
     test: Photos
+    val: Photos | None
     classes: tuple[str, ...]
     files: tuple[str, ...]
 
     @property
     def split(self) -> Split:
         """All of them read. Raises DataError."""
-        return Split(self.train.read(), self.test.read())
+        return Split(self.train.read(), self.test.read(), None if self.val is None else self.val.read())
 
 
 class Photos:
@@ -90,36 +92,54 @@ class _Part:
 
 
 def read_pictures(
-    train: Any, inputs: Inputs, test: Any = None, seed: int = 0, known: Sequence[str] = (), spare: int = 0
+    train: Any,
+    inputs: Inputs,
+    test: Any = None,
+    seed: int = 0,
+    known: Sequence[str] = (),
+    spare: int = 0,
+    val: Any = None,
+    val_share: float = 0.0,
 ) -> Pictures:
     """Pictures of a folder, a CSV file, a pair (images, labels), a torch Dataset, or a `Split`, cut and resized as
     `inputs` says.
 
-    train  a folder of folders, one a class, or with train/ and test/ (val/) in it that are such; a CSV file whose lines
+    train  a folder of folders, one a class, or with train/ and test/ in it that are such, and val/ where there is
+           a validation part (val/ alone is the test part); a CSV file whose lines
            are file and label, files relative to it, with or without a line of names first; uint8 arrays (n, C, H, W),
            (n, H, W) or (n, H, W, C), or a torch Dataset of them or of Pillow's images, and labels
     test   the same; None: a fifth of every class, at least one, drawn by seed
     known  classes that there are already, of which there need be no images; others take the places of spare ones among
            them, or come behind them
     spare  how many classes come behind all others that have no images yet, "(spare 1)" and so on
+    val    the same as test; None: that of the data, else `val_share` of every class's training images, at least one
+           where there are two, drawn by seed; a share of 0: there is none
     Raises DataError.
     """
     if isinstance(train, Split):
-        train, test = ((part.images, part.labels) for part in (train.train, train.test))
+        parts = (train.train, train.test, train.val)
+        train, test, val = (None if part is None else (part.images, part.labels) for part in parts)
     part, names = _found(train, None)
-    if test is None and isinstance(train, str | Path) and (Path(train) / TRAIN).is_dir():
-        test = next((Path(train) / name for name in TESTS if (Path(train) / name).is_dir()), None)
+    if isinstance(train, str | Path) and (Path(train) / TRAIN).is_dir():
+        tests, vals = (
+            next((Path(train) / name for name in named if (Path(train) / name).is_dir()), None)
+            for named in ((TEST,), VALS)
+        )
+        if test is None and tests is None:
+            tests, vals = vals, None
+        test, val = test or tests, val or vals
     if known:
         names, part = _among(known, names, part)
     if test is None:
         drawn = _stratified(part.labels, np.random.default_rng(seed), names, known)
         part, tested = part.only(np.flatnonzero(~drawn)), part.only(np.flatnonzero(drawn))
     else:
-        tested, its = _found(test, None if known else names)
-        if known:
-            its, tested = _among(names, its, tested)
-            if unknown := [name for name in its if name not in names]:
-                raise DataError(f"{test} has the class {unknown[0]!r}, which is not trained on")
+        tested = _beside(test, names, known)
+    validates = None if val is None else _beside(val, names, known)
+    if validates is None and val_share:
+        drawn = _drawn(part.labels, val_share, np.random.default_rng([seed, 1]))
+        if drawn.any():  # else there is one image of each class
+            part, validates = part.only(np.flatnonzero(~drawn)), part.only(np.flatnonzero(drawn))
     counts = np.bincount(part.labels, minlength=len(names))
     if empty := [name for name, count in zip(names, counts) if count == 0 and name not in known]:
         raise DataError(f"there is no image to train on of class {empty[0]!r}; give some, or leave the class out")
@@ -127,7 +147,19 @@ def read_pictures(
         raise DataError(f"there is one class, {names[0]!r}; wanted two or more: a folder of images for each")
     names = [*names, *(f"{SPARE}{number})" for number in range(1, spare + 1))]
     read = Photos(part, inputs, len(names), "pictures")
-    return Pictures(read, Photos(tested, inputs, len(names), "pictures test"), tuple(names), tested.files)
+    photos = Photos(tested, inputs, len(names), "pictures test")
+    validation = None if validates is None else Photos(validates, inputs, len(names), "pictures validation")
+    return Pictures(read, photos, validation, tuple(names), tested.files)
+
+
+def _beside(data: Any, names: Sequence[str], known: Sequence[str]) -> _Part:
+    """A part beside that which is trained on, labelled likewise. Raises DataError where it has other classes."""
+    part, its = _found(data, None if known else names)
+    if known:
+        its, part = _among(names, its, part)
+        if unknown := [name for name in its if name not in names]:
+            raise DataError(f"{data} has the class {unknown[0]!r}, which is not trained on")
+    return part
 
 
 def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[list[str], _Part]:
@@ -144,15 +176,21 @@ def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[lis
 
 def _stratified(labels: np.ndarray, rng: np.random.Generator, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
     """(n,) bool, TEST_SHARE of every class's examples, at least one; none of a single one of a class that is known."""
-    drawn = np.zeros(len(labels), bool)
-    for label, name in enumerate(names):
-        mine = np.flatnonzero(labels == label)
-        if len(mine) < 2 and name not in known:
+    for name, count in zip(names, np.bincount(labels, minlength=len(names))):
+        if count < 2 and name not in known:
             raise DataError(
-                f"class {name!r} has {len(mine)} images; wanted 2 or more, of which some are kept for the test, or a "
+                f"class {name!r} has {count} images; wanted 2 or more, of which some are kept for the test, or a "
                 "test part of your own"
             )
-        drawn[rng.permutation(mine)[: max(len(mine) > 1, round(TEST_SHARE * len(mine)))]] = True
+    return _drawn(labels, TEST_SHARE, rng)
+
+
+def _drawn(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """(n,) bool, that share of every class's examples, at least one of two."""
+    drawn = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        drawn[rng.permutation(mine)[: max(len(mine) > 1, round(share * len(mine)))]] = True
     return drawn
 
 

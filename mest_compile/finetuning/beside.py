@@ -88,6 +88,7 @@ def _ours(
         NET,
         data[0],
         test=data[1],
+        val=data[1],  # as torch's best epoch is chosen
         out=out,
         inputs=replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0),  # the whole image, as torch sees it
         batch=BATCH,

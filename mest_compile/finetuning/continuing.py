@@ -17,9 +17,10 @@ from mest_compile.finetuning.replay import Examples, Replay
 from mest_compile.models.inputs import Inputs
 from mest_compile.runtime import checkpoint
 from mest_compile.runtime.state import as_conv
-from mest_compile.runtime.trained import read_step
+from mest_compile.runtime.trained import step_of
 from mest_compile.sparsity.layer import Layer
 
+SCORED = 64  # examples by which what is protected is chosen
 PROTECTED_SHARE = 0.5  # of a layer's live units: as many may learn, as many stay
 
 
@@ -37,8 +38,8 @@ def read_before(path: Path) -> Before:
     """Raises StateError where the folder holds no fine-tuning that is done, or files are damaged."""
     folder = TunedFolder(path)
     folder.trained()
-    step, extra = read_step(folder.checkpoint), checkpoint.read(folder.checkpoint)[1]["extra"]
-    told = extra["finetuned"]
+    arrays, document = checkpoint.read(folder.checkpoint)
+    step, told = step_of(arrays, document, folder.checkpoint), document["extra"]["finetuned"]
     last = step.graph.nodes[-1]
     head = tuple(last.params[role] for role in ("weight", "bias") if role in last.params)
     net = Net(step.graph, step.state_dict(), Inputs.from_json(told["inputs"]), head)
@@ -46,13 +47,13 @@ def read_before(path: Path) -> Before:
     return Before(net, masks, tuple(told["classes"]), Replay.read(folder.replay))
 
 
-def continued_job(path: Path, data: Any, test: Any, given: Mapping[str, Any]) -> Job:
+def continued_job(path: Path, data: Any, test: Any, val: Any, given: Mapping[str, Any]) -> Job:
     """What the run in a folder was asked, of other images. given: what else is asked otherwise. Raises StateError."""
     folder = TunedFolder(path)
     job = Job.from_json(folder.read())
     options = replace(job.options, trainable=folder.trained(), update_budget=None)
     unasked: dict[str, Any] = {"model": None, "weights": None, "inputs": None, "image": None}
-    return replace(job, **unasked, data=data, test=test, options=options, continue_from=path, **given)
+    return replace(job, **unasked, data=data, test=test, val=val, options=options, continue_from=path, **given)
 
 
 def widened(net: Net, classes: int) -> Net:
@@ -71,13 +72,15 @@ def widened(net: Net, classes: int) -> Net:
 
 def protected(step: Any, layers: Mapping[str, Layer], replayed: Examples) -> dict[str, np.ndarray]:
     """Masks of those units of sparse layers that what is replayed needs most: half of the live ones, by how much, to
-    first order, its loss would change without them, |w dL/dw|.
+    first order, its loss would change without them, |w dL/dw|. It is judged by SCORED examples, as many of each class:
+    those that herding chose first, whose mean is near that of all.
 
     layers  weight name -> Layer, of the step
     Source: that importance for old tasks protects is SparCL's, arXiv:2209.09476, which adds gradients to magnitudes;
     the product is ours, as in `planning.trainable`'s saliency.
     """
     sums: dict[str, np.ndarray] = {}
+    replayed = replayed.first(SCORED)
     for begin in range(0, len(replayed.labels), step.batch):
         now = np.resize(np.arange(begin, min(begin + step.batch, len(replayed.labels))), step.batch)
         images = replayed.images[now].astype(np.float32).reshape(step.input_shape)

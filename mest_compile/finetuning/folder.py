@@ -94,12 +94,12 @@ class TunedFolder:
         pictures: Pictures,
         logits: np.ndarray,
         verdict: dict[str, Any],
-        head_accuracy: float,
+        reached: dict[str, Any],
         replay: Replay,
-        tasks: list[dict[str, Any]],
         clock: Clock,
     ) -> None:
-        """Writes all that is left of the work, and removes what only it needed."""
+        """Writes all that is left of the work, and removes what only it needed. reached: "head_accuracy", "kept",
+        "trainable" and "tasks", as `Tuned` and `Work` have them."""
         told = {"classes": list(pictures.classes), "inputs": inputs.to_json()}
         plain = replace(inputs, mean=(0.0,) * inputs.channels, std=(1.0,) * inputs.channels)  # the net scales pixels
         step.reading = Reading(pictures.classes, plain)
@@ -116,15 +116,13 @@ class TunedFolder:
         replay.write(self.replay)
         result = {
             **verdict,
-            "head_accuracy": head_accuracy,
-            "tasks": tasks,
+            **reached,
             "sparsity": step.sparsity(),
-            "trainable": step.graph.trainable(),
             "seconds": {**clock.seconds, "total": clock.total},
             **told,
         }
         write_json(self.result, {**result, "by_class": verdict["classes"]})
-        self._write_page(step, pictures, logits, verdict, head_accuracy, tasks, clock)
+        self._write_page(step, pictures, logits, verdict, reached, clock)
         for folder in (self.features, self.pooled):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -134,8 +132,7 @@ class TunedFolder:
         pictures: Pictures,
         logits: np.ndarray,
         verdict: dict[str, Any],
-        head_accuracy: float,
-        tasks: list[dict[str, Any]],
+        reached: dict[str, Any],
         clock: Clock,
     ) -> None:
         test, names = pictures.test, pictures.classes
@@ -149,7 +146,8 @@ class TunedFolder:
         sparse = step.sparsity()
         rows = [
             ("accuracy", f"{verdict['accuracy']:.2%} of {verdict['examples']} test images"),
-            ("accuracy with the classifier alone trained", f"{head_accuracy:.2%}"),
+            ("accuracy with the classifier alone trained", f"{reached['head_accuracy']:.2%}"),
+            ("kept, by validation images", f"the net with the {reached['kept']} trained"),
             ("images to train on", str(len(pictures.train))),
             (
                 "sparse layers",
@@ -160,8 +158,8 @@ class TunedFolder:
                     f"task {number} ({', '.join(task['classes'])})",
                     f"{task['accuracy']:.2%}, {task['learnt']:.2%} when it was learnt",
                 )
-                for number, task in enumerate(tasks, 1)
-                if len(tasks) > 1 and task["accuracy"] is not None
+                for number, task in enumerate(reached["tasks"], 1)
+                if len(reached["tasks"]) > 1 and task["accuracy"] is not None
             ),
             *((f"seconds of {part}", f"{seconds:.1f}") for part, seconds in clock.seconds.items()),
         ]

@@ -16,9 +16,17 @@ SPARSITY = 0.8  # of what trains
 EPOCHS, PATIENCE, BATCH = 30, 10, 16
 TRAINABLE = "last:3"
 OPTIMIZER = "adamw:lr=0.003"
+VAL_SHARE = 0.1  # of the training images of a class, by which the best epoch is chosen where no others are given
 GIB, MIB = 2**30, 2**20
 BUFFER_BYTES = 16 * MIB
-NAMED = ("model", "data", "test", "weights", "continue_from")  # what a file can tell only where it is a name or a path
+NAMED = (
+    "model",
+    "data",
+    "test",
+    "val",
+    "weights",
+    "continue_from",
+)  # what a file can tell only where it is a name or a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Job:
     data: Any
     options: StepOptions
     test: Any = None
+    val: Any = None
     weights: str | Path | None = None
     inputs: Inputs | None = None
     image: tuple[int, int, int] | None = None

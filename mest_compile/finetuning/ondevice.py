@@ -21,7 +21,7 @@ from mest_compile.base.errors import StateError, UsageError
 from mest_compile.base.files import write_json
 from mest_compile.data import Split
 from mest_compile.data.pictures import read_pictures
-from mest_compile.finetuning.job import BUFFER_BYTES
+from mest_compile.finetuning.job import BUFFER_BYTES, VAL_SHARE
 from mest_compile.finetuning.replay import Replay, kept, mixed, told_of
 from mest_compile.finetuning.watching import Quiet, Watches
 from mest_compile.models.inputs import Inputs, Reading
@@ -30,6 +30,7 @@ from mest_compile.runtime.artifact import MANIFEST, STATE, with_files
 from mest_compile.runtime.library import RUNTIME
 from mest_compile.training.loop import Trainer
 from mest_compile.training.recipe import Recipe
+from mest_compile.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
@@ -75,10 +76,10 @@ def write_beside(
     """
     earlier = None if before is None or not (before / REPLAY).is_file() else Replay.read(before / REPLAY)
     tasks = () if earlier is None else earlier.told
-    train, test = kept(earlier, pixels, len(told["classes"]), budget_bytes, len(tasks), 0)
+    parts = kept(earlier, pixels, len(told["classes"]), budget_bytes, len(tasks), 0)
     task = {"classes": [told["classes"][label] for label in np.unique(pixels.train.labels)], "learnt": accuracy}
     write_json(artifact / TOLD, dict(told))
-    Replay(train, test, (*tasks, task)).write(artifact / REPLAY)
+    Replay(*parts, told=(*tasks, task)).write(artifact / REPLAY)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -126,7 +127,7 @@ def learn(
     inputs = Inputs.from_json(told["inputs"])
     step = open_artifact(artifact, threads, runtime)
     watch.on_stage("reading images")
-    pictures = read_pictures(data, inputs, test, seed, tuple(told["classes"]))
+    pictures = read_pictures(data, inputs, test, seed, tuple(told["classes"]), val_share=VAL_SHARE)
     if len(pictures.classes) > step.classes:
         raise UsageError(
             f"no output is left for the class {pictures.classes[-1]!r}: the artifact tells {step.classes} apart; give "
@@ -137,20 +138,23 @@ def learn(
     recipe = Recipe(epochs, "static", lr, augment=False, seed=seed, drop_last=True)
     watch.on_stage("training")
     trainer = Trainer(step, recipe, out / RUN, watch.of_training(step))
-    trainer.fit(split.train, split.test)
-    step.restore(trainer.folder.best)  # type: ignore[union-attr]  # it was given one
+    trainer.judge.latest = True
+    trainer.fit(split.train, val_set=split.val)
+    best = RunFolder(out / RUN).best
+    if best.is_file():
+        step.restore(best)
     number = len(replay.told)
     right = step.predict(split.test.images).argmax(1) == split.test.labels
     tasks = np.concatenate([np.full(len(new.test), number), replay.test.tasks])
     names = [pictures.classes[label] for label in np.unique(new.train.labels)]
     named = [*replay.told, {"classes": names, "learnt": float(right[tasks == number].mean())}]
-    train, tests = kept(replay, new, len(pictures.classes), buffer, number, seed)
+    parts = kept(replay, new, len(pictures.classes), buffer, number, seed)
     plain = replace(inputs, mean=(0.0,) * inputs.channels, std=(1.0,) * inputs.channels)  # the net scales pixels
     step.reading = Reading(pictures.classes, plain)
 
     def files(made: Path) -> None:
         step.save(made / STATE)
-        Replay(train, tests, tuple(named)).write(made / REPLAY)
+        Replay(*parts, told=tuple(named)).write(made / REPLAY)
         write_json(made / TOLD, {**told, "classes": list(pictures.classes)})
         if (artifact / RUNTIME).is_file():  # as it may lie there for a device
             shutil.copy2(artifact / RUNTIME, made / RUNTIME)

@@ -14,6 +14,8 @@ from mest_compile.base.errors import BudgetError, StateError
 from mest_compile.data import Dataset, Split
 from mest_compile.runtime import checkpoint
 
+PARTS = ("train", "val", "test")
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
@@ -31,6 +33,12 @@ class Examples:
     def at(self, places: np.ndarray) -> Examples:
         return Examples(self.images[places], self.labels[places], self.tasks[places])
 
+    def first(self, count: int) -> Examples:
+        """At most `count`, one of each class at least: the first ones of each, as many of each as can be."""
+        classes = np.unique(self.labels)
+        places = [np.flatnonzero(self.labels == one)[: max(1, count // len(classes))] for one in classes]
+        return self.at(np.concatenate(places)) if places else self
+
     def joined(self, others: Examples) -> Examples:
         return Examples(
             *(np.concatenate([getattr(self, name), getattr(others, name)]) for name in ("images", "labels", "tasks"))
@@ -39,19 +47,19 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """train, test  what is kept of the examples of all tasks so far, of each class the best ones first
+    """train, val, test  what is kept of the examples of all tasks so far, of each class the best ones first
     told  of each task: "classes", names of those it came with, and "learnt", the accuracy on what is kept of its test
           part when it had been trained
     """
 
     train: Examples
+    val: Examples
     test: Examples
     told: tuple[Mapping[str, Any], ...]
 
     def write(self, path: Path) -> None:
         """Raises StateError where the file cannot be written."""
-        parts = {"train": self.train, "test": self.test}
-        arrays = {f"{part}.{name}": getattr(one, name) for part, one in parts.items() for name in Examples.__slots__}
+        arrays = {f"{part}.{name}": getattr(getattr(self, part), name) for part in PARTS for name in Examples.__slots__}
         checkpoint.write(path, arrays, {"tasks": [dict(one) for one in self.told]})
 
     @classmethod
@@ -59,10 +67,8 @@ class Replay:
         """Raises StateError."""
         arrays, facts = checkpoint.read(path)
         try:
-            train, test = (
-                Examples(*(arrays[f"{part}.{name}"] for name in Examples.__slots__)) for part in ("train", "test")
-            )
-            return cls(train, test, tuple(facts["tasks"]))
+            train, val, test = (Examples(*(arrays[f"{part}.{name}"] for name in Examples.__slots__)) for part in PARTS)
+            return cls(train, val, test, tuple(facts["tasks"]))
         except KeyError as problem:
             raise StateError(f"{path} lacks {problem}; it is of another version of mest-compile") from problem
 
@@ -84,12 +90,12 @@ def herded(features: np.ndarray, count: int) -> np.ndarray:
 
 def kept(
     before: Replay | None, new: Split, classes: int, budget_bytes: int, task: int, seed: int
-) -> tuple[Examples, Examples]:
-    """(training, test) examples to keep: as many of each class, so many as fit into the budget; test examples into as
-    much again.
+) -> tuple[Examples, Examples, Examples]:
+    """(training, validation, test) examples to keep: as many of each class, so many as fit into the budget; the others
+    into as much again each.
 
-    Of classes that came with new examples these are chosen by herding, test examples are drawn; the others keep the
-    first of theirs. Raises BudgetError where there is no room for one of each.
+    Of classes that came with new examples these are chosen by herding, others than to train on are drawn; the others
+    keep the first of theirs. Raises BudgetError where there is no room for one of each.
     """
     room = budget_bytes // (new.train.images[0].nbytes * classes)
     if budget_bytes and not room:
@@ -98,11 +104,11 @@ def kept(
             f"{new.train.images[0].nbytes} bytes; give the buffer more, or 0 to keep nothing"
         )
     rng, found = np.random.default_rng([seed, task]), []
-    for name, data in (("train", new.train), ("test", new.test)):
-        there = Examples.of(data, task)
+    for name, data in zip(PARTS, (new.train, new.val, new.test)):
+        there = Examples.of(new.train, task).at(np.arange(0)) if data is None else Examples.of(data, task)
+        fresh = set(there.labels.tolist())
         if before is not None:
             there = getattr(before, name).joined(there)
-        fresh = set(data.labels.tolist())
         places = []
         for label in range(classes):
             mine = np.flatnonzero(there.labels == label)
@@ -112,12 +118,12 @@ def kept(
                 mine = rng.permutation(mine)
             places.append(mine[:room])
         found.append(there.at(np.concatenate(places)))
-    return found[0], found[1]
+    return found[0], found[1], found[2]
 
 
 def mixed(new: Split, before: Replay) -> Split:
     """New examples and those that are replayed, which are repeated until there are as many: half of every batch, on
-    average. Tests stay once each, the new ones first."""
+    average. The other parts stay once each, the new ones first."""
     count = max(len(before.train.labels), len(new.train)) if len(before.train.labels) else 0
     again = before.train.at(np.resize(np.arange(len(before.train.labels)), count))
 
@@ -128,7 +134,12 @@ def mixed(new: Split, before: Replay) -> Split:
             labels=np.concatenate([data.labels, others.labels]),
         )
 
-    return Split(joined(new.train, again), joined(new.test, before.test))
+    val = new.val
+    if val is not None:
+        val = joined(val, before.val)
+    elif len(before.val.labels):
+        val = replace(new.test, images=before.val.images, labels=before.val.labels, name="pictures validation")
+    return Split(joined(new.train, again), joined(new.test, before.test), val)
 
 
 def told_of(tasks: Sequence[Mapping[str, Any]], right: np.ndarray, of_task: np.ndarray) -> list[dict[str, Any]]:

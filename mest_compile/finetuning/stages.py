@@ -53,8 +53,8 @@ class _Watch:
 
 
 def gone(history: History, patience: int | None) -> bool:
-    """Whether so many epochs have passed since the best accuracy on the test set."""
-    scores = [epoch["test_accuracy"] for epoch in history]
+    """Whether so many epochs have passed since the best accuracy on the validation part; without one they never do."""
+    scores = [epoch["val_accuracy"] for epoch in history if "val_accuracy" in epoch]
     return patience is not None and bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
 
@@ -73,8 +73,8 @@ def trained(
     progress: Callable[[TrainStep], Progress],
     prepare: Callable[[TrainStep], None],
 ) -> TrainStep:
-    """The step of a plan's nodes from `start` on, trained, as it was when it was best on the test part; from the folder
-    where it was trained before.
+    """The step of a plan's nodes from `start` on, trained, as it was when it was best on the validation part, or in the
+    end where there is none; from the folder where it was trained before.
 
     masks   of sparse layers, (out, in, kh, kw) bool; those that are not named begin by magnitude
     recipe  its epochs are the most there will be, where the clock has a limit
@@ -89,14 +89,18 @@ def trained(
         own = {name: state[name] for name in rest.facts.graph.state_shapes}
         step = make_step(rest, own, builder, None, None, masks)
     prepare(step)
-    epochs = epochs_within(clock.left, _epoch_seconds(step, split), recipe.epochs)
+    epochs = recipe.epochs
+    if clock.limit_seconds is not None:
+        epochs = epochs_within(clock.left, _epoch_seconds(step, split), epochs)
     trainer = Trainer(step, replace(recipe, epochs=epochs, **_shorter(recipe, epochs)), folder)
     return _fit(trainer, files, split, [], patience, clock, progress)
 
 
 def _shorter(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """What else a recipe is for so few epochs: one is too few to mutate between."""
-    return {"method": "static"} if epochs == 1 else {"warmup_epochs": min(recipe.warmup_epochs, epochs - 1)}
+    """What else a recipe is for so few epochs: one is too few to mutate or sieve between."""
+    if epochs == 1:
+        return {"method": "static", "sieve": None}
+    return {"warmup_epochs": min(recipe.warmup_epochs, epochs - 1)}
 
 
 def _gone_on(
@@ -139,12 +143,13 @@ def _fit(
     clock: Clock,
     progress: Callable[[TrainStep], Progress],
 ) -> TrainStep:
+    trainer.judge.latest = True
     trainer.progress = _Watch(progress(trainer.step), history, patience, clock)
     try:
-        trainer.fit(split.train, split.test)
+        trainer.fit(split.train, val_set=split.val)
     except _Enough:
         log.info("%s ends early: no better for %s epochs, or no time for another", files.path, patience)
-    if files.best.is_file():
+    if files.best.is_file() and not files.best.samefile(files.checkpoint):  # else it is as it was when it was best
         trainer.step.restore(files.best)
     return trainer.step
 
@@ -155,7 +160,7 @@ def _epoch_seconds(step: TrainStep, split: Split) -> float:
     images = train.normalise(_first(train, step.batch)).reshape(step.input_shape)
     labels = np.resize(train.labels, step.batch)
     whole = seconds_of(lambda: step.gradients(images, labels)) * (len(train) // step.batch)
-    tested = seconds_of(lambda: step.predict(images)) * -(-len(split.test) // step.batch)
+    tested = seconds_of(lambda: step.predict(images)) * -(-len(split.val or ()) // step.batch)
     return SLACK * (whole + tested)
 
 

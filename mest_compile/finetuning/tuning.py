@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,18 @@ from mest_compile.base.errors import UsageError
 from mest_compile.data.pictures import fitted, read_picture, read_pictures
 from mest_compile.finetuning.continuing import continued_job, read_before, widened
 from mest_compile.finetuning.folder import TunedFolder
-from mest_compile.finetuning.job import BATCH, BUFFER_BYTES, EPOCHS, GIB, OPTIMIZER, PATIENCE, SPARSITY, TRAINABLE, Job
+from mest_compile.finetuning.job import (
+    BATCH,
+    BUFFER_BYTES,
+    EPOCHS,
+    GIB,
+    OPTIMIZER,
+    PATIENCE,
+    SPARSITY,
+    TRAINABLE,
+    VAL_SHARE,
+    Job,
+)
 from mest_compile.finetuning.net import prepared_net, wanted_inputs
 from mest_compile.finetuning.timing import Clock
 from mest_compile.finetuning.watching import Quiet, Watches
@@ -34,8 +44,6 @@ from mest_compile.training.verdict import judged
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
@@ -45,6 +53,8 @@ class Tuned:
     step     of the whole net, which takes pixels: it predicts, trains on, and is saved and exported as any other
     verdict  of the test part (`training.verdict.judged`): "accuracy", "confusion", "classes"
     head_accuracy  when the classifier alone had been trained
+    kept     "last blocks", or "classifier": the net with that alone trained, where it was right about more of the
+             validation part
     tasks    of each fine-tuning that this one continues, and of itself: "classes", "learnt" (accuracy when it was),
              "accuracy" now, "forgotten" (by how much it fell), on what is kept of the tests
     seconds  {part of the work: seconds}, "total" among them
@@ -56,12 +66,13 @@ class Tuned:
     inputs: Inputs
     verdict: Mapping[str, Any]
     head_accuracy: float
+    kept: str
     tasks: Sequence[Mapping[str, Any]]
     seconds: Mapping[str, float]
 
     @property
     def accuracy(self) -> float:
-        """On the test part, by which the best epoch was chosen."""
+        """On the test part, which nothing is chosen by."""
         return float(self.verdict["accuracy"])
 
     def predict(self, pictures: Sequence[Any]) -> list[tuple[str, float]]:
@@ -81,6 +92,7 @@ def finetune(
     data: Any = None,
     *,
     test: Any = None,
+    val: Any = None,
     out: str | Path | None = None,
     weights: str | Path | None = None,
     inputs: Inputs | None = None,
@@ -118,8 +130,9 @@ def finetune(
              with a linear layer: it is replaced where it tells another number of classes apart
     data     what is trained on, as `data.pictures.read_pictures` takes it: a folder with a folder of images for each
              class, a CSV file of file and label, uint8 arrays, a torch Dataset, ...
-    test     what accuracy is told of, and the best epoch is chosen by; None: data's own test part, or a fifth of every
-             class
+    test     what accuracy is told of; None: data's own test part, or a fifth of every class
+    val      what the best epoch is chosen by, and whether the last blocks are kept as they were trained; None: data's
+             own validation part, or a tenth of the training images of every class, at least one of two
     out      run folder; None: runs/finetuned-<time>
     weights  safetensors file, or one that torch.save wrote of a state_dict, under the net's names
     inputs   how images are cut, sized and scaled; None: as the pretrained net's were
@@ -134,9 +147,10 @@ def finetune(
     feature_bytes  that features may take in memory; more are read from the run folder
     continue_from  run folder of a fine-tuning that is done, in the place of `model`: its net learns further images,
              classes that are new among them, and replays examples that were kept of the others. What it was asked is
-             asked again: beside it only data, test, out, epochs, seconds, patience, artifact, buffer_bytes and resume
-             may be given
-    buffer_bytes  that examples kept for later may take, "16MiB", and test examples once more; 0: none is kept
+             asked again: beside it only data, test, val, out, epochs, seconds, patience, artifact, buffer_bytes and
+             resume may be given
+    buffer_bytes  that examples kept for later may take, "16MiB", and validation and test examples as much
+             again each; 0: none is kept
     spare_classes  outputs beside those of the classes, for classes that come later: nothing at all is compiled for one
              then, so that a device learns it from an artifact (`mest.learn`)
     resume   go on with what was stopped in `out`, bit for bit, given the same model and data
@@ -158,9 +172,9 @@ def finetune(
         if (*given, target, threads, activations, seed, spare_classes) != (*usual, "local", None, "float32", 0, 0):
             raise UsageError(
                 "a fine-tuning that continues another keeps its net and settings; beside continue_from give data, "
-                "test, out, epochs, seconds, patience, artifact, feature_bytes, buffer_bytes and resume only"
+                "test, val, out, epochs, seconds, patience, artifact, feature_bytes, buffer_bytes and resume only"
             )
-        job = continued_job(Path(continue_from), data, test, said)
+        job = continued_job(Path(continue_from), data, test, val, said)
     else:
         options = tuning_options(
             scheme=scheme,
@@ -174,7 +188,7 @@ def finetune(
             seed=seed,
         )
         said |= {"inputs": inputs, "image": image, "batch": batch, "augment": augment, "spare_classes": spare_classes}
-        job = Job(model, data, options, test, weights, **said)
+        job = Job(model, data, options, test, val, weights, **said)
     return tune(job, new_folder() if out is None else Path(out), resume, builder, watch)
 
 
@@ -207,7 +221,7 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     with clock("reading"):
         known = () if before is None else before.classes
         spare = job.spare_classes if before is None else 0  # those that are left are known
-        pictures = read_pictures(job.data, inputs, job.test, job.options.seed, known, spare)
+        pictures = read_pictures(job.data, inputs, job.test, job.options.seed, known, spare, job.val, VAL_SHARE)
     classes = len(pictures.classes)
     if before is None:
         watch.on_stage("importing the net")
@@ -223,16 +237,9 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
     step, logits = work.blocks(head)
     watch.on_stage("writing files")
     verdict = judged(logits, work.labels, pictures.classes)
-    if verdict["accuracy"] < head_accuracy:
-        log.warning(
-            "with the last blocks trained the accuracy is %.1f%%, with the classifier alone it was %.1f%%: give more "
-            "epochs, a lower sparsity, or trainable=%r",
-            100 * verdict["accuracy"],
-            100 * head_accuracy,
-            ",".join(step.graph.nodes[-1].params.values()),
-        )
     with clock("writing"):
-        replay, tasks = work.kept(logits.argmax(1) == work.labels)
-        folder.finish(job, step, inputs, pictures, logits, verdict, head_accuracy, replay, tasks, clock)
+        replay, tasks = work.examples(logits.argmax(1) == work.labels)
+        told = {"head_accuracy": head_accuracy, "kept": work.kept, "trainable": work.trainable, "tasks": tasks}
+        folder.finish(job, step, inputs, pictures, logits, verdict, told, replay, clock)
     seconds = {**clock.seconds, "total": clock.total}
-    return Tuned(out, step, pictures.classes, inputs, verdict, head_accuracy, tasks, seconds)
+    return Tuned(out, step, pictures.classes, inputs, verdict, head_accuracy, work.kept, tasks, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -35,12 +36,16 @@ from mest_compile.runtime import checkpoint
 from mest_compile.runtime.state import as_conv
 from mest_compile.sparsity.schemes.dense import Dense
 from mest_compile.training.recipe import Recipe
+from mest_compile.training.sieve import SieveRule
 
 if TYPE_CHECKING:
     from mest_compile.runtime.step import TrainStep
 
+log = logging.getLogger(__name__)
+
 FEW = 8  # examples whose mean and variance say too little of all
 HEAD_EPOCHS = 30
+SIEVE = SieveRule(drop=0.25)  # of what is replayed and new: most of what is replayed is known by heart
 HEAD_OPTIMIZER = "adamw:lr=0.003"
 
 
@@ -48,6 +53,8 @@ class Work:
     """A fine-tuning under way. before: what it continues.
 
     labels, tasks  of the test part, and of what is kept of those of tasks before behind it
+    trainable  names of the parameters that were trained, once they are
+    kept  "last blocks", or "classifier" where the net with that alone trained was better, once it is known
     """
 
     def __init__(
@@ -66,6 +73,8 @@ class Work:
         self._job, self._folder, self._pictures, self._graph = job, folder, pictures, net.graph
         self._builder, self._watch, self._clock = builder, watch, clock
         self._state = dict(net.state)
+        self.trainable: list[str] = []
+        self.kept = "classifier"
         self._records = cache(_records)  # a log of thousands of lines, and several plans
         alone = replace(job.options.dense(), optimizer=named_optimizer(HEAD_OPTIMIZER), update_budget=None)
         with clock("compiling"):
@@ -77,7 +86,8 @@ class Work:
         self._new = self._low = self._features(pictures, self._head_plan, 0, self._start, folder.features)
         if self._replayed is not None:
             self._low = mixed(self._new, self._replayed)
-        self.pooled = self._features(self._low, self._head_plan, self._start, self._gate, folder.pooled)
+        plan = self._plan if self._plan is not None and self._masks else self._head_plan  # as sparse as they are
+        self.pooled = self._features(self._low, plan, self._start, self._gate, folder.pooled)
         self.labels = self._low.test.labels
         task = 0 if self._replayed is None else len(self._replayed.told)
         self.tasks = np.full(len(self.labels), task)
@@ -94,9 +104,11 @@ class Work:
         return step
 
     def blocks(self, head: TrainStep) -> tuple[TrainStep, np.ndarray]:
-        """(the whole net's step with the last blocks trained, logits of the test part), and nothing else of it."""
+        """(the whole net's step with the last blocks trained, logits of the test part), and nothing else of it; with
+        the classifier alone trained where that is right about more of the validation part."""
         job, masks, plan = self._job, self._masks, self._plan or self._chosen()
         start = 0 if job.augment else cut_of(plan.facts.graph)
+        self.trainable = plan.facts.graph.trainable()
         if start == self._gate:  # nothing but the classifier trains
             logits, plan = head.predict(self.images(self.pooled.test)), self._head_plan
         else:
@@ -105,13 +117,19 @@ class Work:
             data = self._low
             sparse = any(not layer.frozen and not isinstance(layer.scheme, Dense) for layer in plan.layers.values())
             method = "em" if sparse and job.epochs > 1 else "static"
-            recipe = Recipe(job.epochs, method, augment=job.augment, seed=job.options.seed, drop_last=True)
+            sieve = None if self._replayed is None or job.epochs == 1 else SIEVE
+            recipe = Recipe(job.epochs, method, augment=job.augment, seed=job.options.seed, drop_last=True, sieve=sieve)
             self._watch.on_stage("training the last blocks")
             with self._clock("training the last blocks"):
                 step = self._trained(plan, start, masks, data, recipe, self._folder.blocks, self._protects(plan))
-            logits = step.predict(self.images(data.test))
-            self._state |= step.state_dict()
-            masks = {name: as_conv(mask) for name, mask in step.masks().items()}
+            if self._no_worse(step, data, head):
+                self.kept = "last blocks"
+                logits = step.predict(self.images(data.test))
+                self._state |= step.state_dict()
+                masks = {name: as_conv(mask) for name, mask in step.masks().items()}
+            else:
+                logits = head.predict(self.images(self.pooled.test))
+                plan = plan if masks else self._head_plan  # what was sparse before stays so
             step.spare()
             del step
         self._watch.on_stage("putting the net together")
@@ -120,15 +138,35 @@ class Work:
             self._state = {}  # which the step has: what is written needs the room
             return step, logits
 
-    def kept(self, right: np.ndarray) -> tuple[Replay, list[dict[str, Any]]]:
+    def _no_worse(self, step: TrainStep, data: Split, head: TrainStep) -> bool:
+        """Whether the last blocks trained answer as much of the validation part rightly as the classifier alone, but
+        for what chance makes of equals: one standard deviation of the difference (McNemar's)."""
+        if data.val is None or self.pooled.val is None:
+            return True
+        mine, its = (
+            one.predict(self.images(part)).argmax(1) == part.labels
+            for one, part in ((step, data.val), (head, self.pooled.val))
+        )
+        lost, gained = np.count_nonzero(its & ~mine), np.count_nonzero(mine & ~its)
+        if worse := lost - gained > (lost + gained) ** 0.5:
+            log.warning(
+                "the net is kept with its classifier alone trained, which is right about %.1f%% of %d validation "
+                "images, and about %.1f%% with the last blocks; give more epochs or images, or a lower sparsity",
+                100 * its.mean(),
+                len(its),
+                100 * mine.mean(),
+            )
+        return not worse
+
+    def examples(self, right: np.ndarray) -> tuple[Replay, list[dict[str, Any]]]:
         """(what later fine-tunings replay, what each task is told by). right: whether answers for the test part are."""
         classes, replayed = self._pictures.classes, self._replayed
         told = () if replayed is None else replayed.told
-        train, test = kept(replayed, self._new, len(classes), self._job.buffer_bytes, len(told), self._job.options.seed)
+        parts = kept(replayed, self._new, len(classes), self._job.buffer_bytes, len(told), self._job.options.seed)
         there = np.unique(self._new.train.labels)
         own = right[self.tasks == len(told)]
         task = {"classes": [classes[label] for label in there], "learnt": float(own.mean())}
-        return Replay(train, test, (*told, task)), told_of([*told, task], right, self.tasks)
+        return Replay(*parts, told=(*told, task)), told_of([*told, task], right, self.tasks)
 
     def images(self, data: Dataset) -> np.ndarray:
         """As a step takes them."""
@@ -182,8 +220,10 @@ class Work:
             chosen = choose_trainable(graph, options.trainable).trainable()
             options = replace(options, trainable=tuple(name for name in chosen if name not in norms))
         first = plan_step(graph, options, self._records)
+        if not options.sparse:
+            return first
         dense = [name for name, layer in first.layers.items() if layer.frozen or isinstance(layer.scheme, Dense)]
-        if not options.sparse or len(dense) == len(first.layers):
+        if len(dense) == len(first.layers):
             return plan_step(graph, replace(options.dense(), trainable=options.trainable), self._records)
         return plan_step(graph, replace(options, dense_layers=tuple(dense)), self._records)
 
@@ -204,10 +244,12 @@ class Work:
             return data if isinstance(data, Split) else data.split
         self._watch.on_stage("computing features")
         with self._clock("compiling"):
-            extractor = Extractor(plan, start, end, self._state, self._builder)
+            extractor = Extractor(plan, start, end, self._state, self._builder, self._masks)
         with self._clock("features"):
             budget, parts = self._job.feature_bytes, []
-            for part in (data.train, data.test):
+            for part in (data.train, data.test, data.val):
+                if part is None:
+                    break
                 path = folder / f"{part.name.split()[-1]}.npy"
                 given = part if isinstance(part, Photos) else self.images(part)
                 images = extractor.cached(given, path, budget, self._watch.on_features)

@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -197,15 +198,15 @@ class Records:
     def _load(self, path: Path) -> set[tuple[str, str]]:
         """What damaged lines may have said that it failed."""
         doubted = set()
-        for found in read_log(path):
+        mine, foreign = _logged(path, _stamp(path), self.target, self.cpu)
+        self.left_out.update(["foreign"] * foreign)
+        for found in mine:
             if isinstance(found, Damaged):
                 self.left_out["torn" if found.torn else "damaged"] += 1
                 if not found.torn:
                     log.warning("%s, line %d is left out: %s", path, found.number, found.problem)
                 if found.verdict is not None:
                     doubted.add(found.verdict)
-            elif is_foreign(found, self.target, self.cpu):
-                self.left_out["foreign"] += 1
             else:
                 self.add(found)
         return doubted
@@ -316,13 +317,36 @@ def shipped(target: Target) -> Path:
     return Path(str(resources.files("mest_compile.autotune_logs"))) / f"{target.name}.jsonl"
 
 
+_facts = lru_cache(maxsize=8)(target_facts)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Of a log as it is: another one where anything was appended since. None: there is no log."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _logged(
+    path: Path, stamp: tuple[int, ...] | None, target: Target, cpu: str
+) -> tuple[tuple[Record | Damaged, ...], int]:
+    """(what a log holds beside foreign records, how many of these): read once while it is as `stamp` says, as a shipped
+    log takes longer to read than a step to plan."""
+    found = list(read_log(path))
+    mine = tuple(one for one in found if isinstance(one, Damaged) or not is_foreign(one, target, cpu))
+    return mine, len(found) - len(mine)
+
+
 def is_foreign(record: Record, target: Target, cpu: str | None = None) -> bool:
     """Whether the record is of another device, machine or TVM version. A step's records are of every vector width, a
     model's of any CPU.
 
     cpu  as `Records` takes it
     """
-    mine, theirs = target_facts(target), dict(record.target)
+    mine, theirs = dict(_facts(target)), dict(record.target)
     if record.kernel == STEP:
         mine.pop("vector"), theirs.pop("vector", None)
     here = cpu_of(target) if cpu is None else cpu

@@ -15,7 +15,7 @@ from mest_compile.ir.program import Buffer, Program
 from mest_compile.operators.batch_norm import BatchNormRunning
 from mest_compile.operators.layers.family import FAMILIES
 from mest_compile.operators.layers.turning import TURNED
-from mest_compile.operators.layers.values import carry_over, cell_type, gather_units, merge, scatter_units
+from mest_compile.operators.layers.values import carry_over, cell_type, cells_of, gather_units, merge, scatter_units
 from mest_compile.runtime.runner import Runner
 from mest_compile.sparsity.layer import Layer
 
@@ -170,7 +170,10 @@ class HeldState:
     def ordered(self, name: str, order: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Arrangement:
         """What makes the cells at `order` of the grid the layer's live ones. arrays: the layer's own, in that order;
         those that are not there are 0."""
-        arranged = self.arranged(name, np.unique(order))
+        layer = self._layers[name]
+        alive = np.zeros(layer.scheme.grid(layer.spec), bool)
+        alive.ravel()[order] = True
+        arranged = self.arranged(name, cells_of(alive))
         if not np.array_equal(order, arranged.order):  # kernels that want it otherwise
             sort = np.argsort(order, kind="stable")
             there = sort[np.searchsorted(order, arranged.order, sorter=sort)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +47,11 @@ def read_any(
 def read_step(path: str | Path) -> TrainStep:
     """The step that `step.save` wrote with all its state and without kernels: to be looked at, not to be run. Raises
     StateError."""
-    arrays, document = checkpoint.read(path)
+    return step_of(*checkpoint.read(path), path)
+
+
+def step_of(arrays: Mapping[str, np.ndarray], document: dict[str, Any], path: str | Path) -> TrainStep:
+    """`read_step` of what a checkpoint holds; path: where it is from."""
     facts = read_facts(document, f"checkpoint {path}")
     runner = partial(StoreRunner, facts.target.name, "it was opened to be read")
     step = TrainStep(Compiled(facts, *facts.lower(), document, runner, no_dense_step), zeros(facts))

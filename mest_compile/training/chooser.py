@@ -36,16 +36,16 @@ class Chooser:
             )
         step.whole()  # refuses where there is no compiler
 
-    def choose(self, step: Any, epoch: int, batch: Callable[[np.random.Generator], Any]) -> None:
-        """Before an epoch (from 0), where it is one to choose before. It comes before the epoch's mutation, so that the
-        masks of what trains from then on mutate, and before the checkpoint is written, so that a run which goes on from
-        it has the same choice. What stops training is pruned to the target, by importance.
+    def choose(self, step: Any, epoch: int, batch: Callable[[np.random.Generator], Any]) -> bool:
+        """Before an epoch (from 0), where it is one to choose before; whether it was. It comes before the epoch's
+        mutation, so that the masks of what trains from then on mutate, and before the checkpoint is written, so that a
+        run which goes on from it has the same choice. What stops training is pruned to the target, by importance.
 
         batch  draws one of the training set
         """
         recipe = self._recipe
         if recipe.budget_at_mutations is None or (epoch and not recipe.mutation_at(epoch)):
-            return
+            return False
         from mest_compile.budgeting import BATCHES  # what a device trains an artifact with imports no compiler
         from mest_compile.choosing import choose_again
 
@@ -67,3 +67,4 @@ class Chooser:
             "seconds": perf_counter() - began,
         }
         log.info("from epoch %d on %d of %d layers train: %s", epoch + 1, len(layers), len(choice.units), layers)
+        return True

@@ -27,12 +27,16 @@ def check_targets(loss: Loss, data: Dataset | Stream, shape: tuple[int, ...]) ->
 
 
 class Judge:
-    """metrics: of the loss, the first decides which model is best; shape: of outputs, the batch first."""
+    """metrics: of the loss, the first decides which model is best; shape: of outputs, the batch first.
+
+    latest  whether of models that are equally good the last is the best, as where few examples tell few apart
+    """
 
     def __init__(self, loss: Loss, output_shape: tuple[int, ...], recipe: Recipe, teacher: Teacher | None):
         """Raises UsageError for a recipe or a teacher of which the loss has no use, or a lacking one."""
         self.loss, self.shape, self._teacher = loss, output_shape, teacher
         self.metrics = metrics_of(loss, output_shape[1])
+        self.latest = False
         self._train_score = Score([])
         self.restart()
         called = f"mest.{type(loss).__name__}"
@@ -64,6 +68,12 @@ class Judge:
     @property
     def main(self) -> Metric:
         return self.metrics[0]
+
+    def improves(self, score: float | None, best: float | None) -> bool:
+        """Whether a model of that score is the best. None: it was not evaluated, or there was none before."""
+        if score is None or best is None:
+            return score is not None
+        return self.main.better(score, best) or (self.latest and score == best)
 
     def given(self, images: np.ndarray, labels: np.ndarray) -> Any:
         """What the step takes with a batch of images."""

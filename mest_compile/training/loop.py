@@ -352,23 +352,23 @@ class Trainer:
         key  of the metric that the best model is chosen by
         """
         run.history.append(metrics)
-        score, best = metrics[key], run.best
-        improved = (
-            score is not None
-            and self.recipe.meets_target(metrics["epoch"] - 1)
-            and (best is None or self.judge.main.better(score, best[key]))
-        )
+        score, best = metrics[key], None if run.best is None else run.best[key]
+        improved = self.recipe.meets_target(metrics["epoch"] - 1) and self.judge.improves(score, best)
         if improved:
             run.best = {"epoch": metrics["epoch"], key: score}
         if self.folder:
             self.folder.append_metrics(metrics)
             if improved:
                 self._save(self.folder.best, run, data)
-        if len(run.history) < self.recipe.epochs:
-            self._chooser.choose(self.step, len(run.history), partial(given.batch, self.step, self.judge))
+        chosen = len(run.history) < self.recipe.epochs and self._chooser.choose(
+            self.step, len(run.history), partial(given.batch, self.step, self.judge)
+        )
         if self.folder:
             self.folder.keep_previous()
-            self._save(self.folder.checkpoint, run, data)
+            if improved and not chosen:
+                self.folder.keep_best()
+            else:
+                self._save(self.folder.checkpoint, run, data)
 
     def _diverged(self, what: str, epochs: int) -> MestError:
         """What came after `epochs` whole ones."""

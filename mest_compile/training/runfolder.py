@@ -29,8 +29,8 @@ class RunFolder:
     diverged.json (what was no longer finite, and after how many whole epochs, where that ended the run)
     checkpoint.safetensors (after the last whole epoch)  checkpoint.previous.safetensors (the one before, should that
                                                          one be damaged)
-    best.safetensors (best test accuracy, or other metric of the loss, among models at
-                       their target sparsity)
+    best.safetensors (best accuracy on the validation or else the test part, or other metric of the loss, among
+                       models at their target sparsity)
     lock (held by who trains)
     """
 
@@ -154,6 +154,11 @@ class RunFolder:
         """Gives the checkpoint its second name, before another takes its place. Raises StateError."""
         with _told(self.previous):
             _name(self.checkpoint, self.previous)
+
+    def keep_best(self) -> None:
+        """Gives the best model, which is the last one, the checkpoint's name too. Raises StateError."""
+        with _told(self.checkpoint):
+            _name(self.best, self.checkpoint)
 
     def return_to_previous(self) -> None:
         """Puts the checkpoint before the last in the place of the last. Raises StateError."""

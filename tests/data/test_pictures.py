@@ -62,6 +62,27 @@ def test_parts_of_a_folder_are_taken_as_they_are(tmp_path, name):
         read_pictures(tmp_path, INPUTS)
 
 
+def test_a_validation_part_is_taken_or_drawn_of_what_is_trained_on(tmp_path):
+    for part, count in (("train", 12), ("test", 3), ("valid", 2)):
+        for colour in ("red", "blue"):
+            for number in range(count):
+                save(tmp_path / part / colour / f"{number}.jpg", COLOURS[colour])
+    split = read_pictures(tmp_path, INPUTS, val_share=0.25).split
+    assert (len(split.train), len(split.test), len(split.val)) == (24, 6, 4)
+    images = np.arange(20, dtype=np.uint8)[:, None, None] * np.ones((20, 4, 4), np.uint8)
+    labels = np.arange(20) % 2
+    inputs, test = Inputs((4, 4), mean=(0.0,), std=(1.0,)), (images[:2], labels[:2])
+    one, other = (read_pictures((images, labels), inputs, test, seed, val_share=0.3).split for seed in (0, 1))
+    assert np.bincount(one.val.labels).tolist() == [3, 3] and len(one.test) == 2
+    assert set(one.val.images[:, 0, 0, 0]) | set(one.train.images[:, 0, 0, 0]) == set(range(20))
+    assert len(one.train) == 14 and not np.array_equal(one.val.images, other.val.images)
+    assert read_pictures((images, labels), inputs, test).val is None
+    assert read_pictures(test, inputs, test, val_share=0.3).val is None  # of one image a class none is left out
+    assert len(read_pictures((images, labels), inputs, test, val=(images[:4], labels[:4])).split.val) == 4
+    given = Split(*(Dataset.of(images[:count, None], labels[:count], "a", classes=2) for count in (20, 2, 6)))
+    assert len(read_pictures(given, inputs, val_share=0.3).split.val) == 6
+
+
 def test_a_csv_file_names_files_and_labels(photos):
     lines = [f"{name}/{number}.png,{name} things" for name in ("red", "blue") for number in range(5)]
     path = photos / "labels.csv"

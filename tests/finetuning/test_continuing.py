@@ -72,13 +72,16 @@ def test_what_was_learnt_is_replayed_and_told_by_task(first, second):
     result = json.loads((found.folder / "result.json").read_text())
     assert result["tasks"] == list(found.tasks) and [task["classes"] for task in found.tasks] == [["0", "1"], ["2"]]
     assert found.tasks[0]["learnt"] == first.accuracy
+    lines = (found.folder / "blocks" / "metrics.jsonl").read_text().splitlines()
+    sieved = [json.loads(line)["sieve"] for line in lines]
+    assert sieved[0] is None and 0 < sieved[1]["dropped"] < sieved[1]["kept"]  # of what is known by heart a quarter
     assert found.tasks[0]["forgotten"] == pytest.approx(first.accuracy - found.tasks[0]["accuracy"])
     images, labels = pictures(45, 1)
     answers = found.step.predict(images).argmax(1)
     assert found.accuracy == (answers == labels).mean() > 0.75  # of old and new test examples alike
     assert found.tasks[0]["accuracy"] == (answers == labels)[labels < 2].mean() > 0.6
     replay = Replay.read(found.folder / "replay.safetensors")
-    assert np.bincount(replay.train.labels).tolist() == [24] * 3 and replay.train.images.shape[1:] == (8, 6, 6)
+    assert np.bincount(replay.train.labels).tolist() == [22] * 3 and replay.train.images.shape[1:] == (8, 6, 6)
     assert "task 1 (0, 1)" in (found.folder / "report.html").read_text()
 
 
@@ -116,7 +119,7 @@ def test_a_device_learns_a_class_from_an_artifact_without_a_compiler(mest_compil
     assert found.tasks[1]["accuracy"] == right[labels == 2].mean() and found.step.reading.classes == found.classes
     more = tmp_path / "more" / "artifact"
     replay = Replay.read(more / "replay.safetensors")
-    assert replay.train.images.dtype == np.uint8 and np.bincount(replay.train.labels).tolist() == [24] * 3
+    assert replay.train.images.dtype == np.uint8 and np.bincount(replay.train.labels).tolist() == [22] * 3
     assert found.accuracy == right.mean() and np.array_equal(
         mest.open_artifact(more).predict(images).argmax(1) == labels, right
     )
@@ -152,9 +155,15 @@ def test_a_buffer_is_bounded_and_herding_chooses_it():
     assert np.abs(features[order].mean(0) - features.mean(0)).max() < 0.2 * np.abs(features[:10].mean(0)).max()
     plain = np.zeros(1, np.float32), np.ones(1, np.float32)
     data = Dataset(rng.standard_normal((40, 1, 2, 2)).astype(np.float32), np.arange(40) % 2, 2, *plain, "new")
-    train, test = kept(None, Split(data, data), 2, 16 * 7, 0, 0)
+    train, val, test = kept(None, Split(data, data), 2, 16 * 7, 0, 0)
     assert np.bincount(train.labels).tolist() == np.bincount(test.labels).tolist() == [3, 3]
-    again, _ = kept(Replay(train, test, ({},)), Split(data, data), 3, 16 * 3, 1, 0)  # there is room for one of each
+    assert np.array_equal(np.sort(train.first(5).labels), [0, 0, 1, 1]) and not len(
+        val.labels
+    )  # there was no such part
+    again, vals, _ = kept(
+        Replay(train, val, test, ({},)), Split(data, data, data), 3, 16 * 3, 1, 0
+    )  # room for one each
+    assert np.bincount(vals.labels).tolist() == [1, 1]
     assert np.bincount(again.labels).tolist() == [1, 1] and again.images.nbytes <= 16 * 3
     with pytest.raises(BudgetError, match="15 bytes do not hold an example of each of 2 classes"):
         kept(None, Split(data, data), 2, 15, 0, 0)
@@ -165,8 +174,14 @@ def test_half_of_what_is_trained_on_is_replayed():
     plain = np.zeros(1, np.float32), np.ones(1, np.float32)
     data = Dataset(np.zeros((10, 1, 2, 2), np.float32), np.full(10, 1), 2, *plain, "new")
     old = Examples(np.ones((3, 1, 2, 2), np.float32), np.zeros(3, np.int64), np.zeros(3, np.int64))
-    both = mixed(Split(data, data), Replay(old, old, ({},)))
-    assert np.bincount(both.train.labels).tolist() == [10, 10] and np.bincount(both.test.labels).tolist() == [3, 10]
+    both = mixed(Split(data, data, data), Replay(old, old, old, ({},)))
+    assert np.bincount(both.train.labels).tolist() == [10, 10]
+    assert np.bincount(both.test.labels).tolist() == np.bincount(both.val.labels).tolist() == [3, 10]
+    without = mixed(Split(data, data), Replay(old, old, old, ({},)))
+    assert (
+        without.val.labels.tolist() == [0] * 3
+        and mixed(Split(data, data), Replay(old, old.at([]), old, ({},))).val is None
+    )
 
 
 def test_tasks_are_told_with_what_was_forgotten():
@@ -184,15 +199,21 @@ def test_classes_that_are_known_need_no_examples():
 
 
 def test_a_step_protects_units(first, builder):
-    step = mest.load(first.folder / "checkpoint.safetensors", builder=builder)
+    def loaded():
+        """With every second live unit small: of each row some, as a row keeps one whatever it is."""
+        step = mest.load(first.folder / "checkpoint.safetensors", builder=builder)
+        step.load_state_dict({**step.state_dict(), name: np.where(small, 0.01, 1).astype(np.float32) * mask})
+        return step
+
     name = "blocks.2.0.weight"
-    mask = step.masks()[name]
-    norms = np.square(step.state_dict()[name]).reshape(4, 4, -1).sum(1)  # of blocks of 4 output channels
-    few = (norms > 0) & (norms <= np.median(norms[norms > 0]))
+    mask = first.step.masks()[name]
+    few = np.zeros((4, 8), bool)  # blocks of 4 output channels
+    few.ravel()[np.flatnonzero(mask.reshape(4, 4, 8).any(1))[::2]] = True
     small = np.repeat(few, 4, axis=0).reshape(mask.shape)  # what magnitude alone would prune
+    step = loaded()
     step.mutate(prune_to=0.75, grow_to=0.75)
     assert not (small & step.masks()[name]).any()
-    step = mest.load(first.folder / "checkpoint.safetensors", builder=builder)
+    step = loaded()
     step.protect({name: small})
     step.mutate(prune_to=0.75, grow_to=0.75)
     assert not (small & ~step.masks()[name]).any()

@@ -208,8 +208,31 @@ def test_augmented_images_go_through_the_whole_net(tmp_path, builder, caplog):
     found = tune(tmp_path, builder, augment=True, epochs=1)
     run = json.loads((tmp_path / "blocks" / "run.json").read_text())
     assert run["data"]["train"]["shape"] == [3, 12, 12] and found.step.sparsity()
-    worse = found.accuracy < found.head_accuracy
-    assert ("with the last blocks trained the accuracy is" in caplog.text) == worse
+    assert ("kept with its classifier alone trained" in caplog.text) == (found.kept == "classifier")
+
+
+def test_blocks_that_end_worse_are_not_kept(tmp_path, builder, caplog):
+    given = {"optimizer": "adamw:lr=1", "epochs": 1, "val": pictures(60, seed=2)}
+    found = tune(tmp_path / "worse", builder, **given)
+    said = [line for line in caplog.messages if "kept with its classifier alone trained" in line]
+    assert len(said) == 1 and "of 60 validation images" in said[0]
+    result = json.loads((found.folder / "result.json").read_text())
+    assert found.kept == result["kept"] == "classifier" and found.accuracy == found.head_accuracy > 0.8
+    blocks = {"blocks.2.0.weight", "blocks.2.3.weight"}
+    assert blocks < set(result["trainable"]) and not found.step.sparsity()  # what continues it trains them
+    before, after = tiny().state_dict(), found.step.state_dict()
+    assert all(np.array_equal(before[name].numpy(), after[name]) for name in before if not name.startswith("fc."))
+    loaded = mest.load(found.folder / "checkpoint.safetensors", builder=builder)
+    assert np.array_equal(loaded.predict(TEST[0]), found.step.predict(TEST[0]))
+    more = mest.finetune(data=TRAIN, test=TEST, continue_from=found.folder, out=tmp_path / "more", builder=builder)
+    assert json.loads((more.folder / "blocks" / "run.json").read_text())["step"]["sparsity"].keys() >= blocks
+
+
+def test_nothing_is_chosen_by_the_test_part(tuned):
+    for part in "head", "blocks":
+        data = json.loads((tuned.folder / part / "run.json").read_text())["data"]
+        assert data.keys() == {"train", "val"} and data["val"]["examples"] == 6  # of 16 a class, 2
+        assert data["train"]["examples"] == 42
 
 
 def test_a_budget_chooses_what_trains(tmp_path, builder):
@@ -227,7 +250,7 @@ def test_a_time_limit_plans_epochs(tmp_path, builder):
 
 
 def test_training_ends_when_there_is_no_time_for_another_epoch():
-    metrics = {"test_accuracy": 0.5, "train_seconds": 1.0, "evaluation_seconds": 0.5}
+    metrics = {"val_accuracy": 0.5, "train_seconds": 1.0, "evaluation_seconds": 0.5}
     clock = Clock(60.0)
     watch = _Watch(Silent(), [], None, clock)
     watch.on_epoch(metrics)  # it goes on
@@ -247,10 +270,11 @@ def test_epochs_within_a_limit():
 
 def test_training_ends_when_it_gets_no_better():
     def history(*scores):
-        return [{"test_accuracy": score} for score in scores]
+        return [{"val_accuracy": score} for score in scores]
 
     assert not gone(history(0.1, 0.3, 0.2), 2) and gone(history(0.1, 0.3, 0.2, 0.3), 2)
     assert not gone(history(0.3, 0.2), None) and not gone([], 1)
+    assert not gone([{"test_accuracy": None}] * 9, 2)  # without a validation part it is trained to the end
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path, builder):

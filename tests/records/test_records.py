@@ -16,6 +16,7 @@ from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.operators.batch_norm import BatchNormBackward, BatchNormForward
 from mest_compile.operators.operator import OPERATORS
 from mest_compile.operators.optimizers.optimizer import Optimizer
+from mest_compile.records import log as logs
 from mest_compile.records.log import LogFile, Measure, Outcome, Record, Records, plain, shipped, tvm_version
 from mest_compile.records.record import read_log, target_facts, unit_of
 
@@ -84,6 +85,15 @@ def test_knobs_that_once_failed_never_win(path, outcome):
     LogFile(path).append(record({"tile": (9, 9)}, outcome=outcome))
     LogFile(path).append(record({"tile": (9, 9)}, 0.001))
     assert best(read(path)).knobs == {"tile": (4, 2)}
+
+
+def test_a_log_is_read_once_until_something_is_appended(path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(logs, "read_log", lambda path: asked.append(path) or read_log(path))
+    first = best(read(path))
+    assert best(read(path)) == first and len(asked) == 1
+    LogFile(path).append(record({"tile": (7, 7)}, 1e-9))
+    assert best(read(path)).knobs == {"tile": (7, 7)} and len(asked) == 2
 
 
 def test_an_edited_time_is_noticed_and_left_out(path, caplog):

@@ -250,6 +250,32 @@ def test_best_is_never_a_model_denser_than_its_target(tmp_path, monkeypatch):
     assert extra_of(tmp_path / "run" / "best.safetensors")["epoch"] == 4
 
 
+@pytest.mark.parametrize(("latest", "epoch"), [(False, 2), (True, 3)])
+def test_of_equally_good_models_the_first_or_where_it_is_wanted_the_last_is_the_best(
+    latest, epoch, tmp_path, monkeypatch
+):
+    accuracies = iter([0.5, 0.9, 0.9, 0.7])
+    monkeypatch.setattr(loop, "judge_all", lambda *_: {"test_accuracy": next(accuracies), "evaluation_seconds": 0.0})
+    trainer = Trainer(SoftmaxStep(), Recipe(4, "static", lr=0.05), tmp_path / "run")
+    trainer.judge.latest = latest
+    assert trainer.fit(TRAIN, TEST).best == {"epoch": epoch, "test_accuracy": 0.9}
+    assert extra_of(trainer.folder.best)["epoch"] == epoch
+
+
+def test_a_last_epoch_that_is_the_best_is_written_once(tmp_path, monkeypatch):
+    accuracies, written = iter([0.5, 0.9, 0.7]), []
+    monkeypatch.setattr(loop, "judge_all", lambda *_: {"test_accuracy": next(accuracies), "evaluation_seconds": 0.0})
+    step = SoftmaxStep()
+    save = step.save
+    step.save = lambda path, *others: written.append(path.name) or save(path, *others)
+    trainer = Trainer(step, Recipe(3, "static", lr=0.05), tmp_path / "run")
+    trainer.fit(TRAIN, TEST)
+    best, last = "best.safetensors", "checkpoint.safetensors"
+    assert written == [last, best, best, last]  # before training, after each epoch
+    assert extra_of(trainer.folder.best)["epoch"] == extra_of(trainer.folder.previous)["epoch"] == 2
+    assert extra_of(trainer.folder.checkpoint)["epoch"] == 3
+
+
 def test_evaluation_counts_every_test_example_and_can_be_rarer():
     step = SoftmaxStep()
     run = Trainer(step, replace(RECIPE, eval_every=4)).fit(TRAIN, TEST)
