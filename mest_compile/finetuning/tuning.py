@@ -215,24 +215,25 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
             net = prepared_net(job.model, inputs, job.batch, classes, job.weights, builder)
     else:
         net = widened(before.net, classes)
-    folder.begin(job)  # not before model and data are known to be good
-    work = Work(job, folder, pictures, net, builder, watch, clock, before)
-    head = work.head()
-    head_accuracy = judged(head.predict(work.images(work.pooled.test)), work.labels, pictures.classes)["accuracy"]
-    del net, before  # whose weights need not be there when others have taken their place
-    step, logits = work.blocks(head)
-    watch.on_stage("writing files")
-    verdict = judged(logits, work.labels, pictures.classes)
-    if verdict["accuracy"] < head_accuracy:
-        log.warning(
-            "with the last blocks trained the accuracy is %.1f%%, with the classifier alone it was %.1f%%: give more "
-            "epochs, a lower sparsity, or trainable=%r",
-            100 * verdict["accuracy"],
-            100 * head_accuracy,
-            ",".join(step.graph.nodes[-1].params.values()),
-        )
-    with clock("writing"):
-        replay, tasks = work.kept(logits.argmax(1) == work.labels)
-        folder.finish(job, step, inputs, pictures, logits, verdict, head_accuracy, replay, tasks, clock)
+    with folder.lock():  # not before model and data are known to be good
+        folder.begin(job, net, pictures)
+        work = Work(job, folder, pictures, net, builder, watch, clock, before)
+        head = work.head()
+        head_accuracy = judged(head.predict(work.images(work.pooled.test)), work.labels, pictures.classes)["accuracy"]
+        del net, before  # whose weights need not be there when others have taken their place
+        step, logits = work.blocks(head)
+        watch.on_stage("writing files")
+        verdict = judged(logits, work.labels, pictures.classes)
+        if verdict["accuracy"] < head_accuracy:
+            log.warning(
+                "with the last blocks trained the accuracy is %.1f%%, with the classifier alone it was %.1f%%: give "
+                "more epochs, a lower sparsity, or trainable=%r",
+                100 * verdict["accuracy"],
+                100 * head_accuracy,
+                ",".join(step.graph.nodes[-1].params.values()),
+            )
+        with clock("writing"):
+            replay, tasks = work.kept(logits.argmax(1) == work.labels)
+            folder.finish(job, step, inputs, pictures, logits, verdict, head_accuracy, replay, tasks, clock)
     seconds = {**clock.seconds, "total": clock.total}
     return Tuned(out, step, pictures.classes, inputs, verdict, head_accuracy, tasks, seconds)
