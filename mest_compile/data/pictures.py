@@ -4,8 +4,9 @@ Dataset."""
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ class Pictures:
         """All of them read. Raises DataError."""
         return Split(self.train.read(), self.test.read(), None if self.val is None else self.val.read())
 
+    def crc32(self) -> int:
+        """Tells whether others are the same: classes, labels, and what the images' files or arrays hold. Of a torch
+        Dataset, whose transforms may draw other numbers each time, no image counts. Raises DataError."""
+        crc = zlib.crc32("\0".join(self.classes).encode())
+        for part in (self.train, self.test, self.val):
+            crc = crc if part is None else part.crc32(crc)
+        return crc
+
 
 class Photos:
     """Labelled images that are read when they are asked for, so that no more of them than are used are in memory.
@@ -69,6 +78,13 @@ class Photos:
             image[:] = fit(found, self._inputs)
         return images
 
+    def crc32(self, before: int) -> int:
+        """Goes on from what came `before`. Raises DataError."""
+        crc = zlib.crc32(np.ascontiguousarray(self.labels, np.int64).data, before)
+        for place in range(len(self)):
+            crc = zlib.crc32(self._part.content(place), crc)
+        return crc
+
     def read(self) -> Dataset:
         """All of them. Raises DataError."""
         plain = np.zeros(self.shape[1], np.float32), np.ones(self.shape[1], np.float32)
@@ -77,17 +93,20 @@ class Photos:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Examples as they were found, not yet read. read: the image of a place."""
+    """Examples as they were found, not yet read. read: the image of a place. content: what tells it from another one,
+    b"" where it may be another each time it is read."""
 
     read: Callable[[int], Any]
     labels: np.ndarray
     files: tuple[str, ...]
+    content: Callable[[int], bytes]
 
     def only(self, places: np.ndarray) -> _Part:
         return _Part(
             lambda place: self.read(int(places[place])),
             self.labels[places],
             tuple(self.files[place] for place in places),
+            lambda place: self.content(int(places[place])),
         )
 
 
@@ -171,7 +190,7 @@ def _among(known: Sequence[str], names: Sequence[str], part: _Part) -> tuple[lis
             free = next((place for place, one in enumerate(order) if one.startswith(SPARE)), len(order))
             order[free : free + 1] = [name]
     places = np.array([order.index(name) if name in order else -1 for name in names])
-    return order, _Part(part.read, places[part.labels], part.files)
+    return order, replace(part, labels=places[part.labels])
 
 
 def _stratified(labels: np.ndarray, rng: np.random.Generator, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
@@ -220,7 +239,14 @@ def _of_files(path: Path, names: Sequence[str] | None) -> tuple[_Part, list[str]
     order = list(names or there)
     files = [file for file, _ in listed]
     labels = np.array([order.index(name) for _, name in listed], np.int64)
-    return _Part(files.__getitem__, labels, tuple(map(str, files))), order
+
+    def content(place: int) -> bytes:
+        try:
+            return files[place].read_bytes()
+        except OSError as problem:
+            raise DataError(f"{files[place]} cannot be read ({problem.strerror})") from problem
+
+    return _Part(files.__getitem__, labels, tuple(map(str, files)), content), order
 
 
 def _of_folder(path: Path) -> Iterator[tuple[Path, str]]:
@@ -271,7 +297,8 @@ def _of_arrays(images: Any, labels: Any, names: Sequence[str] | None) -> tuple[_
     def read(place: int) -> Any:
         return Image.fromarray(np.ascontiguousarray(array[place]))
 
-    return _Part(read, numbers, tuple(f"example {place}" for place in range(len(array)))), _numbered(numbers, names)
+    files = tuple(f"example {place}" for place in range(len(array)))
+    return _Part(read, numbers, files, lambda place: array[place].tobytes()), _numbered(numbers, names)
 
 
 def _of_dataset(data: Examples, names: Sequence[str] | None) -> tuple[_Part, list[str]]:
@@ -302,7 +329,8 @@ def _of_dataset(data: Examples, names: Sequence[str] | None) -> tuple[_Part, lis
     said = getattr(data, "classes", None)  # as torchvision's ImageFolder names them
     if names is None and isinstance(said, list | tuple) and len(said) > numbers.max(initial=-1):
         names = [str(name) for name in said]
-    return _Part(read, numbers, tuple(f"example {place}" for place in range(len(data)))), _numbered(numbers, names)
+    files = tuple(f"example {place}" for place in range(len(data)))
+    return _Part(read, numbers, files, lambda place: b""), _numbered(numbers, names)
 
 
 def _numbered(labels: np.ndarray, names: Sequence[str] | None) -> list[str]:

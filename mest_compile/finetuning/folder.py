@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,14 @@ from mest_compile.base.errors import NotInstalled, StateError, UsageError
 from mest_compile.base.files import write_json
 from mest_compile.data.pictures import Pictures
 from mest_compile.finetuning.job import Job
+from mest_compile.finetuning.net import Net
 from mest_compile.finetuning.ondevice import write_beside
 from mest_compile.finetuning.page import write_page
 from mest_compile.finetuning.replay import Replay
 from mest_compile.finetuning.timing import Clock
+from mest_compile.hardware.host import Lock, exclusive
 from mest_compile.models.inputs import Inputs, Reading
+from mest_compile.training.runfolder import RunFolder
 from mest_compile.training.verdict import worst
 
 if TYPE_CHECKING:
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
 
 
 class TunedFolder:
-    """finetune.json (what was asked)  head/, blocks/ (runs of the classifier and of the last blocks)
+    """finetune.json (what was asked)  given.json (which images and net it began with)  lock
+    head/, blocks/ (runs of the classifier and of the last blocks)
     features/, pooled/ (what the frozen part gives; gone when all is done)
 
     checkpoint.safetensors (the whole net, for `mest.load`; its extra says classes and inputs)
@@ -39,7 +45,7 @@ class TunedFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.asked = path / "finetune.json"
+        self.asked, self.given = path / "finetune.json", path / "given.json"
         self.head, self.blocks = path / "head", path / "blocks"
         self.features, self.pooled = path / "features", path / "pooled"
         self.checkpoint, self.weights = path / "checkpoint.safetensors", path / "weights.safetensors"
@@ -55,15 +61,53 @@ class TunedFolder:
                 f"{self.path} was asked for otherwise ({self.asked.name} says how); give the same to go on, or another "
                 "--out"
             )
-        if not resume and self.asked.exists():
+        if not resume and self._began:
             raise UsageError(f"{self.path} already holds a run; pass --resume or another --out")
 
-    def begin(self, job: Job) -> None:
-        """Writes what is asked. Raises UsageError where the folder cannot be written."""
+    @property
+    def _began(self) -> bool:
+        """Whether there is anything that was trained; features alone are computed again."""
+        return RunFolder(self.head).stamp() is not None
+
+    def _goes_on(self, job: Job, given: dict[str, int]) -> bool:
+        """Whether what is in the folder is of the same request, net and images."""
         try:
-            for folder in (self.path, self.features, self.pooled):
-                folder.mkdir(parents=True, exist_ok=True)
+            return self.read() == job.to_json() and json.loads(self.given.read_text(encoding="utf-8")) == given
+        except (StateError, FileNotFoundError, ValueError):
+            return False
+
+    def lock(self) -> Lock:
+        """The right to be at work in the folder, which is made. Raises UsageError where it cannot be written and
+        StateError where somebody else has it."""
+        with self._refused():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = exclusive(self.path / "lock")
+        if lock is None:
+            raise StateError(f"{self.path}: another fine-tuning is at work in this folder; let it end or stop it")
+        return lock
+
+    def begin(self, job: Job, net: Net, pictures: Pictures) -> None:
+        """Writes what is asked and given, and removes what a run left that ended before anything was trained and had
+        others. Raises UsageError where the folder cannot be written, StateError where training began with other images
+        or another net, DataError."""
+        given = {"images": pictures.crc32(), "net": net.crc32()}
+        if not self._goes_on(job, given):
+            if self._began:
+                raise StateError(
+                    f"{self.path} began with other images or another net; give those again, or pass another --out"
+                )
+            for folder in (self.features, self.pooled, self.head):
+                shutil.rmtree(folder, ignore_errors=True)
+        with self._refused():
+            for folder in (self.features, self.pooled):
+                folder.mkdir(exist_ok=True)
             write_json(self.asked, job.to_json())
+            write_json(self.given, given)
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}; pass another --out") from problem
 

@@ -229,17 +229,18 @@ def tune(job: Job, out: Path, resume: bool, builder: Builder | None = None, watc
             net = prepared_net(job.model, inputs, job.batch, classes, job.weights, builder)
     else:
         net = widened(before.net, classes)
-    folder.begin(job)  # not before model and data are known to be good
-    work = Work(job, folder, pictures, net, builder, watch, clock, before)
-    head = work.head()
-    head_accuracy = judged(head.predict(work.images(work.pooled.test)), work.labels, pictures.classes)["accuracy"]
-    del net, before  # whose weights need not be there when others have taken their place
-    step, logits = work.blocks(head)
-    watch.on_stage("writing files")
-    verdict = judged(logits, work.labels, pictures.classes)
-    with clock("writing"):
-        replay, tasks = work.examples(logits.argmax(1) == work.labels)
-        told = {"head_accuracy": head_accuracy, "kept": work.kept, "trainable": work.trainable, "tasks": tasks}
-        folder.finish(job, step, inputs, pictures, logits, verdict, told, replay, clock)
+    with folder.lock():  # not before model and data are known to be good
+        folder.begin(job, net, pictures)
+        work = Work(job, folder, pictures, net, builder, watch, clock, before)
+        head = work.head()
+        head_accuracy = judged(head.predict(work.images(work.pooled.test)), work.labels, pictures.classes)["accuracy"]
+        del net, before  # whose weights need not be there when others have taken their place
+        step, logits = work.blocks(head)
+        watch.on_stage("writing files")
+        verdict = judged(logits, work.labels, pictures.classes)
+        with clock("writing"):
+            replay, tasks = work.examples(logits.argmax(1) == work.labels)
+            told = {"head_accuracy": head_accuracy, "kept": work.kept, "trainable": work.trainable, "tasks": tasks}
+            folder.finish(job, step, inputs, pictures, logits, verdict, told, replay, clock)
     seconds = {**clock.seconds, "total": clock.total}
     return Tuned(out, step, pictures.classes, inputs, verdict, head_accuracy, work.kept, tasks, seconds)

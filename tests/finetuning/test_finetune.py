@@ -26,6 +26,7 @@ from mest_compile.finetuning.net import prepared_net, wanted_inputs
 from mest_compile.finetuning.stages import _Enough, _Watch, gone
 from mest_compile.finetuning.timing import SAVING_SECONDS, Clock, epochs_within
 from mest_compile.finetuning.watching import Quiet
+from mest_compile.hardware.host import exclusive
 from mest_compile.kernels.cache import Builder
 from mest_compile.models.catalog import build_model
 from mest_compile.runtime import checkpoint
@@ -35,10 +36,12 @@ MEAN, STD = (0.2, 0.4, 0.5), (0.2,) * 3  # as packages tell them
 TRAIN, TEST = pictures(48), pictures(30, seed=1)
 
 
+USUAL = {"inputs": INPUTS, "batch": 8, "epochs": 4, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
+USUAL["optimizer"] = "adamw:lr=0.001"  # the net is random: what its classifier knows is not to be trained away
+
+
 def tune(out, builder, **given):
-    usual = {"inputs": INPUTS, "batch": 8, "epochs": 4, "threads": 1, "sparsity": 0.5, "trainable": "last:1"}
-    usual["optimizer"] = "adamw:lr=0.001"  # the net is random: what its classifier knows is not to be trained away
-    return mest.finetune(tiny(), TRAIN, test=TEST, out=out, builder=builder, **{**usual, **given})
+    return mest.finetune(tiny(), TRAIN, test=TEST, out=out, builder=builder, **{**USUAL, **given})
 
 
 class Stops(Quiet):
@@ -183,6 +186,33 @@ def test_a_run_goes_on_as_it_was_asked_for(tmp_path, builder):
         tune(tmp_path, builder, watch=Stops("computing features"))
     with pytest.raises(StateError, match="was asked for otherwise"):
         tune(tmp_path, builder, resume=True, epochs=5)
+
+
+def test_features_are_of_the_images_and_the_net_that_are_given(tuned, tmp_path, builder):
+    """A run that ended before anything was trained goes on with others; one that has trained refuses them."""
+    wanted, given = tuned.step.state_dict(), {"builder": builder, **USUAL}
+    with pytest.raises(KeyboardInterrupt):
+        mest.finetune(
+            tiny(1), pictures(48, seed=2), test=TEST, out=tmp_path, watch=Stops("training the classifier"), **given
+        )
+    assert (tmp_path / "pooled" / "pictures.npy").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, builder, resume=True, watch=Stops("training the last blocks"))
+    for other in (tiny(1), TRAIN), (tiny(), pictures(48, seed=2)):
+        with pytest.raises(StateError, match="began with other images or another net; give those again"):
+            mest.finetune(*other, test=TEST, out=tmp_path, resume=True, **given)
+    found = tune(tmp_path, builder, resume=True).step.state_dict()
+    assert all(np.array_equal(value, wanted[name]) for name, value in found.items())
+
+
+def test_what_ended_before_anything_was_trained_begins_again(tmp_path, builder):
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, builder, epochs=5, watch=Stops("training the classifier"))
+    with exclusive(tmp_path / "lock"), pytest.raises(StateError, match="another fine-tuning is at work"):
+        tune(tmp_path, builder)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, builder, watch=Stops("training the classifier", 1))
+    assert json.loads((tmp_path / "finetune.json").read_text())["epochs"] == 4
 
 
 def test_the_classifier_alone_and_the_whole_net_can_train(tmp_path, builder):

@@ -12,6 +12,7 @@ from here import Here
 from test_kill import assert_same, outcome
 
 import mest_compile as mest
+from mest_compile import compiling
 from mest_compile.base import plugins
 from mest_compile.base.errors import StateError, UsageError
 from mest_compile.cli import main
@@ -235,9 +236,26 @@ def test_the_front_is_of_cells_that_none_beats_in_both():
     assert errors.best["key"] == "e" and [one["key"] for one in errors.pareto] == ["e"]
 
 
+def test_what_the_cache_keeps_is_no_time_of_a_cell(monkeypatch):
+    """A measurement in which kernels were compiled is made once more, and that one counts."""
+    told = {"timed_seconds": 1.0, "epoch_seconds": 2.0, "planned_bytes": 3}
+    answers = [(90.0, {**told, "compiled": 40}), (5.0, {**told, "compiled": 0}), (7.0, {**told, "compiled": 0})]
+    monkeypatch.setattr(pace, "_asked", lambda cell: answers.pop(0))
+    assert [pace._measured(None).begin_seconds for _ in range(2)] == [4.0, 6.0]
+
+
 def test_a_dry_run_tells_what_is_there_and_what_the_rest_takes(workers, mest_compile_command, monkeypatch, tmp_path):
+    usual = compiling.compile_step
+
+    def compile_step(*given, builder, **others):
+        step = usual(*given, builder=builder, **others)
+        builder.compiled = 7
+        return step
+
     def measured(cell):
-        return pace.Pace(1.0, pace.measure(cell)["epoch_seconds"], 10, pace.MEASUREMENT)
+        found = pace.measure(cell)
+        assert found["compiled"] == 7
+        return pace.Pace(1.0, found["epoch_seconds"], 10, pace.MEASUREMENT)
 
     monkeypatch.setattr(pace, "_measured", measured)
     root, plan = tmp_path / "sweep", tmp_path / "plan.toml"
@@ -245,6 +263,7 @@ def test_a_dry_run_tells_what_is_there_and_what_the_rest_takes(workers, mest_com
     workers(Here())
     mest.sweep(plan, root)
     plan.write_text(f'{plan.read_text()}[grid]\nscheme = ["block", "unstructured"]\nseed = [0, 1]\n')
+    monkeypatch.setattr(compiling, "compile_step", compile_step)
     before = sorted(root.rglob("*"))
     found = mest_compile_command("sweep", plan, "--out", root, "--dry-run", "--json").document
     assert sorted(root.rglob("*")) == before
