@@ -31,22 +31,12 @@ BATCH = 16  # images at a time, whatever the batch of training steps: nothing of
 
 
 class Extractor:
-    """The nodes from `start` to before `end` of a plan's graph, in evaluation mode.
+    """The nodes from `start` to before `end` of a plan's graph, all of their weights alive, in evaluation mode.
 
     state  {torch name: array} of the model
-    masks  {weight name: (out, in, kh, kw) bool} of the plan's sparse layers among them; those of other layers are taken
-           by magnitude
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        start: int,
-        end: int,
-        state: Mapping[str, np.ndarray],
-        builder: Builder,
-        masks: Mapping[str, np.ndarray] = {},
-    ):
+    def __init__(self, plan: Plan, start: int, end: int, state: Mapping[str, np.ndarray], builder: Builder):
         def records(target: object) -> Records:
             return plan.records.for_target(plan.target)
 
@@ -66,7 +56,7 @@ class Extractor:
         self._state, self._activations = dict(state), facts.activations
         held = HeldState([program], layers, graph.state_shapes, self._runner)
         own = {name: state[name] for name in graph.state_shapes}
-        for name, cells in Mutating(layers, graph.state_shapes, held).first(own, masks, np.random.default_rng(0)):
+        for name, cells in Mutating(layers, graph.state_shapes, held).first(own, {}, np.random.default_rng(0)):
             held.install(held.arranged(name, cells))
         held.write(held.filling(own))
 

@@ -86,8 +86,7 @@ class Work:
         self._new = self._low = self._features(pictures, self._head_plan, 0, self._start, folder.features)
         if self._replayed is not None:
             self._low = mixed(self._new, self._replayed)
-        plan = self._plan if self._plan is not None and self._masks else self._head_plan  # as sparse as they are
-        self.pooled = self._features(self._low, plan, self._start, self._gate, folder.pooled)
+        self.pooled = self._features(self._low, self._head_plan, self._start, self._gate, folder.pooled)
         self.labels = self._low.test.labels
         task = 0 if self._replayed is None else len(self._replayed.told)
         self.tasks = np.full(len(self.labels), task)
@@ -244,7 +243,7 @@ class Work:
             return data if isinstance(data, Split) else data.split
         self._watch.on_stage("computing features")
         with self._clock("compiling"):
-            extractor = Extractor(plan, start, end, self._state, self._builder, self._masks)
+            extractor = Extractor(plan, start, end, self._state, self._builder)
         with self._clock("features"):
             budget, parts = self._job.feature_bytes, []
             for part in (data.train, data.test, data.val):
