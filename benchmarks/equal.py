@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -29,8 +30,9 @@ SCHEMES = {  # scheme, layers that it leaves dense
     "channel": ["conv1", "fc"],
     "2:4": ["conv1"],
 }
-RULE = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)  # slow: a ReLU that flips by rounding parts both for good
+RULE = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)  # slow: roundings grow with what a step moves
 LOSS, WEIGHTS = 1e-4, 1e-3  # how far apart they may be, of the wanted, of the largest of a tensor
+NEAR = 2e-6  # of 0, where roundings may move a number to the other side of a ReLU's jump
 
 
 class Net(nn.Module):
@@ -44,10 +46,34 @@ class Net(nn.Module):
         self.fc = nn.Linear(16, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        x = (self.bn2(self.conv2(x)) + x).relu()
-        y = self.bn3(self.conv3(x)).relu()
-        return self.fc((self.bn4(self.conv4(y)) + self.bn5(self.shortcut(x))).relu().mean((2, 3)))
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)) + x)
+        y = self.relu(self.bn3(self.conv3(x)))
+        return self.fc(self.relu(self.bn4(self.conv4(y)) + self.bn5(self.shortcut(x))).mean((2, 3)))
+
+    def relu(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+
+class Watched(Net):
+    """Knows how near to 0, where its slope jumps, the last forward pass gave a number to a ReLU."""
+
+    nearest = float("inf")
+
+    def relu(self, x: torch.Tensor) -> torch.Tensor:
+        self.nearest = min(self.nearest, float(x.detach().abs().min()))
+        return x.relu()
+
+
+def drawn(model: Watched, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Images that no rounding moves across a jump: two right steps would go different ways from there."""
+    while True:
+        images = rng.standard_normal(shape, np.float32)
+        tried = deepcopy(model)  # whose statistics move
+        tried.nearest = float("inf")
+        tried(torch.from_numpy(images))
+        if tried.nearest > NEAR:
+            return images
 
 
 def apart(scheme: str, batch: int) -> tuple[float, float]:
@@ -60,12 +86,14 @@ def apart(scheme: str, batch: int) -> tuple[float, float]:
     step = mest.compile(
         model, shape, scheme=scheme, dense_layers=SCHEMES[scheme], optimizer=RULE, target=hasty, threads=1, **said
     )
+    model = Watched()
     mest.to_torch(step, model)
     masks = {name: torch.from_numpy(mask) for name, mask in step.masks().items()}
-    rule = torch.optim.SGD(model.train().parameters(), RULE.lr, RULE.momentum, weight_decay=RULE.weight_decay)
+    model.train()
+    rule = torch.optim.SGD(model.parameters(), RULE.lr, RULE.momentum, weight_decay=RULE.weight_decay)
     losses = 0.0
     for _ in range(STEPS):
-        images, labels = rng.standard_normal(shape, np.float32), rng.integers(0, CLASSES, batch)
+        images, labels = drawn(model, shape, rng), rng.integers(0, CLASSES, batch)
         rule.zero_grad()
         loss = nn.functional.cross_entropy(model(torch.from_numpy(images)), torch.from_numpy(labels))
         loss.backward()
