@@ -32,7 +32,7 @@ SCHEMES = {  # scheme, layers that it leaves dense
 }
 RULE = mest.SGD(lr=0.002, momentum=0.9, weight_decay=1e-3)  # slow: roundings grow with what a step moves
 LOSS, WEIGHTS = 1e-4, 1e-3  # how far apart they may be, of the wanted, of the largest of a tensor
-NEAR = 2e-6  # of 0, where roundings may move a number to the other side of a ReLU's jump
+TRIES, NEAR = 20, 2e-6  # of 0, where roundings may move a number to the other side of a ReLU's jump
 
 
 class Net(nn.Module):
@@ -61,19 +61,21 @@ class Watched(Net):
     nearest = float("inf")
 
     def relu(self, x: torch.Tensor) -> torch.Tensor:
-        self.nearest = min(self.nearest, float(x.detach().abs().min()))
+        there = x.detach().abs()[x.detach() != 0]  # a dead filter's are 0 on both sides
+        self.nearest = min(self.nearest, float(there.min()) if len(there) else float("inf"))
         return x.relu()
 
 
 def drawn(model: Watched, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Images that no rounding moves across a jump: two right steps would go different ways from there."""
-    while True:
+    for _ in range(TRIES):
         images = rng.standard_normal(shape, np.float32)
         tried = deepcopy(model)  # whose statistics move
         tried.nearest = float("inf")
         tried(torch.from_numpy(images))
         if tried.nearest > NEAR:
-            return images
+            break
+    return images
 
 
 def apart(scheme: str, batch: int) -> tuple[float, float]:
