@@ -33,6 +33,7 @@ from mest_compile.ir.layouts.batch import abreast
 
 BFLOAT16 = "+avx512bf16"  # LLVM's name of the instructions
 BFLOAT16_LANES = 32  # in 512 bits
+LLVM_LEVEL = 2  # of its optimisations: with those of level 3 no kernel is faster, and compiling takes 1.5 times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Target:
                 raise TargetError(
                     f"target {self.name!r}: LLVM has no CPU {fields['mcpu']!r} for {triple}; it has: {known}"
                 )
-        return tvm.target.Target(fields)
+        return tvm.target.Target({"opt-level": LLVM_LEVEL, **fields} if fields["kind"] == "llvm" else fields)
 
 
 # Families of x86 instructions that LLVM puts into loops by itself; what a program has to ask for (AES, SHA, AMX), or

@@ -10,7 +10,7 @@ from typing import Any
 
 from mest_compile.hardware.backend import Backend, backend
 from mest_compile.hardware.cpu import host_model
-from mest_compile.hardware.target import Target
+from mest_compile.hardware.target import LLVM_LEVEL, Target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.layouts.layout import ACTIVATIONS
 from mest_compile.ir.program import Functions, Program
@@ -56,7 +56,7 @@ class CpuBackend(Backend):
         from mest_compile.backends.cpu import bfloat16, intrinsics
         from mest_compile.backends.cpu.code import PASSES
 
-        return [PASSES, intrinsics.KEY, bfloat16.KEY, checked]
+        return [PASSES, LLVM_LEVEL, intrinsics.KEY, bfloat16.KEY, checked]
 
     def compile(self, text: str, symbol: str, target: Target, checked: bool = True) -> Any:
         from mest_compile.backends.cpu.code import compile_cpu
