@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -67,6 +68,7 @@ HASTY = (
 # what others ask piece by piece. How their node ids begin.
 THOROUGH = (
     "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[adreno-650-",
+    "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[adreno-740-",
     "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[mali-g710-",
     "backends/test_opencl_code.py::test_code_of_a_step_is_fit_for_a_phone[opencl-",
     "backends/test_opencl_frozen.py::test_a_step_freezes_as_on_the_cpu",
@@ -89,10 +91,12 @@ THOROUGH = (
     "devices/test_device.py::test_ten_steps_on_the_device_equal_torch_as_they_do_here[pattern]",
     "devices/test_device.py::test_ten_steps_on_the_device_equal_torch_as_they_do_here[unstructured]",
     "devices/test_device.py::test_tuning_over_the_tracker_keeps_what_an_emulated_device_says_apart[True]",
+    "devices/test_device.py::test_tuning_goes_on_when_its_device_is_killed_and_another[is there]",
     "devices/test_emulation.py::test_goals_on_the_stages_of_a_wide_residual_net[pattern",
     "devices/test_emulation.py::test_goals_on_the_stages_of_a_wide_residual_net[unstructured",
     "devices/test_opencl_remote.py::test_a_run_over_the_tracker_trains_as_one_that_runs_here",
     "devices/test_opencl_remote.py::test_tuning_over_the_tracker_",
+    "devices/test_opencl_remote.py::test_what_makes_the_runtime_says_what_is_missing",
     "devices/test_serve.py::test_a_device_behind_a_tracker_measures",
     "finetuning/test_finetune.py::test_what_was_stopped_goes_on_bit_for_bit",
     "finetuning/test_opencl_finetune.py::",
@@ -100,7 +104,9 @@ THOROUGH = (
     "kernels/test_parsing.py::test_every_kernel_is_the_function_that_tvm_reads",
     "kernels/test_specializing.py::test_rounds_and_batches_that_a_known_length_",
     "kernels/test_specializing.py::test_specialized_kernels_give_the_same_bits_before_during_and_after_an_exchange[filter]",
+    "kernels/test_specializing.py::test_specialized_kernels_give_the_same_bits_before_during_and_after_an_exchange[pattern]",
     "measuring/test_accuracy_benchmark.py::test_a_run_becomes_an_entry[em_s]",
+    "measuring/test_accuracy_benchmark.py::test_the_pace_of_every_published_kind_is_measured",
     "measuring/test_benchmark.py::test_planned_memory_is_what_a_process_that_loads_the_step_needs[resnet20-",
     "measuring/test_small_benchmark.py::test_every_side_takes_its_turns",
     "measuring/test_speedtable.py::test_a_torch_module_of_ones_own_is_measured_and_left_alone",
@@ -109,7 +115,7 @@ THOROUGH = (
     "operators/test_opencl_kernels.py::test_activation[",
     "operators/test_opencl_kernels.py::test_backward_of_a_batch_norm_that_stays_as_it_is",
     "operators/test_opencl_kernels.py::test_batch_norm_backward",
-    "runtime/test_artifact.py::test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_compiled_step[here]",
+    "runtime/test_artifact.py::test_a_device_without_a_compiler_trains_is_killed_resumes_and_ends_as_the_compiled_step[emulated]",
     "runtime/test_float16.py::test_an_arm_cpu_without_float16_arithmetic_converts[cortex-a76]",
     "runtime/test_float16.py::test_checkpoints_and_artifacts_keep_it",
     "runtime/test_float16.py::test_ten_steps_of_a_deep_net_are_near_torch",
@@ -122,18 +128,82 @@ THOROUGH = (
         for seed in range(10, 27)
     ),
 )
+
+# Families of cases that ask one thing of many shapes or combinations: `make test` asks one of every so many in a row,
+# each time at another place of the row. How many, of the families of a file.
+SAMPLED = {
+    "backends/test_opencl_frozen": {"ten_steps_train_what_torch_trains": 2},
+    "backends/test_opencl_step": {"steps_with_a_mutation_between_them_equal_masked_torch": 2},
+    "operators/test_activations": {"three_steps_equal_torchs": 2, "which_activations_batch_norm_takes_in": 2},
+    "operators/test_combine": {"three_steps_of_scales_and_spreads_equal_torchs": 2},
+    "operators/test_depthwise": {"kernels_give_what_their_references_give": 2},
+    "operators/test_dropout": {"three_steps_equal_torchs_that_drops_the_same": 2},
+    "operators/test_gather": {"activations_in_float16": 2},
+    "operators/test_joins": {"three_steps_equal_torchs": 2},
+    "operators/test_lanes": {"both_convolutions_are_their_references_and_leave_halos_zero": 2},
+    "operators/test_losses": {"steps_of_every_loss_equal_torch": 3, "steps_of_mean_squared_error_equal_torch": 2},
+    "operators/test_nonfinite": {"a_kernel_gives_what_its_reference_gives": 2},
+    "operators/test_norm": {"three_steps_equal_torchs": 2},
+    "operators/test_normed_depthwise": {"kernels_give_what_their_references_give": 2},
+    "operators/test_opencl_kernels": {
+        "a_kernel_gives_what_its_reference_gives": 2,
+        "a_loss_is_its_reference_and_torchs": 3,
+        "an_epilogue_scales_adds_and_activates_once": 2,
+        "avg_pool": 3,
+        "backward_neither_reads_nor_writes_what_is_dead": 2,
+        "combine": 3,
+        "convolutions_of_random_sizes": 2,
+        "dead_rows_and_full_rows": 2,
+        "dropout": 3,
+        "kernels_give_what_their_references_give": 2,
+        "knobs_change_speed_alone": 2,
+        "max_pool": 2,
+        "norm": 3,
+        "resize": 2,
+    },
+    "operators/test_operators": {
+        "a_loss_is_its_reference_and_torchs": 3,
+        "activation": 2,
+        "attention": 2,
+        "backward_of_a_batch_norm_that_stays_as_it_is": 2,
+        "batch_norm_backward": 2,
+        "combine": 3,
+        "dropout": 2,
+        "norm": 3,
+    },
+    "operators/test_optimizers": {"ten_steps_of_every_scheme_equal_masked_torch": 2},
+    "operators/test_rearrange": {"three_steps_equal_torchs": 2},
+    "operators/test_recurrent": {"three_steps_equal_torchs": 2},
+    "planning/test_capacity": {"what_a_layer_keeps_for_the_next_mutation_is_counted": 3},
+    "planning/test_retargeting": {"facts_for_another_device_and_batch_are_those_of_compiling_for_it": 2},
+    "runtime/test_float16": {"ten_steps_equal_torch_that_rounds_where_values_are_stored": 2},
+    "runtime/test_passes": {"passes_over_a_net_without_batch_statistics_are_the_whole_batch": 2},
+    "runtime/test_schemes_step": {
+        "steps_with_a_mutation_between_them_equal_masked_torch_and_continue_from_a_checkpoint": 2,
+    },
+    "runtime/test_step": {"ten_steps_equal_ten_steps_of_masked_torch": 2},
+    "training/test_metrics": {"a_run_is_judged_by_the_metrics_of_its_loss": 2},
+    "training/test_predicting": {"a_picture_is_answered_as_the_loss_means_outputs": 2},
+    "tuning/test_tuning": {"every_choice_of_every_knob_keeps_the_meaning": 2},
+}
 READ_ANEW = ("contracts", "frontend", "models")  # folders of tests that ask how a module is read
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     marks = cache(lambda stem: [mark for mark, files in MARKS.items() if any(fnmatch(stem, file) for file in files)])
+    met = Counter()
     for item in items:
         for mark in marks(item.path.stem):
             item.add_marker(mark)
         if "port" in item.fixturenames:
             item.add_marker("device")
-        if item.nodeid.removeprefix("tests/").startswith(THOROUGH):
+        name = item.nodeid.removeprefix("tests/")
+        file, _, case = name.partition(".py::test_")
+        of = SAMPLED.get(file, {}).get(case.partition("[")[0], 1)
+        number = met[file, item.originalname]
+        met[file, item.originalname] += 1
+        if name.startswith(THOROUGH) or (number + number // of) % of:
             item.add_marker("thorough")
 
 

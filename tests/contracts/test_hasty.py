@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import HASTY, MARKS, READ_ANEW, THOROUGH
+from conftest import HASTY, MARKS, READ_ANEW, SAMPLED, THOROUGH
 from hasty import compile_hastily, remember_own_nets
 from torch import nn
 
@@ -30,7 +30,8 @@ def test_every_name_in_the_lists_of_files_is_one():
 
 
 def test_thorough_tests_are_there():
-    for name in THOROUGH:
+    sampled = [f"{file}.py::test_{name}[" for file, families in SAMPLED.items() for name in families]
+    for name in (*THOROUGH, *sampled):
         file, _, test = name.partition("::")
         function = test.partition("[")[0]
         texts = [path.read_text() for path in (TESTS / file).parent.glob("*.py")]  # a file may take on another's
