@@ -107,7 +107,7 @@ def ours(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate: f
             there, trained, validated = gone_through(out / "blocks")
             _, headed, head_validated = gone_through(out / "head")
             work += len(train[1]) * operations(graph.nodes[: -len(rest)], shapes, {})
-            work += there * operations(rest, shapes, {})  # what the classifier reads, of dense kernels
+            work += there * operations(rest, shapes, {} if before is None else sparsity)  # what the classifier reads
             work += (3 * (trained + (0 if before is None else SCORED)) + validated) * forward
             work += (3 * headed + head_validated) * last
             before = out
@@ -185,10 +185,10 @@ def torchs(tasks: list[tuple[Labelled, Labelled]], epochs: int, seed: int, rate:
 
 def one_more(file: Path, count: int = 20, epochs: int = 5) -> dict[str, Any]:
     """Nine drawn digits, `count` images of each, then the tenth: the median of REPEATS continuations, which the file
-    gets as "class".
+    gets as "class". Validation and test parts are taken of those images, as `mest.finetune` does by itself.
 
     seconds  beside compiling_seconds, which are the import's and the linking's: no kernel is new
-    old, new  accuracies on test images of the nine and of the tenth
+    old, new  accuracies on other images of the nine and of the tenth, which no fine-tuning sees
     """
     import mest_compile as mest
     from mest_compile.kernels.cache import Builder
@@ -197,17 +197,17 @@ def one_more(file: Path, count: int = 20, epochs: int = 5) -> dict[str, Any]:
     whole = replace(PRETRAINED[NET].inputs, size=(SIZE, SIZE), crop=1.0)
     (train, test), builder, found = digits(count, 0), Builder(), []
 
-    def of(data: Labelled, last: bool) -> Labelled:
-        mine = (data[1] == 9) == last
-        return data[0][mine], data[1][mine]
+    def of(last: bool) -> Labelled:
+        mine = (train[1] == 9) == last
+        return train[0][mine], train[1][mine]
 
     with tempfile.TemporaryDirectory() as folder:
         nine = Path(folder) / "nine"
         given: dict[str, Any] = {"inputs": whole, "batch": BATCH, "threads": 1, "spare_classes": 1, "builder": builder}
-        mest.finetune(NET, of(train, False), test=of(test, False), out=nine, epochs=10, **given)
+        mest.finetune(NET, of(False), out=nine, epochs=10, **given)
         for number in range(1 + REPEATS):  # the first one warms up
-            given = {"continue_from": nine, "out": Path(folder) / str(number), "epochs": epochs, "builder": builder}
-            tuned = mest.finetune(data=of(train, True), test=of(test, True), **given)
+            out = Path(folder) / str(number)
+            tuned = mest.finetune(data=of(True), continue_from=nine, out=out, epochs=epochs, builder=builder)
             answers = tuned.step.predict(test[0].transpose(0, 3, 1, 2)).argmax(1) == test[1]
             compiling = tuned.seconds["compiling"]
             found.append(

@@ -31,16 +31,26 @@ BATCH = 16  # images at a time, whatever the batch of training steps: nothing of
 
 
 class Extractor:
-    """The nodes from `start` to before `end` of a plan's graph, all of their weights alive, in evaluation mode.
+    """The nodes from `start` to before `end` of a plan's graph, in evaluation mode.
 
     state  {torch name: array} of the model
+    masks  {weight name: (out, in, kh, kw) bool} of the plan's sparse layers: then the nodes run as a step of that plan
+           predicts, by the same kernels; without them all weights live
     """
 
-    def __init__(self, plan: Plan, start: int, end: int, state: Mapping[str, np.ndarray], builder: Builder):
+    def __init__(
+        self,
+        plan: Plan,
+        start: int,
+        end: int,
+        state: Mapping[str, np.ndarray],
+        builder: Builder,
+        masks: Mapping[str, np.ndarray] = {},
+    ):
         def records(target: object) -> Records:
             return plan.records.for_target(plan.target)
 
-        plan = retargeted(evaluating(plan.facts), plan.target, BATCH, records)
+        plan = plan if masks else retargeted(evaluating(plan.facts), plan.target, BATCH, records)
         facts, target = plan.facts, plan.target
         self.graph = graph = between(facts.graph, start, end)
         layers = {name: layer for name, layer in facts.layers.items() if name in graph.state_shapes}
@@ -56,9 +66,14 @@ class Extractor:
         self._state, self._activations = dict(state), facts.activations
         held = HeldState([program], layers, graph.state_shapes, self._runner)
         own = {name: state[name] for name in graph.state_shapes}
-        for name, cells in Mutating(layers, graph.state_shapes, held).first(own, {}, np.random.default_rng(0)):
+        for name, cells in Mutating(layers, graph.state_shapes, held).first(own, masks, np.random.default_rng(0)):
             held.install(held.arranged(name, cells))
         held.write(held.filling(own))
+
+    @property
+    def batch(self) -> int:
+        """Images at a time, at most."""
+        return self.graph.input_shape[0]
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -66,14 +81,14 @@ class Extractor:
         return tuple(self.graph.nodes[-1].shape[1:])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features (n, ...) float32 of n images, at most BATCH of them, of any type that is numbers."""
+        """Features (n, ...) float32 of n images, at most `batch` of them, of any type that is numbers."""
         images = prepared(np.asarray(images, np.float32), self.graph.prepared, self._state)
         arguments.within_range(images, self._activations)
         whole = np.zeros(self.graph.input_shape, np.float32)
         whole[: len(images)] = images
         self._runner.put("images", whole.ravel())
         self._runner.run("predict")
-        return self._runner.get("logits").reshape(BATCH, *self.output_shape)[: len(images)]
+        return self._runner.get("logits").reshape(self.batch, *self.output_shape)[: len(images)]
 
     def spare(self) -> None:
         """Gives back the memory that it computes in; the next images take it again."""
@@ -92,9 +107,9 @@ class Extractor:
             if not path.is_file():
                 part = path.with_name(f".{path.name}.part")
                 written = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-                for begin in range(0, len(images), BATCH):
-                    written[begin : begin + BATCH] = self(images[begin : begin + BATCH])
-                    progress(min(begin + BATCH, len(images)), len(images))
+                for begin in range(0, len(images), self.batch):
+                    written[begin : begin + self.batch] = self(images[begin : begin + self.batch])
+                    progress(min(begin + self.batch, len(images)), len(images))
                 written.flush()
                 del written
                 part.replace(path)

@@ -86,7 +86,8 @@ class Work:
         self._new = self._low = self._features(pictures, self._head_plan, 0, self._start, folder.features)
         if self._replayed is not None:
             self._low = mixed(self._new, self._replayed)
-        self.pooled = self._features(self._low, self._head_plan, self._start, self._gate, folder.pooled)
+        plan = self._plan if self._plan is not None and self._masks else self._head_plan  # as sparse as it was left
+        self.pooled = self._features(self._low, plan, self._start, self._gate, folder.pooled, self._masks)
         self.labels = self._low.test.labels
         task = 0 if self._replayed is None else len(self._replayed.told)
         self.tasks = np.full(len(self.labels), task)
@@ -237,13 +238,21 @@ class Work:
             plan = self._planned(replace(options, trainable=choice.trainable, update_budget=None))
             return replace(plan, chosen=choice.to_dict())
 
-    def _features(self, data: Split | Pictures, plan: Plan, start: int, end: int, folder: Path) -> Split:
-        """What the plan's nodes from `start` to `end` make of the data."""
+    def _features(
+        self,
+        data: Split | Pictures,
+        plan: Plan,
+        start: int,
+        end: int,
+        folder: Path,
+        masks: Mapping[str, np.ndarray] = {},
+    ) -> Split:
+        """What the plan's nodes from `start` to `end` make of the data. masks: of layers that are sparse there."""
         if start == end:
             return data if isinstance(data, Split) else data.split
         self._watch.on_stage("computing features")
         with self._clock("compiling"):
-            extractor = Extractor(plan, start, end, self._state, self._builder)
+            extractor = Extractor(plan, start, end, self._state, self._builder, masks)
         with self._clock("features"):
             budget, parts = self._job.feature_bytes, []
             for part in (data.train, data.test, data.val):

@@ -102,7 +102,11 @@ def _data_input(graph: Any, input_shape: tuple[int, ...]) -> Any:
         or any(want not in (None, size) for want, size in zip(declared[1:], input_shape[1:], strict=True))
     ):
         shown = ", ".join("any" if size is None else str(size) for size in declared)
-        raise SpecError(f"the model takes an input of shape ({shown}), input_shape is {input_shape}")
+        hint = ""
+        if None not in declared[1:]:
+            wanted = (input_shape[0], *declared[1:])
+            hint = f"; give {wanted}, on the command line --image {'x'.join(map(str, wanted[1:]))}"
+        raise SpecError(f"the model takes an input of shape ({shown}), input_shape is {input_shape}{hint}")
     del shape.dim[:]
     for size in input_shape:
         shape.dim.add().dim_value = size
