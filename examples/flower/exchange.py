@@ -46,8 +46,10 @@ def unpack_values(layout: Layout, values: np.ndarray, masks: Arrays) -> dict[str
     counts = {
         name: int(masks[name].sum() if name in masks else np.prod(shape)) for name, shape in layout.shapes.items()
     }
-    if values.shape != (sum(counts.values()),) or not np.isfinite(values).all():
+    if values.shape != (sum(counts.values()),):
         raise ValueError(f"wanted {sum(counts.values())} finite values, got {values.shape}")
+    if wrong := int((~np.isfinite(values)).sum()):
+        raise ValueError(f"wanted finite values, {wrong} of {values.size} are not; a lower rate (--lr) may mend that")
     found, place = {}, 0
     for name, shape in layout.shapes.items():
         part = values[place : place + counts[name]]

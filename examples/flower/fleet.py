@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shlex
+import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from mest_compile.data import parts
+from mest_compile.measuring.machine import machine
 
 
 def bytes_of(content: RecordDict) -> int:
@@ -46,7 +51,7 @@ def server_of(asked: argparse.Namespace, told: list[dict[str, Any]]) -> ServerAp
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         said = {name: getattr(asked, name) for name in ("model", "width", "data", "scheme", "sparsity", "seed")}
-        said |= {name: getattr(asked, name) for name in ("clients", "alpha", "epochs", "lr")}
+        said |= {name: getattr(asked, name) for name in ("clients", "alpha", "epochs")}
         until = asked.mutate_until * asked.rounds
         step, split, layout = opened(*settings_of(said))
         state, masks = step.state_dict(), step.masks()
@@ -58,7 +63,8 @@ def server_of(asked: argparse.Namespace, told: list[dict[str, Any]]) -> ServerAp
             before, share = pack_masks(layout, masks), asked.mutate if 1 < number <= until else 0.0
             rng = np.random.default_rng((asked.seed, number))
             state, masks = mutate(unpack_values(layout, values, masks), masks, share, rng)
-            common = {**said, "round": number, "share": share, "digest": digest(layout, masks)}
+            lr = asked.lr * (1 + math.cos(math.pi * (number - 1) / asked.rounds)) / 2
+            common = {**said, "lr": lr, "round": number, "share": share, "digest": digest(layout, masks)}
             sent = []
             for node in nodes:
                 bitmap = b"" if holding.get(node) == number - 1 else before
@@ -111,7 +117,10 @@ def main() -> None:
     if asked.out:
         whole = sum(line["dense_bytes"] for line in told)
         shares = {f"{way}_share": sum(line[f"{way}_bytes"] for line in told) / whole for way in ("down", "up")}
-        said = {**vars(asked), "out": str(asked.out), **shares, "rounds": told}
+        packages = ("mest-compile", "apache-tvm", "flwr", "numpy", "torch")
+        made_on = {"machine": machine(), "versions": {name: metadata.version(name) for name in packages}}
+        command = shlex.join(["python", "examples/flower/fleet.py", *sys.argv[1:]])
+        said = {"command": command, **vars(asked), "out": str(asked.out), **shares, **made_on, "rounds": told}
         asked.out.write_text(json.dumps(said, indent=1) + "\n")
 
 

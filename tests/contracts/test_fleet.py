@@ -34,9 +34,12 @@ def test_live_values_and_a_bitmap_come_back_as_they_were():
 
 def test_what_another_model_sent_is_refused():
     values, bitmap = exchange.pack_values(LAYOUT, STATE, MASKS), exchange.pack_masks(LAYOUT, MASKS)
-    for wrong in (values[1:], values.reshape(1, -1), np.where(np.arange(values.size) == 3, np.nan, values)):
-        with pytest.raises(ValueError, match="finite values"):
+    for wrong in (values[1:], values.reshape(1, -1)):
+        with pytest.raises(ValueError, match=rf"wanted {values.size} finite values, got \({wrong.shape[0]},"):
             exchange.unpack_values(LAYOUT, wrong, MASKS)
+    for number in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"1 of {values.size} are not; a lower rate"):
+            exchange.unpack_values(LAYOUT, np.where(np.arange(values.size) == 3, number, values), MASKS)
     with pytest.raises(ValueError, match="bitmap"):
         exchange.unpack_masks(LAYOUT, bitmap[1:])
     with pytest.raises(ValueError, match="equally many"):
@@ -81,11 +84,43 @@ def test_every_example_has_one_client_and_classes_are_not_alike():
     assert max(np.bincount(labels[part], minlength=10).max() / len(part) for part in parts) > 0.3
 
 
-def test_the_page_quotes_what_was_recorded():
-    page, results = PATH.with_name("README.md").read_text(), PATH.parents[2] / "benchmarks" / "results"
-    sparse, dense = (json.loads((results / f"fleet-digits{kind}.json").read_text()) for kind in ("", "-dense"))
-    ends = (f"{run['rounds'][-1]['accuracy']:.1%}" for run in (sparse, dense))
-    assert "{} of the test part at 90% sparsity, still rising, beside {} dense".format(*ends) in page
-    shares = f"in {sparse['down_share']:.3f} of the bytes to a client and {sparse['up_share']:.3f} from it"
-    assert shares in page and max(sparse["down_share"], sparse["up_share"]) <= 0.14 < 1 < dense["down_share"] < 1.001
-    assert all(run["sparsity"] == 0.9 and run["clients"] == 10 and run["model"] == "mlp" for run in (sparse, dense))
+RESULTS = PATH.parents[2] / "benchmarks" / "results"
+PAGE = PATH.with_name("README.md").read_text(encoding="utf-8")
+
+
+def recorded(name, **wanted):
+    """A fleet's recorded run, which all ten clients have come through."""
+    run = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert {line["clients"] for line in run["rounds"]} == {10} and run["sparsity"] == 0.9
+    assert run["command"].endswith(f"--out benchmarks/results/{name}.json") and run.items() >= wanted.items()
+    return run
+
+
+def end(run):
+    return run["rounds"][-1]["accuracy"]
+
+
+def test_the_page_quotes_ten_unlike_clients_on_fashion_mnist_beside_dense_ones():
+    gaps = []
+    for seed, suffix in enumerate(("", "-seed1", "-seed2")):
+        same = {"model": "mlp", "width": 512, "data": "fashion-mnist", "alpha": 0.5, "epochs": 1, "seed": seed}
+        sparse = recorded(f"fleet-fashion-mnist{suffix}", scheme="unstructured", lr=1.0, **same)
+        dense = recorded(f"fleet-fashion-mnist-dense{suffix}", scheme="dense", lr=0.3, **same)
+        assert len(sparse["rounds"]) == len(dense["rounds"]) == 12
+        assert f"| {seed} | {end(sparse):.2%} | {end(dense):.2%} |" in PAGE
+        gaps.append(100 * (end(sparse) - end(dense)))
+        shares = f"{sparse['down_share']:.3f} of the bytes to a client and {sparse['up_share']:.3f} from it"
+        assert shares in PAGE and max(sparse["down_share"], sparse["up_share"]) <= 0.14 < 1 <= dense["down_share"]
+    assert f"by {min(gaps):+.2f} to {max(gaps):+.2f} points" in PAGE and min(gaps) > -0.5
+
+
+def test_the_page_quotes_the_other_runs():
+    for (name, model, width), dense in (
+        (("fleet-digits", "mlp", 256), "fleet-digits-dense"),
+        (("fleet-vgg11", "vgg11", 32), None),
+    ):
+        run = recorded(name, model=model, width=width, scheme="unstructured")
+        beside = "not run to the end" if dense is None else f"{end(recorded(dense, model=model, scheme='dense')):.1%}"
+        shares = f"{run['down_share']:.3f}, {run['up_share']:.3f}"
+        assert f"`{model}` of width {width}, {len(run['rounds'])} rounds" in PAGE
+        assert f"`--lr {run['lr']}`" in PAGE and f"| {end(run):.1%} | {beside} | {shares} |" in PAGE
