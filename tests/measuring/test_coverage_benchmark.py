@@ -1,11 +1,14 @@
 """benchmarks/coverage.py: its list, what it says of a model, and the table that it writes."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import coverage
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from mest_compile.base import exclusive
@@ -66,7 +69,26 @@ def test_three_steps_are_compared_with_torch(monkeypatch, tmp_path):
     assert found["verified"] and found["batch"] == 5 and found["errors"].keys() == {"gradients", "steps"}
     assert all(0 < ours < 1e-3 and 0 < theirs < 1e-3 for _, ours, theirs, _ in found["errors"].values())
     monkeypatch.setattr(coverage, "dropping", lambda net, graph, update: nullcontext())
-    assert not coverage.verify(case(), 5, tmp_path)["verified"]
+    found = coverage.verify(case(), 5, tmp_path)
+    assert not found["verified"] and found["noisy"] == coverage.NOISY
+
+
+def test_a_number_at_a_jump_is_no_error_and_others_are(monkeypatch):
+    """Of two gradients that a rounding decides between, ours is one and torch's float32 and float64 the other."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    near = 1 - 2**-24  # of which 1 is 2**-24 more
+    start = {"0.weight": np.array([[1, -near], [0, 1]], np.float32), "2.weight": np.eye(2, dtype=np.float32)}
+    images = np.array([[1, 1], *[[3, 1]] * 7], np.float32)
+    batches = [((images,), np.zeros(8, np.int64))]
+    monkeypatch.setattr(coverage, "ROUNDING", 2**-20)
+    beside = partial(coverage.torchs, net, start, {}, SimpleNamespace(nodes=[]), batches, False)
+    exact, theirs = beside(torch.float64), beside(torch.float32)
+    noisy = [beside(torch.float32, noise=seed) for seed in range(8)]
+    ours = next(one[0] for one in noisy if coverage._worst(one[0], theirs[0], exact[0])[1] > 0.01)
+    name, mine, _, allowed = coverage._worst(ours, theirs[0], exact[0])
+    assert name == "0.weight" and mine > allowed
+    name, mine, worst, allowed = coverage._worst(ours, theirs[0], exact[0], [one[0] for one in noisy])
+    assert mine <= allowed and worst > coverage.TOLERANCE
 
 
 def test_a_tensor_that_is_wrong_is_found_among_others():
