@@ -203,8 +203,9 @@ def _worst(ours: Any, theirs: Any, exact: Any, noisy: Any = ()) -> tuple[str, fl
         size = max(exactly, least * exact[name].size ** 0.5)
         mine, torchs, *others = (one[name] / size for one in errors)
         allowed = max(TOLERANCE, AS_GOOD * max(torchs, usual), *(AS_NOISY * other for other in others))
+        torchs = max(torchs, *others, 0)
         lost = exactly < size and torchs > MOST  # it is 0 but for rounding, of which torch gives any number
-        found.append((name, mine, max(torchs, *others, 0), allowed if lost else min(MOST, allowed)))
+        found.append((name, mine, torchs, allowed if lost else min(MOST, allowed)))
     return max(found, key=lambda one: one[1] / one[3])
 
 
