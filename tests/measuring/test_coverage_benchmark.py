@@ -109,6 +109,16 @@ def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
     assert name == "none" and ours > allowed
 
 
+@pytest.mark.parametrize(("others", "right"), [(9, True), (8, False)])
+def test_what_torch_has_no_digit_of_says_nothing_where_the_rest_does(others, right):
+    exact = {"lost": np.ones(4), **{f"{place}": np.ones(4) for place in range(others)}}
+    ours, theirs = ({**exact, "lost": np.full(4, size)} for size in (1.6, 1.5))
+    name, mine, torchs, allowed = coverage._worst(ours, theirs, exact)
+    assert name == "lost" and torchs == 0.5 and (mine <= allowed) == right
+    name, mine, _, allowed = coverage._worst({**ours, "0": np.full(4, 1.01)}, theirs, exact)
+    assert name == "0" and mine > allowed
+
+
 def test_more_examples_are_tried_where_torch_itself_is_far_from_float64():
     def found(theirs, verified=False):
         return {"verified": verified, "errors": {"steps": ["a", 1.0, theirs, 0.3]}}
