@@ -17,7 +17,6 @@ tests run.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
@@ -26,16 +25,15 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
+from beside import MOST, NOISY, RULE, torchs, worst
 from surveyed import OPTIONS, Case, cases
 
 HERE = Path(__file__).parent
@@ -49,10 +47,6 @@ ONE_VALUE = "more than 1 value per channel"  # wants torch of BatchNorm, which f
 STEPS, SCHEMES, SPARSITY = 3, ("unstructured", "block"), 0.5
 BATCHES, FEW, LARGE = (1, 4, 8, 16), 2, 128  # the last is a side of images of which a step has few
 FEATURES = 8  # least examples of features: ten BatchNorms of 4 numbers make a third of rounding errors, in torch too
-RULE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
-AS_GOOD, TOLERANCE, MOST = 10.0, 1e-3, 0.3  # times torch's own error in float32, an error that is none, one that is
-FEW_LOST = 0.1  # share of tensors
-NOISY, ROUNDING, AS_NOISY = 12, 2**-23, 2.0  # runs at most, of a tensor's root mean square, times the largest error
 
 
 def packages() -> None:
@@ -140,116 +134,17 @@ def verify(case: Case, batch: int, folder: str) -> dict[str, Any]:
     exact, theirs, noisy = beside(torch.float64), beside(torch.float32), []
     while True:
         parts = zip(ours, theirs, exact, zip(*noisy) if noisy else ((), ()), strict=True)
-        worst = dict(zip(("gradients", "steps"), (_worst(*part) for part in parts), strict=True))
-        verified = all(mine <= allowed for _, mine, _, allowed in worst.values())
+        errors = dict(zip(("gradients", "steps"), (worst(*part) for part in parts), strict=True))
+        verified = all(mine <= allowed for _, mine, _, allowed in errors.values())
         if verified or len(noisy) == NOISY:
             break
         noisy.append(beside(torch.float32, noise=len(noisy) + 1))
     return {
         "verified": verified,
         "batch": batch,
-        "errors": {what: [name, *(float(f"{one:.2g}") for one in rest)] for what, (name, *rest) in worst.items()},
+        "errors": {what: [name, *(float(f"{one:.2g}") for one in rest)] for what, (name, *rest) in errors.items()},
         **({"noisy": len(noisy)} if noisy else {}),
     }
-
-
-def torchs(
-    net: Any, start: Any, masks: Any, graph: Any, batches: Any, numbers: bool, kind: Any, noise: int | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Torch's ({parameter: gradient of the first batch}, {tensor: what a step of every batch changed}), float64, of a
-    net in a type. noise: seed of what is added to all that a module gives, as large as float32's roundings."""
-    import torch
-
-    twin = copy.deepcopy(net).to(kind)
-    twin.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})
-    if noise is not None:
-        draw = torch.Generator().manual_seed(noise)
-
-        def rounded(part: Any, given: Any, made: Any) -> Any:
-            if not (isinstance(made, torch.Tensor) and made.is_floating_point()):
-                return made
-            size = ROUNDING * made.detach().square().mean().sqrt()
-            return made + size * (2 * torch.rand(made.shape, generator=draw) - 1)
-
-        for part in twin.modules():
-            if not any(part.children()):
-                part.register_forward_hook(rounded)
-    optimizer = torch.optim.SGD(twin.parameters(), **RULE)
-    gradients: dict[str, np.ndarray] = {}
-    for update, (inputs, labels) in enumerate(batches, start=1):
-        optimizer.zero_grad()
-        with dropping(twin, graph, update):
-            output = twin(*(torch.from_numpy(one).to(kind) for one in inputs))
-        output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
-        lossy = torch.nn.functional.mse_loss if numbers else torch.nn.functional.cross_entropy
-        wanted = torch.from_numpy(labels).to(output.dtype if numbers else torch.int64)
-        lossy(output, wanted.reshape(output.shape) if numbers else wanted).backward()
-        trained = {name: one.grad for name, one in twin.named_parameters() if one.grad is not None}
-        for name in masks.keys() & trained.keys():
-            trained[name] *= torch.from_numpy(masks[name])
-        gradients = gradients or {name: one.double().numpy().copy() for name, one in trained.items()}
-        optimizer.step()
-    return gradients, {name: one.double().numpy() - start[name] for name, one in twin.state_dict().items()}
-
-
-def _worst(ours: Any, theirs: Any, exact: Any, noisy: Any = ()) -> tuple[str, float, float, float]:
-    """(tensor, error of ours, of theirs, allowed) of the one whose error is most of what is allowed it. noisy: what
-    theirs may as well have been, as roundings move numbers across a ReLU's jump or do not."""
-    sizes = {name: np.linalg.norm(value) for name, value in exact.items()}
-    least = 1e-4 * sum(sizes.values()) / sum(value.size**0.5 for value in exact.values())  # for an element: rounding
-    errors = [{name: np.linalg.norm(one[name] - exact[name]) for name in exact} for one in (ours, theirs, *noisy)]
-    usual = float(np.median([errors[1][name] / (size or 1) for name, size in sizes.items()]))
-    found = []
-    for name, exactly in sizes.items():
-        size = max(exactly, least * exact[name].size ** 0.5)
-        mine, torchs, *others = (one[name] / size for one in errors)
-        allowed = max(TOLERANCE, AS_GOOD * max(torchs, usual), *(AS_NOISY * other for other in others))
-        found.append((name, mine, max(torchs, *others, 0), allowed))
-    lost = {
-        name for name, _, torchs, _ in found if torchs > MOST
-    }  # torch itself has no digit of them: they say nothing
-    if len(lost) > FEW_LOST * len(found):  # nor do others, then, but of those that are 0 but for rounding
-        lost = {name for name in lost if sizes[name] < least * exact[name].size ** 0.5}
-    found = [(*one, allowed if one[0] in lost else min(MOST, allowed)) for *one, allowed in found]
-    return max(found, key=lambda one: one[1] / one[3])
-
-
-@contextmanager
-def dropping(net: Any, graph: Any, update: int) -> Iterator[None]:
-    """Lets a torch module drop what our step drops at an update, counted from 1."""
-    import torch
-
-    from mest_compile.operators.dropout import WHOLE, draws, stays
-
-    nodes = iter([node for node in graph.nodes if node.op == "dropout"])
-
-    def drop(x: Any, *_: Any, **__: Any) -> Any:
-        node = next(nodes)
-        (draw,) = draws(graph, 0, update)[f"{node.name}:draw"]
-        kept = stays(int(draw), node.shape, node.attrs["p"], node.attrs.get("whole", "element"))
-        if kept.shape != x.shape and x.ndim == 2:  # features lie as channels of one pixel
-            kept = kept.reshape(len(kept), -1)
-        if kept.shape != x.shape and x.ndim == 3:  # tokens are pixels, of several series of an example row by row
-            kept = np.moveaxis(kept, 1, -1).reshape(-1, *x.shape[1:])
-        if kept.shape != x.shape:
-            raise AssertionError(f"{node.name} drops of {node.shape}, torch of {tuple(x.shape)}")
-        return x * torch.from_numpy(kept.copy()) / (1 - node.attrs["p"])
-
-    def function(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        return drop(x) if training and p else x
-
-    def path(self: Any, x: Any) -> Any:
-        return drop(x) if self.training and (getattr(self, "drop_prob", None) or getattr(self, "p", None)) else x
-
-    kinds = {type(part) for part in net.modules() if type(part).__name__.endswith(("DropPath", "StochasticDepth"))}
-    with ExitStack() as patches:
-        for name in ("dropout", *WHOLE.keys() & set(dir(torch.nn.functional))):
-            patches.enter_context(mock.patch.object(torch.nn.functional, name, function))
-        for kind in kinds:
-            patches.enter_context(mock.patch.object(kind, "forward", path))
-        yield
-    if left := [node.name for node in nodes]:
-        raise AssertionError(f"torch did not drop at {left}")
 
 
 def apart(work: Callable[[Case], dict[str, Any]], case: Case, limit_seconds: float) -> dict[str, Any]:
