@@ -196,6 +196,7 @@ class Lowering:
         """Where a kernel writes their gradient, laid out likewise; asking for it makes the step update them."""
         values = self.parameter(node, *roles)
         gradients = self.hold(f"{values.name}:gradient", values.elems, "gradients")
+        assert values not in self.updates, f"two operators give the gradient of {values.name}"
         self.updates[values] = gradients
         assert values.elems is not None, "dense parameters have a size"
         return self.part(gradients, values.elems)

@@ -27,11 +27,14 @@ class Chain:
 
 def chain_of(node: Node, low: Trace) -> Chain | None:
     """The chain that a node is in. There is one where everything in it trains, nobody else reads what lies between, and
-    the device has kernels for it."""
-    convolution: Node | None = node
-    if node.op == "batch_norm":
-        before = low.node(node.inputs[0])
-        convolution = before if _is_depthwise(before, low) else _only(low.consumers(node.name))
+    the device has kernels for it. Of depthwise convolutions in a row with a normalisation between every two, each
+    second one has a chain: a normalisation is in one at most."""
+    if node.op != "batch_norm":
+        return _chain_around(node, low)
+    return _chain_around(low.node(node.inputs[0]), low) or _chain_around(_only(low.consumers(node.name)), low)
+
+
+def _chain_around(convolution: Node | None, low: Trace) -> Chain | None:
     if convolution is None or not _is_depthwise(convolution, low):
         return None
     first, last = low.node(convolution.inputs[0]), _only(low.consumers(convolution.name))
@@ -39,9 +42,10 @@ def chain_of(node: Node, low: Trace) -> Chain | None:
         return None
     alone = low.consumers(first.name) == [convolution] and low.consumers(first.inputs[0]) == [first]
     whole = low.written(first.inputs[0]) is None and low.read(last.name) is None
-    if alone and whole and low.needs_gradient(first.inputs[0]) and all(map(low.has, KERNELS)):
-        return Chain(first, convolution, last)
-    return None
+    if not (alone and whole and low.needs_gradient(first.inputs[0]) and all(map(low.has, KERNELS))):
+        return None
+    taken = _chain_around(low.node(first.inputs[0]), low)
+    return None if taken else Chain(first, convolution, last)
 
 
 def _only(nodes: Sequence[Node]) -> Node | None:

@@ -1,13 +1,15 @@
 """Whole steps of nets with depthwise, grouped and dilated convolutions: against masked dense torch, frozen in part, in
 float16, in less memory, from files."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 from nets import Mobile
 from test_frozen import compiled as compiled_frozen
 from test_frozen import made, torch_steps
-from test_schemes_step import RULES, MaskedTorch, check_steps
+from test_schemes_step import RULES, MaskedTorch, assert_gradients_are_torchs, check_steps
 from test_step import make_batches
 from torch import nn
 
@@ -99,6 +101,23 @@ def test_a_chain_is_where_all_of_it_trains_and_the_device_has_it():
     _, (train, predict) = kernels_of(model, shape)
     assert train.count("normed_depthwise.backward") == predict.count("normed_depthwise.forward") == chains - 2
     assert train.count("depthwise.grad_weight") == 3
+
+
+def test_of_depthwise_layers_in_a_row_each_second_has_a_chain():
+    """A normalisation between two of them is in one chain, and its gradient is passed on once."""
+    deep = (nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+    row = deepcopy(deep) + deepcopy(deep) + deepcopy(deep)
+    ends = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    torch.manual_seed(0)
+    model = nn.Sequential(*ends[:2], *row, *ends[2:])
+    step = mest.compile(model, SHAPE, scheme="dense", sparsity=0.0, optimizer=RULES["sgd"], threads=1)
+    assert_gradients_are_torchs(step, model, BATCHES[0])
+    twin = MaskedTorch(deepcopy(model).double(), {}, step.optimizer)
+    for images, labels in BATCHES:
+        assert step(images, labels).loss == pytest.approx(twin.step(images.astype(np.float64), labels), rel=1e-5)
+    _, (train, predict) = kernels_of(model, SHAPE)
+    assert train.count("normed_depthwise.backward") == predict.count("normed_depthwise.forward") == 2
+    assert train.count("depthwise.grad_weight") == 1
 
 
 @pytest.mark.parametrize(("name", "first"), [("mobilenetv3-small", (0, 1, 4)), ("efficientnet-b0", (0, 1, 2))])
