@@ -81,7 +81,8 @@ def meet_budget(
         overall_sparsity(layers),
         {name: layer.capacity for name, layer in layers.items() if layer.capacity is not None},
     )
-    choices = list(dict.fromkeys([usually_recomputed(graph, layers, target), *recomputable(graph, layers)]))
+    usual = usually_recomputed(graph, layers, target)
+    choices = [usual, *(choice for choice in dict.fromkeys(recomputable(graph, layers)) if choice > usual)]
     programs = {recomputed: replace(facts, recomputed=recomputed).lower() for recomputed in choices}
     for recomputed in choices:
         if need(recomputed, None) <= budget_bytes:
@@ -111,7 +112,7 @@ def usually_recomputed(graph: ForwardGraph, layers: Mapping[str, Layer], target:
     On a CPU what is one pass over values that it reads anyhow, and light layers: that takes about as long as to fetch
     from memory what was kept.
     """
-    return recomputable(graph, layers)[1] if backend_of(target).recomputes_norms else frozenset()
+    return recomputable(graph, layers)[1] if backend_of(target).recomputes else frozenset()
 
 
 def warn_beyond_memory(need_bytes: int, target: Target, here: bool) -> None:

@@ -65,16 +65,24 @@ def compiled(monkeypatch, net, shape, level, **options):
         return mest.compile(NETS[net](), shape, scheme="block:2x1", sparsity=0.5, threads=1, **options)
 
 
-@pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(
-    ("shape", "options"),
+    ("net", "shape", "options"),
     [
-        ((16, 3, 5, 7), {}),
-        ((5, 3, 6, 6), {}),
-        ((12, 3, 4, 9), {"microbatch": 6}),
-        ((8, 3, 5, 3), {"activations": "float16"}),
+        ("gelu", (5, 3, 6, 6), {}),
+        ("gelu", (8, 3, 5, 3), {"activations": "float16"}),
+        ("formula", (12, 3, 4, 9), {"microbatch": 6}),
+        ("relu", (16, 3, 5, 7), {}),
+        ("bottleneck", (16, 3, 5, 7), {}),
+        ("bottleneck", (6, 3, 4, 3), {"activations": "float16"}),
     ],
-    ids=["two slices", "odd batch", "passes", "float16"],
+    ids=[
+        "gelu of an odd batch",
+        "gelu in float16",
+        "a formula in passes",
+        "relu",
+        "bottleneck",
+        "bottleneck in float16",
+    ],
 )
 def test_a_step_computes_the_same_bits_in_less_memory(monkeypatch, net, shape, options):
     steps = [compiled(monkeypatch, net, shape, level, **options) for level in (None, 0, 1, 3)]
