@@ -7,7 +7,11 @@ from test_step import make_batches
 from torch import nn
 
 import mest_compile as mest
+from mest_compile.frontend import from_torch
+from mest_compile.lowering.fusing import fuse
+from mest_compile.options import StepOptions
 from mest_compile.planning import memory, plan
+from mest_compile.planning.plan import plan_step
 
 
 class Tokens(nn.Module):
@@ -56,11 +60,11 @@ NETS = {
 def compiled(monkeypatch, net, shape, level, **options):
     """A step that computes again what `recomputable` has at that place; None: nothing."""
 
-    def chosen(graph, layers, target):
+    def usual(graph, layers, target):
         return frozenset() if level is None else memory.recomputable(graph, layers)[level]
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "usually_recomputed", chosen)
+        patch.setattr(plan, "usually_recomputed", usual)
         torch.manual_seed(3)
         return mest.compile(NETS[net](), shape, scheme="block:2x1", sparsity=0.5, threads=1, **options)
 
@@ -74,15 +78,10 @@ def compiled(monkeypatch, net, shape, level, **options):
         ("relu", (16, 3, 5, 7), {}),
         ("bottleneck", (16, 3, 5, 7), {}),
         ("bottleneck", (6, 3, 4, 3), {"activations": "float16"}),
+        pytest.param("gelu", (5, 3, 4, 5), {"target": "opencl"}, marks=pytest.mark.opencl),
+        pytest.param("bottleneck", (6, 3, 4, 3), {"target": "opencl"}, marks=pytest.mark.opencl),
     ],
-    ids=[
-        "gelu of an odd batch",
-        "gelu in float16",
-        "a formula in passes",
-        "relu",
-        "bottleneck",
-        "bottleneck in float16",
-    ],
+    ids=str,
 )
 def test_a_step_computes_the_same_bits_in_less_memory(monkeypatch, net, shape, options):
     steps = [compiled(monkeypatch, net, shape, level, **options) for level in (None, 0, 1, 3)]
@@ -93,3 +92,29 @@ def test_a_step_computes_the_same_bits_in_less_memory(monkeypatch, net, shape, o
     for name, value in steps[0].state_dict().items():
         for step in steps[1:]:
             np.testing.assert_array_equal(step.state_dict()[name], value, err_msg=name)
+
+
+def chosen(net, level, **options):
+    graph, _ = from_torch(NETS[net](), (4, 3, 6, 6))
+    facts = plan_step(graph, StepOptions("block:2x1", 0.5, **options)).facts
+    return memory.recomputable(fuse(facts.graph), facts.layers)[level], facts
+
+
+def test_what_is_light_and_what_is_kept():
+    """GELU's layer widens and is light; ReLU's slope needs its result, and so nothing of it is computed again."""
+    passes, light = (chosen("gelu", level)[0] for level in (0, 1))
+    assert {"norm", "again"} <= passes and any("gelu" in name for name in passes) and light - passes == {"widen"}
+    assert chosen("relu", 1)[0] == {"norm", "again"}
+    passes, light = (chosen("bottleneck", level)[0] for level in (0, 1))
+    assert {"first", "second"} <= passes and "third" not in passes and light - passes == {"expand"}
+
+
+def test_a_layer_of_many_products_is_kept(monkeypatch):
+    monkeypatch.setattr(memory, "FEW_PRODUCTS", 4)  # of 10 inputs half are alive: 5
+    assert "widen" not in chosen("gelu", 1)[0]
+
+
+@pytest.mark.parametrize(("target", "level"), [("local", 1), ("opencl", None)])
+def test_what_is_computed_again_whatever_the_budget_is_for_the_device_to_say(target, level):
+    found, facts = chosen("gelu", level or 0, target=target)
+    assert facts.recomputed == (frozenset() if level is None else found)
