@@ -8,8 +8,8 @@ the whole net with the same buffer of 200 examples, and with all examples of the
 EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW, the same images and epochs for each;
 images of Debian's package dataset-fashion-mnist. The rate of each contestant is that of RATES which is best when a
 fourth of the examples is trained on and others of the training part validate. Every contestant of a seed is a process
-of its own; what is done stays in results/continual.json, and another call does the rest. Seconds and operations are of
-training, without compiling. Operations are counted, two for a multiplication with an addition, of all that is trained
+of its own; what is done stays in results/continual.json, and another call does the rest. Seconds are the processor's of
+training, ours with importing and linking. Operations are counted, two for a multiplication with an addition, of all that is trained
 on and of what ours chooses by: validation images, and gradients that say what to protect. A backward pass is two
 forward passes.
 """
