@@ -9,9 +9,9 @@ EfficientNet-lite0 (extra `pretrained`) at 96x96, batch 16, one thread, AdamW, t
 images of Debian's package dataset-fashion-mnist. The rate of each contestant is that of RATES which is best when a
 fourth of the examples is trained on and others of the training part validate. Every contestant of a seed is a process
 of its own; what is done stays in results/continual.json, and another call does the rest. Seconds are the processor's of
-training, ours with importing and linking. Operations are counted, two for a multiplication with an addition, of all that is trained
-on and of what ours chooses by: validation images, and gradients that say what to protect. A backward pass is two
-forward passes.
+training, ours with importing and linking. Operations are counted, two for a multiplication with an addition, of all
+that is trained on and of what ours chooses by: validation images, and gradients that say what to protect. A backward
+pass is two forward passes.
 """
 
 from __future__ import annotations
