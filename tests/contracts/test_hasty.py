@@ -16,6 +16,7 @@ from mest_compile.hardware.target import find_target
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.kernels.cache import Builder
 from mest_compile.kernels.source import kernel_source
+from mest_compile.models.catalog import build_model
 from mest_compile.operators.add import AddForward
 
 TESTS = Path(__file__).parents[1]
@@ -94,3 +95,12 @@ def test_nets_of_tests_have_keys_of_their_own_and_those_made_in_functions_none(m
     remember_own_nets(monkeypatch, tmp_path)
     one, same, other, *unknown = (key_of(net, (4, 3)) for net in nets)
     assert one == same and None not in (one, other) and one != other and unknown == [None, None]
+
+
+def test_nets_of_packages_keep_their_keys(monkeypatch, tmp_path):
+    """Built-in ones have classes that are made in functions."""
+    net = build_model("resnet20", (1, 3, 8, 8))
+    usual = key_of(net, (1, 3, 8, 8))
+    remember_own_nets(monkeypatch, tmp_path)
+    there = key_of(net, (1, 3, 8, 8))
+    assert None not in (usual, there) and there == key_of(build_model("resnet20", (1, 3, 8, 8)), (1, 3, 8, 8))
