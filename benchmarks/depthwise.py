@@ -1,7 +1,6 @@
 """Whole steps of mobile nets, and depthwise chains alone: `python benchmarks/depthwise.py measure [net ...]` times them
 in turns with torch's, and chains with copies of the same bytes, into results/depthwise.json, and writes the tables of
-docs/benchmarks.md; without `measure` the tables alone. One thread, processor time, ten minutes. `peaks [net ...]`
-measures memory alone, in float32, which other work on the machine does not disturb.
+docs/benchmarks.md; without `measure` the tables alone. One thread, processor time, ten minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ NETS = {  # model, input, how many times as fast as torch's fastest it is to be
     "cct": ("cct", (64, 3, 32, 32), 3.0),
 }
 CHAINS = "mobilenetv2"  # whose
-HALF = "ours, bfloat16"
 PHASES = ("forward", "backward")
 TORCH = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 WORKING_BYTES = 48 * 2**20  # of arrays that take turns: more than second-level caches hold
@@ -176,7 +174,7 @@ def steps_of(net: str) -> dict[str, Callable[[], Callable[[], Any]]]:
 
         return go
 
-    sides = {"ours": partial(ours, "float32"), HALF: partial(ours, "bfloat16")}
+    sides = {"ours": partial(ours, "float32"), "ours, bfloat16": partial(ours, "bfloat16")}
     sides |= {name: partial(dense, layout, False) for name, layout in TORCH.items()}
     return sides | {"bfloat16 autocast": partial(dense, torch.channels_last, True)}
 
@@ -199,9 +197,7 @@ def step_peak(net: str, side: str) -> int:
     small = (2, 4, 8, 8)
     tiny = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(256, 4))
     mest.compile(tiny, small, threads=1)(np.ones(small, np.float32), np.zeros(2, np.int64))
-    rule = torch.optim.SGD(tiny.parameters(), lr=0.01)  # whose first use imports more of torch
     torch.nn.functional.cross_entropy(tiny(torch.ones(small)), torch.zeros(2, dtype=torch.int64)).backward()
-    rule.step()
     before = resident("VmRSS")
     step = steps_of(net)[side]()
     Path("/proc/self/clear_refs").write_text("5")
@@ -210,12 +206,12 @@ def step_peak(net: str, side: str) -> int:
     return resident("VmHWM") - before
 
 
-def measure_peaks(net: str, sides: Sequence[str]) -> dict[str, int]:
+def measure_peaks(net: str) -> dict[str, int]:
     """Each in a process of its own, with kernels compiled before."""
     command = [sys.executable, __file__, "peak", net]
     return {
         side: int(subprocess.run([*command, side], capture_output=True, check=True, text=True).stdout.split()[-1])
-        for side in sides
+        for side in steps_of(net)
     }
 
 
@@ -249,17 +245,16 @@ def tables(results: dict[str, Any]) -> str:
     ]
     for net, found in results["nets"].items():
         _, shape, goal = NETS[net]
-        seconds, peaks = found.get("seconds"), found["peaks"]
-        cells = ["-"] * (len(rivals) + 1) + [str(goal), "-"]  # where memory alone was measured
-        if seconds:
-            times = [ratio(seconds[name], seconds["ours"]) for name in rivals]
-            half = min(ratio(seconds[name], seconds[HALF]) for name in rivals)
-            cells = [f"{statistics.median(seconds['ours']) * 1e3:.0f}", *(f"{one:.2f}" for one in times)]
-            cells += [str(goal), f"{half:.2f}"]
-        memory = f"{peaks['ours'] / min(peaks[name] for name in TORCH):.2f}"
-        if HALF in peaks:
-            memory += f", {peaks[HALF] / peaks['bfloat16 autocast']:.2f}"
-        lines.append(f"| {net.partition(' ')[0]}, {'x'.join(map(str, shape))} | {' | '.join(cells)} | {memory} |")
+        seconds, peaks = found["seconds"], found["peaks"]
+        times = [ratio(seconds[name], seconds["ours"]) for name in rivals]
+        half = min(ratio(seconds[name], seconds["ours, bfloat16"]) for name in rivals)
+        memory = peaks["ours"] / min(peaks[name] for name in TORCH)
+        less = peaks["ours, bfloat16"] / peaks["bfloat16 autocast"]
+        told = " | ".join(f"{one:.2f}" for one in times)
+        lines.append(
+            f"| {net.partition(' ')[0]}, {'x'.join(map(str, shape))} | {statistics.median(seconds['ours']) * 1e3:.0f} "
+            f"| {told} | {goal} | {half:.2f} | {memory:.2f}, {less:.2f} |"
+        )
     rows = chain_rows(results.get("chains", []))
     lines += ["", CELLS, "", "| chain | forward | backward |", "|---|---:|---:|"] if rows else []
     for name in dict.fromkeys(layer for layer, _ in rows):
@@ -271,7 +266,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["measure", "peaks", "peak"])
+    parser.add_argument("what", nargs="?", choices=["measure", "peak"])
     parser.add_argument("names", nargs="*", metavar="net", help="nets, all by default; of `peak` a net and a side")
     arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -279,13 +274,7 @@ def main() -> int:
         if arguments.what == "peak":
             print(step_peak(*arguments.names))
             return 0
-        if arguments.what == "peaks":
-            for net in arguments.names or NETS:
-                found = results.setdefault("nets", {}).setdefault(net, {})
-                measure_peaks(net, ("ours",))  # compiles; what reads the model and compiles it is no part of a step
-                found["peaks"] = found.get("peaks", {}) | measure_peaks(net, ("ours", *TORCH))
-                write_json(FILE, results)
-        if arguments.what == "measure":
+        if arguments.what:
             results |= {
                 "command": "python benchmarks/depthwise.py measure",
                 "case": {"scheme": SCHEME, "sparsity": SPARSITY, "threads": 1},
@@ -293,7 +282,7 @@ def main() -> int:
                 "versions": {name: metadata.version(name) for name in ("apache-tvm", "torch", "numpy")},
             }
             for net in arguments.names or NETS:
-                found = {"seconds": measure_steps(net), "peaks": measure_peaks(net, list(steps_of(net)))}
+                found = {"seconds": measure_steps(net), "peaks": measure_peaks(net)}
                 results["nets"] = results.get("nets", {}) | {net: found}
                 write_json(FILE, results)
             if not arguments.names:

@@ -51,8 +51,7 @@ def rest_of(facts: Facts, start: int) -> Facts:
     """The facts of a step of the nodes from `start` on."""
     graph = between(facts.graph, start, len(facts.graph.nodes))
     layers = {name: layer for name, layer in facts.layers.items() if name in graph.state_shapes}
-    recomputed = usually_recomputed(fuse(graph), layers, facts.target)
-    return replace(facts, graph=graph, layers=layers, recomputed=recomputed)
+    return replace(facts, graph=graph, layers=layers, recomputed=usually_recomputed(fuse(graph), facts.target))
 
 
 def evaluating(facts: Facts) -> Facts:

@@ -88,8 +88,8 @@ class Backend(ABC):
         return True
 
     @property
-    def recomputes(self) -> bool:
-        """Whether what takes one pass, or few products, is computed again in the backward pass whatever the budget."""
+    def recomputes_norms(self) -> bool:
+        """Whether what batch_norm gives is computed again in the backward pass whatever the budget."""
         return False
 
     def check(self, programs: Iterable[Program], target: Target) -> None:  # noqa: B027

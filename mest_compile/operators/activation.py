@@ -16,7 +16,7 @@ from mest_compile.base.registry import Registry
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.refusals import SUPPORTED
 from mest_compile.ir.expressions import Expression, Variable, erf, exp, log, maximum, minimum, select, tanh
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.wording import from_text
 from mest_compile.operators.operator import OPERATORS, Operator, Trace
@@ -130,31 +130,6 @@ class FormulaBackward(ActivationBackward):
     formula: str = "x"
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationSloped:
-    """Kernel "<name>.sloped": x (x.elems,) float32, which becomes the slope dy/dx, y (y.elems,)."""
-
-    x: Image
-    y: Image
-
-
-@dataclass(frozen=True, slots=True)
-class FormulaSloped(ActivationSloped):
-    """Kernel "formula.sloped", likewise."""
-
-    formula: str = "x"
-
-
-@dataclass(frozen=True, slots=True)
-class SlopeTimes:
-    """Kernel "slope.times": dy (dy.elems,), slope (slope.elems,), dx (dx.elems,) only if there is one: dy * slope, else
-    in the place of dy."""
-
-    dy: Image
-    slope: Image
-    dx: Image | None = None
-
-
 class Elementwise(Operator):
     """An activation where no batch_norm before it could take it in."""
 
@@ -163,29 +138,8 @@ class Elementwise(Operator):
         forward, _ = _problems(node)
         low.call(f"{node.op}.forward", forward(x.image, y.image, **node.attrs), x, y)
 
-    def light(self, node: Node, graph: ForwardGraph) -> bool:
-        return not _row(node).from_result and node.inputs[0] in graph.moving()
-
-    def recompute(self, node: Node, low: Trace) -> None:
-        """y once more. Where nobody else reads x, which its layer kept for this operator, the slope takes its place in
-        the same pass, so that no function is computed twice; rounded to two bytes a slope would be another one."""
-        x = low.value(node.inputs[0])
-        if not (low.has(f"{node.op}.sloped") and _owns(node, low) and x.image.dtype == "float32"):
-            self.forward(node, low)
-            return
-        y = low.output(node)
-        problem = (FormulaSloped if node.op == FORMULA else ActivationSloped)(x.image, y.image, **node.attrs)
-        low.call(f"{node.op}.sloped", problem, x, y)
-        low.copies[_slope(node), low.stage] = x
-
     def backward(self, node: Node, low: Trace) -> None:
-        if slope := low.copies.get((_slope(node), low.stage)):
-            dy = low.gradient(node)
-            adopted = low.adopt(node.inputs[0], dy)
-            dx = None if adopted else low.contribute(node.inputs[0])[0]
-            times = SlopeTimes(dy.image, slope.image, dx.image if dx else None)
-            low.call("slope.times", times, dy, slope, *([dx] if dx else []))
-        elif low.needs_gradient(node.inputs[0]):
+        if low.needs_gradient(node.inputs[0]):
             from_result = _row(node).from_result
             dy, source = low.gradient(node), low.value(node.name if from_result else node.inputs[0])
             dx, accumulate = low.contribute(node.inputs[0])
@@ -203,18 +157,6 @@ class Elementwise(Operator):
 
 def _row(node: Node) -> Activation:
     return activation_of(node.attrs.get("formula", node.op))
-
-
-def _owns(node: Node, low: Trace) -> bool:
-    """Whether its input is a layer's value that nobody else reads."""
-    source = low.node(node.inputs[0])
-    if source is None or source.op not in ("conv2d", "linear") or source.attrs.get("folded"):
-        return False
-    return low.consumers(source.name) == [node] and low.needs_gradient(source.name)
-
-
-def _slope(node: Node) -> str:
-    return f"{node.name}:slope"
 
 
 def _problems(node: Node) -> tuple[Any, Any]:

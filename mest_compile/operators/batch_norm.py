@@ -19,7 +19,7 @@ from mest_compile.base.errors import SpecError
 from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _is_stored, _single, reads
 from mest_compile.frontend.values import Refused
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Buffer
@@ -254,9 +254,6 @@ class BatchNorm(Operator):
         chain = chain_of(node, low)
         if chain is None or chain.before is not node:
             self._normalise(node, low)
-
-    def light(self, node: Node, graph: ForwardGraph) -> bool:
-        return len(node.inputs) == 1
 
     def recompute(self, node: Node, low: Trace) -> None:
         """y once more from z and the moments, which are kept."""

@@ -20,7 +20,7 @@ from mest_compile.frontend.relax_graph import Reader
 from mest_compile.frontend.values import Fixed, Parameter, Value
 from mest_compile.ir.arrangement import as_image
 from mest_compile.ir.expressions import Expression, Variable
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Buffer
@@ -170,17 +170,6 @@ class Combination(Operator):
         operands, buffers = _operands(node, low, NAMES)
         y = low.output(node)
         low.call("combine.forward", Combine(node.attrs["formula"], operands, y.image), *buffers, y)  # type: ignore
-
-    def light(self, node: Node, graph: ForwardGraph) -> bool:
-        """Where the gradients read every value that it is made of: of a product, and not of a sum."""
-        moving, count = graph.moving(), len(node.inputs)
-        wanted = [place for place, name in enumerate(node.inputs) if name in moving]
-        wanted += [count + place for place, name in enumerate(node.params.values()) if name not in graph.frozen]
-        read = frozenset[str]().union(*(gradient(node.attrs["formula"], place).variables for place in wanted))
-        return count > 0 and read.issuperset(NAMES[:count])
-
-    def recompute(self, node: Node, low: Trace) -> None:
-        self.forward(node, low)
 
     def backward(self, node: Node, low: Trace) -> None:
         """A call for each set of axes that gradients are summed over; the first also writes those that are not."""

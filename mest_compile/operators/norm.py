@@ -16,7 +16,7 @@ from mest_compile.frontend.onnx_writer import Writer
 from mest_compile.frontend.relax_graph import Reader, _single, reads
 from mest_compile.frontend.values import Fixed, Parameter, Value, View
 from mest_compile.ir.arrangement import Arrangement, merged, whole
-from mest_compile.ir.graph import ForwardGraph, Node
+from mest_compile.ir.graph import Node
 from mest_compile.ir.layouts.batch import Image
 from mest_compile.ir.problem import ASIDE, SIZE
 from mest_compile.ir.program import Buffer
@@ -138,13 +138,6 @@ class NormOperator(Operator):
         held = [low.parameter(node, role) for role in ROLES if role in node.params]
         problem = Norm(x.image, y.image, **node.attrs, **{role: True for role in ROLES if role in node.params})
         low.call("norm.forward", problem, x, *held, _moments(node, low, x.image), y)
-
-    def light(self, node: Node, graph: ForwardGraph) -> bool:
-        return node.inputs[0] in graph.moving()
-
-    def recompute(self, node: Node, low: Trace) -> None:
-        """Its moments as well, which become what they are."""
-        self.forward(node, low)
 
     def backward(self, node: Node, low: Trace) -> None:
         dy, x = low.gradient(node), low.value(node.inputs[0])

@@ -186,10 +186,6 @@ class Operator:
         """Records the forward pass."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
-    def light(self, node: Node, graph: ForwardGraph) -> bool:
-        """Whether the backward pass may `recompute` its value in one pass over what it reads anyhow."""
-        return False
-
     def recompute(self, node: Node, low: Trace) -> None:
         """Records the forward pass once more, for a value that was not kept."""
         raise NotImplementedError(f"{type(self).__name__}.recompute")

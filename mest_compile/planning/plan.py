@@ -133,7 +133,7 @@ def _plan_largest(
 def _spared(plan: Plan) -> dict[str, int]:
     """How many bytes passes and computing again spare, beside one pass that computes again what it does anyhow."""
     facts = plan.facts
-    kept = replace(facts, recomputed=usually_recomputed(fuse(facts.graph), facts.layers, facts.target))
+    kept = replace(facts, recomputed=usually_recomputed(fuse(facts.graph), facts.target))
     whole = replace(kept.with_batch(facts.batch), passes=1)
     in_one, in_passes = (Plan(one, plan.records).memory()["total"] for one in (whole, kept))
     return {"microbatch": in_one - in_passes, "recomputing": in_passes - plan.memory()["total"]}
@@ -164,11 +164,10 @@ def _plan_passes(
         sliced = with_slices(graph, target, options.activations)
         layers = plan_layers(graph, options, sliced)
     target = sliced
-    layers = choose_sections(layers, target, found, options.activations)
     facts = Facts(
         graph,
-        layers,
-        usually_recomputed(fuse(graph), layers, target),
+        choose_sections(layers, target, found, options.activations),
+        usually_recomputed(fuse(graph), target),
         options.optimizer,
         target,
         options.threads or target.cores,

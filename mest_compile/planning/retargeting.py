@@ -43,9 +43,8 @@ def retargeted(facts: Facts, target: Target, batch: int, records: Callable[[Targ
         target, found = tuned, found.for_target(tuned)
     target = with_slices(facts.graph, target, facts.activations)
     # Decided when nothing had frozen; not as usual where a memory budget asked for more.
-    graph = fuse(thawed(facts.graph))
-    usual = facts.recomputed == usually_recomputed(graph, facts.layers, facts.target)
-    recomputed = usually_recomputed(graph, facts.layers, target) if usual else facts.recomputed
+    usual = facts.recomputed == usually_recomputed(fuse(thawed(facts.graph)), facts.target)
+    recomputed = usually_recomputed(fuse(thawed(facts.graph)), target) if usual else facts.recomputed
     layers = choose_sections(planned(target), target, found, facts.activations)
     threads = facts.threads if target.name == facts.target.name else target.cores
     return Plan(replace(facts, layers=layers, recomputed=recomputed, target=target, threads=threads), found)

@@ -93,5 +93,5 @@ def with_trainable(plan: Plan, names: Sequence[str]) -> Plan:
         name: replace(layer, frozen=True, capacity=None) if name in graph.frozen else layer
         for name, layer in facts.layers.items()
     }
-    recomputed = usually_recomputed(fuse(graph), layers, facts.target)
+    recomputed = usually_recomputed(fuse(graph), facts.target)
     return replace(plan, facts=replace(facts, graph=graph, layers=layers, recomputed=recomputed))

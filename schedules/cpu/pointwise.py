@@ -10,8 +10,6 @@ from mest_compile.operators.activation import (
     FORMULA,
     ActivationBackward,
     ActivationForward,
-    ActivationSloped,
-    SlopeTimes,
     activation_of,
 )
 from mest_compile.operators.add import AddForward
@@ -21,10 +19,8 @@ from mest_compile.schedules.cpu.rows import (
     array,
     buffer,
     channel_sums,
-    each_row,
     pointwise,
     spelled,
-    walk_row,
     widened,
 )
 
@@ -42,28 +38,9 @@ def _activation_kernels(name: str) -> None:
         images = {"dy": problem.dy, source: problem.source, "dx": problem.dx}
         return pointwise(images, "dx", spelled(row.gradient, x=f"{{{source}}}", dy="{dy}"), problem.accumulate)
 
-    @schedule(f"{name}.sloped", device="cpu")
-    def sloped(problem: ActivationSloped, target: Target) -> str:
-        row, images = activation_of(getattr(problem, "formula", name)), {"x": problem.x, "y": problem.y}
-        text = Text(*(array(name, image) for name, image in images.items()))
-
-        def body(at: str, slot: str, live: str | None) -> list[str]:
-            x = f"x[x_row + {at}]"
-            return [f"y[y_row + {at}] = {spelled(row.formula, x=x)}", f"{x} = {spelled(row.slope, x=x)}"]
-
-        with each_row(text, images):
-            walk_row(text, problem.y, body)
-        return str(text)
-
 
 for each in (*ACTIVATIONS.load(), FORMULA):
     _activation_kernels(each)
-
-
-@schedule("slope.times", device="cpu")
-def slope_times(problem: SlopeTimes, target: Target) -> str:
-    images = {"dy": problem.dy, "slope": problem.slope} | ({"dx": problem.dx} if problem.dx else {})
-    return pointwise(images, "dx" if problem.dx else "dy", "{dy} * {slope}")
 
 
 @schedule("add.forward", device="cpu")

@@ -49,7 +49,7 @@ class CpuBackend(Backend):
         return keeps_sums(problem, target)
 
     @property
-    def recomputes(self) -> bool:
+    def recomputes_norms(self) -> bool:
         return True
 
     def key_parts(self, target: Target, checked: bool) -> list[Any]:
