@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beside import MOST, NOISY, RULE, torchs, worst
 from surveyed import OPTIONS, Case, cases
+from torchbeside import MOST, NOISY, RULE, torchs, worst
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests" / "lib"))

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import beside
 import coverage
 import numpy as np
 import pytest
 import torch
+import torchbeside
 from torch import nn
 
 from mest_compile.base import exclusive
@@ -69,9 +69,9 @@ def test_three_steps_are_compared_with_torch(monkeypatch, tmp_path):
     found = coverage.verify(case(), 5, tmp_path)
     assert found["verified"] and found["batch"] == 5 and found["errors"].keys() == {"gradients", "steps"}
     assert all(0 < ours < 1e-3 and 0 < theirs < 1e-3 for _, ours, theirs, _ in found["errors"].values())
-    monkeypatch.setattr(beside, "dropping", lambda net, graph, update: nullcontext())
+    monkeypatch.setattr(torchbeside, "dropping", lambda net, graph, update: nullcontext())
     found = coverage.verify(case(), 5, tmp_path)
-    assert not found["verified"] and found["noisy"] == beside.NOISY
+    assert not found["verified"] and found["noisy"] == torchbeside.NOISY
 
 
 def test_a_number_at_a_jump_is_no_error_and_others_are(monkeypatch):
@@ -81,41 +81,41 @@ def test_a_number_at_a_jump_is_no_error_and_others_are(monkeypatch):
     start = {"0.weight": np.array([[1, -near], [0, 1]], np.float32), "2.weight": np.eye(2, dtype=np.float32)}
     images = np.array([[1, 1], *[[3, 1]] * 7], np.float32)
     batches = [((images,), np.zeros(8, np.int64))]
-    monkeypatch.setattr(beside, "ROUNDING", 2**-20)
-    stepped = partial(beside.torchs, net, start, {}, SimpleNamespace(nodes=[]), batches, False)
+    monkeypatch.setattr(torchbeside, "ROUNDING", 2**-20)
+    stepped = partial(torchbeside.torchs, net, start, {}, SimpleNamespace(nodes=[]), batches, False)
     exact, theirs = stepped(torch.float64), stepped(torch.float32)
     noisy = [stepped(torch.float32, noise=seed) for seed in range(8)]
-    ours = next(one[0] for one in noisy if beside.worst(one[0], theirs[0], exact[0])[1] > 0.01)
-    name, mine, _, allowed = beside.worst(ours, theirs[0], exact[0])
+    ours = next(one[0] for one in noisy if torchbeside.worst(one[0], theirs[0], exact[0])[1] > 0.01)
+    name, mine, _, allowed = torchbeside.worst(ours, theirs[0], exact[0])
     assert name == "0.weight" and mine > allowed
-    name, mine, worst, allowed = beside.worst(ours, theirs[0], exact[0], [one[0] for one in noisy])
-    assert mine <= allowed and worst > beside.TOLERANCE
+    name, mine, worst, allowed = torchbeside.worst(ours, theirs[0], exact[0], [one[0] for one in noisy])
+    assert mine <= allowed and worst > torchbeside.TOLERANCE
 
 
 def test_noise_may_reach_farther_than_what_is_an_error_without_it():
     exact = {"near": np.ones(4), **{f"{place}": np.ones(4) for place in range(9)}}
     ours, noisy, worse = ({**exact, "near": np.full(4, 1 + size)} for size in (0.4, 0.25, 0.55))
-    assert beside.worst(ours, exact, exact)[1] > beside.MOST
+    assert torchbeside.worst(ours, exact, exact)[1] > torchbeside.MOST
     for made, right in ((ours, True), (worse, False)):
-        name, mine, torchs, allowed = beside.worst(made, exact, exact, [noisy])
+        name, mine, torchs, allowed = torchbeside.worst(made, exact, exact, [noisy])
         assert (name, torchs, allowed) == ("near", 0.25, 0.5) and (mine <= allowed) == right
 
 
 def test_a_tensor_that_is_wrong_is_found_among_others():
     exact = {"large": np.full(1000, 100.0), "small": np.array([0.1, -0.2]), "none": np.zeros(4)}
     theirs = {name: value + 1e-6 for name, value in exact.items()}
-    name, ours, _, allowed = beside.worst(theirs, theirs, exact)
+    name, ours, _, allowed = torchbeside.worst(theirs, theirs, exact)
     assert ours <= allowed
-    name, ours, others, allowed = beside.worst({**theirs, "small": exact["small"] * 1.01}, theirs, exact)
-    assert (name, allowed) == ("small", beside.TOLERANCE) and ours == pytest.approx(0.01) and others < 1e-4
+    name, ours, others, allowed = torchbeside.worst({**theirs, "small": exact["small"] * 1.01}, theirs, exact)
+    assert (name, allowed) == ("small", torchbeside.TOLERANCE) and ours == pytest.approx(0.01) and others < 1e-4
 
 
 def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
     exact = {"large": np.full(1000, 100.0), "none": np.zeros(4)}
     noisy, noise = ({**exact, "none": np.full(4, size)} for size in (0.02, 0.03))
-    name, ours, theirs, allowed = beside.worst(noise, noisy, exact)
-    assert name == "none" and theirs > beside.MOST and ours <= allowed
-    name, ours, theirs, allowed = beside.worst(noise, exact, exact)
+    name, ours, theirs, allowed = torchbeside.worst(noise, noisy, exact)
+    assert name == "none" and theirs > torchbeside.MOST and ours <= allowed
+    name, ours, theirs, allowed = torchbeside.worst(noise, exact, exact)
     assert name == "none" and ours > allowed
 
 
@@ -123,9 +123,9 @@ def test_what_torch_itself_cannot_tell_from_0_is_no_error_of_ours():
 def test_what_torch_has_no_digit_of_says_nothing_where_the_rest_does(others, right):
     exact = {"lost": np.ones(4), **{f"{place}": np.ones(4) for place in range(others)}}
     ours, theirs = ({**exact, "lost": np.full(4, size)} for size in (1.6, 1.5))
-    name, mine, torchs, allowed = beside.worst(ours, theirs, exact)
+    name, mine, torchs, allowed = torchbeside.worst(ours, theirs, exact)
     assert name == "lost" and torchs == 0.5 and (mine <= allowed) == right
-    name, mine, _, allowed = beside.worst({**ours, "0": np.full(4, 1.01)}, theirs, exact)
+    name, mine, _, allowed = torchbeside.worst({**ours, "0": np.full(4, 1.01)}, theirs, exact)
     assert name == "0" and mine > allowed
 
 
